@@ -1,0 +1,164 @@
+"""A causal spatiotemporal autoencoder that works on whole patches.
+
+The first frame is repeated so that it fills a patch of its own (as Cosmos-Tokenizer does, arXiv 2501.03575, section
+4.1); every patch of `stride` pixels is projected to `width` channels, and causal residual blocks mix the patches at
+latent resolution. A linear path beside the network can start at the principal components of the data, so that training
+starts where the best linear autoencoder ends.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dit_video.arrays import AnyArray
+from dit_video.autoencoder.interface import latent_grid
+from dit_video.nn import CausalConv, Linear, RmsNorm
+from dit_video.tokens import Grid
+
+
+def to_patches(pixels: Float[AnyArray, "B T H W 3"], stride: Grid) -> Float[AnyArray, "B t h w p"]:
+    """Causal patches: frame 0 repeated `stride.t` times is the first, then `stride.t` frames each.
+
+    Raises:
+      UserError: a size that does not fit the stride.
+    """
+    latent_grid(Grid(*pixels.shape[1:4]), stride)
+    xp = np if isinstance(pixels, np.ndarray) else jnp
+    padded = xp.concatenate([xp.repeat(pixels[:, :1], stride.t - 1, axis=1), pixels], axis=1)
+    return rearrange(
+        padded, "B (t pt) (h ph) (w pw) C -> B t h w (pt ph pw C)", pt=stride.t, ph=stride.h, pw=stride.w
+    )
+
+
+def from_patches(patches: Float[AnyArray, "B t h w p"], stride: Grid) -> Float[AnyArray, "B T H W 3"]:
+    """Invert `to_patches`; of the first patch, the last frame is kept."""
+    pixels = rearrange(
+        patches, "B t h w (pt ph pw C) -> B (t pt) (h ph) (w pw) C", pt=stride.t, ph=stride.h, pw=stride.w
+    )
+    return pixels[:, stride.t - 1 :]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchVaeConfig:
+    """A causal VAE on patches."""
+
+    stride: Grid = Grid(4, 8, 8)
+    channels: int = 16
+    width: int = 96
+    blocks: int = 3
+    """residual blocks in the encoder, and as many in the decoder"""
+
+    def __post_init__(self):
+        object.__setattr__(self, "stride", Grid(*self.stride))
+
+    def make(self, rngs: nnx.Rngs) -> "PatchVae":
+        return PatchVae(self, rngs=rngs)
+
+
+class Posterior(NamedTuple):
+    """A diagonal normal over (unnormalised) latents."""
+
+    mean: Float[Array, "B t h w c"]
+    log_variance: Float[Array, "B t h w c"]
+
+    def sample(self, noise: Float[Array, "B t h w c"]) -> Float[Array, "B t h w c"]:
+        """Latents from standard normal noise."""
+        return self.mean + jnp.exp(0.5 * self.log_variance) * noise
+
+    def kl(self) -> Float[Array, " B"]:
+        """Divergence from the standard normal in nats, summed over channels, averaged over positions."""
+        values = 0.5 * (jnp.square(self.mean) + jnp.exp(self.log_variance) - 1 - self.log_variance)
+        return values.sum(axis=-1).mean(axis=(1, 2, 3))
+
+
+class PatchVae(nnx.Module):
+    """Pixels in [-1, 1] to normalised latents and back."""
+
+    def __init__(self, config: PatchVaeConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        width, channels, values = config.width, config.channels, config.stride.volume * 3
+        self.linear = _LinearPath(values, channels, rngs=rngs)
+        self.normalizer = _Normalizer(channels)
+        self.encoder_in = Linear(values, width, rngs=rngs)
+        self.encoder = nnx.List([_Block(width, rngs=rngs) for _ in range(config.blocks)])
+        self.encoder_out = Linear(width, 2 * channels, init="zero", rngs=rngs)
+        self.decoder_in = Linear(channels, width, rngs=rngs)
+        self.decoder = nnx.List([_Block(width, rngs=rngs) for _ in range(config.blocks)])
+        self.decoder_out = Linear(width, values, init="zero", rngs=rngs)
+
+    def posterior(self, pixels: Float[Array, "B T H W 3"]) -> Posterior:
+        """The distribution of latents, before normalisation."""
+        patches = to_patches(pixels, self.config.stride)
+        x = self.encoder_in(patches)
+        for block in self.encoder:
+            x = block(x)
+        mean, log_variance = jnp.split(self.encoder_out(x), 2, axis=-1)
+        # Starts at a standard deviation of 0.05: noise that the decoder can learn to see through.
+        return Posterior(self.linear.encode(patches) + mean, jnp.clip(log_variance - 6.0, -12.0, 2.0))
+
+    def reconstruct(self, latents: Float[Array, "B t h w c"]) -> Float[Array, "B T H W 3"]:
+        """Pixels from latents that are not normalised."""
+        x = self.decoder_in(latents)
+        for block in self.decoder:
+            x = block(x)
+        return from_patches(self.linear.decode(latents) + self.decoder_out(x), self.config.stride)
+
+    def encode(self, pixels: Float[Array, "B T H W 3"]) -> Float[Array, "B t h w c"]:
+        """Normalised latents: the posterior's mean.
+
+        Raises:
+          UserError: a size that does not fit the stride.
+        """
+        return self.normalizer.normalize(self.posterior(pixels).mean)
+
+    def decode(self, latents: Float[Array, "B t h w c"]) -> Float[Array, "B T H W 3"]:
+        """Pixels, about in [-1, 1], from normalised latents."""
+        return self.reconstruct(self.normalizer.restore(latents))
+
+
+class _LinearPath(nnx.Module):
+    """An affine map from patches to latents and one back; see `start_from_linear`."""
+
+    def __init__(self, values: int, channels: int, *, rngs: nnx.Rngs):
+        self.down, self.up = Linear(values, channels, rngs=rngs), Linear(channels, values, rngs=rngs)
+
+    def encode(self, patches: Float[Array, "B t h w p"]) -> Float[Array, "B t h w c"]:
+        return self.down(patches)
+
+    def decode(self, latents: Float[Array, "B t h w c"]) -> Float[Array, "B t h w p"]:
+        return self.up(latents)
+
+
+class _Normalizer(nnx.Module):
+    """Mean and standard deviation of each latent channel, measured on the training set after training."""
+
+    def __init__(self, channels: int):
+        self.mean = nnx.Param(jnp.zeros((channels,), jnp.float32))
+        self.std = nnx.Param(jnp.ones((channels,), jnp.float32))
+
+    def normalize(self, latents: Float[Array, "B t h w c"]) -> Float[Array, "B t h w c"]:
+        return (latents - self.mean[...]) / self.std[...]
+
+    def restore(self, latents: Float[Array, "B t h w c"]) -> Float[Array, "B t h w c"]:
+        return latents * self.std[...] + self.mean[...]
+
+
+class _Block(nnx.Module):
+    """Space, then time: two causal convolutions, each residual."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        self.norm_space, self.norm_time = RmsNorm(width), RmsNorm(width)
+        self.space = CausalConv(width, width, (1, 3, 3), rngs=rngs)
+        self.mix = Linear(width, width, init="zero", rngs=rngs)
+        self.time = CausalConv(width, width, (3, 1, 1), rngs=rngs)
+        self.out = Linear(width, width, init="zero", rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B t h w D"]) -> Float[Array, "B t h w D"]:
+        x = x + self.mix(jax.nn.silu(self.space(self.norm_space(x))))
+        return x + self.out(jax.nn.silu(self.time(self.norm_time(x))))

@@ -1,0 +1,35 @@
+"""The best linear autoencoder: principal components of spacetime patches.
+
+The baseline that a learned autoencoder has to beat, and the point that ours starts from.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Float32
+
+from dit_video.autoencoder.causal import to_patches
+from dit_video.tokens import Grid
+
+
+class LinearAutoencoder(NamedTuple):
+    """`latents = (patch - mean) @ basis`; the basis is orthonormal."""
+
+    mean: Float32[np.ndarray, " p"]
+    basis: Float32[np.ndarray, "p c"]
+
+    def reconstruct(self, patches: Float[np.ndarray, "*batch p"]) -> Float[np.ndarray, "*batch p"]:
+        """The nearest patches that `c` numbers each can express."""
+        return (patches - self.mean) @ self.basis @ self.basis.T + self.mean
+
+
+def fit_linear(batches: Iterable[Float32[np.ndarray, "B T H W 3"]], *, stride: Grid, channels: int) -> LinearAutoencoder:
+    """Principal components of the causal patches of clips with pixels in [-1, 1], in float64."""
+    count, total, products = 0, 0.0, 0.0
+    for pixels in batches:
+        patches = np.asarray(to_patches(pixels, stride), np.float64).reshape(-1, stride.volume * 3)
+        count, total, products = count + len(patches), total + patches.sum(axis=0), products + patches.T @ patches
+    mean = total / count
+    _, vectors = np.linalg.eigh(products / count - np.outer(mean, mean))
+    return LinearAutoencoder(mean.astype(np.float32), vectors[:, ::-1][:, :channels].astype(np.float32))

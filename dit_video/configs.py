@@ -1,0 +1,77 @@
+"""Frozen, keyword-only dataclasses to JSON and back.
+
+A config is written as an object with the key `type`, its class's qualified name; it is rebuilt by that name, and only
+from inside `dit_video`, so that a config file can never run foreign code. Tuples are written as lists and come back as
+tuples (a config holds no lists).
+"""
+
+import dataclasses
+import importlib
+from typing import Any
+
+from dit_video.errors import UserError
+
+_PACKAGE = "dit_video"
+
+
+def to_json(value: Any) -> Any:
+    """A JSON value that `from_json` turns back into an equal `value`.
+
+    Raises:
+      TypeError: a part that is not a dataclass of this package, a tuple, a dict with string keys, or a JSON scalar.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        cls = type(value)
+        if cls.__module__.split(".")[0] != _PACKAGE:
+            raise TypeError(f"{cls.__module__}.{cls.__qualname__} lies outside {_PACKAGE}")
+        fields = {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"type": f"{cls.__module__}:{cls.__qualname__}", **fields}
+    if isinstance(value, tuple):
+        return [to_json(item) for item in value]
+    if isinstance(value, dict):
+        return {str(name): to_json(item) for name, item in value.items()}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"a config cannot hold a {type(value).__name__}")
+
+
+def from_json(value: Any) -> Any:
+    """Rebuild what `to_json` wrote.
+
+    Raises:
+      UserError: a type outside this package or unknown to this version, or fields that the type does not have.
+    """
+    if isinstance(value, list):
+        return tuple(from_json(item) for item in value)
+    if not isinstance(value, dict):
+        return value
+    if "type" not in value:
+        return {name: from_json(item) for name, item in value.items()}
+    cls = _resolve(value["type"])
+    given = {name: from_json(item) for name, item in value.items() if name != "type"}
+    known = {field.name for field in dataclasses.fields(cls)}
+    if unknown := sorted(given.keys() - known):
+        raise UserError(f"{cls.__qualname__} has no field {', '.join(unknown)}: the config is of another version")
+    required = {
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
+    if missing := sorted(required - given.keys()):
+        raise UserError(f"{cls.__qualname__} needs the field {', '.join(missing)}: the config is of another version")
+    return cls(**given)
+
+
+def _resolve(name: str) -> type:
+    module, _, qualname = str(name).partition(":")
+    if module.split(".")[0] != _PACKAGE:
+        raise UserError(f"config type {name!r} lies outside {_PACKAGE}; only {_PACKAGE} types are rebuilt")
+    try:
+        cls: Any = importlib.import_module(module)
+        for part in qualname.split("."):
+            cls = getattr(cls, part)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"config type {name!r} does not exist in this version of {_PACKAGE}") from error
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+        raise UserError(f"config type {name!r} is not a config")
+    return cls

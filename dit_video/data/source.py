@@ -1,0 +1,118 @@
+"""An ingested data set: encoded clips by number."""
+
+import os
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dit_video.data import builder
+from dit_video.errors import MissingError, UserError
+from dit_video.files import read_json, write_json
+
+INDEX = "index.json"
+VERSION = 1
+
+
+class ClipInfo(NamedTuple):
+    """What is known of a clip without decoding it."""
+
+    name: str
+    """Its path inside the folder it was ingested from, with forward slashes."""
+    caption: str
+    height: int
+    width: int
+    frames: int
+    fps: float
+
+
+class ClipSource:
+    """Random access to the encoded clips of an ingested data set.
+
+    The files are opened at the first read, in each process anew: a source can be pickled to workers.
+
+    Args:
+      folder: what `ingest` made.
+
+    Raises:
+      MissingError: no such folder.
+      UserError: the folder is not an ingested data set of this version.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        self.infos: tuple[ClipInfo, ...] = read_index(self.folder)
+        self._numbers: Sequence[int] = range(len(self.infos))
+        self._records: Sequence[dict[str, Any]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.infos)
+
+    def __getitem__(self, index: int) -> bytes:
+        """The encoded clip, as `dit_video.video.decode` takes it."""
+        if self._records is None:
+            self._records = builder.open_records(self.folder)
+        return self._records[self._numbers[index]]["clip"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_records": None}
+
+    def select(self, names: Collection[str]) -> "ClipSource":
+        """The clips with these names, in the data set's order.
+
+        Raises:
+          UserError: a name that the source doesn't have.
+        """
+        self._check(names)
+        wanted = frozenset(names)
+        return self._subset([index for index, info in enumerate(self.infos) if info.name in wanted])
+
+    def without(self, names: Collection[str]) -> "ClipSource":
+        """All clips but those with these names.
+
+        Raises:
+          UserError: a name that the source doesn't have.
+        """
+        self._check(names)
+        unwanted = frozenset(names)
+        return self._subset([index for index, info in enumerate(self.infos) if info.name not in unwanted])
+
+    def _check(self, names: Collection[str]) -> None:
+        if absent := sorted(frozenset(names) - {info.name for info in self.infos}):
+            shown = ", ".join(absent[:3]) + (", …" if len(absent) > 3 else "")
+            known = ", ".join(info.name for info in self.infos[:3])
+            raise UserError(
+                f"{self.folder} has no clip named {shown} ({len(absent)} of {len(names)} names); "
+                f"use names such as {known}, or look whether ingest set the clip aside"
+            )
+
+    def _subset(self, indices: Sequence[int]) -> "ClipSource":
+        subset = object.__new__(ClipSource)
+        subset.folder = self.folder
+        subset.infos = tuple(self.infos[index] for index in indices)
+        subset._numbers = [self._numbers[index] for index in indices]
+        subset._records = self._records
+        return subset
+
+
+def write_index(folder: Path, infos: Sequence[ClipInfo], fingerprint: str) -> None:
+    """Write what `ClipSource` knows of the clips without reading them, and what they were made of."""
+    columns = {name: [getattr(info, name) for info in infos] for name in ClipInfo._fields}
+    write_json(folder / INDEX, {"version": VERSION, "fingerprint": fingerprint, "clips": columns})
+
+
+def read_index(folder: Path) -> tuple[ClipInfo, ...]:
+    """The facts of every clip, in the order of the records.
+
+    Raises:
+      MissingError: no such folder.
+      UserError: the folder is not an ingested data set of this version.
+    """
+    if not folder.is_dir():
+        raise MissingError(f"no such data set: {folder}")
+    if not (folder / INDEX).is_file():
+        raise UserError(f"{folder} is not an ingested data set, it has no {INDEX}; make one with tools/ingest.py")
+    index = read_json(folder / INDEX)
+    if not isinstance(index, dict) or index.get("version") != VERSION:
+        raise UserError(f"{folder / INDEX} is not of version {VERSION}; ingest the clips again into another folder")
+    columns = index["clips"]
+    return tuple(map(ClipInfo, *(columns[name] for name in ClipInfo._fields)))

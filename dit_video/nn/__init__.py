@@ -1,0 +1,25 @@
+"""Layers: parameters in Flax NNX modules, computed with plain JAX."""
+
+from dit_video.nn.attention import Attention, Backend, make_attention
+from dit_video.nn.conv import CausalConv
+from dit_video.nn.embeddings import sinusoidal
+from dit_video.nn.linear import Linear
+from dit_video.nn.modulation import modulate
+from dit_video.nn.norms import LayerNorm, RmsNorm, layer_norm
+from dit_video.nn.stack import Remat, apply_stack, make_stack
+
+__all__ = [
+    "Attention",
+    "Backend",
+    "CausalConv",
+    "LayerNorm",
+    "Linear",
+    "Remat",
+    "RmsNorm",
+    "apply_stack",
+    "layer_norm",
+    "make_attention",
+    "make_stack",
+    "modulate",
+    "sinusoidal",
+]

@@ -1,0 +1,13 @@
+"""Adaptive layer norm: shift, scale and gate from a conditioning vector (adaLN-Zero, arXiv 2212.09748)."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dit_video.nn.norms import layer_norm
+
+
+def modulate(
+    x: Float[Array, "*batch D"], shift: Float[Array, "*batch D"], scale: Float[Array, "*batch D"]
+) -> Float[Array, "*batch D"]:
+    """`norm(x) * (1 + scale) + shift`, in float32."""
+    return (layer_norm(x.astype(jnp.float32)) * (1 + scale) + shift).astype(x.dtype)

@@ -1,0 +1,31 @@
+"""A stack of equal layers, their parameters stacked along a first axis `L`."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+from flax import nnx
+from jaxtyping import Array, PyTree
+
+Remat = Literal["none", "full"]
+
+
+def make_stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, *, rngs: nnx.Rngs) -> nnx.Module:
+    """`layers` modules in one, each parameter with a leading axis `L`."""
+    return nnx.vmap(make)(rngs.split(layers))
+
+
+def apply_stack(stack: nnx.Module, x: Array, *context: PyTree, remat: Remat = "none") -> Array:
+    """`x` through all layers in order: `x = layer(x, *context)`.
+
+    GPUs and TPUs run a scan, whose compile time does not grow with depth; on CPU the loop is unrolled, which is
+    about 1.5 times faster there. `remat="full"` recomputes each layer in the backward pass.
+    """
+    graph, stacked = nnx.split(stack)
+
+    def body(x, layer):
+        return nnx.merge(graph, layer)(x, *context), None
+
+    if remat == "full":
+        body = jax.checkpoint(body, prevent_cse=False)
+    return jax.lax.scan(body, x, stacked, unroll=jax.default_backend() == "cpu")[0]

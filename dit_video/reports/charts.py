@@ -1,0 +1,152 @@
+"""Line charts as inline SVG: every value as a thin line, and its smoothing on top."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float64
+
+from dit_video.reports.markup import Markup, element, join
+
+_WIDTH, _HEIGHT = 560.0, 310.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 14.0, 14.0, 44.0
+_POINTS = 400
+"""More points than this are averaged in bins: a line of 560 pixels shows no more."""
+_FEW = 40
+"""Fewer points than this are drawn without smoothing."""
+_SMOOTHING = 0.02
+"""How far the smoothing reaches to either side, as a share of the points."""
+_COLOURS = 6
+
+Line = tuple[str, Float64[np.ndarray, " _"], Float64[np.ndarray, " _"]]
+"""Name, steps, values."""
+
+
+def line_chart(label: str, curves: Sequence[tuple[str, Sequence[int | float], Sequence[int | float]]]) -> Markup:
+    """An SVG of named curves, each (name, steps, values), with a legend of their last smoothed values.
+
+    The value axis is logarithmic where all values are positive and span a decade. Values that are not finite are not
+    drawn, and the legend counts them.
+    """
+    lines: list[Line] = []
+    legend: list[Markup] = []
+    for index, (name, steps, values) in enumerate(curves):
+        x, y = np.asarray(steps, np.float64), np.asarray(values, np.float64)
+        finite = np.isfinite(x) & np.isfinite(y)
+        x, y = x[finite], y[finite]
+        lines.append((name, x, y))
+        missing = int((~finite).sum())
+        legend.append(_legend_entry(name, y, missing, index % _COLOURS))
+    drawn = [line for line in lines if len(line[1])]
+    if not drawn:
+        return join(element("p", "No finite values to draw.", class_="muted"), element("ul", *legend, class_="legend"))
+    return join(_svg(label, lines), element("ul", *legend, class_="legend"))
+
+
+def smooth(values: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
+    """A mean over neighbours on both sides, weighted by a triangle: it does not lag. Few values stay as they are."""
+    if len(values) < _FEW:
+        return values
+    reach = max(1, round(_SMOOTHING * len(values)))
+    kernel = np.concatenate([np.arange(1, reach + 1), [reach + 1], np.arange(reach, 0, -1)]).astype(np.float64)
+    weight = np.convolve(np.ones_like(values), kernel, mode="same")
+    return np.convolve(values, kernel, mode="same") / weight
+
+
+def linear_ticks(low: int | float, high: int | float, *, count: int = 5) -> list[int | float]:
+    """Round numbers in [low, high], about `count` of them: steps of 1, 2 or 5 times a power of ten."""
+    if not high > low:
+        return [low]
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [step * index for index in range(first, last + 1)]
+
+
+def log_ticks(low: int | float, high: int | float) -> list[float]:
+    """Powers of ten in [low, high], and 2 and 5 times them where that leaves no more than eight."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    fine = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
+    fine = [tick for tick in fine if low * 0.999 <= tick <= high * 1.001]
+    coarse = [tick for tick in fine if math.isclose(math.log10(tick) % 1, 0, abs_tol=1e-9)]
+    return fine if len(fine) <= 8 else coarse[:: max(1, math.ceil(len(coarse) / 8))]
+
+
+def number(value: int | float) -> str:
+    """A short form: 4 significant digits, thousands as `12k`."""
+    if value != 0 and abs(value) >= 10_000 and abs(value) < 1e9:
+        thousand = value / 1_000
+        return f"{thousand:.4g}k" if thousand < 10_000 else f"{value / 1e6:.4g}M"
+    return f"{value:.4g}"
+
+
+def _svg(label: str, lines: Sequence[Line]) -> Markup:
+    x_all = np.concatenate([x for _, x, _ in lines])
+    y_all = np.concatenate([y for _, _, y in lines])
+    log = bool(y_all.min() > 0 and y_all.max() / y_all.min() >= 10)
+    transform = np.log10 if log else np.asarray
+    x_low, x_high = min(0.0, float(x_all.min())), float(x_all.max())
+    y_low, y_high = _limits(transform(y_all))
+
+    def across(x):
+        return _LEFT + (x - x_low) / ((x_high - x_low) or 1) * (_WIDTH - _LEFT - _RIGHT)
+
+    def down(y):
+        return _HEIGHT - _BOTTOM - (transform(y) - y_low) / (y_high - y_low) * (_HEIGHT - _TOP - _BOTTOM)
+
+    ticks = log_ticks(10.0**y_low, 10.0**y_high) if log else linear_ticks(y_low, y_high)
+    parts = [_horizontal(float(down(tick)), tick) for tick in ticks]
+    parts += [_vertical(float(across(tick)), tick) for tick in linear_ticks(x_low, x_high, count=6)]
+    for index, (_, x, y) in enumerate(lines):
+        if not len(x):
+            continue
+        x, y = _bin(x, y)
+        colour = f"c{index % _COLOURS}"
+        height = np.asarray(down(y))
+        parts.append(element("polyline", points=_points(across(x), height), class_=f"raw {colour}"))
+        parts.append(element("polyline", points=_points(across(x), smooth(height)), class_=f"line {colour}"))
+        if len(x) == 1:
+            parts.append(element("circle", cx=float(across(x)[0]), cy=float(down(y)[0]), r=3, class_=f"dot {colour}"))
+    axis = element("text", "step", x=_WIDTH - _RIGHT, y=_HEIGHT - 4, class_="axis end")
+    note = element("text", "log scale", x=_WIDTH - _RIGHT, y=_TOP + 8, class_="axis end") if log else None
+    return element(
+        "svg", *parts, axis, note, viewBox=f"0 0 {_WIDTH:g} {_HEIGHT:g}", role="img", aria_label=label, class_="chart"
+    )
+
+
+def _limits(values: Float64[np.ndarray, " n"]) -> tuple[float, float]:
+    low, high = float(values.min()), float(values.max())
+    margin = 0.05 * (high - low) or 0.1 * abs(high) or 1.0
+    return low - margin, high + margin
+
+
+def _bin(x: Float64[np.ndarray, " n"], y: Float64[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
+    """Means of neighbours where there are more than can be seen."""
+    if len(x) <= _POINTS:
+        return x, y
+    edges = np.linspace(0, len(x), _POINTS + 1).astype(int)
+    count = np.diff(edges)
+    return np.add.reduceat(x, edges[:-1]) / count, np.add.reduceat(y, edges[:-1]) / count
+
+
+def _points(x: Float64[np.ndarray, " n"], y: Float64[np.ndarray, " n"]) -> str:
+    return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
+
+
+def _horizontal(at: float, tick: int | float) -> Markup:
+    line = element("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=round(at, 1), y2=round(at, 1), class_="grid")
+    return join(line, element("text", number(tick), x=_LEFT - 8, y=round(at + 4, 1), class_="axis end"))
+
+
+def _vertical(at: float, tick: int | float) -> Markup:
+    foot = _HEIGHT - _BOTTOM
+    line = element("line", x1=round(at, 1), x2=round(at, 1), y1=foot, y2=foot + 5, class_="grid")
+    return join(line, element("text", number(tick), x=round(at, 1), y=foot + 18, class_="axis middle"))
+
+
+def _legend_entry(name: str, values: Float64[np.ndarray, " n"], missing: int, colour: int) -> Markup:
+    last = number(float(smooth(values)[-1])) if len(values) else "–"
+    gap = f" · {missing} not finite" if missing else ""
+    swatch = element("span", class_=f"swatch c{colour}")
+    return element("li", swatch, name, " ", element("b", last), element("span", gap, class_="muted"))

@@ -1,0 +1,61 @@
+"""Clips inside a page: encoded, as data URIs, with the size at which they are shown."""
+
+import base64
+import statistics
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from dit_video.reports.markup import Markup, element
+from dit_video.video import Clip, encode
+
+_LOSSLESS_PIXELS = 33 * 64 * 64
+"""Up to this many pixels over all frames an animated PNG is small, loses nothing and loops everywhere."""
+_CRF = 20
+"""Quality of larger clips: a page is for looking, the files beside it are the originals."""
+_TINY = 80
+"""Clips whose shorter side is at most this are enlarged by a whole number, pixel by pixel."""
+_TINY_SIDE, _SIDE, _LONGEST = 160, 240, 640
+"""CSS pixels: what the shorter side is brought to, tiny or not, and the most that the longer side may have."""
+
+
+def embed(clip: Clip, label: str, *, scale: int | float) -> Markup:
+    """An element that plays `clip` in a loop: PNG for an image, animated PNG for a tiny clip, else H.264 or VP9.
+
+    VP9 is for clips with an odd side, which 4:2:0 H.264 does not hold.
+    """
+    frames, height, width, _ = clip.frames.shape
+    kind = "media pixels" if scale >= 2 else "media"
+    size = {"width": width, "height": height, "style": f"--w:{round(width * scale)}px;aspect-ratio:{width}/{height}"}
+    if frames == 1 or frames * height * width <= _LOSSLESS_PIXELS:
+        source = _uri("image/png", encode(clip, "png" if frames == 1 else "apng"))
+        kind += " loop" if frames > 1 else ""
+        return element("img", class_=kind, alt=label, title=label, src=source, decoding="async", **size)
+    format: Literal["mp4", "webm"] = "webm" if height % 2 or width % 2 else "mp4"
+    source = _uri(f"video/{format}", encode(clip, format, crf=_CRF))
+    flags = {"autoplay": True, "loop": True, "muted": True, "playsinline": True}
+    return element("video", class_=kind, aria_label=label, title=label, src=source, **flags, **size)
+
+
+def common_scale(clips: Sequence[Clip]) -> int | float:
+    """One enlargement for all, so that their sizes can be compared: whole for tiny clips."""
+    short = statistics.median(min(clip.height, clip.width) for clip in clips)
+    longest = max(max(clip.height, clip.width) for clip in clips)
+    if short <= _TINY:
+        return max(1, min(_TINY_SIDE // short, _LONGEST // longest))
+    return min(_SIDE / short, _LONGEST / longest)
+
+
+def side_by_side(left: Clip, right: Clip) -> tuple[Clip, float, float]:
+    """Both in one clip, so that they cannot run out of step, and where the gap between them starts and ends (0..1)."""
+    width = left.width
+    gap = 2 * max(1, width // 32)
+    space = np.zeros((*left.frames.shape[:2], gap, 3), np.uint8)
+    frames = np.concatenate([left.frames, space, right.frames], axis=2)
+    whole = 2 * width + gap
+    return Clip(frames=frames, fps=left.fps, caption=left.caption), width / whole, (width + gap) / whole
+
+
+def _uri(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"

@@ -1,0 +1,257 @@
+"""The page: sections from top to bottom, in one file."""
+
+import importlib.resources
+import os
+from collections.abc import Iterator, Sequence
+
+from dit_video import files
+from dit_video.reports import clips
+from dit_video.reports.charts import line_chart
+from dit_video.reports.contents import Chart, Command, Figure, Reconstruction, Report, Sample
+from dit_video.reports.markup import Markup, element, join
+from dit_video.reports.tables import json_block, metric_tables
+
+
+def write_report(path: str | os.PathLike, report: Report) -> None:
+    """Write `report` as one self-contained HTML file, atomically: no network; clips, style and script inside.
+
+    Tiny clips are embedded without loss as animated PNG, larger ones as MP4 (see `clips.embed`).
+    """
+    files.write_text(path, render(report))
+
+
+def render(report: Report) -> Markup:
+    """The whole page as HTML."""
+    sections = [
+        section
+        for section in (
+            _samples(report.samples),
+            _reconstructions(report.reconstructions),
+            _charts(report.charts),
+            _section("metrics", "Metrics", metric_tables(report.metrics)) if report.metrics else None,
+            _commands(report.commands),
+            _config(report),
+        )
+        if section is not None
+    ]
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", name="color-scheme", content="light dark"),
+        element("title", report.title),
+        element("style", _asset("page.css")),
+    )
+    header = element(
+        "header",
+        element("h1", report.title),
+        element("p", report.summary, class_="summary") if report.summary else None,
+        _figures(report.figures),
+    )
+    body = element(
+        "body",
+        _bar(report, sections),
+        element("main", header, *(content for _, _, content in sections)),
+        element("script", _asset("page.js")),
+    )
+    return join(Markup("<!doctype html>\n"), element("html", head, body, lang="en"), Markup("\n"))
+
+
+Section = tuple[str, str, Markup]
+"""Anchor, name in the navigation, content."""
+
+
+def _section(anchor: str, title: str, *children: str | None, count: str = "") -> Section:
+    heading = element("h2", title, element("span", count, class_="count") if count else None)
+    return anchor, title, element("section", heading, *children, id=anchor)
+
+
+def _bar(report: Report, sections: Sequence[Section]) -> Markup:
+    links = [element("a", title, href=f"#{anchor}") for anchor, title, _ in sections]
+    moving = bool(report.samples or report.reconstructions)
+    pause = element("button", "Pause", type="button", id="pause", aria_pressed="false") if moving else None
+    theme = element("button", "◐", type="button", id="theme", title="Light or dark", aria_label="Light or dark")
+    return element(
+        "nav", element("div", *links, class_="links"), element("div", pause, theme, class_="tools"), aria_label="Page"
+    )
+
+
+def _figures(figures: Sequence[Figure]) -> Markup | None:
+    if not figures:
+        return None
+    tiles = []
+    for figure in figures:
+        bar = None
+        if figure.share is not None:
+            filled = element("span", style=f"width:{100 * min(max(figure.share, 0.0), 1.0):.1f}%")
+            bar = element("span", filled, class_="share", aria_hidden="true")
+        note = element("span", figure.note, class_="note") if figure.note else None
+        value = element("dd", element("span", figure.value, class_="value"), bar, note)
+        tiles.append(element("div", element("dt", figure.label), value, class_="tile"))
+    return element("dl", *tiles, class_="figures")
+
+
+def _samples(samples: Sequence[Sample]) -> Section | None:
+    if not samples:
+        return None
+    scale = clips.common_scale([sample.clip for sample in samples])
+    groups = []
+    for frames, members in _by_length(samples):
+        name = "Images" if frames == 1 else f"{frames} frames"
+        lasting = "" if frames == 1 else f" · {_seconds(members)}"
+        heading = element("h3", name, element("span", f"{len(members)}{lasting}", class_="count"))
+        cards = [_card(sample, scale) for sample in members]
+        groups.append(element("div", heading, element("div", *cards, class_="grid"), class_="group"))
+    return _section("samples", "Samples", _filters(samples), *groups, count=str(len(samples)))
+
+
+def _by_length(samples: Sequence[Sample]) -> Iterator[tuple[int, list[Sample]]]:
+    """Groups of one number of frames, longest first; inside, samples of one size stand together, else as given."""
+    for frames in sorted({len(sample.clip.frames) for sample in samples}, reverse=True):
+        members = [sample for sample in samples if len(sample.clip.frames) == frames]
+        yield frames, sorted(members, key=lambda sample: (sample.clip.height, sample.clip.width))
+
+
+def _seconds(samples: Sequence[Sample]) -> str:
+    durations = sorted({f"{sample.clip.duration:.2g} s" for sample in samples})
+    return durations[0] if len(durations) == 1 else f"{durations[0]} to {durations[-1]}"
+
+
+def _filters(samples: Sequence[Sample]) -> Markup | None:
+    """Buttons that show a part of the samples, where there are parts."""
+    unseen = sum(sample.seen is False for sample in samples)
+    wrong = sum(not all(sample.verdict.values()) for sample in samples)
+    choices = [("all", "All", len(samples))]
+    choices += [("unseen", "Never seen in training", unseen)] if unseen else []
+    choices += [("wrong", "Not as asked", wrong)] if wrong else []
+    if len(choices) == 1:
+        return None
+    buttons = [
+        element(
+            "button",
+            label,
+            element("span", str(count), class_="count"),
+            type="button",
+            data_filter=name,
+            aria_pressed="true" if name == "all" else "false",
+        )
+        for name, label, count in choices
+    ]
+    return element("div", *buttons, class_="filters", role="group", aria_label="Which samples")
+
+
+def _card(sample: Sample, scale: int | float) -> Markup:
+    prompt = sample.clip.caption if sample.prompt is None else sample.prompt
+    right = all(sample.verdict.values())
+    badge = element("span", "never seen", class_="badge", title="No clip of this prompt was trained on")
+    verdict = [
+        element("li", element("span", attribute), class_="yes" if good else "no", aria_label=_answer(attribute, good))
+        for attribute, good in sample.verdict.items()
+    ]
+    small = f"{sample.clip.height}×{sample.clip.width}" + (f" · {sample.note}" if sample.note else "")
+    return element(
+        "figure",
+        element(
+            "div",
+            clips.embed(sample.clip, prompt, scale=scale),
+            badge if sample.seen is False else None,
+            class_="frame",
+        ),
+        element(
+            "figcaption",
+            element("span", prompt, class_="prompt"),
+            element("ul", *verdict, class_="verdict") if verdict else None,
+            element("span", small, class_="small"),
+        ),
+        class_="card",
+        style=f"--w:{round(sample.clip.width * scale)}px",
+        data_unseen=sample.seen is False,
+        data_wrong=not right,
+    )
+
+
+def _answer(attribute: str, good: bool) -> str:
+    return f"{attribute}: {'as asked' if good else 'not as asked'}"
+
+
+def _reconstructions(items: Sequence[Reconstruction]) -> Section | None:
+    if not items:
+        return None
+    pairs = [clips.side_by_side(item.original, item.decoded) for item in items]
+    scale = clips.common_scale([pair for pair, _, _ in pairs])
+    cards = []
+    for item, (pair, start, stop) in zip(items, pairs, strict=True):
+        name = item.name or item.original.caption
+        label = f"{name}: original and reconstruction".removeprefix(": ")
+        gap = element("span", class_="gap", style=f"left:{100 * start:.2f}%;right:{100 - 100 * stop:.2f}%")
+        quality = [element("b", _decibel(item.psnr)), " dB PSNR"]
+        quality += [" · ", element("b", f"{item.ssim:.3f}"), " SSIM"] if item.ssim is not None else []
+        height, width = item.original.height, item.original.width
+        cards.append(
+            element(
+                "figure",
+                element("div", clips.embed(pair, label, scale=scale), gap, class_="frame"),
+                element(
+                    "figcaption",
+                    element("span", name, class_="prompt") if name else None,
+                    element("span", *quality, class_="quality"),
+                    element("span", f"{len(pair.frames)}×{height}×{width}", class_="small"),
+                ),
+                class_="card",
+                style=f"--w:{round(pair.width * scale)}px",
+            )
+        )
+    note = element("p", "Left the original, right what the autoencoder makes of it.", class_="muted")
+    return _section(
+        "reconstructions", "Reconstructions", note, element("div", *cards, class_="grid"), count=str(len(items))
+    )
+
+
+def _decibel(value: int | float) -> str:
+    return "∞" if value == float("inf") else f"{value:.1f}"
+
+
+def _charts(charts: Sequence[Chart]) -> Section | None:
+    if not charts:
+        return None
+    panels = [
+        element(
+            "figure",
+            element("h3", chart.title),
+            line_chart(chart.title, [(curve.name, curve.steps, curve.values) for curve in chart.curves]),
+            element("figcaption", chart.note, class_="muted") if chart.note else None,
+            class_="panel",
+        )
+        for chart in charts
+    ]
+    return _section("curves", "Training", element("div", *panels, class_="panels"))
+
+
+def _commands(commands: Sequence[Command]) -> Section | None:
+    if not commands:
+        return None
+    blocks = [
+        element(
+            "div",
+            element("p", command.note) if command.note else None,
+            element(
+                "div",
+                element("pre", element("code", command.text), tabindex="0"),
+                element("button", "Copy", type="button", class_="copy"),
+                class_="command",
+            ),
+        )
+        for command in commands
+    ]
+    return _section("commands", "Sample more", *blocks)
+
+
+def _config(report: Report) -> Section | None:
+    if report.config is None:
+        return None
+    shown = element("details", element("summary", "The resolved config of this run"), json_block(report.config))
+    return _section("config", "Config", shown)
+
+
+def _asset(name: str) -> Markup:
+    return Markup(importlib.resources.files("dit_video.reports").joinpath(name).read_text(encoding="utf-8"))

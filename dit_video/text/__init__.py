@@ -1,0 +1,6 @@
+"""Tokenizers and text encoders."""
+
+from dit_video.text.bytes import ByteEncoder, ByteEncoderConfig, ByteTokenizer
+from dit_video.text.interface import TextEncoder, TextEncoderConfig, Tokenizer
+
+__all__ = ["ByteEncoder", "ByteEncoderConfig", "ByteTokenizer", "TextEncoder", "TextEncoderConfig", "Tokenizer"]

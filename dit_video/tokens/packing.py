@@ -1,0 +1,123 @@
+"""Rows: sequences of any length packed into one fixed length (NaViT, arXiv 2307.06304).
+
+A row holds up to `segments` clips one after the other, with their text in a row of its own. Segment ids say which token
+belongs to which clip (1, 2, …; 0 is padding); attention never crosses them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, UInt32
+
+from dit_video.arrays import AnyArray
+from dit_video.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowShape:
+    """What one row has room for: it fixes every array shape of a batch, so one program serves all clips."""
+
+    tokens: int
+    """video tokens (N)"""
+    text: int
+    """text tokens (S)"""
+    segments: int
+    """clips (G)"""
+
+
+class Item(NamedTuple):
+    """One clip to be packed."""
+
+    tokens: Float32[np.ndarray, "n p"]
+    coordinates: Float32[np.ndarray, "n 3"]
+    text: Int32[np.ndarray, " s"]
+    example: int
+    """Identity of the example for randomness: its rank in the epoch's plan, or a sample's number."""
+
+
+class Rows(NamedTuple):
+    """A batch of packed rows. `B` is absent in a single row; arrays are NumPy in the loader and JAX in the step."""
+
+    tokens: Float[AnyArray, "*B N p"]
+    segments: Int[AnyArray, "*B N"]
+    coordinates: Float[AnyArray, "*B N 3"]
+    text: Int[AnyArray, "*B S"]
+    text_segments: Int[AnyArray, "*B S"]
+    examples: UInt32[AnyArray, "*B G"]
+    """The example of segment g+1; meaningless where `valid` is false."""
+    valid: Bool[AnyArray, "*B G"]
+    """Which segments exist and count in the loss."""
+
+
+def pack(items: Sequence[Item], shape: RowShape, *, width: int) -> Rows:
+    """One row (no batch axis) with `items` in order; `width` is the number of values of a token.
+
+    Raises:
+      UserError: the items do not fit the row.
+    """
+    used = RowShape(
+        tokens=sum(len(item.tokens) for item in items),
+        text=sum(len(item.text) for item in items),
+        segments=len(items),
+    )
+    for name in ("tokens", "text", "segments"):
+        if getattr(used, name) > getattr(shape, name):
+            raise UserError(
+                f"a row has room for {getattr(shape, name)} {name}, {getattr(used, name)} were given; "
+                f"raise the row's {name} or give it fewer clips"
+            )
+    row = empty_row(shape, width=width)
+    start = text_start = 0
+    for index, item in enumerate(items):
+        stop, text_stop = start + len(item.tokens), text_start + len(item.text)
+        row.tokens[start:stop] = item.tokens
+        row.segments[start:stop] = index + 1
+        row.coordinates[start:stop] = item.coordinates
+        row.text[text_start:text_stop] = item.text
+        row.text_segments[text_start:text_stop] = index + 1
+        row.examples[index] = item.example
+        row.valid[index] = True
+        start, text_start = stop, text_stop
+    return row
+
+
+def empty_row(shape: RowShape, *, width: int) -> Rows:
+    """A row of padding alone."""
+    return Rows(
+        tokens=np.zeros((shape.tokens, width), np.float32),
+        segments=np.zeros((shape.tokens,), np.int32),
+        coordinates=np.zeros((shape.tokens, 3), np.float32),
+        text=np.zeros((shape.text,), np.int32),
+        text_segments=np.zeros((shape.text,), np.int32),
+        examples=np.zeros((shape.segments,), np.uint32),
+        valid=np.zeros((shape.segments,), bool),
+    )
+
+
+def unpack(tokens: Float[np.ndarray, "N p"], segments: Int[np.ndarray, " N"]) -> list[Float[np.ndarray, "n p"]]:
+    """The tokens of each segment of one row, in order."""
+    return [tokens[segments == index] for index in range(1, int(segments.max(initial=0)) + 1)]
+
+
+def to_tokens(values: Float[Array, "B G *rest"], segments: Int[Array, "B N"]) -> Float[Array, "B N *rest"]:
+    """Give every token its segment's value; padding gets the first segment's."""
+    return jax.vmap(lambda row, ids: row[ids])(values, jax.numpy.maximum(segments - 1, 0))
+
+
+def segment_mean(
+    values: Float[Array, "B N *rest"], segments: Int[Array, "B N"], *, count: int
+) -> Float[Array, "B count *rest"]:
+    """The mean over each segment's tokens; zero for a segment without any."""
+    member = (segments[..., None] == jax.numpy.arange(1, count + 1)).astype(values.dtype)  # B N G
+    total = jax.numpy.einsum("bn...,bng->bg...", values, member)
+    number = jax.numpy.maximum(member.sum(axis=1), 1)
+    return total / number.reshape(number.shape + (1,) * (values.ndim - 2))
+
+
+def segment_max(values: Float[Array, "B N"], segments: Int[Array, "B N"], *, count: int) -> Float[Array, "B count"]:
+    """The largest value in each segment, bit for bit; zero for a segment without tokens."""
+    member = segments[..., None] == jax.numpy.arange(1, count + 1)
+    return jax.numpy.where(member, values[..., None], -jax.numpy.inf).max(axis=1, where=member, initial=0.0)

@@ -1,0 +1,65 @@
+"""Latents to tokens and back: spacetime patches, in NumPy or JAX."""
+
+from typing import NamedTuple
+
+from einops import rearrange
+from jaxtyping import Float
+
+from dit_video.arrays import AnyArray
+from dit_video.errors import UserError
+
+
+class Grid(NamedTuple):
+    """A size over (time, height, width): of a clip in pixels, of latents, of a token grid, or a stride or patch."""
+
+    t: int
+    h: int
+    w: int
+
+    @property
+    def volume(self) -> int:
+        return self.t * self.h * self.w
+
+
+def token_grid(latents: Grid, patch: Grid) -> Grid:
+    """How many patches latents of this size have along each axis.
+
+    Raises:
+      UserError: the patch does not divide the latents.
+    """
+    if latents.t % patch.t or latents.h % patch.h or latents.w % patch.w:
+        raise UserError(
+            f"latents of {latents.t}x{latents.h}x{latents.w} are not divisible by the patch "
+            f"{patch.t}x{patch.h}x{patch.w}; use a clip size whose latents are multiples of the patch"
+        )
+    return Grid(latents.t // patch.t, latents.h // patch.h, latents.w // patch.w)
+
+
+def patchify(latents: Float[AnyArray, "*batch t h w c"], patch: Grid) -> Float[AnyArray, "*batch n p"]:
+    """Cut latents into patches: `n` tokens in (t, h, w) order, each of `p = patch volume * c` values in (t, h, w, c) order.
+
+    Raises:
+      UserError: the patch does not divide the latents.
+    """
+    token_grid(Grid(*latents.shape[-4:-1]), patch)
+    return rearrange(
+        latents,
+        "... (t pt) (h ph) (w pw) c -> ... (t h w) (pt ph pw c)",
+        pt=patch.t,
+        ph=patch.h,
+        pw=patch.w,
+    )
+
+
+def unpatchify(tokens: Float[AnyArray, "*batch n p"], grid: Grid, patch: Grid) -> Float[AnyArray, "*batch t h w c"]:
+    """Invert `patchify`; `grid` is the token grid."""
+    return rearrange(
+        tokens,
+        "... (t h w) (pt ph pw c) -> ... (t pt) (h ph) (w pw) c",
+        t=grid.t,
+        h=grid.h,
+        w=grid.w,
+        pt=patch.t,
+        ph=patch.h,
+        pw=patch.w,
+    )

@@ -1,0 +1,236 @@
+"""Checkpoints of a training state: saved in the background, restored bit for bit, onto any mesh.
+
+A checkpoint holds a nested dictionary of arrays, named by their paths in the state, and no type of Flax, optax or this
+package. Beside the arrays lies a JSON object: the format's number, every array's shape, dtype and digest, and what the
+caller wants to keep. The digest is checked after reading: storage that lost or changed bytes is noticed.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
+from jaxtyping import Array, UInt32
+
+from dit_video import tree as trees
+from dit_video.errors import MissingError, UserError
+
+FORMAT = 1
+
+_ORBAX = os.path.dirname(ocp.__file__)
+
+# Orbax reports each of its steps to the logger it shares with other packages, so its records are dropped by origin.
+logging.getLogger("absl").addFilter(
+    lambda record: record.levelno >= logging.WARNING or not record.pathname.startswith(_ORBAX)
+)
+
+
+class Checkpoints:
+    """The checkpoints of one run, in one folder; the newest `keep` stay. Nothing is touched before the first save."""
+
+    def __init__(self, folder: str | os.PathLike, *, keep: int = 2) -> None:
+        self.folder = Path(folder).absolute()
+        self.keep = keep
+        self._writer: ocp.CheckpointManager | None = None
+        self._unreadable: set[int] = set()
+
+    def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
+        """Copy `state` (a tree of JAX arrays) to the host and write it in the background; it may be donated at once.
+
+        Args:
+          step: how many steps made the state. Steps are saved in increasing order.
+          meta: what JSON can hold; tuples come back as lists.
+
+        Raises:
+          UserError: the folder has a checkpoint of this step or a later one, which is not of this run's past.
+          TypeError: JSON cannot hold `meta`.
+        """
+        self.wait()
+        writer = self._open()
+        for other in sorted(self._unreadable & set(writer.all_steps())):
+            writer.delete(other)
+        self._unreadable.clear()
+        newest = writer.latest_step()
+        if newest is not None and newest >= step:
+            raise UserError(
+                f"{self.folder} holds step {newest}, so step {step} cannot follow it; "
+                f"continue from step {newest}, remove it, or use another folder"
+            )
+        arrays = trees.flatten(state)
+        digests = jax.device_get({path: _digest(array) for path, array in arrays.items()})
+        table = {path: {**_kind(array), "digest": int(digests[path])} for path, array in arrays.items()}
+        document = json.loads(json.dumps({"format": FORMAT, "arrays": table, "meta": dict(meta)}))
+        saved = writer.save(
+            step,
+            args=ocp.args.Composite(
+                # Orbax cannot write an array without values; its shape and dtype are in the table.
+                state=ocp.args.StandardSave(trees.unflatten({path: a for path, a in arrays.items() if a.size})),
+                meta=ocp.args.JsonSave(document),
+            ),
+            force=True,
+        )
+        if not saved:
+            raise RuntimeError(f"the checkpoint of step {step} was not saved")
+
+    def wait(self) -> None:
+        """Return when all saves are on disk; raise what went wrong with them."""
+        if self._writer is not None:
+            self._writer.wait_until_finished()
+
+    def latest(self) -> int | None:
+        """The newest complete checkpoint's step, or None. One that `restore` found unreadable does not count."""
+        return max(self._steps(), default=None)
+
+    def restore(self, like: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+        """Read the state and its `meta`: of one step, or of the newest that can be read.
+
+        A newest checkpoint that cannot be read (half written, damaged) is passed over with a warning, and removed by
+        the next save.
+
+        Args:
+          like: a tree of `jax.ShapeDtypeStruct` with shardings: the result has its structure and its layout. Leaves
+            without a sharding go to the first device.
+
+        Raises:
+          MissingError: there is no checkpoint, or none of this step.
+          UserError: the checkpoint is of another config or format, or nothing can be read.
+        """
+        steps = sorted(self._steps(), reverse=True)
+        if not steps or (step is not None and step not in steps):
+            which = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+            has = f"; it has step {' and '.join(map(str, reversed(steps)))}" if steps else "; train first"
+            raise MissingError(f"{which} in {self.folder}{has}")
+        problem: Exception | None = None
+        for candidate in steps if step is None else [step]:
+            try:
+                result = self._read(candidate, like)
+            except UserError:
+                raise
+            except Exception as error:  # orbax and tensorstore raise nearly every kind for a damaged file
+                problem = error
+                if step is None:
+                    self._unreadable.add(candidate)
+                continue
+            if problem is not None:
+                warnings.warn(
+                    f"checkpoint {', '.join(map(str, sorted(self._unreadable)))} in {self.folder} cannot be read "
+                    f"({_line(problem)}); continuing from step {candidate}",
+                    stacklevel=2,
+                )
+            return result
+        which = f"step {step}" if step is not None else "any checkpoint"
+        raise UserError(
+            f"{which} in {self.folder} cannot be read ({_line(problem)}); remove the folder to start anew"
+        ) from problem
+
+    def _read(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+        with self._reader() as reader:
+            document = reader.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        where = self.folder / str(step)
+        if document.get("format") != FORMAT:
+            raise UserError(
+                f"{where} is of checkpoint format {document.get('format')}, this version reads {FORMAT}; "
+                "use the version that wrote it"
+            )
+        wanted = {path: _placed(leaf) for path, leaf in trees.flatten(like).items()}
+        _match(where, document["arrays"], wanted)
+        empty = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in wanted.items() if 0 in leaf.shape}
+        args = ocp.args.StandardRestore(trees.unflatten({path: s for path, s in wanted.items() if path not in empty}))
+        with self._reader() as reader:
+            arrays = empty | trees.flatten(reader.restore(step, args=ocp.args.Composite(state=args)).state)
+        digests = jax.device_get({path: _digest(array) for path, array in arrays.items()})
+        for path, digest in digests.items():
+            if int(digest) != document["arrays"][path]["digest"]:
+                raise ValueError(f"{path} is not what was written")
+        return trees.map_with_path(lambda path, _: arrays[path], like), document["meta"]
+
+    def _steps(self) -> set[int]:
+        """Complete checkpoints that are not known to be unreadable."""
+        if not self.folder.is_dir():
+            return set()
+        self.wait()
+        with self._reader() as reader:
+            return set(reader.all_steps()) - self._unreadable
+
+    @contextlib.contextmanager
+    def _reader(self) -> Iterator[ocp.CheckpointManager]:
+        """The manager that writes, if there is one; else one that sees the folder as it is now."""
+        if self._writer is not None:
+            yield self._writer
+            return
+        manager = self._manager()
+        try:
+            yield manager
+        finally:
+            manager.close()
+
+    def _open(self) -> ocp.CheckpointManager:
+        """The manager that writes. It clears what an interrupted save left, which only the run itself may do."""
+        if self._writer is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._writer = self._manager(max_to_keep=self.keep, cleanup_tmp_directories=True)
+        return self._writer
+
+    def _manager(self, **options: Any) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(create=False, **options),
+            item_handlers={"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
+        )
+
+
+@jax.jit
+def _digest(array: Array) -> UInt32[Array, ""]:
+    """A sum of the bits of all values, weighted by position, modulo 2^32: the same on every mesh."""
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        array = jax.random.key_data(array)
+    if array.dtype == jnp.bool_:
+        words = array.astype(jnp.uint32)
+    else:
+        unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(array.dtype.itemsize, jnp.uint32)
+        words = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
+    position = jnp.zeros(words.shape, jnp.uint32)
+    for axis, size in enumerate(words.shape):
+        position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    return jnp.sum(words * (2 * position + 1), dtype=jnp.uint32)
+
+
+def _kind(leaf: Any) -> dict[str, Any]:
+    return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+
+
+def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _match(where: Path, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise with the first difference between the arrays of a checkpoint and those of the state that is wanted."""
+    differences = [f"it lacks {path}" for path in wanted if path not in given]
+    differences += [f"it has {path}, which this run does not" for path in given if path not in wanted]
+    for path, leaf in wanted.items():
+        if path in given and (found := {name: given[path][name] for name in ("shape", "dtype")}) != _kind(leaf):
+            now = _kind(leaf)
+            differences.append(
+                f"{path} is {found['dtype']}{found['shape']} there and {now['dtype']}{now['shape']} here"
+            )
+    if differences:
+        more = f" (and {len(differences) - 1} more differences)" if len(differences) > 1 else ""
+        raise UserError(
+            f"checkpoint {where} is of another config: {differences[0]}{more}; "
+            "use the run's own config or another folder"
+        )
+
+
+def _line(error: Exception | None) -> str:
+    """The start of an error's message, on one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:120]}{'…' if len(text) > 120 else ''}"

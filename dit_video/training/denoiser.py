@@ -1,0 +1,81 @@
+"""The loss of a text-conditioned denoiser on packed rows."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dit_video.conditioning import drop_captions
+from dit_video.diffusion import FlowMatching, low_discrepancy
+from dit_video.dit import DitConfig, packed_denoise
+from dit_video.rng import example_keys, key
+from dit_video.text import TextEncoderConfig
+from dit_video.tokens import Rows, segment_mean, to_tokens
+
+
+class TextToVideo(nnx.Module):
+    """A denoiser with the text encoder that is trained with it."""
+
+    def __init__(self, dit: DitConfig, text: TextEncoderConfig, *, rngs: nnx.Rngs):
+        self.text = text.make(rngs)
+        self.dit = dit.make(rngs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserLoss:
+    """Mean over the clips of a batch of each clip's mean squared error."""
+
+    graph: nnx.GraphDef
+    objective: FlowMatching
+    caption_dropout: float
+    empty_caption: int
+    """the token that is the whole of an empty caption"""
+    seed: int
+
+    def __call__(self, params, rows: Rows, step: Array) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        count = rows.examples.shape[1]
+        time = self.times(rows, step)
+        noise = packed_noise(rows, example_keys(key(self.seed, "noise"), step, rows.examples))
+        keys = example_keys(key(self.seed, "caption dropout"), step, rows.examples)
+        drop = jax.vmap(jax.vmap(jax.random.uniform))(keys) < self.caption_dropout
+        text, text_segments = drop_captions(rows.text, rows.text_segments, drop, end=self.empty_caption)
+
+        model = nnx.merge(self.graph, params)
+        denoise = packed_denoise(
+            model.dit,
+            segments=rows.segments,
+            coordinates=rows.coordinates,
+            context=model.text(text, text_segments),
+            context_segments=text_segments,
+            count=count,
+        )
+        per_token = self.objective.loss(denoise, rows.tokens, noise, to_tokens(time, rows.segments))
+        per_example = segment_mean(per_token, rows.segments, count=count)
+        return (per_example * rows.valid).sum() / jnp.maximum(rows.valid.sum(), 1), {}
+
+    def times(self, rows: Rows, step: Array) -> Float[Array, "B G"]:
+        """Diffusion times, evenly spread over consecutive ranks of the plan."""
+        offset = jax.random.uniform(jax.random.fold_in(key(self.seed, "time"), step))
+        return self.objective.time(low_discrepancy(offset, rows.examples))
+
+
+def packed_noise(rows: Rows, keys: Array) -> Float[Array, "B N p"]:
+    """Standard normal noise; an example's depends on its key and its own tokens' order, not on the row around it."""
+    length, width = rows.tokens.shape[1:]
+    index = jnp.arange(length)[None] - segment_starts(rows)
+
+    def token(row_keys, segment, at):
+        return jax.random.normal(jax.random.fold_in(row_keys[jnp.maximum(segment - 1, 0)], at), (width,))
+
+    return jax.vmap(lambda row_keys, ids, at: jax.vmap(lambda i, a: token(row_keys, i, a))(ids, at))(
+        keys, rows.segments, index
+    )
+
+
+def segment_starts(rows: Rows) -> Array:
+    """Where each token's segment begins in its row."""
+    index = jnp.arange(rows.segments.shape[1])[None]
+    new = jnp.pad(rows.segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1) != rows.segments
+    return jax.lax.cummax(jnp.where(new, index, 0), axis=1)

@@ -1,0 +1,93 @@
+"""Optimizers from configs."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import optax
+from jaxtyping import PyTree
+
+from dit_video.errors import UserError
+from dit_video.tree import map_with_path
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW or Muon with warmup, a schedule, global clipping and frozen paths.
+
+    Muon orthogonalises the updates of the matrices inside the blocks, at the root mean square of an AdamW update
+    (arXiv 2502.16982, eq. 4); all other parameters get AdamW at the same learning rate.
+
+    Raises:
+      UserError: values out of range.
+    """
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 1e-4
+    schedule: Literal["constant", "cosine", "wsd"] = "constant"
+    warmup: int = 100
+    steps: int = 1000
+    """length of the schedule; `wsd` falls linearly to zero over the last fifth"""
+    b1: float = 0.9
+    b2: float = 0.99
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    frozen: tuple[str, ...] = ()
+    """regular expressions on parameter paths that are not trained"""
+
+    def __post_init__(self):
+        if self.learning_rate <= 0 or self.steps < 1 or not 0 <= self.warmup <= self.steps:
+            raise UserError(
+                f"an optimizer needs a positive learning rate and 0 <= warmup <= steps; got learning_rate="
+                f"{self.learning_rate}, warmup={self.warmup}, steps={self.steps}"
+            )
+
+
+def learning_rates(config: OptimizerConfig) -> optax.Schedule:
+    """The learning rate of each step."""
+    peak, rest = config.learning_rate, max(1, config.steps - config.warmup)
+    match config.schedule:
+        case "constant":
+            main = optax.constant_schedule(peak)
+        case "cosine":
+            main = optax.cosine_decay_schedule(peak, rest)
+        case "wsd":
+            decay = max(1, config.steps // 5)
+            main = optax.linear_schedule(peak, 0.0, decay, transition_begin=rest - decay)
+    warmup = optax.linear_schedule(peak / max(1, config.warmup), peak, max(1, config.warmup))
+    return optax.join_schedules([warmup, main], [config.warmup])
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """The optax transformation of a config."""
+    rates = learning_rates(config)
+    match config.kind:
+        case "adamw":
+            main = optax.adamw(rates, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
+        case "muon":
+            main = optax.contrib.muon(
+                rates,
+                weight_decay=config.weight_decay,
+                adam_b1=config.b1,
+                adam_b2=config.b2,
+                adam_weight_decay=config.weight_decay,
+                muon_weight_dimension_numbers=_matrices,
+                consistent_rms=0.2,
+            )
+    chain = optax.chain(optax.clip_by_global_norm(config.clip), main)
+    if not config.frozen:
+        return chain
+    return optax.partition(
+        {"train": chain, "frozen": optax.set_to_zero()},
+        lambda params: map_with_path(lambda path, _: "frozen" if _any(config.frozen, path) else "train", params),
+    )
+
+
+def _any(patterns: tuple[str, ...], path: str) -> bool:
+    return any(re.search(pattern, path) for pattern in patterns)
+
+
+def _matrices(params: PyTree) -> PyTree:
+    """Which parameters Muon updates: the kernels of linear maps inside the blocks, stacked or not."""
+    axes = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+    return map_with_path(lambda path, leaf: axes if re.search(r"blocks/.*kernel$", path) and leaf.ndim <= 3 else None, params)

@@ -1,0 +1,37 @@
+"""Nested dictionaries of arrays, addressed by paths such as `blocks/attention/query/kernel`."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """Leaves by path, in tree order."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested dictionary with these leaves."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def map_with_path(function: Callable[[str, Any], Any], tree: Any) -> Any:
+    """`function(path, leaf)` on every leaf."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: function(jax.tree_util.keystr(path, simple=True, separator="/"), leaf), tree
+    )
+
+
+def size(tree: Any) -> int:
+    """The number of values in all leaves."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,90 @@
+"""A clip: RGB frames, their rate and a caption."""
+
+import base64
+import html
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+
+from dit_video.errors import UserError
+from dit_video.files import atomic_path
+from dit_video.video.encode import FORMATS, encode_frames
+
+DISPLAY_HEIGHT = 192
+"""Pixels: a clip less high than this is shown enlarged by a whole number."""
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """Frames in sRGB, 0..255, `[T H W 3]`; an image is a clip of one frame.
+
+    Raises:
+      UserError: `frames` is empty or not uint8 `[T H W 3]`, or `fps` is not positive.
+    """
+
+    frames: UInt8[np.ndarray, "T H W 3"]
+    fps: float | int
+    """Frames a second, kept as a float; 1 for an image that was read from a file."""
+    caption: str = ""
+
+    def __post_init__(self):
+        frames = self.frames
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
+            raise UserError(
+                f"a clip's frames are uint8 [T H W 3] with at least one pixel, {frames.dtype} {list(frames.shape)} was "
+                "given; see dit_video.pixels.to_uint8"
+            )
+        if not 0 < self.fps < float("inf"):
+            raise UserError(f"a clip's fps is a positive number, {self.fps} was given")
+        object.__setattr__(self, "fps", float(self.fps))
+
+    @property
+    def height(self) -> int:
+        return self.frames.shape[1]
+
+    @property
+    def width(self) -> int:
+        return self.frames.shape[2]
+
+    @property
+    def duration(self) -> float:
+        """Seconds."""
+        return len(self.frames) / self.fps
+
+    def save(self, path: str | Path, *, crf: int | None = None) -> None:
+        """Write the file whole or not at all; the suffix chooses the format (mp4, webm, gif, png, apng).
+
+        Args:
+          path: its folder is made where it does not exist.
+          crf: quality of mp4 and webm, 0 (best) to 51; by default as in `dit_video.video.encode`.
+
+        Raises:
+          UserError: an unknown suffix, or frames that the format does not hold.
+        """
+        path = Path(path)
+        suffix = path.suffix.lower().removeprefix(".")
+        if suffix not in FORMATS:
+            raise UserError(f"{path} has no suffix of a known format; use one of .{', .'.join(FORMATS)}")
+        content = encode_frames(self.frames, self.fps, suffix, crf=crf)
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(content)
+
+    def _repr_html_(self) -> str:
+        """The clip inside the page, looping, enlarged without smoothing to at least 192 pixels of height."""
+        scale = max(1, -(-DISPLAY_HEIGHT // self.height))
+        style = f"width:{self.width * scale}px;height:{self.height * scale}px;image-rendering:pixelated"
+        title = html.escape(self.caption, quote=True)
+        if len(self.frames) == 1:
+            source = _inline(encode_frames(self.frames, self.fps, "png"), "image/png")
+            return f'<img src="{source}" alt="{title}" title="{title}" style="{style}">'
+        format = "webm" if self.height % 2 or self.width % 2 else "mp4"
+        source = _inline(encode_frames(self.frames, self.fps, format), f"video/{format}")
+        return (
+            f'<video src="{source}" title="{title}" style="{style}" autoplay loop muted playsinline controls></video>'
+        )
+
+
+def _inline(content: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

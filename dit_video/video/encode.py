@@ -1,0 +1,164 @@
+"""Frames to the bytes of a video or image file. The bytes are a function of the arguments alone (one thread)."""
+
+import io
+from fractions import Fraction
+from typing import TYPE_CHECKING, Literal, get_args
+
+import av
+import numpy as np
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+from jaxtyping import UInt8
+
+from dit_video.errors import UserError
+
+if TYPE_CHECKING:
+    from dit_video.video.clip import Clip
+
+Format = Literal["mp4", "webm", "gif", "png", "apng"]
+FORMATS: tuple[str, ...] = get_args(Format)
+CRF = {"mp4": 12, "webm": 12}
+"""Quality by default: no visible loss on clips of few pixels."""
+WORST_CRF = {"mp4": 51, "webm": 63}
+
+ACCURATE = (
+    Interpolation.BICUBIC
+    | Interpolation.FULL_CHR_H_INT
+    | Interpolation.FULL_CHR_H_INP
+    | Interpolation.ACCURATE_RND
+    | Interpolation.BITEXACT
+)
+"""swscale's flags: without them colours are off by several of 255 steps, and not alike on all processors."""
+
+
+def encode(clip: "Clip", format: Format, *, crf: int | None = None) -> bytes:
+    """A file's bytes.
+
+    mp4 is H.264 and webm is VP9, both 4:2:0 in BT.709, limited range, which every browser plays; gif has one palette of
+    256 colours and shows frames for whole hundredths of a second; png (one frame) and apng are lossless.
+
+    Args:
+      clip: what to encode.
+      format: the kind of file.
+      crf: quality of mp4 and webm, 0 (best) to 51 (mp4) or 63 (webm).
+
+    Raises:
+      UserError: frames that the format does not hold: an odd height or width as mp4, several frames as png.
+    """
+    return encode_frames(clip.frames, clip.fps, format, crf=crf)
+
+
+def encode_frames(frames: UInt8[np.ndarray, "T H W 3"], fps: float, format: str, *, crf: int | None = None) -> bytes:
+    """`encode` for frames that are not a `Clip`."""
+    if format not in FORMATS:
+        raise UserError(f"there is no format {format!r}; use one of {', '.join(FORMATS)}")
+    if crf is not None and format not in CRF:
+        raise UserError(f"crf={crf} is for {' and '.join(CRF)}; leave it out for {format}")
+    if crf is not None and not 0 <= crf <= WORST_CRF[format]:
+        raise UserError(f"crf={crf} is outside the range of {format}; use 0 to {WORST_CRF[format]}, less being better")
+    if format == "png":
+        return _png(frames)
+    if format == "gif":
+        return _gif(frames, fps)
+    if format == "apng":
+        options = {"pred": "mixed"}
+        return _mux(_rgb(frames), "apng", "apng", "rgb24", fps, options, container={"plays": "0"})
+    quality = CRF[format] if crf is None else crf
+    if format == "mp4":
+        return _h264(frames, fps, quality)
+    options = {"crf": str(quality), "b": "0", "deadline": "good", "cpu-used": "4", "row-mt": "0", "threads": "1"}
+    return _mux(_yuv(frames), "webm", "libvpx-vp9", "yuv420p", fps, options)
+
+
+def _h264(frames: UInt8[np.ndarray, "T H W 3"], fps: float, crf: int) -> bytes:
+    height, width = frames.shape[1:3]
+    if height % 2 or width % 2:
+        raise UserError(
+            f"mp4 (H.264, 4:2:0) needs an even height and width, {height}x{width} was given; write .webm, .gif or "
+            ".apng, or resize the clip"
+        )
+    options = {"crf": str(crf), "preset": "medium", "threads": "1"}
+    return _mux(_yuv(frames), "mp4", "libx264", "yuv420p", fps, options)
+
+
+def _mux(frames, format, codec, pixel_format, fps, options, *, container=None) -> bytes:
+    buffer = io.BytesIO()
+    rate = Fraction(fps).limit_denominator(60_000)
+    with av.open(buffer, "w", format=format, options={"fflags": "+bitexact", **(container or {})}) as output:
+        stream = None
+        for index, frame in enumerate(frames):
+            if stream is None:
+                stream = output.add_stream(codec, rate=rate, options=options)
+                stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, pixel_format
+                stream.time_base = stream.codec_context.time_base = 1 / rate
+                stream.codec_context.thread_count = 1
+                if pixel_format == "yuv420p":
+                    _tag_bt709(stream.codec_context)
+            frame.pts, frame.time_base = index, 1 / rate
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+def _tag_bt709(context) -> None:
+    context.colorspace = 1
+    context.color_primaries = 1
+    context.color_trc = 1
+    context.color_range = int(ColorRange.MPEG)
+
+
+def _rgb(frames: UInt8[np.ndarray, "T H W 3"]):
+    for frame in frames:
+        yield av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+
+
+def _yuv(frames: UInt8[np.ndarray, "T H W 3"]):
+    """4:2:0 in BT.709, limited range."""
+    reformatter = VideoReformatter()
+    for image in _rgb(frames):
+        yield reformatter.reformat(
+            image,
+            format="yuv420p",
+            src_color_range=ColorRange.JPEG,
+            dst_colorspace=Colorspace.ITU709,
+            dst_color_range=ColorRange.MPEG,
+            interpolation=ACCURATE,
+            threads=1,
+        )
+
+
+def _png(frames: UInt8[np.ndarray, "T H W 3"]) -> bytes:
+    if len(frames) != 1:
+        raise UserError(f"png holds one frame, the clip has {len(frames)}; write .apng, .gif, .mp4 or .webm")
+    context = av.CodecContext.create("png", "w")
+    context.height, context.width, context.pix_fmt = frames.shape[1], frames.shape[2], "rgb24"
+    context.time_base, context.thread_count = Fraction(1, 1), 1
+    frame = next(_rgb(frames))
+    frame.pts, frame.time_base = 0, Fraction(1, 1)
+    return b"".join(bytes(packet) for packet in [*context.encode(frame), *context.encode(None)])
+
+
+def _gif(frames: UInt8[np.ndarray, "T H W 3"], fps: float) -> bytes:
+    """One palette for the whole clip, no dithering (it would shimmer)."""
+    rate, size = Fraction(fps).limit_denominator(60_000), f"{frames.shape[2]}x{frames.shape[1]}"
+    graph = av.filter.Graph()
+    graph.threads = 1
+    arguments = f"video_size={size}:pix_fmt=rgb24:time_base={rate.denominator}/{rate.numerator}:pixel_aspect=1/1"
+    source = graph.add("buffer", arguments)
+    split, palette = graph.add("split"), graph.add("palettegen", "stats_mode=full:reserve_transparent=0")
+    use, sink = graph.add("paletteuse", "dither=none"), graph.add("buffersink")
+    source.link_to(split)
+    split.link_to(use, 0, 0)
+    split.link_to(palette, 1, 0)
+    palette.link_to(use, 0, 1)
+    use.link_to(sink)
+    graph.configure()
+    for index, frame in enumerate(_rgb(frames)):
+        frame.pts, frame.time_base = index, 1 / rate
+        source.push(frame)
+    source.push(None)
+
+    def quantised():
+        for _ in frames:
+            yield sink.pull()
+
+    return _mux(quantised(), "gif", "gif", "pal8", fps, {})

@@ -1,0 +1,119 @@
+"""Training sizes: within the limits, never enlarged, the shape kept."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dit_video.data.ingest import ingest
+from dit_video.data.sizes import SizeLimits, fit, read_fitted, sampled_fps, sampled_frames
+from dit_video.data.source import ClipInfo, ClipSource
+from dit_video.errors import UserError
+from dit_video.tokens import Grid
+from dit_video.video import Clip
+
+STRIDE = Grid(4, 16, 16)
+
+
+def info(frames=17, height=480, width=640, fps=30.0):
+    return ClipInfo("a.mp4", "", height, width, frames, fps)
+
+
+def limits(max_pixels=10**9, max_frames=10**6, multiple=STRIDE, fps=None):
+    return SizeLimits(max_pixels=max_pixels, max_frames=max_frames, multiple=multiple, fps=fps)
+
+
+@pytest.mark.parametrize(
+    ("clip", "limit", "expected"),
+    [
+        (info(), limits(), (17, 480, 640)),
+        (info(), limits(max_pixels=96 * 128), (17, 96, 128)),
+        (info(frames=16), limits(), (13, 480, 640)),
+        (info(frames=1), limits(), (1, 480, 640)),
+        (info(frames=100), limits(max_frames=36), (33, 480, 640)),
+        (info(frames=60), limits(fps=10.0), (17, 480, 640)),  # 20 frames at 10 fps
+        (info(frames=9, fps=5.0), limits(fps=10.0), (9, 480, 640)),  # no frame is doubled
+        (info(height=32, width=48), limits(multiple=Grid(4, 8, 8)), (17, 32, 48)),
+        (info(height=720, width=1280), limits(max_pixels=144 * 256), (17, 144, 256)),
+        (info(height=1280, width=720), limits(max_pixels=144 * 256), (17, 256, 144)),
+    ],
+)
+def test_known_sizes(clip, limit, expected):
+    assert fit(clip, limit) == expected
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    height=st.integers(16, 2200),
+    width=st.integers(16, 2200),
+    frames=st.integers(1, 500),
+    max_pixels=st.integers(16 * 16, 10**6),
+    max_frames=st.integers(1, 200),
+    fps=st.sampled_from([None, 8.0, 24.0, 60.0]),
+)
+def test_limits_hold(height, width, frames, max_pixels, max_frames, fps):
+    clip, limit = info(frames, height, width), limits(max_pixels, max_frames, fps=fps)
+    try:
+        size = fit(clip, limit)
+    except UserError:
+        # Only where no size of one multiple along the short side keeps the shape.
+        assert max(height, width) / min(height, width) > max_pixels / 256 - 1
+        return
+    assert size.t <= min(sampled_frames(clip, limit), max_frames)
+    assert (size.t - 1) % 4 == 0
+    assert size.t + 4 > min(sampled_frames(clip, limit), max_frames)
+    assert size.h % 16 == size.w % 16 == 0
+    assert size.h <= height
+    assert size.w <= width
+    assert size.h * size.w <= max_pixels
+    ratio = width / height
+    assert abs(size.w - size.h * ratio) <= 8 or abs(size.h - size.w / ratio) <= 8
+    # The largest: with both sides a multiple longer, it breaks a limit.
+    assert (size.h + 16) * (size.w + 16) > max_pixels or size.h + 16 > height or size.w + 16 > width
+
+
+def test_refusals():
+    with pytest.raises(UserError, match="8x640 pixels, less than one multiple of 16x16"):
+        fit(info(height=8), limits())
+    with pytest.raises(UserError, match="keeps its shape"):
+        fit(info(height=32, width=3200), limits(max_pixels=1024))
+    with pytest.raises(UserError, match="max_pixels=100"):
+        limits(max_pixels=100)
+    with pytest.raises(UserError, match="max_frames=0"):
+        limits(max_frames=0)
+    with pytest.raises(UserError, match="fps=0"):
+        limits(fps=0.0)
+    with pytest.raises(UserError, match="multiple"):
+        limits(multiple=Grid(0, 8, 8))
+
+
+def test_read_fitted(tmp_path):
+    (tmp_path / "clips").mkdir()
+    frames = np.repeat(np.arange(20, dtype=np.uint8) * 12, 32 * 32 * 3).reshape(20, 32, 32, 3)
+    Clip(frames=frames, fps=20).save(tmp_path / "clips" / "a.apng")
+    Clip(frames=frames[5:6], fps=20).save(tmp_path / "clips" / "b.png")
+    ingest(tmp_path / "clips", tmp_path / "data")
+    source = ClipSource(tmp_path / "data")
+    limit = limits(max_pixels=16 * 16, max_frames=5, fps=10.0)
+    assert sampled_fps(source.infos[0], limit) == 10
+    clip = read_fitted(source, 0, limit)
+    assert clip.fps == 10
+    assert clip.frames.shape == (5, 16, 16, 3)
+    assert clip.frames[:, 0, 0, 0].tolist() == [0, 24, 48, 72, 96]
+    clip = read_fitted(source, 0, limit, start=4)
+    assert clip.frames[:, 0, 0, 0].tolist() == [96, 120, 144, 168, 192]
+    assert read_fitted(source, 1, limit).frames[:, 0, 0, 0].tolist() == [60]
+    with pytest.raises(UserError, match="5 from frame 6 on"):
+        read_fitted(source, 0, limit, start=6)
+
+
+def test_irregular_timestamps_count_frames(tmp_path):
+    """A clip whose average rate promises more frames than its timestamps give is still read whole."""
+    (tmp_path / "clips").mkdir()
+    frames = np.repeat(np.arange(20, dtype=np.uint8) * 12, 32 * 32 * 3).reshape(20, 32, 32, 3)
+    Clip(frames=frames, fps=20).save(tmp_path / "clips" / "a.apng")
+    ingest(tmp_path / "clips", tmp_path / "data")
+    source = ClipSource(tmp_path / "data")
+    source.infos = (source.infos[0]._replace(fps=10.0),)  # half the true rate: twice the true duration
+    clip = read_fitted(source, 0, limits(max_frames=9, fps=5.0), start=1)
+    assert clip.frames[:, 0, 0, 0].tolist() == [24, 48, 72, 96, 120, 144, 168, 192, 216]

@@ -1,0 +1,107 @@
+"""Windows for the autoencoder: a function of seed and step, whatever is cached."""
+
+import numpy as np
+import pytest
+
+from dit_video.data.ingest import ingest
+from dit_video.data.sizes import SizeLimits
+from dit_video.data.source import ClipSource
+from dit_video.data.windows import WindowConfig, windows
+from dit_video.errors import UserError
+from dit_video.tokens import Grid
+from dit_video.video import Clip
+
+LIMITS = SizeLimits(max_pixels=32 * 48, max_frames=9, multiple=Grid(4, 8, 8))
+CONFIG = WindowConfig(size=Grid(5, 16, 16), batch=3)
+
+
+def numbered(frames: int, height: int, width: int, number: int) -> np.ndarray:
+    """Red says which clip, green which frame, blue which column."""
+    clip = np.zeros((frames, height, width, 3), np.uint8)
+    clip[..., 0] = number
+    clip[..., 1] = np.arange(frames)[:, None, None]
+    clip[..., 2] = np.arange(width)
+    return clip
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    root = tmp_path_factory.mktemp("windows")
+    (root / "clips").mkdir()
+    sizes = [(9, 32, 32), (9, 32, 48), (30, 32, 32), (3, 32, 32), (9, 8, 32), (5, 16, 16)]
+    for number, (frames, height, width) in enumerate(sizes):
+        clip = Clip(frames=numbered(frames, height, width, number), fps=10)
+        clip.save(root / "clips" / f"{number}.apng")
+    ingest(root / "clips", root / "data")
+    return ClipSource(root / "data")
+
+
+def take(source, count, **options):
+    batches = windows(source, CONFIG, limits=LIMITS, seed=options.pop("seed", 0), **options)
+    return [next(batches) for _ in range(count)]
+
+
+def test_shape_and_clips_left_out(source):
+    batches = windows(source, CONFIG, limits=LIMITS, seed=0)
+    batch = next(batches)
+    assert batch.shape == (3, 5, 16, 16, 3)
+    assert batch.dtype == np.uint8
+    assert batches.clips == (0, 1, 2, 5)
+    assert batches.left_out == ("3.apng", "4.apng")
+
+
+def test_windows_are_cut_out_of_clips(source):
+    frames, columns = set(), set()
+    for batch in take(source, 40):
+        for window in batch:
+            assert len(np.unique(window[..., 0])) == 1
+            assert (np.diff(window[:, 0, 0, 1].astype(int)) == 1).all()
+            assert (np.diff(window[0, 0, :, 2].astype(int)) == 1).all()
+            if window[0, 0, 0, 0] == 2:
+                frames.add(int(window[0, 0, 0, 1]))
+            if window[0, 0, 0, 0] == 1:
+                columns.add(int(window[0, 0, 0, 2]))
+    assert max(frames) == 25  # the clip of 30 frames is used to its end, beyond max_frames
+    assert len(frames) > 10
+    assert len(columns) > 10
+
+
+def test_every_clip_once_an_epoch(source):
+    numbers = np.concatenate([batch[:, 0, 0, 0, 0] for batch in take(source, 8)])
+    for epoch in numbers.reshape(-1, 4):
+        assert sorted(epoch.tolist()) == [0, 1, 2, 5]
+    assert len({tuple(epoch) for epoch in numbers.reshape(-1, 4).tolist()}) > 1
+
+
+def test_a_function_of_seed_and_step(source):
+    batches = take(source, 6)
+    for resumed, batch in zip(take(source, 2, start_step=4), batches[4:], strict=True):
+        np.testing.assert_array_equal(resumed, batch)
+    for uncached, batch in zip(take(source, 6, cache_bytes=0), batches, strict=True):
+        np.testing.assert_array_equal(uncached, batch)
+    assert not np.array_equal(take(source, 1, seed=1)[0], batches[0])
+
+
+def test_cache_decodes_once(source, monkeypatch):
+    from dit_video.data import sizes
+
+    decoded = []
+    real = sizes.decode
+    monkeypatch.setattr(sizes, "decode", lambda *a, **k: decoded.append(1) or real(*a, **k))
+    take(source, 60)
+    assert len(decoded) == 3 + 4  # three short clips, and the four stretches of the long one
+    decoded.clear()
+    take(source, 4, cache_bytes=0)
+    assert len(decoded) == 12
+
+
+def test_a_data_set_smaller_than_a_batch(source):
+    batches = windows(source.select(["5.apng"]), CONFIG, limits=LIMITS, seed=0)
+    np.testing.assert_array_equal(next(batches), np.stack([numbered(5, 16, 16, 5)] * 3))
+
+
+def test_refusals(source):
+    with pytest.raises(UserError, match=r"none of the 6 clips has a window of 17x16x16"):
+        windows(source, WindowConfig(size=Grid(17, 16, 16), batch=1), limits=LIMITS, seed=0)
+    with pytest.raises(UserError, match="at least 1"):
+        WindowConfig(size=Grid(1, 16, 16), batch=0)

@@ -1,0 +1,95 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dit_video.errors import UserError
+from dit_video.tokens import Grid, Item, RowShape, coordinates, empty_row, pack, segment_mean, to_tokens, unpack
+
+WIDTH = 3
+
+
+def item(grid: Grid, text: int, example: int) -> Item:
+    draw = np.random.default_rng(example)
+    return Item(
+        tokens=draw.normal(size=(grid.volume, WIDTH)).astype(np.float32),
+        coordinates=coordinates(grid),
+        text=draw.integers(1, 99, text).astype(np.int32),
+        example=example,
+    )
+
+
+ITEMS = [item(Grid(2, 2, 2), 3, 7), item(Grid(1, 2, 3), 5, 2**32 - 1)]
+SHAPE = RowShape(tokens=20, text=10, segments=3)
+
+
+def test_a_row_holds_items_in_order_and_then_padding():
+    row = pack(ITEMS, SHAPE, width=WIDTH)
+    assert row.segments.tolist() == [1] * 8 + [2] * 6 + [0] * 6
+    assert row.text_segments.tolist() == [1] * 3 + [2] * 5 + [0] * 2
+    assert row.valid.tolist() == [True, True, False]
+    assert row.examples[:2].tolist() == [7, 2**32 - 1]
+    np.testing.assert_array_equal(row.tokens[:8], ITEMS[0].tokens)
+    np.testing.assert_array_equal(row.tokens[8:14], ITEMS[1].tokens)
+    np.testing.assert_array_equal(row.coordinates[8:14], ITEMS[1].coordinates)
+    np.testing.assert_array_equal(row.text[3:8], ITEMS[1].text)
+    assert not row.tokens[14:].any()
+    assert not row.coordinates[14:].any()
+    assert not row.text[8:].any()
+
+
+def test_a_row_that_is_exactly_full():
+    row = pack(ITEMS, RowShape(tokens=14, text=8, segments=2), width=WIDTH)
+    assert row.segments.min() == 1
+    assert row.valid.all()
+
+
+def test_an_empty_row_is_a_row_of_no_items():
+    for left, right in zip(pack([], SHAPE, width=WIDTH), empty_row(SHAPE, width=WIDTH), strict=True):
+        assert left.dtype == right.dtype
+        np.testing.assert_array_equal(left, right)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(*[st.integers(1, 3)] * 3), max_size=4))
+def test_unpack_inverts_pack(sizes):
+    items = [item(Grid(*size), 1, index) for index, size in enumerate(sizes)]
+    row = pack(items, RowShape(tokens=120, text=8, segments=4), width=WIDTH)
+    found = unpack(row.tokens, row.segments)
+    assert len(found) == len(items)
+    for tokens, packed in zip(found, items, strict=True):
+        np.testing.assert_array_equal(tokens, packed.tokens)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        (RowShape(tokens=13, text=10, segments=3), r"room for 13 tokens, 14 were given; raise the row's tokens"),
+        (RowShape(tokens=20, text=7, segments=3), r"room for 7 text, 8 were given"),
+        (RowShape(tokens=20, text=10, segments=1), r"room for 1 segments, 2 were given"),
+    ],
+)
+def test_items_that_do_not_fit(shape, message):
+    with pytest.raises(UserError, match=message):
+        pack(ITEMS, shape, width=WIDTH)
+
+
+def test_values_of_segments_reach_their_tokens_and_their_mean_comes_back():
+    row = pack(ITEMS, SHAPE, width=WIDTH)
+    segments = jnp.asarray(row.segments)[None]
+    values = jnp.asarray([[[1.0, 10.0], [2.0, 20.0], [9.0, 90.0]]])
+    spread = to_tokens(values, segments)
+    assert spread.shape == (1, 20, 2)
+    np.testing.assert_array_equal(spread[0, :8], np.tile([1.0, 10.0], (8, 1)))
+    np.testing.assert_array_equal(spread[0, 8:14], np.tile([2.0, 20.0], (6, 1)))
+    mean = segment_mean(spread, segments, count=3)
+    np.testing.assert_allclose(mean[0], [[1, 10], [2, 20], [0, 0]], rtol=1e-6)
+
+
+def test_the_mean_ignores_padding_and_other_segments():
+    row = pack(ITEMS, SHAPE, width=WIDTH)
+    noise = np.random.default_rng(1).normal(size=(1, 20)).astype(np.float32)
+    mean = jax.jit(segment_mean, static_argnames="count")(jnp.asarray(noise), jnp.asarray(row.segments)[None], count=2)
+    np.testing.assert_allclose(mean[0], [noise[0, :8].mean(), noise[0, 8:14].mean()], rtol=1e-5)

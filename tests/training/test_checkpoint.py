@@ -1,0 +1,278 @@
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dit_video.errors import MissingError, UserError
+from dit_video.training.checkpoint import Checkpoints
+
+ROOT = Path(__file__).parents[2]
+
+# Reading a damaged checkpoint leaves futures of orbax behind, which complain when they are collected.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class State:
+    step: Any
+    params: Any
+    opt_state: Any
+    extra: Any
+
+
+def example(seed: int = 0, width: int = 5) -> State:
+    keys = jax.random.split(jax.random.key(seed), 3)
+    params = {
+        "blocks": {"up": {"kernel": jax.random.normal(keys[0], (2, 3, width))}},
+        "list": [jnp.arange(3, dtype=jnp.int32), jax.random.normal(keys[1], (4,), jnp.bfloat16)],
+    }
+    moving = {"kernel": params["blocks"]["up"]["kernel"]}
+    return State(
+        step=jnp.asarray(seed, jnp.int32),
+        params=params,
+        opt_state=optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)).init(moving),
+        extra={"counts": jax.random.bits(keys[2], (7,), jnp.uint32), "used": jnp.asarray([True, False]), "empty": {}},
+    )
+
+
+def like(state: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+
+
+def assert_same(left: Any, right: Any) -> None:
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        assert a.dtype == b.dtype
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def saved(folder: Path, steps: tuple[int, ...], **changes: Any) -> Checkpoints:
+    checkpoints = Checkpoints(folder, keep=len(steps))
+    for step in steps:
+        checkpoints.save(step, example(step, **changes), {"at": step})
+    checkpoints.wait()
+    return checkpoints
+
+
+def test_round_trip_is_bit_exact_and_keeps_the_structure(tmp_path):
+    state = example(3)
+    checkpoints = Checkpoints(tmp_path)
+    meta = {"plan": "a1", "nested": {"list": [1, 2.5, None, "é"]}}
+    checkpoints.save(3, state, meta)
+    for reader in (checkpoints, Checkpoints(tmp_path)):
+        restored, found = reader.restore(like(state))
+        assert_same(restored, state)
+        assert isinstance(restored.opt_state[1][0], optax.ScaleByAdamState)
+        assert found == meta
+
+
+def test_special_values_survive(tmp_path):
+    bits = np.asarray([0x7F800000, 0x7FC00001, 0x80000000, 1, 0xFF812345], np.uint32)
+    state = {"x": jnp.asarray(bits.view(np.float32)), "zero": jnp.zeros((0, 3))}
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state, {})
+    restored, _ = checkpoints.restore(like(state))
+    np.testing.assert_array_equal(np.asarray(restored["x"]).view(np.uint32), bits)
+
+
+def test_a_state_may_be_donated_at_once(tmp_path):
+    state = {"x": jnp.arange(2_000_000, dtype=jnp.float32), "step": jnp.asarray(0, jnp.int32)}
+    step = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
+    state = step(state)
+    want = np.array(state["x"])
+    shapes = like(state)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state, {})
+    for _ in range(5):
+        state = step(state)
+    jax.block_until_ready(state)
+    restored, _ = checkpoints.restore(shapes)
+    np.testing.assert_array_equal(restored["x"], want)
+    assert int(restored["step"]) == 1
+
+
+def test_the_newest_stay(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep=2)
+    assert checkpoints.latest() is None
+    assert not (tmp_path / "run").exists()
+    for step in (5, 10, 15):
+        checkpoints.save(step, example(step), {})
+    assert checkpoints.latest() == 15
+    assert Checkpoints(tmp_path / "run" / "checkpoints").latest() == 15
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["10", "15"]
+    assert int(checkpoints.restore(like(example()), step=10)[0].step) == 10
+
+
+def test_a_step_is_not_saved_over_its_future(tmp_path):
+    saved(tmp_path, (5, 10))
+    for step in (7, 10):
+        with pytest.raises(UserError, match=rf"holds step 10, so step {step} cannot follow it"):
+            Checkpoints(tmp_path).save(step, example(), {})
+    assert Checkpoints(tmp_path).latest() == 10
+    with pytest.raises(TypeError):
+        Checkpoints(tmp_path).save(11, example(), {"path": Path()})
+
+
+def test_missing_checkpoints(tmp_path):
+    with pytest.raises(MissingError, match=r"no checkpoint in .*; train first"):
+        Checkpoints(tmp_path / "none").restore(like(example()))
+    saved(tmp_path, (5, 10))
+    with pytest.raises(MissingError, match=r"no checkpoint of step 7 in .*; it has step 5 and 10"):
+        Checkpoints(tmp_path).restore(like(example()), step=7)
+
+
+def test_another_config_is_named_by_its_first_difference(tmp_path):
+    state = example()
+    checkpoints = saved(tmp_path, (1,))
+    with pytest.raises(
+        UserError,
+        match=r"another config: params/blocks/up/kernel is float32\[2, 3, 5\] there and float32\[2, 3, 6\] here "
+        r"\(and 2 more differences\)",
+    ):
+        checkpoints.restore(like(example(width=6)))
+    lacking = State(state.step, {**state.params, "new": jnp.ones(2)}, state.opt_state, state.extra)
+    with pytest.raises(UserError, match=r"it lacks params/new; use"):
+        checkpoints.restore(like(lacking))
+    with pytest.raises(UserError, match="it has extra/counts, which this run does not"):
+        checkpoints.restore(like(State(state.step, state.params, state.opt_state, {})))
+    cast = State(state.step.astype(jnp.uint32), state.params, state.opt_state, state.extra)
+    with pytest.raises(UserError, match=r"step is int32\[\] there and uint32\[\] here"):
+        checkpoints.restore(like(cast))
+
+
+def test_another_format_is_refused(tmp_path):
+    saved(tmp_path, (1,))
+    path = tmp_path / "1" / "meta" / "metadata"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
+    with pytest.raises(UserError, match="checkpoint format 99, this version reads 1"):
+        Checkpoints(tmp_path).restore(like(example()))
+
+
+@pytest.mark.filterwarnings("ignore:checkpoint 2")
+def test_every_damage_is_noticed_and_passed_over(tmp_path):
+    """Each file of the newest checkpoint in turn is gone, or cut in half; what is returned is exact."""
+    good = tmp_path / "good"
+    saved(good, (1, 2))
+    passed = 0
+    for path in files(good / "2"):
+        for half in (False, True):
+            folder = tmp_path / "damaged"
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(good, folder)
+            broken = folder / path.relative_to(good)
+            data = broken.read_bytes()
+            broken.write_bytes(data[: len(data) // 2]) if half else broken.unlink()
+            checkpoints = Checkpoints(folder)
+            try:
+                restored, meta = checkpoints.restore(like(example()))
+            except UserError as error:
+                pytest.fail(f"{path}: {error}")
+            assert_same(restored, example(meta["at"]))
+            assert checkpoints.latest() == meta["at"]
+            passed += meta["at"] == 1
+    assert passed >= 6
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+    state = {"x": jax.random.normal(jax.random.key(0), (100_000,))}
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state, {})
+    checkpoints.wait()
+    largest = max(files(tmp_path / "1"), key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+    with pytest.raises(UserError, match=r"any checkpoint in .* cannot be read"):
+        Checkpoints(tmp_path).restore(like(state))
+
+
+def test_training_goes_on_from_the_newest_good_one(tmp_path):
+    saved(tmp_path, (1, 2))
+    (tmp_path / "2" / "state" / "manifest.ocdbt").unlink()
+    (tmp_path / "3.orbax-checkpoint-tmp").mkdir()
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.latest() == 2
+    with pytest.raises(UserError, match=r"step 2 in .* cannot be read"):
+        checkpoints.restore(like(example()), step=2)
+    with pytest.warns(UserWarning, match=r"checkpoint 2 in .* cannot be read .*; continuing from step 1"):
+        state, meta = checkpoints.restore(like(example()))
+    assert_same(state, example(1))
+    assert meta == {"at": 1}
+    assert checkpoints.latest() == 1
+    checkpoints.save(2, example(2), {"at": 2})
+    checkpoints.wait()
+    assert_same(Checkpoints(tmp_path).restore(like(example()), step=2)[0], example(2))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+
+
+def test_nothing_is_printed(tmp_path, capfd, caplog):
+    with caplog.at_level(logging.INFO):
+        saved(tmp_path, (1, 2))
+        Checkpoints(tmp_path).restore(like(example()))
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", "")
+    assert [record.message for record in caplog.records if record.name == "absl"] == []
+
+
+def test_a_small_state_is_saved_in_a_second(tmp_path):
+    state = {str(index): jax.random.normal(jax.random.key(index), (256, 1024)) for index in range(40)}
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state, {})
+    checkpoints.wait()
+    began = time.perf_counter()
+    checkpoints.save(2, state, {})
+    checkpoints.wait()
+    assert time.perf_counter() - began < 5  # 0.3 s alone on two cores; the machine may be busy
+
+
+def test_a_checkpoint_moves_to_another_mesh(tmp_path):
+    """One device saves, eight read and save, one reads; the digest is the same everywhere."""
+    state = {"kernel": jax.random.normal(jax.random.key(0), (16, 64)), "count": jnp.asarray(3, jnp.int32)}
+    one = Checkpoints(tmp_path / "one")
+    one.save(1, state, {})
+    one.wait()
+    code = """
+        import sys
+        import jax, jax.numpy as jnp, numpy as np
+        from dit_video.distributed import MeshConfig, ShardingRules, make_mesh, shardings
+        from dit_video.training.checkpoint import Checkpoints
+        mesh = make_mesh(MeshConfig(fsdp=8))
+        shapes = {"kernel": jax.ShapeDtypeStruct((16, 64), jnp.float32), "count": jax.ShapeDtypeStruct((), jnp.int32)}
+        layout = shardings(shapes, mesh, ShardingRules(minimum=1))
+        like = jax.tree.map(lambda s, l: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=l), shapes, layout)
+        state, _ = Checkpoints(sys.argv[1] + "/one").restore(like)
+        assert state["kernel"].sharding == layout["kernel"]
+        assert len(state["kernel"].addressable_shards) == 8
+        eight = Checkpoints(sys.argv[1] + "/eight")
+        eight.save(1, state, {})
+        eight.wait()
+    """
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    process = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)],
+        env={**os.environ, **flags},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.returncode == 0, process.stderr
+    restored, _ = Checkpoints(tmp_path / "eight").restore(like(state))
+    assert_same(restored, state)

@@ -1,0 +1,119 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from dit_video.errors import UserError
+from dit_video.video import Clip, decode, encode
+
+
+def pattern(frames=5, height=32, width=48):
+    """Smooth enough for 4:2:0, other in every frame."""
+    t, y, x = np.meshgrid(np.arange(frames), np.arange(height), np.arange(width), indexing="ij")
+    values = np.stack([128 + 100 * np.sin(y / 6 + t), 4 * x + 10 * t, 200 - 3 * y + 5 * t], axis=-1)
+    return Clip(np.clip(values, 0, 255).astype(np.uint8), fps=8)
+
+
+@pytest.mark.parametrize("format", ["apng", "png"])
+@pytest.mark.parametrize(("height", "width"), [(32, 48), (7, 13), (1, 1)])
+def test_lossless_formats_return_the_same_pixels(format, height, width):
+    rng = np.random.default_rng(1)
+    frames = rng.integers(0, 256, (1 if format == "png" else 4, height, width, 3)).astype(np.uint8)
+    back = decode(encode(Clip(frames, fps=8), format))
+    np.testing.assert_array_equal(back.frames, frames)
+
+
+@pytest.mark.parametrize(("format", "mean", "fps"), [("mp4", 2.0, 8), ("webm", 2.0, 8), ("gif", 8.0, 8.3333)])
+def test_lossy_formats_return_nearly_the_same(format, mean, fps):
+    clip = pattern()
+    back = decode(encode(clip, format))
+    assert back.frames.shape == clip.frames.shape
+    assert back.fps == pytest.approx(fps, rel=1e-4)
+    assert np.abs(back.frames.astype(int) - clip.frames).mean() < mean
+
+
+def test_a_gif_lasts_as_long_as_its_clip():
+    import io
+
+    import av
+
+    with av.open(io.BytesIO(encode(pattern(frames=16), "gif"))) as container:
+        times = [frame.time for frame in container.decode(video=0)]
+    np.testing.assert_allclose(times, np.arange(16) / 8, atol=0.0051)
+
+
+@pytest.mark.parametrize("format", ["mp4", "webm"])
+@pytest.mark.parametrize("colour", [(232, 50, 46), (48, 200, 80), (56, 96, 240), (240, 240, 240), (0, 0, 0)])
+def test_colours_survive(format, colour):
+    frames = np.broadcast_to(np.asarray(colour, np.uint8), (2, 32, 32, 3)).copy()
+    back = decode(encode(Clip(frames, fps=8), format)).frames
+    assert np.abs(back.astype(int) - frames).max() <= 2
+
+
+def test_says_which_colour_space_it_uses():
+    import io
+
+    import av
+
+    for format in ("mp4", "webm"):
+        with av.open(io.BytesIO(encode(pattern(), format))) as container:
+            frame = next(container.decode(video=0))
+            assert (int(frame.colorspace), int(frame.color_range)) == (1, 1)
+            assert frame.format.name == "yuv420p"
+
+
+@pytest.mark.parametrize("format", ["mp4", "webm", "gif", "apng"])
+@pytest.mark.parametrize("fps", [8.0, 30.0, 24000 / 1001, 1.0])
+def test_keeps_the_rate_and_the_number_of_frames(format, fps):
+    clip = Clip(pattern(frames=7).frames, fps=fps)
+    back = decode(encode(clip, format))
+    assert len(back.frames) == 7
+    if format != "gif":  # in whole hundredths of a second
+        assert back.fps == pytest.approx(fps, rel=1e-3)
+
+
+@pytest.mark.parametrize("format", ["mp4", "webm", "gif", "apng"])
+def test_one_frame_is_a_video_too(format):
+    assert decode(encode(pattern(frames=1), format)).frames.shape == (1, 32, 48, 3)
+
+
+def test_odd_sizes():
+    odd = Clip(pattern(height=31, width=45).frames, fps=8)
+    with pytest.raises(UserError, match=r"even height and width, 31x45 .*\.webm, \.gif or \.apng"):
+        encode(odd, "mp4")
+    for format in ("webm", "gif", "apng"):
+        assert decode(encode(odd, format)).frames.shape == odd.frames.shape
+
+
+def test_png_is_for_one_frame():
+    with pytest.raises(UserError, match=r"png holds one frame, the clip has 5.*\.apng"):
+        encode(pattern(), "png")
+
+
+def test_crf_is_quality():
+    noise = Clip(np.random.default_rng(2).integers(0, 256, (4, 64, 64, 3)).astype(np.uint8), fps=8)
+    for format in ("mp4", "webm"):
+        assert len(encode(noise, format, crf=40)) < 0.7 * len(encode(noise, format))
+    with pytest.raises(UserError, match="mp4 and webm"):
+        encode(noise, "gif", crf=3)
+    with pytest.raises(UserError, match=r"crf=99.*0 to 51"):
+        encode(noise, "mp4", crf=99)
+
+
+def test_bytes_are_a_function_of_the_clip():
+    """Twice here and once in another process."""
+    code = (
+        "import sys, json, hashlib; sys.path.insert(0, sys.argv[1]);"
+        "from test_encode import digests; print(json.dumps(digests()))"
+    )
+    folder = __file__.rpartition("/")[0]
+    other = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=True)
+    assert digests() == digests() == json.loads(other.stdout)
+
+
+def digests():
+    import hashlib
+
+    return [hashlib.sha256(encode(pattern(), format)).hexdigest() for format in ("mp4", "webm", "gif", "apng")]
