@@ -7,41 +7,17 @@ starts where the best linear autoencoder ends.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dit_video.arrays import AnyArray
-from dit_video.autoencoder.interface import latent_grid
+from dit_video.autoencoder.linear import LinearAutoencoder
+from dit_video.autoencoder.patches import from_patches, to_patches
 from dit_video.nn import CausalConv, Linear, RmsNorm
 from dit_video.tokens import Grid
-
-
-def to_patches(pixels: Float[AnyArray, "B T H W 3"], stride: Grid) -> Float[AnyArray, "B t h w p"]:
-    """Causal patches: frame 0 repeated `stride.t` times is the first, then `stride.t` frames each.
-
-    Raises:
-      UserError: a size that does not fit the stride.
-    """
-    latent_grid(Grid(*pixels.shape[1:4]), stride)
-    xp = np if isinstance(pixels, np.ndarray) else jnp
-    padded = xp.concatenate([xp.repeat(pixels[:, :1], stride.t - 1, axis=1), pixels], axis=1)
-    return rearrange(
-        padded, "B (t pt) (h ph) (w pw) C -> B t h w (pt ph pw C)", pt=stride.t, ph=stride.h, pw=stride.w
-    )
-
-
-def from_patches(patches: Float[AnyArray, "B t h w p"], stride: Grid) -> Float[AnyArray, "B T H W 3"]:
-    """Invert `to_patches`; of the first patch, the last frame is kept."""
-    pixels = rearrange(
-        patches, "B t h w (pt ph pw C) -> B (t pt) (h ph) (w pw) C", pt=stride.t, ph=stride.h, pw=stride.w
-    )
-    return pixels[:, stride.t - 1 :]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +109,20 @@ class _LinearPath(nnx.Module):
 
     def decode(self, latents: Float[Array, "B t h w c"]) -> Float[Array, "B t h w p"]:
         return self.up(latents)
+
+
+def start_from_linear(params: dict[str, Any], linear: LinearAutoencoder) -> dict[str, Any]:
+    """Parameters of a `PatchVae` whose linear path is `linear`, scaled so that latents have about unit variance.
+
+    With the other weights as initialised (the network's output is zero) the autoencoder then equals `linear`.
+    """
+    scale = linear.scale
+    return params | {
+        "linear": {
+            "down": {"kernel": linear.basis / scale, "bias": -linear.mean @ linear.basis / scale},
+            "up": {"kernel": linear.basis.T * scale, "bias": linear.mean},
+        }
+    }
 
 
 class _Normalizer(nnx.Module):

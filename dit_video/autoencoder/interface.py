@@ -45,7 +45,9 @@ def latent_grid(clip: Grid, stride: Grid) -> Grid:
     for name, length, step in (("height", clip.h, stride.h), ("width", clip.w, stride.w)):
         if length < 1 or length % step:
             below = max(step, length - length % step)
-            raise UserError(f"{name} {length} is not divisible by the spatial stride {step}; use {below} or {below + step}")
+            raise UserError(
+                f"{name} {length} is not divisible by the spatial stride {step}; use {below} or {below + step}"
+            )
     return Grid(1 + (clip.t - 1) // stride.t, clip.h // stride.h, clip.w // stride.w)
 
 

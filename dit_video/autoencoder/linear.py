@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Float32
 
-from dit_video.autoencoder.causal import to_patches
+from dit_video.autoencoder.patches import to_patches
 from dit_video.tokens import Grid
 
 
@@ -18,18 +18,24 @@ class LinearAutoencoder(NamedTuple):
 
     mean: Float32[np.ndarray, " p"]
     basis: Float32[np.ndarray, "p c"]
+    scale: np.float32
+    """the root mean square of the latents over all channels"""
 
     def reconstruct(self, patches: Float[np.ndarray, "*batch p"]) -> Float[np.ndarray, "*batch p"]:
         """The nearest patches that `c` numbers each can express."""
         return (patches - self.mean) @ self.basis @ self.basis.T + self.mean
 
 
-def fit_linear(batches: Iterable[Float32[np.ndarray, "B T H W 3"]], *, stride: Grid, channels: int) -> LinearAutoencoder:
+def fit_linear(
+    batches: Iterable[Float32[np.ndarray, "B T H W 3"]], *, stride: Grid, channels: int
+) -> LinearAutoencoder:
     """Principal components of the causal patches of clips with pixels in [-1, 1], in float64."""
     count, total, products = 0, 0.0, 0.0
     for pixels in batches:
         patches = np.asarray(to_patches(pixels, stride), np.float64).reshape(-1, stride.volume * 3)
         count, total, products = count + len(patches), total + patches.sum(axis=0), products + patches.T @ patches
     mean = total / count
-    _, vectors = np.linalg.eigh(products / count - np.outer(mean, mean))
-    return LinearAutoencoder(mean.astype(np.float32), vectors[:, ::-1][:, :channels].astype(np.float32))
+    variances, vectors = np.linalg.eigh(products / count - np.outer(mean, mean))
+    basis = vectors[:, ::-1][:, :channels].astype(np.float32)
+    scale = np.sqrt(np.maximum(variances[::-1][:channels], 1e-8).mean())
+    return LinearAutoencoder(mean.astype(np.float32), basis, np.float32(scale))

@@ -3,18 +3,19 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from dit_video.tokens import to_tokens
+from dit_video.tokens import positions, to_tokens
 
 
 def drop_captions(
-    text: Int[Array, "B S"], segments: Int[Array, "B S"], drop: Bool[Array, "B G"], *, end: int
+    text: Int[Array, "B S"], segments: Int[Array, "B S"], drop: Bool[Array, "B G"], *, empty: tuple[int, ...]
 ) -> tuple[Int[Array, "B S"], Int[Array, "B S"]]:
-    """Replace the captions of the dropped segments by the empty caption: the token `end` alone.
+    """Replace the captions of the dropped segments by the empty caption, whose tokens are `empty`.
 
-    The first token of a dropped caption becomes `end`, its others become padding.
+    A dropped caption's first tokens become those of the empty one, its others become padding: exactly what the
+    unconditional branch of guidance is given. A caption has at least as many tokens as the empty one.
     """
-    before = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)))
-    first = segments != before
     dropped = to_tokens(drop, segments) & (segments > 0)
-    text = jnp.where(dropped, jnp.where(first, end, 0), text)
-    return text, jnp.where(dropped & ~first, 0, segments)
+    index = positions(segments)
+    kept = index < len(empty)
+    replacement = jnp.where(kept, jnp.asarray(empty, text.dtype)[jnp.minimum(index, len(empty) - 1)], 0)
+    return jnp.where(dropped, replacement, text), jnp.where(dropped & ~kept, 0, segments)

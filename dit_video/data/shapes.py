@@ -7,7 +7,6 @@ seventy-two descriptions (`HELD_OUT`) never occur in training, so that a model's
 import csv
 import io
 import itertools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,10 +246,9 @@ def write_folder(
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(("file_name", "text"))
-    digits = max(6, int(math.log10(count)) + 1)
     for index in range(count):
         description, geometry, size = draw(index, seed=seed, sizes=sizes)
-        name = f"clips/{index:0{digits}d}.{'png' if size.t == 1 else 'mp4'}"
+        name = f"clips/{index:06d}.{'png' if size.t == 1 else 'mp4'}"
         if not (folder / name).exists():
             render(description, geometry, frames=size.t, height=size.h, width=size.w).save(folder / name)
         writer.writerow((name, caption(description)))

@@ -14,9 +14,8 @@ _GOLDEN = 0.6180339887498949
 def low_discrepancy(offset: Float[Array, ""], ranks: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Numbers in [0, 1) that cover it evenly over consecutive ranks: `frac(offset + rank * golden ratio)`.
 
-    An example's number depends on its rank in the plan and not on its row, so it is the same on any mesh; over a batch
-    the variance of the loss is lower than with independent draws (arXiv 2107.00630, section 5.2 of its appendix, has the
-    stratified form).
+    An example's number depends on its rank in the plan and not on its row, so it is the same on any mesh. Over a batch
+    the variance of the loss is lower than with independent draws (arXiv 2107.00630 stratifies for the same reason).
     """
     # Reduced in integers: a float32 product of a large rank keeps no fraction.
     step = jnp.uint32(int(_GOLDEN * 2**32))

@@ -1,6 +1,7 @@
 """Layers: parameters in Flax NNX modules, computed with plain JAX."""
 
 from dit_video.nn.attention import Attention, Backend, make_attention
+from dit_video.nn.container import Make, graph_of, init_params, param_shapes
 from dit_video.nn.conv import CausalConv
 from dit_video.nn.embeddings import sinusoidal
 from dit_video.nn.linear import Linear
@@ -14,12 +15,16 @@ __all__ = [
     "CausalConv",
     "LayerNorm",
     "Linear",
+    "Make",
     "Remat",
     "RmsNorm",
     "apply_stack",
+    "graph_of",
+    "init_params",
     "layer_norm",
     "make_attention",
     "make_stack",
     "modulate",
+    "param_shapes",
     "sinusoidal",
 ]

@@ -1,6 +1,7 @@
 """Text as bytes, read by a small transformer that is trained with the denoiser: needs no download.
 
-The ids are ByT5's (arXiv 2105.13626): 0 is padding, 1 ends a text, byte `b` is `b + 3`.
+The ids are ByT5's (arXiv 2105.13626): 0 is padding, 1 ends a text, byte `b` is `b + 3`. As bytes are many and say
+little each, `patch` of them become one context token before the transformer (as in MegaByte, arXiv 2305.07185).
 """
 
 from dataclasses import dataclass
@@ -13,74 +14,76 @@ from jaxtyping import Array, Float, Int, Int32
 
 from dit_video.errors import UserError
 from dit_video.nn import LayerNorm, Linear, apply_stack, make_attention, make_stack, sinusoidal
-from dit_video.text.interface import Tokenizer
+from dit_video.text.interface import Context, Tokenizer
+from dit_video.tokens import positions
 
 VOCABULARY = 256 + 3
-END = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class ByteEncoderConfig:
-    """A pre-norm transformer over bytes.
+    """A pre-norm transformer over patches of bytes.
 
     Raises:
-      UserError: the width is not divisible by the heads.
+      UserError: a width that is not divisible by the heads, or a limit that is not divisible by the patch.
     """
 
     width: int = 96
     layers: int = 2
     heads: int = 4
     max_tokens: int = 256
-    neighbours: int = 4
-    """Every byte first sees itself and the `neighbours - 1` bytes before it, so that letters are words early in training."""
+    """bytes and the end token, filled up to whole patches"""
+    patch: int = 4
 
     def __post_init__(self):
         if self.width % self.heads:
             raise UserError(f"text width {self.width} must be divisible by its {self.heads} heads")
+        if self.patch < 1 or self.max_tokens % self.patch:
+            raise UserError(f"max_tokens {self.max_tokens} must be divisible by the patch of {self.patch} bytes")
 
     def make(self, rngs: nnx.Rngs) -> "ByteEncoder":
         return ByteEncoder(self, rngs=rngs)
 
     def tokenizer(self) -> Tokenizer:
-        return ByteTokenizer(self.max_tokens)
+        return ByteTokenizer(self.max_tokens, self.patch)
 
 
 class ByteTokenizer:
-    """ByT5's tokenizer from `transformers`, which needs no files."""
+    """ByT5's tokenizer from `transformers`, which needs no files; texts are filled up to whole patches."""
 
-    def __init__(self, max_tokens: int):
-        self.max_tokens = max_tokens
-        self._tokenizer = None
+    def __init__(self, max_tokens: int, patch: int):
+        from transformers.models.byt5.tokenization_byt5 import ByT5Tokenizer
+
+        self.max_tokens, self.patch = max_tokens, patch
+        self._tokenizer = ByT5Tokenizer(extra_ids=0)
 
     def __call__(self, text: str) -> Int32[np.ndarray, " s"]:
-        """UTF-8 bytes and the end token, truncated to `max_tokens` tokens."""
-        if self._tokenizer is None:
-            from transformers.models.byt5.tokenization_byt5 import ByT5Tokenizer
-
-            self._tokenizer = ByT5Tokenizer(extra_ids=0)
+        """UTF-8 bytes, the end token and padding up to a multiple of the patch; at most `max_tokens`."""
         ids = self._tokenizer(text, truncation=True, max_length=self.max_tokens)["input_ids"]
-        return np.asarray(ids, np.int32)
-
-    def __getstate__(self):
-        return {"max_tokens": self.max_tokens, "_tokenizer": None}
+        return np.asarray(ids + [0] * (-len(ids) % self.patch), np.int32)
 
 
 class ByteEncoder(nnx.Module):
-    """Bytes to context vectors; texts packed in a row do not see each other."""
+    """Bytes to context; texts packed in a row do not see each other. A row's length is a multiple of the patch."""
 
     def __init__(self, config: ByteEncoderConfig, *, rngs: nnx.Rngs):
         self.config = config
-        width = config.width
-        self.embedding = nnx.Param(0.5 * nnx.initializers.normal(1.0)(rngs.params(), (VOCABULARY, width)))
-        self.mix = Linear(config.neighbours * width, width, rngs=rngs)
+        width, patch = config.width, config.patch
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (VOCABULARY, width)))
+        self.neighbours = Linear(patch * width, width, rngs=rngs)
+        self.merge = Linear(patch * width, width, rngs=rngs)
         self.blocks = make_stack(lambda r: _Block(width, config.heads, rngs=r), config.layers, rngs=rngs)
         self.norm = LayerNorm(width)
 
-    def __call__(self, ids: Int[Array, "B S"], segments: Int[Array, "B S"]) -> Float[Array, "B S E"]:
-        x = self.embedding[...][ids]
-        x = x + self.mix(jnp.concatenate([_shift(x, segments, by) for by in range(self.config.neighbours)], axis=-1))
-        x = x + sinusoidal(positions(segments), self.config.width)
-        return self.norm(apply_stack(self.blocks, x, segments))
+    def __call__(self, ids: Int[Array, "B S"], segments: Int[Array, "B S"]) -> Context:
+        rows, patch, width = ids.shape[0], self.config.patch, self.config.width
+        letters = self.embedding[...][ids]
+        # Every byte sees those before it, so that words are alike wherever a patch begins.
+        near = self.neighbours(jnp.concatenate([_shift(letters, segments, by) for by in range(patch)], axis=-1))
+        x = self.merge(nnx.gelu(letters + near).reshape(rows, -1, patch * width))
+        segments = segments[:, ::patch]
+        x = x + sinusoidal(positions(segments), width)
+        return Context(self.norm(apply_stack(self.blocks, x, segments)), segments)
 
 
 class _Block(nnx.Module):
@@ -98,13 +101,6 @@ class _Block(nnx.Module):
         mixed = self.attention(q, k, v, q_segments=segments, kv_segments=segments)
         x = x + self.out(mixed.reshape(x.shape))
         return x + self.down(nnx.gelu(self.up(self.norm_mlp(x))))
-
-
-def positions(segments: Int[Array, "B S"]) -> Int[Array, "B S"]:
-    """The index of every token within its segment."""
-    index = jnp.arange(segments.shape[1])[None]
-    starts = jnp.concatenate([jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1)
-    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
 def _shift(x: Float[Array, "B S E"], segments: Int[Array, "B S"], by: int) -> Float[Array, "B S E"]:

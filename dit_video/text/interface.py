@@ -1,7 +1,7 @@
 """What a text encoder is to the rest: a tokenizer on the host, a module on packed rows of tokens."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from flax import nnx
@@ -11,10 +11,18 @@ Tokenizer = Callable[[str], Int32[np.ndarray, " s"]]
 """A caption to token ids. The empty caption gives at least one token: it is what an unconditional sample is given."""
 
 
+class Context(NamedTuple):
+    """What a denoiser attends to. An encoder may make fewer context tokens than it was given text tokens."""
+
+    values: Float[Array, "B M E"]
+    segments: Int[Array, "B M"]
+    """as in `Rows`: 0 is padding"""
+
+
 class TextEncoder(Protocol):
     """Packed token ids to context."""
 
-    def __call__(self, ids: Int[Array, "B S"], segments: Int[Array, "B S"]) -> Float[Array, "B S E"]: ...
+    def __call__(self, ids: Int[Array, "B S"], segments: Int[Array, "B S"]) -> Context: ...
 
 
 class TextEncoderConfig(Protocol):

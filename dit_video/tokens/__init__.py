@@ -1,7 +1,18 @@
 """Spacetime patches as sequences: patchify, coordinates, packing, rotary positions."""
 
 from dit_video.tokens.coordinates import coordinates
-from dit_video.tokens.packing import Item, Rows, RowShape, empty_row, pack, segment_max, segment_mean, to_tokens, unpack
+from dit_video.tokens.packing import (
+    Item,
+    Rows,
+    RowShape,
+    empty_row,
+    pack,
+    positions,
+    segment_max,
+    segment_mean,
+    to_tokens,
+    unpack,
+)
 from dit_video.tokens.patchify import Grid, patchify, token_grid, unpatchify
 from dit_video.tokens.rotary import Rotary3d, rotary_angles, rotate
 
@@ -15,6 +26,7 @@ __all__ = [
     "empty_row",
     "pack",
     "patchify",
+    "positions",
     "rotary_angles",
     "rotate",
     "segment_max",

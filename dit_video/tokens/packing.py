@@ -121,3 +121,10 @@ def segment_max(values: Float[Array, "B N"], segments: Int[Array, "B N"], *, cou
     """The largest value in each segment, bit for bit; zero for a segment without tokens."""
     member = segments[..., None] == jax.numpy.arange(1, count + 1)
     return jax.numpy.where(member, values[..., None], -jax.numpy.inf).max(axis=1, where=member, initial=0.0)
+
+
+def positions(segments: Int[Array, "B N"]) -> Int[Array, "B N"]:
+    """The index of every token within its segment (or within its run of padding)."""
+    index = jax.numpy.arange(segments.shape[1])[None]
+    starts = jax.numpy.pad(segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1) != segments
+    return index - jax.lax.cummax(jax.numpy.where(starts, index, 0), axis=1)

@@ -36,7 +36,7 @@ def token_grid(latents: Grid, patch: Grid) -> Grid:
 
 
 def patchify(latents: Float[AnyArray, "*batch t h w c"], patch: Grid) -> Float[AnyArray, "*batch n p"]:
-    """Cut latents into patches: `n` tokens in (t, h, w) order, each of `p = patch volume * c` values in (t, h, w, c) order.
+    """Cut latents into `n` tokens in (t, h, w) order, each of `p = patch volume * c` values in (t, h, w, c) order.
 
     Raises:
       UserError: the patch does not divide the latents.

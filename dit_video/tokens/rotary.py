@@ -45,7 +45,7 @@ def rotary_angles(coordinates: Float[Array, "*batch N 3"], rotary: Rotary3d) -> 
 def rotate(x: Float[Array, "*batch N K d"], angles: Float[Array, "*batch N half"]) -> Float[Array, "*batch N K d"]:
     """Turn the pairs (j, j + d/2) of each head by their angles, in float32.
 
-    Halves instead of neighbouring pairs: the same rotation after a fixed permutation of channels, without strided access.
+    Halves instead of neighbouring pairs: the same after a fixed permutation of channels, without strided access.
     """
     cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

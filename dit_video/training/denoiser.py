@@ -9,29 +9,24 @@ from jaxtyping import Array, Float
 
 from dit_video.conditioning import drop_captions
 from dit_video.diffusion import FlowMatching, low_discrepancy
-from dit_video.dit import DitConfig, packed_denoise
+from dit_video.dit import packed_denoise
 from dit_video.rng import example_keys, key
-from dit_video.text import TextEncoderConfig
-from dit_video.tokens import Rows, segment_mean, to_tokens
-
-
-class TextToVideo(nnx.Module):
-    """A denoiser with the text encoder that is trained with it."""
-
-    def __init__(self, dit: DitConfig, text: TextEncoderConfig, *, rngs: nnx.Rngs):
-        self.text = text.make(rngs)
-        self.dit = dit.make(rngs)
+from dit_video.tokens import Rows, positions, segment_mean, to_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiserLoss:
-    """Mean over the clips of a batch of each clip's mean squared error."""
+    """Mean over the clips of a batch of each clip's mean squared error.
 
-    graph: nnx.GraphDef
+    Parameters are `{"dit": ..., "text": ...}`: the text encoder is trained with the denoiser.
+    """
+
+    dit: nnx.GraphDef
+    text: nnx.GraphDef
     objective: FlowMatching
     caption_dropout: float
-    empty_caption: int
-    """the token that is the whole of an empty caption"""
+    empty_caption: tuple[int, ...]
+    """the tokens of an empty caption"""
     seed: int
 
     def __call__(self, params, rows: Rows, step: Array) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
@@ -40,15 +35,15 @@ class DenoiserLoss:
         noise = packed_noise(rows, example_keys(key(self.seed, "noise"), step, rows.examples))
         keys = example_keys(key(self.seed, "caption dropout"), step, rows.examples)
         drop = jax.vmap(jax.vmap(jax.random.uniform))(keys) < self.caption_dropout
-        text, text_segments = drop_captions(rows.text, rows.text_segments, drop, end=self.empty_caption)
+        text, text_segments = drop_captions(rows.text, rows.text_segments, drop, empty=self.empty_caption)
 
-        model = nnx.merge(self.graph, params)
+        context = nnx.merge(self.text, params["text"])(text, text_segments)
         denoise = packed_denoise(
-            model.dit,
+            nnx.merge(self.dit, params["dit"]),
             segments=rows.segments,
             coordinates=rows.coordinates,
-            context=model.text(text, text_segments),
-            context_segments=text_segments,
+            context=context.values,
+            context_segments=context.segments,
             count=count,
         )
         per_token = self.objective.loss(denoise, rows.tokens, noise, to_tokens(time, rows.segments))
@@ -63,8 +58,8 @@ class DenoiserLoss:
 
 def packed_noise(rows: Rows, keys: Array) -> Float[Array, "B N p"]:
     """Standard normal noise; an example's depends on its key and its own tokens' order, not on the row around it."""
-    length, width = rows.tokens.shape[1:]
-    index = jnp.arange(length)[None] - segment_starts(rows)
+    width = rows.tokens.shape[-1]
+    index = positions(rows.segments)
 
     def token(row_keys, segment, at):
         return jax.random.normal(jax.random.fold_in(row_keys[jnp.maximum(segment - 1, 0)], at), (width,))
@@ -72,10 +67,3 @@ def packed_noise(rows: Rows, keys: Array) -> Float[Array, "B N p"]:
     return jax.vmap(lambda row_keys, ids, at: jax.vmap(lambda i, a: token(row_keys, i, a))(ids, at))(
         keys, rows.segments, index
     )
-
-
-def segment_starts(rows: Rows) -> Array:
-    """Where each token's segment begins in its row."""
-    index = jnp.arange(rows.segments.shape[1])[None]
-    new = jnp.pad(rows.segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1) != rows.segments
-    return jax.lax.cummax(jnp.where(new, index, 0), axis=1)

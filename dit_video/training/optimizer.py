@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import optax
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from dit_video.errors import UserError
 from dit_video.tree import map_with_path
@@ -90,4 +90,8 @@ def _any(patterns: tuple[str, ...], path: str) -> bool:
 def _matrices(params: PyTree) -> PyTree:
     """Which parameters Muon updates: the kernels of linear maps inside the blocks, stacked or not."""
     axes = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
-    return map_with_path(lambda path, leaf: axes if re.search(r"blocks/.*kernel$", path) and leaf.ndim <= 3 else None, params)
+
+    def choose(path: str, leaf: Array) -> optax.contrib.MuonDimensionNumbers | None:
+        return axes if re.search(r"blocks/.*kernel$", path) and leaf.ndim <= 3 else None
+
+    return map_with_path(choose, params)

@@ -1,15 +1,13 @@
 """What a training run carries from step to step."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from flax.struct import dataclass
 from jaxtyping import Array, Int32, PyTree
-
-from dit_video.rng import key
 
 
 @dataclass
@@ -26,16 +24,6 @@ class TrainState:
     """what else a step updates (codebooks, running moments)"""
 
 
-def graph_of(make) -> nnx.GraphDef:
-    """The structure of the module that `make(rngs)` builds, without computing a parameter."""
-    return nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(jax.random.key(0)))))
-
-
-def init_params(make, random_key: Array) -> dict[str, Any]:
-    """Parameters of the module that `make(rngs)` builds, as a nested dictionary. Traceable."""
-    return nnx.to_pure_dict(nnx.state(make(nnx.Rngs(random_key)), nnx.Param))
-
-
 def init_state(params: dict[str, Any], optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step; the average starts at the parameters. Traceable."""
     return TrainState(
@@ -48,11 +36,38 @@ def init_state(params: dict[str, Any], optimizer: optax.GradientTransformation) 
 
 
 def new_state(
-    make, optimizer: optax.GradientTransformation, *, seed: int, purpose: str, shardings: PyTree | None = None
+    init: Callable[[Array], dict[str, Any]],
+    optimizer: optax.GradientTransformation,
+    random_key: Array,
+    *,
+    shardings: Callable[[PyTree], PyTree] | None = None,
 ) -> TrainState:
-    """Initialise on the devices themselves: each computes its own shard."""
+    """The state of a new run, made on the devices themselves: each computes its own shard.
 
-    def init(random_key):
-        return init_state(init_params(make, random_key), optimizer)
+    Args:
+      init: parameters from a random key.
+      optimizer: whose state is made beside them.
+      random_key: for `init`.
+      shardings: from the state's shapes to its layout; None leaves it to JAX.
+    """
 
-    return jax.jit(init, out_shardings=shardings)(key(seed, purpose))
+    def make(key):
+        return init_state(init(key), optimizer)
+
+    layout = None if shardings is None else shardings(jax.eval_shape(make, random_key))
+    return jax.jit(make, out_shardings=layout)(random_key)
+
+
+def state_shapes(
+    init: Callable[[Array], dict[str, Any]],
+    optimizer: optax.GradientTransformation,
+    *,
+    shardings: Callable[[PyTree], PyTree] | None = None,
+) -> PyTree:
+    """Shapes, dtypes and layout of the state: what a checkpoint is restored into."""
+    shapes = jax.eval_shape(lambda: init_state(init(jax.random.key(0)), optimizer))
+    if shardings is None:
+        return shapes
+    return jax.tree.map(
+        lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout), shapes, shardings(shapes)
+    )

@@ -1,3 +1,4 @@
+import gc
 import json
 import logging
 import os
@@ -21,8 +22,14 @@ from dit_video.training.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[2]
 
-# Reading a damaged checkpoint leaves futures of orbax behind, which complain when they are collected.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+DAMAGE = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture
+def collected():
+    """Reading a damaged checkpoint leaves futures of orbax behind, which complain when they are collected: here."""
+    yield
+    gc.collect()
 
 
 @jax.tree_util.register_dataclass
@@ -166,8 +173,9 @@ def test_another_format_is_refused(tmp_path):
         Checkpoints(tmp_path).restore(like(example()))
 
 
+@DAMAGE
 @pytest.mark.filterwarnings("ignore:checkpoint 2")
-def test_every_damage_is_noticed_and_passed_over(tmp_path):
+def test_every_damage_is_noticed_and_passed_over(tmp_path, collected):
     """Each file of the newest checkpoint in turn is gone, or cut in half; what is returned is exact."""
     good = tmp_path / "good"
     saved(good, (1, 2))
@@ -191,7 +199,8 @@ def test_every_damage_is_noticed_and_passed_over(tmp_path):
     assert passed >= 6
 
 
-def test_a_flipped_bit_is_noticed(tmp_path):
+@DAMAGE
+def test_a_flipped_bit_is_noticed(tmp_path, collected):
     state = {"x": jax.random.normal(jax.random.key(0), (100_000,))}
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, state, {})
@@ -204,7 +213,8 @@ def test_a_flipped_bit_is_noticed(tmp_path):
         Checkpoints(tmp_path).restore(like(state))
 
 
-def test_training_goes_on_from_the_newest_good_one(tmp_path):
+@DAMAGE
+def test_training_goes_on_from_the_newest_good_one(tmp_path, collected):
     saved(tmp_path, (1, 2))
     (tmp_path / "2" / "state" / "manifest.ocdbt").unlink()
     (tmp_path / "3.orbax-checkpoint-tmp").mkdir()

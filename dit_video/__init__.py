@@ -1,0 +1,29 @@
+"""Train, evaluate and sample video diffusion transformers, from raw clips to finished videos."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dit_video.pipeline import Pipeline, Request, load
+    from dit_video.video import Clip
+
+__version__ = "0.1.0"
+__all__ = ["Clip", "Pipeline", "Request", "__version__", "load"]
+
+_LAZY = {
+    "Clip": "dit_video.video",
+    "Pipeline": "dit_video.pipeline",
+    "Request": "dit_video.pipeline",
+    "load": "dit_video.pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: `import dit_video` alone loads neither JAX nor a decoder."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

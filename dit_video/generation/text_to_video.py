@@ -1,0 +1,197 @@
+"""Videos from prompts: requests of any size packed into rows, sampled together.
+
+Rows have the shape that the model was trained on, so that one compiled program serves every size, prompt, seed,
+guidance and number of steps.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Float32
+
+from dit_video.diffusion import Euler, RectifiedFlow, Sampler, classifier_free, sample, time_grid
+from dit_video.dit import packed_denoise
+from dit_video.errors import UserError
+from dit_video.rng import key
+from dit_video.text import Tokenizer
+from dit_video.tokens import (
+    Grid,
+    Item,
+    Rows,
+    RowShape,
+    coordinates,
+    empty_row,
+    pack,
+    patchify,
+    token_grid,
+    unpack,
+    unpatchify,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How samples are drawn.
+
+    Raises:
+      UserError: less than one step.
+    """
+
+    steps: int = 32
+    guidance: float = 2.0
+    """classifier-free guidance; 1 is none"""
+    solver: Sampler = Euler()
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise UserError(f"sampling takes at least 1 step, not {self.steps}")
+
+
+class LatentRequest(NamedTuple):
+    """One video to be made."""
+
+    prompt: str
+    negative: str
+    """what the unconditional branch of guidance is given; empty for nothing"""
+    noise: Float32[np.ndarray, "t h w c"]
+    """the starting point; its size is the size of the result"""
+
+
+class Denoiser(NamedTuple):
+    """A trained denoiser with all that sampling needs to know of it."""
+
+    dit: nnx.GraphDef
+    text: nnx.GraphDef
+    params: dict[str, Any]
+    """`{"dit": ..., "text": ...}`"""
+    tokenizer: Tokenizer
+    process: RectifiedFlow
+    patch: Grid
+
+
+def initial_noise(seed: int, latents: Grid, channels: int) -> Float32[np.ndarray, "t h w c"]:
+    """Standard normal noise: a function of the seed and the size."""
+    return np.asarray(jax.random.normal(key(seed, "sample"), (*latents, channels), jnp.float32))
+
+
+def sample_latents(
+    denoiser: Denoiser, requests: Sequence[LatentRequest], *, sampling: Sampling, shape: RowShape, rows: int
+) -> list[Float32[np.ndarray, "t h w c"]]:
+    """Latents of every request, in order.
+
+    Requests are packed into rows of `shape` and sampled `rows` rows at a time; one that is larger than a row gets a row
+    of its own, for which a program is compiled. A result does not depend on what else is asked for.
+
+    Raises:
+      UserError: a size that the patch does not divide, or a prompt longer than a row's text.
+    """
+    grids = [token_grid(Grid(*request.noise.shape[:3]), denoiser.patch) for request in requests]
+    results: dict[int, Float32[np.ndarray, "t h w c"]] = {}
+    for group_shape, packed in _plan(denoiser, requests, grids, shape).items():
+        for start in range(0, len(packed), rows):
+            part = packed[start : start + rows]
+            sampled = _sample_rows(denoiser, part, requests, grids, sampling, group_shape, rows)
+            for members, latents in zip(part, sampled, strict=True):
+                for index, tokens in zip(members, latents, strict=True):
+                    results[index] = unpatchify(tokens, grids[index], denoiser.patch)
+    return [results[index] for index in range(len(requests))]
+
+
+def _plan(
+    denoiser: Denoiser, requests: Sequence[LatentRequest], grids: Sequence[Grid], shape: RowShape
+) -> dict[RowShape, list[list[int]]]:
+    """Rows of request numbers by row shape: first fit of the largest first."""
+    text = [
+        max(len(denoiser.tokenizer(request.prompt)), len(denoiser.tokenizer(request.negative))) for request in requests
+    ]
+    plan: dict[RowShape, list[list[int]]] = {}
+    used: list[list[int]] = []
+    for index in sorted(range(len(requests)), key=lambda index: -grids[index].volume):
+        if grids[index].volume > shape.tokens:
+            alone = RowShape(tokens=grids[index].volume, text=shape.text, segments=shape.segments)
+            plan.setdefault(alone, []).append([index])
+            continue
+        if text[index] > shape.text:
+            raise UserError(
+                f"a prompt of {text[index]} text tokens is longer than a row's {shape.text}; shorten the prompt"
+            )
+        for row, room in zip(plan.setdefault(shape, []), used, strict=True):
+            fits = room[0] + grids[index].volume <= shape.tokens and room[1] + text[index] <= shape.text
+            if fits and len(row) < shape.segments:
+                break
+        else:
+            row, room = [], [0, 0]
+            plan[shape].append(row)
+            used.append(room)
+        row.append(index)
+        room[0] += grids[index].volume
+        room[1] += text[index]
+    return plan
+
+
+def _sample_rows(
+    denoiser: Denoiser,
+    members: Sequence[Sequence[int]],
+    requests: Sequence[LatentRequest],
+    grids: Sequence[Grid],
+    sampling: Sampling,
+    shape: RowShape,
+    rows: int,
+) -> list[list[Float32[np.ndarray, "n p"]]]:
+    """The tokens of each row's requests. Rows of padding fill up the batch, so that its shape is always the same."""
+
+    def packed(prompt_of) -> Rows:
+        items = [
+            [
+                Item(
+                    patchify(requests[index].noise, denoiser.patch),
+                    coordinates(grids[index]),
+                    denoiser.tokenizer(prompt_of(requests[index])),
+                    index,
+                )
+                for index in row
+            ]
+            for row in members
+        ]
+        width = items[0][0].tokens.shape[1]
+        full = [pack(row, shape, width=width) for row in items]
+        full += [empty_row(shape, width=width)] * (rows - len(full))
+        return Rows(*map(np.stack, zip(*full, strict=True)))
+
+    conditional, unconditional = packed(lambda request: request.prompt), packed(lambda request: request.negative)
+    program = _program(denoiser.dit, denoiser.text, denoiser.process, sampling.solver, sampling.guidance != 1.0)
+    times = time_grid(denoiser.process, sampling.steps)
+    tokens = np.asarray(program(denoiser.params, conditional, unconditional, times, sampling.guidance))
+    return [unpack(tokens[number], conditional.segments[number]) for number in range(len(members))]
+
+
+@functools.lru_cache(maxsize=16)
+def _program(dit: nnx.GraphDef, text: nnx.GraphDef, process: RectifiedFlow, solver: Sampler, guided: bool):
+    """The jitted sampler of packed rows."""
+
+    @jax.jit
+    def program(params, conditional: Rows, unconditional: Rows, times, guidance) -> Float[Array, "B N p"]:
+        def branch(rows: Rows):
+            context = nnx.merge(text, params["text"])(rows.text, rows.text_segments)
+            denoise = packed_denoise(
+                nnx.merge(dit, params["dit"]),
+                segments=rows.segments,
+                coordinates=rows.coordinates,
+                context=context.values,
+                context_segments=context.segments,
+                count=rows.examples.shape[1],
+            )
+            return lambda noisy, time: denoise(noisy, jnp.full(noisy.shape[:2], time))
+
+        denoise = branch(conditional)
+        if guided:
+            denoise = classifier_free(denoise, branch(unconditional), guidance)
+        return sample(denoise, conditional.tokens, times, process=process, solver=solver)
+
+    return program

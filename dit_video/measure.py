@@ -1,0 +1,146 @@
+"""What a pipeline is worth: reconstructions of held-out clips, and samples judged by their files."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dit_video import rng
+from dit_video.data import shapes
+from dit_video.data.sizes import SizeLimits, fit, read_fitted
+from dit_video.data.source import ClipSource
+from dit_video.errors import UserError
+from dit_video.evaluation.reconstruction import psnr, ssim
+from dit_video.evaluation.shapes import examine, judge, prompt_following, score
+from dit_video.files import read_json, write_json
+from dit_video.pipeline import Pipeline, Request
+from dit_video.tokens import Grid
+from dit_video.video import Clip, decode
+
+PROMPTS = "prompts.json"
+
+
+class Reconstructed(NamedTuple):
+    """A clip, what the autoencoder makes of it, and how close that is."""
+
+    name: str
+    original: Clip
+    decoded: Clip
+    psnr: float
+    """dB"""
+    ssim: float
+
+
+def reconstruct(pipeline: Pipeline, clips: ClipSource, limits: SizeLimits) -> list[Reconstructed]:
+    """The start of every clip, at its training size, encoded and decoded."""
+    results = []
+    for index, info in enumerate(clips.infos):
+        original = read_fitted(clips, index, limits)
+        decoded = pipeline.reconstruct(original)
+        quality = psnr(original.frames, decoded.frames), ssim(original.frames, decoded.frames)
+        results.append(Reconstructed(info.name, original, decoded, *quality))
+    return results
+
+
+def shape_requests(seed: int) -> list[Request]:
+    """All 72 prompts at 17 and 9 frames and the 18 image prompts, each at one of three sizes; one sample a prompt."""
+    asked = [
+        (Grid(frames, 0, 0), description)
+        for frames, descriptions in ((17, shapes.COMBINATIONS), (9, shapes.COMBINATIONS), (1, shapes.IMAGES))
+        for description in descriptions
+    ]
+    sizes = ((32, 32), (32, 48), (48, 32))
+    chosen = rng.host(seed, "sample sizes").permutation(np.arange(len(asked)) % len(sizes))
+    return [
+        Request(shapes.caption(description), Grid(frames.t, *sizes[size]), seed=1000 * seed + number)
+        for number, ((frames, description), size) in enumerate(zip(asked, chosen.tolist(), strict=True))
+    ]
+
+
+def caption_requests(clips: ClipSource, limits: SizeLimits, *, count: int, seed: int) -> list[Request]:
+    """The captions of up to `count` clips, each at its clip's training size."""
+    return [
+        Request(info.caption, fit(info, limits), seed=1000 * seed + number)
+        for number, info in enumerate(clips.infos[:count])
+    ]
+
+
+def read_requests(path: str | Path) -> list[Request]:
+    """Requests from a JSON list of `{prompt, frames, height, width, seed, negative}`; seed and negative may be absent.
+
+    Raises:
+      MissingError: no such file.
+      UserError: not such a list.
+    """
+    entries = read_json(path)
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{path} must be a JSON list of objects with prompt, frames, height and width")
+    requests = []
+    for number, entry in enumerate(entries):
+        try:
+            size = Grid(int(entry["frames"]), int(entry["height"]), int(entry["width"]))
+            requests.append(
+                Request(str(entry["prompt"]), size, int(entry.get("seed", 0)), str(entry.get("negative", "")))
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{path}: entry {number} must have prompt, frames, height and width ({error!r}); fix that entry"
+            ) from error
+    return requests
+
+
+def write_samples(
+    pipeline: Pipeline,
+    requests: Sequence[Request],
+    folder: str | Path,
+    *,
+    progress: Callable[[int], None] | None = None,
+    **sampling: Any,
+) -> list[dict[str, Any]]:
+    """Sample all requests into `folder`: a file each (mp4; png for one frame) and `prompts.json`, which is returned.
+
+    `progress` is called with the number of clips done; `sampling` goes to `Pipeline.generate_many`.
+    """
+    folder = Path(folder)
+    entries: list[dict[str, Any]] = []
+    group = max(1, 4 * pipeline.config.batch)
+    for start in range(0, len(requests), group):
+        part = requests[start : start + group]
+        for request, clip in zip(part, pipeline.generate_many(part, **sampling), strict=True):
+            name = f"{len(entries):03d}-{_slug(request.prompt)}.{'png' if request.size.t == 1 else 'mp4'}"
+            clip.save(folder / name)
+            frames, height, width = request.size
+            size = {"frames": frames, "height": height, "width": width}
+            entries.append({"file": name, "prompt": request.prompt, **size, "seed": request.seed})
+            if progress is not None:
+                progress(len(entries))
+    write_json(folder / PROMPTS, entries)
+    return entries
+
+
+def read_samples(folder: str | Path) -> list[tuple[dict[str, Any], Clip]]:
+    """The entries of `prompts.json` with their decoded files."""
+    folder = Path(folder)
+    return [
+        (entry, replace(decode(folder / entry["file"]), caption=entry["prompt"]))
+        for entry in read_json(folder / PROMPTS)
+    ]
+
+
+def judge_samples(samples: Sequence[tuple[dict[str, Any], Clip]]) -> dict[str, Any]:
+    """Prompt following of samples of the shapes data, from the pixels of their files."""
+    return prompt_following([examine(shapes.parse(entry["prompt"]), clip) for entry, clip in samples])
+
+
+def marks(entry: dict[str, Any], clip: Clip) -> dict[str, bool]:
+    """Which attributes of a shapes sample are as asked."""
+    description = shapes.parse(entry["prompt"])
+    answers = asdict(score(description, judge(clip)))
+    return {name: answer for name, answer in answers.items() if answer is not None}
+
+
+def _slug(prompt: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "unconditional"

@@ -1,0 +1,295 @@
+"""A trained model, whole: prompts in, clips out.
+
+A pipeline folder holds `pipeline.json` (the configs), `autoencoder.safetensors` and `denoiser.safetensors`: no pickle,
+and nothing of the training state.
+"""
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Float32
+
+from dit_video import configs, pixels
+from dit_video.autoencoder import AutoencoderConfig, latent_grid
+from dit_video.diffusion import RectifiedFlow, sampler
+from dit_video.dit import DitConfig
+from dit_video.errors import MissingError, UserError
+from dit_video.files import atomic_path, read_json, write_json
+from dit_video.generation import Denoiser, LatentRequest, Sampling, initial_noise, sample_latents
+from dit_video.nn import graph_of, param_shapes
+from dit_video.text import TextEncoderConfig
+from dit_video.tokens import Grid, RowShape, token_grid
+from dit_video.tree import flatten
+from dit_video.video import Clip
+from dit_video.weights import load as load_weights
+from dit_video.weights import save as save_weights
+
+FORMAT = 1
+CONFIG = "pipeline.json"
+_AUTOENCODER, _DENOISER = "autoencoder.safetensors", "denoiser.safetensors"
+_BATCH = 8
+"""Clips that the autoencoder takes at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineConfig:
+    """What a pipeline is made of, besides its weights."""
+
+    autoencoder: AutoencoderConfig
+    dit: DitConfig
+    text: TextEncoderConfig
+    process: RectifiedFlow
+    rows: RowShape
+    """of the rows that the denoiser was trained on"""
+    batch: int
+    """rows that are sampled at once"""
+    sampling: Sampling
+    fps: float
+    """of the clips that it was trained on"""
+    size: Grid
+    """what is generated if nothing else is asked for: frames, height, width"""
+    made_by: dict[str, str] = field(default_factory=dict)
+    """the command, seed and versions that the weights come from"""
+
+    def __post_init__(self):
+        object.__setattr__(self, "size", Grid(*self.size))
+
+
+class Request(NamedTuple):
+    """One clip to be made."""
+
+    prompt: str
+    size: Grid
+    """frames, height, width in pixels"""
+    seed: int = 0
+    negative: str = ""
+
+
+class Pipeline:
+    """Prompts to clips, clips to latents and back."""
+
+    def __init__(self, config: PipelineConfig, *, autoencoder: dict[str, Any], denoiser: dict[str, Any]):
+        """`autoencoder` and `denoiser` are parameters: nested dictionaries of arrays."""
+        self.config = config
+        self._autoencoder = autoencoder
+        self._graph = graph_of(config.autoencoder.make)
+        self._denoiser = Denoiser(
+            dit=graph_of(config.dit.make),
+            text=graph_of(config.text.make),
+            params=denoiser,
+            tokenizer=config.text.tokenizer(),
+            process=config.process,
+            patch=config.dit.patch,
+        )
+
+    @overload
+    def generate(
+        self,
+        prompt: str,
+        *,
+        size: tuple[int, int, int] | None = ...,
+        steps: int | None = ...,
+        guidance: float | None = ...,
+        negative: str = ...,
+        seed: int = ...,
+        sampler: str | None = ...,
+        noise: Float32[np.ndarray, "t h w c"] | None = ...,
+        output: Literal["clip"] = ...,
+    ) -> Clip: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: str,
+        *,
+        size: tuple[int, int, int] | None = ...,
+        steps: int | None = ...,
+        guidance: float | None = ...,
+        negative: str = ...,
+        seed: int = ...,
+        sampler: str | None = ...,
+        noise: Float32[np.ndarray, "t h w c"] | None = ...,
+        output: Literal["latents"],
+    ) -> Float32[np.ndarray, "t h w c"]: ...
+
+    def generate(
+        self,
+        prompt,
+        *,
+        size=None,
+        steps=None,
+        guidance=None,
+        negative="",
+        seed=0,
+        sampler=None,
+        noise=None,
+        output="clip",
+    ):
+        """One clip from a prompt.
+
+        Args:
+          prompt: what it is to show; the empty prompt samples without condition.
+          size: frames, height and width in pixels; the training size by default. Frames are 1 + k * temporal stride.
+          steps: of the sampler; more is slower and closer to the exact flow.
+          guidance: how strongly the prompt is followed at the cost of variety; 1 is none.
+          negative: what guidance leads away from, instead of from no prompt at all.
+          seed: the same seed, size and model give the same clip.
+          sampler: `euler` or `heun`.
+          noise: the starting point instead of the seed's, standard normal `[t h w c]` of the latents' size.
+          output: `clip`, or `latents` for normalised latents `[t h w c]`.
+
+        Raises:
+          UserError: a size that the model cannot make (it names the nearest), an unknown sampler, less than one step,
+            or noise of another shape.
+        """
+        if output not in ("clip", "latents"):
+            raise UserError(f"unknown output {output!r}; use clip or latents")
+        request = Request(prompt, self.config.size if size is None else Grid(*size), seed, negative)
+        latents = self._latents([request], self._sampling(steps, guidance, sampler), noise=noise)
+        return latents[0] if output == "latents" else self._clips(latents, [request])[0]
+
+    def generate_many(
+        self,
+        requests: Sequence[Request],
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        sampler: str | None = None,
+    ) -> list[Clip]:
+        """The clips of all requests, of any sizes, packed and sampled together. Arguments are as for `generate`."""
+        return self._clips(self._latents(requests, self._sampling(steps, guidance, sampler)), requests)
+
+    def encode(self, clip: Clip) -> Float32[np.ndarray, "t h w c"]:
+        """Normalised latents of a clip whose size fits the stride.
+
+        Raises:
+          UserError: a size that does not fit.
+        """
+        latent_grid(Grid(*clip.frames.shape[:3]), self.config.autoencoder.stride)
+        return np.asarray(_encode(self._graph, self._autoencoder, pixels.to_float(clip.frames)[None]))[0]
+
+    def decode(self, latents: Float32[np.ndarray, "t h w c"], *, caption: str = "") -> Clip:
+        """The clip of normalised latents."""
+        frames = np.asarray(_decode(self._graph, self._autoencoder, np.asarray(latents, np.float32)[None]))[0]
+        return Clip(frames=pixels.to_uint8(frames), fps=self.config.fps, caption=caption)
+
+    def reconstruct(self, clip: Clip) -> Clip:
+        """A clip as the autoencoder sees it."""
+        return replace(self.decode(self.encode(clip), caption=clip.caption), fps=clip.fps)
+
+    def save(self, folder: str | Path, *, dtype: str = "float32") -> None:
+        """Write a pipeline folder, whole or not at all; weights are cast to `dtype` (float32 or bfloat16)."""
+        with atomic_path(folder) as temporary:
+            temporary.mkdir()
+            save_weights(temporary / _AUTOENCODER, self._autoencoder, dtype=jnp.dtype(dtype))
+            save_weights(temporary / _DENOISER, self._denoiser.params, dtype=jnp.dtype(dtype))
+            write_json(temporary / CONFIG, {"format": FORMAT, "config": configs.to_json(self.config)})
+
+    def _sampling(self, steps: int | None, guidance: float | None, name: str | None) -> Sampling:
+        changes: dict[str, Any] = {}
+        if steps is not None:
+            changes["steps"] = steps
+        if guidance is not None:
+            changes["guidance"] = float(guidance)
+        if name is not None:
+            changes["solver"] = sampler(name)
+        return replace(self.config.sampling, **changes)
+
+    def _latents(
+        self, requests: Sequence[Request], sampling: Sampling, *, noise: Float32[np.ndarray, "t h w c"] | None = None
+    ) -> list[Float32[np.ndarray, "t h w c"]]:
+        config = self.config
+        latent_requests = []
+        for request in requests:
+            grid = latent_grid(request.size, config.autoencoder.stride)
+            token_grid(grid, config.dit.patch)
+            shape = (*grid, config.autoencoder.channels)
+            start = (
+                initial_noise(request.seed, grid, config.autoencoder.channels) if noise is None else np.asarray(noise)
+            )
+            if start.shape != shape:
+                raise UserError(f"noise for {'x'.join(map(str, request.size))} has shape {shape}, not {start.shape}")
+            latent_requests.append(LatentRequest(request.prompt, request.negative, start.astype(np.float32)))
+        rows = min(config.batch, len(requests))
+        return sample_latents(self._denoiser, latent_requests, sampling=sampling, shape=config.rows, rows=rows)
+
+    def _clips(self, latents: Sequence[Float32[np.ndarray, "t h w c"]], requests: Sequence[Request]) -> list[Clip]:
+        """Decode clips of one size together, so that a size compiles once."""
+        by_size: dict[tuple[int, ...], list[int]] = {}
+        for index, values in enumerate(latents):
+            by_size.setdefault(values.shape, []).append(index)
+        clips: dict[int, Clip] = {}
+        for members in by_size.values():
+            batch = min(_BATCH, len(members))
+            for start in range(0, len(members), batch):
+                part = members[start : start + batch]
+                stacked = np.stack([latents[index] for index in part] + [latents[part[-1]]] * (batch - len(part)))
+                frames = pixels.to_uint8(np.asarray(_decode(self._graph, self._autoencoder, stacked)))
+                for index, decoded in zip(part, frames, strict=False):
+                    clips[index] = Clip(frames=decoded, fps=self.config.fps, caption=requests[index].prompt)
+        return [clips[index] for index in range(len(latents))]
+
+
+def load(path: str | Path) -> Pipeline:
+    """The pipeline of a run folder or a pipeline folder.
+
+    Of a run that is not finished it takes the newest checkpoint's averaged weights.
+
+    Raises:
+      MissingError: no such folder.
+      UserError: a folder that holds no pipeline, or one of another version.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise MissingError(f"no such run: {path}")
+    for folder in (path, path / "pipeline"):
+        if (folder / CONFIG).is_file():
+            return _load_folder(folder)
+    if (path / "experiment.json").is_file():
+        from dit_video.run import Run
+
+        return Run.open(path).newest_pipeline()
+    raise UserError(
+        f"{path} holds neither {CONFIG} nor experiment.json: it is no run; name a folder that train.py made"
+    )
+
+
+def _load_folder(folder: Path) -> Pipeline:
+    document = read_json(folder / CONFIG)
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        found = document.get("format") if isinstance(document, dict) else None
+        raise UserError(f"{folder} is a pipeline of format {found}, this version reads {FORMAT}; export it again")
+    config = configs.from_json(document["config"])
+    denoiser = {"dit": param_shapes(config.dit.make), "text": param_shapes(config.text.make)}
+    return Pipeline(
+        config,
+        autoencoder=load_weights(folder / _AUTOENCODER, like=param_shapes(config.autoencoder.make)),
+        denoiser=load_weights(folder / _DENOISER, like=denoiser),
+    )
+
+
+def identity(config: AutoencoderConfig, params: dict[str, Any]) -> str:
+    """A hash of an autoencoder's config and weights: latents of one are of no use to another."""
+    digest = hashlib.sha256(str(configs.to_json(config)).encode())
+    for name, leaf in sorted(flatten(params).items()):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()[:16]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(graph, params, clips):
+    return nnx.merge(graph, params).encode(clips)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode(graph, params, latents):
+    return nnx.merge(graph, params).decode(latents)

@@ -1,0 +1,386 @@
+"""A training run, composed: clips -> data set -> autoencoder -> latents -> denoiser -> pipeline, in one folder.
+
+Every stage leaves its result in the folder, whole or not at all, and is not done again; the two trainings continue
+from their checkpoints. So a run that was interrupted is continued by running the same again.
+
+    experiment.json           the resolved config
+    data/                     the ingested clips
+    autoencoder/              checkpoints, metrics.jsonl, weights.safetensors
+    latents/                  what the denoiser is trained on
+    denoiser/                 checkpoints, metrics.jsonl
+    pipeline/                 the result: what `dit_video.load` reads
+"""
+
+import functools
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float32, UInt8
+
+import dit_video
+from dit_video import configs, pixels, rng
+from dit_video.autoencoder import fit_linear, start_from_linear
+from dit_video.data.ingest import IngestReport, ingest
+from dit_video.data.latents import LatentExample, LatentSource, write_latents
+from dit_video.data.loader import packed_batches, prefetch
+from dit_video.data.sizes import fit, read_fitted, sampled_frames
+from dit_video.data.source import ClipSource
+from dit_video.data.windows import windows
+from dit_video.distributed import make_mesh, shard_batch, shardings
+from dit_video.errors import MissingError, UserError
+from dit_video.experiment import Experiment
+from dit_video.files import read_json, write_json
+from dit_video.nn import graph_of, init_params, param_shapes
+from dit_video.pipeline import Pipeline, PipelineConfig, identity
+from dit_video.tokens import Grid
+from dit_video.training import loop
+from dit_video.training.autoencoder import AutoencoderLoss
+from dit_video.training.checkpoint import Checkpoints
+from dit_video.training.denoiser import DenoiserLoss
+from dit_video.training.logging import MetricsLog, Progress
+from dit_video.training.optimizer import make_optimizer
+from dit_video.training.state import TrainState, new_state, state_shapes
+from dit_video.training.step import Loss, make_step
+from dit_video.weights import load as load_weights
+from dit_video.weights import save as save_weights
+
+FORMAT = 1
+CONFIG = "experiment.json"
+_LINEAR_BATCHES, _MOMENT_BATCHES = 32, 64
+"""Batches of training windows that the linear start, and the latents' mean and deviation, are measured on."""
+_ENCODE_BATCH = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run in its folder. `create` or `open` makes it."""
+
+    folder: Path
+    experiment: Experiment
+    command: str
+    """what it was started with"""
+
+    @staticmethod
+    def create(folder: str | Path, experiment: Experiment) -> "Run":
+        """A new run, or the one in this folder if its config is the same.
+
+        Raises:
+          UserError: the folder holds a run of another config or version, or something else.
+        """
+        folder = Path(folder)
+        run = Run(folder=folder, experiment=experiment, command=" ".join(["python", *sys.argv]))
+        if (folder / CONFIG).is_file():
+            existing = Run.open(folder)
+            if difference := _difference(configs.to_json(existing.experiment), configs.to_json(experiment)):
+                raise UserError(
+                    f"{folder} holds a run of another config ({difference}); use another folder or remove it"
+                )
+            return existing
+        if folder.is_dir() and any(entry.name != "clips" for entry in folder.iterdir()):
+            raise UserError(f"{folder} is not empty and holds no run; use another folder")
+        document = {
+            "format": FORMAT,
+            "version": dit_video.__version__,
+            "command": run.command,
+            "experiment": configs.to_json(experiment),
+        }
+        write_json(folder / CONFIG, document)
+        return run
+
+    @staticmethod
+    def open(folder: str | Path) -> "Run":
+        """The run in a folder.
+
+        Raises:
+          MissingError: no such folder, or no run in it.
+          UserError: a run of another version.
+        """
+        folder = Path(folder)
+        if not (folder / CONFIG).is_file():
+            raise MissingError(f"no such run: {folder} has no {CONFIG}")
+        document = read_json(folder / CONFIG)
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
+            found = document.get("format") if isinstance(document, dict) else None
+            raise UserError(f"{folder} is a run of format {found}, this version reads {FORMAT}; start it anew")
+        experiment = configs.from_json(document["experiment"])
+        return Run(folder=folder, experiment=experiment, command=document["command"])
+
+    def train(self, clips: str | Path) -> Pipeline:
+        """Everything from a folder of clips to the finished pipeline.
+
+        Raises:
+          UserError: clips that can't be used, or that do not fit the config.
+          KeyboardInterrupt: after a signal, the state being saved.
+        """
+        self.ingest(clips)
+        self.train_autoencoder()
+        self.encode_latents()
+        self.train_denoiser()
+        return self.export()
+
+    def ingest(self, clips: str | Path) -> IngestReport:
+        """Make the data set of a folder of clips."""
+        with Progress("reading clips", 1) as progress:
+
+            def update(done: int, total: int) -> None:
+                progress.total = total
+                progress.update(done)
+
+            return ingest(clips, self.folder / "data", progress=update)
+
+    @functools.cached_property
+    def clips(self) -> ClipSource:
+        """All ingested clips."""
+        return ClipSource(self.folder / "data")
+
+    @property
+    def training_clips(self) -> ClipSource:
+        return self.clips.without(self.experiment.data.held_out)
+
+    @property
+    def held_out_clips(self) -> ClipSource:
+        return self.clips.select(self.experiment.data.held_out)
+
+    def train_autoencoder(self) -> dict[str, Any]:
+        """The averaged parameters of the trained autoencoder, with its latents' mean and deviation measured."""
+        config, experiment = self.experiment.autoencoder, self.experiment
+        path = self.folder / "autoencoder" / "weights.safetensors"
+        if path.is_file():
+            return load_weights(path, like=param_shapes(config.model.make))
+        graph = graph_of(config.model.make)
+
+        def init(key: Array) -> dict[str, Any]:
+            linear = fit_linear(
+                (
+                    pixels.to_float(clips)
+                    for clips in itertools.islice(self._windows(0, "linear start"), _LINEAR_BATCHES)
+                ),
+                stride=config.model.stride,
+                channels=config.model.channels,
+            )
+            return start_from_linear(init_params(config.model.make, key), linear)
+
+        state = self._train(
+            "autoencoder",
+            init,
+            AutoencoderLoss(graph=graph, kl=config.kl, seed=experiment.seed),
+            lambda start: prefetch(self._windows(start, "autoencoder")),
+        )
+        params = jax.device_get(state.ema)
+        mean, std = self._latent_moments(graph, params)
+        params["normalizer"] = {"mean": mean, "std": std}
+        save_weights(path, params)
+        return params
+
+    def encode_latents(self) -> LatentSource:
+        """The cached latents of the training clips."""
+        params = self.train_autoencoder()
+        config = self.experiment.autoencoder.model
+        stamp = {
+            "autoencoder": identity(config, params),
+            "data": configs.to_json(self.experiment.data),
+            "clips": len(self.training_clips),
+        }
+        destination = self.folder / "latents"
+        if not destination.is_dir():
+            total = sum(len(starts) for starts in self._stretches())
+            with Progress("encoding latents", total) as progress:
+                write_latents(destination, self._encoded(params), identity=stamp, progress=progress.update)
+        return LatentSource(destination, identity=stamp)
+
+    def train_denoiser(self) -> dict[str, Any]:
+        """The averaged parameters of the trained denoiser and text encoder: `{"dit": ..., "text": ...}`."""
+        config, experiment = self.experiment.denoiser, self.experiment
+        latents = self.encode_latents()
+        tokenizer = config.text.tokenizer()
+        loss = DenoiserLoss(
+            dit=graph_of(config.dit.make),
+            text=graph_of(config.text.make),
+            objective=config.objective,
+            caption_dropout=config.caption_dropout,
+            empty_caption=tuple(int(token) for token in tokenizer("")),
+            seed=experiment.seed,
+        )
+        batches = functools.partial(
+            packed_batches,
+            latents,
+            tokenizer,
+            patch=config.dit.patch,
+            shape=config.rows,
+            batch=config.batch,
+            seed=experiment.seed,
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+        )
+        state = self._train("denoiser", self._init_denoiser, loss, lambda start: batches(start_step=start))
+        return jax.device_get(state.ema)
+
+    def export(self) -> Pipeline:
+        """Write `pipeline/`, of the finished run."""
+        pipeline = Pipeline(
+            self.pipeline_config(), autoencoder=self.train_autoencoder(), denoiser=self.train_denoiser()
+        )
+        if not (self.folder / "pipeline").is_dir():
+            pipeline.save(self.folder / "pipeline")
+        return pipeline
+
+    def newest_pipeline(self) -> Pipeline:
+        """The pipeline of the newest checkpoint of a run that need not be finished.
+
+        Raises:
+          UserError: the denoiser has no checkpoint yet.
+        """
+        config = self.experiment.denoiser
+        checkpoints = Checkpoints(self.folder / "denoiser" / "checkpoints")
+        if checkpoints.latest() is None:
+            raise UserError(f"{self.folder} has no checkpoint of its denoiser yet; continue it with: {self.command}")
+        state, _ = checkpoints.restore(state_shapes(self._init_denoiser, make_optimizer(config.optimizer)))
+        return Pipeline(
+            self.pipeline_config(), autoencoder=self.train_autoencoder(), denoiser=jax.device_get(state.ema)
+        )
+
+    def pipeline_config(self) -> PipelineConfig:
+        """What the pipeline of this run is made of."""
+        experiment, infos = self.experiment, self.training_clips.infos
+        rates = [info.fps for info in infos if info.frames > 1] or [info.fps for info in infos]
+        fps = float(np.median(rates)) if experiment.data.fps is None else experiment.data.fps
+        sizes = [fit(info, experiment.limits) for info in infos]
+        return PipelineConfig(
+            autoencoder=experiment.autoencoder.model,
+            dit=experiment.denoiser.dit,
+            text=experiment.denoiser.text,
+            process=experiment.denoiser.objective.process,
+            rows=experiment.denoiser.rows,
+            batch=experiment.denoiser.batch,
+            sampling=experiment.sampling,
+            fps=fps,
+            size=max(sizes, key=lambda size: (size.volume, size)),
+            made_by={
+                "command": self.command,
+                "experiment": experiment.name,
+                "seed": str(experiment.seed),
+                "dit_video": dit_video.__version__,
+                "jax": jax.__version__,
+            },
+        )
+
+    def _init_denoiser(self, key: Array) -> dict[str, Any]:
+        config = self.experiment.denoiser
+        return {
+            "dit": init_params(config.dit.make, jax.random.fold_in(key, 0)),
+            "text": init_params(config.text.make, jax.random.fold_in(key, 1)),
+        }
+
+    def _train(
+        self,
+        name: str,
+        init: Callable[[Array], dict[str, Any]],
+        loss: Loss,
+        batches: Callable[[int], Iterator[Any]],
+    ) -> TrainState:
+        """Train one of the two models from its newest checkpoint, or from `init`."""
+        experiment = self.experiment
+        config = experiment.autoencoder if name == "autoencoder" else experiment.denoiser
+        mesh = make_mesh(experiment.mesh)
+        layout = functools.partial(shardings, mesh=mesh)
+        optimizer = make_optimizer(config.optimizer)
+        checkpoints = Checkpoints(self.folder / name / "checkpoints")
+        if checkpoints.latest() is None:
+            state = new_state(init, optimizer, rng.key(experiment.seed, name), shardings=layout)
+        else:
+            state, _ = checkpoints.restore(state_shapes(init, optimizer, shardings=layout))
+        return loop.run(
+            make_step(loss, optimizer, ema_decay=config.ema_decay),
+            state,
+            lambda start: (shard_batch(batch, mesh) for batch in batches(start)),
+            config=loop.LoopConfig(
+                steps=config.steps, log_every=experiment.log_every, save_every=experiment.save_every
+            ),
+            checkpoints=checkpoints,
+            log=MetricsLog(self.folder / name / "metrics.jsonl"),
+            title=f"training the {name}",
+        )
+
+    def _windows(self, start: int, purpose: str) -> Iterator[UInt8[np.ndarray, "B T H W 3"]]:
+        """Batches of the window shapes in turn, from step `start` on."""
+        shapes = self.experiment.autoencoder.windows
+        seed = int(rng.host(self.experiment.seed, purpose).integers(2**31))
+        streams = [
+            windows(
+                self.training_clips,
+                shape,
+                limits=self.experiment.limits,
+                seed=seed + number,
+                start_step=(start + len(shapes) - 1 - number) // len(shapes),
+            )
+            for number, shape in enumerate(shapes)
+        ]
+        for step in itertools.count(start):
+            yield next(streams[step % len(shapes)])
+
+    def _latent_moments(
+        self, graph: nnx.GraphDef, params: dict[str, Any]
+    ) -> tuple[Float32[np.ndarray, " c"], Float32[np.ndarray, " c"]]:
+        """Mean and standard deviation of each channel over windows of the training clips."""
+
+        @jax.jit
+        def means(clips):
+            return nnx.merge(graph, params).posterior(pixels.to_float(clips)).mean
+
+        total, squares, count = 0.0, 0.0, 0
+        for clips in itertools.islice(self._windows(0, "latent moments"), _MOMENT_BATCHES):
+            latents = np.asarray(means(clips), np.float64).reshape(-1, self.experiment.autoencoder.model.channels)
+            total, squares, count = total + latents.sum(0), squares + np.square(latents).sum(0), count + len(latents)
+        mean = total / count
+        return mean.astype(np.float32), np.sqrt(squares / count - mean**2).astype(np.float32)
+
+    def _stretches(self) -> list[list[int]]:
+        """The first frame of every stretch that is taken of each training clip, spread over its length."""
+        limits = self.experiment.limits
+        starts = []
+        for info in self.training_clips.infos:
+            spare = sampled_frames(info, limits) - fit(info, limits).t
+            count = min(self.experiment.data.stretches, spare + 1)
+            starts.append(sorted({round(spare * index / max(1, count - 1)) for index in range(count)}))
+        return starts
+
+    def _encoded(self, params: dict[str, Any]) -> Iterator[LatentExample]:
+        """Latents of all stretches, those of one size together: a size compiles once."""
+        source, model = self.training_clips, self.experiment.autoencoder.model
+        graph, limits = graph_of(model.make), self.experiment.limits
+
+        @jax.jit
+        def encode(clips):
+            return nnx.merge(graph, params).encode(pixels.to_float(clips))
+
+        by_size: dict[Grid, list[tuple[int, int]]] = {}
+        for index, starts in enumerate(self._stretches()):
+            by_size.setdefault(fit(source.infos[index], limits), []).extend((index, start) for start in starts)
+        for members in by_size.values():
+            for part in _chunks(members, _ENCODE_BATCH):
+                clips = [read_fitted(source, index, limits, start=start).frames for index, start in part]
+                padded = np.stack(clips + [clips[-1]] * (_ENCODE_BATCH - len(clips)))
+                for (index, start), latents in zip(part, np.asarray(encode(padded)), strict=False):
+                    info = source.infos[index]
+                    yield LatentExample(f"{info.name}@{start}", info.caption, latents)
+
+
+def _chunks(values: list, size: int) -> Iterator[list]:
+    return (values[start : start + size] for start in range(0, len(values), size))
+
+
+def _difference(old: Any, new: Any, path: str = "") -> str:
+    """The first place where two JSON values differ, in words; empty where they are equal."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in (*old, *(name for name in new if name not in old)):
+            if found := _difference(old.get(name), new.get(name), f"{path}.{name}" if path else name):
+                return found
+        return ""
+    return "" if old == new else f"{path} is {old!r} there and {new!r} here"
