@@ -2,11 +2,12 @@
 
 A config is written as an object with the key `type`, its class's qualified name; it is rebuilt by that name, and only
 from inside `dit_video`, so that a config file can never run foreign code. Tuples are written as lists and come back as
-tuples (a config holds no lists).
+tuples (a config holds no lists), or as the NamedTuple that the field is annotated with.
 """
 
 import dataclasses
 import importlib
+import typing
 from typing import Any
 
 from dit_video.errors import UserError
@@ -59,7 +60,20 @@ def from_json(value: Any) -> Any:
     }
     if missing := sorted(required - given.keys()):
         raise UserError(f"{cls.__qualname__} needs the field {', '.join(missing)}: the config is of another version")
-    return cls(**given)
+    hints = typing.get_type_hints(cls)
+    return cls(**{name: _named(hints[name], item) for name, item in given.items()})
+
+
+def _named(hint: Any, value: Any) -> Any:
+    """A tuple as the NamedTuple that the field holds."""
+    fields = getattr(hint, "_fields", None)
+    if fields is None or not isinstance(value, tuple):
+        return value
+    if len(value) != len(fields):
+        raise UserError(
+            f"{hint.__name__} has {len(fields)} values ({', '.join(fields)}), the config gives {len(value)}"
+        )
+    return hint(*value)
 
 
 def _resolve(name: str) -> type:

@@ -9,10 +9,11 @@ from dit_video.diffusion import FlowMatching
 from dit_video.distributed import MeshConfig
 from dit_video.dit import DitConfig
 from dit_video.errors import UserError
+from dit_video.evaluation.kinds import CaptionEvaluation, Evaluation
 from dit_video.generation import Sampling
 from dit_video.text import ByteEncoderConfig
-from dit_video.tokens import Grid, RowShape, token_grid
-from dit_video.training.optimizer import OptimizerConfig
+from dit_video.tokens import Grid, RowShape
+from dit_video.training.optimizer import OptimizerConfig, learning_rates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +75,7 @@ class Experiment:
     autoencoder: AutoencoderTraining
     denoiser: DenoiserTraining
     sampling: Sampling = field(default_factory=Sampling)
+    evaluation: Evaluation = field(default_factory=CaptionEvaluation)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     seed: int = 0
     log_every: int = 20
@@ -91,6 +93,8 @@ class Experiment:
                 f"the denoiser takes context of width {denoiser.dit.context_width}, the text encoder makes "
                 f"{denoiser.text.width}; set dit context_width={denoiser.text.width}"
             )
+        for training in (self.autoencoder, denoiser):
+            learning_rates(training.optimizer, steps=training.steps)
         if not 0 <= denoiser.caption_dropout <= 1:
             raise UserError(f"caption_dropout {denoiser.caption_dropout} must lie in [0, 1]")
         if denoiser.text.max_tokens > denoiser.rows.text:
@@ -100,6 +104,11 @@ class Experiment:
             )
         if not self.autoencoder.windows:
             raise UserError("the autoencoder needs at least one window shape to train on")
+        if denoiser.dit.patch.t != 1:
+            raise UserError(
+                f"a patch of {denoiser.dit.patch.t} latent frames divides no clip, as its first latent frame stands "
+                "alone; use 1 along time"
+            )
         for name, size in [("max_frames", Grid(self.data.max_frames, *self._multiple[1:]))] + [
             ("window", window.size) for window in self.autoencoder.windows
         ]:
@@ -117,14 +126,13 @@ class Experiment:
     @property
     def _multiple(self) -> Grid:
         stride, patch = self.autoencoder.model.stride, self.denoiser.dit.patch
-        return Grid(stride.t * patch.t, stride.h * patch.h, stride.w * patch.w)
+        return Grid(stride.t, stride.h * patch.h, stride.w * patch.w)
 
     def _largest_clip(self) -> int:
         """Tokens of the largest clip that the limits let through."""
         multiple = self._multiple
         latents = latent_grid(Grid(self.data.max_frames, *multiple[1:]), self.autoencoder.model.stride)
-        frames = token_grid(Grid(latents.t, *self.denoiser.dit.patch[1:]), self.denoiser.dit.patch).t
-        return frames * (self.data.max_pixels // (multiple.h * multiple.w))
+        return latents.t * (self.data.max_pixels // (multiple.h * multiple.w))
 
     @property
     def limits(self) -> SizeLimits:

@@ -1,6 +1,7 @@
 """What a pipeline is worth: reconstructions of held-out clips, and samples judged by their files."""
 
 import re
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,11 +14,13 @@ from dit_video.data import shapes
 from dit_video.data.sizes import SizeLimits, fit, read_fitted
 from dit_video.data.source import ClipSource
 from dit_video.errors import UserError
+from dit_video.evaluation.kinds import ShapesEvaluation
 from dit_video.evaluation.reconstruction import psnr, ssim
 from dit_video.evaluation.shapes import examine, judge, prompt_following, score
 from dit_video.files import read_json, write_json
 from dit_video.pipeline import Pipeline, Request
 from dit_video.tokens import Grid
+from dit_video.training.logging import Progress
 from dit_video.video import Clip, decode
 
 PROMPTS = "prompts.json"
@@ -32,6 +35,77 @@ class Reconstructed(NamedTuple):
     psnr: float
     """dB"""
     ssim: float
+
+
+class Measured(NamedTuple):
+    """An evaluation: its figures, and what they are of."""
+
+    metrics: dict[str, Any]
+    reconstructions: list[Reconstructed]
+    samples: list[tuple[dict[str, Any], Clip]]
+    """entries of `prompts.json` with their decoded files"""
+
+
+def evaluate(
+    pipeline: Pipeline,
+    folder: str | Path,
+    *,
+    seed: int,
+    held_out: ClipSource | None = None,
+    limits: SizeLimits | None = None,
+    **sampling: Any,
+) -> Measured:
+    """Reconstruct the held-out clips, sample as the pipeline's config says, write `samples/` and `metrics.json`.
+
+    Args:
+      pipeline: what is evaluated.
+      folder: where the files go.
+      seed: of the samples.
+      held_out: clips that were not trained on; None or none: nothing is reconstructed.
+      limits: to which size they are brought.
+      sampling: instead of the pipeline's own (see `Pipeline.generate_many`).
+
+    Raises:
+      UserError: there is nothing to evaluate on.
+    """
+    folder = Path(folder)
+    metrics: dict[str, Any] = {"parameters": pipeline.parameter_counts()}
+    reconstructions: list[Reconstructed] = []
+    if held_out is not None and limits is not None and len(held_out):
+        reconstructions = reconstruct(pipeline, held_out, limits)
+        metrics["reconstruction"] = _reconstruction_figures(reconstructions)
+    judged = isinstance(pipeline.config.evaluation, ShapesEvaluation)
+    if judged:
+        requests = shape_requests(seed)
+    elif held_out is not None and limits is not None and len(held_out):
+        requests = caption_requests(held_out, limits, count=pipeline.config.evaluation.count, seed=seed)
+    else:
+        raise UserError(
+            "there are no held-out clips whose captions could be sampled; name some in the config's held_out"
+        )
+    began = time.perf_counter()
+    with Progress("sampling", len(requests)) as progress:
+        write_samples(pipeline, requests, folder / "samples", progress=progress.update, **sampling)
+    metrics["sampling"] = {"samples": len(requests), "seconds": round(time.perf_counter() - began, 1)}
+    samples = read_samples(folder / "samples")
+    if judged:
+        metrics["prompt_following"] = judge_samples(samples)
+    write_json(folder / "metrics.json", metrics)
+    return Measured(metrics, reconstructions, samples)
+
+
+def _reconstruction_figures(reconstructions: Sequence[Reconstructed]) -> dict[str, Any]:
+    each = {one.name: {"psnr": _finite(one.psnr), "ssim": one.ssim} for one in reconstructions}
+    return {
+        "psnr": float(np.mean([entry["psnr"] for entry in each.values()])),
+        "ssim": float(np.mean([entry["ssim"] for entry in each.values()])),
+        "clips": each,
+    }
+
+
+def _finite(value: float) -> float:
+    """JSON has no infinity: the PSNR of equal clips is written as 100 dB."""
+    return min(value, 100.0)
 
 
 def reconstruct(pipeline: Pipeline, clips: ClipSource, limits: SizeLimits) -> list[Reconstructed]:
@@ -105,6 +179,8 @@ def write_samples(
     `progress` is called with the number of clips done; `sampling` goes to `Pipeline.generate_many`.
     """
     folder = Path(folder)
+    for old in folder.glob("*") if (folder / PROMPTS).is_file() else ():
+        old.unlink()
     entries: list[dict[str, Any]] = []
     group = max(1, 4 * pipeline.config.batch)
     for start in range(0, len(requests), group):

@@ -22,12 +22,14 @@ from dit_video.autoencoder import AutoencoderConfig, latent_grid
 from dit_video.diffusion import RectifiedFlow, sampler
 from dit_video.dit import DitConfig
 from dit_video.errors import MissingError, UserError
+from dit_video.evaluation.kinds import CaptionEvaluation, Evaluation
 from dit_video.files import atomic_path, read_json, write_json
 from dit_video.generation import Denoiser, LatentRequest, Sampling, initial_noise, sample_latents
 from dit_video.nn import graph_of, param_shapes
 from dit_video.text import TextEncoderConfig
 from dit_video.tokens import Grid, RowShape, token_grid
 from dit_video.tree import flatten
+from dit_video.tree import size as count
 from dit_video.video import Clip
 from dit_video.weights import load as load_weights
 from dit_video.weights import save as save_weights
@@ -56,11 +58,9 @@ class PipelineConfig:
     """of the clips that it was trained on"""
     size: Grid
     """what is generated if nothing else is asked for: frames, height, width"""
+    evaluation: Evaluation = field(default_factory=CaptionEvaluation)
     made_by: dict[str, str] = field(default_factory=dict)
     """the command, seed and versions that the weights come from"""
-
-    def __post_init__(self):
-        object.__setattr__(self, "size", Grid(*self.size))
 
 
 class Request(NamedTuple):
@@ -185,6 +185,12 @@ class Pipeline:
         """A clip as the autoencoder sees it."""
         return replace(self.decode(self.encode(clip), caption=clip.caption), fps=clip.fps)
 
+    def parameter_counts(self) -> dict[str, int]:
+        """How many parameters each part has."""
+        return {"autoencoder": count(self._autoencoder)} | {
+            name: count(part) for name, part in self._denoiser.params.items()
+        }
+
     def save(self, folder: str | Path, *, dtype: str = "float32") -> None:
         """Write a pipeline folder, whole or not at all; weights are cast to `dtype` (float32 or bfloat16)."""
         with atomic_path(folder) as temporary:
@@ -223,11 +229,11 @@ class Pipeline:
 
     def _clips(self, latents: Sequence[Float32[np.ndarray, "t h w c"]], requests: Sequence[Request]) -> list[Clip]:
         """Decode clips of one size together, so that a size compiles once."""
-        by_size: dict[tuple[int, ...], list[int]] = {}
+        by_shape: dict[tuple[int, ...], list[int]] = {}
         for index, values in enumerate(latents):
-            by_size.setdefault(values.shape, []).append(index)
+            by_shape.setdefault(values.shape, []).append(index)
         clips: dict[int, Clip] = {}
-        for members in by_size.values():
+        for members in by_shape.values():
             batch = min(_BATCH, len(members))
             for start in range(0, len(members), batch):
                 part = members[start : start + batch]

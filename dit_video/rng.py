@@ -11,13 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key, UInt32
 
+from dit_video.arrays import AnyArray
+
 
 def key(seed: int, purpose: str) -> Key[Array, ""]:
     """The key of one purpose. Two purposes of one seed are independent."""
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
 
 
-def example_keys(purpose_key: Key[Array, ""], step: Array | int, examples: UInt32[Array, "..."]) -> Key[Array, "..."]:
+def example_keys(
+    purpose_key: Key[Array, ""], step: Array | int, examples: UInt32[AnyArray, "..."]
+) -> Key[Array, "..."]:
     """One key for every example at one step, whatever row or device the example lies on."""
     at_step = jax.random.fold_in(purpose_key, jnp.asarray(step, jnp.uint32))
     flat = jax.vmap(lambda example: jax.random.fold_in(at_step, example))(examples.reshape(-1))

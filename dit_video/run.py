@@ -241,7 +241,9 @@ class Run:
         checkpoints = Checkpoints(self.folder / "denoiser" / "checkpoints")
         if checkpoints.latest() is None:
             raise UserError(f"{self.folder} has no checkpoint of its denoiser yet; continue it with: {self.command}")
-        state, _ = checkpoints.restore(state_shapes(self._init_denoiser, make_optimizer(config.optimizer)))
+        state, _ = checkpoints.restore(
+            state_shapes(self._init_denoiser, make_optimizer(config.optimizer, steps=config.steps))
+        )
         return Pipeline(
             self.pipeline_config(), autoencoder=self.train_autoencoder(), denoiser=jax.device_get(state.ema)
         )
@@ -261,6 +263,7 @@ class Run:
             batch=experiment.denoiser.batch,
             sampling=experiment.sampling,
             fps=fps,
+            evaluation=experiment.evaluation,
             size=max(sizes, key=lambda size: (size.volume, size)),
             made_by={
                 "command": self.command,
@@ -290,7 +293,7 @@ class Run:
         config = experiment.autoencoder if name == "autoencoder" else experiment.denoiser
         mesh = make_mesh(experiment.mesh)
         layout = functools.partial(shardings, mesh=mesh)
-        optimizer = make_optimizer(config.optimizer)
+        optimizer = make_optimizer(config.optimizer, steps=config.steps)
         checkpoints = Checkpoints(self.folder / name / "checkpoints")
         if checkpoints.latest() is None:
             state = new_state(init, optimizer, rng.key(experiment.seed, name), shardings=layout)
@@ -334,9 +337,10 @@ class Run:
         def means(clips):
             return nnx.merge(graph, params).posterior(pixels.to_float(clips)).mean
 
-        total, squares, count = 0.0, 0.0, 0
+        channels = self.experiment.autoencoder.model.channels
+        total, squares, count = np.zeros(channels), np.zeros(channels), 0
         for clips in itertools.islice(self._windows(0, "latent moments"), _MOMENT_BATCHES):
-            latents = np.asarray(means(clips), np.float64).reshape(-1, self.experiment.autoencoder.model.channels)
+            latents = np.asarray(means(clips), np.float64).reshape(-1, channels)
             total, squares, count = total + latents.sum(0), squares + np.square(latents).sum(0), count + len(latents)
         mean = total / count
         return mean.astype(np.float32), np.sqrt(squares / count - mean**2).astype(np.float32)

@@ -30,9 +30,6 @@ class PatchVaeConfig:
     blocks: int = 3
     """residual blocks in the encoder, and as many in the decoder"""
 
-    def __post_init__(self):
-        object.__setattr__(self, "stride", Grid(*self.stride))
-
     def make(self, rngs: nnx.Rngs) -> "PatchVae":
         return PatchVae(self, rngs=rngs)
 

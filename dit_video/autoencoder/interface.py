@@ -1,6 +1,6 @@
 """What an autoencoder is to the rest."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from flax import nnx
 from jaxtyping import Array, Float
@@ -9,6 +9,7 @@ from dit_video.errors import UserError
 from dit_video.tokens import Grid
 
 
+@runtime_checkable
 class Autoencoder(Protocol):
     """Clips to latents and back. Latents are normalised: about zero mean and unit variance in every channel."""
 
@@ -17,6 +18,7 @@ class Autoencoder(Protocol):
     def decode(self, latents: Float[Array, "B t h w c"]) -> Float[Array, "B T H W 3"]: ...
 
 
+@runtime_checkable
 class AutoencoderConfig(Protocol):
     """The config of an autoencoder: makes its module, and knows the size of its latents."""
 

@@ -30,9 +30,10 @@ def fit_linear(
     batches: Iterable[Float32[np.ndarray, "B T H W 3"]], *, stride: Grid, channels: int
 ) -> LinearAutoencoder:
     """Principal components of the causal patches of clips with pixels in [-1, 1], in float64."""
-    count, total, products = 0, 0.0, 0.0
+    values = stride.volume * 3
+    count, total, products = 0, np.zeros(values), np.zeros((values, values))
     for pixels in batches:
-        patches = np.asarray(to_patches(pixels, stride), np.float64).reshape(-1, stride.volume * 3)
+        patches = np.asarray(to_patches(pixels, stride), np.float64).reshape(-1, values)
         count, total, products = count + len(patches), total + patches.sum(axis=0), products + patches.T @ patches
     mean = total / count
     variances, vectors = np.linalg.eigh(products / count - np.outer(mean, mean))

@@ -5,12 +5,12 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Float
 
-from dit_video.arrays import AnyArray
+from dit_video.arrays import SameArray
 from dit_video.autoencoder.interface import latent_grid
 from dit_video.tokens import Grid
 
 
-def to_patches(pixels: Float[AnyArray, "B T H W 3"], stride: Grid) -> Float[AnyArray, "B t h w p"]:
+def to_patches(pixels: Float[SameArray, "B T H W 3"], stride: Grid) -> Float[SameArray, "B t h w p"]:
     """Causal patches: frame 0 repeated `stride.t` times is the first, then `stride.t` frames each.
 
     Raises:
@@ -22,7 +22,7 @@ def to_patches(pixels: Float[AnyArray, "B T H W 3"], stride: Grid) -> Float[AnyA
     return rearrange(padded, "B (t pt) (h ph) (w pw) C -> B t h w (pt ph pw C)", pt=stride.t, ph=stride.h, pw=stride.w)
 
 
-def from_patches(patches: Float[AnyArray, "B t h w p"], stride: Grid) -> Float[AnyArray, "B T H W 3"]:
+def from_patches(patches: Float[SameArray, "B t h w p"], stride: Grid) -> Float[SameArray, "B T H W 3"]:
     """Invert `to_patches`; of the first patch, the last frame is kept."""
     pixels = rearrange(
         patches, "B t h w (pt ph pw C) -> B (t pt) (h ph) (w pw) C", pt=stride.t, ph=stride.h, pw=stride.w

@@ -3,11 +3,12 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from dit_video.arrays import AnyArray
 from dit_video.tokens import positions, to_tokens
 
 
 def drop_captions(
-    text: Int[Array, "B S"], segments: Int[Array, "B S"], drop: Bool[Array, "B G"], *, empty: tuple[int, ...]
+    text: Int[AnyArray, "B S"], segments: Int[AnyArray, "B S"], drop: Bool[Array, "B G"], *, empty: tuple[int, ...]
 ) -> tuple[Int[Array, "B S"], Int[Array, "B S"]]:
     """Replace the captions of the dropped segments by the empty caption, whose tokens are `empty`.
 

@@ -27,7 +27,8 @@ def content() -> tfds.features.Tensor:
     return tfds.features.Tensor(shape=(), dtype=np.object_)
 
 
-class _Records(tfds.core.ShardBasedBuilder, skip_registration=True):
+# TFDS has no types, and mypy then takes class keywords for those of `object`.
+class _Records(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Writes given shards. Its name, which the files carry, is that of the subclass."""
 
     VERSION = tfds.core.Version("1.0.0")
@@ -53,11 +54,11 @@ class _Records(tfds.core.ShardBasedBuilder, skip_registration=True):
         """As above."""
 
 
-class Clips(_Records, skip_registration=True):
+class Clips(_Records, skip_registration=True):  # type: ignore[call-arg]  # as above
     """Encoded clips."""
 
 
-class Latents(_Records, skip_registration=True):
+class Latents(_Records, skip_registration=True):  # type: ignore[call-arg]  # as above
     """What an autoencoder made of clips."""
 
 

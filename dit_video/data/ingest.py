@@ -6,6 +6,7 @@ run can choose other sizes.
 
 import csv
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -244,7 +245,7 @@ def _shards(listed: Sequence[Listed], examples: Iterator[tuple[int, dict]]) -> l
                 return
             yield example
 
-    return [lambda number=number: shard(number) for number in range(last + 1)]
+    return [functools.partial(shard, number) for number in range(last + 1)]
 
 
 def shard_of(listed: Sequence[Listed]) -> list[int]:

@@ -33,7 +33,7 @@ Tokenize = Callable[[str], Int32[np.ndarray, " s"]]
 class PackedBatches(Iterator[Rows]):
     """An endless iterator over this host's share of the batches."""
 
-    def __init__(self, batches: Iterator[Rows], stream: RowStream):
+    def __init__(self, batches: grain.DatasetIterator, stream: RowStream):
         self._batches = batches
         self.hash: str = stream.hash
         """Of the plan: with the step, the whole state of the data."""
@@ -49,8 +49,7 @@ class PackedBatches(Iterator[Rows]):
 
     def close(self) -> None:
         """End the threads and workers that read ahead."""
-        with contextlib.suppress(AttributeError):
-            self._batches.close()
+        self._batches.close()
 
 
 def packed_batches(

@@ -224,6 +224,12 @@ def draw(index: int, *, seed: int, sizes: tuple[Grid, ...] = SIZES) -> tuple[Des
     return description, sample_geometry(generator, description, height=size.h, width=size.w), size
 
 
+def file_name(index: int, *, seed: int, sizes: tuple[Grid, ...] = SIZES) -> str:
+    """Where `write_folder` writes clip `index`."""
+    frames = draw(index, seed=seed, sizes=sizes)[2].t
+    return f"clips/{index:06d}.{'png' if frames == 1 else 'mp4'}"
+
+
 def write_folder(
     folder: Path,
     *,
@@ -248,7 +254,7 @@ def write_folder(
     writer.writerow(("file_name", "text"))
     for index in range(count):
         description, geometry, size = draw(index, seed=seed, sizes=sizes)
-        name = f"clips/{index:06d}.{'png' if size.t == 1 else 'mp4'}"
+        name = file_name(index, seed=seed, sizes=sizes)
         if not (folder / name).exists():
             render(description, geometry, frames=size.t, height=size.h, width=size.w).save(folder / name)
         writer.writerow((name, caption(description)))

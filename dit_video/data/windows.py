@@ -1,6 +1,6 @@
 """Batches of one shape for training the autoencoder: random windows of clips, in time and space."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,11 +52,12 @@ class Windows(Iterator[UInt8[np.ndarray, "B T H W 3"]]):
         cache_bytes: int = CACHE_BYTES,
     ):
         self._source, self._config, self._limits, self._seed = source, config, limits, seed
-        self._sizes = [_fit_or_none(source, index, limits) for index in range(len(source))]
+        fitted = {index: _fit_or_none(source, index, limits) for index in range(len(source))}
+        self._sizes = {index: size for index, size in fitted.items() if size is not None}
         self.clips: tuple[int, ...] = tuple(
             index
-            for index, size in enumerate(self._sizes)
-            if size is not None and all(have >= want for have, want in zip(size, config.size, strict=True))
+            for index, size in self._sizes.items()
+            if all(have >= want for have, want in zip(size, config.size, strict=True))
         )
         """The clips that are used."""
         self.left_out: tuple[str, ...] = tuple(
@@ -67,7 +68,7 @@ class Windows(Iterator[UInt8[np.ndarray, "B T H W 3"]]):
             size = "{}x{}x{}".format(*config.size)
             raise UserError(
                 f"none of the {len(source)} clips has a window of {size} at its training size "
-                f"({_largest(self._sizes)}); use a smaller window, or raise max_pixels or max_frames"
+                f"({_largest(self._sizes.values())}); use a smaller window, or raise max_pixels or max_frames"
             )
         self.step = start_step
         self._cache: dict[tuple[int, int], np.ndarray] = {}
@@ -153,6 +154,5 @@ def _fit_or_none(source: ClipSource, index: int, limits: SizeLimits) -> Grid | N
         return None
 
 
-def _largest(sizes: list[Grid | None]) -> str:
-    known = [size for size in sizes if size is not None]
-    return "all are smaller than one multiple" if not known else "the largest is {}x{}x{}".format(*max(known))
+def _largest(sizes: Collection[Grid]) -> str:
+    return "all are smaller than one multiple" if not sizes else "the largest is {}x{}x{}".format(*max(sizes))

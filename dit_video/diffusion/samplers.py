@@ -77,7 +77,7 @@ def sampler(name: str) -> Sampler:
     return SAMPLERS[name]
 
 
-def time_grid(process: RectifiedFlow, steps: int) -> Float[Array, " steps+1"]:
+def time_grid(process: RectifiedFlow, steps: int) -> Float[Array, " {steps}+1"]:
     """Times from 1 (noise) to 0 (data), evenly spaced and then shifted as in training.
 
     Raises:
@@ -91,7 +91,7 @@ def time_grid(process: RectifiedFlow, steps: int) -> Float[Array, " steps+1"]:
 def sample(
     denoise: Denoise,
     noise: Float[Array, "*shape"],
-    times: Float[Array, " steps+1"],
+    times: Float[Array, " times"],
     *,
     process: RectifiedFlow,
     solver: Sampler,

@@ -4,14 +4,15 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 from jax.scipy.stats import norm
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
+from dit_video.arrays import AnyArray
 from dit_video.errors import UserError
 
 _GOLDEN = 0.6180339887498949
 
 
-def low_discrepancy(offset: Float[Array, ""], ranks: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
+def low_discrepancy(offset: Float[Array, ""], ranks: Integer[AnyArray, "*shape"]) -> Float[Array, "*shape"]:
     """Numbers in [0, 1) that cover it evenly over consecutive ranks: `frac(offset + rank * golden ratio)`.
 
     An example's number depends on its rank in the plan and not on its row, so it is the same on any mesh. Over a batch

@@ -75,7 +75,8 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     sharding = batch_sharding(mesh)
     processes = jax.process_count()
     places = math.prod(mesh.shape[axis] for axis in _ROWS)
-    local = len({index[0].start for index in sharding.addressable_devices_indices_map((places,)).values()})
+    indices = sharding.addressable_devices_indices_map((places,)).values()
+    local = len({index[0].start for index in indices if index is not None})
     for path, leaf in trees.flatten(batch).items():
         if leaf.shape[0] % local:
             raise UserError(

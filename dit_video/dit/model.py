@@ -6,12 +6,14 @@ projected once and shared, each block adding its own table, as in Wan 2.1.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from dit_video.arrays import AnyArray
 from dit_video.errors import UserError
 from dit_video.nn import (
     Attention,
@@ -30,6 +32,9 @@ from dit_video.tokens import Grid, Rotary3d, rotary_angles, rotate, segment_max,
 
 _TIME_SCALE = 1000.0
 """Diffusion time runs over [0, 1]; sinusoidal embeddings are made for steps of about one."""
+
+_POSITION_WIDTH = 32
+"""of the sines and cosines of one distance"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,18 +56,20 @@ class DitConfig:
     mlp_ratio: float = 4.0
     rotary: Rotary3d | None = None
     """None: `Rotary3d.even` of the head width"""
+    absolute_position: Literal["sinusoidal", "none"] = "sinusoidal"
+    """Rotary positions are relative: from noise alone, attention cannot tell where in the clip a token lies. This adds
+    each token's distance to both ends of its clip, along each axis."""
     attention: Backend = "auto"
     dtype: str = "float32"
     """of the matrix products; norms, modulation and the residual stream are float32"""
     remat: Remat = "none"
 
     def __post_init__(self):
-        object.__setattr__(self, "patch", Grid(*self.patch))
         if self.width % self.heads:
             raise UserError(f"width {self.width} must be divisible by its {self.heads} heads")
-        if self.rotary is None:
-            object.__setattr__(self, "rotary", Rotary3d.even(self.width // self.heads))
-        self.rotary.check(self.width // self.heads)
+        rotary = Rotary3d.even(self.width // self.heads) if self.rotary is None else self.rotary
+        rotary.check(self.width // self.heads)
+        object.__setattr__(self, "rotary", rotary)
 
     @property
     def token_width(self) -> int:
@@ -80,6 +87,8 @@ class Dit(nnx.Module):
         self.config = config
         width, dtype = config.width, jnp.dtype(config.dtype)
         self.embed = Linear(config.token_width, width, dtype=dtype, rngs=rngs)
+        if config.absolute_position == "sinusoidal":
+            self.position = Linear(6 * _POSITION_WIDTH, width, dtype=dtype, rngs=rngs)
         self.time_in, self.time_out = Linear(256, width, rngs=rngs), Linear(width, width, rngs=rngs)
         self.context_in = Linear(config.context_width, width, dtype=dtype, rngs=rngs)
         self.context_pooled = Linear(config.context_width, width, rngs=rngs)
@@ -93,18 +102,22 @@ class Dit(nnx.Module):
         noisy: Float[Array, "B N p"],
         time: Float[Array, "B G"],
         *,
-        segments: Int[Array, "B N"],
-        coordinates: Float[Array, "B N 3"],
+        segments: Int[AnyArray, "B N"],
+        coordinates: Float[AnyArray, "B N 3"],
         context: Float[Array, "B S E"],
         context_segments: Int[Array, "B S"],
     ) -> Float[Array, "B N p"]:
         """Predict from noisy tokens at one diffusion time per segment (0 = data, 1 = noise)."""
         condition = self.condition(time, context, context_segments)
         modulation = self.modulation(condition).reshape(*condition.shape[:2], 6, -1)
+        assert self.config.rotary is not None  # the config fills it in
         angles = rotary_angles(coordinates, self.config.rotary)
+        x = self.embed(noisy)
+        if self.config.absolute_position == "sinusoidal":
+            x = x + self.position(_distances(coordinates, segments, count=time.shape[1]))
         x = apply_stack(
             self.blocks,
-            self.embed(noisy).astype(jnp.float32),
+            x.astype(jnp.float32),
             to_tokens(modulation, segments),
             angles,
             segments,
@@ -127,11 +140,20 @@ class Dit(nnx.Module):
         return nnx.silu(embedded + self.context_pooled(pooled))
 
 
+def _distances(
+    coordinates: Float[Array, "B N 3"], segments: Int[Array, "B N"], *, count: int
+) -> Float[Array, "B N position"]:
+    """Sines and cosines of the distances to the first and to the last token of the segment along each axis."""
+    extent = jnp.stack([segment_max(coordinates[..., axis], segments, count=count) for axis in range(3)], axis=-1)
+    both = jnp.concatenate([coordinates, to_tokens(extent, segments) - coordinates], axis=-1)
+    return sinusoidal(both, _POSITION_WIDTH, period=100.0).reshape(*both.shape[:2], -1)
+
+
 def packed_denoise(
     dit: Dit,
     *,
-    segments: Int[Array, "B N"],
-    coordinates: Float[Array, "B N 3"],
+    segments: Int[AnyArray, "B N"],
+    coordinates: Float[AnyArray, "B N 3"],
     context: Float[Array, "B S E"],
     context_segments: Int[Array, "B S"],
     count: int,

@@ -245,7 +245,8 @@ def start_spread(results: Sequence[Result], *, draws: int = 100) -> dict:
     shape in their first frame are left out of both, and `count` says how many are left. Two samples of a direction are
     the least that have a spread: with fewer the numbers are None.
     """
-    spreads, ratios = {}, []
+    spreads: dict[str, dict] = {}
+    ratios: list[float] = []
     for name in (*DIRECTIONS, "image"):
         direction = None if name == "image" else name
         group = [one for one in results if one.description.direction == direction and one.verdict.start is not None]
@@ -253,12 +254,12 @@ def start_spread(results: Sequence[Result], *, draws: int = 100) -> dict:
         starts = np.asarray([one.verdict.start for one in group]).reshape(-1, 2)
         data = np.concatenate([np.zeros((0, 2)), *(_data_starts(one, index, draws) for index, one in enumerate(group))])
         for axis, label in enumerate(("vertical", "horizontal")):
-            known = len(group) > 1
-            samples = float(starts[:, axis].std(ddof=1)) if known else None
-            expected = float(data[:, axis].std(ddof=1)) if known else None
-            ratio = samples / expected if known else None
-            entry[label] = {"samples": samples, "data": expected, "ratio": ratio}
-            ratios += [ratio] if known else []
+            if len(group) < 2:
+                entry[label] = {"samples": None, "data": None, "ratio": None}
+                continue
+            samples, expected = (float(values[:, axis].std(ddof=1)) for values in (starts, data))
+            ratios.append(samples / expected)
+            entry[label] = {"samples": samples, "data": expected, "ratio": ratios[-1]}
         spreads[name] = entry
     return {**spreads, "lowest_ratio": min(ratios, default=None)}
 

@@ -168,7 +168,7 @@ def _sample_rows(
     program = _program(denoiser.dit, denoiser.text, denoiser.process, sampling.solver, sampling.guidance != 1.0)
     times = time_grid(denoiser.process, sampling.steps)
     tokens = np.asarray(program(denoiser.params, conditional, unconditional, times, sampling.guidance))
-    return [unpack(tokens[number], conditional.segments[number]) for number in range(len(members))]
+    return [unpack(tokens[number], np.asarray(conditional.segments[number])) for number in range(len(members))]
 
 
 @functools.lru_cache(maxsize=16)
@@ -192,6 +192,6 @@ def _program(dit: nnx.GraphDef, text: nnx.GraphDef, process: RectifiedFlow, solv
         denoise = branch(conditional)
         if guided:
             denoise = classifier_free(denoise, branch(unconditional), guidance)
-        return sample(denoise, conditional.tokens, times, process=process, solver=solver)
+        return sample(denoise, jnp.asarray(conditional.tokens), times, process=process, solver=solver)
 
     return program

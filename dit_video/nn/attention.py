@@ -4,7 +4,7 @@ One function type, `Attention`, is chosen when a model is built; every backend i
 """
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ _MASKED = -1e30
 Backend = Literal["auto", "dense", "chunked"]
 
 
+@runtime_checkable
 class Attention(Protocol):
     """`softmax(q k^T / sqrt(d)) v`, where a query sees the keys with its own segment id and no others."""
 

@@ -1,11 +1,16 @@
 """Sines and cosines of a scalar."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Real
 
 
-def sinusoidal(values: Float[Array, "*batch"], width: int, *, period: float = 10_000.0) -> Float[Array, "*batch width"]:
-    """`[cos(x f), sin(x f)]` with frequencies from 1 down to `1 / period` (arXiv 1706.03762, section 3.5)."""
+def sinusoidal(
+    values: Real[Array, "*batch"], width: int, *, period: float = 10_000.0
+) -> Float[Array, "*batch {width}"]:
+    """`[cos(x f), sin(x f)]` with frequencies from 1 down towards `1 / period` (arXiv 1706.03762, section 3.5).
+
+    `width` is even.
+    """
     frequencies = jnp.exp(-jnp.log(period) * jnp.arange(width // 2, dtype=jnp.float32) / (width // 2))
     angles = values.astype(jnp.float32)[..., None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)

@@ -1,7 +1,7 @@
 """What a text encoder is to the rest: a tokenizer on the host, a module on packed rows of tokens."""
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from flax import nnx
@@ -19,12 +19,14 @@ class Context(NamedTuple):
     """as in `Rows`: 0 is padding"""
 
 
+@runtime_checkable
 class TextEncoder(Protocol):
     """Packed token ids to context."""
 
     def __call__(self, ids: Int[Array, "B S"], segments: Int[Array, "B S"]) -> Context: ...
 
 
+@runtime_checkable
 class TextEncoderConfig(Protocol):
     """The config of an encoder: makes its two halves, and knows its width and limit."""
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int, Int32, UInt32
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Shaped, UInt32
 
 from dit_video.arrays import AnyArray
 from dit_video.errors import UserError
@@ -102,14 +102,14 @@ def unpack(tokens: Float[np.ndarray, "N p"], segments: Int[np.ndarray, " N"]) ->
     return [tokens[segments == index] for index in range(1, int(segments.max(initial=0)) + 1)]
 
 
-def to_tokens(values: Float[Array, "B G *rest"], segments: Int[Array, "B N"]) -> Float[Array, "B N *rest"]:
+def to_tokens(values: Shaped[Array, "B G *rest"], segments: Int[AnyArray, "B N"]) -> Shaped[Array, "B N *rest"]:
     """Give every token its segment's value; padding gets the first segment's."""
     return jax.vmap(lambda row, ids: row[ids])(values, jax.numpy.maximum(segments - 1, 0))
 
 
 def segment_mean(
-    values: Float[Array, "B N *rest"], segments: Int[Array, "B N"], *, count: int
-) -> Float[Array, "B count *rest"]:
+    values: Float[Array, "B N *rest"], segments: Int[AnyArray, "B N"], *, count: int
+) -> Float[Array, "B {count} *rest"]:
     """The mean over each segment's tokens; zero for a segment without any."""
     member = (segments[..., None] == jax.numpy.arange(1, count + 1)).astype(values.dtype)  # B N G
     total = jax.numpy.einsum("bn...,bng->bg...", values, member)
@@ -117,13 +117,16 @@ def segment_mean(
     return total / number.reshape(number.shape + (1,) * (values.ndim - 2))
 
 
-def segment_max(values: Float[Array, "B N"], segments: Int[Array, "B N"], *, count: int) -> Float[Array, "B count"]:
+def segment_max(
+    values: Float[Array, "B N"], segments: Int[AnyArray, "B N"], *, count: int
+) -> Float[Array, "B {count}"]:
     """The largest value in each segment, bit for bit; zero for a segment without tokens."""
     member = segments[..., None] == jax.numpy.arange(1, count + 1)
-    return jax.numpy.where(member, values[..., None], -jax.numpy.inf).max(axis=1, where=member, initial=0.0)
+    largest = jax.numpy.where(member, values[..., None], -jax.numpy.inf).max(axis=1)
+    return jax.numpy.where(member.any(axis=1), largest, 0.0)
 
 
-def positions(segments: Int[Array, "B N"]) -> Int[Array, "B N"]:
+def positions(segments: Int[AnyArray, "B N"]) -> Int[Array, "B N"]:
     """The index of every token within its segment (or within its run of padding)."""
     index = jax.numpy.arange(segments.shape[1])[None]
     starts = jax.numpy.pad(segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1) != segments

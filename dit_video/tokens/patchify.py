@@ -5,7 +5,7 @@ from typing import NamedTuple
 from einops import rearrange
 from jaxtyping import Float
 
-from dit_video.arrays import AnyArray
+from dit_video.arrays import SameArray
 from dit_video.errors import UserError
 
 
@@ -35,7 +35,7 @@ def token_grid(latents: Grid, patch: Grid) -> Grid:
     return Grid(latents.t // patch.t, latents.h // patch.h, latents.w // patch.w)
 
 
-def patchify(latents: Float[AnyArray, "*batch t h w c"], patch: Grid) -> Float[AnyArray, "*batch n p"]:
+def patchify(latents: Float[SameArray, "*batch t h w c"], patch: Grid) -> Float[SameArray, "*batch n p"]:
     """Cut latents into `n` tokens in (t, h, w) order, each of `p = patch volume * c` values in (t, h, w, c) order.
 
     Raises:
@@ -51,7 +51,7 @@ def patchify(latents: Float[AnyArray, "*batch t h w c"], patch: Grid) -> Float[A
     )
 
 
-def unpatchify(tokens: Float[AnyArray, "*batch n p"], grid: Grid, patch: Grid) -> Float[AnyArray, "*batch t h w c"]:
+def unpatchify(tokens: Float[SameArray, "*batch n p"], grid: Grid, patch: Grid) -> Float[SameArray, "*batch t h w c"]:
     """Invert `patchify`; `grid` is the token grid."""
     return rearrange(
         tokens,

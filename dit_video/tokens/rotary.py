@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dit_video.arrays import AnyArray
 from dit_video.errors import UserError
 
 
@@ -21,7 +22,7 @@ class Rotary3d:
 
     def check(self, head_width: int) -> None:
         """Raises UserError where the split does not divide this head width into even parts."""
-        if sum(self.split) != head_width or any(part % 2 for part in self.split):
+        if sum(self.split) != head_width or any(part % 2 or part < 0 for part in self.split):
             raise UserError(
                 f"rotary split {self.split} must be three even numbers that add up to the head width {head_width}"
             )
@@ -33,7 +34,7 @@ class Rotary3d:
         return Rotary3d(split=(head_width - 2 * space, space, space), theta=theta)
 
 
-def rotary_angles(coordinates: Float[Array, "*batch N 3"], rotary: Rotary3d) -> Float[Array, "*batch N half"]:
+def rotary_angles(coordinates: Float[AnyArray, "*batch N 3"], rotary: Rotary3d) -> Float[Array, "*batch N half"]:
     """The angle of every pair of a head's channels, float32."""
     parts = []
     for axis, width in enumerate(rotary.split):

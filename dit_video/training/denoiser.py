@@ -46,7 +46,7 @@ class DenoiserLoss:
             context_segments=context.segments,
             count=count,
         )
-        per_token = self.objective.loss(denoise, rows.tokens, noise, to_tokens(time, rows.segments))
+        per_token = self.objective.loss(denoise, jnp.asarray(rows.tokens), noise, to_tokens(time, rows.segments))
         per_example = segment_mean(per_token, rows.segments, count=count)
         return (per_example * rows.valid).sum() / jnp.maximum(rows.valid.sum(), 1), {}
 

@@ -1,6 +1,5 @@
 """What a run says of itself: a file of metrics, and progress with the time that is left."""
 
-import io
 import json
 import math
 import os
@@ -8,7 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from dit_video.errors import MissingError, UserError
 from dit_video.files import write_text
@@ -85,7 +84,7 @@ class Progress:
         *,
         start: int = 0,
         seconds: float | int = 10,
-        stream: io.TextIOBase | None = None,
+        stream: TextIO | None = None,
         shown: bool = True,
     ) -> None:
         """
@@ -151,7 +150,7 @@ class Progress:
         return f"{speed} · {_duration(seconds * (self.total - self._step))} left"
 
 
-def _bar(stream: io.TextIOBase, title: str, total: int, start: int) -> tuple[Any, Any]:
+def _bar(stream: TextIO, title: str, total: int, start: int) -> tuple[Any, Any]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
     from rich.progress import Progress as Bar

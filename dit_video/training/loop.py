@@ -96,9 +96,9 @@ def run(
         _closing(batches(done)) as iterator,
         Progress(title, config.steps, start=done, shown=jax.process_index() == 0) as progress,
     ):
-        while done < config.steps and not stop.now:
+        while done < config.steps and not stop.now():
             batch = interval.next(iterator, stop)
-            if stop.now:
+            if stop.now():
                 break
             state, metrics = step(state, batch)
             done += 1
@@ -118,7 +118,7 @@ def run(
                 saver.save(done, state, interval)
         saver.save(done, state, interval)
         saver.wait()
-    if stop.now:
+    if stop.now():
         raise KeyboardInterrupt
     return state
 
@@ -149,13 +149,13 @@ class _Interval:
         try:
             batch = next(iterator)
         except Exception as error:
-            if stop.now:
+            if stop.now():
                 return None
             if isinstance(error, StopIteration):
                 step = self._done + len(self._pending)
                 raise UserError(f"the data end after step {step}; repeat them, or train for {step} steps") from error
             raise
-        if self._newest is not None and self._newest.is_ready():
+        if self._newest is not None and self._newest.is_ready():  # type: ignore[attr-defined]  # missing in JAX's stub
             self._waited += time.perf_counter() - began
         return batch
 
@@ -188,7 +188,7 @@ class _Interval:
         """What the log says of these steps; a new interval begins."""
         fetched = self.check()
         values = {name: float(np.mean([np.float64(metrics[name]) for metrics in fetched])) for name in fetched[0]}
-        if self._timed < len(fetched):
+        if self._timed < len(fetched) and self._first_step is not None:
             values["first_step_seconds"] = self._first_step
         if self._timed:
             seconds = (time.perf_counter() - self._began) / self._timed
@@ -286,7 +286,6 @@ class _Stop:
         self.asked = False
         self._agreed = False
 
-    @property
     def now(self) -> bool:
         """With several processes a signal holds when all know of it: each must take the same last step."""
         return self.asked if jax.process_count() == 1 else self._agreed

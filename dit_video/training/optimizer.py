@@ -25,9 +25,8 @@ class OptimizerConfig:
     kind: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-4
     schedule: Literal["constant", "cosine", "wsd"] = "constant"
+    """after the warmup; `wsd` is constant and falls linearly to zero over the last fifth of the run"""
     warmup: int = 100
-    steps: int = 1000
-    """length of the schedule; `wsd` falls linearly to zero over the last fifth"""
     b1: float = 0.9
     b2: float = 0.99
     weight_decay: float = 0.0
@@ -36,31 +35,37 @@ class OptimizerConfig:
     """regular expressions on parameter paths that are not trained"""
 
     def __post_init__(self):
-        if self.learning_rate <= 0 or self.steps < 1 or not 0 <= self.warmup <= self.steps:
+        if self.learning_rate <= 0 or self.warmup < 0:
             raise UserError(
-                f"an optimizer needs a positive learning rate and 0 <= warmup <= steps; got learning_rate="
-                f"{self.learning_rate}, warmup={self.warmup}, steps={self.steps}"
+                f"an optimizer needs a positive learning rate and no negative warmup; got learning_rate="
+                f"{self.learning_rate}, warmup={self.warmup}"
             )
 
 
-def learning_rates(config: OptimizerConfig) -> optax.Schedule:
-    """The learning rate of each step."""
-    peak, rest = config.learning_rate, max(1, config.steps - config.warmup)
+def learning_rates(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
+    """The learning rate of each of `steps` steps.
+
+    Raises:
+      UserError: a run that is not longer than its warmup.
+    """
+    if steps <= config.warmup:
+        raise UserError(f"a run of {steps} steps is not longer than its warmup of {config.warmup}; shorten the warmup")
+    peak, rest = config.learning_rate, steps - config.warmup
     match config.schedule:
         case "constant":
             main = optax.constant_schedule(peak)
         case "cosine":
             main = optax.cosine_decay_schedule(peak, rest)
         case "wsd":
-            decay = max(1, config.steps // 5)
+            decay = max(1, steps // 5)
             main = optax.linear_schedule(peak, 0.0, decay, transition_begin=rest - decay)
     warmup = optax.linear_schedule(peak / max(1, config.warmup), peak, max(1, config.warmup))
     return optax.join_schedules([warmup, main], [config.warmup])
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """The optax transformation of a config."""
-    rates = learning_rates(config)
+def make_optimizer(config: OptimizerConfig, *, steps: int) -> optax.GradientTransformation:
+    """The optax transformation of a config, for a run of `steps` steps."""
+    rates = learning_rates(config, steps=steps)
     match config.kind:
         case "adamw":
             main = optax.adamw(rates, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)

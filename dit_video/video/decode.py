@@ -6,9 +6,11 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import av
 import numpy as np
+from av.sidedata.sidedata import SideDataContainer
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from jaxtyping import UInt8
 
@@ -142,7 +144,7 @@ def _reading(source: Path | bytes) -> Iterator[tuple[av.container.InputContainer
     if isinstance(source, Path) and not source.is_file():
         raise MissingError(f"no such video or image file: {source}")
     try:
-        with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as container:
+        with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source), "r") as container:
             streams = [stream for stream in container.streams.video if stream.codec_context is not None]
             if not streams:
                 raise DecodeError(f"{name} holds no video stream that can be read; remove it or convert it to H.264")
@@ -158,14 +160,17 @@ def _frames(
 ) -> Iterator[tuple[float, av.VideoFrame]]:
     """Frames with their seconds after the stream's first frame, from a key frame at or before `start` on."""
     origin = stream.start_time or 0
-    if start > 0:
+    if start > 0 and stream.time_base:
         # The index of some containers is coarse; a second too early is safe.
         target = origin + int(max(start - 1, 0) / stream.time_base)
         with contextlib.suppress(av.FFmpegError):
             container.seek(target, stream=stream, backward=True)
     spacing = 1 / _rate(stream, 2)
     for index, frame in enumerate(container.decode(stream)):
-        time = index * spacing if frame.pts is None else float((frame.pts - origin) * frame.time_base)
+        if frame.pts is None or frame.time_base is None:
+            time = index * spacing
+        else:
+            time = float((frame.pts - origin) * frame.time_base)
         if frame.is_corrupt and time + spacing > start:
             raise DecodeError(f"{name} is damaged at {time:.2f} s; remove it or replace it")
         yield time, frame
@@ -225,9 +230,11 @@ def _picture(frame: av.VideoFrame, convert: VideoReformatter, size: Grid | None)
         frame.format.is_rgb or frame.format.has_palette or frame.format.name.startswith(("yuvj", "gray", "ya", "mono"))
     )
     transparent = frame.format.has_palette or any(part.is_alpha for part in frame.format.components)
+    # Of YUV swscale writes planes four times as fast as pixels, with the same values.
+    opaque = "rgb24" if frame.format.is_rgb else "gbrp"
     image = convert.reformat(
         frame,
-        format="rgba" if transparent else "rgb24",
+        format="rgba" if transparent else opaque,
         src_colorspace=None if space == _RGB else _COLORSPACES.get(space, Colorspace.ITU601),
         src_color_range=ColorRange.JPEG if known or int(frame.color_range) == ColorRange.JPEG else ColorRange.MPEG,
         dst_color_range=ColorRange.JPEG,
@@ -245,7 +252,9 @@ def _orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
 
     The display matrix of ISO/IEC 14496-12 maps a stored point (x, y) to (a x + c y, b x + d y), in 16.16 fixed point.
     """
-    matrix = next((item for item in frame.side_data if item.type.name == "DISPLAYMATRIX"), None)
+    # PyAV's stub of the attribute is of another type, with one key.
+    side_data = cast(SideDataContainer, frame.side_data)
+    matrix = next((item for item in side_data if item.type.name == "DISPLAYMATRIX"), None)
     if matrix is None:
         return False, False, False
     a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5]

@@ -96,6 +96,7 @@ def _mux(frames, format, codec, pixel_format, fps, options, *, container=None) -
                     _tag_bt709(stream.codec_context)
             frame.pts, frame.time_base = index, 1 / rate
             output.mux(stream.encode(frame))
+        assert stream is not None  # a clip has a frame
         output.mux(stream.encode(None))
     return buffer.getvalue()
 

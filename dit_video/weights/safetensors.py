@@ -69,8 +69,11 @@ def save(
     end = 0
     for name in order:
         start, end = end, end + int(np.prod(arrays[name].shape, dtype=np.int64)) * dtypes[name].itemsize
-        stored = _DTYPES[dtypes[name].name]
-        header[name] = {"dtype": stored, "shape": list(arrays[name].shape), "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": _DTYPES[dtypes[name].name],
+            "shape": list(arrays[name].shape),
+            "data_offsets": [start, end],
+        }
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         _write_header(file, header)
         for name in order:

@@ -6,7 +6,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_video.errors import UserError
-from dit_video.tokens import Grid, Item, RowShape, coordinates, empty_row, pack, segment_mean, to_tokens, unpack
+from dit_video.tokens import (
+    Grid,
+    Item,
+    RowShape,
+    coordinates,
+    empty_row,
+    pack,
+    positions,
+    segment_max,
+    segment_mean,
+    to_tokens,
+    unpack,
+)
 
 WIDTH = 3
 
@@ -93,3 +105,44 @@ def test_the_mean_ignores_padding_and_other_segments():
     noise = np.random.default_rng(1).normal(size=(1, 20)).astype(np.float32)
     mean = jax.jit(segment_mean, static_argnames="count")(jnp.asarray(noise), jnp.asarray(row.segments)[None], count=2)
     np.testing.assert_allclose(mean[0], [noise[0, :8].mean(), noise[0, 8:14].mean()], rtol=1e-5)
+
+
+SEGMENTS = jnp.asarray([[1, 1, 1, 3, 3, 0, 0], [0, 0, 1, 2, 2, 2, 2]])
+
+
+def test_to_tokens_takes_any_dtype_and_gives_padding_the_first_segments_value():
+    for values in ([[5, 6, 7], [8, 9, 1]], [[True, False, True], [False, True, True]]):
+        values = jnp.asarray(values)
+        found = to_tokens(values, SEGMENTS)
+        assert found.dtype == values.dtype
+        np.testing.assert_array_equal(found, [values[0, [0, 0, 0, 2, 2, 0, 0]], values[1, [0, 0, 0, 1, 1, 1, 1]]])
+
+
+def test_the_largest_of_each_segment_bit_for_bit():
+    values = jnp.asarray([[0.1, 0.3, 0.2, -5.0, -4.0, 9.0, 9.0], [9.0, 9.0, 1e-30, 0.7, 0.7, 0.7, 0.7]])
+    found = jax.jit(segment_max, static_argnames="count")(values, SEGMENTS, count=3)
+    # A segment without tokens is zero, one of negative values is not.
+    np.testing.assert_array_equal(found, np.float32([[0.3, 0.0, -4.0], [1e-30, 0.7, 0.0]]))
+
+
+def test_values_of_segments_come_back_from_their_tokens_bit_for_bit():
+    values = jnp.asarray(np.random.default_rng(0).uniform(size=(2, 3)), jnp.float32)
+    found = segment_max(to_tokens(values, SEGMENTS), SEGMENTS, count=3)
+    present = np.asarray([[True, False, True], [True, True, False]])
+    np.testing.assert_array_equal(found, np.where(present, values, 0))
+
+
+def test_the_mean_of_a_segment_without_tokens_is_zero_and_its_gradient_finite():
+    values = jnp.ones((2, 7, 2))
+    mean, pull = jax.vjp(lambda x: segment_mean(x, SEGMENTS, count=3), values)
+    np.testing.assert_array_equal(mean[..., 0], [[1, 0, 1], [1, 1, 0]])
+    (gradient,) = pull(jnp.ones_like(mean))
+    np.testing.assert_allclose(gradient[0, :, 0], [1 / 3] * 3 + [1 / 2] * 2 + [0] * 2, rtol=1e-6)
+
+
+def test_positions_count_from_zero_in_every_segment_and_run_of_padding():
+    found = positions(SEGMENTS)
+    np.testing.assert_array_equal(found, [[0, 1, 2, 0, 1, 0, 1], [0, 1, 0, 0, 1, 2, 3]])
+    row = pack(ITEMS, SHAPE, width=WIDTH)
+    found = positions(jnp.asarray(row.segments)[None])
+    np.testing.assert_array_equal(found[0], [*range(8), *range(6), *range(6)])

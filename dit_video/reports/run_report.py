@@ -1,0 +1,117 @@
+"""The report of a run: its files, gathered into one page."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dit_video import configs
+from dit_video.data import shapes
+from dit_video.evaluation.kinds import ShapesEvaluation
+from dit_video.measure import Measured, marks
+from dit_video.pipeline import Pipeline
+from dit_video.reports.contents import Chart, Command, Curve, Figure, Reconstruction, Report, Sample
+from dit_video.reports.report import write_report
+from dit_video.training.logging import read
+
+_SHOWN = 12
+"""Reconstructions on the page; the figures are of all."""
+
+
+def report_run(
+    path: str | Path,
+    pipeline: Pipeline,
+    measured: Measured,
+    *,
+    title: str,
+    folder: Path | None = None,
+    config: Any = None,
+    minutes: float | None = None,
+) -> None:
+    """Write the page.
+
+    Args:
+      path: of the HTML file.
+      pipeline: what was evaluated.
+      measured: the evaluation.
+      title: the page's headline.
+      folder: the run's, for its loss curves; None where there is only a pipeline.
+      config: the resolved config, shown as JSON.
+      minutes: how long the whole run took.
+    """
+    counts = measured.metrics["parameters"]
+    summary = (
+        f"{sum(counts.values()) / 1e6:.2f} million parameters, made by: {pipeline.config.made_by.get('command', '?')} "
+        f"(seed {pipeline.config.made_by.get('seed', '?')}). Samples: {pipeline.config.sampling.steps} steps, "
+        f"guidance {pipeline.config.sampling.guidance:g}, one sample a prompt, none selected."
+    )
+    report = Report(
+        title=title,
+        summary=summary,
+        figures=_figures(measured.metrics, minutes),
+        samples=tuple(_sample(entry, clip, pipeline) for entry, clip in measured.samples),
+        reconstructions=tuple(
+            Reconstruction(original=one.original, decoded=one.decoded, psnr=one.psnr, ssim=one.ssim, name=one.name)
+            for one in measured.reconstructions[:_SHOWN]
+        ),
+        charts=() if folder is None else _charts(folder),
+        metrics=measured.metrics,
+        config=configs.to_json(pipeline.config) if config is None else config,
+        commands=_commands(pipeline, Path(path).parent),
+    )
+    write_report(path, report)
+
+
+def _figures(metrics: Mapping[str, Any], minutes: float | None) -> tuple[Figure, ...]:
+    figures = []
+    if following := metrics.get("prompt_following"):
+        for name in ("colour", "direction", "shape"):
+            rate, unseen = following["all"][name], following["never_seen"][name]
+            note = (
+                f"95 % interval {rate['low']:.0%} to {rate['high']:.0%}; never-seen combinations {unseen['rate']:.0%}"
+            )
+            figures.append(Figure(f"{name} as asked", f"{rate['rate']:.1%}", note, rate["rate"]))
+        if (spread := following["start_spread"]["lowest_ratio"]) is not None:
+            figures.append(Figure("variety of starts", f"{spread:.0%}", "of the data's spread, the lowest of all axes"))
+    if quality := metrics.get("reconstruction"):
+        figures.append(
+            Figure("reconstruction", f"{quality['psnr']:.1f} dB", f"SSIM {quality['ssim']:.3f}, clips not trained on")
+        )
+    if minutes is not None:
+        figures.append(Figure("whole run", f"{minutes:.1f} min", "from nothing to this page"))
+    return tuple(figures)
+
+
+def _sample(entry: Mapping[str, Any], clip: Any, pipeline: Pipeline) -> Sample:
+    note = f"seed {entry['seed']}"
+    if not isinstance(pipeline.config.evaluation, ShapesEvaluation):
+        return Sample(clip=clip, prompt=entry["prompt"], note=note)
+    seen = shapes.parse(entry["prompt"]) not in shapes.HELD_OUT
+    return Sample(clip=clip, prompt=entry["prompt"], seen=seen, verdict=marks(dict(entry), clip), note=note)
+
+
+def _charts(folder: Path) -> tuple[Chart, ...]:
+    charts = []
+    for name, title in (("autoencoder", "Autoencoder"), ("denoiser", "Denoiser")):
+        path = folder / name / "metrics.jsonl"
+        if path.is_file() and (entries := read(path)):
+            steps = tuple(entry["step"] for entry in entries)
+            curve = Curve(name="loss", steps=steps, values=tuple(entry["loss"] for entry in entries))
+            charts.append(Chart(title=title, curves=(curve,), note="training loss a step"))
+    return tuple(charts)
+
+
+def _commands(pipeline: Pipeline, folder: Path) -> tuple[Command, ...]:
+    frames, height, width = pipeline.config.size
+    size = f"{frames}x{height}x{width}"
+    prompt = "a red circle moving left" if isinstance(pipeline.config.evaluation, ShapesEvaluation) else "a prompt"
+    return (
+        Command(
+            text=f'python experiments/sample.py {folder} --prompt "{prompt}" --size {size} --seed 3 --out clip.mp4',
+            note="one clip",
+        ),
+        Command(
+            text=f'import dit_video\npipe = dit_video.load("{folder}")\npipe.generate("{prompt}", size=({frames}, '
+            f"{height}, {width}), seed=3)",
+            note="in a notebook",
+        ),
+    )

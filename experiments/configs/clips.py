@@ -1,0 +1,50 @@
+"""A folder of real clips at their own aspect ratios, for a few minutes on a laptop's CPU.
+
+    python experiments/train.py experiments/configs/clips.py --data CLIPS --workdir runs/clips
+
+CLIPS holds videos and a `metadata.csv` (`file_name,text`). Frames of up to 96×128 pixels at 8 a second, clips of up to
+17 frames, one latent for 4×8×8 pixels with 16 channels. The model is far too small, and trained far too short, for
+real scenes: this config shows that the whole chain runs on real input, and it is where to start from.
+"""
+
+from dit_video.autoencoder import PatchVaeConfig
+from dit_video.data.windows import WindowConfig
+from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
+from dit_video.dit import DitConfig
+from dit_video.evaluation.kinds import CaptionEvaluation
+from dit_video.experiment import AutoencoderTraining, Data, DenoiserTraining, Experiment
+from dit_video.generation import Sampling
+from dit_video.text import ByteEncoderConfig
+from dit_video.tokens import Grid, RowShape
+from dit_video.training.optimizer import OptimizerConfig
+
+EXPERIMENT = Experiment(
+    name="clips",
+    data=Data(
+        max_pixels=96 * 128,
+        max_frames=17,
+        fps=8.0,
+        stretches=4,
+        held_out=("crystal.webm", "rabbit320.mp4", "car-detection.mp4", "big_buck_bunny_rope.webm"),
+    ),
+    autoencoder=AutoencoderTraining(
+        model=PatchVaeConfig(stride=Grid(4, 8, 8), channels=16, width=128, blocks=4),
+        windows=(WindowConfig(size=Grid(9, 48, 80), batch=8), WindowConfig(size=Grid(9, 80, 48), batch=8)),
+        optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup=30),
+        steps=600,
+        kl=1e-6,
+    ),
+    denoiser=DenoiserTraining(
+        dit=DitConfig(channels=16, context_width=96, patch=Grid(1, 2, 2), width=192, layers=6, heads=4),
+        text=ByteEncoderConfig(width=96, layers=2, max_tokens=256),
+        rows=RowShape(tokens=480, text=512, segments=8),
+        batch=4,
+        optimizer=OptimizerConfig(kind="muon", learning_rate=2e-3, schedule="wsd", warmup=50),
+        steps=400,
+        objective=FlowMatching(process=RectifiedFlow(shift=2.0), times=LogitNormal()),
+        ema_decay=0.99,
+    ),
+    sampling=Sampling(steps=32, guidance=3.0),
+    evaluation=CaptionEvaluation(count=4),
+    save_every=100,
+)

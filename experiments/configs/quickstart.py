@@ -1,0 +1,63 @@
+"""Rendered shapes, from nothing to a text-to-video model on a laptop.
+
+python experiments/quickstart.py
+"""
+
+from dit_video.autoencoder import PatchVaeConfig
+from dit_video.data import shapes
+from dit_video.data.windows import WindowConfig
+from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
+from dit_video.dit import DitConfig
+from dit_video.evaluation.kinds import ShapesEvaluation
+from dit_video.experiment import AutoencoderTraining, Data, DenoiserTraining, Experiment
+from dit_video.generation import Sampling
+from dit_video.text import ByteEncoderConfig
+from dit_video.tokens import Grid, RowShape
+from dit_video.training.optimizer import OptimizerConfig
+
+CLIPS = 4000
+HELD_OUT = 24
+"""The last clips are reconstructed, not trained on."""
+
+
+def clips(*, brief: bool = False) -> int:
+    """How many clips are rendered."""
+    return 200 if brief else CLIPS
+
+
+def experiment(seed: int = 0, *, brief: bool = False) -> Experiment:
+    """The experiment of a seed. `brief` is a smoke test of a minute: it learns something, and not enough."""
+    count = clips(brief=brief)
+    autoencoder_steps, denoiser_steps = (60, 60) if brief else (1200, 1700)
+    return Experiment(
+        name="shapes",
+        seed=seed,
+        data=Data(
+            max_pixels=32 * 48,
+            max_frames=17,
+            held_out=tuple(shapes.file_name(index, seed=seed) for index in range(count - HELD_OUT, count)),
+        ),
+        autoencoder=AutoencoderTraining(
+            model=PatchVaeConfig(stride=Grid(4, 8, 8), channels=8, width=64, blocks=3),
+            windows=(WindowConfig(size=Grid(17, 32, 32), batch=16),),
+            optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup=30),
+            steps=autoencoder_steps,
+            kl=1e-4,
+        ),
+        denoiser=DenoiserTraining(
+            dit=DitConfig(channels=8, context_width=64, patch=Grid(1, 2, 2), width=160, layers=5, heads=4),
+            text=ByteEncoderConfig(width=64, layers=1, max_tokens=64),
+            rows=RowShape(tokens=120, text=192, segments=12),
+            batch=8,
+            optimizer=OptimizerConfig(kind="muon", learning_rate=2e-3, schedule="wsd", warmup=50, b2=0.99),
+            steps=denoiser_steps,
+            objective=FlowMatching(process=RectifiedFlow(), times=LogitNormal()),
+            ema_decay=0.995,
+        ),
+        sampling=Sampling(steps=32, guidance=2.0),
+        evaluation=ShapesEvaluation(),
+        save_every=200,
+    )
+
+
+EXPERIMENT = experiment()

@@ -1,0 +1,68 @@
+"""Evaluate a run, or a pipeline that was exported: metrics.json, samples/ and report.html.
+
+python experiments/evaluate.py runs/quickstart
+python experiments/evaluate.py experiments/pretrained/shapes --out runs/pretrained --seed 7
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+import dit_video
+from dit_video import configs, measure
+from dit_video.errors import UserError, script
+from dit_video.reports.run_report import report_run
+from dit_video.run import CONFIG, Run
+
+
+def main(
+    run: Annotated[Path, tyro.conf.Positional],
+    out: Path | None = None,
+    seed: int = 0,
+    steps: int | None = None,
+    guidance: float | None = None,
+    sampler: str | None = None,
+) -> None:
+    """Reconstruct held-out clips, sample, judge, and write the report.
+
+    Args:
+        run: a run folder, or a pipeline folder.
+        out: where the files go; the run folder itself by default.
+        seed: of the samples.
+        steps: of the sampler, instead of the run's.
+        guidance: instead of the run's; 1 is none.
+        sampler: euler or heun, instead of the run's.
+    """
+    pipeline = dit_video.load(run)
+    trained = Run.open(run) if (run / CONFIG).is_file() else None
+    if trained is None and out is None:
+        raise UserError(f"{run} is a pipeline without a run; say where the files go with --out")
+    folder = run if out is None else out
+    measured = measure.evaluate(
+        pipeline,
+        folder,
+        seed=seed,
+        held_out=None if trained is None else trained.held_out_clips,
+        limits=None if trained is None else trained.experiment.limits,
+        steps=steps,
+        guidance=guidance,
+        sampler=sampler,
+    )
+    report_run(
+        folder / "report.html",
+        pipeline,
+        measured,
+        title=f"Evaluation of {run.name}",
+        folder=run if trained is not None else None,
+        config=None if trained is None else configs.to_json(trained.experiment),
+    )
+    for name, value in measured.metrics.get("prompt_following", {}).get("all", {}).items():
+        print(f"{name}: {value['rate']:.1%} ({value['low']:.1%} to {value['high']:.1%}, {value['count']} samples)")
+    if quality := measured.metrics.get("reconstruction"):
+        print(f"reconstruction of held-out clips: {quality['psnr']:.2f} dB, SSIM {quality['ssim']:.4f}")
+    print(f"look at {folder / 'report.html'}")
+
+
+if __name__ == "__main__":
+    script(tyro.cli)(main)

@@ -1,0 +1,79 @@
+"""Sample clips from a run or a pipeline folder.
+
+python experiments/sample.py experiments/pretrained/shapes --prompt "a red circle moving left" --out clip.mp4
+python experiments/sample.py RUN --prompt "…" --size 17x32x48 --seed 3 --steps 50 --guidance 3 --out clip.gif
+python experiments/sample.py RUN --prompts prompts.json --out samples/
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+import dit_video
+from dit_video import measure
+from dit_video.errors import UserError, script
+from dit_video.tokens import Grid
+from dit_video.training.logging import Progress
+
+
+def main(
+    run: Annotated[Path, tyro.conf.Positional],
+    out: Path,
+    prompt: str | None = None,
+    prompts: Path | None = None,
+    size: str | None = None,
+    seed: int = 0,
+    negative: str = "",
+    steps: int | None = None,
+    guidance: float | None = None,
+    sampler: str | None = None,
+) -> None:
+    """Sample one prompt into a file, or a list of prompts into a folder.
+
+    Args:
+        run: a run folder, or a pipeline folder.
+        out: with --prompt the file (mp4, webm, gif, apng; png for one frame), with --prompts the folder.
+        prompt: what the clip is to show.
+        prompts: a JSON list of {prompt, frames, height, width, seed}.
+        size: frames x height x width, such as 17x32x48; the training size by default.
+        seed: of the noise.
+        negative: what guidance leads away from.
+        steps: of the sampler.
+        guidance: how strongly the prompt is followed; 1 is not at all stronger than it was trained.
+        sampler: euler or heun.
+    """
+    if (prompt is None) == (prompts is None):
+        raise UserError("give either --prompt TEXT or --prompts FILE")
+    if prompts is not None:
+        requests = measure.read_requests(prompts)
+        pipeline = dit_video.load(run)
+        with Progress("sampling", len(requests)) as progress:
+            measure.write_samples(
+                pipeline, requests, out, progress=progress.update, steps=steps, guidance=guidance, sampler=sampler
+            )
+        print(f"{len(requests)} clips in {out}")
+        return
+    grid = None if size is None else parse_size(size)
+    pipeline = dit_video.load(run)
+    clip = pipeline.generate(
+        str(prompt), size=grid, seed=seed, negative=negative, steps=steps, guidance=guidance, sampler=sampler
+    )
+    clip.save(out)
+    print(f"{out}: {len(clip.frames)} frames of {clip.height}x{clip.width}")
+
+
+def parse_size(text: str) -> Grid:
+    """`17x32x48` as frames, height, width.
+
+    Raises:
+      UserError: anything else.
+    """
+    if not re.fullmatch(r"\d+x\d+x\d+", text):
+        raise UserError(f"a size is frames x height x width such as 17x32x48, not {text!r}")
+    return Grid(*map(int, text.split("x")))
+
+
+if __name__ == "__main__":
+    script(tyro.cli)(main)

@@ -1,0 +1,93 @@
+"""Train an experiment on a folder of clips, sample it and write its report.
+
+    python experiments/train.py experiments/configs/clips.py --data CLIPS --workdir runs/clips
+
+CLIPS holds video files of any size and length, with a `metadata.csv` (`file_name,text`). Any scalar of the config can
+be set on the command line: `--denoiser.steps 2000`; `--help` after the config lists them. Interrupted, the same command
+continues where it was.
+"""
+
+import importlib.util
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from dit_video import configs, measure
+from dit_video.errors import MissingError, UserError, script
+from dit_video.experiment import Experiment
+from dit_video.reports.run_report import report_run
+from dit_video.run import Run
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What a training run is given besides its config."""
+
+    experiment: Annotated[Experiment, tyro.conf.arg(name="")]
+    data: Path
+    """the folder of clips"""
+    workdir: Path | None = None
+    """the run's folder; runs/NAME by default"""
+
+
+def main() -> None:
+    config, *rest = sys.argv[1:] or [""]
+    if not config or config.startswith("-"):
+        raise UserError("name a config first: train.py experiments/configs/clips.py --data CLIPS")
+    arguments = tyro.cli(
+        Arguments,
+        args=rest,
+        default=Arguments(experiment=load_experiment(Path(config)), data=tyro.MISSING),
+        prog=f"train.py {config}",
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    train(arguments.experiment, arguments.data, arguments.workdir or Path("runs") / arguments.experiment.name)
+
+
+def train(experiment: Experiment, data: Path, workdir: Path) -> None:
+    """Train, sample and report."""
+    began = time.perf_counter()
+    run = Run.create(workdir, experiment)
+    pipeline = run.train(data)
+    measured = measure.evaluate(
+        pipeline, workdir, seed=experiment.seed, held_out=run.held_out_clips, limits=experiment.limits
+    )
+    report_run(
+        workdir / "report.html",
+        pipeline,
+        measured,
+        title=experiment.name,
+        folder=workdir,
+        config=configs.to_json(experiment),
+    )
+    if quality := measured.metrics.get("reconstruction"):
+        print(f"reconstruction of held-out clips: {quality['psnr']:.1f} dB, SSIM {quality['ssim']:.3f}")
+    print(f"{(time.perf_counter() - began) / 60:.1f} minutes; look at {workdir / 'report.html'}")
+
+
+def load_experiment(path: Path) -> Experiment:
+    """The `EXPERIMENT` of a config file.
+
+    Raises:
+      MissingError: no such file.
+      UserError: a file that defines no `EXPERIMENT`.
+    """
+    if not path.is_file():
+        raise MissingError(f"no such config: {path}; name a file such as experiments/configs/clips.py")
+    specification = importlib.util.spec_from_file_location("experiment_config", path)
+    if specification is None or specification.loader is None:
+        raise UserError(f"{path} is not a Python file; a config is a file such as experiments/configs/clips.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    experiment = getattr(module, "EXPERIMENT", None)
+    if not isinstance(experiment, Experiment):
+        raise UserError(f"{path} defines no EXPERIMENT; assign it an Experiment(...)")
+    return experiment
+
+
+if __name__ == "__main__":
+    script(main)()

@@ -1,0 +1,75 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dit_video.nn import Linear
+from dit_video.nn.linear import initial
+
+
+def rough(features_in: int, features_out: int, **options) -> Linear:
+    """With a bias that is not zero."""
+    layer = Linear(features_in, features_out, rngs=nnx.Rngs(jax.random.key(0)), **options)
+    if layer.bias is not None:
+        layer.bias[...] = jnp.arange(1.0, features_out + 1)
+    return layer
+
+
+@pytest.mark.parametrize("batch", [(), (2, 3, 4)])
+def test_linear_is_an_einsum_in_values_and_gradients(batch):
+    layer = rough(5, 7)
+    kernel, bias = layer.kernel[...], layer.bias[...]
+    graph = nnx.graphdef(layer)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(*batch, 5)), jnp.float32)
+
+    def ours(x, kernel, bias):
+        return nnx.merge(graph, {"kernel": kernel, "bias": bias})(x)
+
+    def expected(x, kernel, bias):
+        return jnp.einsum("...i,io->...o", x, kernel) + bias
+
+    @jax.jit
+    def both():
+        pairs = []
+        for function in (ours, expected):
+            value, pull = jax.vjp(function, x, kernel, bias)
+            pairs.append([value, *pull(jnp.cos(value))])
+        return pairs
+
+    found, wanted = both()
+    assert found[0].shape == (*batch, 7)
+    for left, right in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-5)
+
+
+def test_without_bias_zero_is_mapped_to_zero():
+    layer = rough(5, 7, bias=False)
+    assert layer.bias is None
+    assert not layer(jnp.zeros((2, 5))).any()
+
+
+def test_bfloat16_is_computed_in_bfloat16_from_float32_weights():
+    layer = rough(64, 8, dtype=jnp.dtype("bfloat16"))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 64)), jnp.float32)
+    assert layer.kernel[...].dtype == layer.bias[...].dtype == jnp.float32
+    assert layer(x).dtype == jnp.bfloat16
+    exact = x @ layer.kernel[...] + layer.bias[...]
+    np.testing.assert_allclose(layer(x).astype(jnp.float32), exact, atol=0.1)
+    assert (layer(x).astype(jnp.float32) != exact).any()
+
+
+def test_initial_weights():
+    key, shape, fan = jax.random.key(1), (200, 300), (200, 300)
+    xavier = initial("xavier", key, shape, fan=fan)
+    limit = np.sqrt(6 / 500)
+    assert np.abs(xavier).max() <= limit
+    assert np.std(xavier) == pytest.approx(limit / np.sqrt(3), rel=0.01)
+    assert np.std(initial("normal", key, shape, fan=fan)) == pytest.approx(0.02, rel=0.01)
+    assert not initial("zero", key, shape, fan=fan).any()
+
+
+def test_xavier_keeps_the_variance_of_a_square_map():
+    layer = Linear(256, 256, rngs=nnx.Rngs(jax.random.key(0)))
+    x = jax.random.normal(jax.random.key(1), (64, 256))
+    assert jnp.std(layer(x)) == pytest.approx(1.0, rel=0.05)

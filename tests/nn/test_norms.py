@@ -1,0 +1,54 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dit_video.nn import LayerNorm, RmsNorm, layer_norm
+
+X = np.random.default_rng(0).normal(3.0, 2.0, size=(2, 3, 32)).astype(np.float32)
+
+
+def test_layer_norm():
+    expected = (X - X.mean(-1, keepdims=True)) / X.std(-1, keepdims=True)
+    np.testing.assert_allclose(layer_norm(jnp.asarray(X)), expected, atol=1e-5)
+
+
+def test_layer_norm_ignores_shift_and_scale_of_its_input():
+    normal = layer_norm(jnp.asarray(X))
+    np.testing.assert_allclose(layer_norm(jnp.asarray(5 * X + 7)), normal, atol=1e-5)
+
+
+def test_rms_norm():
+    layer = RmsNorm(32)
+    np.testing.assert_allclose(layer(jnp.asarray(X)), X / np.sqrt((X**2).mean(-1, keepdims=True)), rtol=1e-5)
+    layer.scale[...] = jnp.arange(32.0)
+    np.testing.assert_allclose(
+        layer(jnp.asarray(X)), X / np.sqrt((X**2).mean(-1, keepdims=True)) * np.arange(32), rtol=1e-5
+    )
+
+
+def test_learned_layer_norm_starts_as_the_plain_one():
+    layer = LayerNorm(32)
+    np.testing.assert_allclose(layer(jnp.asarray(X)), layer_norm(jnp.asarray(X)), atol=1e-6)
+    layer.scale[...], layer.shift[...] = 2 * jnp.ones(32), jnp.arange(32.0)
+    np.testing.assert_allclose(layer(jnp.asarray(X)), 2 * layer_norm(jnp.asarray(X)) + np.arange(32), atol=1e-5)
+
+
+def test_statistics_of_bfloat16_are_float32():
+    # The mean of 256 values around 100 is off by more than their deviation if summed in bfloat16.
+    values = jnp.asarray(100 + np.random.default_rng(1).normal(size=(1, 256)), jnp.bfloat16)
+    exact = layer_norm(values.astype(jnp.float32))
+    for layer in (layer_norm, LayerNorm(256)):
+        assert layer(values).dtype == jnp.bfloat16
+        np.testing.assert_allclose(layer(values).astype(jnp.float32), exact, rtol=0.01, atol=0.01)
+    rms = RmsNorm(256)(values)
+    assert rms.dtype == jnp.bfloat16
+    np.testing.assert_allclose(rms.astype(jnp.float32), values.astype(jnp.float32) / 100, rtol=0.02)
+
+
+def test_a_constant_input_has_finite_values_and_gradients():
+    for layer in (layer_norm, RmsNorm(8), LayerNorm(8)):
+        run = jax.jit(jax.value_and_grad(lambda x, layer=layer: jnp.sin(layer(x)).sum()))
+        for value in (0.0, 4.0):
+            out, gradient = run(jnp.full((8,), value))
+            assert np.isfinite(out)
+            assert np.isfinite(gradient).all()

@@ -1,0 +1,79 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dit_video.nn import Linear, apply_stack, graph_of, init_params, make_stack
+
+WIDTH, LAYERS = 8, 3
+
+
+class Layer(nnx.Module):
+    def __init__(self, rngs):
+        self.up, self.down = Linear(WIDTH, 32, rngs=rngs), Linear(32, WIDTH, rngs=rngs)
+
+    def __call__(self, x, shift, context):
+        return x + self.down(jnp.tanh(self.up(x + shift))) * context["scale"]
+
+
+def make(rngs):
+    return make_stack(Layer, LAYERS, rngs=rngs)
+
+
+GRAPH = graph_of(make)
+PARAMS = init_params(make, jax.random.key(0))
+X = jnp.asarray(np.random.default_rng(0).normal(size=(4, 5, WIDTH)), jnp.float32)
+SHIFT, CONTEXT = X[:, :1] / 2, {"scale": jnp.asarray(0.5)}
+
+
+def stacked(params, x, **options):
+    return apply_stack(nnx.merge(GRAPH, params), x, SHIFT, CONTEXT, **options)
+
+
+def loop(params, x):
+    layer = graph_of(Layer)
+    for index in range(LAYERS):
+        x = nnx.merge(layer, jax.tree.map(lambda leaf, index=index: leaf[index], params))(x, SHIFT, CONTEXT)
+    return x
+
+
+def value_and_gradients(function):
+    value, pull = jax.vjp(function, PARAMS, X)
+    return jax.tree.leaves((value, pull(jnp.cos(value))))
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("platform", ["cpu", "gpu"], ids=["unrolled", "scan"])
+def test_a_stack_is_a_loop_over_its_layers_in_values_and_gradients(monkeypatch, platform, remat):
+    expected = jax.jit(lambda: value_and_gradients(loop))()
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+
+    def ours(params, x):
+        return stacked(params, x, remat=remat)
+
+    text = str(jax.make_jaxpr(ours)(PARAMS, X))
+    assert ("remat" in text or "checkpoint" in text) == (remat == "full")
+    for left, right in zip(jax.jit(lambda: value_and_gradients(ours))(), expected, strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_have_parameters_of_their_own_along_a_first_axis():
+    kernel = PARAMS["up"]["kernel"]
+    assert kernel.shape == (LAYERS, WIDTH, 32)
+    assert len({np.asarray(layer).tobytes() for layer in kernel}) == LAYERS
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"], ids=["unrolled", "scan"])
+def test_remat_keeps_less(monkeypatch, platform):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    x = jnp.zeros((256, WIDTH))
+
+    def temporary_bytes(remat):
+        def loss(params, x):
+            return jnp.sin(apply_stack(nnx.merge(GRAPH, params), x, x, CONTEXT, remat=remat)).sum()
+
+        return jax.jit(jax.grad(loss)).lower(PARAMS, x).compile().memory_analysis().temp_size_in_bytes
+
+    # Of 3 layers 256 x 32 hidden values are kept without, of one layer at a time with recomputation.
+    assert temporary_bytes("full") < temporary_bytes("none") - 256 * 32 * 4
