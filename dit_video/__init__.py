@@ -4,7 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dit_video.pipeline import Pipeline, Request, load
+    from dit_video.loading import load
+    from dit_video.pipeline import Pipeline, Request
     from dit_video.video import Clip
 
 __version__ = "0.1.0"
@@ -14,7 +15,7 @@ _LAZY = {
     "Clip": "dit_video.video",
     "Pipeline": "dit_video.pipeline",
     "Request": "dit_video.pipeline",
-    "load": "dit_video.pipeline",
+    "load": "dit_video.loading",
 }
 
 

@@ -82,7 +82,46 @@ class Experiment:
     save_every: int = 500
 
     def __post_init__(self):
+        self._check_numbers()
+        self._check_models()
+        self._check_sizes()
+
+    def _check_numbers(self) -> None:
+        positive = {
+            "autoencoder steps": self.autoencoder.steps,
+            "autoencoder channels": self.autoencoder.model.channels,
+            "autoencoder width": self.autoencoder.model.width,
+            "autoencoder stride": min(self.autoencoder.model.stride),
+            "denoiser steps": self.denoiser.steps,
+            "denoiser batch": self.denoiser.batch,
+            "denoiser layers": self.denoiser.dit.layers,
+            "patch": min(self.denoiser.dit.patch),
+            "rows segments": self.denoiser.rows.segments,
+            "stretches": self.data.stretches,
+            "log_every": self.log_every,
+            "save_every": self.save_every,
+        }
+        for name, value in positive.items():
+            if value < 1:
+                raise UserError(f"{name} must be at least 1, not {value}")
+        for training in (self.autoencoder, self.denoiser):
+            learning_rates(training.optimizer, steps=training.steps)
+            if not 0 <= training.ema_decay < 1:
+                raise UserError(f"ema_decay {training.ema_decay} must lie in [0, 1)")
+        if not 0 <= self.denoiser.caption_dropout <= 1:
+            raise UserError(f"caption_dropout {self.denoiser.caption_dropout} must lie in [0, 1]")
+        if not self.autoencoder.kl >= 0:
+            raise UserError(f"kl {self.autoencoder.kl} must not be negative")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"a seed is a whole number from 0 to {2**32 - 1}, not {self.seed}")
+
+    def _check_models(self) -> None:
         model, denoiser = self.autoencoder.model, self.denoiser
+        if model.channels > 3 * model.stride.volume:
+            raise UserError(
+                f"{model.channels} channels are more than the {3 * model.stride.volume} values of a patch of "
+                f"{tuple(model.stride)} pixels; use fewer channels or a larger stride"
+            )
         if denoiser.dit.channels != model.channels:
             raise UserError(
                 f"the denoiser takes {denoiser.dit.channels} channels, the autoencoder makes {model.channels}; "
@@ -93,15 +132,19 @@ class Experiment:
                 f"the denoiser takes context of width {denoiser.dit.context_width}, the text encoder makes "
                 f"{denoiser.text.width}; set dit context_width={denoiser.text.width}"
             )
-        for training in (self.autoencoder, denoiser):
-            learning_rates(training.optimizer, steps=training.steps)
-        if not 0 <= denoiser.caption_dropout <= 1:
-            raise UserError(f"caption_dropout {denoiser.caption_dropout} must lie in [0, 1]")
         if denoiser.text.max_tokens > denoiser.rows.text:
             raise UserError(
                 f"a caption may have {denoiser.text.max_tokens} tokens, a row has room for {denoiser.rows.text}; "
                 f"set text max_tokens={denoiser.rows.text} or less"
             )
+        if rest := denoiser.rows.text % denoiser.text.patch:
+            raise UserError(
+                f"a row's text of {denoiser.rows.text} tokens is not divisible by the text encoder's patch of "
+                f"{denoiser.text.patch} bytes; set rows text={denoiser.rows.text - rest}"
+            )
+
+    def _check_sizes(self) -> None:
+        model, denoiser = self.autoencoder.model, self.denoiser
         if not self.autoencoder.windows:
             raise UserError("the autoencoder needs at least one window shape to train on")
         if denoiser.dit.patch.t != 1:
@@ -116,6 +159,14 @@ class Experiment:
                 latent_grid(size, model.stride)
             except UserError as error:
                 raise UserError(f"{name} does not fit the autoencoder: {error}") from error
+        limits = self.limits
+        for window in self.autoencoder.windows:
+            t, h, w = window.size
+            if t > limits.max_frames or h * w > limits.max_pixels:
+                raise UserError(
+                    f"a window of {t}x{h}x{w} is larger than any clip of {limits.max_frames} frames of "
+                    f"{limits.max_pixels} pixels; use a smaller window, or raise max_frames or max_pixels"
+                )
         largest = self._largest_clip()
         if largest > denoiser.rows.tokens:
             raise UserError(

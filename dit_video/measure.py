@@ -17,13 +17,14 @@ from dit_video.errors import UserError
 from dit_video.evaluation.kinds import ShapesEvaluation
 from dit_video.evaluation.reconstruction import psnr, ssim
 from dit_video.evaluation.shapes import examine, judge, prompt_following, score
-from dit_video.files import read_json, write_json
+from dit_video.files import atomic_path, read_json, write_json
 from dit_video.pipeline import Pipeline, Request
 from dit_video.tokens import Grid
 from dit_video.training.logging import Progress
 from dit_video.video import Clip, decode
 
 PROMPTS = "prompts.json"
+_FIELDS = {"prompt": str, "frames": int, "height": int, "width": int, "seed": int, "negative": str}
 
 
 class Reconstructed(NamedTuple):
@@ -66,19 +67,24 @@ def evaluate(
       sampling: instead of the pipeline's own (see `Pipeline.generate_many`).
 
     Raises:
-      UserError: there is nothing to evaluate on.
+      UserError: there is nothing to evaluate on, `folder` holds other files in `samples/`, a negative seed, or sampling
+        that the pipeline refuses.
     """
     folder = Path(folder)
+    if seed < 0:
+        raise UserError(f"a seed is a whole number from 0 on, not {seed}")
+    _check_replaceable(folder / "samples")
+    drawn = pipeline.sampling(**sampling)
     metrics: dict[str, Any] = {"parameters": pipeline.parameter_counts()}
     reconstructions: list[Reconstructed] = []
     if held_out is not None and limits is not None and len(held_out):
         reconstructions = reconstruct(pipeline, held_out, limits)
         metrics["reconstruction"] = _reconstruction_figures(reconstructions)
-    judged = isinstance(pipeline.config.evaluation, ShapesEvaluation)
-    if judged:
+    evaluation = pipeline.config.evaluation
+    if isinstance(evaluation, ShapesEvaluation):
         requests = shape_requests(seed)
     elif held_out is not None and limits is not None and len(held_out):
-        requests = caption_requests(held_out, limits, count=pipeline.config.evaluation.count, seed=seed)
+        requests = caption_requests(held_out, limits, count=evaluation.count, seed=seed)
     else:
         raise UserError(
             "there are no held-out clips whose captions could be sampled; name some in the config's held_out"
@@ -86,9 +92,16 @@ def evaluate(
     began = time.perf_counter()
     with Progress("sampling", len(requests)) as progress:
         write_samples(pipeline, requests, folder / "samples", progress=progress.update, **sampling)
-    metrics["sampling"] = {"samples": len(requests), "seconds": round(time.perf_counter() - began, 1)}
+    metrics["sampling"] = {
+        "samples": len(requests),
+        "seed": seed,
+        "steps": drawn.steps,
+        "guidance": drawn.guidance,
+        "sampler": type(drawn.solver).__name__.lower(),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
     samples = read_samples(folder / "samples")
-    if judged:
+    if isinstance(evaluation, ShapesEvaluation):
         metrics["prompt_following"] = judge_samples(samples)
     write_json(folder / "metrics.json", metrics)
     return Measured(metrics, reconstructions, samples)
@@ -129,7 +142,7 @@ def shape_requests(seed: int) -> list[Request]:
     sizes = ((32, 32), (32, 48), (48, 32))
     chosen = rng.host(seed, "sample sizes").permutation(np.arange(len(asked)) % len(sizes))
     return [
-        Request(shapes.caption(description), Grid(frames.t, *sizes[size]), seed=1000 * seed + number)
+        Request(shapes.caption(description), Grid(frames.t, *sizes[size]), seed=_seed(seed, number))
         for number, ((frames, description), size) in enumerate(zip(asked, chosen.tolist(), strict=True))
     ]
 
@@ -137,9 +150,14 @@ def shape_requests(seed: int) -> list[Request]:
 def caption_requests(clips: ClipSource, limits: SizeLimits, *, count: int, seed: int) -> list[Request]:
     """The captions of up to `count` clips, each at its clip's training size."""
     return [
-        Request(info.caption, fit(info, limits), seed=1000 * seed + number)
+        Request(info.caption, fit(info, limits), seed=_seed(seed, number))
         for number, info in enumerate(clips.infos[:count])
     ]
+
+
+def _seed(seed: int, number: int) -> int:
+    """Of each request of an evaluation another one, and of two evaluations too."""
+    return (1000 * seed + number) % 2**32
 
 
 def read_requests(path: str | Path) -> list[Request]:
@@ -154,15 +172,13 @@ def read_requests(path: str | Path) -> list[Request]:
         raise UserError(f"{path} must be a JSON list of objects with prompt, frames, height and width")
     requests = []
     for number, entry in enumerate(entries):
-        try:
-            size = Grid(int(entry["frames"]), int(entry["height"]), int(entry["width"]))
-            requests.append(
-                Request(str(entry["prompt"]), size, int(entry.get("seed", 0)), str(entry.get("negative", "")))
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(
-                f"{path}: entry {number} must have prompt, frames, height and width ({error!r}); fix that entry"
-            ) from error
+        values = {"seed": 0, "negative": "", **entry} if isinstance(entry, dict) else {}
+        for name, kind in _FIELDS.items():
+            if type(values.get(name)) is not kind:  # `True` is an int to isinstance
+                what = "a text" if kind is str else "a whole number"
+                raise UserError(f"{path}: {name} of entry {number} must be {what}, not {values.get(name)!r}")
+        size = Grid(values["frames"], values["height"], values["width"])
+        requests.append(Request(values["prompt"], size, values["seed"], values["negative"]))
     return requests
 
 
@@ -176,25 +192,49 @@ def write_samples(
 ) -> list[dict[str, Any]]:
     """Sample all requests into `folder`: a file each (mp4; png for one frame) and `prompts.json`, which is returned.
 
-    `progress` is called with the number of clips done; `sampling` goes to `Pipeline.generate_many`.
+    The folder is written whole or not at all; samples that it holds are replaced. `progress` is called with the number
+    of clips done; `sampling` goes to `Pipeline.generate_many`.
+
+    Raises:
+      UserError: the folder holds files that are no samples, or a request that cannot be made.
     """
-    folder = Path(folder)
-    for old in folder.glob("*") if (folder / PROMPTS).is_file() else ():
-        old.unlink()
+    folder = Path(folder).absolute()
+    _check_replaceable(folder)
     entries: list[dict[str, Any]] = []
     group = max(1, 4 * pipeline.config.batch)
-    for start in range(0, len(requests), group):
-        part = requests[start : start + group]
-        for request, clip in zip(part, pipeline.generate_many(part, **sampling), strict=True):
-            name = f"{len(entries):03d}-{_slug(request.prompt)}.{'png' if request.size.t == 1 else 'mp4'}"
-            clip.save(folder / name)
-            frames, height, width = request.size
-            size = {"frames": frames, "height": height, "width": width}
-            entries.append({"file": name, "prompt": request.prompt, **size, "seed": request.seed})
-            if progress is not None:
-                progress(len(entries))
-    write_json(folder / PROMPTS, entries)
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        for start in range(0, len(requests), group):
+            part = requests[start : start + group]
+            for request, clip in zip(part, pipeline.generate_many(part, **sampling), strict=True):
+                name = f"{len(entries):03d}-{_slug(request.prompt)}.{'png' if request.size.t == 1 else 'mp4'}"
+                clip.save(temporary / name)
+                entries.append({"file": name, **_entry(request)})
+                if progress is not None:
+                    progress(len(entries))
+        write_json(temporary / PROMPTS, entries)
     return entries
+
+
+def _entry(request: Request) -> dict[str, Any]:
+    """What `read_requests` reads again."""
+    frames, height, width = request.size
+    entry = {"prompt": request.prompt, "frames": frames, "height": height, "width": width, "seed": request.seed}
+    return entry | ({"negative": request.negative} if request.negative else {})
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Raise where something else than samples would be overwritten."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file; name a folder for the samples")
+    present = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
+    written = read_json(folder / PROMPTS) if PROMPTS in present else []
+    samples = {entry["file"] for entry in written if isinstance(entry, dict) and "file" in entry}
+    known = samples | {PROMPTS} if samples else set()
+    if foreign := sorted(present - known):
+        raise UserError(f"{folder} holds other files than samples, such as {foreign[0]}; name a folder of their own")
 
 
 def read_samples(folder: str | Path) -> list[tuple[dict[str, Any], Clip]]:

@@ -6,6 +6,7 @@ and nothing of the training state.
 
 import functools
 import hashlib
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,9 +20,10 @@ from jaxtyping import Float32
 
 from dit_video import configs, pixels
 from dit_video.autoencoder import AutoencoderConfig, latent_grid
-from dit_video.diffusion import RectifiedFlow, sampler
+from dit_video.diffusion import RectifiedFlow
+from dit_video.diffusion import sampler as sampler_of
 from dit_video.dit import DitConfig
-from dit_video.errors import MissingError, UserError
+from dit_video.errors import UserError
 from dit_video.evaluation.kinds import CaptionEvaluation, Evaluation
 from dit_video.files import atomic_path, read_json, write_json
 from dit_video.generation import Denoiser, LatentRequest, Sampling, initial_noise, sample_latents
@@ -39,6 +41,7 @@ CONFIG = "pipeline.json"
 _AUTOENCODER, _DENOISER = "autoencoder.safetensors", "denoiser.safetensors"
 _BATCH = 8
 """Clips that the autoencoder takes at once."""
+_DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,12 +151,13 @@ class Pipeline:
 
         Raises:
           UserError: a size that the model cannot make (it names the nearest), an unknown sampler, less than one step,
-            or noise of another shape.
+            a seed that is no whole number below 2**32, or noise of another shape.
         """
         if output not in ("clip", "latents"):
             raise UserError(f"unknown output {output!r}; use clip or latents")
-        request = Request(prompt, self.config.size if size is None else Grid(*size), seed, negative)
-        latents = self._latents([request], self._sampling(steps, guidance, sampler), noise=noise)
+        request = Request(prompt, self.config.size if size is None else _grid(size), seed, negative)
+        drawn = self.sampling(steps=steps, guidance=guidance, sampler=sampler)
+        latents = self._latents([request], drawn, noise=noise)
         return latents[0] if output == "latents" else self._clips(latents, [request])[0]
 
     def generate_many(
@@ -161,11 +165,12 @@ class Pipeline:
         requests: Sequence[Request],
         *,
         steps: int | None = None,
-        guidance: float | None = None,
+        guidance: float | int | None = None,
         sampler: str | None = None,
     ) -> list[Clip]:
         """The clips of all requests, of any sizes, packed and sampled together. Arguments are as for `generate`."""
-        return self._clips(self._latents(requests, self._sampling(steps, guidance, sampler)), requests)
+        drawn = self.sampling(steps=steps, guidance=guidance, sampler=sampler)
+        return self._clips(self._latents(requests, drawn), requests)
 
     def encode(self, clip: Clip) -> Float32[np.ndarray, "t h w c"]:
         """Normalised latents of a clip whose size fits the stride.
@@ -192,21 +197,37 @@ class Pipeline:
         }
 
     def save(self, folder: str | Path, *, dtype: str = "float32") -> None:
-        """Write a pipeline folder, whole or not at all; weights are cast to `dtype` (float32 or bfloat16)."""
+        """Write a pipeline folder, whole or not at all; weights are cast to `dtype` (float32 or bfloat16).
+
+        Raises:
+          UserError: another dtype, or a folder that holds something else than a pipeline.
+        """
+        folder = Path(folder)
+        if dtype not in _DTYPES:
+            raise UserError(f"weights are saved as {' or '.join(_DTYPES)}, not {dtype}")
+        if folder.exists() and not (folder / CONFIG).is_file() and not _is_empty(folder):
+            raise UserError(f"{folder} exists and holds no pipeline; name a folder that does not exist")
         with atomic_path(folder) as temporary:
             temporary.mkdir()
             save_weights(temporary / _AUTOENCODER, self._autoencoder, dtype=jnp.dtype(dtype))
             save_weights(temporary / _DENOISER, self._denoiser.params, dtype=jnp.dtype(dtype))
             write_json(temporary / CONFIG, {"format": FORMAT, "config": configs.to_json(self.config)})
 
-    def _sampling(self, steps: int | None, guidance: float | None, name: str | None) -> Sampling:
+    def sampling(
+        self, *, steps: int | None = None, guidance: float | int | None = None, sampler: str | None = None
+    ) -> Sampling:
+        """The pipeline's own sampling, with what is given in its place.
+
+        Raises:
+          UserError: an unknown sampler, or less than one step.
+        """
         changes: dict[str, Any] = {}
         if steps is not None:
             changes["steps"] = steps
         if guidance is not None:
             changes["guidance"] = float(guidance)
-        if name is not None:
-            changes["solver"] = sampler(name)
+        if sampler is not None:
+            changes["solver"] = sampler_of(sampler)
         return replace(self.config.sampling, **changes)
 
     def _latents(
@@ -215,8 +236,9 @@ class Pipeline:
         config = self.config
         latent_requests = []
         for request in requests:
-            grid = latent_grid(request.size, config.autoencoder.stride)
-            token_grid(grid, config.dit.patch)
+            if not 0 <= request.seed < 2**32:
+                raise UserError(f"a seed is a whole number from 0 to {2**32 - 1}, not {request.seed}")
+            grid = self._latent_grid(request.size)
             shape = (*grid, config.autoencoder.channels)
             start = (
                 initial_noise(request.seed, grid, config.autoencoder.channels) if noise is None else np.asarray(noise)
@@ -226,6 +248,27 @@ class Pipeline:
             latent_requests.append(LatentRequest(request.prompt, request.negative, start.astype(np.float32)))
         rows = min(config.batch, len(requests))
         return sample_latents(self._denoiser, latent_requests, sampling=sampling, shape=config.rows, rows=rows)
+
+    def _latent_grid(self, size: Grid) -> Grid:
+        """The latents' size of a clip that the model can make.
+
+        Raises:
+          UserError: another size, with the nearest that it can make.
+        """
+        stride, patch = self.config.autoencoder.stride, self.config.dit.patch
+        for name, length, step, pixels_, latents in (
+            ("height", size.h, stride.h * patch.h, stride.h, patch.h),
+            ("width", size.w, stride.w * patch.w, stride.w, patch.w),
+        ):
+            if length < 1 or length % step:
+                below = max(step, length - length % step)
+                raise UserError(
+                    f"{name} {length} is not divisible by {step} (the autoencoder's stride {pixels_} times the patch "
+                    f"{latents}); use {below} or {below + step}"
+                )
+        grid = latent_grid(size, stride)
+        token_grid(grid, patch)
+        return grid
 
     def _clips(self, latents: Sequence[Float32[np.ndarray, "t h w c"]], requests: Sequence[Request]) -> list[Clip]:
         """Decode clips of one size together, so that a size compiles once."""
@@ -244,42 +287,41 @@ class Pipeline:
         return [clips[index] for index in range(len(latents))]
 
 
-def load(path: str | Path) -> Pipeline:
-    """The pipeline of a run folder or a pipeline folder.
-
-    Of a run that is not finished it takes the newest checkpoint's averaged weights.
+def load_pipeline(folder: str | Path) -> Pipeline:
+    """Read a pipeline folder.
 
     Raises:
-      MissingError: no such folder.
-      UserError: a folder that holds no pipeline, or one of another version.
+      MissingError: no such folder, or one that holds no pipeline.
+      UserError: one of another version, or whose weights are not those of its config.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise MissingError(f"no such run: {path}")
-    for folder in (path, path / "pipeline"):
-        if (folder / CONFIG).is_file():
-            return _load_folder(folder)
-    if (path / "experiment.json").is_file():
-        from dit_video.run import Run
-
-        return Run.open(path).newest_pipeline()
-    raise UserError(
-        f"{path} holds neither {CONFIG} nor experiment.json: it is no run; name a folder that train.py made"
-    )
-
-
-def _load_folder(folder: Path) -> Pipeline:
+    folder = Path(folder)
     document = read_json(folder / CONFIG)
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         found = document.get("format") if isinstance(document, dict) else None
         raise UserError(f"{folder} is a pipeline of format {found}, this version reads {FORMAT}; export it again")
-    config = configs.from_json(document["config"])
+    config = configs.from_json(document.get("config"))
+    if not isinstance(config, PipelineConfig):
+        raise UserError(f"{folder / CONFIG} holds no pipeline's config; export it again")
     denoiser = {"dit": param_shapes(config.dit.make), "text": param_shapes(config.text.make)}
     return Pipeline(
         config,
         autoencoder=load_weights(folder / _AUTOENCODER, like=param_shapes(config.autoencoder.make)),
         denoiser=load_weights(folder / _DENOISER, like=denoiser),
     )
+
+
+def _grid(size: Sequence[int]) -> Grid:
+    """A size that a person gave."""
+    try:
+        return Grid(*map(operator.index, size))
+    except TypeError as error:
+        raise UserError(
+            f"a size is three whole numbers, frames, height and width, such as (17, 32, 48), not {size!r}"
+        ) from error
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
 def identity(config: AutoencoderConfig, params: dict[str, Any]) -> str:

@@ -11,11 +11,13 @@ from their checkpoints. So a run that was interrupted is continued by running th
     pipeline/                 the result: what `dit_video.load` reads
 """
 
+import contextlib
 import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float32, UInt8
 
-import dit_video
 from dit_video import configs, pixels, rng
 from dit_video.autoencoder import fit_linear, start_from_linear
 from dit_video.data.ingest import IngestReport, ingest
@@ -83,11 +84,13 @@ class Run:
                     f"{folder} holds a run of another config ({difference}); use another folder or remove it"
                 )
             return existing
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file; a run needs a folder of its own")
         if folder.is_dir() and any(entry.name != "clips" for entry in folder.iterdir()):
             raise UserError(f"{folder} is not empty and holds no run; use another folder")
         document = {
             "format": FORMAT,
-            "version": dit_video.__version__,
+            "version": version("dit-video"),
             "command": run.command,
             "experiment": configs.to_json(experiment),
         }
@@ -109,8 +112,10 @@ class Run:
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             found = document.get("format") if isinstance(document, dict) else None
             raise UserError(f"{folder} is a run of format {found}, this version reads {FORMAT}; start it anew")
-        experiment = configs.from_json(document["experiment"])
-        return Run(folder=folder, experiment=experiment, command=document["command"])
+        experiment = configs.from_json(document.get("experiment"))
+        if not isinstance(experiment, Experiment):
+            raise UserError(f"{folder / CONFIG} holds no experiment; start the run anew in another folder")
+        return Run(folder=folder, experiment=experiment, command=str(document.get("command")))
 
     def train(self, clips: str | Path) -> Pipeline:
         """Everything from a folder of clips to the finished pipeline.
@@ -126,14 +131,20 @@ class Run:
         return self.export()
 
     def ingest(self, clips: str | Path) -> IngestReport:
-        """Make the data set of a folder of clips."""
+        """Make the data set of a folder of clips, and say on stderr what of it is not used."""
         with Progress("reading clips", 1) as progress:
 
             def update(done: int, total: int) -> None:
                 progress.total = total
                 progress.update(done)
 
-            return ingest(clips, self.folder / "data", progress=update)
+            report = ingest(clips, self.folder / "data", progress=update)
+        if report.quarantined:
+            name, reason = report.quarantined[0]
+            _remark(f"{len(report.quarantined)} clips cannot be decoded and are set aside, such as {name}: {reason}")
+        if report.unlisted:
+            _remark(f"{len(report.unlisted)} files that metadata.csv does not name are left out")
+        return report
 
     @functools.cached_property
     def clips(self) -> ClipSource:
@@ -269,7 +280,7 @@ class Run:
                 "command": self.command,
                 "experiment": experiment.name,
                 "seed": str(experiment.seed),
-                "dit_video": dit_video.__version__,
+                "dit_video": version("dit-video"),
                 "jax": jax.__version__,
             },
         )
@@ -302,7 +313,7 @@ class Run:
         return loop.run(
             make_step(loss, optimizer, ema_decay=config.ema_decay),
             state,
-            lambda start: (shard_batch(batch, mesh) for batch in batches(start)),
+            lambda start: _sharded(batches(start), mesh),
             config=loop.LoopConfig(
                 steps=config.steps, log_every=experiment.log_every, save_every=experiment.save_every
             ),
@@ -325,6 +336,8 @@ class Run:
             )
             for number, shape in enumerate(shapes)
         ]
+        if purpose == "linear start" and (unused := set.intersection(*(set(stream.left_out) for stream in streams))):
+            _remark(f"{len(unused)} clips have no room for a window of the autoencoder's training, which goes without")
         for step in itertools.count(start):
             yield next(streams[step % len(shapes)])
 
@@ -343,7 +356,9 @@ class Run:
             latents = np.asarray(means(clips), np.float64).reshape(-1, channels)
             total, squares, count = total + latents.sum(0), squares + np.square(latents).sum(0), count + len(latents)
         mean = total / count
-        return mean.astype(np.float32), np.sqrt(squares / count - mean**2).astype(np.float32)
+        # A channel that says nothing has no variance, up to rounding that can make it negative.
+        std = np.sqrt(np.maximum(squares / count - mean**2, 1e-12))
+        return mean.astype(np.float32), std.astype(np.float32)
 
     def _stretches(self) -> list[list[int]]:
         """The first frame of every stretch that is taken of each training clip, spread over its length."""
@@ -374,6 +389,18 @@ class Run:
                 for (index, start), latents in zip(part, np.asarray(encode(padded)), strict=False):
                     info = source.infos[index]
                     yield LatentExample(f"{info.name}@{start}", info.caption, latents)
+
+
+def _sharded(batches: Any, mesh: jax.sharding.Mesh) -> Iterator[Any]:
+    """Batches on the mesh; closing this ends the threads that read ahead."""
+    with contextlib.closing(batches):
+        for batch in batches:
+            yield shard_batch(batch, mesh)
+
+
+def _remark(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr)
 
 
 def _chunks(values: list, size: int) -> Iterator[list]:

@@ -54,7 +54,7 @@ def main(
         pipeline,
         measured,
         title=f"Evaluation of {run.name}",
-        folder=run if trained is not None else None,
+        source=run,
         config=None if trained is None else configs.to_json(trained.experiment),
     )
     for name, value in measured.metrics.get("prompt_following", {}).get("all", {}).items():

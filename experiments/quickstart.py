@@ -21,7 +21,7 @@ from dit_video.data import shapes
 from dit_video.errors import script
 from dit_video.files import read_json, write_json
 from dit_video.reports.run_report import report_run
-from dit_video.run import Run
+from dit_video.run import CONFIG, Run
 from dit_video.training.logging import Progress
 
 
@@ -35,41 +35,40 @@ def main(workdir: Path = Path("runs/quickstart"), seed: int = 0, brief: bool = F
     """
     began = time.perf_counter()
     experiment = quickstart.experiment(seed, brief=brief)
+    anew = not (workdir / CONFIG).is_file()
     run = Run.create(workdir, experiment)
     count = quickstart.clips(brief=brief)
     with Progress("rendering clips", count) as progress:
         shapes.write_folder(workdir / "clips", count=count, seed=seed, progress=lambda done, _: progress.update(done))
     pipeline = run.train(workdir / "clips")
     measured = measure.evaluate(pipeline, workdir, seed=seed, held_out=run.held_out_clips, limits=experiment.limits)
-    minutes = _minutes(workdir, time.perf_counter() - began)
+    minutes = _minutes(workdir, time.perf_counter() - began if anew else None)
     report_run(
         workdir / "report.html",
         pipeline,
         measured,
         title="A text-to-video model, from nothing",
-        folder=workdir,
+        source=workdir,
         config=configs.to_json(experiment),
         minutes=minutes,
     )
     _say(workdir, measured.metrics, minutes)
 
 
-def _minutes(workdir: Path, seconds: float) -> float:
-    """How long the run took, with what an interrupted start before this one did not finish left out."""
+def _minutes(workdir: Path, seconds: float | None) -> float | None:
+    """How long the run took, of the start that did it all; None where it took several."""
     path = workdir / "timing.json"
-    if path.is_file():
-        return read_json(path)["minutes"]
-    minutes = round(seconds / 60, 2)
-    write_json(path, {"minutes": minutes})
-    return minutes
+    if seconds is not None:
+        write_json(path, {"minutes": round(seconds / 60, 2)})
+    return read_json(path)["minutes"] if path.is_file() else None
 
 
-def _say(workdir: Path, metrics: dict, minutes: float) -> None:
+def _say(workdir: Path, metrics: dict, minutes: float | None) -> None:
     following = metrics["prompt_following"]
     rates = ", ".join(f"{name} {following['all'][name]['rate']:.1%}" for name in ("colour", "direction", "shape"))
     print(f"prompt following: {rates}")
     print(f"reconstruction of held-out clips: {metrics['reconstruction']['psnr']:.1f} dB")
-    print(f"{minutes:.1f} minutes; look at {workdir / 'report.html'}")
+    print(("" if minutes is None else f"{minutes:.1f} minutes; ") + f"look at {workdir / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from dit_video import measure
 from dit_video.errors import UserError, script
 from dit_video.tokens import Grid
 from dit_video.training.logging import Progress
+from dit_video.video.encode import FORMATS
 
 
 def main(
@@ -24,7 +25,7 @@ def main(
     prompt: str | None = None,
     prompts: Path | None = None,
     size: str | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     negative: str = "",
     steps: int | None = None,
     guidance: float | None = None,
@@ -38,7 +39,7 @@ def main(
         prompt: what the clip is to show.
         prompts: a JSON list of {prompt, frames, height, width, seed}.
         size: frames x height x width, such as 17x32x48; the training size by default.
-        seed: of the noise.
+        seed: of the noise; 0 by default.
         negative: what guidance leads away from.
         steps: of the sampler.
         guidance: how strongly the prompt is followed; 1 is not at all stronger than it was trained.
@@ -47,6 +48,8 @@ def main(
     if (prompt is None) == (prompts is None):
         raise UserError("give either --prompt TEXT or --prompts FILE")
     if prompts is not None:
+        if size is not None or seed is not None or negative:
+            raise UserError("--size, --seed and --negative go with --prompt; in a file of prompts each has its own")
         requests = measure.read_requests(prompts)
         pipeline = dit_video.load(run)
         with Progress("sampling", len(requests)) as progress:
@@ -55,10 +58,12 @@ def main(
             )
         print(f"{len(requests)} clips in {out}")
         return
+    if out.suffix.lower().removeprefix(".") not in FORMATS:
+        raise UserError(f"{out} has no suffix of a known format; use one of .{', .'.join(FORMATS)}")
     grid = None if size is None else parse_size(size)
     pipeline = dit_video.load(run)
     clip = pipeline.generate(
-        str(prompt), size=grid, seed=seed, negative=negative, steps=steps, guidance=guidance, sampler=sampler
+        str(prompt), size=grid, seed=seed or 0, negative=negative, steps=steps, guidance=guidance, sampler=sampler
     )
     clip.save(out)
     print(f"{out}: {len(clip.frames)} frames of {clip.height}x{clip.width}")

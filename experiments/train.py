@@ -17,6 +17,7 @@ from typing import Annotated
 import tyro
 
 from dit_video import configs, measure
+from dit_video.data.ingest import list_clips
 from dit_video.errors import MissingError, UserError, script
 from dit_video.experiment import Experiment
 from dit_video.reports.run_report import report_run
@@ -36,6 +37,9 @@ class Arguments:
 
 def main() -> None:
     config, *rest = sys.argv[1:] or [""]
+    if config in ("-h", "--help"):
+        print(__doc__)
+        return
     if not config or config.startswith("-"):
         raise UserError("name a config first: train.py experiments/configs/clips.py --data CLIPS")
     arguments = tyro.cli(
@@ -51,6 +55,7 @@ def main() -> None:
 def train(experiment: Experiment, data: Path, workdir: Path) -> None:
     """Train, sample and report."""
     began = time.perf_counter()
+    list_clips(data)  # before a run is made of it
     run = Run.create(workdir, experiment)
     pipeline = run.train(data)
     measured = measure.evaluate(
@@ -61,7 +66,7 @@ def train(experiment: Experiment, data: Path, workdir: Path) -> None:
         pipeline,
         measured,
         title=experiment.name,
-        folder=workdir,
+        source=workdir,
         config=configs.to_json(experiment),
     )
     if quality := measured.metrics.get("reconstruction"):

@@ -283,6 +283,27 @@ def test_resize_keeps_a_constant_and_the_same_size():
         assert (resized == 77).all()
 
 
+@pytest.mark.parametrize(
+    ("source", "target"), [((48, 64), (19, 26)), ((37, 51), (37, 20)), ((90, 16), (3, 40)), ((9, 7), (50, 61))]
+)
+def test_resize_is_a_product_with_the_filter_on_each_axis(source, target):
+    frames = np.random.default_rng(1).integers(0, 256, (2, *source, 3), np.uint8)
+    rows, columns = (
+        pixels._weights(before, after).astype(np.float64) for before, after in zip(source, target, strict=True)
+    )
+    exact = np.einsum("hH,wW,THWc->Thwc", rows, columns, frames)
+    assert np.abs(pixels.resize(frames, *target) - exact).max() < 0.5 + 1e-3
+    upright = pixels.resize(np.ascontiguousarray(frames.swapaxes(1, 2)), *target[::-1]).swapaxes(1, 2)
+    assert np.abs(upright - exact).max() < 0.5 + 1e-3
+
+
+def test_resize_in_strips(monkeypatch):
+    frames = np.random.default_rng(2).integers(0, 256, (1, 40, 30, 3), np.uint8)
+    whole = pixels.resize(frames, 21, 13)
+    monkeypatch.setattr(pixels, "_PRODUCTS", 1000)
+    np.testing.assert_allclose(pixels.resize(frames, 21, 13).astype(int), whole, atol=1)
+
+
 def test_resize_to_half_is_a_symmetric_triangle_filter():
     frames = np.zeros((1, 1, 8, 3), np.uint8)
     frames[:, :, 3] = 255

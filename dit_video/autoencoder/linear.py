@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, Float32
 
 from dit_video.autoencoder.patches import to_patches
+from dit_video.errors import UserError
 from dit_video.tokens import Grid
 
 
@@ -29,12 +30,22 @@ class LinearAutoencoder(NamedTuple):
 def fit_linear(
     batches: Iterable[Float32[np.ndarray, "B T H W 3"]], *, stride: Grid, channels: int
 ) -> LinearAutoencoder:
-    """Principal components of the causal patches of clips with pixels in [-1, 1], in float64."""
+    """Principal components of the causal patches of clips with pixels in [-1, 1], in float64.
+
+    Raises:
+      UserError: more channels than a patch has values, or no clips.
+    """
     values = stride.volume * 3
+    if channels > values:
+        raise UserError(
+            f"{channels} channels are more than the {values} values of a patch; use {values} or fewer, or a larger stride"
+        )
     count, total, products = 0, np.zeros(values), np.zeros((values, values))
     for pixels in batches:
         patches = np.asarray(to_patches(pixels, stride), np.float64).reshape(-1, values)
         count, total, products = count + len(patches), total + patches.sum(axis=0), products + patches.T @ patches
+    if not count:
+        raise UserError("principal components of no clips were asked for; give at least one clip")
     mean = total / count
     variances, vectors = np.linalg.eigh(products / count - np.outer(mean, mean))
     basis = vectors[:, ::-1][:, :channels].astype(np.float32)

@@ -102,8 +102,8 @@ class Dit(nnx.Module):
         noisy: Float[Array, "B N p"],
         time: Float[Array, "B G"],
         *,
-        segments: Int[AnyArray, "B N"],
-        coordinates: Float[AnyArray, "B N 3"],
+        segments: Int[Array, "B N"],
+        coordinates: Float[Array, "B N 3"],
         context: Float[Array, "B S E"],
         context_segments: Int[Array, "B S"],
     ) -> Float[Array, "B N p"]:
@@ -159,6 +159,7 @@ def packed_denoise(
     count: int,
 ) -> Callable[[Float[Array, "B N p"], Float[Array, "B N"]], Float[Array, "B N p"]]:
     """`denoise(noisy, time)` of rows with up to `count` segments; all tokens of a segment have one time."""
+    segments, coordinates = jnp.asarray(segments), jnp.asarray(coordinates)
 
     def denoise(noisy, time):
         return dit(

@@ -1,7 +1,7 @@
 """Videos from prompts: requests of any size packed into rows, sampled together.
 
-Rows have the shape that the model was trained on, so that one compiled program serves every size, prompt, seed,
-guidance and number of steps.
+Rows have the shape that the model was trained on, so that one compiled program serves every size, prompt, seed and
+scale of guidance. Another number of steps, or of rows, is compiled anew, and so is sampling without guidance.
 """
 
 import functools
@@ -113,14 +113,14 @@ def _plan(
     plan: dict[RowShape, list[list[int]]] = {}
     used: list[list[int]] = []
     for index in sorted(range(len(requests)), key=lambda index: -grids[index].volume):
-        if grids[index].volume > shape.tokens:
-            alone = RowShape(tokens=grids[index].volume, text=shape.text, segments=shape.segments)
-            plan.setdefault(alone, []).append([index])
-            continue
         if text[index] > shape.text:
             raise UserError(
                 f"a prompt of {text[index]} text tokens is longer than a row's {shape.text}; shorten the prompt"
             )
+        if grids[index].volume > shape.tokens:
+            alone = RowShape(tokens=grids[index].volume, text=shape.text, segments=shape.segments)
+            plan.setdefault(alone, []).append([index])
+            continue
         for row, room in zip(plan.setdefault(shape, []), used, strict=True):
             fits = room[0] + grids[index].volume <= shape.tokens and room[1] + text[index] <= shape.text
             if fits and len(row) < shape.segments:

@@ -1,5 +1,6 @@
 """The report of a run: its files, gathered into one page."""
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ def report_run(
     measured: Measured,
     *,
     title: str,
-    folder: Path | None = None,
+    source: Path,
     config: Any = None,
     minutes: float | None = None,
 ) -> None:
@@ -34,15 +35,15 @@ def report_run(
       pipeline: what was evaluated.
       measured: the evaluation.
       title: the page's headline.
-      folder: the run's, for its loss curves; None where there is only a pipeline.
+      source: the run's folder, whose loss curves are shown, or a pipeline's: what `dit_video.load` reads.
       config: the resolved config, shown as JSON.
       minutes: how long the whole run took.
     """
-    counts = measured.metrics["parameters"]
+    counts, drawn = measured.metrics["parameters"], measured.metrics["sampling"]
     summary = (
         f"{sum(counts.values()) / 1e6:.2f} million parameters, made by: {pipeline.config.made_by.get('command', '?')} "
-        f"(seed {pipeline.config.made_by.get('seed', '?')}). Samples: {pipeline.config.sampling.steps} steps, "
-        f"guidance {pipeline.config.sampling.guidance:g}, one sample a prompt, none selected."
+        f"(seed {pipeline.config.made_by.get('seed', '?')}). Samples: {drawn['steps']} steps of {drawn['sampler']}, "
+        f"guidance {drawn['guidance']:g}, one sample a prompt, none selected."
     )
     report = Report(
         title=title,
@@ -53,10 +54,10 @@ def report_run(
             Reconstruction(original=one.original, decoded=one.decoded, psnr=one.psnr, ssim=one.ssim, name=one.name)
             for one in measured.reconstructions[:_SHOWN]
         ),
-        charts=() if folder is None else _charts(folder),
+        charts=_charts(source),
         metrics=measured.metrics,
         config=configs.to_json(pipeline.config) if config is None else config,
-        commands=_commands(pipeline, Path(path).parent),
+        commands=_commands(pipeline, source),
     )
     write_report(path, report)
 
@@ -69,15 +70,16 @@ def _figures(metrics: Mapping[str, Any], minutes: float | None) -> tuple[Figure,
             note = (
                 f"95 % interval {rate['low']:.0%} to {rate['high']:.0%}; never-seen combinations {unseen['rate']:.0%}"
             )
-            figures.append(Figure(f"{name} as asked", f"{rate['rate']:.1%}", note, rate["rate"]))
+            label, value = f"{name} as asked", f"{rate['rate']:.1%}"
+            figures.append(Figure(label=label, value=value, note=note, share=rate["rate"]))
         if (spread := following["start_spread"]["lowest_ratio"]) is not None:
-            figures.append(Figure("variety of starts", f"{spread:.0%}", "of the data's spread, the lowest of all axes"))
+            note = "of the data's spread of start positions: the lowest of all directions and axes"
+            figures.append(Figure(label="variety", value=f"{spread:.0%}", note=note))
     if quality := metrics.get("reconstruction"):
-        figures.append(
-            Figure("reconstruction", f"{quality['psnr']:.1f} dB", f"SSIM {quality['ssim']:.3f}, clips not trained on")
-        )
+        note = f"SSIM {quality['ssim']:.3f}, clips not trained on"
+        figures.append(Figure(label="reconstruction", value=f"{quality['psnr']:.1f} dB", note=note))
     if minutes is not None:
-        figures.append(Figure("whole run", f"{minutes:.1f} min", "from nothing to this page"))
+        figures.append(Figure(label="whole run", value=f"{minutes:.1f} min", note="from nothing to this page"))
     return tuple(figures)
 
 
@@ -100,9 +102,10 @@ def _charts(folder: Path) -> tuple[Chart, ...]:
     return tuple(charts)
 
 
-def _commands(pipeline: Pipeline, folder: Path) -> tuple[Command, ...]:
+def _commands(pipeline: Pipeline, source: Path) -> tuple[Command, ...]:
     frames, height, width = pipeline.config.size
     size = f"{frames}x{height}x{width}"
+    folder = shlex.quote(str(source))
     prompt = "a red circle moving left" if isinstance(pipeline.config.evaluation, ShapesEvaluation) else "a prompt"
     return (
         Command(
@@ -110,7 +113,7 @@ def _commands(pipeline: Pipeline, folder: Path) -> tuple[Command, ...]:
             note="one clip",
         ),
         Command(
-            text=f'import dit_video\npipe = dit_video.load("{folder}")\npipe.generate("{prompt}", size=({frames}, '
+            text=f'import dit_video\npipe = dit_video.load({str(source)!r})\npipe.generate("{prompt}", size=({frames}, '
             f"{height}, {width}), seed=3)",
             note="in a notebook",
         ),

@@ -4,6 +4,7 @@ The ids are ByT5's (arXiv 2105.13626): 0 is padding, 1 ends a text, byte `b` is 
 little each, `patch` of them become one context token before the transformer (as in MegaByte, arXiv 2305.07185).
 """
 
+import os
 from dataclasses import dataclass
 
 import jax
@@ -25,7 +26,7 @@ class ByteEncoderConfig:
     """A pre-norm transformer over patches of bytes.
 
     Raises:
-      UserError: a width that is not divisible by the heads, or a limit that is not divisible by the patch.
+      UserError: a width that is odd or not divisible by the heads, or a limit that is not divisible by the patch.
     """
 
     width: int = 96
@@ -36,9 +37,9 @@ class ByteEncoderConfig:
     patch: int = 4
 
     def __post_init__(self):
-        if self.width % self.heads:
-            raise UserError(f"text width {self.width} must be divisible by its {self.heads} heads")
-        if self.patch < 1 or self.max_tokens % self.patch:
+        if self.width % self.heads or self.width % 2:
+            raise UserError(f"text width {self.width} must be even and divisible by its {self.heads} heads")
+        if self.patch < 1 or self.max_tokens < 1 or self.max_tokens % self.patch:
             raise UserError(f"max_tokens {self.max_tokens} must be divisible by the patch of {self.patch} bytes")
 
     def make(self, rngs: nnx.Rngs) -> "ByteEncoder":
@@ -52,10 +53,13 @@ class ByteTokenizer:
     """ByT5's tokenizer from `transformers`, which needs no files; texts are filled up to whole patches."""
 
     def __init__(self, max_tokens: int, patch: int):
+        # Without torch, transformers advises at import to install it; its tokenizers need none.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers.models.byt5.tokenization_byt5 import ByT5Tokenizer
 
         self.max_tokens, self.patch = max_tokens, patch
-        self._tokenizer = ByT5Tokenizer(extra_ids=0)
+        # Else a caption with "</s>" or "<pad>" in it would lose these letters and the spaces around them.
+        self._tokenizer = ByT5Tokenizer(extra_ids=0, split_special_tokens=True)
 
     def __call__(self, text: str) -> Int32[np.ndarray, " s"]:
         """UTF-8 bytes, the end token and padding up to a multiple of the patch; at most `max_tokens`."""

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dit_video.arrays import AnyArray
 from dit_video.errors import UserError
 
 
@@ -34,7 +33,7 @@ class Rotary3d:
         return Rotary3d(split=(head_width - 2 * space, space, space), theta=theta)
 
 
-def rotary_angles(coordinates: Float[AnyArray, "*batch N 3"], rotary: Rotary3d) -> Float[Array, "*batch N half"]:
+def rotary_angles(coordinates: Float[Array, "*batch N 3"], rotary: Rotary3d) -> Float[Array, "*batch N half"]:
     """The angle of every pair of a head's channels, float32."""
     parts = []
     for axis, width in enumerate(rotary.split):

@@ -1,5 +1,6 @@
 """What a run says of itself: a file of metrics, and progress with the time that is left."""
 
+import io
 import json
 import math
 import os
@@ -7,7 +8,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from dit_video.errors import MissingError, UserError
 from dit_video.files import write_text
@@ -84,7 +85,7 @@ class Progress:
         *,
         start: int = 0,
         seconds: float | int = 10,
-        stream: TextIO | None = None,
+        stream: io.TextIOBase | None = None,
         shown: bool = True,
     ) -> None:
         """
@@ -96,7 +97,8 @@ class Progress:
           shown: False for all but one of several processes.
         """
         self.title, self.total, self.start = title, total, start
-        self._stream = sys.stderr if stream is None else stream
+        # To type checkers the standard streams are TextIO, which is no TextIOBase.
+        self._stream = cast(io.TextIOBase, sys.stderr) if stream is None else stream
         self._visible = shown
         self._terminal = shown and self._stream.isatty()
         self._pause = 0.2 if self._terminal else seconds
@@ -150,7 +152,7 @@ class Progress:
         return f"{speed} · {_duration(seconds * (self.total - self._step))} left"
 
 
-def _bar(stream: TextIO, title: str, total: int, start: int) -> tuple[Any, Any]:
+def _bar(stream: io.TextIOBase, title: str, total: int, start: int) -> tuple[Any, Any]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
     from rich.progress import Progress as Bar
@@ -162,7 +164,7 @@ def _bar(stream: TextIO, title: str, total: int, start: int) -> tuple[Any, Any]:
         TextColumn("{task.fields[loss]}"),
         TextColumn("{task.fields[left]}"),
     )
-    bar = Bar(*columns, console=Console(file=stream), refresh_per_second=5)
+    bar = Bar(*columns, console=Console(file=cast(TextIO, stream)), refresh_per_second=5)
     return bar, bar.add_task(title, total=total, completed=start, loss="", left="")
 
 

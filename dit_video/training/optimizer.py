@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from dit_video.errors import UserError
-from dit_video.tree import map_with_path
+from dit_video.tree import flatten, map_with_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +16,7 @@ class OptimizerConfig:
     """AdamW or Muon with warmup, a schedule, global clipping and frozen paths.
 
     Muon orthogonalises the updates of the matrices inside the blocks, at the root mean square of an AdamW update
-    (arXiv 2502.16982, eq. 4); all other parameters get AdamW at the same learning rate.
+    (arXiv 2502.16982, eq. 4); all other parameters get AdamW with Nesterov momentum at the same learning rate.
 
     Raises:
       UserError: values out of range.
@@ -35,10 +35,15 @@ class OptimizerConfig:
     """regular expressions on parameter paths that are not trained"""
 
     def __post_init__(self):
-        if self.learning_rate <= 0 or self.warmup < 0:
+        if not self.learning_rate > 0 or self.warmup < 0:
             raise UserError(
                 f"an optimizer needs a positive learning rate and no negative warmup; got learning_rate="
                 f"{self.learning_rate}, warmup={self.warmup}"
+            )
+        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and self.weight_decay >= 0 and self.clip > 0):
+            raise UserError(
+                f"an optimizer needs b1 and b2 in [0, 1), weight_decay >= 0 and clip > 0; got b1={self.b1}, "
+                f"b2={self.b2}, weight_decay={self.weight_decay}, clip={self.clip}"
             )
 
 
@@ -57,14 +62,18 @@ def learning_rates(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
         case "cosine":
             main = optax.cosine_decay_schedule(peak, rest)
         case "wsd":
-            decay = max(1, steps // 5)
+            decay = max(1, min(steps // 5, rest))
             main = optax.linear_schedule(peak, 0.0, decay, transition_begin=rest - decay)
     warmup = optax.linear_schedule(peak / max(1, config.warmup), peak, max(1, config.warmup))
     return optax.join_schedules([warmup, main], [config.warmup])
 
 
 def make_optimizer(config: OptimizerConfig, *, steps: int) -> optax.GradientTransformation:
-    """The optax transformation of a config, for a run of `steps` steps."""
+    """The optax transformation of a config, for a run of `steps` steps.
+
+    Raises:
+      UserError: a run that is not longer than its warmup; at its `init`, a frozen path that no parameter has.
+    """
     rates = learning_rates(config, steps=steps)
     match config.kind:
         case "adamw":
@@ -82,14 +91,19 @@ def make_optimizer(config: OptimizerConfig, *, steps: int) -> optax.GradientTran
     chain = optax.chain(optax.clip_by_global_norm(config.clip), main)
     if not config.frozen:
         return chain
-    return optax.partition(
-        {"train": chain, "frozen": optax.set_to_zero()},
-        lambda params: map_with_path(lambda path, _: "frozen" if _any(config.frozen, path) else "train", params),
-    )
+    return optax.partition({"train": chain, "frozen": optax.set_to_zero()}, lambda params: _labels(config, params))
 
 
-def _any(patterns: tuple[str, ...], path: str) -> bool:
-    return any(re.search(pattern, path) for pattern in patterns)
+def _labels(config: OptimizerConfig, params: PyTree) -> PyTree:
+    """`frozen` or `train` for every parameter."""
+    for pattern in config.frozen:
+        if not any(re.search(pattern, path) for path in flatten(params)):
+            raise UserError(f"frozen path {pattern!r} is no parameter's; use one of {', '.join(flatten(params))}")
+
+    def label(path: str, _: Array) -> str:
+        return "frozen" if any(re.search(pattern, path) for pattern in config.frozen) else "train"
+
+    return map_with_path(label, params)
 
 
 def _matrices(params: PyTree) -> PyTree:

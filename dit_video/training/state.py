@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax.struct import dataclass
-from jaxtyping import Array, Int32, PyTree
+from jaxtyping import Array, PyTree
 
 
 @dataclass
 class TrainState:
     """A tree of arrays: what a checkpoint holds. Parameters are plain nested dictionaries, without Flax types."""
 
-    step: Int32[Array, ""]
-    """steps done"""
+    step: Any
+    """steps done, an int32 scalar; `Any`, for trees of shapes and of layouts have this structure too"""
     params: dict[str, Any]
     ema: dict[str, Any]
     """the moving average of `params`, in float32"""
@@ -29,7 +29,7 @@ def init_state(params: dict[str, Any], optimizer: optax.GradientTransformation) 
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        ema=jax.tree.map(jnp.copy, params),
+        ema=jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), params),
         opt_state=optimizer.init(params),
         extra={},
     )

@@ -22,7 +22,7 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, *, ema_decay:
         (value, figures), gradients = jax.value_and_grad(loss, has_aux=True)(state.params, batch, state.step)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        figures = {"loss": value, "gradient_norm": optax.global_norm(gradients), **figures}
+        figures = {"loss": value, "gradient_norm": optax.tree.norm(gradients), **figures}
         following = TrainState(
             step=state.step + 1,
             params=params,

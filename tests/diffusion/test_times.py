@@ -66,9 +66,7 @@ def test_quantiles_at_the_ends_are_finite_times():
 def test_logit_normal_times_lie_in_the_middle():
     u = low_discrepancy(OFFSET, jnp.arange(1000, dtype=jnp.uint32))
     times = jax.jit(LogitNormal().quantile)(u)
-    assert np.mean((times > 0.25) & (times < 0.75)) == pytest.approx(
-        2 * stats.norm.cdf(np.log(3)) - 1, abs=0.01
-    )
+    assert np.mean((times > 0.25) & (times < 0.75)) == pytest.approx(2 * stats.norm.cdf(np.log(3)) - 1, abs=0.01)
 
 
 @pytest.mark.parametrize("std", [0.0, -1.0, float("nan")])

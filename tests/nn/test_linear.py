@@ -67,9 +67,3 @@ def test_initial_weights():
     assert np.std(xavier) == pytest.approx(limit / np.sqrt(3), rel=0.01)
     assert np.std(initial("normal", key, shape, fan=fan)) == pytest.approx(0.02, rel=0.01)
     assert not initial("zero", key, shape, fan=fan).any()
-
-
-def test_xavier_keeps_the_variance_of_a_square_map():
-    layer = Linear(256, 256, rngs=nnx.Rngs(jax.random.key(0)))
-    x = jax.random.normal(jax.random.key(1), (64, 256))
-    assert jnp.std(layer(x)) == pytest.approx(1.0, rel=0.05)

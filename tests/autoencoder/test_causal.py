@@ -1,0 +1,142 @@
+"""The patch autoencoder from random parameters: the network of a fresh one adds nothing to its linear path."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dit_video.autoencoder import (
+    PatchVaeConfig,
+    Posterior,
+    fit_linear,
+    from_patches,
+    start_from_linear,
+    to_patches,
+)
+from dit_video.errors import UserError
+from dit_video.nn import graph_of, init_params, param_shapes
+from dit_video.tokens import Grid
+from dit_video.tree import flatten, map_with_path
+
+CONFIG = PatchVaeConfig(stride=Grid(2, 2, 2), channels=3, width=8, blocks=2)
+GRAPH = graph_of(CONFIG.make)
+CLIPS = np.tanh(np.random.default_rng(0).normal(size=(2, 7, 6, 8, 3)).cumsum(axis=2)).astype(np.float32)
+
+
+def rough_params(make, seed=0):
+    """Random wherever a fresh model is zero or one."""
+    draw = np.random.default_rng(seed)
+
+    def value(path, leaf):
+        noise = jnp.asarray(draw.normal(size=leaf.shape), jnp.float32)
+        if path.endswith(("scale", "std")):
+            return 1 + 0.2 * noise
+        return noise / np.sqrt(np.prod(leaf.shape[:-1])) if path.endswith("kernel") else 0.5 * noise
+
+    return map_with_path(value, param_shapes(make))
+
+
+PARAMS = rough_params(CONFIG.make)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def call(method, params, *arrays):
+    return getattr(nnx.merge(GRAPH, params), method)(*arrays)
+
+
+encode, decode = functools.partial(call, "encode", PARAMS), functools.partial(call, "decode", PARAMS)
+LATENTS = np.asarray(encode(CLIPS))
+
+
+def test_sizes():
+    assert LATENTS.shape == (2, 4, 3, 4, 3)
+    assert decode(LATENTS).shape == CLIPS.shape
+    assert np.std(LATENTS) > 0.3
+
+
+def test_an_image_is_the_first_frame_of_a_video():
+    np.testing.assert_allclose(encode(CLIPS[:, :1]), LATENTS[:, :1], atol=1e-5)
+    np.testing.assert_allclose(decode(LATENTS[:, :1]), decode(LATENTS)[:, :1], atol=1e-5)
+
+
+def test_the_start_of_a_video_is_a_video():
+    np.testing.assert_allclose(encode(CLIPS[:, :5]), LATENTS[:, :3], atol=1e-5)
+    np.testing.assert_allclose(decode(LATENTS[:, :3]), decode(LATENTS)[:, :5], atol=1e-5)
+
+
+def test_latents_see_no_later_frame_and_frames_no_later_latents_bit_for_bit():
+    later = CLIPS.copy()
+    later[:, 4:] = -later[:, 4:]
+    changed = np.asarray(encode(later))
+    # Frames 0 | 1 2 | 3 4 | 5 6: frame 4 is in the third latent frame.
+    np.testing.assert_array_equal(changed[:, :2], LATENTS[:, :2])
+    assert (np.abs(changed[:, 2:] - LATENTS[:, 2:]).max(axis=(0, 2, 3, 4)) > 1e-3).all()
+
+    before, after = decode(LATENTS), decode(np.concatenate([LATENTS[:, :2], -LATENTS[:, 2:]], axis=1))
+    np.testing.assert_array_equal(after[:, :3], before[:, :3])
+    assert (np.abs(after[:, 3:] - before[:, 3:]).max(axis=(0, 2, 3, 4)) > 1e-3).all()
+
+
+def test_the_past_and_the_neighbours_count():
+    changed = CLIPS.copy()
+    changed[:, 0, 0, 0] += 1.0
+    difference = np.abs(np.asarray(encode(changed)) - LATENTS).max(axis=(0, 4))
+    # Two blocks: two positions further in space, four latent frames further in time.
+    assert (difference[:, :3, :3] > 1e-6).all()
+    assert not difference[:, :, 3].any()
+
+
+def test_clips_of_a_batch_do_not_see_each_other():
+    changed = CLIPS.copy()
+    changed[1] = -changed[1]
+    np.testing.assert_array_equal(np.asarray(encode(changed))[0], LATENTS[0])
+
+
+def test_encoding_is_the_normalised_mean_and_decoding_restores_it():
+    normalizer = PARAMS["normalizer"]
+    posterior = call("posterior", PARAMS, CLIPS)
+    np.testing.assert_allclose(LATENTS, (posterior.mean - normalizer["mean"]) / normalizer["std"], atol=1e-5)
+    np.testing.assert_allclose(decode(LATENTS), call("reconstruct", PARAMS, posterior.mean), atol=1e-5)
+    assert posterior.log_variance.shape == posterior.mean.shape
+    assert -12 <= posterior.log_variance.min() < posterior.log_variance.max() <= 2
+
+
+def test_a_start_from_principal_components_is_the_linear_autoencoder():
+    linear = fit_linear([CLIPS], stride=CONFIG.stride, channels=CONFIG.channels)
+    # What decides is that the networks' outputs are zero at first.
+    fresh = init_params(dataclasses.replace(CONFIG, blocks=0).make, jax.random.key(0))
+    params = start_from_linear(PARAMS | fresh | {name: PARAMS[name] for name in ("encoder", "decoder")}, linear)
+    assert {path: leaf.shape for path, leaf in flatten(params).items()} == {
+        path: leaf.shape for path, leaf in flatten(param_shapes(CONFIG.make)).items()
+    }
+    latents = call("encode", params, CLIPS)
+    assert np.sqrt(np.square(latents).mean()) == pytest.approx(1, rel=1e-3)
+    expected = from_patches(linear.reconstruct(to_patches(CLIPS, CONFIG.stride)), CONFIG.stride)
+    np.testing.assert_allclose(call("decode", params, latents), expected, atol=1e-5)
+    # It stands before training: what the network learns is a change of this.
+    assert np.exp(0.5 * call("posterior", params, CLIPS).log_variance).max() == pytest.approx(0.0498, abs=1e-3)
+
+
+def test_a_sample_of_the_posterior():
+    mean, log_variance = jnp.full((1, 1, 2, 2, 3), 2.0), jnp.full((1, 1, 2, 2, 3), np.log(0.25))
+    posterior = Posterior(mean, log_variance)
+    np.testing.assert_array_equal(posterior.sample(jnp.zeros_like(mean)), mean)
+    np.testing.assert_allclose(posterior.sample(jnp.ones_like(mean)), 2.5, rtol=1e-6)
+
+
+def test_the_divergence_is_that_of_a_normal_from_the_standard_one():
+    mean = jnp.zeros((2, 1, 2, 2, 3)).at[1].set(2.0)
+    log_variance = jnp.zeros_like(mean).at[1].set(np.log(0.25))
+    one_channel = np.log(1 / 0.5) + (0.25 + 4) / 2 - 0.5
+    np.testing.assert_allclose(Posterior(mean, log_variance).kl(), [0, 3 * one_channel], rtol=1e-5)
+
+
+def test_a_clip_that_does_not_fit():
+    with pytest.raises(UserError, match="T=6 .* use 5 or 7"):
+        encode(CLIPS[:, :6])
+    with pytest.raises(UserError, match="height 5 .* use 4 or 6"):
+        encode(CLIPS[:, :, :5])

@@ -1,0 +1,129 @@
+"""A tiny run, trained once a session, and the scripts as a user starts them."""
+
+import atexit
+import importlib.util
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import jax
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _share_compilations() -> None:
+    """Compile every program once a session: for tests that train anew, for scripts, and for workers of pytest-xdist."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="dit-video-compiled-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+    # JAX may have been imported, and have read its environment, before this file.
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    jax.config.update(
+        "jax_persistent_cache_min_compile_time_secs",
+        float(os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", 1.0)),
+    )
+
+
+_share_compilations()
+
+
+def _load_file(path: Path) -> ModuleType:
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def load_file() -> Callable[[Path], ModuleType]:
+    """Imports a Python file that lies in no package, such as a script."""
+    return _load_file
+
+
+class Ended(NamedTuple):
+    """How a script ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModuleType:
+    """The config file of the tiny experiment."""
+    return _load_file(ROOT / "tests" / "experiments" / "tiny.py")
+
+
+@pytest.fixture(scope="session")
+def tiny_clips(tiny, tmp_path_factory) -> Path:
+    """The folder of rendered clips that the tiny experiment is for. Read only."""
+    from dit_video.data import shapes
+
+    folder = tmp_path_factory.mktemp("tiny") / "clips"
+    return shapes.write_folder(folder, count=tiny.COUNT, seed=0, sizes=tiny.SIZES)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny, tiny_clips, tmp_path_factory) -> Path:
+    """The folder of a finished run. Read only: copy it to change it."""
+    from dit_video.run import Run
+
+    folder = tmp_path_factory.mktemp("tiny") / "run"
+    Run.create(folder, tiny.EXPERIMENT).train(tiny_clips)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tiny_run):
+    """The pipeline of that run."""
+    import dit_video
+
+    return dit_video.load(tiny_run)
+
+
+@pytest.fixture
+def script(monkeypatch, capsys) -> Callable[..., Ended]:
+    """Runs a script of the repository in this process, as `python script …` would: `script("experiments/sample.py", …)`.
+
+    Faster than a process of its own, which would import everything again.
+    """
+
+    def start(path: str, *arguments: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", [str(ROOT / path), *map(str, arguments)])
+        monkeypatch.setattr(sys, "path", [str((ROOT / path).parent), *sys.path])
+        capsys.readouterr()
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / path), run_name="__main__")
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        return Ended(code, *capsys.readouterr())
+
+    return start
+
+
+@pytest.fixture
+def process() -> Callable[..., Ended]:
+    """Runs a script in a process of its own."""
+
+    def start(path: str, *arguments: object, **environment: str) -> Ended:
+        command = [sys.executable, str(ROOT / path), *map(str, arguments)]
+        inherited = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=inherited | environment, timeout=600, check=False
+        )
+        return Ended(done.returncode, done.stdout, done.stderr)
+
+    return start

@@ -1,0 +1,185 @@
+"""Sampling from random parameters, held to a loop over the unpacked model."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dit_video.diffusion import Heun, RectifiedFlow
+from dit_video.dit import DitConfig
+from dit_video.errors import UserError
+from dit_video.generation import Denoiser, LatentRequest, Sampling, initial_noise, sample_latents
+from dit_video.generation.text_to_video import _program
+from dit_video.nn import graph_of, param_shapes
+from dit_video.text import ByteEncoderConfig
+from dit_video.tokens import Grid, RowShape, coordinates, patchify, token_grid, unpatchify
+from dit_video.tree import map_with_path
+
+TEXT = ByteEncoderConfig(width=8, layers=1, heads=2, max_tokens=32)
+DIT = DitConfig(channels=2, context_width=8, patch=Grid(1, 2, 2), width=24, layers=1, heads=2, mlp_ratio=2.0)
+SHAPE = RowShape(tokens=16, text=20, segments=3)
+SAMPLING = Sampling(steps=2, guidance=2.0)
+
+
+def rough_params(make, seed=0):
+    """Random wherever a fresh model is zero or one."""
+    draw = np.random.default_rng(seed)
+
+    def value(path, leaf):
+        noise = jnp.asarray(draw.normal(size=leaf.shape), jnp.float32)
+        if path.endswith("scale"):
+            return 1 + 0.2 * noise
+        return noise / np.sqrt(leaf.shape[-2]) if path.endswith("kernel") else 0.5 * noise
+
+    return map_with_path(value, param_shapes(make))
+
+
+DENOISER = Denoiser(
+    dit=graph_of(DIT.make),
+    text=graph_of(TEXT.make),
+    params={"dit": rough_params(DIT.make), "text": rough_params(TEXT.make)},
+    tokenizer=TEXT.tokenizer(),
+    process=RectifiedFlow(shift=2.0),
+    patch=DIT.patch,
+)
+
+
+def request(prompt: str, latents: tuple[int, int, int] = (2, 4, 4), *, seed: int = 0, negative: str = ""):
+    return LatentRequest(prompt, negative, initial_noise(seed, Grid(*latents), 2))
+
+
+SMALL = request("dot", (1, 2, 4), seed=1)
+MIXED = [request("red"), SMALL, request("a box", (1, 4, 6), seed=2), request("", (3, 2, 2), seed=3)]
+
+
+def sampled(requests, sampling=SAMPLING, shape=SHAPE, rows=2):
+    return sample_latents(DENOISER, requests, sampling=sampling, shape=shape, rows=rows)
+
+
+@functools.cache
+def mixed():
+    return sampled(MIXED)
+
+
+@jax.jit
+def velocity(params, tokens, time, text, at):
+    """Of one clip alone, without packing or padding."""
+    segments, text_segments = jnp.ones((1, tokens.shape[0]), jnp.int32), jnp.ones((1, text.shape[0]), jnp.int32)
+    context = nnx.merge(DENOISER.text, params["text"])(text[None], text_segments)
+    return nnx.merge(DENOISER.dit, params["dit"])(
+        tokens[None],
+        time.reshape(1, 1),
+        segments=segments,
+        coordinates=at[None],
+        context=context.values,
+        context_segments=context.segments,
+    )[0]
+
+
+def by_hand(request: LatentRequest):
+    """Two Euler steps with guidance 2 over the shifted times 1, 2/3, 0."""
+    grid = token_grid(Grid(*request.noise.shape[:3]), DIT.patch)
+    x, at = patchify(request.noise, DIT.patch), coordinates(grid)
+    for time, following in ((1.0, 2 / 3), (2 / 3, 0.0)):
+        c, u = (
+            np.asarray(velocity(DENOISER.params, x, jnp.asarray(time), DENOISER.tokenizer(text), at))
+            for text in (request.prompt, request.negative)
+        )
+        x = x + (following - time) * (u + 2.0 * (c - u))
+    return unpatchify(x, grid, DIT.patch)
+
+
+def test_packed_samples_are_those_of_a_loop_over_the_unpacked_model():
+    results = mixed()
+    for index in (0, 1):
+        assert np.std(results[index] - MIXED[index].noise) > 0.1
+        np.testing.assert_allclose(results[index], by_hand(MIXED[index]), atol=5e-5)
+
+
+def test_results_are_in_order_and_of_the_sizes_that_were_asked_for():
+    for result, asked in zip(mixed(), MIXED, strict=True):
+        assert (result.shape, result.dtype) == (asked.noise.shape, np.float32)
+        assert np.isfinite(result).all()
+
+
+def test_a_result_does_not_depend_on_what_else_is_asked_for():
+    for index, asked in enumerate(MIXED):
+        np.testing.assert_allclose(sampled([asked])[0], mixed()[index], atol=2e-5)
+    for index, result in zip((2, 0, 3, 1), sampled([MIXED[index] for index in (2, 0, 3, 1)]), strict=True):
+        np.testing.assert_allclose(result, mixed()[index], atol=2e-5)
+
+
+def test_another_prompt_beside_it_changes_nothing_bit_for_bit():
+    others = [asked._replace(prompt="blue") if index != 1 else asked for index, asked in enumerate(MIXED)]
+    results = sampled(others)
+    np.testing.assert_array_equal(results[1], mixed()[1])
+    assert all((results[index] != mixed()[index]).any() for index in (0, 2, 3))
+
+
+def test_more_requests_than_rows_have_room_for():
+    requests = [request(f"{index}", (1, 2, 4), seed=index) for index in range(8)]
+    results = sampled(requests)
+    for index in (0, 3, 7):
+        np.testing.assert_allclose(results[index], sampled(requests[index : index + 1])[0], atol=2e-5)
+
+
+def test_one_program_serves_every_prompt_size_seed_and_guidance():
+    mixed()
+    program = _program(DENOISER.dit, DENOISER.text, DENOISER.process, SAMPLING.solver, True)
+    before = program._cache_size()
+    sampled([request("other words", (1, 4, 4), seed=9, negative="no")], Sampling(steps=2, guidance=5.5))
+    sampled([request("", (2, 2, 2), seed=10)] * 5)
+    assert program._cache_size() == before
+
+
+def test_a_request_that_is_larger_than_a_row():
+    large = request("wide", (3, 4, 6), seed=4)
+    results = sampled([SMALL, large])
+    np.testing.assert_allclose(results[0], mixed()[1], atol=2e-5)
+    np.testing.assert_allclose(results[1], by_hand(large), atol=5e-5)
+
+
+def test_guidance():
+    unguided = Sampling(steps=2, guidance=1.0)
+    plain = sampled([SMALL], unguided)[0]
+    np.testing.assert_array_equal(sampled([SMALL._replace(negative="red")], unguided)[0], plain)
+    # At scale 0 the prompt says nothing, and the negative prompt is the prompt.
+    swapped = SMALL._replace(prompt="whatever", negative=SMALL.prompt)
+    np.testing.assert_allclose(sampled([swapped], Sampling(steps=2, guidance=0.0))[0], plain, atol=2e-5)
+    assert np.abs(sampled([SMALL._replace(negative="red")])[0] - mixed()[1]).max() > 1e-3
+    assert np.abs(plain - mixed()[1]).max() > 1e-3
+
+
+def test_a_solver_is_chosen_with_the_request():
+    heun = sampled([SMALL], Sampling(steps=1, guidance=1.0, solver=Heun()))[0]
+    x, at = patchify(SMALL.noise, DIT.patch), coordinates(Grid(1, 1, 2))
+    text = DENOISER.tokenizer("dot")
+    slope = np.asarray(velocity(DENOISER.params, x, jnp.asarray(1.0), text, at))
+    end = np.asarray(velocity(DENOISER.params, x - slope, jnp.asarray(0.0), text, at))
+    np.testing.assert_allclose(heun, unpatchify(x - (slope + end) / 2, Grid(1, 1, 2), DIT.patch), atol=5e-5)
+
+
+def test_a_prompt_that_is_longer_than_a_rows_text():
+    for asked in (request("x" * 25), request("", negative="x" * 25), request("x" * 25, (5, 4, 4))):
+        with pytest.raises(UserError, match="a prompt of 28 text tokens is longer than a row's 20; shorten the prompt"):
+            sampled([asked])
+
+
+def test_requests_that_cannot_be_made():
+    with pytest.raises(UserError, match="not divisible by the patch"):
+        sampled([request("red", (1, 3, 4))])
+    with pytest.raises(UserError, match="at least 1 step, not 0"):
+        Sampling(steps=0)
+    assert sampled([]) == []
+
+
+def test_noise_is_a_function_of_seed_and_size():
+    noise = initial_noise(5, Grid(4, 8, 8), 3)
+    assert (noise.shape, noise.dtype) == ((4, 8, 8, 3), np.float32)
+    np.testing.assert_array_equal(noise, initial_noise(5, Grid(4, 8, 8), 3))
+    assert (noise != initial_noise(6, Grid(4, 8, 8), 3)).all()
+    assert noise.mean() == pytest.approx(0, abs=0.15)
+    assert noise.std() == pytest.approx(1, abs=0.1)

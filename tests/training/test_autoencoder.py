@@ -1,0 +1,92 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dit_video.autoencoder import PatchVaeConfig
+from dit_video.nn import graph_of, param_shapes
+from dit_video.tokens import Grid
+from dit_video.training.autoencoder import AutoencoderLoss
+from dit_video.training.optimizer import OptimizerConfig, make_optimizer
+from dit_video.training.state import new_state
+from dit_video.training.step import make_step
+from dit_video.tree import map_with_path
+
+CONFIG = PatchVaeConfig(stride=Grid(2, 2, 2), channels=3, width=8, blocks=1)
+GRAPH = graph_of(CONFIG.make)
+CLIPS = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 6, 3), np.uint8)
+
+
+def rough_params(make, seed=0):
+    """Random wherever a fresh model is zero or one."""
+    draw = np.random.default_rng(seed)
+
+    def value(path, leaf):
+        noise = jnp.asarray(draw.normal(size=leaf.shape), jnp.float32)
+        if path.endswith(("scale", "std")):
+            return 1 + 0.2 * noise
+        return noise / np.sqrt(np.prod(leaf.shape[:-1])) if path.endswith("kernel") else 0.5 * noise
+
+    return map_with_path(value, param_shapes(make))
+
+
+PARAMS = rough_params(CONFIG.make)
+
+
+@jax.jit
+def _run(params, clips, step, kl):
+    value, figures = AutoencoderLoss(graph=GRAPH, kl=0.0, seed=1)(params, clips, step)
+    return value + kl * figures["kl"], figures
+
+
+def run(clips=CLIPS, step=0, kl=0.0):
+    return _run(PARAMS, clips, jnp.asarray(step), kl)
+
+
+@jax.jit
+def parts(params, clips):
+    model = nnx.merge(GRAPH, params)
+    posterior = model.posterior(clips.astype(jnp.float32) / 127.5 - 1)
+    return posterior, posterior.kl()
+
+
+def test_the_figures_are_the_parts_of_the_loss():
+    value, figures = run()
+    assert figures["psnr"] == pytest.approx(-10 * np.log10(figures["mse"] / 4), rel=1e-5)
+    assert figures["kl"] == pytest.approx(float(parts(PARAMS, CLIPS)[1].mean()), rel=1e-5)
+    # What is left is a tenth of the mean absolute error, which lies below the root of the squared one.
+    absolute = 10 * (float(value) - float(figures["mse"]))
+    assert 0.5 * np.sqrt(figures["mse"]) < absolute < np.sqrt(figures["mse"])
+
+
+def test_the_weight_of_the_divergence():
+    with_weight = jax.jit(lambda clips: AutoencoderLoss(graph=GRAPH, kl=0.25, seed=1)(PARAMS, clips, jnp.asarray(0))[0])
+    assert with_weight(CLIPS) == pytest.approx(float(run(kl=0.25)[0]), rel=1e-5)
+
+
+def test_noise_differs_between_steps_clips_and_seeds():
+    same = np.stack([CLIPS[0], CLIPS[0]])
+    losses = [float(run(same, step)[1]["mse"]) for step in range(3)]
+    assert len(set(losses)) == 3
+    assert run(same, 0)[1]["mse"] == run(same, 0)[1]["mse"]
+    # Two equal clips have different noise: their mean is not that of one alone.
+    assert run(same, 0)[1]["mse"] != pytest.approx(float(run(same[:1], 0)[1]["mse"]), rel=1e-6)
+
+
+def test_a_batch_of_one_is_a_batch():
+    value, figures = run(CLIPS[:1])
+    assert np.isfinite(value)
+    assert all(np.isfinite(figure) for figure in figures.values())
+
+
+def test_a_few_steps_on_one_batch_reconstruct_it_better():
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=3e-3, warmup=0), steps=60)
+    step = make_step(AutoencoderLoss(graph=GRAPH, kl=1e-4, seed=1), optimizer, ema_decay=0.9)
+    state = new_state(lambda key: PARAMS, optimizer, jax.random.key(0))
+    smooth = np.broadcast_to(np.arange(0, 240, 40, dtype=np.uint8)[None, None, None, :, None], CLIPS.shape).copy()
+    first = None
+    for _ in range(60):
+        state, figures = step(state, smooth)
+        first = first or float(figures["psnr"])
+    assert figures["psnr"] > first + 8

@@ -1,0 +1,207 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dit_video import configs
+from dit_video.errors import UserError
+from dit_video.training.optimizer import OptimizerConfig, learning_rates, make_optimizer
+from dit_video.tree import flatten, map_with_path
+
+DRAW = np.random.default_rng(0)
+SHAPES = {
+    "embed/kernel": (6, 8),
+    "blocks/qkv/kernel": (2, 8, 24),
+    "blocks/qkv/bias": (2, 24),
+    "blocks/table": (2, 6, 8),
+    "text/blocks/up/kernel": (1, 8, 16),
+    "plain/blocks/up/kernel": (8, 16),
+    "head/kernel": (8, 4),
+}
+
+
+def tree(leaves):
+    found = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.split("/")
+        node = found
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return found
+
+
+def normal():
+    return tree({path: jnp.asarray(DRAW.normal(size=shape), jnp.float32) for path, shape in SHAPES.items()})
+
+
+PARAMS, GRADIENTS = normal(), normal()
+
+
+def updates_of(config, gradients=(GRADIENTS,), params=PARAMS):
+    """By path, the update of the last of these gradients."""
+    optimizer = make_optimizer(config, steps=1000) if isinstance(config, OptimizerConfig) else config
+
+    @jax.jit
+    def run(gradients, params):
+        state = optimizer.init(params)
+        for gradient in gradients:
+            updates, state = optimizer.update(gradient, state, params)
+        return updates
+
+    return flatten(run(tuple(gradients), params))
+
+
+# --- learning rates -------------------------------------------------------------------------------------------------
+
+
+def rates(steps, **options):
+    schedule = learning_rates(OptimizerConfig(learning_rate=1.0, **options), steps=steps)
+    return np.asarray(jax.vmap(schedule)(jnp.arange(steps + 1)))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "wsd"])
+def test_warmup_is_linear_and_its_first_step_is_not_lost(schedule):
+    found = rates(100, schedule=schedule, warmup=10)
+    np.testing.assert_allclose(found[[0, 5, 10]], [0.1, 0.55, 1.0], rtol=1e-5)
+    assert found.max() == pytest.approx(1)
+    assert rates(100, schedule=schedule, warmup=0)[0] == pytest.approx(1)
+
+
+def test_schedules_at_their_key_steps():
+    assert (rates(100, schedule="constant", warmup=10)[10:] == 1).all()
+    cosine = rates(110, schedule="cosine", warmup=10)
+    np.testing.assert_allclose(cosine[[10, 60, 110]], [1, 0.5, 0], atol=1e-6)
+    wsd = rates(100, schedule="wsd", warmup=10)
+    np.testing.assert_allclose(wsd[[10, 79, 80, 90, 99, 100]], [1, 1, 1, 0.5, 0.05, 0], atol=1e-6)
+
+
+def test_a_long_warmup_leaves_the_rest_to_the_decay():
+    found = rates(100, schedule="wsd", warmup=90)
+    np.testing.assert_allclose(found[[0, 90, 95, 100]], [1 / 90, 1, 0.5, 0], atol=1e-6)
+
+
+def test_a_run_that_is_not_longer_than_its_warmup():
+    with pytest.raises(UserError, match="a run of 100 steps is not longer than its warmup of 100"):
+        learning_rates(OptimizerConfig(), steps=100)
+    with pytest.raises(UserError, match="shorten the warmup"):
+        make_optimizer(OptimizerConfig(warmup=7), steps=5)
+
+
+# --- updates --------------------------------------------------------------------------------------------------------
+
+
+def test_adamw_is_that_of_optax():
+    config = OptimizerConfig(learning_rate=0.01, warmup=0, weight_decay=0.1, clip=1e9)
+    reference = optax.adamw(0.01, b1=0.9, b2=0.99, weight_decay=0.1)
+    expected, found = updates_of(reference, [GRADIENTS, PARAMS]), updates_of(config, [GRADIENTS, PARAMS])
+    for path in SHAPES:
+        np.testing.assert_allclose(found[path], expected[path], rtol=1e-5, atol=1e-8)
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    config = OptimizerConfig(learning_rate=0.01, warmup=0, clip=0.5)
+    norm = float(optax.tree.norm(GRADIENTS))
+    small = jax.tree.map(lambda leaf: leaf * 0.1 / norm, PARAMS)
+    clipped = jax.tree.map(lambda leaf: leaf * 0.5 / norm, GRADIENTS)
+    huge = jax.tree.map(lambda leaf: leaf * 1e4, GRADIENTS)
+    found, expected = updates_of(config, [small, huge]), updates_of(config, [small, clipped])
+    unclipped = updates_of(OptimizerConfig(learning_rate=0.01, warmup=0, clip=1e9), [small, huge])
+    for path in SHAPES:
+        np.testing.assert_allclose(found[path], expected[path], rtol=1e-4, atol=1e-7)
+        assert np.abs(found[path] - unclipped[path]).max() > 1e-4
+
+
+MUON = OptimizerConfig(kind="muon", learning_rate=0.01, warmup=0, clip=1e9)
+MATRICES = ["blocks/qkv/kernel", "text/blocks/up/kernel", "plain/blocks/up/kernel"]
+
+
+def test_muon_orthogonalises_the_matrices_of_the_blocks_and_nothing_else():
+    found = updates_of(MUON)
+    for path in (path for path in SHAPES if path.endswith("kernel")):
+        for layer in found[path].reshape(-1, *found[path].shape[-2:]):
+            singular = np.linalg.svd(layer, compute_uv=False)
+            assert (singular.min() > 0.5 * singular.max()) == (path in MATRICES), (path, singular)
+    reference = optax.adamw(0.01, b1=0.9, b2=0.99, weight_decay=0.0, nesterov=True)
+    expected = updates_of(reference)
+    for path in SHAPES.keys() - set(MATRICES):
+        np.testing.assert_allclose(found[path], expected[path], rtol=1e-4)
+
+
+def test_muon_updates_have_the_size_of_adamw_updates():
+    found = updates_of(MUON)
+    for path in MATRICES:
+        # An orthogonal m x n update times 0.2 sqrt(max(m, n)): root mean square 0.2, of singular values of about one.
+        assert np.sqrt(np.square(found[path]).mean()) == pytest.approx(0.2 * 0.01, rel=0.25)
+
+
+def test_layers_of_a_stack_are_orthogonalised_one_by_one():
+    stacked = updates_of(MUON)["blocks/qkv/kernel"]
+    for layer in range(2):
+        params, gradients = (
+            tree({"blocks/qkv/kernel": x["blocks"]["qkv"]["kernel"][layer]}) for x in (PARAMS, GRADIENTS)
+        )
+        alone = updates_of(MUON, [gradients], params)["blocks/qkv/kernel"]
+        np.testing.assert_allclose(stacked[layer], alone, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_frozen_paths_do_not_move_and_the_others_do(kind):
+    config = OptimizerConfig(kind=kind, warmup=0, weight_decay=0.1, frozen=("^text/", "qkv/bias$"))
+    for path, update in updates_of(config).items():
+        assert bool(update.any()) == (path not in ("text/blocks/up/kernel", "blocks/qkv/bias")), path
+
+
+def test_frozen_gradients_do_not_count_in_the_clipped_norm():
+    config = OptimizerConfig(learning_rate=0.01, warmup=0, clip=0.5, frozen=("^text/",))
+    loud = map_with_path(lambda path, leaf: leaf * 1e4 if path.startswith("text") else leaf, GRADIENTS)
+    found, expected = updates_of(config, [PARAMS, loud]), updates_of(config, [PARAMS, GRADIENTS])
+    for path in SHAPES:
+        np.testing.assert_array_equal(found[path], expected[path])
+
+
+def test_a_frozen_path_that_no_parameter_has():
+    with pytest.raises(UserError, match="frozen path '\\^txet/' is no parameter's; use one of .*embed/kernel"):
+        make_optimizer(OptimizerConfig(frozen=("^txet/",)), steps=1000).init(PARAMS)
+
+
+def test_tiny_updates_of_float32_parameters_do_not_vanish():
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-5, warmup=0), steps=1000)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = optimizer.update({"w": jnp.ones(3)}, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = {"w": jnp.full(3, 1.0)}
+    state = optimizer.init(params)
+    for _ in range(20):
+        params, state = step(params, state)
+    assert params["w"].dtype == jnp.float32
+    np.testing.assert_allclose(params["w"], 1 - 20e-5, atol=2e-6)
+
+
+# --- config ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rate": 0.0}, "positive learning rate"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan"),
+        ({"warmup": -1}, "warmup=-1"),
+        ({"b1": 1.0}, r"b1 and b2 in \[0, 1\)"),
+        ({"b2": -0.1}, "b2=-0.1"),
+        ({"weight_decay": -1.0}, "weight_decay=-1.0"),
+        ({"clip": 0.0}, "clip=0.0"),
+    ],
+)
+def test_values_out_of_range(options, message):
+    with pytest.raises(UserError, match=message):
+        OptimizerConfig(**options)
+
+
+def test_a_config_comes_back_from_json():
+    config = OptimizerConfig(kind="muon", frozen=("^text/",))
+    assert configs.from_json(configs.to_json(config)) == config
