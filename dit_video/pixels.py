@@ -6,8 +6,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
+from dit_video.arrays import SameArray
 
-def to_float(frames: UInt8[np.ndarray, "*batch H W 3"]) -> Float32[np.ndarray, "*batch H W 3"]:
+
+def to_float(frames: UInt8[SameArray, "*batch H W 3"]) -> Float32[SameArray, "*batch H W 3"]:
     """0..255 to [-1, 1]."""
     return frames.astype(np.float32) * np.float32(2 / 255) - np.float32(1)
 

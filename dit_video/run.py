@@ -125,6 +125,8 @@ class Run:
           KeyboardInterrupt: after a signal, the state being saved.
         """
         self.ingest(clips)
+        for info in self.clips.infos:  # before hours are spent on the others
+            fit(info, self.experiment.limits)
         self.train_autoencoder()
         self.encode_latents()
         self.train_denoiser()
@@ -347,13 +349,13 @@ class Run:
         """Mean and standard deviation of each channel over windows of the training clips."""
 
         @jax.jit
-        def means(clips):
+        def means(params, clips):
             return nnx.merge(graph, params).posterior(pixels.to_float(clips)).mean
 
         channels = self.experiment.autoencoder.model.channels
         total, squares, count = np.zeros(channels), np.zeros(channels), 0
         for clips in itertools.islice(self._windows(0, "latent moments"), _MOMENT_BATCHES):
-            latents = np.asarray(means(clips), np.float64).reshape(-1, channels)
+            latents = np.asarray(means(params, clips), np.float64).reshape(-1, channels)
             total, squares, count = total + latents.sum(0), squares + np.square(latents).sum(0), count + len(latents)
         mean = total / count
         # A channel that says nothing has no variance, up to rounding that can make it negative.
@@ -376,7 +378,7 @@ class Run:
         graph, limits = graph_of(model.make), self.experiment.limits
 
         @jax.jit
-        def encode(clips):
+        def encode(params, clips):
             return nnx.merge(graph, params).encode(pixels.to_float(clips))
 
         by_size: dict[Grid, list[tuple[int, int]]] = {}
@@ -386,7 +388,7 @@ class Run:
             for part in _chunks(members, _ENCODE_BATCH):
                 clips = [read_fitted(source, index, limits, start=start).frames for index, start in part]
                 padded = np.stack(clips + [clips[-1]] * (_ENCODE_BATCH - len(clips)))
-                for (index, start), latents in zip(part, np.asarray(encode(padded)), strict=False):
+                for (index, start), latents in zip(part, np.asarray(encode(params, padded)), strict=False):
                     info = source.infos[index]
                     yield LatentExample(f"{info.name}@{start}", info.caption, latents)
 

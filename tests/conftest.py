@@ -1,6 +1,7 @@
 """A tiny run, trained once a session, and the scripts as a user starts them."""
 
 import atexit
+import contextlib
 import importlib.util
 import os
 import runpy
@@ -8,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -25,7 +26,7 @@ def _share_compilations() -> None:
         folder = tempfile.mkdtemp(prefix="dit-video-compiled-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
-        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
     # JAX may have been imported, and have read its environment, before this file.
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
     jax.config.update(
@@ -60,6 +61,24 @@ class Ended(NamedTuple):
     err: str
 
 
+@contextlib.contextmanager
+def _quick_compilation() -> Iterator[None]:
+    """Programs are compiled without most optimisations: where models are tiny, compilation is what takes time."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def quick_compilation() -> Iterator[None]:
+    """For `pytestmark = pytest.mark.usefixtures("quick_compilation")`."""
+    with _quick_compilation():
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny() -> ModuleType:
     """The config file of the tiny experiment."""
@@ -81,7 +100,8 @@ def tiny_run(tiny, tiny_clips, tmp_path_factory) -> Path:
     from dit_video.run import Run
 
     folder = tmp_path_factory.mktemp("tiny") / "run"
-    Run.create(folder, tiny.EXPERIMENT).train(tiny_clips)
+    with _quick_compilation():
+        Run.create(folder, tiny.EXPERIMENT).train(tiny_clips)
     return folder
 
 
@@ -120,7 +140,7 @@ def process() -> Callable[..., Ended]:
 
     def start(path: str, *arguments: object, **environment: str) -> Ended:
         command = [sys.executable, str(ROOT / path), *map(str, arguments)]
-        inherited = {**os.environ, "PYTHONPATH": str(ROOT)}
+        inherited = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
         done = subprocess.run(
             command, capture_output=True, text=True, env=inherited | environment, timeout=600, check=False
         )

@@ -15,8 +15,9 @@ from dit_video.tree import flatten, map_with_path
 class OptimizerConfig:
     """AdamW or Muon with warmup, a schedule, global clipping and frozen paths.
 
-    Muon orthogonalises the updates of the matrices inside the blocks, at the root mean square of an AdamW update
-    (arXiv 2502.16982, eq. 4); all other parameters get AdamW with Nesterov momentum at the same learning rate.
+    Muon orthogonalises the updates of the matrices inside the blocks and brings them to one root mean square, by
+    default about that of AdamW (arXiv 2502.16982, eq. 4); all other parameters get AdamW with Nesterov momentum at the
+    same learning rate.
 
     Raises:
       UserError: values out of range.
@@ -27,6 +28,8 @@ class OptimizerConfig:
     schedule: Literal["constant", "cosine", "wsd"] = "constant"
     """after the warmup; `wsd` is constant and falls linearly to zero over the last fifth of the run"""
     warmup: int = 100
+    matrix_scale: float = 0.2
+    """root mean square of Muon's update of a matrix, in learning rates"""
     b1: float = 0.9
     b2: float = 0.99
     weight_decay: float = 0.0
@@ -86,7 +89,7 @@ def make_optimizer(config: OptimizerConfig, *, steps: int) -> optax.GradientTran
                 adam_b2=config.b2,
                 adam_weight_decay=config.weight_decay,
                 muon_weight_dimension_numbers=_matrices,
-                consistent_rms=0.2,
+                consistent_rms=config.matrix_scale,
             )
     chain = optax.chain(optax.clip_by_global_norm(config.clip), main)
     if not config.frozen:

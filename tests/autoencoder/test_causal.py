@@ -136,7 +136,7 @@ def test_the_divergence_is_that_of_a_normal_from_the_standard_one():
 
 
 def test_a_clip_that_does_not_fit():
-    with pytest.raises(UserError, match="T=6 .* use 5 or 7"):
+    with pytest.raises(UserError, match=r"T=6 .* use 5 or 7"):
         encode(CLIPS[:, :6])
-    with pytest.raises(UserError, match="height 5 .* use 4 or 6"):
+    with pytest.raises(UserError, match=r"height 5 .* use 4 or 6"):
         encode(CLIPS[:, :, :5])

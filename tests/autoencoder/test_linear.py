@@ -71,7 +71,7 @@ def test_constant_clips_have_a_finite_scale():
 
 
 def test_more_channels_than_a_patch_has_values():
-    with pytest.raises(UserError, match="25 channels .* 24 values"):
+    with pytest.raises(UserError, match=r"25 channels .* 24 values"):
         fit_linear([CLIPS], stride=STRIDE, channels=25)
     with pytest.raises(UserError, match="no clips"):
         fit_linear([], stride=STRIDE, channels=3)

@@ -36,7 +36,7 @@ def test_an_image_is_the_first_patch_of_a_video():
 
 
 def test_a_clip_that_does_not_fit():
-    with pytest.raises(UserError, match="T=8 .* use 5 or 9"):
+    with pytest.raises(UserError, match=r"T=8 .* use 5 or 9"):
         to_patches(clip(8), Grid(4, 4, 4))
-    with pytest.raises(UserError, match="width 12 .* use 8 or 16"):
+    with pytest.raises(UserError, match=r"width 12 .* use 8 or 16"):
         to_patches(clip(9), Grid(4, 4, 8))

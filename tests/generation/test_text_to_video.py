@@ -18,8 +18,8 @@ from dit_video.text import ByteEncoderConfig
 from dit_video.tokens import Grid, RowShape, coordinates, patchify, token_grid, unpatchify
 from dit_video.tree import map_with_path
 
-TEXT = ByteEncoderConfig(width=8, layers=1, heads=2, max_tokens=32)
-DIT = DitConfig(channels=2, context_width=8, patch=Grid(1, 2, 2), width=24, layers=1, heads=2, mlp_ratio=2.0)
+TEXT = ByteEncoderConfig(width=8, layers=1, heads=1, max_tokens=32)
+DIT = DitConfig(channels=2, context_width=8, patch=Grid(1, 2, 2), width=12, layers=1, heads=1, mlp_ratio=2.0)
 SHAPE = RowShape(tokens=16, text=20, segments=3)
 SAMPLING = Sampling(steps=2, guidance=2.0)
 

@@ -22,8 +22,8 @@ from dit_video.training.denoiser import DenoiserLoss, packed_noise
 from dit_video.tree import flatten, map_with_path
 
 ROOT = Path(__file__).parents[2]
-TEXT = ByteEncoderConfig(width=8, layers=1, heads=2, max_tokens=16)
-DIT = DitConfig(channels=1, context_width=8, patch=Grid(1, 2, 2), width=24, layers=1, heads=2, mlp_ratio=2.0)
+TEXT = ByteEncoderConfig(width=8, layers=1, heads=1, max_tokens=16)
+DIT = DitConfig(channels=1, context_width=8, patch=Grid(1, 2, 2), width=12, layers=1, heads=1, mlp_ratio=2.0)
 TOKENIZE = TEXT.tokenizer()
 SHAPE = RowShape(tokens=20, text=28, segments=3)
 LOSS = DenoiserLoss(

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,8 +41,8 @@ def normal():
 PARAMS, GRADIENTS = normal(), normal()
 
 
-def updates_of(config, gradients=(GRADIENTS,), params=PARAMS):
-    """By path, the update of the last of these gradients."""
+@functools.cache
+def program(config):
     optimizer = make_optimizer(config, steps=1000) if isinstance(config, OptimizerConfig) else config
 
     @jax.jit
@@ -50,7 +52,12 @@ def updates_of(config, gradients=(GRADIENTS,), params=PARAMS):
             updates, state = optimizer.update(gradient, state, params)
         return updates
 
-    return flatten(run(tuple(gradients), params))
+    return run
+
+
+def updates_of(config, gradients=(GRADIENTS,), params=PARAMS):
+    """By path, the update of the last of these gradients; `config` may be an optimizer."""
+    return flatten(program(config)(tuple(gradients), params))
 
 
 # --- learning rates -------------------------------------------------------------------------------------------------
@@ -162,7 +169,7 @@ def test_frozen_gradients_do_not_count_in_the_clipped_norm():
 
 
 def test_a_frozen_path_that_no_parameter_has():
-    with pytest.raises(UserError, match="frozen path '\\^txet/' is no parameter's; use one of .*embed/kernel"):
+    with pytest.raises(UserError, match=r"frozen path '\^txet/' is no parameter's; use one of .*embed/kernel"):
         make_optimizer(OptimizerConfig(frozen=("^txet/",)), steps=1000).init(PARAMS)
 
 

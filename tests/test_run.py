@@ -1,0 +1,341 @@
+import dataclasses
+import hashlib
+import itertools
+import json
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from dit_video import configs, run
+from dit_video.data.ingest import ingest
+from dit_video.data.latents import LatentSource
+from dit_video.data.windows import WindowConfig
+from dit_video.errors import MissingError, UserError
+from dit_video.run import Run
+from dit_video.tokens import Grid
+from dit_video.training import logging
+from dit_video.training.checkpoint import Checkpoints
+from dit_video.weights import load as load_weights
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture
+def copy(tiny_run, tmp_path):
+    """A copy of the finished run, which may be changed."""
+    return shutil.copytree(tiny_run, tmp_path / "run")
+
+
+def content(folder):
+    """Every file with its time of writing and its bytes. (A log of metrics is written again when it is opened.)"""
+    return {
+        path.relative_to(folder).as_posix(): (
+            0 if path.name == "metrics.jsonl" else path.stat().st_mtime_ns,
+            hashlib.sha256(path.read_bytes()).hexdigest(),
+        )
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_a_run_leaves_all_its_files(tiny, tiny_run):
+    expected = {
+        "experiment.json",
+        "data/index.json",
+        "data/report.json",
+        "autoencoder/metrics.jsonl",
+        "autoencoder/weights.safetensors",
+        "latents/latents.json",
+        "denoiser/metrics.jsonl",
+        "pipeline/pipeline.json",
+        "pipeline/autoencoder.safetensors",
+        "pipeline/denoiser.safetensors",
+    }
+    files = content(tiny_run)
+    assert expected <= files.keys()
+    assert not [name for name in files if "partial" in name or name.endswith((".pkl", ".pickle"))]
+    for stage, training in (("autoencoder", tiny.EXPERIMENT.autoencoder), ("denoiser", tiny.EXPERIMENT.denoiser)):
+        entries = logging.read(tiny_run / stage / "metrics.jsonl")
+        every = tiny.EXPERIMENT.log_every
+        assert [entry["step"] for entry in entries] == [*range(every, training.steps, every), training.steps]
+        assert all(np.isfinite(entry["loss"]) for entry in entries)
+        assert Checkpoints(tiny_run / stage / "checkpoints").latest() == training.steps
+
+
+def test_the_config_and_the_command_are_kept(tiny, tiny_run):
+    opened = Run.open(tiny_run)
+    assert opened.experiment == tiny.EXPERIMENT
+    assert opened.command.startswith("python ")
+    assert configs.from_json(json.loads((tiny_run / "experiment.json").read_text())["experiment"]) == tiny.EXPERIMENT
+
+
+def test_training_again_does_nothing_anew(tiny, tiny_run, tiny_clips, copy):
+    before = content(copy)
+    pipeline = Run.create(copy, tiny.EXPERIMENT).train(tiny_clips)
+    assert content(copy) == before
+    pipeline.save(copy / "again")
+    for name in ("autoencoder.safetensors", "denoiser.safetensors"):
+        assert (copy / "again" / name).read_bytes() == (tiny_run / "pipeline" / name).read_bytes()
+
+
+def test_latents_are_those_of_the_training_clips_and_normalised(tiny, tiny_run):
+    source, opened = LatentSource(tiny_run / "latents"), Run.open(tiny_run)
+    held_out = set(tiny.EXPERIMENT.data.held_out)
+    assert {info.name for info in opened.held_out_clips.infos} == held_out
+    assert len(held_out) == tiny.HELD_OUT
+    assert {name.split("@")[0] for name in source.names} == {info.name for info in opened.clips.infos} - held_out
+    assert set(source.sizes) == {Grid(1, 2, 2), Grid(2, 2, 2), Grid(3, 2, 4)}
+    values = np.concatenate([source[index].reshape(-1, 4) for index in range(len(source))])
+    assert np.abs(values.mean(axis=0)).max() < 0.5
+    assert 0.5 < values.std(axis=0).min() <= values.std(axis=0).max() < 1.5
+
+
+STAGES = {"autoencoder": ("autoencoder", "latents", "denoiser", "pipeline"), "denoiser": ("denoiser", "pipeline")}
+"""What is to be made again if a stage's result goes."""
+
+
+def interrupt(monkeypatch, *, at, how):
+    """The run is interrupted at call `at` of its step: by Ctrl-C, or as if it were killed, with nothing saved."""
+    real = run.make_step
+
+    def make_step(*arguments, **keywords):
+        step, calls = real(*arguments, **keywords), itertools.count(1)
+
+        def interrupted(state, batch):
+            if next(calls) == at:
+                if how == "killed":
+                    raise KeyboardInterrupt
+                signal.raise_signal(signal.SIGINT)
+            return step(state, batch)
+
+        return interrupted
+
+    monkeypatch.setattr(run, "make_step", make_step)
+
+
+def begin(copy, tiny_clips, monkeypatch, *, stage, at, how):
+    """Remove the results from `stage` on, and run until the interruption."""
+    for folder in STAGES[stage]:
+        shutil.rmtree(copy / folder)
+    with monkeypatch.context() as patch:
+        interrupt(patch, at=at, how=how)
+        with pytest.raises(KeyboardInterrupt):
+            Run.open(copy).train(tiny_clips)
+
+
+@pytest.mark.parametrize(
+    ("stage", "how", "at", "saved"),
+    [("autoencoder", "Ctrl-C", 3, 3), ("denoiser", "Ctrl-C", 3, 3), ("denoiser", "killed", 6, 4)],
+)
+def test_an_interrupted_run_ends_bit_for_bit_where_the_uninterrupted_one_does(
+    tiny_run, tiny_clips, copy, monkeypatch, stage, how, at, saved
+):
+    begin(copy, tiny_clips, monkeypatch, stage=stage, at=at, how=how)
+    checkpoints = Checkpoints(copy / stage / "checkpoints")
+    for _ in range(100):  # a killed run's last save may still be under way in this process
+        if checkpoints.latest() == saved:
+            break
+        time.sleep(0.1)
+    assert checkpoints.latest() == saved
+    assert not (copy / "pipeline").exists()
+
+    resumed = Run.open(copy)
+    if stage == "autoencoder":
+        resumed.train_autoencoder()
+        names = ["autoencoder/weights.safetensors"]
+    else:
+        resumed.train(tiny_clips)
+        names = ["pipeline/denoiser.safetensors", "pipeline/pipeline.json"]
+    for name in names:
+        assert (copy / name).read_bytes() == (tiny_run / name).read_bytes()
+    steps = [[entry["step"] for entry in logging.read(folder / stage / "metrics.jsonl")] for folder in (copy, tiny_run)]
+    assert steps[0] == steps[1]
+
+
+def test_an_unfinished_run_has_the_pipeline_of_its_newest_checkpoint(tiny_run, tiny_clips, copy, monkeypatch):
+    begin(copy, tiny_clips, monkeypatch, stage="denoiser", at=5, how="Ctrl-C")
+    unfinished = Run.open(copy).newest_pipeline()
+    final = Run.open(tiny_run).newest_pipeline()
+    clip, last = (
+        pipeline.generate("a red circle", size=(1, 16, 16), output="latents") for pipeline in (unfinished, final)
+    )
+    assert np.isfinite(clip).all()
+    assert not np.array_equal(clip, last)
+    assert unfinished.config == final.config
+
+
+def test_a_run_without_a_checkpoint_of_its_denoiser_says_how_to_go_on(copy):
+    shutil.rmtree(copy / "denoiser")
+    with pytest.raises(UserError, match="no checkpoint of its denoiser yet; continue it with: python"):
+        Run.open(copy).newest_pipeline()
+
+
+def test_latents_of_another_autoencoder_are_refused(copy):
+    path = copy / "autoencoder" / "weights.safetensors"
+    weights = load_weights(path)
+    weights["decoder_out"]["bias"] = weights["decoder_out"]["bias"] + 1
+    run.save_weights(path, weights)
+    with pytest.raises(UserError, match="encode the clips again"):
+        Run.open(copy).encode_latents()
+
+
+# Folders that are no run, or not this one.
+
+
+def test_the_same_config_continues_and_another_is_refused(tiny, copy):
+    assert Run.create(copy, tiny.EXPERIMENT).experiment == tiny.EXPERIMENT
+    with pytest.raises(UserError, match=r"another config \(seed is 0 there and 1 here\)"):
+        Run.create(copy, dataclasses.replace(tiny.EXPERIMENT, seed=1))
+
+
+def test_a_folder_with_other_files_is_refused_and_left_alone(tiny, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="is not empty and holds no run"):
+        Run.create(tmp_path, tiny.EXPERIMENT)
+    with pytest.raises(UserError, match="is a file"):
+        Run.create(tmp_path / "thesis.tex", tiny.EXPERIMENT)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_rendered_clips_may_lie_in_a_new_run_s_folder(tiny, tmp_path):
+    (tmp_path / "clips").mkdir()
+    Run.create(tmp_path, tiny.EXPERIMENT)
+    assert (tmp_path / "experiment.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({"format": 0, "experiment": {}}, "run of format 0, this version reads 1"),
+        ([], "run of format None"),
+        ({"format": 1}, "holds no experiment"),
+        ({"format": 1, "experiment": {"type": "os:system", "command": "x"}}, "lies outside dit_video"),
+        ({"format": 1, "experiment": {"type": "dit_video.generation:Sampling"}}, "holds no experiment"),
+        ({"format": 1, "experiment": {"type": "dit_video.experiment:Gone"}}, "does not exist in this version"),
+        ({"format": 1, "experiment": {"type": "dit_video.experiment:Data", "pixels": 1}}, "no field pixels"),
+    ],
+)
+def test_another_version_s_run_is_refused(tmp_path, document, message):
+    (tmp_path / "experiment.json").write_text(json.dumps(document))
+    with pytest.raises(UserError, match=message) as error:
+        Run.open(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_no_such_run(tmp_path):
+    with pytest.raises(MissingError, match="no such run"):
+        Run.open(tmp_path / "nowhere")
+
+
+# Clips.
+
+
+@pytest.fixture
+def clips(tiny_clips, tmp_path):
+    """A copy of the clips, which may be changed."""
+    return shutil.copytree(tiny_clips, tmp_path / "clips")
+
+
+def test_what_cannot_be_decoded_is_set_aside_and_counted_and_the_run_goes_on(tiny, clips, tmp_path, capsys):
+    damaged, cut = sorted((clips / "clips").glob("*.mp4"))[:2]
+    damaged.write_bytes(b"not a video at all")
+    cut.write_bytes(cut.read_bytes()[:200])
+    (clips / "clips" / "extra.mp4").write_bytes(b"")
+    started = Run.create(tmp_path / "run", tiny.EXPERIMENT)
+    pipeline = started.train(clips)
+    said = capsys.readouterr().err
+    assert f"2 clips cannot be decoded and are set aside, such as clips/{damaged.name}: " in said
+    assert "1 files that metadata.csv does not name are left out" in said
+    assert len(started.clips) == tiny.COUNT - 2
+    assert len(json.loads((tmp_path / "run" / "data" / "report.json").read_text())["quarantined"]) == 2
+    assert pipeline.generate("a red circle", size=(1, 16, 16)).frames.shape == (1, 16, 16, 3)
+
+
+def test_a_clip_that_is_too_small_ends_the_run_before_it_trains(tiny, clips, tmp_path):
+    from dit_video.data import shapes
+
+    name = sorted((clips / "clips").glob("*.png"))[0]
+    small = shapes.example(0, seed=1, sizes=(Grid(1, 8, 16),))
+    small.save(name)
+    with pytest.raises(UserError, match="8x16 pixels, less than one multiple of 16x16"):
+        Run.create(tmp_path / "run", tiny.EXPERIMENT).train(clips)
+    assert not (tmp_path / "run" / "autoencoder").exists()
+
+
+def test_other_clips_than_the_run_s_are_refused(tiny, clips, copy):
+    metadata = clips / "metadata.csv"
+    metadata.write_text(metadata.read_text().replace("circle", "ring"))
+    with pytest.raises(UserError, match="holds another data set"):
+        Run.create(copy, tiny.EXPERIMENT).train(clips)
+
+
+def test_a_held_out_clip_that_does_not_exist_is_named(tiny, tiny_clips, tmp_path):
+    data = dataclasses.replace(tiny.EXPERIMENT.data, held_out=("clips/nobody.mp4",))
+    started = Run.create(tmp_path / "run", dataclasses.replace(tiny.EXPERIMENT, data=data))
+    with pytest.raises(UserError, match="no clip named clips/nobody.mp4"):
+        started.train(tiny_clips)
+
+
+# What the stages are made of.
+
+
+@pytest.fixture
+def two_windows(tiny, tiny_run):
+    """The run with windows of two shapes, for a look at its batches."""
+    shapes = (WindowConfig(size=Grid(5, 16, 16), batch=2), WindowConfig(size=Grid(9, 16, 32), batch=1))
+    autoencoder = dataclasses.replace(tiny.EXPERIMENT.autoencoder, windows=shapes)
+    return Run(folder=tiny_run, experiment=dataclasses.replace(tiny.EXPERIMENT, autoencoder=autoencoder), command="")
+
+
+def test_window_shapes_take_turns_and_continue_at_any_step(two_windows):
+    whole = list(itertools.islice(two_windows._windows(0, "autoencoder"), 7))
+    assert [batch.shape[:2] for batch in whole] == [(2, 5), (1, 9), (2, 5), (1, 9), (2, 5), (1, 9), (2, 5)]
+    for start in (1, 2, 5):
+        rest = list(itertools.islice(two_windows._windows(start, "autoencoder"), 7 - start))
+        assert all(np.array_equal(*pair) for pair in zip(rest, whole[start:], strict=True))
+    other = next(two_windows._windows(0, "another purpose"))
+    assert not np.array_equal(other, whole[0])
+
+
+def test_clips_without_room_for_any_window_are_told(two_windows, capsys):
+    next(two_windows._windows(0, "linear start"))
+    images = sum(info.frames == 1 for info in two_windows.training_clips.infos)
+    assert images
+    assert f"{images} clips have no room for a window" in capsys.readouterr().err
+
+
+def test_stretches_are_spread_over_a_clip_s_length(tiny, tiny_run):
+    data = dataclasses.replace(tiny.EXPERIMENT.data, max_frames=5, stretches=3)
+    autoencoder = tiny.EXPERIMENT.autoencoder
+    looked_at = Run(
+        folder=tiny_run, experiment=dataclasses.replace(tiny.EXPERIMENT, data=data, autoencoder=autoencoder), command=""
+    )
+    expected = {1: [0], 5: [0], 9: [0, 2, 4]}
+    assert looked_at._stretches() == [expected[info.frames] for info in looked_at.training_clips.infos]
+
+
+def test_a_channel_without_variance_is_no_division_by_zero(tiny, tiny_clips, tmp_path, monkeypatch):
+    import jax.numpy as jnp
+
+    ingest(tiny_clips, tmp_path / "data")
+    looked_at = Run(folder=tmp_path, experiment=tiny.EXPERIMENT, command="")
+    still = np.full((4, 5, 16, 16, 3), 90, np.uint8)
+    monkeypatch.setattr(Run, "_windows", lambda *_: itertools.repeat(still))
+    graph = run.graph_of(tiny.EXPERIMENT.autoencoder.model.make)
+    params = run.init_params(tiny.EXPERIMENT.autoencoder.model.make, run.rng.key(0, "autoencoder"))
+    params["linear"]["down"]["kernel"] = jnp.zeros_like(params["linear"]["down"]["kernel"])
+    _mean, std = looked_at._latent_moments(graph, params)
+    assert np.isfinite(std).all()
+    assert (std > 0).all()
+
+
+def test_a_pipeline_s_defaults_are_the_data_s(tiny, tiny_run):
+    config = Run.open(tiny_run).pipeline_config()
+    assert config.size == Grid(9, 16, 32)
+    assert config.fps == 8.0
+    assert config.made_by["seed"] == "0"
+    assert config.made_by["experiment"] == "tiny"
+    assert {"command", "jax", "dit_video"} <= config.made_by.keys()

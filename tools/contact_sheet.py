@@ -1,0 +1,52 @@
+"""A grid of a run's samples as one looping picture, for a page that shows what a model makes.
+
+    python tools/contact_sheet.py runs/quickstart/samples shapes.gif --columns 12 --scale 2
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from dit_video import measure
+from dit_video.errors import UserError, script
+from dit_video.video import Clip
+
+_GAP = 2
+_BACKGROUND = 255
+
+
+def main(
+    samples: Annotated[Path, tyro.conf.Positional],
+    out: Annotated[Path, tyro.conf.Positional],
+    columns: int = 12,
+    frames: int = 17,
+    scale: int = 2,
+) -> None:
+    """Arrange the samples of one length, in their order.
+
+    Args:
+        samples: a folder with prompts.json.
+        out: the picture: gif, apng, mp4 or webm; png for one frame.
+        columns: clips in a line.
+        frames: only samples of this length.
+        scale: each pixel is drawn this many times along both axes.
+    """
+    clips = [clip for entry, clip in measure.read_samples(samples) if entry["frames"] == frames]
+    if not clips:
+        raise UserError(f"{samples} has no samples of {frames} frames; give --frames a length that it has")
+    height, width = max(clip.height for clip in clips) + _GAP, max(clip.width for clip in clips) + _GAP
+    lines = -(-len(clips) // columns)
+    sheet = np.full((frames, lines * height, columns * width, 3), _BACKGROUND, np.uint8)
+    for number, clip in enumerate(clips):
+        line, column = divmod(number, columns)
+        top = line * height + (height - clip.height) // 2
+        left = column * width + (width - clip.width) // 2
+        sheet[:, top : top + clip.height, left : left + clip.width] = clip.frames
+    Clip(frames=sheet.repeat(scale, axis=1).repeat(scale, axis=2), fps=clips[0].fps).save(out)
+    print(f"{out}: {len(clips)} samples")
+
+
+if __name__ == "__main__":
+    script(tyro.cli)(main)
