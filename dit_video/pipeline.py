@@ -270,7 +270,7 @@ class Pipeline:
         token_grid(grid, patch)
         return grid
 
-    def _clips(self, latents: Sequence[Float32[np.ndarray, "t h w c"]], requests: Sequence[Request]) -> list[Clip]:
+    def _clips(self, latents: Sequence[Float32[np.ndarray, "_ _ _ c"]], requests: Sequence[Request]) -> list[Clip]:
         """Decode clips of one size together, so that a size compiles once."""
         by_shape: dict[tuple[int, ...], list[int]] = {}
         for index, values in enumerate(latents):
@@ -310,7 +310,7 @@ def load_pipeline(folder: str | Path) -> Pipeline:
     )
 
 
-def _grid(size: Sequence[int]) -> Grid:
+def _grid(size: Any) -> Grid:
     """A size that a person gave."""
     try:
         return Grid(*map(operator.index, size))

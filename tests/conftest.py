@@ -115,9 +115,9 @@ def tiny_pipeline(tiny_run):
 
 @pytest.fixture
 def script(monkeypatch, capsys) -> Callable[..., Ended]:
-    """Runs a script of the repository in this process, as `python script …` would: `script("experiments/sample.py", …)`.
+    """Runs a script in this process, as `python script …` would: `script("experiments/sample.py", …)`.
 
-    Faster than a process of its own, which would import everything again.
+    That is faster than a process of its own, which would import everything again.
     """
 
     def start(path: str, *arguments: object) -> Ended:

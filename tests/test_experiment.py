@@ -83,7 +83,10 @@ def test_parts_that_disagree_are_refused(tiny, path, value, message):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: DitConfig(channels=4, context_width=8, width=30, heads=4), "width 30 must be divisible by its 4 heads"),
+        (
+            lambda: DitConfig(channels=4, context_width=8, width=30, heads=4),
+            "width 30 must be divisible by its 4 heads",
+        ),
         (lambda: DitConfig(channels=4, context_width=8, width=12, heads=4), "even numbers"),
         (lambda: ByteEncoderConfig(width=18, heads=4), "divisible by its 4 heads"),
         (lambda: ByteEncoderConfig(max_tokens=30), "divisible by the patch of 4 bytes"),

@@ -1,6 +1,6 @@
 """A grid of a run's samples as one looping picture, for a page that shows what a model makes.
 
-    python tools/contact_sheet.py runs/quickstart/samples shapes.gif --columns 12 --scale 2
+python tools/contact_sheet.py runs/quickstart/samples shapes.gif --columns 12 --scale 2
 """
 
 from pathlib import Path

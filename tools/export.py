@@ -1,6 +1,6 @@
 """Write the pipeline of a run, in bfloat16 unless asked otherwise: what one shares.
 
-    python tools/export.py runs/quickstart experiments/pretrained/shapes
+python tools/export.py runs/quickstart experiments/pretrained/shapes
 """
 
 from pathlib import Path

@@ -38,7 +38,7 @@ def fit_linear(
     values = stride.volume * 3
     if channels > values:
         raise UserError(
-            f"{channels} channels are more than the {values} values of a patch; use {values} or fewer, or a wider stride"
+            f"{channels} channels are more than the {values} values of a patch; use at most {values}, or a wider stride"
         )
     count, total, products = 0, np.zeros(values), np.zeros((values, values))
     for pixels in batches:

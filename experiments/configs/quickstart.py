@@ -28,7 +28,7 @@ def clips(*, brief: bool = False) -> int:
 def experiment(seed: int = 0, *, brief: bool = False) -> Experiment:
     """The experiment of a seed. `brief` is a smoke test of a minute: it learns something, and not enough."""
     count = clips(brief=brief)
-    autoencoder_steps, denoiser_steps = (60, 60) if brief else (1200, 1700)
+    autoencoder_steps, denoiser_steps = (60, 60) if brief else (1000, 2200)
     return Experiment(
         name="shapes",
         seed=seed,
@@ -38,20 +38,22 @@ def experiment(seed: int = 0, *, brief: bool = False) -> Experiment:
             held_out=tuple(shapes.file_name(index, seed=seed) for index in range(count - HELD_OUT, count)),
         ),
         autoencoder=AutoencoderTraining(
-            model=PatchVaeConfig(stride=Grid(4, 8, 8), channels=8, width=64, blocks=3),
-            windows=(WindowConfig(size=Grid(17, 32, 32), batch=16),),
+            model=PatchVaeConfig(stride=Grid(4, 8, 8), channels=8, width=72, blocks=2),
+            windows=(WindowConfig(size=Grid(17, 32, 32), batch=16), WindowConfig(size=Grid(9, 32, 32), batch=16)),
             optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup=30),
             steps=autoencoder_steps,
             kl=1e-4,
         ),
         denoiser=DenoiserTraining(
-            dit=DitConfig(channels=8, context_width=64, patch=Grid(1, 2, 2), width=160, layers=5, heads=4),
+            dit=DitConfig(channels=8, context_width=64, patch=Grid(1, 2, 2), width=176, layers=4, heads=4),
             text=ByteEncoderConfig(width=64, layers=1, max_tokens=64),
             rows=RowShape(tokens=120, text=192, segments=12),
             batch=8,
-            optimizer=OptimizerConfig(kind="muon", learning_rate=2e-3, schedule="wsd", warmup=50, b2=0.99),
+            optimizer=OptimizerConfig(
+                kind="muon", learning_rate=3e-3, matrix_scale=0.5, schedule="wsd", warmup=50, b2=0.99
+            ),
             steps=denoiser_steps,
-            objective=FlowMatching(process=RectifiedFlow(), times=LogitNormal()),
+            objective=FlowMatching(process=RectifiedFlow(shift=5.0), times=LogitNormal()),
             ema_decay=0.995,
         ),
         sampling=Sampling(steps=32, guidance=2.0),

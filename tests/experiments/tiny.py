@@ -2,7 +2,8 @@
 
     python experiments/train.py tests/experiments/tiny.py --data CLIPS --workdir RUN
 
-CLIPS is made by `dit_video.data.shapes.write_folder` with `COUNT`, `SIZES` and seed 0. The model learns next to nothing.
+CLIPS is made by `dit_video.data.shapes.write_folder` with `COUNT`, `SIZES` and seed 0. The model learns next to
+nothing.
 """
 
 from dit_video.autoencoder import PatchVaeConfig

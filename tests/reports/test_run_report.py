@@ -1,0 +1,103 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+from dit_video import configs, measure
+from dit_video.data import shapes
+from dit_video.evaluation.kinds import CaptionEvaluation
+from dit_video.measure import Measured, Reconstructed
+from dit_video.pipeline import Pipeline
+from dit_video.reports.run_report import report_run
+from dit_video.video import Clip
+
+
+def entry(clip, name, seed):
+    frames, height, width = clip.frames.shape[:3]
+    return {"file": name, "prompt": clip.caption, "frames": frames, "height": height, "width": width, "seed": seed}
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_pipeline):
+    """An evaluation whose samples are rendered: as if by a model that knows all."""
+    descriptions = [shapes.TRAINING[0], shapes.HELD_OUT[0], shapes.IMAGES[3]]
+    samples = []
+    for number, description in enumerate(descriptions):
+        frames = 1 if description.direction is None else 9
+        geometry = shapes.sample_geometry(shapes.rng.host(0, "report", number), description, height=32, width=32)
+        clip = shapes.render(description, geometry, frames=frames, height=32, width=32)
+        samples.append((entry(clip, f"{number}.mp4", 40 + number), clip))
+    original = samples[0][1]
+    reconstruction = Reconstructed("clips/7.mp4", original, original, float("inf"), 1.0)
+    metrics = {
+        "parameters": tiny_pipeline.parameter_counts(),
+        "reconstruction": measure._reconstruction_figures([reconstruction]),
+        "sampling": {"samples": 3, "seed": 0, "steps": 5, "guidance": 1.5, "sampler": "heun", "seconds": 1.0},
+        "prompt_following": measure.judge_samples(samples),
+    }
+    return Measured(metrics, [reconstruction], samples)
+
+
+def page(path):
+    return path.read_text(encoding="utf-8")
+
+
+def test_the_report_of_a_run_shows_all_of_it(tiny, tiny_run, tiny_pipeline, measured, tmp_path):
+    report_run(
+        tmp_path / "report.html",
+        tiny_pipeline,
+        measured,
+        title="A run",
+        source=tiny_run,
+        config=configs.to_json(tiny.EXPERIMENT),
+        minutes=3.25,
+    )
+    text = page(tmp_path / "report.html")
+    assert "5 steps of heun, guidance 1.5, one sample a prompt, none selected" in text
+    assert "colour as asked" in text
+    assert "100.0%" in text
+    assert "3.2 min" in text
+    assert "100.0 dB" in text
+    assert "∞" in text
+    for heading in ("Samples", "Reconstructions", "Training", "Metrics", "Sample more", "Config"):
+        assert f">{heading}" in text
+    assert "Autoencoder" in text
+    assert "Denoiser" in text
+    assert text.count("never seen</span>") == 1
+    assert "seed 41" in text
+    assert f"sample.py {tiny_run} --prompt" in text.replace("&#x27;", "'").replace("&quot;", '"')
+    assert "dit_video.experiment:Experiment" in text
+    assert "http://" not in text
+    assert "https://" not in text
+
+
+def test_a_pipeline_without_a_run_has_no_curves(tiny_run, tiny_pipeline, measured, tmp_path):
+    report_run(tmp_path / "report.html", tiny_pipeline, measured, title="Alone", source=tiny_run / "pipeline")
+    text = page(tmp_path / "report.html")
+    assert ">Training" not in text
+    assert "whole run" not in text
+    assert "dit_video.pipeline:PipelineConfig" in text
+    assert str(tiny_run / "pipeline") in text
+
+
+def test_nobody_judges_captions(tiny_run, tiny_pipeline, measured, tmp_path):
+    config = replace(tiny_pipeline.config, evaluation=CaptionEvaluation())
+    pipeline = Pipeline(config, autoencoder=tiny_pipeline._autoencoder, denoiser=tiny_pipeline._denoiser.params)
+    clip = Clip(measured.samples[0][1].frames, 8, "a dog, which is no shape")
+    metrics = {name: value for name, value in measured.metrics.items() if name != "prompt_following"}
+    captions = Measured(metrics, [], [(entry(clip, "0.mp4", 1), clip)])
+    report_run(tmp_path / "report.html", pipeline, captions, title="Captions", source=tiny_run)
+    text = page(tmp_path / "report.html")
+    assert "a dog, which is no shape" in text
+    assert "as asked" not in text
+    assert 'class="verdict"' not in text
+
+
+def test_a_folder_with_a_space_is_quoted(tiny_pipeline, measured, tmp_path):
+    report_run(tmp_path / "report.html", tiny_pipeline, measured, title="Alone", source=tmp_path / "my run")
+    text = page(tmp_path / "report.html").replace("&#x27;", "'").replace("&#39;", "'")
+    assert f"sample.py '{tmp_path / 'my run'}' --prompt" in text
+
+
+def test_metrics_on_the_page_are_json(measured):
+    assert json.loads(json.dumps(measured.metrics, allow_nan=False))
