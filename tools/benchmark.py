@@ -3,7 +3,7 @@
     python tools/benchmark.py                                    # all parts, with the quickstart's models
     python tools/benchmark.py denoiser autoencoder               # some parts
     python tools/benchmark.py --config experiments/configs/clips.py --steps 50
-    python tools/benchmark.py denoiser --set dit.width=1024 --set dit.heads=16 --set dit.dtype=bfloat16
+    python tools/benchmark.py denoiser --set denoiser.dit.width=1024 --set denoiser.dit.heads=16
 
 `denoiser` and `autoencoder` time training steps on random latents and pixels of mixed sizes, packed as in training.
 `data` reads an epoch of cached latents through the real loader. A part whose packages are missing is skipped, and the
@@ -13,20 +13,19 @@ document says so: `denoiser` and `autoencoder` need JAX, Flax and optax alone (w
 import argparse
 import ast
 import contextlib
-import dataclasses
 import functools
-import importlib.util
 import itertools
 import json
 import math
 import os
 import platform
+import runpy
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -34,9 +33,9 @@ import numpy as np
 
 import dit_video
 from dit_video import rng
-from dit_video.autoencoder import PatchVaeConfig, clip_grid, latent_grid
+from dit_video.autoencoder import PatchVaeConfig, latent_grid
 from dit_video.data.plan import RowStream
-from dit_video.diffusion import FlowMatching, LogitNormal
+from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
 from dit_video.distributed import MeshConfig, make_mesh, shard_batch, shardings
 from dit_video.dit import DitConfig
 from dit_video.errors import MissingError, UserError, script
@@ -57,27 +56,64 @@ _HORIZON = 100_000
 """Steps that learning rates are planned for; a schedule costs the same for any number."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What is measured: the parts of an experiment that decide the speed."""
+# As experiments/configs/quickstart.py, whose imports need more than JAX: what decides the speed of it.
+QUICKSTART = SimpleNamespace(
+    name="shapes",
+    data=SimpleNamespace(max_pixels=32 * 48, max_frames=17),
+    autoencoder=SimpleNamespace(
+        model=PatchVaeConfig(stride=Grid(4, 8, 8), channels=8, width=64, blocks=3),
+        windows=(SimpleNamespace(size=Grid(17, 32, 32), batch=16),),
+        optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup=30),
+    ),
+    denoiser=SimpleNamespace(
+        dit=DitConfig(channels=8, context_width=64, patch=Grid(1, 2, 2), width=160, layers=5, heads=4),
+        text=ByteEncoderConfig(width=64, layers=1, max_tokens=64),
+        rows=RowShape(tokens=120, text=192, segments=12),
+        batch=8,
+        optimizer=OptimizerConfig(kind="muon", learning_rate=2e-3, schedule="wsd", warmup=50, b2=0.99),
+        objective=FlowMatching(process=RectifiedFlow(), times=LogitNormal()),
+    ),
+    mesh=MeshConfig(),
+)
+Setting = Any
+"""`QUICKSTART`, or an `Experiment`."""
 
-    name: str = "quickstart"
-    dit: DitConfig = DitConfig(channels=8, context_width=64, patch=Grid(1, 2, 2), width=160, layers=5, heads=4)  # noqa: RUF009
-    text: ByteEncoderConfig = ByteEncoderConfig(width=64, layers=1, max_tokens=64)  # noqa: RUF009
-    rows: RowShape = RowShape(tokens=120, text=192, segments=12)  # noqa: RUF009
-    batch: int = 8
-    optimizer: OptimizerConfig = OptimizerConfig(  # noqa: RUF009
-        kind="muon", learning_rate=2e-3, schedule="wsd", warmup=50, b2=0.99
-    )
-    objective: FlowMatching = FlowMatching(times=LogitNormal())  # noqa: RUF009
-    autoencoder: PatchVaeConfig = PatchVaeConfig(stride=Grid(4, 8, 8), channels=8, width=64, blocks=3)  # noqa: RUF009
-    autoencoder_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup=30)  # noqa: RUF009
-    window: Grid = Grid(17, 32, 32)
-    windows: int = 16
-    """of an autoencoder's step"""
-    max_pixels: int = 32 * 48
-    max_frames: int = 17
-    mesh: MeshConfig = MeshConfig()  # noqa: RUF009
+
+def read_setting(path: Path) -> Setting:
+    """The `EXPERIMENT` of a config file.
+
+    Raises:
+      MissingError: no such file.
+      UserError: a file without an experiment, or one that imports what is not installed.
+    """
+    if not path.is_file():
+        raise MissingError(f"no such config: {path}; name a file such as experiments/configs/clips.py")
+    try:
+        experiment = runpy.run_path(str(path)).get("EXPERIMENT")
+    except ModuleNotFoundError as error:
+        raise UserError(f"{path} needs {error.name}, which is not installed; leave out --config") from error
+    if experiment is None:
+        raise UserError(f"{path} defines no EXPERIMENT; assign it an Experiment(...)")
+    return experiment
+
+
+def changed(value: Any, path: str, new: Any) -> Any:
+    """A nested config with one field changed: `changed(setting, "denoiser.dit.width", 1024)`.
+
+    Raises:
+      UserError: no such field.
+    """
+    name, _, rest = path.partition(".")
+    fields = {one: getattr(value, one) for one in getattr(value, "__dict__", {})}
+    if name not in fields:
+        raise UserError(f"there is no {name!r} to set; use one of {', '.join(fields)}")
+    old = fields[name]
+    new = changed(old, rest, new) if rest else Grid(*new) if isinstance(old, Grid) else new
+    follows = {"rotary": None} if isinstance(value, DitConfig) and name in ("width", "heads") else {}
+    return type(value)(**fields | {name: new} | follows)
+
+
+# What steps are given.
 
 
 class Example(NamedTuple):
@@ -87,78 +123,15 @@ class Example(NamedTuple):
     caption: str
 
 
-def setting_of(experiment: Any) -> Setting:
-    """The setting of an `Experiment`, with the first of its window shapes."""
-    autoencoder, denoiser = experiment.autoencoder, experiment.denoiser
-    return Setting(
-        name=experiment.name,
-        dit=denoiser.dit,
-        text=denoiser.text,
-        rows=denoiser.rows,
-        batch=denoiser.batch,
-        optimizer=denoiser.optimizer,
-        objective=denoiser.objective,
-        autoencoder=autoencoder.model,
-        autoencoder_optimizer=autoencoder.optimizer,
-        window=autoencoder.windows[0].size,
-        windows=autoencoder.windows[0].batch,
-        max_pixels=experiment.data.max_pixels,
-        max_frames=experiment.data.max_frames,
-        mesh=experiment.mesh,
-    )
-
-
-def read_setting(path: Path) -> Setting:
-    """The setting of a config file's `EXPERIMENT`.
-
-    Raises:
-      MissingError: no such file.
-      UserError: a file without an experiment, or one that imports what is not installed.
-    """
-    specification = importlib.util.spec_from_file_location("experiment_config", path) if path.is_file() else None
-    if specification is None or specification.loader is None:
-        raise MissingError(f"no such config: {path}; name a file such as experiments/configs/clips.py")
-    module = importlib.util.module_from_spec(specification)
-    try:
-        specification.loader.exec_module(module)
-    except ModuleNotFoundError as error:
-        raise UserError(f"{path} needs {error.name}, which is not installed; leave out --config") from error
-    if not hasattr(module, "EXPERIMENT"):
-        raise UserError(f"{path} defines no EXPERIMENT; assign it an Experiment(...)")
-    return setting_of(module.EXPERIMENT)
-
-
-def changed(value: Any, path: str, new: Any) -> Any:
-    """A nested dataclass with one field changed: `changed(setting, "dit.width", 1024)`.
-
-    Raises:
-      UserError: no such field.
-    """
-    name, _, rest = path.partition(".")
-    fields = [field.name for field in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []
-    if name not in fields:
-        raise UserError(f"there is no {name!r} to set; use one of {', '.join(fields)}")
-    old = getattr(value, name)
-    if not rest and isinstance(old, Grid):
-        new = Grid(*new)
-    changes = {name: changed(old, rest, new) if rest else new}
-    if isinstance(value, DitConfig) and name in ("width", "heads"):
-        changes["rotary"] = None  # follows the head width
-    return dataclasses.replace(value, **changes)
-
-
-# What steps are given.
-
-
 def clip_sizes(setting: Setting) -> list[Grid]:
-    """Nine sizes within the limits: an image, half the length and all of it, each square, wide and high."""
-    stride, patch = setting.autoencoder.stride, setting.dit.patch
+    """Sizes within the limits: an image, half the length and all of it, each square, wide and high."""
+    stride, patch = setting.autoencoder.model.stride, setting.denoiser.dit.patch
     step_h, step_w = stride.h * patch.h, stride.w * patch.w
-    longest = (setting.max_frames - 1) // stride.t
+    longest = (setting.data.max_frames - 1) // stride.t
     sizes = []
     for chunks, ratio in itertools.product((0, (longest + 1) // 2, longest), (1.0, 1.5, 1 / 1.5)):
-        height = max(1, math.floor(math.sqrt(setting.max_pixels / ratio) / step_h)) * step_h
-        most = max(1, setting.max_pixels // height // step_w)
+        height = max(1, math.floor(math.sqrt(setting.data.max_pixels / ratio) / step_h)) * step_h
+        most = max(1, setting.data.max_pixels // height // step_w)
         width = min(most, max(1, round(height * ratio / step_w))) * step_w
         sizes.append(Grid(1 + chunks * stride.t, height, width))
     return sizes
@@ -167,52 +140,51 @@ def clip_sizes(setting: Setting) -> list[Grid]:
 def make_examples(setting: Setting, number: int) -> list[Example]:
     """Examples of mixed sizes and captions."""
     generator = rng.host(0, "benchmark")
-    grids = [latent_grid(size, setting.autoencoder.stride) for size in clip_sizes(setting)]
+    grids = [latent_grid(size, setting.autoencoder.model.stride) for size in clip_sizes(setting)]
     captions = ["a {} {}{}".format(*words) for words in itertools.product(*_WORDS)]
-    return [
-        Example(grids[int(generator.integers(len(grids)))], captions[int(generator.integers(len(captions)))])
-        for _ in range(number)
-    ]
+    drawn = ((int(generator.integers(len(grids))), int(generator.integers(len(captions)))) for _ in range(number))
+    return [Example(grids[grid], captions[caption]) for grid, caption in drawn]
 
 
 def values_of(setting: Setting, index: int, example: Example) -> np.ndarray:
     """An example's latents."""
-    shape = (*example.latents, setting.dit.channels)
+    shape = (*example.latents, setting.denoiser.dit.channels)
     return rng.host(0, "benchmark latents", index).standard_normal(shape, np.float32)
 
 
 def byte_tokens(setting: Setting, caption: str) -> np.ndarray:
-    """As the tokenizer of `setting.text` does it, without `transformers`."""
-    tokens = [byte + 3 for byte in caption.encode()][: setting.text.max_tokens - 1] + [1]
-    return np.asarray(tokens + [0] * (-len(tokens) % setting.text.patch), np.int32)
+    """As the text encoder's tokenizer does it, without `transformers`."""
+    config = setting.denoiser.text
+    tokens = [*(byte + 3 for byte in caption.encode()[: config.max_tokens - 1]), 1]
+    return np.asarray(tokens + [0] * (-len(tokens) % config.patch), np.int32)
 
 
 class Packed:
-    """Batches of rows of an epoch, made from examples in memory."""
+    """Batches of rows from examples in memory, endless."""
 
     def __init__(self, setting: Setting, number: int):
         self._setting, self._examples = setting, make_examples(setting, number)
-        grids = [token_grid(example.latents, setting.dit.patch) for example in self._examples]
+        self._config = config = setting.denoiser
+        grids = [token_grid(example.latents, config.dit.patch) for example in self._examples]
         text = [len(byte_tokens(setting, example.caption)) for example in self._examples]
-        self._stream = RowStream(np.asarray([grid.volume for grid in grids]), np.asarray(text), setting.rows, seed=0)
+        self._stream = RowStream(np.asarray([grid.volume for grid in grids]), np.asarray(text), config.rows, seed=0)
         self.padding = self._stream.epoch(0).padding
         self.sizes = len({example.latents for example in self._examples})
 
     def __iter__(self) -> Iterator[Rows]:
-        """Endless."""
         rows = (self._row(number) for number in itertools.count())
         while True:
-            yield Rows(*map(np.stack, zip(*itertools.islice(rows, self._setting.batch), strict=True)))
+            yield Rows(*map(np.stack, zip(*itertools.islice(rows, self._config.batch), strict=True)))
 
     def _row(self, number: int) -> Rows:
-        patch, width = self._setting.dit.patch, self._setting.dit.token_width
+        patch = self._config.dit.patch
         items = []
         for index, rank in zip(*self._stream.row(number), strict=True):
             example = self._examples[index]
             tokens = patchify(values_of(self._setting, int(index), example), patch)
-            grid = token_grid(example.latents, patch)
-            items.append(Item(tokens, coordinates(grid), byte_tokens(self._setting, example.caption), rank))
-        return pack(items, self._setting.rows, width=width)
+            at = coordinates(token_grid(example.latents, patch))
+            items.append(Item(tokens, at, byte_tokens(self._setting, example.caption), rank))
+        return pack(items, self._config.rows, width=self._config.dit.token_width)
 
 
 # What is measured.
@@ -220,14 +192,12 @@ class Packed:
 
 @contextlib.contextmanager
 def compilations() -> Iterator[Callable[[], int]]:
-    """How many programs XLA has compiled since the beginning of the block."""
-    number = itertools.count()
+    """How many programs XLA has compiled since the block was entered."""
     compiled = 0
 
     def listen(event: str, _seconds: float, **_: Any) -> None:
         nonlocal compiled
-        if event == _COMPILED:
-            compiled = next(number) + 1
+        compiled += event == _COMPILED
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
@@ -237,59 +207,60 @@ def compilations() -> Iterator[Callable[[], int]]:
 
 
 class Trained(NamedTuple):
-    """A step that was compiled, the state after it, and how to lay out a batch."""
+    """A step, the state after the last one, and how to lay out a batch."""
 
     step: Step
     state: TrainState
     place: Callable[[Any], Any]
 
 
-def trainable(setting: Setting, init: Callable, loss: Loss, optimizer: OptimizerConfig) -> Trained:
+def trainable(setting: Setting, init: Callable, loss: Loss, config: OptimizerConfig) -> Trained:
     """A model on the mesh, before its first step."""
     mesh = make_mesh(setting.mesh)
-    made = make_optimizer(optimizer, steps=_HORIZON + optimizer.warmup)
+    optimizer = make_optimizer(config, steps=_HORIZON + config.warmup)
     layout = functools.partial(shardings, mesh=mesh)
-    state = new_state(init, made, rng.key(0, "benchmark"), shardings=layout)
+    state = new_state(init, optimizer, rng.key(0, "benchmark"), shardings=layout)
     jax.block_until_ready(state)
-    return Trained(make_step(loss, made, ema_decay=0.999), state, functools.partial(shard_batch, mesh=mesh))
+    return Trained(make_step(loss, optimizer, ema_decay=0.999), state, functools.partial(shard_batch, mesh=mesh))
 
 
 def time_steps(trained: Trained, batches: Sequence[Any], steps: int) -> tuple[dict[str, Any], Trained]:
     """Compile, warm up, and time `steps` steps on batches that lie on the device already."""
+    step, state = trained.step, trained.state
     placed = [trained.place(batch) for batch in batches]
     jax.block_until_ready(placed)
-    state = trained.state
     with compilations() as compiled:
         began = time.perf_counter()
-        state, metrics = trained.step(state, placed[0])
+        state, metrics = step(state, placed[0])
         jax.block_until_ready(metrics)
         first = time.perf_counter() - began
         for batch in placed[1:3]:
-            state, metrics = trained.step(state, batch)
-        jax.block_until_ready(metrics)
+            state, metrics = step(state, batch)
+        jax.block_until_ready((state, metrics))
         began = time.perf_counter()
         for number in range(steps):
-            state, metrics = trained.step(state, placed[number % len(placed)])
+            state, metrics = step(state, placed[number % len(placed)])
         jax.block_until_ready((state, metrics))
         seconds = (time.perf_counter() - began) / steps
         total = compiled()
     figures = {
+        "parameters": count(state.params),
         "step_ms": round(1000 * seconds, 3),
-        "first_step_seconds": round(first, 2),
         "steps": steps,
+        "first_step_seconds": round(first, 2),
         "compilations": total,
         "loss": float(metrics["loss"]),
-        "parameters": count(state.params),
     }
     return figures, trained._replace(state=state)
 
 
 def measure_denoiser(setting: Setting, steps: int, number: int) -> tuple[dict[str, Any], Trained]:
     """The packed training step of the denoiser with its text encoder."""
+    config = setting.denoiser
     loss = DenoiserLoss(
-        dit=graph_of(setting.dit.make),
-        text=graph_of(setting.text.make),
-        objective=setting.objective,
+        dit=graph_of(config.dit.make),
+        text=graph_of(config.text.make),
+        objective=config.objective,
         caption_dropout=0.1,
         empty_caption=tuple(byte_tokens(setting, "").tolist()),
         seed=0,
@@ -297,18 +268,17 @@ def measure_denoiser(setting: Setting, steps: int, number: int) -> tuple[dict[st
 
     def init(key):
         first, second = jax.random.split(key)
-        return {"dit": init_params(setting.dit.make, first), "text": init_params(setting.text.make, second)}
+        return {"dit": init_params(config.dit.make, first), "text": init_params(config.text.make, second)}
 
     packed = Packed(setting, number)
     batches = list(itertools.islice(packed, 8))
-    trained = trainable(setting, init, loss, setting.optimizer)
-    figures, trained = time_steps(trained, batches, steps)
-    tokens = setting.batch * setting.rows.tokens
+    figures, trained = time_steps(trainable(setting, init, loss, config.optimizer), batches, steps)
+    tokens = config.batch * config.rows.tokens
     real = float(np.mean([(batch.segments > 0).sum(axis=(0, 1)) for batch in batches]))
     figures |= {
         "tokens_per_step": tokens,
         "tokens_per_second": round(1000 * tokens / figures["step_ms"]),
-        "clip_tokens_per_second": round(1000 * real / figures["step_ms"]),
+        "tokens_per_second_without_padding": round(1000 * real / figures["step_ms"]),
         "sizes": packed.sizes,
         "padding_share": round(packed.padding, 4),
         "peak_memory": peak_memory(),
@@ -317,19 +287,18 @@ def measure_denoiser(setting: Setting, steps: int, number: int) -> tuple[dict[st
 
 
 def measure_autoencoder(setting: Setting, steps: int) -> dict[str, Any]:
-    """The autoencoder's training step on windows of pixels."""
-    model = setting.autoencoder
+    """The autoencoder's training step on windows of pixels; its tokens are latent positions."""
+    config, model, window = setting.autoencoder, setting.autoencoder.model, setting.autoencoder.windows[0]
     loss = AutoencoderLoss(graph=graph_of(model.make), kl=1e-4, seed=0)
-    trained = trainable(setting, functools.partial(init_params, model.make), loss, setting.autoencoder_optimizer)
-    shape = (setting.windows, *setting.window, 3)
+    trained = trainable(setting, functools.partial(init_params, model.make), loss, config.optimizer)
     generator = rng.host(0, "benchmark windows")
-    batches = [generator.integers(0, 256, shape, dtype=np.uint8) for _ in range(2)]
+    batches = [generator.integers(0, 256, (window.batch, *window.size, 3), dtype=np.uint8) for _ in range(2)]
     figures, _ = time_steps(trained, batches, steps)
-    latents = latent_grid(setting.window, model.stride)
+    latents = latent_grid(window.size, model.stride)
     return figures | {
-        "windows": f"{setting.windows} of {'x'.join(map(str, clip_grid(latents, model.stride)))}",
-        "tokens_per_second": round(1000 * setting.windows * latents.volume / figures["step_ms"]),
-        "pixels_per_second": round(1000 * setting.windows * setting.window.volume / figures["step_ms"]),
+        "windows": f"{window.batch} of {'x'.join(map(str, window.size))}",
+        "tokens_per_second": round(1000 * window.batch * latents.volume / figures["step_ms"]),
+        "pixels_per_second": round(1000 * window.batch * window.size.volume / figures["step_ms"]),
         "peak_memory": peak_memory(),
     }
 
@@ -338,43 +307,34 @@ def measure_data(setting: Setting, trained: Trained, number: int) -> dict[str, A
     """An epoch of cached latents through the real loader and the real loop, with a denoiser's compiled step.
 
     Raises:
-      ModuleNotFoundError: a package that the loader or the loop need.
+      ModuleNotFoundError: a package that the loader or the loop needs.
     """
     from dit_video.data.latents import LatentExample, LatentSource, write_latents
     from dit_video.data.loader import packed_batches
     from dit_video.training import loop
     from dit_video.training.logging import MetricsLog, read
 
-    examples = make_examples(setting, number)
+    config, examples = setting.denoiser, enumerate(make_examples(setting, number))
     with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as folder, compilations() as compiled:
-        write_latents(
-            Path(folder) / "latents",
-            (LatentExample(str(n), one.caption, values_of(setting, n, one)) for n, one in enumerate(examples)),
-            identity="benchmark",
-        )
-        source = LatentSource(Path(folder) / "latents")
+        encoded = (LatentExample(str(index), one.caption, values_of(setting, index, one)) for index, one in examples)
+        write_latents(Path(folder) / "latents", encoded, identity="benchmark")
+        source, tokenizer = LatentSource(Path(folder) / "latents"), config.text.tokenizer()
         batches = packed_batches(
-            source,
-            setting.text.tokenizer(),
-            patch=setting.dit.patch,
-            shape=setting.rows,
-            batch=setting.batch,
-            seed=0,
+            source, tokenizer, patch=config.dit.patch, shape=config.rows, batch=config.batch, seed=0
         )
-        done = int(trained.state.step)
-        epoch = -(-batches.rows_per_epoch // setting.batch)
-        seen: list[int] = []
+        epoch = -(-batches.rows_per_epoch // config.batch)
+        last = int(trained.state.step) + epoch
         log = MetricsLog(Path(folder) / "metrics.jsonl")
+        total: list[int] = []
         with contextlib.closing(batches):
             loop.run(
                 trained.step,
                 trained.state,
                 lambda _: map(trained.place, batches),
-                # Two entries, as the first one leaves its first step out.
-                config=loop.LoopConfig(steps=done + epoch, log_every=done + epoch, save_every=done + epoch + 1),
+                config=loop.LoopConfig(steps=last, log_every=last, save_every=last),
                 log=log,
                 title="an epoch",
-                on_step=lambda _done, _state: seen.append(compiled()),
+                on_step=lambda _done, _state: total.append(compiled()),
             )
         entry = read(log.path)[-1]
     return {
@@ -383,7 +343,7 @@ def measure_data(setting: Setting, trained: Trained, number: int) -> dict[str, A
         "step_ms": round(1000 * entry["step_seconds"], 3),
         "waiting_share": round(entry["data_wait"], 4),
         "padding_share": round(batches.padding, 4),
-        "compilations": seen[-1],
+        "compilations": total[-1],
         "peak_memory": peak_memory(),
     }
 
@@ -393,10 +353,8 @@ def peak_memory() -> dict[str, Any]:
     statistics = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in statistics:
         return {"of": "device", "bytes": int(statistics["peak_bytes_in_use"])}
-    try:
-        import resource
-    except ModuleNotFoundError:  # Windows
-        return {"of": "unknown", "bytes": None}
+    import resource  # Linux and macOS
+
     unit = 1 if sys.platform == "darwin" else 1024
     return {"of": "process", "bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
 
@@ -420,20 +378,20 @@ def benchmark(setting: Setting, parts: Sequence[str], *, steps: int, examples: i
     """The whole document."""
     document: dict[str, Any] = {"machine": machine(), "setting": setting.name}
     if "denoiser" in parts or "data" in parts:
-        print("denoiser", file=sys.stderr)
+        print("the denoiser's step", file=sys.stderr)
         document["denoiser"], trained = measure_denoiser(setting, steps, examples)
-        if "data" in parts:
-            print("data", file=sys.stderr)
-            try:
-                document["data"] = measure_data(setting, trained, examples)
-            except ModuleNotFoundError as error:
-                document["data"] = {"skipped": f"{error.name} is not installed"}
-            else:
-                # The packed step must be compiled once for all sizes and for both sources of batches.
-                total = document["denoiser"]["compilations"] + document["data"]["compilations"]
-                document["packed_step_compilations"] = total
+    if "data" in parts:
+        print("an epoch of the loader", file=sys.stderr)
+        try:
+            document["data"] = measure_data(setting, trained, examples)
+        except ModuleNotFoundError as error:
+            document["data"] = {"skipped": f"{error.name} is not installed"}
+        else:
+            # One for all sizes, prompts and steps, whichever way the rows come.
+            both = document["denoiser"]["compilations"] + document["data"]["compilations"]
+            document["packed_step_compilations"] = both
     if "autoencoder" in parts:
-        print("autoencoder", file=sys.stderr)
+        print("the autoencoder's step", file=sys.stderr)
         document["autoencoder"] = measure_autoencoder(setting, steps)
     return document
 
@@ -450,7 +408,7 @@ def main() -> None:
         raise UserError(f"there is no part {unknown[0]!r}; use {', '.join(PARTS)}")
     if arguments.steps < 1 or arguments.examples < 1:
         raise UserError(f"--steps {arguments.steps} and --examples {arguments.examples} must be at least 1")
-    setting = Setting() if arguments.config is None else read_setting(arguments.config)
+    setting = QUICKSTART if arguments.config is None else read_setting(arguments.config)
     for assignment in arguments.set:
         name, _, text = assignment.partition("=")
         try:

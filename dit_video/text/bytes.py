@@ -5,6 +5,7 @@ little each, `patch` of them become one context token before the transformer (as
 """
 
 import os
+import warnings
 from dataclasses import dataclass
 
 import jax
@@ -62,8 +63,18 @@ class ByteTokenizer:
         self._tokenizer = ByT5Tokenizer(extra_ids=0, split_special_tokens=True)
 
     def __call__(self, text: str) -> Int32[np.ndarray, " s"]:
-        """UTF-8 bytes, the end token and padding up to a multiple of the patch; at most `max_tokens`."""
-        ids = self._tokenizer(text, truncation=True, max_length=self.max_tokens)["input_ids"]
+        """UTF-8 bytes, the end token and padding up to a multiple of the patch.
+
+        A text of more than `max_tokens` tokens loses its end, with a warning.
+        """
+        ids = self._tokenizer(text)["input_ids"]
+        if len(ids) > self.max_tokens:
+            warnings.warn(
+                f"a text of {len(ids)} tokens is cut to {self.max_tokens}: {text[:40]!r}…; shorten it, or train with a "
+                "larger max_tokens",
+                stacklevel=2,
+            )
+            ids = [*ids[: self.max_tokens - 1], ids[-1]]
         return np.asarray(ids + [0] * (-len(ids) % self.patch), np.int32)
 
 
