@@ -207,7 +207,7 @@ def write_samples(
         for start in range(0, len(requests), group):
             part = requests[start : start + group]
             for request, clip in zip(part, pipeline.generate_many(part, **sampling), strict=True):
-                name = f"{len(entries):03d}-{_slug(request.prompt)}.{'png' if request.size.t == 1 else 'mp4'}"
+                name = f"{len(entries):03d}-{_slug(request.prompt)}.{'png' if request.size[0] == 1 else 'mp4'}"
                 clip.save(temporary / name)
                 entries.append({"file": name, **_entry(request)})
                 if progress is not None:

@@ -70,7 +70,7 @@ class Request(NamedTuple):
     """One clip to be made."""
 
     prompt: str
-    size: Grid
+    size: Grid | tuple[int, int, int]
     """frames, height, width in pixels"""
     seed: int = 0
     negative: str = ""
@@ -238,7 +238,7 @@ class Pipeline:
         for request in requests:
             if not 0 <= request.seed < 2**32:
                 raise UserError(f"a seed is a whole number from 0 to {2**32 - 1}, not {request.seed}")
-            grid = self._latent_grid(request.size)
+            grid = self._latent_grid(_grid(request.size))
             shape = (*grid, config.autoencoder.channels)
             start = (
                 initial_noise(request.seed, grid, config.autoencoder.channels) if noise is None else np.asarray(noise)

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Key, UInt32
 
 from dit_video.arrays import AnyArray
+from dit_video.errors import UserError
 
 
 def key(seed: int, purpose: str) -> Key[Array, ""]:
@@ -29,5 +30,11 @@ def example_keys(
 
 
 def host(seed: int, purpose: str, *ids: int) -> np.random.Generator:
-    """The same idea for NumPy: a generator that is a function of (seed, purpose, ids) alone."""
+    """The same idea for NumPy: a generator that is a function of (seed, purpose, ids) alone.
+
+    Raises:
+      UserError: a negative seed.
+    """
+    if seed < 0:
+        raise UserError(f"a seed is a whole number from 0 on, not {seed}")
     return np.random.default_rng([seed, zlib.crc32(purpose.encode()), *ids])

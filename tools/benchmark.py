@@ -7,7 +7,8 @@
 
 `denoiser` and `autoencoder` time training steps on random latents and pixels of mixed sizes, packed as in training.
 `data` reads an epoch of cached latents through the real loader. A part whose packages are missing is skipped, and the
-document says so: `denoiser` and `autoencoder` need JAX, Flax and optax alone (with `--config`, what that file imports).
+document says so: `denoiser` and `autoencoder` need JAX, Flax and optax alone. Where the quickstart's config cannot be
+imported for that reason, models of about its size are measured, and `setting` is `built in`.
 """
 
 import argparse
@@ -56,9 +57,10 @@ _HORIZON = 100_000
 """Steps that learning rates are planned for; a schedule costs the same for any number."""
 
 
-# As experiments/configs/quickstart.py, whose imports need more than JAX: what decides the speed of it.
-QUICKSTART = SimpleNamespace(
-    name="shapes",
+CONFIG = Path(__file__).resolve().parents[1] / "experiments" / "configs" / "quickstart.py"
+# What is measured where the config's imports are not installed: about its models.
+BUILT_IN = SimpleNamespace(
+    name="built in",
     data=SimpleNamespace(max_pixels=32 * 48, max_frames=17),
     autoencoder=SimpleNamespace(
         model=PatchVaeConfig(stride=Grid(4, 8, 8), channels=8, width=64, blocks=3),
@@ -76,7 +78,15 @@ QUICKSTART = SimpleNamespace(
     mesh=MeshConfig(),
 )
 Setting = Any
-"""`QUICKSTART`, or an `Experiment`."""
+"""`BUILT_IN`, or an `Experiment`."""
+
+
+def default_setting() -> Setting:
+    """The quickstart's experiment, or `BUILT_IN`."""
+    try:
+        return runpy.run_path(str(CONFIG))["EXPERIMENT"]
+    except ModuleNotFoundError:
+        return BUILT_IN
 
 
 def read_setting(path: Path) -> Setting:
@@ -408,7 +418,7 @@ def main() -> None:
         raise UserError(f"there is no part {unknown[0]!r}; use {', '.join(PARTS)}")
     if arguments.steps < 1 or arguments.examples < 1:
         raise UserError(f"--steps {arguments.steps} and --examples {arguments.examples} must be at least 1")
-    setting = QUICKSTART if arguments.config is None else read_setting(arguments.config)
+    setting = default_setting() if arguments.config is None else read_setting(arguments.config)
     for assignment in arguments.set:
         name, _, text = assignment.partition("=")
         try:

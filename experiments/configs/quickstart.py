@@ -28,7 +28,7 @@ def clips(*, brief: bool = False) -> int:
 def experiment(seed: int = 0, *, brief: bool = False) -> Experiment:
     """The experiment of a seed. `brief` is a smoke test of a minute: it learns something, and not enough."""
     count = clips(brief=brief)
-    autoencoder_steps, denoiser_steps = (60, 60) if brief else (1000, 2200)
+    autoencoder_steps, denoiser_steps = (60, 60) if brief else (1000, 2000)
     return Experiment(
         name="shapes",
         seed=seed,
@@ -56,7 +56,7 @@ def experiment(seed: int = 0, *, brief: bool = False) -> Experiment:
             objective=FlowMatching(process=RectifiedFlow(shift=5.0), times=LogitNormal()),
             ema_decay=0.995,
         ),
-        sampling=Sampling(steps=32, guidance=2.0),
+        sampling=Sampling(steps=32, guidance=1.4),
         evaluation=ShapesEvaluation(),
         save_every=200,
     )

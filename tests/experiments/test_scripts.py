@@ -1,0 +1,337 @@
+"""The scripts as a user starts them. What needs no process of its own runs in this one, which is much faster."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+
+from dit_video import measure
+from dit_video.data import shapes
+from dit_video.pipeline import Request
+from dit_video.run import Run
+from dit_video.tokens import Grid
+from dit_video.video import decode
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = "tests/experiments/tiny.py"
+PROMPT = "a red circle moving left"
+REQUESTS = [
+    Request(PROMPT, Grid(9, 16, 32), seed=1),
+    Request("a blue square", Grid(1, 16, 16), seed=2),
+    Request("a white triangle moving up", Grid(5, 16, 16), seed=3),
+]
+
+
+@pytest.fixture
+def copy(tiny_run, tmp_path):
+    return shutil.copytree(tiny_run, tmp_path / "run")
+
+
+@pytest.fixture
+def few_samples(monkeypatch):
+    """An evaluation of three samples instead of all 162."""
+    monkeypatch.setattr(measure, "shape_requests", lambda seed: REQUESTS)
+
+
+def assert_one_line(ended, message):
+    assert ended.code == 2, ended.err
+    assert ended.out == ""
+    assert ended.err.startswith("error: ")
+    assert ended.err.count("\n") == 1, ended.err
+    assert message in ended.err
+
+
+# sample.py
+
+
+def test_sample_writes_a_file(process, tiny_run, tmp_path):
+    out = tmp_path / "clip.mp4"
+    ended = process(
+        "experiments/sample.py", tiny_run, "--prompt", PROMPT, "--size", "5x16x16", "--seed", 3, "--out", out
+    )
+    assert ended.code == 0, ended.err
+    assert ended.out == f"{out}: 5 frames of 16x16\n"
+    assert "Traceback" not in ended.err
+    assert decode(out).frames.shape == (5, 16, 16, 3)
+
+
+def test_sample_a_list_of_prompts(script, tiny_run, tmp_path):
+    listed = [
+        {"prompt": PROMPT, "frames": 9, "height": 16, "width": 32, "seed": 1},
+        {"prompt": "a blue square", "frames": 1, "height": 16, "width": 16},
+    ]
+    (tmp_path / "list.json").write_text(json.dumps(listed))
+    ended = script(
+        "experiments/sample.py", tiny_run, "--prompts", tmp_path / "list.json", "--out", tmp_path / "out", "--steps", 1
+    )
+    assert ended.code == 0, ended.err
+    assert ended.out == f"2 clips in {tmp_path / 'out'}\n"
+    written = json.loads((tmp_path / "out" / "prompts.json").read_text())
+    assert [{**entry, "file": None} for entry in written] == [{"seed": 0, **entry, "file": None} for entry in listed]
+    for entry in written:
+        size = (entry["frames"], entry["height"], entry["width"], 3)
+        assert decode(tmp_path / "out" / entry["file"]).frames.shape == size
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webm", "apng"])
+def test_sample_in_other_formats(script, tiny_run, tmp_path, suffix):
+    out = tmp_path / f"clip.{suffix}"
+    assert script("experiments/sample.py", tiny_run, "--prompt", PROMPT, "--size", "5x16x16", "--out", out).code == 0
+    assert decode(out).frames.shape == (5, 16, 16, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", PROMPT, "--size", "17x32"], "a size is frames x height x width such as 17x32x48, not '17x32'"),
+        (["--prompt", PROMPT, "--size", "big"], "not 'big'"),
+        (["--prompt", PROMPT, "--size", "8x16x16"], "T=8 is not 1 + 4k for temporal stride 4; use 5 or 9"),
+        (["--prompt", PROMPT, "--size", "5x16x24"], "width 24 is not divisible by 16"),
+        (["--prompt", PROMPT, "--sampler", "ddim"], "unknown sampler 'ddim'; use one of euler, heun"),
+        (["--prompt", PROMPT, "--steps", "0"], "at least 1 step"),
+        (["--prompt", PROMPT, "--prompts", "list.json"], "give either --prompt TEXT or --prompts FILE"),
+        ([], "give either --prompt TEXT or --prompts FILE"),
+        (["--prompts", "nowhere.json"], "no such file: nowhere.json"),
+        (["--prompts", "nowhere.json", "--size", "5x16x16"], "go with --prompt"),
+    ],
+)
+def test_sample_says_what_is_wrong(script, tiny_run, tmp_path, arguments, message):
+    assert_one_line(script("experiments/sample.py", tiny_run, "--out", tmp_path / "clip.mp4", *arguments), message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sample_refuses_an_unknown_format_before_it_samples(script, tiny_run, tmp_path):
+    ended = script("experiments/sample.py", tiny_run, "--prompt", PROMPT, "--out", tmp_path / "clip.avi")
+    assert_one_line(ended, "has no suffix of a known format; use one of .mp4")
+
+
+def test_no_such_run(process, tmp_path):
+    ended = process("experiments/sample.py", tmp_path / "nowhere", "--prompt", PROMPT, "--out", tmp_path / "clip.mp4")
+    assert_one_line(ended, f"no such run: {tmp_path / 'nowhere'}")
+
+
+def test_a_folder_that_is_no_run(script, tmp_path):
+    ended = script("experiments/sample.py", tmp_path, "--prompt", PROMPT, "--out", tmp_path / "clip.mp4")
+    assert_one_line(ended, "holds neither pipeline.json nor experiment.json")
+    assert_one_line(script("experiments/evaluate.py", tmp_path), "holds neither")
+
+
+# evaluate.py
+
+
+def test_evaluate_a_run(script, copy, few_samples):
+    ended = script("experiments/evaluate.py", copy, "--seed", 5, "--steps", 1, "--sampler", "heun")
+    assert ended.code == 0, ended.err
+    metrics = json.loads((copy / "metrics.json").read_text())
+    assert metrics["sampling"]["seed"] == 5
+    assert metrics["sampling"]["sampler"] == "heun"
+    for name in ("colour", "shape", "direction"):
+        assert f"{name}: {metrics['prompt_following']['all'][name]['rate']:.1%}" in ended.out
+    assert "reconstruction of held-out clips: " in ended.out
+    assert f"look at {copy / 'report.html'}" in ended.out
+    page = (copy / "report.html").read_text(encoding="utf-8")
+    assert "1 steps of heun" in page
+    assert f"sample.py {copy} --prompt" in page
+
+
+def test_evaluate_a_pipeline_elsewhere(script, tiny_run, tmp_path, few_samples):
+    alone = shutil.copytree(tiny_run / "pipeline", tmp_path / "shapes")
+    assert_one_line(script("experiments/evaluate.py", alone), "say where the files go with --out")
+    ended = script("experiments/evaluate.py", alone, "--out", tmp_path / "out")
+    assert ended.code == 0, ended.err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["metrics.json", "report.html", "samples"]
+    assert sorted(path.name for path in alone.iterdir()) == sorted(
+        path.name for path in (tiny_run / "pipeline").iterdir()
+    )
+    assert_one_line(script("experiments/evaluate.py", alone, "--out", tmp_path / "x", "--sampler", "ddim"), "unknown")
+    assert not (tmp_path / "x").exists()
+
+
+# train.py
+
+
+def test_train_continues_a_run_samples_it_and_reports(script, copy, tiny_clips, few_samples):
+    before = (copy / "pipeline" / "denoiser.safetensors").read_bytes()
+    ended = script("experiments/train.py", ROOT / TINY, "--data", tiny_clips, "--workdir", copy)
+    assert ended.code == 0, ended.err
+    assert (copy / "pipeline" / "denoiser.safetensors").read_bytes() == before
+    assert {"metrics.json", "report.html", "samples"} <= {path.name for path in copy.iterdir()}
+    assert "reconstruction of held-out clips" in ended.out
+
+
+def test_train_takes_scalars_from_the_command_line(script, copy, tiny_clips):
+    ended = script("experiments/train.py", ROOT / TINY, "--data", tiny_clips, "--workdir", copy, "--denoiser.steps", 12)
+    assert_one_line(ended, "another config (denoiser.steps is 10 there and 12 here)")
+
+
+def test_train_refuses_clips_that_do_not_exist(process, tiny_clips, tmp_path):
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    (clips / "metadata.csv").write_text("file_name,text\nmissing.mp4,a cat\n")
+    ended = process("experiments/train.py", ROOT / TINY, "--data", clips, "--workdir", tmp_path / "run")
+    assert_one_line(ended, "1 of them do not exist (missing.mp4)")
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_refuses_folders_without_clips(script, tmp_path):
+    def start(data):
+        return script("experiments/train.py", ROOT / TINY, "--data", data, "--workdir", tmp_path / "run")
+
+    assert_one_line(start(tmp_path / "nowhere"), "no such folder")
+    (tmp_path / "empty").mkdir()
+    assert_one_line(start(tmp_path / "empty"), "holds no clips")
+    (tmp_path / "file").write_text("")
+    assert_one_line(start(tmp_path / "file"), "is a file")
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_refuses_configs_that_are_none(script, tmp_path):
+    def start(*arguments):
+        return script("experiments/train.py", *arguments, "--data", tmp_path, "--workdir", tmp_path / "run")
+
+    assert_one_line(start(), "name a config first")
+    assert_one_line(start(tmp_path / "nowhere.py"), "no such config")
+    (tmp_path / "other.py").write_text("EXPERIMENT = 3")
+    assert_one_line(start(tmp_path / "other.py"), "defines no EXPERIMENT")
+    (tmp_path / "config.yaml").write_text("a: 1")
+    assert_one_line(start(tmp_path / "config.yaml"), "is not a Python file")
+    disagreeing = (ROOT / TINY).read_text().replace("context_width=16", "context_width=8")
+    (tmp_path / "disagreeing.py").write_text(disagreeing)
+    assert_one_line(start(tmp_path / "disagreeing.py"), "set dit context_width=16")
+    assert_one_line(start(ROOT / TINY, "--data.max-frames", 8), "T=8 is not 1 + 4k")
+
+
+def test_train_explains_itself(script):
+    ended = script("experiments/train.py", "--help")
+    assert ended.code == 0
+    assert "--data CLIPS" in ended.out
+
+
+# quickstart.py
+
+
+@pytest.fixture
+def tiny_quickstart(tiny, tiny_run, monkeypatch, few_samples):
+    """The quickstart with the tiny experiment in place of its own, whose training is a copy of the tiny run's."""
+    quickstart = types.SimpleNamespace(experiment=tiny.experiment, clips=lambda *, brief: tiny.COUNT)
+    monkeypatch.setitem(sys.modules, "configs", types.SimpleNamespace(quickstart=quickstart))
+    render = shapes.write_folder
+    monkeypatch.setattr(shapes, "write_folder", lambda *args, **given: render(*args, **given, sizes=tiny.SIZES))
+    train, trained = Run.train, []
+
+    def copied(run, clips):
+        if not (run.folder / "data").exists():
+            trained.append(run.folder)
+            shutil.copytree(tiny_run, run.folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("experiment.json"))
+        return train(run, clips)
+
+    monkeypatch.setattr(Run, "train", copied)
+    return trained
+
+
+def test_quickstart_goes_from_nothing_to_a_report_and_again(script, tiny_quickstart, tmp_path):
+    work = tmp_path / "work"
+    first = script("experiments/quickstart.py", "--workdir", work)
+    assert first.code == 0, first.err
+    assert tiny_quickstart == [work]
+    assert {"clips", "data", "pipeline", "samples", "metrics.json", "report.html", "timing.json"} <= {
+        path.name for path in work.iterdir()
+    }
+    assert "prompt following: colour" in first.out
+    assert f"minutes; look at {work / 'report.html'}" in first.out
+    assert "whole run" in (work / "report.html").read_text(encoding="utf-8")
+    assert "rendering clips 24/24" in first.err
+    assert "sampling 3/3" in first.err
+    minutes = (work / "timing.json").read_bytes()
+    samples = (work / "samples" / "prompts.json").read_bytes()
+
+    again = script("experiments/quickstart.py", "--workdir", work)
+    assert again.code == 0, again.err
+    assert "training the" not in again.err
+    assert (work / "timing.json").read_bytes() == minutes
+    assert (work / "samples" / "prompts.json").read_bytes() == samples
+    assert_one_line(script("experiments/quickstart.py", "--workdir", work, "--seed", 1), "another config")
+    assert_one_line(script("experiments/quickstart.py", "--workdir", tmp_path / "x", "--seed", "-1"), "a seed is")
+
+
+def test_the_minutes_of_a_run_of_several_starts_are_not_known(script, tiny_quickstart, tiny, tmp_path):
+    Run.create(tmp_path / "work", tiny.EXPERIMENT)  # a start that was interrupted at once
+    ended = script("experiments/quickstart.py", "--workdir", tmp_path / "work")
+    assert ended.code == 0, ended.err
+    assert "minutes;" not in ended.out
+    assert "whole run" not in (tmp_path / "work" / "report.html").read_text(encoding="utf-8")
+
+
+def newest(checkpoints):
+    """The newest checkpoint's step, seen from outside; 0 without one."""
+    names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def interrupted(command, run, stage, *, step, environment):
+    """Start a command, and press Ctrl-C once a stage has a checkpoint of at least `step`."""
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 900
+        while newest(run / stage / "checkpoints") < step:
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    assert "interrupted: the same command continues" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_a_real_ctrl_c_changes_nothing_of_the_result(tiny_clips, tmp_path):
+    """A run that is interrupted in both trainings ends with the weights of one that is not."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def command(run):
+        script = [sys.executable, str(ROOT / "experiments" / "train.py"), str(ROOT / TINY), "--data", str(tiny_clips)]
+        longer = ["--autoencoder.steps", "400", "--denoiser.steps", "400", "--save-every", "20"]
+        return [*script, "--workdir", str(run), *longer]
+
+    for stage in ("autoencoder", "denoiser"):
+        interrupted(command(tmp_path / "one"), tmp_path / "one", stage, step=20, environment=environment)
+        assert newest(tmp_path / "one" / stage / "checkpoints") < 400
+        assert not (tmp_path / "one" / "pipeline").exists()
+    for name in ("one", "two"):
+        done = subprocess.run(
+            command(tmp_path / name), env=environment, capture_output=True, text=True, timeout=900, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    for name in ("autoencoder.safetensors", "denoiser.safetensors"):
+        one, two = (tmp_path / run / "pipeline" / name for run in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_brief_quickstart_survives_ctrl_c(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [
+        sys.executable,
+        str(ROOT / "experiments" / "quickstart.py"),
+        "--brief",
+        "--workdir",
+        str(tmp_path / "run"),
+    ]
+    # So short a training saves its end alone: this one is interrupted between the two trainings, or in the second.
+    interrupted(command, tmp_path / "run", "autoencoder", step=1, environment=environment)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr
+    check = [sys.executable, str(ROOT / ".ci" / "check_run.py"), str(tmp_path / "run")]
+    assert subprocess.run(check, env=environment, check=False).returncode == 0

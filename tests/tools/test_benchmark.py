@@ -1,0 +1,186 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dit_video.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "tests" / "experiments" / "tiny.py"
+
+
+@pytest.fixture(scope="module")
+def benchmark(load_file):
+    return load_file(ROOT / "tools" / "benchmark.py")
+
+
+@pytest.fixture(scope="module")
+def quickstart(load_file):
+    return load_file(ROOT / "experiments" / "configs" / "quickstart.py").EXPERIMENT
+
+
+def test_all_parts_of_a_tiny_experiment(script, tiny):
+    ended = script("tools/benchmark.py", "--config", TINY, "--steps", 3, "--examples", 40)
+    assert ended.code == 0
+    document = json.loads(ended.out)  # nothing else on stdout
+    assert document.keys() == {
+        "machine",
+        "setting",
+        "denoiser",
+        "data",
+        "packed_step_compilations",
+        "autoencoder",
+    }
+    assert document["setting"] == "tiny"
+    assert document["machine"]["platform"] == jax.devices()[0].platform
+    assert document["machine"]["jax"] == jax.__version__
+    assert document["machine"]["cores"] >= 1
+    assert document["machine"]["devices"] == jax.device_count()
+
+    denoiser, data, autoencoder = document["denoiser"], document["data"], document["autoencoder"]
+    rows = tiny.EXPERIMENT.denoiser.rows
+    assert denoiser["compilations"] == 1
+    assert data["compilations"] == 0  # the same program serves the loader's rows
+    assert document["packed_step_compilations"] == 1
+    assert denoiser["sizes"] >= 5
+    assert denoiser["tokens_per_step"] == tiny.EXPERIMENT.denoiser.batch * rows.tokens
+    assert denoiser["tokens_per_second"] == pytest.approx(
+        denoiser["tokens_per_step"] / denoiser["step_ms"] * 1000, rel=0.01
+    )
+    assert denoiser["tokens_per_second_without_padding"] < denoiser["tokens_per_second"]
+    assert denoiser["steps"] == 3
+    assert np.isfinite(denoiser["loss"])
+    assert 0 <= data["padding_share"] == denoiser["padding_share"] < 0.45  # rows of two clips at the most
+    assert 0 <= data["waiting_share"] <= 1
+    assert data["examples"] == 40
+    assert data["steps"] > 3
+    assert data["step_ms"] > 0
+    assert autoencoder["compilations"] == 1
+    assert autoencoder["windows"] == "4 of 5x16x16"
+    assert autoencoder["pixels_per_second"] == pytest.approx(
+        autoencoder["tokens_per_second"] * 5 * 16 * 16 / (2 * 2 * 2), rel=0.01
+    )
+    for part in (denoiser, data, autoencoder):
+        assert part["peak_memory"]["of"] in ("device", "process")
+        assert part["peak_memory"]["bytes"] > 1e6
+
+
+BARE = """
+import runpy, sys
+for name in ("av", "grain", "tensorflow_datasets", "array_record", "tyro", "transformers", "orbax", "tqdm"):
+    sys.modules[name] = None
+sys.argv = [sys.argv[1], *sys.argv[2:]]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+# The tiny experiment's denoiser, so that its program is compiled once in these tests.
+SMALL = (
+    "data.max_pixels=512",
+    "data.max_frames=9",
+    "denoiser.dit.channels=4",
+    "denoiser.dit.context_width=16",
+    "denoiser.dit.width=24",
+    "denoiser.dit.heads=2",
+    "denoiser.dit.layers=1",
+    "denoiser.text.width=16",
+    "denoiser.text.heads=2",
+    "denoiser.text.max_tokens=32",
+    "denoiser.rows.tokens=12",
+    "denoiser.rows.text=96",
+    "denoiser.rows.segments=3",
+    "denoiser.batch=2",
+    "denoiser.optimizer.warmup=2",
+)
+
+
+def test_models_are_measured_where_only_jax_flax_and_optax_are_installed():
+    command = [sys.executable, "-c", BARE, str(ROOT / "tools" / "benchmark.py"), "denoiser", "data"]
+    changes = [part for change in SMALL for part in ("--set", change)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    done = subprocess.run(
+        [*command, "--steps", "1", "--examples", "40", *changes],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["setting"] == "built in"
+    assert document["denoiser"]["compilations"] == 1
+    assert document["data"].keys() == {"skipped"}
+    assert document["data"]["skipped"].endswith("is not installed")
+    assert "packed_step_compilations" not in document
+
+
+def test_the_default_is_the_quickstart(benchmark, quickstart, monkeypatch):
+    assert benchmark.default_setting() == quickstart
+    monkeypatch.setitem(sys.modules, "dit_video.experiment", None)  # as if a package that it needs were missing
+    assert benchmark.default_setting() is benchmark.BUILT_IN
+
+
+def test_rows_of_the_quickstart_are_nearly_full(benchmark, quickstart):
+    packed = benchmark.Packed(quickstart, 400)
+    assert packed.sizes == 9
+    assert packed.padding < 0.08
+    rows = next(iter(packed))
+    config = quickstart.denoiser
+    assert rows.tokens.shape == (config.batch, config.rows.tokens, config.dit.token_width)
+    assert len(np.unique(rows.examples[rows.valid])) == rows.valid.sum()
+
+
+def test_sizes_are_within_the_limits_and_fit_the_model(benchmark, quickstart, tiny):
+    for setting in (quickstart, tiny.EXPERIMENT):
+        for size in benchmark.clip_sizes(setting):
+            assert size.h * size.w <= setting.data.max_pixels
+            assert size.t <= setting.data.max_frames
+            benchmark.latent_grid(size, setting.autoencoder.model.stride)
+            assert size.h % (setting.autoencoder.model.stride.h * setting.denoiser.dit.patch.h) == 0
+
+
+@pytest.mark.filterwarnings("ignore:a text of 501 tokens is cut")
+@pytest.mark.parametrize("caption", ["", "a red circle", "a cirçle", 100 * "long "])
+def test_captions_are_tokenised_as_in_training(benchmark, caption):
+    tokenizer = benchmark.BUILT_IN.denoiser.text.tokenizer()
+    np.testing.assert_array_equal(benchmark.byte_tokens(benchmark.BUILT_IN, caption), tokenizer(caption))
+
+
+def test_settings_can_be_changed_by_name(benchmark, quickstart):
+    wide = benchmark.changed(benchmark.BUILT_IN, "denoiser.dit.width", 512)
+    assert wide.denoiser.dit.width == 512
+    assert sum(wide.denoiser.dit.rotary.split) == 128
+    assert benchmark.BUILT_IN.denoiser.dit.width != 512
+    assert benchmark.changed(quickstart, "denoiser.dit.patch", (1, 1, 1)).denoiser.dit.patch.volume == 1
+    with pytest.raises(UserError, match="there is no 'depth' to set; use one of channels"):
+        benchmark.changed(benchmark.BUILT_IN, "denoiser.dit.depth", 3)
+    with pytest.raises(UserError, match="there is no 'w' to set"):
+        benchmark.changed(benchmark.BUILT_IN, "denoiser.batch.w", 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sampler"], "there is no part 'sampler'; use denoiser, autoencoder, data"),
+        (["--config", "nowhere.py"], "no such config: nowhere.py"),
+        (["--config", ROOT / "tests" / "conftest.py"], "defines no EXPERIMENT"),
+        (["--steps", "0"], "must be at least 1"),
+        (["--set", "denoiser.dit.depth=3"], "there is no 'depth' to set"),
+        (["--set", "denoiser.dit.heads=7"], "must be divisible by its 7 heads"),
+    ],
+)
+def test_mistakes_are_one_line(script, arguments, message):
+    ended = script("tools/benchmark.py", *arguments)
+    assert ended.code == 2
+    assert ended.out == ""
+    assert ended.err.count("\n") == 1
+    assert ended.err.startswith("error: ")
+    assert message in ended.err
