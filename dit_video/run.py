@@ -27,7 +27,7 @@ from flax import nnx
 from jaxtyping import Array, Float32, UInt8
 
 from dit_video import configs, pixels, rng
-from dit_video.autoencoder import fit_linear, start_from_linear
+from dit_video.autoencoder import LinearAutoencoder, fit_linear, start_from_linear
 from dit_video.data.ingest import IngestReport, ingest
 from dit_video.data.latents import LatentExample, LatentSource, write_latents
 from dit_video.data.loader import packed_batches, prefetch
@@ -168,17 +168,12 @@ class Run:
         if path.is_file():
             return load_weights(path, like=param_shapes(config.model.make))
         graph = graph_of(config.model.make)
+        continues = Checkpoints(path.parent / "checkpoints").latest() is not None
+        linear = None if continues else self._linear_start()
 
         def init(key: Array) -> dict[str, Any]:
-            linear = fit_linear(
-                (
-                    pixels.to_float(clips)
-                    for clips in itertools.islice(self._windows(0, "linear start"), _LINEAR_BATCHES)
-                ),
-                stride=config.model.stride,
-                channels=config.model.channels,
-            )
-            return start_from_linear(init_params(config.model.make, key), linear)
+            params = init_params(config.model.make, key)
+            return params if linear is None else start_from_linear(params, linear)
 
         state = self._train(
             "autoencoder",
@@ -342,6 +337,12 @@ class Run:
             _remark(f"{len(unused)} clips have no room for a window of the autoencoder's training, which goes without")
         for step in itertools.count(start):
             yield next(streams[step % len(shapes)])
+
+    def _linear_start(self) -> LinearAutoencoder:
+        """Where the autoencoder's training starts."""
+        model = self.experiment.autoencoder.model
+        batches = itertools.islice(self._windows(0, "linear start"), _LINEAR_BATCHES)
+        return fit_linear(map(pixels.to_float, batches), stride=model.stride, channels=model.channels)
 
     def _latent_moments(
         self, graph: nnx.GraphDef, params: dict[str, Any]

@@ -1,0 +1,46 @@
+"""What several quickstart runs reach together: python .ci/prompt_following.py RUN [RUN ...]
+
+Reads the written sample files of every run and judges them again, so that nothing but pixels counts. Fails where a
+bound does not hold.
+"""
+
+import sys
+from pathlib import Path
+
+from dit_video import measure
+from dit_video.data import shapes
+from dit_video.evaluation.shapes import examine, prompt_following
+
+BOUNDS = {"colour": 0.95, "direction": 0.85, "shape": 0.60}
+LEAST_SPREAD = 0.80
+
+
+def main(runs: list[Path]) -> None:
+    results, rates = [], {name: [] for name in BOUNDS}
+    for run in runs:
+        of_run = [examine(shapes.parse(entry["prompt"]), clip) for entry, clip in measure.read_samples(run / "samples")]
+        table = prompt_following(of_run)["all"]
+        for name in BOUNDS:
+            rates[name].append(table[name]["rate"])
+        print(f"{run}: " + ", ".join(f"{name} {table[name]['rate']:.1%}" for name in BOUNDS))
+        results += of_run
+    pooled = prompt_following(results)
+    for group in ("all", "seen", "never_seen", "images"):
+        for name, figure in pooled[group].items():
+            if figure["rate"] is not None:
+                interval = f"{figure['low']:.1%} to {figure['high']:.1%}"
+                print(f"{group} {name}: {figure['rate']:.1%} (95 % interval {interval}, {figure['count']} samples)")
+    for direction in shapes.DIRECTIONS:
+        axes = pooled["start_spread"][direction]
+        print(
+            f"spread of starts, {direction}: "
+            + ", ".join(f"{a} {axes[a]['ratio']:.2f}" for a in ("vertical", "horizontal"))
+        )
+    short = [name for name, bound in BOUNDS.items() if sum(rates[name]) / len(runs) < bound]
+    ratios = [pooled["start_spread"][d][a]["ratio"] for d in shapes.DIRECTIONS for a in ("vertical", "horizontal")]
+    if short or min(ratios) < LEAST_SPREAD:
+        sys.exit(f"error: below the bounds: {', '.join(short) or 'spread of starts'}")
+
+
+if __name__ == "__main__":
+    main([Path(argument) for argument in sys.argv[1:]])
