@@ -172,6 +172,22 @@ def test_a_run_without_a_checkpoint_of_its_denoiser_says_how_to_go_on(copy):
         Run.open(copy).newest_pipeline()
 
 
+def test_the_linear_start_is_fitted_once_by_a_new_run_alone(tiny_run, copy, monkeypatch):
+    fitted = []
+    real = run.fit_linear
+    monkeypatch.setattr(run, "fit_linear", lambda *args, **given: fitted.append(1) or real(*args, **given))
+    (copy / "autoencoder" / "weights.safetensors").unlink()
+    Run.open(copy).train_autoencoder()  # from its last checkpoint
+    assert fitted == []
+    name = "autoencoder/weights.safetensors"
+    assert (copy / name).read_bytes() == (tiny_run / name).read_bytes()
+    shutil.rmtree(copy / "autoencoder")
+    monkeypatch.setattr(Run, "_train", lambda _run, _name, init, *_: init(run.rng.key(0, "x")) and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Run.open(copy).train_autoencoder()
+    assert fitted == [1]
+
+
 def test_latents_of_another_autoencoder_are_refused(copy):
     path = copy / "autoencoder" / "weights.safetensors"
     weights = load_weights(path)
