@@ -56,7 +56,7 @@ def experiment(seed: int = 0, *, brief: bool = False) -> Experiment:
             objective=FlowMatching(process=RectifiedFlow(shift=5.0), times=LogitNormal()),
             ema_decay=0.995,
         ),
-        sampling=Sampling(steps=32, guidance=1.4),
+        sampling=Sampling(steps=32, guidance=1.2),
         evaluation=ShapesEvaluation(),
         save_every=200,
     )
