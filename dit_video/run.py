@@ -127,9 +127,6 @@ class Run:
         self.ingest(clips)
         for info in self.clips.infos:  # before hours are spent on the others
             fit(info, self.experiment.limits)
-        self.train_autoencoder()
-        self.encode_latents()
-        self.train_denoiser()
         return self.export()
 
     def ingest(self, clips: str | Path) -> IngestReport:
@@ -231,7 +228,7 @@ class Run:
         return jax.device_get(state.ema)
 
     def export(self) -> Pipeline:
-        """Write `pipeline/`, of the finished run."""
+        """Write `pipeline/`, after training what is not trained yet: the autoencoder, on its latents the denoiser."""
         pipeline = Pipeline(
             self.pipeline_config(), autoencoder=self.train_autoencoder(), denoiser=self.train_denoiser()
         )
