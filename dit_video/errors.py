@@ -1,9 +1,12 @@
 """Errors that a user can act on, and how a script ends on one."""
 
+import _thread
 import functools
 import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -24,7 +27,8 @@ def script(main: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(main)
     def guarded(*args, **kwargs):
         try:
-            main(*args, **kwargs)
+            with _insistent_interrupts():
+                main(*args, **kwargs)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
@@ -36,3 +40,31 @@ def script(main: Callable[..., None]) -> Callable[..., None]:
             os._exit(141)
 
     return guarded
+
+
+@contextmanager
+def _insistent_interrupts() -> Iterator[None]:
+    """Repeat a Ctrl-C that Python dropped.
+
+    A KeyboardInterrupt that is raised inside a finalizer or a weak reference's callback is printed and forgotten, as
+    any exception there is; the script would go on as if nobody had asked it to stop.
+    """
+    previous = sys.unraisablehook
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        if isinstance(unraisable.exc_value, KeyboardInterrupt):
+            _thread.start_new_thread(_interrupt_soon, ())
+        else:
+            previous(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = previous
+
+
+def _interrupt_soon() -> None:
+    """Once the main thread has left the callback."""
+    time.sleep(0.05)
+    _thread.interrupt_main()

@@ -1,0 +1,69 @@
+"""How a script ends on an error and on Ctrl-C."""
+
+import sys
+import time
+
+import pytest
+
+from dit_video.errors import UserError, script
+
+
+def test_a_user_error_is_one_line_and_exit_code_2(capsys):
+    @script
+    def main():
+        raise UserError("T=16 is not 1 + 4k for temporal stride 4; use 13 or 17")
+
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: T=16 is not 1 + 4k for temporal stride 4; use 13 or 17\n"
+
+
+def test_other_errors_keep_their_traceback():
+    @script
+    def main():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        main()
+
+
+def test_a_ctrl_c_that_falls_into_a_finalizer_still_stops_the_script(capsys):
+    class Finalized:
+        def __del__(self):
+            raise KeyboardInterrupt
+
+    waited = []
+
+    @script
+    def main():
+        Finalized()
+        for _ in range(500):
+            time.sleep(0.01)
+        waited.append("to the end")
+
+    before = sys.unraisablehook
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    assert not waited
+    assert sys.unraisablehook is before
+    assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted: the same command continues")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_other_errors_in_finalizers_do_not(capsys):
+    class Finalized:
+        def __del__(self):
+            raise ZeroDivisionError
+
+    reached = []
+
+    @script
+    def main():
+        Finalized()
+        time.sleep(0.1)
+        reached.append("the end")
+
+    main()
+    assert reached
