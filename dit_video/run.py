@@ -23,24 +23,23 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Float32, UInt8
+from jaxtyping import Array, UInt8
 
 from dit_video import configs, pixels, rng
 from dit_video.autoencoder import LinearAutoencoder, fit_linear, start_from_linear
 from dit_video.data.ingest import IngestReport, ingest
-from dit_video.data.latents import LatentExample, LatentSource, write_latents
+from dit_video.data.latents import LatentSource, write_latents
 from dit_video.data.loader import packed_batches, prefetch
-from dit_video.data.sizes import fit, read_fitted, sampled_frames
+from dit_video.data.sizes import fit
 from dit_video.data.source import ClipSource
 from dit_video.data.windows import windows
 from dit_video.distributed import make_mesh, shard_batch, shardings
+from dit_video.encoding import encode_clips, latent_moments, stretches
 from dit_video.errors import MissingError, UserError
 from dit_video.experiment import Experiment
 from dit_video.files import read_json, write_json
 from dit_video.nn import graph_of, init_params, param_shapes
 from dit_video.pipeline import Pipeline, PipelineConfig, identity
-from dit_video.tokens import Grid
 from dit_video.training import loop
 from dit_video.training.autoencoder import AutoencoderLoss
 from dit_video.training.checkpoint import Checkpoints
@@ -56,7 +55,6 @@ FORMAT = 1
 CONFIG = "experiment.json"
 _LINEAR_BATCHES, _MOMENT_BATCHES = 32, 64
 """Batches of training windows that the linear start, and the latents' mean and deviation, are measured on."""
-_ENCODE_BATCH = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +177,8 @@ class Run:
             lambda start: prefetch(self._windows(start, "autoencoder")),
         )
         params = jax.device_get(state.ema)
-        mean, std = self._latent_moments(graph, params)
+        sample = itertools.islice(self._windows(0, "latent moments"), _MOMENT_BATCHES)
+        mean, std = latent_moments(graph, params, sample)
         params["normalizer"] = {"mean": mean, "std": std}
         save_weights(path, params)
         return params
@@ -187,17 +186,19 @@ class Run:
     def encode_latents(self) -> LatentSource:
         """The cached latents of the training clips."""
         params = self.train_autoencoder()
-        config = self.experiment.autoencoder.model
+        config, data, clips = self.experiment.autoencoder.model, self.experiment.data, self.training_clips
         stamp = {
             "autoencoder": identity(config, params),
-            "data": configs.to_json(self.experiment.data),
-            "clips": len(self.training_clips),
+            "data": configs.to_json(data),
+            "clips": len(clips),
         }
         destination = self.folder / "latents"
         if not destination.is_dir():
-            total = sum(len(starts) for starts in self._stretches())
-            with Progress("encoding latents", total) as progress:
-                write_latents(destination, self._encoded(params), identity=stamp, progress=progress.update)
+            limits = self.experiment.limits
+            starts = stretches(clips, limits, most=data.stretches)
+            examples = encode_clips(graph_of(config.make), params, clips, limits, starts)
+            with Progress("encoding latents", sum(map(len, starts))) as progress:
+                write_latents(destination, examples, identity=stamp, progress=progress.update)
         return LatentSource(destination, identity=stamp)
 
     def train_denoiser(self) -> dict[str, Any]:
@@ -341,55 +342,6 @@ class Run:
         batches = itertools.islice(self._windows(0, "linear start"), _LINEAR_BATCHES)
         return fit_linear(map(pixels.to_float, batches), stride=model.stride, channels=model.channels)
 
-    def _latent_moments(
-        self, graph: nnx.GraphDef, params: dict[str, Any]
-    ) -> tuple[Float32[np.ndarray, " c"], Float32[np.ndarray, " c"]]:
-        """Mean and standard deviation of each channel over windows of the training clips."""
-
-        @jax.jit
-        def means(params, clips):
-            return nnx.merge(graph, params).posterior(pixels.to_float(clips)).mean
-
-        channels = self.experiment.autoencoder.model.channels
-        total, squares, count = np.zeros(channels), np.zeros(channels), 0
-        for clips in itertools.islice(self._windows(0, "latent moments"), _MOMENT_BATCHES):
-            latents = np.asarray(means(params, clips), np.float64).reshape(-1, channels)
-            total, squares, count = total + latents.sum(0), squares + np.square(latents).sum(0), count + len(latents)
-        mean = total / count
-        # A channel that says nothing has no variance, up to rounding that can make it negative.
-        std = np.sqrt(np.maximum(squares / count - mean**2, 1e-12))
-        return mean.astype(np.float32), std.astype(np.float32)
-
-    def _stretches(self) -> list[list[int]]:
-        """The first frame of every stretch that is taken of each training clip, spread over its length."""
-        limits = self.experiment.limits
-        starts = []
-        for info in self.training_clips.infos:
-            spare = sampled_frames(info, limits) - fit(info, limits).t
-            count = min(self.experiment.data.stretches, spare + 1)
-            starts.append(sorted({round(spare * index / max(1, count - 1)) for index in range(count)}))
-        return starts
-
-    def _encoded(self, params: dict[str, Any]) -> Iterator[LatentExample]:
-        """Latents of all stretches, those of one size together: a size compiles once."""
-        source, model = self.training_clips, self.experiment.autoencoder.model
-        graph, limits = graph_of(model.make), self.experiment.limits
-
-        @jax.jit
-        def encode(params, clips):
-            return nnx.merge(graph, params).encode(pixels.to_float(clips))
-
-        by_size: dict[Grid, list[tuple[int, int]]] = {}
-        for index, starts in enumerate(self._stretches()):
-            by_size.setdefault(fit(source.infos[index], limits), []).extend((index, start) for start in starts)
-        for members in by_size.values():
-            for part in _chunks(members, _ENCODE_BATCH):
-                clips = [read_fitted(source, index, limits, start=start).frames for index, start in part]
-                padded = np.stack(clips + [clips[-1]] * (_ENCODE_BATCH - len(clips)))
-                for (index, start), latents in zip(part, np.asarray(encode(params, padded)), strict=False):
-                    info = source.infos[index]
-                    yield LatentExample(f"{info.name}@{start}", info.caption, latents)
-
 
 def _sharded(batches: Any, mesh: jax.sharding.Mesh) -> Iterator[Any]:
     """Batches on the mesh; closing this ends the threads that read ahead."""
@@ -401,10 +353,6 @@ def _sharded(batches: Any, mesh: jax.sharding.Mesh) -> Iterator[Any]:
 def _remark(text: str) -> None:
     if jax.process_index() == 0:
         print(text, file=sys.stderr)
-
-
-def _chunks(values: list, size: int) -> Iterator[list]:
-    return (values[start : start + size] for start in range(0, len(values), size))
 
 
 def _difference(old: Any, new: Any, path: str = "") -> str:

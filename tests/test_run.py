@@ -12,7 +12,6 @@ import pytest
 import dit_video
 from dit_video import configs, run
 from dit_video import tree as trees
-from dit_video.data.ingest import ingest
 from dit_video.data.latents import LatentSource
 from dit_video.data.windows import WindowConfig
 from dit_video.errors import MissingError, UserError
@@ -320,31 +319,6 @@ def test_clips_without_room_for_any_window_are_told(two_windows, capsys):
     images = sum(info.frames == 1 for info in two_windows.training_clips.infos)
     assert images
     assert f"{images} clips have no room for a window" in capsys.readouterr().err
-
-
-def test_stretches_are_spread_over_a_clip_s_length(tiny, tiny_run):
-    data = dataclasses.replace(tiny.EXPERIMENT.data, max_frames=5, stretches=3)
-    autoencoder = tiny.EXPERIMENT.autoencoder
-    looked_at = Run(
-        folder=tiny_run, experiment=dataclasses.replace(tiny.EXPERIMENT, data=data, autoencoder=autoencoder), command=""
-    )
-    expected = {1: [0], 5: [0], 9: [0, 2, 4]}
-    assert looked_at._stretches() == [expected[info.frames] for info in looked_at.training_clips.infos]
-
-
-def test_a_channel_without_variance_is_no_division_by_zero(tiny, tiny_clips, tmp_path, monkeypatch):
-    import jax.numpy as jnp
-
-    ingest(tiny_clips, tmp_path / "data")
-    looked_at = Run(folder=tmp_path, experiment=tiny.EXPERIMENT, command="")
-    still = np.full((4, 5, 16, 16, 3), 90, np.uint8)
-    monkeypatch.setattr(Run, "_windows", lambda *_: itertools.repeat(still))
-    graph = run.graph_of(tiny.EXPERIMENT.autoencoder.model.make)
-    params = run.init_params(tiny.EXPERIMENT.autoencoder.model.make, run.rng.key(0, "autoencoder"))
-    params["linear"]["down"]["kernel"] = jnp.zeros_like(params["linear"]["down"]["kernel"])
-    _mean, std = looked_at._latent_moments(graph, params)
-    assert np.isfinite(std).all()
-    assert (std > 0).all()
 
 
 def test_a_pipeline_s_defaults_are_the_data_s(tiny, tiny_run):

@@ -28,7 +28,7 @@ def clips(*, brief: bool = False) -> int:
 def experiment(seed: int = 0, *, brief: bool = False) -> Experiment:
     """The experiment of a seed. `brief` is a smoke test of a minute: it learns something, and not enough."""
     count = clips(brief=brief)
-    autoencoder_steps, denoiser_steps = (60, 60) if brief else (1000, 2000)
+    autoencoder_steps, denoiser_steps = (60, 60) if brief else (1500, 2400)
     return Experiment(
         name="shapes",
         seed=seed,
@@ -39,7 +39,11 @@ def experiment(seed: int = 0, *, brief: bool = False) -> Experiment:
         ),
         autoencoder=AutoencoderTraining(
             model=PatchVaeConfig(stride=Grid(4, 8, 8), channels=8, width=72, blocks=2),
-            windows=(WindowConfig(size=Grid(17, 32, 32), batch=16), WindowConfig(size=Grid(9, 32, 32), batch=16)),
+            windows=(
+                WindowConfig(size=Grid(17, 32, 32), batch=16),
+                WindowConfig(size=Grid(9, 32, 32), batch=16),
+                WindowConfig(size=Grid(1, 32, 32), batch=32),
+            ),
             optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup=30),
             steps=autoencoder_steps,
             kl=1e-4,
@@ -56,7 +60,7 @@ def experiment(seed: int = 0, *, brief: bool = False) -> Experiment:
             objective=FlowMatching(process=RectifiedFlow(shift=5.0), times=LogitNormal()),
             ema_decay=0.995,
         ),
-        sampling=Sampling(steps=32, guidance=1.2),
+        sampling=Sampling(steps=32, guidance=1.1),
         evaluation=ShapesEvaluation(),
         save_every=200,
     )
