@@ -7,6 +7,7 @@ tuples (a config holds no lists), or as the NamedTuple that the field is annotat
 
 import dataclasses
 import importlib
+import types
 import typing
 from typing import Any
 
@@ -40,7 +41,8 @@ def from_json(value: Any) -> Any:
     """Rebuild what `to_json` wrote.
 
     Raises:
-      UserError: a type outside this package or unknown to this version, or fields that the type does not have.
+      UserError: a type outside this package or unknown to this version, fields that the type does not have, or a value
+        that is not of its field's type.
     """
     if isinstance(value, list):
         return tuple(from_json(item) for item in value)
@@ -61,7 +63,12 @@ def from_json(value: Any) -> Any:
     if missing := sorted(required - given.keys()):
         raise UserError(f"{cls.__qualname__} needs the field {', '.join(missing)}: the config is of another version")
     hints = typing.get_type_hints(cls)
-    return cls(**{name: _named(hints[name], item) for name, item in given.items()})
+    values = {name: _named(hints[name], item) for name, item in given.items()}
+    for name, item in values.items():
+        if not _fits(hints[name], item):
+            kind = getattr(hints[name], "__name__", None) or str(hints[name])
+            raise UserError(f"{name} of {cls.__qualname__} must be of type {kind}, the config gives {item!r}")
+    return cls(**values)
 
 
 def _named(hint: Any, value: Any) -> Any:
@@ -74,6 +81,29 @@ def _named(hint: Any, value: Any) -> Any:
             f"{hint.__name__} has {len(fields)} values ({', '.join(fields)}), the config gives {len(value)}"
         )
     return hint(*value)
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    """Whether a value is of the annotated type. What JSON cannot hold, such as a protocol, fits always."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(argument, value) for argument in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        inner = arguments[:1] * len(value) if arguments[-1:] == (...,) else arguments
+        return len(inner) == len(value) and all(map(_fits, inner, value))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (bool, str, type(None)):
+        return isinstance(value, hint)
+    if named := typing.get_type_hints(hint) if hasattr(hint, "_fields") else {}:
+        return isinstance(value, hint) and all(map(_fits, named.values(), value))
+    return isinstance(value, hint) if dataclasses.is_dataclass(hint) else True
 
 
 def _resolve(name: str) -> type:

@@ -3,7 +3,7 @@
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +14,9 @@ from dit_video.data import shapes
 from dit_video.data.sizes import SizeLimits, fit, read_fitted
 from dit_video.data.source import ClipSource
 from dit_video.errors import UserError
-from dit_video.evaluation.kinds import ShapesEvaluation
+from dit_video.evaluation.kinds import CaptionEvaluation, ShapesEvaluation
 from dit_video.evaluation.reconstruction import psnr, ssim
-from dit_video.evaluation.shapes import examine, judge, prompt_following, score
+from dit_video.evaluation.shapes import Result, examine, prompt_following
 from dit_video.files import atomic_path, read_json, write_json
 from dit_video.pipeline import Pipeline, Request
 from dit_video.tokens import Grid
@@ -38,13 +38,21 @@ class Reconstructed(NamedTuple):
     ssim: float
 
 
+class Sampled(NamedTuple):
+    """A sample's entry in `prompts.json`, and its decoded file."""
+
+    entry: dict[str, Any]
+    clip: Clip
+
+
 class Measured(NamedTuple):
     """An evaluation: its figures, and what they are of."""
 
     metrics: dict[str, Any]
     reconstructions: list[Reconstructed]
-    samples: list[tuple[dict[str, Any], Clip]]
-    """entries of `prompts.json` with their decoded files"""
+    samples: list[Sampled]
+    verdicts: list[Result]
+    """one a sample of the shapes data; empty for samples of other data, which nobody judges"""
 
 
 def evaluate(
@@ -77,20 +85,18 @@ def evaluate(
     drawn = pipeline.sampling(**sampling)
     metrics: dict[str, Any] = {"parameters": pipeline.parameter_counts()}
     reconstructions: list[Reconstructed] = []
+    requests = shape_requests(seed) if isinstance(pipeline.config.evaluation, ShapesEvaluation) else []
     if held_out is not None and limits is not None and len(held_out):
         reconstructions = reconstruct(pipeline, held_out, limits)
         metrics["reconstruction"] = _reconstruction_figures(reconstructions)
-    evaluation = pipeline.config.evaluation
-    if isinstance(evaluation, ShapesEvaluation):
-        requests = shape_requests(seed)
-    elif held_out is not None and limits is not None and len(held_out):
-        requests = caption_requests(held_out, limits, count=evaluation.count, seed=seed)
-    else:
+        if isinstance(pipeline.config.evaluation, CaptionEvaluation):
+            requests = caption_requests(held_out, limits, count=pipeline.config.evaluation.count, seed=seed)
+    if not requests:
         raise UserError(
             "there are no held-out clips whose captions could be sampled; name some in the config's held_out"
         )
     began = time.perf_counter()
-    with Progress("sampling", len(requests)) as progress:
+    with Progress("sampling", len(requests), unit="clip") as progress:
         write_samples(pipeline, requests, folder / "samples", progress=progress.update, **sampling)
     metrics["sampling"] = {
         "samples": len(requests),
@@ -101,10 +107,12 @@ def evaluate(
         "seconds": round(time.perf_counter() - began, 1),
     }
     samples = read_samples(folder / "samples")
-    if isinstance(evaluation, ShapesEvaluation):
-        metrics["prompt_following"] = judge_samples(samples)
+    verdicts: list[Result] = []
+    if isinstance(pipeline.config.evaluation, ShapesEvaluation):
+        verdicts = examine_samples(samples)
+        metrics["prompt_following"] = prompt_following(verdicts)
     write_json(folder / "metrics.json", metrics)
-    return Measured(metrics, reconstructions, samples)
+    return Measured(metrics, reconstructions, samples, verdicts)
 
 
 def _reconstruction_figures(reconstructions: Sequence[Reconstructed]) -> dict[str, Any]:
@@ -237,25 +245,18 @@ def _check_replaceable(folder: Path) -> None:
         raise UserError(f"{folder} holds other files than samples, such as {foreign[0]}; name a folder of their own")
 
 
-def read_samples(folder: str | Path) -> list[tuple[dict[str, Any], Clip]]:
-    """The entries of `prompts.json` with their decoded files."""
+def read_samples(folder: str | Path) -> list[Sampled]:
+    """The samples that `prompts.json` lists, decoded from their files."""
     folder = Path(folder)
     return [
-        (entry, replace(decode(folder / entry["file"]), caption=entry["prompt"]))
+        Sampled(entry, replace(decode(folder / entry["file"]), caption=entry["prompt"]))
         for entry in read_json(folder / PROMPTS)
     ]
 
 
-def judge_samples(samples: Sequence[tuple[dict[str, Any], Clip]]) -> dict[str, Any]:
-    """Prompt following of samples of the shapes data, from the pixels of their files."""
-    return prompt_following([examine(shapes.parse(entry["prompt"]), clip) for entry, clip in samples])
-
-
-def marks(entry: dict[str, Any], clip: Clip) -> dict[str, bool]:
-    """Which attributes of a shapes sample are as asked."""
-    description = shapes.parse(entry["prompt"])
-    answers = asdict(score(description, judge(clip)))
-    return {name: answer for name, answer in answers.items() if answer is not None}
+def examine_samples(samples: Sequence[Sampled]) -> list[Result]:
+    """Judge samples of the shapes data from the pixels of their files."""
+    return [examine(shapes.parse(sample.entry["prompt"]), sample.clip) for sample in samples]
 
 
 def _slug(prompt: str) -> str:

@@ -129,7 +129,7 @@ class Run:
 
     def ingest(self, clips: str | Path) -> IngestReport:
         """Make the data set of a folder of clips, and say on stderr what of it is not used."""
-        with Progress("reading clips", 1) as progress:
+        with Progress("reading clips", 1, unit="clip") as progress:
 
             def update(done: int, total: int) -> None:
                 progress.total = total
@@ -197,7 +197,7 @@ class Run:
             limits = self.experiment.limits
             starts = stretches(clips, limits, most=data.stretches)
             examples = encode_clips(graph_of(config.make), params, clips, limits, starts)
-            with Progress("encoding latents", sum(map(len, starts))) as progress:
+            with Progress("encoding latents", sum(map(len, starts)), unit="clip") as progress:
                 write_latents(destination, examples, identity=stamp, progress=progress.update)
         return LatentSource(destination, identity=stamp)
 

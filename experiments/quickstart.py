@@ -38,7 +38,7 @@ def main(workdir: Path = Path("runs/quickstart"), seed: int = 0, brief: bool = F
     anew = not (workdir / CONFIG).is_file()
     run = Run.create(workdir, experiment)
     count = quickstart.clips(brief=brief)
-    with Progress("rendering clips", count) as progress:
+    with Progress("rendering clips", count, unit="clip") as progress:
         shapes.write_folder(workdir / "clips", count=count, seed=seed, progress=lambda done, _: progress.update(done))
     pipeline = run.train(workdir / "clips")
     measured = measure.evaluate(pipeline, workdir, seed=seed, held_out=run.held_out_clips, limits=experiment.limits)

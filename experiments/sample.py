@@ -52,7 +52,7 @@ def main(
             raise UserError("--size, --seed and --negative go with --prompt; in a file of prompts each has its own")
         requests = measure.read_requests(prompts)
         pipeline = dit_video.load(run)
-        with Progress("sampling", len(requests)) as progress:
+        with Progress("sampling", len(requests), unit="clip") as progress:
             measure.write_samples(
                 pipeline, requests, out, progress=progress.update, steps=steps, guidance=guidance, sampler=sampler
             )

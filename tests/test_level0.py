@@ -251,6 +251,22 @@ def test_what_is_no_config_is_not_written():
             {"type": "dit_video.tokens.packing:RowShape", "tokens": 1, "text": 1, "segments": 1, "heads": 2},
             "has no field heads: the config is of another version",
         ),
+        (
+            {"type": "dit_video.tokens.packing:RowShape", "tokens": "1", "text": 1, "segments": 1},
+            "tokens of RowShape must be of type int, the config gives '1'",
+        ),
+        (
+            {"type": "dit_video.tokens.packing:RowShape", "tokens": True, "text": 1, "segments": 1},
+            "must be of type int",
+        ),
+        ({"type": "dit_video.experiment:Data", "max_pixels": 1, "max_frames": 1, "fps": "x"}, "fps of Data"),
+        ({"type": "dit_video.experiment:Data", "max_pixels": 1, "max_frames": 1, "held_out": [1]}, "held_out of Data"),
+        ({"type": "dit_video.data.windows:WindowConfig", "size": [1, "a", 2], "batch": 1}, "size of WindowConfig"),
+        (
+            {"type": "dit_video.dit.model:DitConfig", "channels": 1, "context_width": 1, "absolute_position": 3},
+            "absolute",
+        ),
+        ({"type": "dit_video.training.optimizer:OptimizerConfig", "kind": "sgdx"}, "kind of OptimizerConfig"),
     ],
 )
 def test_a_config_that_cannot_be_rebuilt(written, message):

@@ -10,10 +10,11 @@ from dit_video.data import shapes
 from dit_video.errors import MissingError, UserError
 from dit_video.evaluation.kinds import CaptionEvaluation
 from dit_video.evaluation.shapes import prompt_following
+from dit_video.measure import Sampled
 from dit_video.pipeline import Pipeline, Request
 from dit_video.run import Run
 from dit_video.tokens import Grid
-from dit_video.video import Clip, decode
+from dit_video.video import decode
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -189,19 +190,11 @@ def test_the_psnr_of_equal_clips_is_written_as_100_db(tiny_pipeline, held_out, l
 
 
 def test_the_judge_finds_rendered_samples_right():
-    samples = []
-    for index in range(12):
-        clip = shapes.example(index, seed=4)
-        samples.append(({"prompt": clip.caption}, clip))
-    rates = measure.judge_samples(samples)["all"]
+    clips = [shapes.example(index, seed=4) for index in range(12)]
+    results = measure.examine_samples([Sampled({"prompt": clip.caption}, clip) for clip in clips])
+    rates = prompt_following(results)["all"]
     assert [rates[name]["rate"] for name in ("colour", "shape", "direction")] == [1.0, 1.0, 1.0]
     assert rates["colour"]["count"] == 12
-    for entry, clip in samples:
-        assert all(measure.marks(entry, clip).values())
-    assert "direction" not in measure.marks({"prompt": "a red circle"}, samples[0][1])
-    upside_down = Clip(samples[0][1].frames[:, ::-1], 8)
-    assert samples[0][0]["prompt"] == "a green circle moving up"
-    assert measure.marks(samples[0][0], upside_down) == {"colour": True, "shape": True, "direction": False}
     assert prompt_following([])["all"]["colour"]["rate"] is None
 
 
@@ -216,6 +209,7 @@ def test_an_evaluation_of_shapes(tiny_pipeline, held_out, limits, tmp_path, monk
     assert seconds >= 0
     assert measured.metrics["sampling"] == {"samples": 3, "seed": 7, "steps": 2, "guidance": 1.0, "sampler": "euler"}
     assert len(measured.samples) == 3
+    assert [result.description for result in measured.verdicts] == [shapes.parse(one.prompt) for one in REQUESTS]
     assert len(measured.reconstructions) == len(held_out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.json", "samples"]
 
@@ -224,8 +218,9 @@ def test_an_evaluation_by_captions(tiny_pipeline, held_out, limits, tmp_path):
     config = replace(tiny_pipeline.config, evaluation=CaptionEvaluation(count=2))
     pipeline = Pipeline(config, autoencoder=tiny_pipeline._autoencoder, denoiser=tiny_pipeline._denoiser.params)
     measured = measure.evaluate(pipeline, tmp_path, seed=0, held_out=held_out, limits=limits)
-    assert [entry["prompt"] for entry, _ in measured.samples] == [info.caption for info in held_out.infos[:2]]
+    assert [sample.entry["prompt"] for sample in measured.samples] == [info.caption for info in held_out.infos[:2]]
     assert "prompt_following" not in measured.metrics
+    assert not measured.verdicts
     with pytest.raises(UserError, match="no held-out clips whose captions could be sampled"):
         measure.evaluate(pipeline, tmp_path / "other", seed=0)
 

@@ -187,7 +187,7 @@ def _coverage(
     if shape == "square":
         half = np.full_like(y, radius)
     elif shape == "circle":
-        half = np.sqrt(radius**2 - y**2)
+        half = np.sqrt(np.maximum(radius**2 - y**2, 0.0))  # two ways to square may differ in the last bit
     elif shape == "triangle":  # upright: apex at the top, base and height equal
         half = (y + radius) / 2
     else:

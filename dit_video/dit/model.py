@@ -65,8 +65,8 @@ class DitConfig:
     remat: Remat = "none"
 
     def __post_init__(self):
-        if self.width % self.heads:
-            raise UserError(f"width {self.width} must be divisible by its {self.heads} heads")
+        if self.heads < 1 or self.width % self.heads:
+            raise UserError(f"width {self.width} must be divisible by its {self.heads} heads, at least 1")
         rotary = Rotary3d.even(self.width // self.heads) if self.rotary is None else self.rotary
         rotary.check(self.width // self.heads)
         object.__setattr__(self, "rotary", rotary)

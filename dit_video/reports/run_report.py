@@ -2,13 +2,15 @@
 
 import shlex
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from dit_video import configs
 from dit_video.data import shapes
 from dit_video.evaluation.kinds import ShapesEvaluation
-from dit_video.measure import Measured, marks
+from dit_video.evaluation.shapes import Result, score
+from dit_video.measure import Measured
 from dit_video.pipeline import Pipeline
 from dit_video.reports.contents import Chart, Command, Curve, Figure, Reconstruction, Report, Sample
 from dit_video.reports.report import write_report
@@ -49,7 +51,7 @@ def report_run(
         title=title,
         summary=summary,
         figures=_figures(measured.metrics, minutes),
-        samples=tuple(_sample(entry, clip, pipeline) for entry, clip in measured.samples),
+        samples=_samples(measured),
         reconstructions=tuple(
             Reconstruction(original=one.original, decoded=one.decoded, psnr=one.psnr, ssim=one.ssim, name=one.name)
             for one in measured.reconstructions[:_SHOWN]
@@ -83,12 +85,27 @@ def _figures(metrics: Mapping[str, Any], minutes: float | None) -> tuple[Figure,
     return tuple(figures)
 
 
-def _sample(entry: Mapping[str, Any], clip: Any, pipeline: Pipeline) -> Sample:
-    note = f"seed {entry['seed']}"
-    if not isinstance(pipeline.config.evaluation, ShapesEvaluation):
-        return Sample(clip=clip, prompt=entry["prompt"], note=note)
-    seen = shapes.parse(entry["prompt"]) not in shapes.HELD_OUT
-    return Sample(clip=clip, prompt=entry["prompt"], seen=seen, verdict=marks(dict(entry), clip), note=note)
+def _samples(measured: Measured) -> tuple[Sample, ...]:
+    """Every sample, with what the judge found wrong where there is one."""
+    shown = [
+        Sample(clip=one.clip, prompt=one.entry["prompt"], note=f"seed {one.entry['seed']}") for one in measured.samples
+    ]
+    if not measured.verdicts:
+        return tuple(shown)
+    return tuple(
+        replace(
+            sample,
+            seen=result.description not in shapes.HELD_OUT,
+            verdict=_answers(result),
+        )
+        for sample, result in zip(shown, measured.verdicts, strict=True)
+    )
+
+
+def _answers(result: Result) -> dict[str, bool]:
+    """Which of the attributes that were asked for are there."""
+    answers = asdict(score(result.description, result.verdict))
+    return {name: answer for name, answer in answers.items() if answer is not None}
 
 
 def _charts(folder: Path) -> tuple[Chart, ...]:

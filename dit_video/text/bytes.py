@@ -38,8 +38,8 @@ class ByteEncoderConfig:
     patch: int = 4
 
     def __post_init__(self):
-        if self.width % self.heads or self.width % 2:
-            raise UserError(f"text width {self.width} must be even and divisible by its {self.heads} heads")
+        if self.heads < 1 or self.width % self.heads or self.width % 2:
+            raise UserError(f"text width {self.width} must be even and divisible by its {self.heads} heads, at least 1")
         if self.patch < 1 or self.max_tokens < 1 or self.max_tokens % self.patch:
             raise UserError(f"max_tokens {self.max_tokens} must be divisible by the patch of {self.patch} bytes")
 

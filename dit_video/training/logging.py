@@ -84,6 +84,7 @@ class Progress:
         total: int,
         *,
         start: int = 0,
+        unit: str = "step",
         seconds: float | int = 10,
         stream: io.TextIOBase | None = None,
         shown: bool = True,
@@ -92,11 +93,12 @@ class Progress:
         Args:
           total: the step that ends the run.
           start: the step that it continues from.
+          unit: what a step is of, such as a clip.
           seconds: between two lines, where there is no terminal.
           stream: instead of stderr.
           shown: False for all but one of several processes.
         """
-        self.title, self.total, self.start = title, total, start
+        self.title, self.total, self.start, self.unit = title, total, start, unit
         # To type checkers the standard streams are TextIO, which is no TextIOBase.
         self._stream = cast(io.TextIOBase, sys.stderr) if stream is None else stream
         self._visible = shown
@@ -148,7 +150,7 @@ class Progress:
         if self._first is None or self._step <= self._first[0]:
             return ""
         seconds = (now - self._first[1]) / (self._step - self._first[0])
-        speed = f"{1 / seconds:.1f} steps/s" if seconds < 1 else f"{seconds:.1f} s/step"
+        speed = f"{1 / seconds:.1f} {self.unit}s/s" if seconds < 1 else f"{seconds:.1f} s/{self.unit}"
         return f"{speed} · {_duration(seconds * (self.total - self._step))} left"
 
 

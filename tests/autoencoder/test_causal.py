@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from rough import rough_params
 
 from dit_video.autoencoder import (
     PatchVaeConfig,
@@ -20,24 +21,11 @@ from dit_video.autoencoder import (
 from dit_video.errors import UserError
 from dit_video.nn import graph_of, init_params, param_shapes
 from dit_video.tokens import Grid
-from dit_video.tree import flatten, map_with_path
+from dit_video.tree import flatten
 
 CONFIG = PatchVaeConfig(stride=Grid(2, 2, 2), channels=3, width=8, blocks=2)
 GRAPH = graph_of(CONFIG.make)
 CLIPS = np.tanh(np.random.default_rng(0).normal(size=(2, 7, 6, 8, 3)).cumsum(axis=2)).astype(np.float32)
-
-
-def rough_params(make, seed=0):
-    """Random wherever a fresh model is zero or one."""
-    draw = np.random.default_rng(seed)
-
-    def value(path, leaf):
-        noise = jnp.asarray(draw.normal(size=leaf.shape), jnp.float32)
-        if path.endswith(("scale", "std")):
-            return 1 + 0.2 * noise
-        return noise / np.sqrt(np.prod(leaf.shape[:-1])) if path.endswith("kernel") else 0.5 * noise
-
-    return map_with_path(value, param_shapes(make))
 
 
 PARAMS = rough_params(CONFIG.make)

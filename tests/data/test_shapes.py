@@ -216,3 +216,10 @@ def test_write_folder_refuses_another_recipe(tmp_path):
         shapes.write_folder(tmp_path, count=1, seed=1, sizes=())
     with pytest.raises(UserError, match="at least one size"):
         shapes.write_folder(tmp_path, count=0, seed=1)
+
+
+def test_a_circle_is_finite_where_two_ways_to_square_its_radius_differ():
+    radius = 5.931428627780212  # pow(radius, 2) < radius * radius by a bit
+    geometry = shapes.Geometry(row=16.0, column=16.0, radius=radius, speed=0.6)
+    clip = shapes.render(shapes.parse("a red circle"), geometry, frames=1, height=32, width=32)
+    assert (clip.frames[0, 0] == shapes.BACKGROUND).all()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import Array
+from rough import rough_params
 
 from dit_video import configs
 from dit_video.dit import DitConfig, packed_denoise
@@ -17,26 +18,13 @@ from dit_video.dit.model import _distances
 from dit_video.errors import UserError
 from dit_video.nn import graph_of, init_params, param_shapes, sinusoidal
 from dit_video.tokens import Grid, Rotary3d, coordinates, to_tokens
-from dit_video.tree import flatten, map_with_path
+from dit_video.tree import flatten
 
 CONFIG = DitConfig(channels=2, context_width=6, patch=Grid(1, 2, 2), width=24, layers=2, heads=2, mlp_ratio=2.0)
 GRIDS = (Grid(2, 2, 2), Grid(1, 2, 3))
 CONTEXT = (3, 2)
 """context tokens of each clip"""
 TOKENS, TEXT, SEGMENTS = 18, 7, 3
-
-
-def rough_params(make, seed=0):
-    """Random wherever a fresh model is zero or one."""
-    draw = np.random.default_rng(seed)
-
-    def value(path, leaf):
-        noise = jnp.asarray(draw.normal(size=leaf.shape), jnp.float32)
-        if path.endswith("scale"):
-            return 1 + 0.2 * noise
-        return noise / np.sqrt(leaf.shape[-2]) if path.endswith("kernel") else 0.5 * noise
-
-    return map_with_path(value, param_shapes(make))
 
 
 PARAMS = rough_params(CONFIG.make)
@@ -255,6 +243,8 @@ def test_config():
     assert CONFIG.token_width == 8
     assert CONFIG.rotary == Rotary3d(split=(4, 4, 4))
     assert configs.from_json(configs.to_json(CONFIG)) == CONFIG
+    with pytest.raises(UserError, match="its 0 heads, at least 1"):
+        DitConfig(channels=2, context_width=6, width=24, heads=0)
     with pytest.raises(UserError, match="width 25 must be divisible by its 2 heads"):
         DitConfig(channels=2, context_width=6, width=25, heads=2)
     with pytest.raises(UserError, match=r"rotary split \(4, 4, 6\) .* head width 12"):

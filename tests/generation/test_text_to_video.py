@@ -7,34 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from rough import rough_params
 
 from dit_video.diffusion import Heun, RectifiedFlow
 from dit_video.dit import DitConfig
 from dit_video.errors import UserError
 from dit_video.generation import Denoiser, LatentRequest, Sampling, initial_noise, sample_latents
 from dit_video.generation.text_to_video import _program
-from dit_video.nn import graph_of, param_shapes
+from dit_video.nn import graph_of
 from dit_video.text import ByteEncoderConfig
 from dit_video.tokens import Grid, RowShape, coordinates, patchify, token_grid, unpatchify
-from dit_video.tree import map_with_path
 
 TEXT = ByteEncoderConfig(width=8, layers=1, heads=1, max_tokens=32)
 DIT = DitConfig(channels=2, context_width=8, patch=Grid(1, 2, 2), width=12, layers=1, heads=1, mlp_ratio=2.0)
 SHAPE = RowShape(tokens=16, text=20, segments=3)
 SAMPLING = Sampling(steps=2, guidance=2.0)
-
-
-def rough_params(make, seed=0):
-    """Random wherever a fresh model is zero or one."""
-    draw = np.random.default_rng(seed)
-
-    def value(path, leaf):
-        noise = jnp.asarray(draw.normal(size=leaf.shape), jnp.float32)
-        if path.endswith("scale"):
-            return 1 + 0.2 * noise
-        return noise / np.sqrt(leaf.shape[-2]) if path.endswith("kernel") else 0.5 * noise
-
-    return map_with_path(value, param_shapes(make))
 
 
 DENOISER = Denoiser(

@@ -6,7 +6,8 @@ import pytest
 from dit_video import configs, measure
 from dit_video.data import shapes
 from dit_video.evaluation.kinds import CaptionEvaluation
-from dit_video.measure import Measured, Reconstructed
+from dit_video.evaluation.shapes import prompt_following
+from dit_video.measure import Measured, Reconstructed, Sampled
 from dit_video.pipeline import Pipeline
 from dit_video.reports.run_report import report_run
 from dit_video.video import Clip
@@ -26,16 +27,17 @@ def measured(tiny_pipeline):
         frames = 1 if description.direction is None else 9
         geometry = shapes.sample_geometry(shapes.rng.host(0, "report", number), description, height=32, width=32)
         clip = shapes.render(description, geometry, frames=frames, height=32, width=32)
-        samples.append((entry(clip, f"{number}.mp4", 40 + number), clip))
-    original = samples[0][1]
+        samples.append(Sampled(entry(clip, f"{number}.mp4", 40 + number), clip))
+    original = samples[0].clip
+    verdicts = measure.examine_samples(samples)
     reconstruction = Reconstructed("clips/7.mp4", original, original, float("inf"), 1.0)
     metrics = {
         "parameters": tiny_pipeline.parameter_counts(),
         "reconstruction": measure._reconstruction_figures([reconstruction]),
         "sampling": {"samples": 3, "seed": 0, "steps": 5, "guidance": 1.5, "sampler": "heun", "seconds": 1.0},
-        "prompt_following": measure.judge_samples(samples),
+        "prompt_following": prompt_following(verdicts),
     }
-    return Measured(metrics, [reconstruction], samples)
+    return Measured(metrics, [reconstruction], samples, verdicts)
 
 
 def page(path):
@@ -83,9 +85,9 @@ def test_a_pipeline_without_a_run_has_no_curves(tiny_run, tiny_pipeline, measure
 def test_nobody_judges_captions(tiny_run, tiny_pipeline, measured, tmp_path):
     config = replace(tiny_pipeline.config, evaluation=CaptionEvaluation())
     pipeline = Pipeline(config, autoencoder=tiny_pipeline._autoencoder, denoiser=tiny_pipeline._denoiser.params)
-    clip = Clip(measured.samples[0][1].frames, 8, "a dog, which is no shape")
+    clip = Clip(measured.samples[0].clip.frames, 8, "a dog, which is no shape")
     metrics = {name: value for name, value in measured.metrics.items() if name != "prompt_following"}
-    captions = Measured(metrics, [], [(entry(clip, "0.mp4", 1), clip)])
+    captions = Measured(metrics, [], [Sampled(entry(clip, "0.mp4", 1), clip)], [])
     report_run(tmp_path / "report.html", pipeline, captions, title="Captions", source=tiny_run)
     text = page(tmp_path / "report.html")
     assert "a dog, which is no shape" in text

@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from rough import rough_params
 
 from dit_video.errors import UserError
-from dit_video.nn import graph_of, init_params, param_shapes
+from dit_video.nn import graph_of, init_params
 from dit_video.text import ByteEncoder, ByteEncoderConfig, ByteTokenizer, TextEncoder, TextEncoderConfig
-from dit_video.tree import flatten, map_with_path
+from dit_video.tree import flatten
 
 CONFIG = ByteEncoderConfig(width=16, layers=2, heads=2, max_tokens=32, patch=4)
 TOKENIZE = CONFIG.tokenizer()
@@ -42,19 +43,6 @@ def test_the_empty_caption_has_a_token():
 
 
 # --- encoder --------------------------------------------------------------------------------------------------------
-
-
-def rough_params(make, seed=0):
-    """Random wherever a fresh model is zero or one."""
-    draw = np.random.default_rng(seed)
-
-    def value(path, leaf):
-        noise = jnp.asarray(draw.normal(size=leaf.shape), jnp.float32)
-        if path.endswith("scale"):
-            return 1 + 0.2 * noise
-        return noise / np.sqrt(leaf.shape[-2]) if path.endswith("kernel") else 0.5 * noise
-
-    return map_with_path(value, param_shapes(make))
 
 
 GRAPH, PARAMS = graph_of(CONFIG.make), rough_params(CONFIG.make)
@@ -145,6 +133,7 @@ def test_it_keeps_the_interface():
     ("options", "message"),
     [
         ({"width": 10, "heads": 4}, "text width 10 must be even and divisible by its 4 heads"),
+        ({"width": 8, "heads": 0}, "its 0 heads, at least 1"),
         ({"width": 9, "heads": 3}, "text width 9 must be even"),
         ({"max_tokens": 30}, "max_tokens 30 must be divisible by the patch of 4"),
         ({"max_tokens": 0}, "max_tokens 0"),

@@ -3,32 +3,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from rough import rough_params
 
 from dit_video.autoencoder import PatchVaeConfig
-from dit_video.nn import graph_of, param_shapes
+from dit_video.nn import graph_of
 from dit_video.tokens import Grid
 from dit_video.training.autoencoder import AutoencoderLoss
 from dit_video.training.optimizer import OptimizerConfig, make_optimizer
 from dit_video.training.state import new_state
 from dit_video.training.step import make_step
-from dit_video.tree import map_with_path
 
 CONFIG = PatchVaeConfig(stride=Grid(2, 2, 2), channels=3, width=8, blocks=1)
 GRAPH = graph_of(CONFIG.make)
 CLIPS = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 6, 3), np.uint8)
-
-
-def rough_params(make, seed=0):
-    """Random wherever a fresh model is zero or one."""
-    draw = np.random.default_rng(seed)
-
-    def value(path, leaf):
-        noise = jnp.asarray(draw.normal(size=leaf.shape), jnp.float32)
-        if path.endswith(("scale", "std")):
-            return 1 + 0.2 * noise
-        return noise / np.sqrt(np.prod(leaf.shape[:-1])) if path.endswith("kernel") else 0.5 * noise
-
-    return map_with_path(value, param_shapes(make))
 
 
 PARAMS = rough_params(CONFIG.make)

@@ -11,15 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rough import rough_params
 
 from dit_video import rng
 from dit_video.diffusion import FlowMatching
 from dit_video.dit import DitConfig
-from dit_video.nn import graph_of, param_shapes
+from dit_video.nn import graph_of
 from dit_video.text import ByteEncoderConfig
 from dit_video.tokens import Grid, Item, Rows, RowShape, coordinates, pack
 from dit_video.training.denoiser import DenoiserLoss, packed_noise
-from dit_video.tree import flatten, map_with_path
+from dit_video.tree import flatten
 
 ROOT = Path(__file__).parents[2]
 TEXT = ByteEncoderConfig(width=8, layers=1, heads=1, max_tokens=16)
@@ -34,19 +35,6 @@ LOSS = DenoiserLoss(
     empty_caption=tuple(int(token) for token in TOKENIZE("")),
     seed=3,
 )
-
-
-def rough_params(make, seed=0):
-    """Random wherever a fresh model is zero or one."""
-    draw = np.random.default_rng(seed)
-
-    def value(path, leaf):
-        noise = jnp.asarray(draw.normal(size=leaf.shape), jnp.float32)
-        if path.endswith("scale"):
-            return 1 + 0.2 * noise
-        return noise / np.sqrt(leaf.shape[-2]) if path.endswith("kernel") else 0.5 * noise
-
-    return map_with_path(value, param_shapes(make))
 
 
 PARAMS = {"dit": rough_params(DIT.make), "text": rough_params(TEXT.make)}

@@ -1,6 +1,8 @@
 import io
 import json
 import math
+import re
+import time
 
 import pytest
 
@@ -71,6 +73,15 @@ def test_progress_without_a_terminal_prints_lines():
     assert lines[1].endswith("left")
     assert "4/4 (100%) · loss 0.2500" in lines[2]
     assert lines[2].endswith("0:00 left")
+
+
+def test_progress_names_what_it_counts():
+    stream = io.StringIO()
+    with Progress("sampling", 40, unit="clip", seconds=0, stream=stream) as progress:
+        progress.update(1)
+        time.sleep(0.01)
+        progress.update(40)
+    assert re.search(r"sampling 40/40 \(100%\) · [0-9.]+ clips/s · 0:00 left", stream.getvalue())
 
 
 def test_progress_is_rare_but_always_tells_the_end():
