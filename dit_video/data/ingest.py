@@ -271,8 +271,8 @@ def _examples(
         except DecodeError as error:
             quarantined.append((clip.name, str(error)))
             continue
-        infos.append(info)
-        yield shard, {"clip": encoded, **info._asdict()}
+        infos.append(info._replace(record=len(infos)))
+        yield shard, {"clip": encoded, **_facts(info)}
     if progress is not None:
         progress(len(listed), len(listed))
 
@@ -281,12 +281,18 @@ def _features() -> dict[str, Any]:
     return {
         "clip": builder.content(),
         "name": tfds.features.Text(),
-        "caption": tfds.features.Text(),
+        "captions": tfds.features.Sequence(tfds.features.Text()),
         "height": np.int32,
         "width": np.int32,
         "frames": np.int32,
         "fps": np.float32,
+        "seconds": np.float32,
     }
+
+
+def _facts(info: ClipInfo) -> dict[str, Any]:
+    """What a record says beside the bytes."""
+    return {name: getattr(info, name) for name in _features() if name != "clip"}
 
 
 def _inspect(source: Path, clip: Listed) -> tuple[bytes, ClipInfo]:
@@ -297,5 +303,13 @@ def _inspect(source: Path, clip: Listed) -> tuple[bytes, ClipInfo]:
     except OSError as error:
         raise DecodeError(f"cannot be read ({error.strerror})") from error
     facts = probe(encoded)
-    info = ClipInfo(clip.name, clip.caption, facts.height, facts.width, facts.frames, float(facts.fps))
+    info = ClipInfo(
+        name=clip.name,
+        captions=(clip.caption,) if clip.caption else (),
+        height=facts.height,
+        width=facts.width,
+        frames=facts.frames,
+        fps=facts.fps,
+        seconds=facts.seconds,
+    )
     return encoded, info

@@ -3,13 +3,10 @@
 import math
 from dataclasses import dataclass, replace
 
-import numpy as np
-
-from dit_video import pixels
 from dit_video.data.source import ClipInfo, ClipSource
-from dit_video.errors import DecodeError, UserError
+from dit_video.errors import UserError
 from dit_video.tokens import Grid
-from dit_video.video import Clip, decode
+from dit_video.video import TOLERANCE, Clip, decode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +24,7 @@ class SizeLimits:
     """Lengths are 1 + k * multiple.t (a causal autoencoder's first frame stands alone); heights and widths are
     multiples of multiple.h and multiple.w: the autoencoder's stride times the patch."""
     fps: float | None = None
-    """Clips of a higher rate are resampled to this one; None keeps every clip's own."""
+    """Clips of a higher rate are resampled to this one; None keeps every clip's own average rate."""
 
     def __post_init__(self):
         if min(self.multiple) < 1:
@@ -50,10 +47,9 @@ def sampled_fps(info: ClipInfo, limits: SizeLimits) -> float:
 
 
 def sampled_frames(info: ClipInfo, limits: SizeLimits) -> int:
-    """How many frames a clip has at `sampled_fps`: those at 0, 1/fps, 2/fps, … up to its last frame."""
-    last = (info.frames - 1) * sampled_fps(info, limits) / info.fps
-    # The tolerance takes up the rounding of the quotient: 60 frames at 30 fps are exactly 20 at 10.
-    return 1 + math.floor(last + 1e-4)
+    """How many frames a clip has at `sampled_fps`: those shown at 0, 1/fps, 2/fps, … up to the start of its last."""
+    # With the tolerance of `decode`; 1e-6 takes up the rounding of the product.
+    return 1 + math.floor((info.seconds + TOLERANCE) * sampled_fps(info, limits) + 1e-6)
 
 
 def fit(info: ClipInfo, limits: SizeLimits) -> Grid:
@@ -90,25 +86,17 @@ def fit(info: ClipInfo, limits: SizeLimits) -> Grid:
 def read_fitted(source: ClipSource, index: int, limits: SizeLimits, *, start: int = 0) -> Clip:
     """Decode one clip of a source at its training size: `fit(...).t` frames from sampled frame `start` on.
 
+    Frames are taken by their timestamps: of every moment the one shown then, be the rate constant or not.
+
     Raises:
       UserError: the clip has no training size, or too few frames after `start`.
       DecodeError: its bytes are damaged.
     """
-    info, encoded = source.infos[index], source[index]
+    info = source.infos[index]
     size, fps, total = fit(info, limits), sampled_fps(info, limits), sampled_frames(info, limits)
     if not 0 <= start <= total - size.t:
         raise UserError(f"{info.name} has {total} frames at {fps:g} fps, {size.t} from frame {start} on were asked for")
-    resampled = None if fps == info.fps else fps
-    try:
-        clip = decode(encoded, size=size, start=start / fps, fps=resampled)
-    except DecodeError:
-        raise
-    except UserError:
-        # Timestamps so irregular that the average rate says too much: count frames instead.
-        frames = decode(encoded).frames
-        numbers = np.floor((start + np.arange(size.t)) * (info.fps / fps) + 1e-4).astype(int)
-        chosen = frames[np.minimum(numbers, len(frames) - 1)]
-        clip = Clip(frames=pixels.resize(chosen, size.h, size.w), fps=fps)
+    clip = decode(source[index], size=size, start=info.start + start / fps, fps=fps)
     return replace(clip, caption=info.caption)
 
 

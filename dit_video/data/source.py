@@ -10,19 +10,34 @@ from dit_video.errors import MissingError, UserError
 from dit_video.files import read_json, write_json
 
 INDEX = "index.json"
-VERSION = 1
+VERSION = 2
 
 
 class ClipInfo(NamedTuple):
-    """What is known of a clip without decoding it."""
+    """What is known of a clip without decoding it: a file, or one shot of it."""
 
     name: str
-    """Its path inside the folder it was ingested from, with forward slashes."""
-    caption: str
+    """Its path inside the folder it was ingested from, with forward slashes; unique in the data set."""
+    captions: tuple[str, ...]
+    """Any number; a clip without one trains the unconditional model."""
     height: int
+    """As shown: upright, with square pixels."""
     width: int
     frames: int
     fps: float
+    """on average"""
+    seconds: float
+    """of the last frame after the first"""
+    start: float = 0.0
+    """seconds after the file's first frame where this clip begins"""
+    record: int = 0
+    """Which of the data set's records holds its bytes."""
+    split: str = "train"
+
+    @property
+    def caption(self) -> str:
+        """The first one; empty without any."""
+        return self.captions[0] if self.captions else ""
 
 
 class ClipSource:
@@ -41,17 +56,16 @@ class ClipSource:
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
         self.infos: tuple[ClipInfo, ...] = read_index(self.folder)
-        self._numbers: Sequence[int] = range(len(self.infos))
         self._records: Sequence[dict[str, Any]] | None = None
 
     def __len__(self) -> int:
         return len(self.infos)
 
     def __getitem__(self, index: int) -> bytes:
-        """The encoded clip, as `dit_video.video.decode` takes it."""
+        """The encoded file of a clip, as `dit_video.video.decode` takes it."""
         if self._records is None:
             self._records = builder.open_records(self.folder)
-        return self._records[self._numbers[index]]["clip"]
+        return self._records[self.infos[index].record]["clip"]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_records": None}
@@ -89,7 +103,6 @@ class ClipSource:
         subset = object.__new__(ClipSource)
         subset.folder = self.folder
         subset.infos = tuple(self.infos[index] for index in indices)
-        subset._numbers = [self._numbers[index] for index in indices]
         subset._records = self._records
         return subset
 
@@ -115,4 +128,5 @@ def read_index(folder: Path) -> tuple[ClipInfo, ...]:
     if not isinstance(index, dict) or index.get("version") != VERSION:
         raise UserError(f"{folder / INDEX} is not of version {VERSION}; ingest the clips again into another folder")
     columns = index["clips"]
+    columns["captions"] = map(tuple, columns["captions"])
     return tuple(map(ClipInfo, *(columns[name] for name in ClipInfo._fields)))

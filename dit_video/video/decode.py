@@ -23,8 +23,8 @@ from dit_video.video.encode import ACCURATE
 IMAGE_CODECS = {"png", "mjpeg", "bmp", "tiff", "jpeg2000", "webp"}
 """A file of one frame in one of these is an image: its fps is 1."""
 
-_TOLERANCE = 1e-3
-"""Seconds: containers round timestamps to as much as a millisecond."""
+TOLERANCE = 1e-3
+"""Seconds by which a frame may come late: containers round timestamps to as much as a millisecond."""
 _BT709, _UNSPECIFIED, _RGB = 1, 2, 0
 _COLORSPACES = {
     _BT709: Colorspace.ITU709,
@@ -46,6 +46,9 @@ class Facts:
     width: int
     frames: int
     fps: float
+    """on average"""
+    seconds: float
+    """of the last frame after the first"""
     codec: str
 
 
@@ -102,16 +105,16 @@ def probe(source: Path | bytes) -> Facts:
       DecodeError: not a readable video or image, or damaged.
     """
     with _reading(source) as (container, stream):
-        count, height, width = 0, 0, 0
-        for _, frame in _frames(container, stream, _name(source), 0.0):
+        count, height, width, last = 0, 0, 0, 0.0
+        for time, frame in _frames(container, stream, _name(source), 0.0):
             if not count:
                 turned = _orientation(frame)[0]
                 height, width = (frame.width, frame.height) if turned else (frame.height, frame.width)
-            count += 1
+            count, last = count + 1, max(last, time)
         codec, rate = stream.codec_context.name, _rate(stream, count)
     if not count:
         raise _no_frames(_name(source), 0.0)
-    return Facts(height=height, width=width, frames=count, fps=rate, codec=codec)
+    return Facts(height=height, width=width, frames=count, fps=rate, seconds=last, codec=codec)
 
 
 def _wanted(size: Grid | None, frames: int | None, start: float, fps: float | int | None) -> int | None:
@@ -186,7 +189,7 @@ def _sampled(
 def _from(frames: Iterator[tuple[float, av.VideoFrame]], start: float) -> Iterator[av.VideoFrame]:
     shown = None
     for time, frame in frames:
-        if time > start + _TOLERANCE:
+        if time > start + TOLERANCE:
             if shown is not None:
                 yield shown
             shown = None
@@ -200,7 +203,7 @@ def _from(frames: Iterator[tuple[float, av.VideoFrame]], start: float) -> Iterat
 def _at_rate(frames: Iterator[tuple[float, av.VideoFrame]], start: float, fps: float) -> Iterator[av.VideoFrame]:
     count, shown, time = 0, None, 0.0
     for next_time, frame in frames:
-        while shown is not None and start + count / fps < next_time - _TOLERANCE:
+        while shown is not None and start + count / fps < next_time - TOLERANCE:
             yield shown
             count += 1
         shown, time = frame, next_time
@@ -212,7 +215,7 @@ def _at_rate(frames: Iterator[tuple[float, av.VideoFrame]], start: float, fps: f
 def _ends_after(frame: av.VideoFrame, time: float, moment: float) -> bool:
     """Whether a stream's last frame, shown from `time` on, is still shown at `moment`."""
     seconds = float((frame.duration or 0) * frame.time_base) if frame.time_base else 0.0
-    return moment <= time + _TOLERANCE or moment < time + seconds - _TOLERANCE
+    return moment <= time + TOLERANCE or moment < time + seconds - TOLERANCE
 
 
 def _rate(stream: av.VideoStream, frames: int) -> float:

@@ -46,7 +46,7 @@ def test_keeps_bytes_captions_and_facts(clips, tmp_path):
     names = ["a.mp4", "sub/b.webm", "c.png"]
     assert [record["name"].decode() for record in records] == names
     assert [record["clip"] for record in records] == [(clips / name).read_bytes() for name in names]
-    assert [record["caption"].decode() for record in records] == ['a, "quoted" clip', "", "été"]
+    assert [[text.decode() for text in record["captions"]] for record in records] == [['a, "quoted" clip'], [], ["été"]]
     assert [(r["frames"], r["height"], r["width"], r["fps"]) for r in records] == [
         (5, 16, 24, 10),
         (2, 20, 24, 10),

@@ -1,5 +1,8 @@
 """Training sizes: within the limits, never enlarged, the shape kept."""
 
+from fractions import Fraction
+
+import av
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,7 +19,7 @@ STRIDE = Grid(4, 16, 16)
 
 
 def info(frames=17, height=480, width=640, fps=30.0):
-    return ClipInfo("a.mp4", "", height, width, frames, fps)
+    return ClipInfo("a.mp4", (), height, width, frames, fps, seconds=(frames - 1) / fps)
 
 
 def limits(max_pixels=10**9, max_frames=10**6, multiple=STRIDE, fps=None):
@@ -107,13 +110,24 @@ def test_read_fitted(tmp_path):
         read_fitted(source, 0, limit, start=6)
 
 
-def test_irregular_timestamps_count_frames(tmp_path):
-    """A clip whose average rate promises more frames than its timestamps give is still read whole."""
+def test_a_variable_rate_is_sampled_by_time(tmp_path):
+    """Ten frames in the first second, two in the second one: the picture of every fifth of a second."""
     (tmp_path / "clips").mkdir()
-    frames = np.repeat(np.arange(20, dtype=np.uint8) * 12, 32 * 32 * 3).reshape(20, 32, 32, 3)
-    Clip(frames=frames, fps=20).save(tmp_path / "clips" / "a.apng")
+    moments = [*range(0, 1000, 100), 1000, 1500, 2000]
+    with av.open(str(tmp_path / "clips" / "a.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", rate=1000)
+        stream.width = stream.height = 32
+        stream.pix_fmt, stream.time_base = "bgr0", Fraction(1, 1000)
+        for number, moment in enumerate(moments):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 10 * number, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = moment, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
     ingest(tmp_path / "clips", tmp_path / "data")
     source = ClipSource(tmp_path / "data")
-    source.infos = (source.infos[0]._replace(fps=10.0),)  # half the true rate: twice the true duration
-    clip = read_fitted(source, 0, limits(max_frames=9, fps=5.0), start=1)
-    assert clip.frames[:, 0, 0, 0].tolist() == [24, 48, 72, 96, 120, 144, 168, 192, 216]
+    assert source.infos[0].seconds == pytest.approx(2.0)
+    assert source.infos[0].frames == len(moments)
+    limit = limits(max_frames=9, fps=5.0, multiple=Grid(2, 16, 16))
+    assert sampled_frames(source.infos[0], limit) == 11
+    clip = read_fitted(source, 0, limit, start=2)
+    assert clip.frames[:, 0, 0, 0].tolist() == [40, 60, 80, 100, 100, 100, 110, 110, 120]
