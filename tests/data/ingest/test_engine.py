@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from dit_video.data import ingest as ingest_module
-from dit_video.data.ingest import IngestReport, ingest, list_clips, shard_of
+from dit_video.data.ingest import IngestReport, engine, ingest, list_clips
+from dit_video.data.ingest.engine import shard_of
 from dit_video.data.source import ClipSource
 from dit_video.errors import MissingError, UserError
 from dit_video.video import Clip
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 SHARED = REPOSITORY.parent / "shared" / "clips"
 
 
@@ -63,8 +63,8 @@ def test_sidecar_captions_without_metadata(tmp_path):
     write_clip(folder / ".cache" / "hidden.mp4")
     (folder / "b.txt").write_text(" a caption\n")
     (folder / "notes.md").write_text("no clip")
-    listed, unlisted = list_clips(folder)
-    assert [(clip.name, clip.caption) for clip in listed] == [("a.mp4", ""), ("b.mp4", "a caption")]
+    listed, unlisted, _ = list_clips(folder)
+    assert [(clip.name, clip.captions) for clip in listed] == [("a.mp4", ()), ("b.mp4", ("a caption",))]
     assert unlisted == ()
 
 
@@ -90,7 +90,7 @@ def test_no_usable_clip(clips, tmp_path):
 def test_same_source_is_reused_and_another_refused(clips, tmp_path, monkeypatch):
     first = ingest(clips, tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(ingest_module, "probe", lambda encoded: pytest.fail("decoded again"))
+        patch.setattr(engine, "probe", lambda encoded: pytest.fail("decoded again"))
         again = ingest(clips, tmp_path / "out")
     assert again.reused
     assert again.frames == first.frames
@@ -118,7 +118,7 @@ def test_interrupted_leaves_nothing(clips, tmp_path):
 
 
 def test_shards_keep_the_order(clips, tmp_path, monkeypatch):
-    monkeypatch.setattr(ingest_module, "SHARD_BYTES", 1)
+    monkeypatch.setattr(engine, "SHARD_BYTES", 1)
     (clips / "sub" / "b.webm").write_bytes(b"broken")  # a shard that stays empty
     assert shard_of(list_clips(clips)[0]) == [0, 1, 2]
     ingest(clips, tmp_path / "out")

@@ -4,7 +4,6 @@ The clips' encoded bytes are kept as they are, beside the facts that planning ne
 run can choose other sizes.
 """
 
-import csv
 import dataclasses
 import functools
 import hashlib
@@ -13,36 +12,23 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 from dit_video.data import builder
+from dit_video.data.ingest.listing import Listed, list_clips
 from dit_video.data.source import INDEX, ClipInfo, write_index
-from dit_video.errors import DecodeError, MissingError, UserError
+from dit_video.errors import DecodeError, UserError
 from dit_video.files import atomic_path, read_json, write_json
 from dit_video.video import probe
 
-METADATA = "metadata.csv"
 REPORT = "report.json"
-_VIDEOS = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".ogv", ".wmv", ".flv"}
-_IMAGES = {".gif", ".apng", ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
-MEDIA = frozenset(_VIDEOS | _IMAGES)
 SHARD_BYTES = 1 << 30
 
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
-
-
-class Listed(NamedTuple):
-    """A clip that is to be ingested."""
-
-    name: str
-    """Its path inside the source folder, with forward slashes."""
-    caption: str
-    size: int
-    """bytes"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,14 +69,15 @@ def ingest(
         twice, lacks a column or isn't UTF-8; a destination that holds something else.
     """
     source, destination = Path(source), Path(destination)
-    listed, unlisted = list_clips(source)
+    listing = list_clips(source)
+    listed = listing.clips
     fingerprint = _fingerprint(listed)
     if _holds(destination, fingerprint, source):
         return dataclasses.replace(_read_report(destination / REPORT), reused=True)
 
     infos: list[ClipInfo] = []
     quarantined: list[tuple[str, str]] = []
-    examples = _examples(source, listed, infos, quarantined, progress)
+    examples = _examples(listed, infos, quarantined, progress)
     first = next(examples, None)
     if first is None:
         name, reason = quarantined[0]
@@ -105,7 +92,7 @@ def ingest(
             usable=len(infos),
             quarantined=tuple(quarantined),
             uncaptioned=sum(not info.caption for info in infos),
-            unlisted=unlisted,
+            unlisted=listing.unlisted,
             frames=sum(info.frames for info in infos),
         )
         write_index(folder, infos, fingerprint)
@@ -113,103 +100,10 @@ def ingest(
     return report
 
 
-def list_clips(source: Path) -> tuple[tuple[Listed, ...], tuple[str, ...]]:
-    """The clips of a folder with their captions, and the media files that `metadata.csv` leaves out.
-
-    Raises:
-      MissingError, UserError: see `ingest`.
-    """
-    if not source.exists():
-        raise MissingError(f"no such folder: {source}")
-    if not source.is_dir():
-        raise UserError(f"{source} is a file; give the folder that holds the clips")
-    media = sorted(
-        path.relative_to(source).as_posix()
-        for path in source.rglob("*")
-        if path.suffix.lower() in MEDIA and path.is_file() and not _hidden(path.relative_to(source))
-    )
-    if (source / METADATA).is_file():
-        captions = _read_metadata(source)
-        unlisted = tuple(name for name in media if name not in captions)
-    else:
-        captions = {name: _sidecar(source / name) for name in media}
-        unlisted = ()
-    if not captions:
-        raise UserError(
-            f"{source} holds no clips; put videos or images there, with captions in {METADATA} (file_name,text)"
-        )
-    for name in captions:
-        try:
-            name.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"the file name {name!r} in {source} is not UTF-8; rename the file") from error
-    listed = tuple(Listed(name, caption, (source / name).stat().st_size) for name, caption in captions.items())
-    return listed, unlisted
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-def _read_metadata(source: Path) -> dict[str, str]:
-    path = source / METADATA
-    captions: dict[str, str] = {}
-    missing = []
-    for name, text in _metadata_rows(path):
-        # Keyed by the normalised path, so that `a.mp4` and `./a.mp4` are one clip.
-        name = os.path.normpath(name).replace(os.sep, "/")
-        if Path(name).is_absolute() or name.split("/")[0] == "..":
-            raise UserError(f"{path} names {name}, which lies outside the folder; use paths inside {source}")
-        if name in captions:
-            raise UserError(f"{path} names {name} twice; a clip has one row")
-        captions[name] = text
-        if not (source / name).is_file():
-            missing.append(name)
-    if missing:
-        shown = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
-        raise UserError(
-            f"{path} names {len(captions)} files, {len(missing)} of them do not exist ({shown}); fix the names"
-        )
-    return captions
-
-
-def _metadata_rows(path: Path) -> list[tuple[str, str]]:
-    rows = []
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            columns = reader.fieldnames or ()
-            if absent := [column for column in ("file_name", "text") if column not in columns]:
-                raise UserError(
-                    f"{path} has no column {' and '.join(absent)}, its first line is {','.join(columns)!r}; "
-                    "it must name the columns file_name,text"
-                )
-            for row in reader:
-                name = (row["file_name"] or "").strip()
-                if not name:
-                    raise UserError(
-                        f"{path}, line {reader.line_num}: file_name is empty; name a file or remove the line"
-                    )
-                rows.append((name, (row["text"] or "").strip()))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
-    except csv.Error as error:
-        raise UserError(f"{path} is not a CSV file ({error}); write it as file_name,text") from error
-    return rows
-
-
-def _sidecar(clip: Path) -> str:
-    path = clip.with_suffix(".txt")
-    if not path.is_file():
-        return ""
-    try:
-        return path.read_text(encoding="utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
-
-
 def _fingerprint(listed: Sequence[Listed]) -> str:
-    return hashlib.sha256(json.dumps(listed, ensure_ascii=True).encode()).hexdigest()
+    """Of names, captions, sizes and splits; not of where the source lies."""
+    facts = [(clip.name, clip.captions, clip.size, clip.split) for clip in listed]
+    return hashlib.sha256(json.dumps(facts, ensure_ascii=True).encode()).hexdigest()
 
 
 def _holds(destination: Path, fingerprint: str, source: Path) -> bool:
@@ -256,7 +150,6 @@ def shard_of(listed: Sequence[Listed]) -> list[int]:
 
 
 def _examples(
-    source: Path,
     listed: Sequence[Listed],
     infos: list[ClipInfo],
     quarantined: list[tuple[str, str]],
@@ -267,7 +160,7 @@ def _examples(
         if progress is not None:
             progress(done, len(listed))
         try:
-            encoded, info = _inspect(source, clip)
+            encoded, info = _inspect(clip)
         except DecodeError as error:
             quarantined.append((clip.name, str(error)))
             continue
@@ -295,17 +188,18 @@ def _facts(info: ClipInfo) -> dict[str, Any]:
     return {name: getattr(info, name) for name in _features() if name != "clip"}
 
 
-def _inspect(source: Path, clip: Listed) -> tuple[bytes, ClipInfo]:
+def _inspect(clip: Listed) -> tuple[bytes, ClipInfo]:
     if clip.size > builder.MAX_BYTES:
         raise DecodeError(f"{clip.size / 2**30:.1f} GiB in one file, 2 GiB is the limit; cut it into clips")
     try:
-        encoded = (source / clip.name).read_bytes()
+        encoded = clip.read()
     except OSError as error:
         raise DecodeError(f"cannot be read ({error.strerror})") from error
     facts = probe(encoded)
     info = ClipInfo(
         name=clip.name,
-        captions=(clip.caption,) if clip.caption else (),
+        captions=clip.captions,
+        split=clip.split,
         height=facts.height,
         width=facts.width,
         frames=facts.frames,
