@@ -12,13 +12,14 @@ import numpy as np
 from dit_video import rng
 from dit_video.data import shapes
 from dit_video.data.sizes import SizeLimits, fit, read_fitted
-from dit_video.data.source import ClipSource
+from dit_video.data.source import ClipInfo, ClipSource
 from dit_video.errors import UserError
-from dit_video.evaluation.kinds import CaptionEvaluation, ShapesEvaluation
+from dit_video.evaluation.kinds import Evaluation, ShapesEvaluation
 from dit_video.evaluation.reconstruction import psnr, ssim
 from dit_video.evaluation.shapes import Result, examine, prompt_following
 from dit_video.files import atomic_path, read_json, write_json
 from dit_video.pipeline import Pipeline, Request
+from dit_video.run import Run
 from dit_video.tokens import Grid
 from dit_video.training.logging import Progress
 from dit_video.video import Clip, decode
@@ -51,27 +52,20 @@ class Measured(NamedTuple):
     metrics: dict[str, Any]
     reconstructions: list[Reconstructed]
     samples: list[Sampled]
+    seen: list[bool]
+    """of every sample, whether clips of its caption were trained on"""
     verdicts: list[Result]
     """one a sample of the shapes data; empty for samples of other data, which nobody judges"""
 
 
-def evaluate(
-    pipeline: Pipeline,
-    folder: str | Path,
-    *,
-    seed: int,
-    held_out: ClipSource | None = None,
-    limits: SizeLimits | None = None,
-    **sampling: Any,
-) -> Measured:
+def evaluate(pipeline: Pipeline, folder: str | Path, *, seed: int, run: Run | None = None, **sampling: Any) -> Measured:
     """Reconstruct the held-out clips, sample as the pipeline's config says, write `samples/` and `metrics.json`.
 
     Args:
       pipeline: what is evaluated.
       folder: where the files go.
       seed: of the samples.
-      held_out: clips that were not trained on; None or none: nothing is reconstructed.
-      limits: to which size they are brought.
+      run: that it is of, which has the clips; without it nothing is reconstructed.
       sampling: instead of the pipeline's own (see `Pipeline.generate_many`).
 
     Raises:
@@ -83,23 +77,19 @@ def evaluate(
         raise UserError(f"a seed is a whole number from 0 on, not {seed}")
     _check_replaceable(folder / "samples")
     drawn = pipeline.sampling(**sampling)
+    judged = isinstance(pipeline.config.evaluation, ShapesEvaluation)
+    asked = _asked(pipeline.config.evaluation, run, seed)
     metrics: dict[str, Any] = {"parameters": pipeline.parameter_counts()}
     reconstructions: list[Reconstructed] = []
-    requests = shape_requests(seed) if isinstance(pipeline.config.evaluation, ShapesEvaluation) else []
-    if held_out is not None and limits is not None and len(held_out):
-        reconstructions = reconstruct(pipeline, held_out, limits)
+    if run is not None and len(run.held_out_clips):
+        reconstructions = reconstruct(pipeline, run.held_out_clips, run.experiment.limits)
         metrics["reconstruction"] = _reconstruction_figures(reconstructions)
-        if isinstance(pipeline.config.evaluation, CaptionEvaluation):
-            requests = caption_requests(held_out, limits, count=pipeline.config.evaluation.count, seed=seed)
-    if not requests:
-        raise UserError(
-            "there are no held-out clips whose captions could be sampled; name some in the config's held_out"
-        )
     began = time.perf_counter()
-    with Progress("sampling", len(requests), unit="clip") as progress:
+    with Progress("sampling", len(asked), unit="clip") as progress:
+        requests = [request for request, _ in asked]
         write_samples(pipeline, requests, folder / "samples", progress=progress.update, **sampling)
     metrics["sampling"] = {
-        "samples": len(requests),
+        "samples": len(asked),
         "seed": seed,
         "steps": drawn.steps,
         "guidance": drawn.guidance,
@@ -107,12 +97,27 @@ def evaluate(
         "seconds": round(time.perf_counter() - began, 1),
     }
     samples = read_samples(folder / "samples")
-    verdicts: list[Result] = []
-    if isinstance(pipeline.config.evaluation, ShapesEvaluation):
-        verdicts = examine_samples(samples)
+    verdicts = examine_samples(samples) if judged else []
+    if judged:
         metrics["prompt_following"] = prompt_following(verdicts)
     write_json(folder / "metrics.json", metrics)
-    return Measured(metrics, reconstructions, samples, verdicts)
+    return Measured(metrics, reconstructions, samples, [seen for _, seen in asked], verdicts)
+
+
+def _asked(evaluation: Evaluation, run: Run | None, seed: int) -> list[tuple[Request, bool]]:
+    """What is sampled, and whether clips of that caption were trained on."""
+    if isinstance(evaluation, ShapesEvaluation):
+        return [(request, shapes.parse(request.prompt) not in shapes.HELD_OUT) for request in shape_requests(seed)]
+    requests: list[tuple[Request, bool]] = []
+    if run is not None:
+        trained = caption_requests(run.training_clips, run.experiment.limits, count=evaluation.trained, seed=seed)
+        held_out = caption_requests(
+            run.held_out_clips, run.experiment.limits, count=evaluation.held_out, seed=seed, first=len(trained)
+        )
+        requests = [(request, True) for request in trained] + [(request, False) for request in held_out]
+    if not requests:
+        raise UserError("there are no captions to sample; give clips captions, or sample prompts with sample.py")
+    return requests
 
 
 def _reconstruction_figures(reconstructions: Sequence[Reconstructed]) -> dict[str, Any]:
@@ -155,11 +160,20 @@ def shape_requests(seed: int) -> list[Request]:
     ]
 
 
-def caption_requests(clips: ClipSource, limits: SizeLimits, *, count: int, seed: int) -> list[Request]:
-    """The captions of up to `count` clips, each at its clip's training size."""
+def caption_requests(clips: ClipSource, limits: SizeLimits, *, count: int, seed: int, first: int = 0) -> list[Request]:
+    """Up to `count` different captions, spread over the clips, each at its clip's training size.
+
+    `first` is the number of the first request in its evaluation, which gives it its seed.
+    """
+    different: dict[str, ClipInfo] = {}
+    for info in clips.infos:
+        if info.caption:
+            different.setdefault(info.caption, info)
+    infos = list(different.values())
+    places = np.linspace(0, len(infos) - 1, min(count, len(infos))).round().astype(int)
     return [
-        Request(info.caption, fit(info, limits), seed=_seed(seed, number))
-        for number, info in enumerate(clips.infos[:count])
+        Request(infos[place].caption, fit(infos[place], limits), seed=_seed(seed, first + number))
+        for number, place in enumerate(places.tolist())
     ]
 
 

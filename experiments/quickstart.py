@@ -41,7 +41,7 @@ def main(workdir: Path = Path("runs/quickstart"), seed: int = 0, brief: bool = F
     with Progress("rendering clips", count, unit="clip") as progress:
         shapes.write_folder(workdir / "clips", count=count, seed=seed, progress=lambda done, _: progress.update(done))
     pipeline = run.train(workdir / "clips")
-    measured = measure.evaluate(pipeline, workdir, seed=seed, held_out=run.held_out_clips, limits=experiment.limits)
+    measured = measure.evaluate(pipeline, workdir, seed=seed, run=run)
     minutes = _minutes(workdir, time.perf_counter() - began if anew else None)
     report_run(
         workdir / "report.html",

@@ -58,9 +58,7 @@ def train(experiment: Experiment, data: Path, workdir: Path) -> None:
     list_clips(data)  # before a run is made of it
     run = Run.create(workdir, experiment)
     pipeline = run.train(data)
-    measured = measure.evaluate(
-        pipeline, workdir, seed=experiment.seed, held_out=run.held_out_clips, limits=experiment.limits
-    )
+    measured = measure.evaluate(pipeline, workdir, seed=experiment.seed, run=run)
     report_run(
         workdir / "report.html",
         pipeline,

@@ -53,14 +53,15 @@ def test_seeds_of_two_evaluations_are_apart():
     assert all(0 <= request.seed < 2**32 for request in measure.shape_requests(2**32 - 1))
 
 
-def test_captions_of_held_out_clips_at_their_sizes(held_out, limits):
-    requests = measure.caption_requests(held_out, limits, count=2, seed=3)
-    assert [request.prompt for request in requests] == [info.caption for info in held_out.infos[:2]]
-    assert [request.size for request in requests] == [
-        Grid(info.frames, info.height, info.width) for info in held_out.infos[:2]
-    ]
-    assert [request.seed for request in requests] == [3000, 3001]
-    assert len(measure.caption_requests(held_out, limits, count=99, seed=3)) == len(held_out)
+def test_captions_are_spread_over_the_clips_at_their_sizes(held_out, limits):
+    requests = measure.caption_requests(held_out, limits, count=2, seed=3, first=4)
+    ends = held_out.infos[0], held_out.infos[-1]
+    assert [request.prompt for request in requests] == [info.caption for info in ends]
+    assert [request.size for request in requests] == [Grid(info.frames, info.height, info.width) for info in ends]
+    assert [request.seed for request in requests] == [3004, 3005]
+    assert len(measure.caption_requests(held_out, limits, count=99, seed=3)) == len(
+        {info.caption for info in held_out.infos}
+    )
 
 
 # Samples in files.
@@ -198,9 +199,9 @@ def test_the_judge_finds_rendered_samples_right():
     assert prompt_following([])["all"]["colour"]["rate"] is None
 
 
-def test_an_evaluation_of_shapes(tiny_pipeline, held_out, limits, tmp_path, monkeypatch):
+def test_an_evaluation_of_shapes(tiny_pipeline, tiny_run, held_out, tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "shape_requests", lambda seed: REQUESTS)
-    measured = measure.evaluate(tiny_pipeline, tmp_path, seed=7, held_out=held_out, limits=limits, guidance=1.0)
+    measured = measure.evaluate(tiny_pipeline, tmp_path, seed=7, run=Run.open(tiny_run), guidance=1.0)
     assert json.loads((tmp_path / "metrics.json").read_text()) == measured.metrics
     assert measured.metrics["parameters"] == tiny_pipeline.parameter_counts()
     assert measured.metrics["reconstruction"]["clips"].keys() == {info.name for info in held_out.infos}
@@ -214,14 +215,19 @@ def test_an_evaluation_of_shapes(tiny_pipeline, held_out, limits, tmp_path, monk
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.json", "samples"]
 
 
-def test_an_evaluation_by_captions(tiny_pipeline, held_out, limits, tmp_path):
-    config = replace(tiny_pipeline.config, evaluation=CaptionEvaluation(count=2))
+def test_an_evaluation_by_captions(tiny_pipeline, tiny_run, tmp_path):
+    config = replace(tiny_pipeline.config, evaluation=CaptionEvaluation(trained=3, held_out=2))
     pipeline = Pipeline(config, autoencoder=tiny_pipeline._autoencoder, denoiser=tiny_pipeline._denoiser.params)
-    measured = measure.evaluate(pipeline, tmp_path, seed=0, held_out=held_out, limits=limits)
-    assert [sample.entry["prompt"] for sample in measured.samples] == [info.caption for info in held_out.infos[:2]]
+    run = Run.open(tiny_run)
+    measured = measure.evaluate(pipeline, tmp_path, seed=0, run=run)
+    prompts = [sample.entry["prompt"] for sample in measured.samples]
+    assert measured.seen == [True, True, True, False, False]
+    assert set(prompts[:3]) <= {info.caption for info in run.training_clips.infos}
+    assert set(prompts[3:]) <= {info.caption for info in run.held_out_clips.infos}
+    assert len({sample.entry["seed"] for sample in measured.samples}) == 5
     assert "prompt_following" not in measured.metrics
     assert not measured.verdicts
-    with pytest.raises(UserError, match="no held-out clips whose captions could be sampled"):
+    with pytest.raises(UserError, match="there are no captions to sample"):
         measure.evaluate(pipeline, tmp_path / "other", seed=0)
 
 

@@ -10,9 +10,12 @@ class ShapesEvaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionEvaluation:
-    """Captions of held-out clips are sampled, each at its clip's size. Nothing judges them but a person's eyes."""
+    """Captions of training clips and of held-out ones are sampled. Nothing judges them but a person's eyes."""
 
-    count: int = 8
+    trained: int = 4
+    """How many different captions of training clips, each at its clip's size; they show what was learned by heart."""
+    held_out: int = 4
+    """How many of held-out clips."""
 
 
 Evaluation = ShapesEvaluation | CaptionEvaluation

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from dit_video import configs
-from dit_video.data import shapes
 from dit_video.evaluation.kinds import ShapesEvaluation
 from dit_video.evaluation.shapes import Result, score
 from dit_video.measure import Measured
@@ -88,17 +87,13 @@ def _figures(metrics: Mapping[str, Any], minutes: float | None) -> tuple[Figure,
 def _samples(measured: Measured) -> tuple[Sample, ...]:
     """Every sample, with what the judge found wrong where there is one."""
     shown = [
-        Sample(clip=one.clip, prompt=one.entry["prompt"], note=f"seed {one.entry['seed']}") for one in measured.samples
+        Sample(clip=one.clip, prompt=one.entry["prompt"], seen=seen, note=f"seed {one.entry['seed']}")
+        for one, seen in zip(measured.samples, measured.seen, strict=True)
     ]
     if not measured.verdicts:
         return tuple(shown)
     return tuple(
-        replace(
-            sample,
-            seen=result.description not in shapes.HELD_OUT,
-            verdict=_answers(result),
-        )
-        for sample, result in zip(shown, measured.verdicts, strict=True)
+        replace(sample, verdict=_answers(result)) for sample, result in zip(shown, measured.verdicts, strict=True)
     )
 
 

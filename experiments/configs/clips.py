@@ -44,7 +44,7 @@ EXPERIMENT = Experiment(
         objective=FlowMatching(process=RectifiedFlow(shift=2.0), times=LogitNormal()),
         ema_decay=0.99,
     ),
-    sampling=Sampling(steps=32, guidance=3.0),
-    evaluation=CaptionEvaluation(count=4),
+    sampling=Sampling(steps=32, guidance=1.5),
+    evaluation=CaptionEvaluation(trained=6, held_out=4),
     save_every=100,
 )

@@ -37,7 +37,7 @@ def measured(tiny_pipeline):
         "sampling": {"samples": 3, "seed": 0, "steps": 5, "guidance": 1.5, "sampler": "heun", "seconds": 1.0},
         "prompt_following": prompt_following(verdicts),
     }
-    return Measured(metrics, [reconstruction], samples, verdicts)
+    return Measured(metrics, [reconstruction], samples, [True, False, True], verdicts)
 
 
 def page(path):
@@ -87,10 +87,11 @@ def test_nobody_judges_captions(tiny_run, tiny_pipeline, measured, tmp_path):
     pipeline = Pipeline(config, autoencoder=tiny_pipeline._autoencoder, denoiser=tiny_pipeline._denoiser.params)
     clip = Clip(measured.samples[0].clip.frames, 8, "a dog, which is no shape")
     metrics = {name: value for name, value in measured.metrics.items() if name != "prompt_following"}
-    captions = Measured(metrics, [], [Sampled(entry(clip, "0.mp4", 1), clip)], [])
+    captions = Measured(metrics, [], [Sampled(entry(clip, "0.mp4", 1), clip)], [False], [])
     report_run(tmp_path / "report.html", pipeline, captions, title="Captions", source=tiny_run)
     text = page(tmp_path / "report.html")
     assert "a dog, which is no shape" in text
+    assert text.count("never seen</span>") == 1
     assert "as asked" not in text
     assert 'class="verdict"' not in text
 
