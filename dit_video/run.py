@@ -29,7 +29,8 @@ from dit_video import configs, pixels, rng
 from dit_video.autoencoder import LinearAutoencoder, fit_linear, start_from_linear
 from dit_video.data.ingest import IngestReport, ingest
 from dit_video.data.latents import LatentSource, write_latents
-from dit_video.data.loader import packed_batches, prefetch
+from dit_video.data.loader import Reading, packed_batches
+from dit_video.data.prefetch import prefetch
 from dit_video.data.sizes import fit
 from dit_video.data.source import ClipSource
 from dit_video.data.windows import windows
@@ -214,18 +215,18 @@ class Run:
             empty_caption=tuple(int(token) for token in tokenizer("")),
             seed=experiment.seed,
         )
-        batches = functools.partial(
-            packed_batches,
-            latents,
-            tokenizer,
-            patch=config.dit.patch,
-            shape=config.rows,
-            batch=config.batch,
-            seed=experiment.seed,
-            host=jax.process_index(),
-            hosts=jax.process_count(),
-        )
-        state = self._train("denoiser", self._init_denoiser, loss, lambda start: batches(start_step=start))
+
+        def batches(start: int) -> Iterator[Rows]:
+            reading = Reading(
+                batch=config.batch,
+                seed=experiment.seed,
+                start_step=start,
+                host=jax.process_index(),
+                hosts=jax.process_count(),
+            )
+            return packed_batches(latents, tokenizer, patch=config.dit.patch, shape=config.rows, reading=reading)
+
+        state = self._train("denoiser", self._init_denoiser, loss, batches)
         return jax.device_get(state.ema)
 
     def export(self) -> Pipeline:

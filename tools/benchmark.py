@@ -320,7 +320,7 @@ def measure_data(setting: Setting, trained: Trained, number: int) -> dict[str, A
       ModuleNotFoundError: a package that the loader or the loop needs.
     """
     from dit_video.data.latents import LatentExample, LatentSource, write_latents
-    from dit_video.data.loader import packed_batches
+    from dit_video.data.loader import Reading, packed_batches
     from dit_video.training import loop
     from dit_video.training.logging import MetricsLog, read
 
@@ -329,9 +329,8 @@ def measure_data(setting: Setting, trained: Trained, number: int) -> dict[str, A
         encoded = (LatentExample(str(index), one.caption, values_of(setting, index, one)) for index, one in examples)
         write_latents(Path(folder) / "latents", encoded, identity="benchmark")
         source, tokenizer = LatentSource(Path(folder) / "latents"), config.text.tokenizer()
-        batches = packed_batches(
-            source, tokenizer, patch=config.dit.patch, shape=config.rows, batch=config.batch, seed=0
-        )
+        reading = Reading(batch=config.batch, seed=0)
+        batches = packed_batches(source, tokenizer, patch=config.dit.patch, shape=config.rows, reading=reading)
         epoch = -(-batches.rows_per_epoch // config.batch)
         last = int(trained.state.step) + epoch
         log = MetricsLog(Path(folder) / "metrics.jsonl")

@@ -1,14 +1,16 @@
 """Batches of rows: the same on any number of hosts and workers, from any step."""
 
-import threading
-import time
-
 import numpy as np
 import pytest
 
+from dit_video.data import shapes
+from dit_video.data.ingest import ingest
 from dit_video.data.latents import LatentExample, LatentSource, write_latents
-from dit_video.data.loader import packed_batches, prefetch
-from dit_video.errors import UserError
+from dit_video.data.loader import Reading, encoded_batches, packed_batches
+from dit_video.data.rows import Layout
+from dit_video.data.sizes import SizeLimits
+from dit_video.data.source import ClipSource
+from dit_video.errors import DecodeError, UserError
 from dit_video.tokens import Grid, RowShape, coordinates, patchify, unpack
 
 PATCH = Grid(1, 2, 2)
@@ -35,8 +37,12 @@ def source(tmp_path_factory):
 
 
 def take(source, count, **options):
-    options = {"patch": PATCH, "shape": SHAPE, "batch": 4, "seed": 0, **options}
-    batches = packed_batches(source, options.pop("tokenize", tokenize), **options)
+    given = {
+        name: options.pop(name) for name in ("start_step", "host", "hosts", "workers", "cache_bytes") if name in options
+    }
+    reading = Reading(batch=options.pop("batch", 4), seed=options.pop("seed", 0), **given)
+    options = {"patch": PATCH, "shape": SHAPE, **options}
+    batches = packed_batches(source, options.pop("tokenize", tokenize), reading=reading, **options)
     taken = [next(batches) for _ in range(count)]
     batches.close()
     return taken
@@ -54,7 +60,7 @@ def assert_equal(one, two):
 
 
 def test_batches_hold_the_examples(source):
-    batches = packed_batches(source, tokenize, patch=PATCH, shape=SHAPE, batch=4, seed=0)
+    batches = packed_batches(source, tokenize, patch=PATCH, shape=SHAPE, reading=Reading(batch=4, seed=0))
     seen = {}
     for _ in range(2 * batches.rows_per_epoch // 4 + 1):
         rows = next(batches)
@@ -110,8 +116,10 @@ def test_resumes_at_any_step(source):
 
 
 def test_seed_and_plan_hash(source):
-    options = {"patch": PATCH, "shape": SHAPE, "batch": 4}
-    first, again, other = (packed_batches(source, tokenize, seed=seed, **options) for seed in (0, 0, 1))
+    first, again, other = (
+        packed_batches(source, tokenize, patch=PATCH, shape=SHAPE, reading=Reading(batch=4, seed=seed))
+        for seed in (0, 0, 1)
+    )
     assert first.hash == again.hash != other.hash
     assert 0 <= first.padding < 0.2
     assert not np.array_equal(next(first).tokens, next(other).tokens)
@@ -141,20 +149,121 @@ def test_refusals(source, options, message):
         take(source, 1, **options)
 
 
-def test_prefetch_keeps_order_errors_and_ends():
-    def values():
-        yield from range(5)
-        raise UserError("broken")
+def test_captions_are_drawn_by_epoch():
+    captions = [("a", "bb", "ccc"), ("d",), ()] * 4
+    layout = Layout(
+        [Grid(1, 2, 2)] * 12, captions, tokenize, shape=SHAPE, seed=0, names=[str(index) for index in range(12)]
+    )
+    drawn = {example: [] for example in range(12)}
+    for number in range(40 * layout.stream.rows_per_epoch):
+        for member in layout.members(number):
+            drawn[member.example].append(bytes(member.text.astype(np.uint8) - 3).decode())
+    for example, texts in drawn.items():
+        assert len(texts) == 40
+        assert set(texts) == set(captions[example] or ("",))
+    assert drawn[0] != drawn[3]
+    again = layout.members(7)
+    assert [member.text.tolist() for member in layout.members(7)] == [member.text.tolist() for member in again]
 
-    ahead = prefetch(values(), transfer=lambda value: value * 10)
-    assert [next(ahead) for _ in range(5)] == [0, 10, 20, 30, 40]
-    with pytest.raises(UserError, match="broken"):
-        next(ahead)
-    assert list(prefetch(iter(range(3)))) == [0, 1, 2]
-    endless = prefetch(iter(lambda: 1, 2), depth=1)
-    next(endless)
-    endless.close()
-    deadline = time.monotonic() + 5
-    while any(thread.name == "prefetch" for thread in threading.enumerate()):
-        assert time.monotonic() < deadline, "the thread goes on"
-        time.sleep(0.01)
+
+def test_a_damaged_example_keeps_its_place_and_does_not_count(source, monkeypatch, caplog):
+    expected = take(source, 4)
+    damaged, read = source.names[12], LatentSource.__getitem__
+
+    def reading(self, index):
+        if self.names[index] == damaged:
+            raise DecodeError("record 12 is damaged")
+        return read(self, index)
+
+    monkeypatch.setattr(LatentSource, "__getitem__", reading)
+    batches = take(source, 4)
+    missing = 0
+    for batch, whole in zip(batches, expected, strict=True):
+        for name in ("segments", "coordinates", "text", "text_segments", "examples"):
+            np.testing.assert_array_equal(getattr(batch, name), getattr(whole, name))
+        lost = whole.valid & ~batch.valid
+        missing += lost.sum()
+        for row, segment in zip(*np.nonzero(lost), strict=True):
+            assert not batch.tokens[row][batch.segments[row] == segment + 1].any()
+        kept = np.take_along_axis(batch.valid, np.maximum(batch.segments - 1, 0), axis=1)
+        np.testing.assert_array_equal(batch.tokens[kept], whole.tokens[kept])
+    assert missing >= 1
+    assert f"{damaged} is damaged" in caplog.text
+
+
+# --- from video files -----------------------------------------------------------------------------------------------
+
+LIMITS = SizeLimits(max_pixels=32 * 32, max_frames=5, multiple=Grid(4, 16, 16))
+
+
+def pooled(clips):
+    """Stands for an autoencoder of stride 4x8x8: the mean of every patch, the first frame for itself."""
+    return [
+        np.concatenate([clip[:1], clip[1:].reshape(-1, 4, *clip.shape[1:]).mean(1)])
+        .reshape(1 + len(clip) // 4, clip.shape[1] // 8, 8, clip.shape[2] // 8, 8, 3)
+        .mean((2, 4))
+        .astype(np.float32)
+        for clip in clips
+    ]
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoded")
+    sizes = (Grid(17, 32, 32), Grid(9, 16, 32), Grid(1, 32, 16))
+    shapes.write_folder(folder / "clips", count=20, seed=0, sizes=sizes)
+    ingest(folder / "clips", folder / "data")
+    return ClipSource(folder / "data")
+
+
+def encoded(clips, count, encode=pooled, **reading):
+    batches = encoded_batches(
+        clips,
+        tokenize,
+        encode,
+        latent_grid=lambda size: Grid(1 + size.t // 4, size.h // 8, size.w // 8),
+        channels=3,
+        limits=LIMITS,
+        patch=PATCH,
+        shape=RowShape(tokens=32, text=256, segments=8),
+        reading=Reading(batch=2, seed=0, **reading),
+    )
+    taken = [next(batches) for _ in range(count)]
+    batches.close()
+    return taken
+
+
+def test_rows_of_video_files(clips):
+    batches = encoded(clips, 8)
+    assert all(batch.valid.sum() and batch.tokens.shape == (2, 32, 12) for batch in batches)
+    for start in (1, 6):
+        assert_equal(encoded(clips, 1, start_step=start)[0], batches[start])
+    shares = [encoded(clips, 2, host=host, hosts=2, workers=host) for host in range(2)]
+    for step in range(2):
+        assert_equal(joined([share[step] for share in shares]), batches[step])
+
+
+def test_an_epoch_draws_another_stretch_of_a_long_clip(clips):
+    long = clips.select([info.name for info in clips.infos if info.frames == 17][:1])
+    batches = encoded(long, 12)
+    assert len({batch.tokens[0].tobytes() for batch in batches}) > 4
+
+
+def test_a_clip_that_turns_out_damaged_is_masked(clips, monkeypatch):
+    whole = encoded(clips, 6)
+    damaged, read = clips.infos[3].name, ClipSource.__getitem__
+    monkeypatch.setattr(
+        ClipSource, "__getitem__", lambda self, index: b"x" if self.infos[index].name == damaged else read(self, index)
+    )
+    batches = encoded(clips, 6)
+    assert sum((one.valid & ~other.valid).sum() for one, other in zip(whole, batches, strict=True)) >= 1
+    for one, other in zip(whole, batches, strict=True):
+        np.testing.assert_array_equal(one.segments, other.segments)
+
+
+def test_errors_of_the_encoder_are_raised(clips):
+    def broken(_clips):
+        raise UserError("out of memory")
+
+    with pytest.raises(UserError, match="out of memory"):
+        encoded(clips, 1, encode=broken)

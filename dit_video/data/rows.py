@@ -1,0 +1,205 @@
+"""Rows by number: what Grain reads, in threads or in worker processes.
+
+A row's examples come from the plan, and of each example the choices that an epoch makes: which of its captions, and for
+clips that are read from video files which stretch of time. All are functions of (seed, epoch, example).
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, Int32, UInt8
+
+from dit_video import rng
+from dit_video.data.latents import LatentSource
+from dit_video.data.plan import RowStream
+from dit_video.data.sizes import SizeLimits, fit, read_fitted, sampled_frames
+from dit_video.data.source import ClipSource
+from dit_video.errors import DecodeError, UserError
+from dit_video.tokens import Grid, Item, Rows, RowShape, coordinates, pack, patchify, token_grid
+
+ENDLESS = 1 << 40
+"""Rows. Grain's data sets have a length."""
+
+Tokenize = Callable[[str], Int32[np.ndarray, " s"]]
+Encode = Callable[[Sequence[UInt8[np.ndarray, "T H W 3"]]], list[Float32[np.ndarray, "t h w c"]]]
+"""Clips of any sizes to their latents."""
+
+
+class Member(NamedTuple):
+    """An example in its place in a row."""
+
+    example: int
+    rank: int
+    """its running number in the plan"""
+    epoch: int
+    text: Int32[np.ndarray, " s"]
+    """of the caption that this epoch draws"""
+
+
+class Layout:
+    """Which examples share a row, where their tokens lie, and which caption each has.
+
+    A plan reserves room for the longest of an example's captions, so that every one fits.
+
+    Args:
+      grids: of every example, in tokens.
+      captions: of every example; none is the empty caption.
+      tokenize: caption to text tokens. It is called here, once for each caption: it need not be picklable.
+      shape: the budgets of a row.
+      seed: of the run.
+      names: of the examples, for errors.
+
+    Raises:
+      UserError: an example larger than a row.
+    """
+
+    def __init__(
+        self,
+        grids: Sequence[Grid],
+        captions: Sequence[tuple[str, ...]],
+        tokenize: Tokenize,
+        *,
+        shape: RowShape,
+        seed: int,
+        names: Sequence[str],
+    ):
+        self.grids, self.shape, self.names, self._seed = grids, shape, names, seed
+        different = dict.fromkeys(caption for of_example in captions for caption in of_example or ("",))
+        tokenized = {caption: np.asarray(tokenize(caption), np.int32).reshape(-1) for caption in different}
+        self._text = [tuple(tokenized[caption] for caption in of_example or ("",)) for of_example in captions]
+        self.stream = RowStream(
+            np.asarray([grid.volume for grid in grids], np.int64),
+            np.asarray([max(map(len, texts)) for texts in self._text], np.int64),
+            shape,
+            seed=seed,
+            names=names,
+        )
+
+    def members(self, number: int) -> list[Member]:
+        """The examples of row `number`."""
+        epoch = number // self.stream.rows_per_epoch
+        examples, ranks = self.stream.row(number)
+        return [
+            Member(example, rank, epoch, self._caption(example, epoch))
+            for example, rank in zip(examples.tolist(), ranks.tolist(), strict=True)
+        ]
+
+    def pack(self, members: Sequence[Member], tokens: Sequence[Float32[np.ndarray, "_ p"] | None], width: int) -> Rows:
+        """One row. Members without tokens keep their place, and do not count in the loss."""
+        items = [
+            Item(
+                np.zeros((self.grids[member.example].volume, width), np.float32) if values is None else values,
+                _coordinates(self.grids[member.example]),
+                member.text,
+                member.rank,
+            )
+            for member, values in zip(members, tokens, strict=True)
+        ]
+        row = pack(items, self.shape, width=width)
+        row.valid[: len(tokens)] = [values is not None for values in tokens]
+        return row
+
+    def _caption(self, example: int, epoch: int) -> Int32[np.ndarray, " s"]:
+        texts = self._text[example]
+        if len(texts) == 1:
+            return texts[0]
+        return texts[rng.host(self._seed, "caption", epoch, example).integers(len(texts))]
+
+
+class LatentRows:
+    """Packed rows of cached latents."""
+
+    def __init__(self, source: LatentSource, layout: Layout, patch: Grid, *, cache_bytes: int):
+        self._source, self._layout, self._patch, self._room = source, layout, patch, cache_bytes
+        self._width = patch.volume * source.channels
+        self._patches: dict[int, Float32[np.ndarray, "n p"]] = {}
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, number: int) -> Rows:
+        members = self._layout.members(number)
+        return self._layout.pack(members, [self._tokens(member.example) for member in members], self._width)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_patches": {}}
+
+    def _tokens(self, example: int) -> Float32[np.ndarray, "n p"] | None:
+        """An example's patches. What was read stays until the memory for it is full."""
+        tokens = self._patches.get(example)
+        if tokens is None:
+            try:
+                latents = self._source[example]
+            except DecodeError as error:
+                return _set_aside(self._layout.names[example], error)
+            tokens = np.ascontiguousarray(patchify(latents, self._patch))
+            if tokens.nbytes <= self._room:
+                self._room -= tokens.nbytes
+                self._patches[example] = tokens
+        return tokens
+
+
+class ClipRow(NamedTuple):
+    """A row of clips that are decoded, and not encoded yet."""
+
+    members: list[Member]
+    clips: list[UInt8[np.ndarray, "T H W 3"] | None]
+    """None where a clip turned out to be damaged"""
+
+
+class ClipRows:
+    """Rows of clips from their video files, each at its training size, from a start that the epoch draws."""
+
+    def __init__(self, source: ClipSource, layout: Layout, limits: SizeLimits, *, seed: int):
+        self._source, self._layout, self._limits, self._seed = source, layout, limits, seed
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, number: int) -> ClipRow:
+        members = self._layout.members(number)
+        return ClipRow(members, [self._frames(member) for member in members])
+
+    def _frames(self, member: Member) -> UInt8[np.ndarray, "T H W 3"] | None:
+        info = self._source.infos[member.example]
+        spare = sampled_frames(info, self._limits) - fit(info, self._limits).t
+        start = int(rng.host(self._seed, "start", member.epoch, member.example).integers(spare + 1))
+        try:
+            return read_fitted(self._source, member.example, self._limits, start=start).frames
+        except UserError as error:
+            return _set_aside(info.name, error)
+
+
+def encoded_row(row: ClipRow, encode: Encode, layout: Layout, patch: Grid, *, channels: int) -> Rows:
+    """Encode a row's clips, and pack them."""
+    latents = iter(encode([clip for clip in row.clips if clip is not None]))
+    tokens = [None if clip is None else np.ascontiguousarray(patchify(next(latents), patch)) for clip in row.clips]
+    return layout.pack(row.members, tokens, patch.volume * channels)
+
+
+def latent_grids(source: LatentSource, patch: Grid) -> list[Grid]:
+    """Of every example, in tokens.
+
+    Raises:
+      UserError: latents that the patch does not divide.
+    """
+    return [_named(name, token_grid, size, patch) for name, size in zip(source.names, source.sizes, strict=True)]
+
+
+def _named(name: str, function: Callable, *arguments: Any) -> Any:
+    try:
+        return function(*arguments)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+
+
+def _set_aside(name: str, error: UserError) -> None:
+    logging.getLogger(__name__).warning("%s is damaged and is left out of the loss: %s", name, error)
+
+
+@functools.lru_cache(maxsize=1024)
+def _coordinates(grid: Grid) -> Float32[np.ndarray, "n 3"]:
+    return coordinates(grid)

@@ -1,0 +1,28 @@
+"""Values made ahead by a thread."""
+
+import threading
+import time
+
+import pytest
+
+from dit_video.data.prefetch import prefetch
+from dit_video.errors import UserError
+
+
+def test_prefetch_keeps_order_errors_and_ends():
+    def values():
+        yield from range(5)
+        raise UserError("broken")
+
+    ahead = prefetch(values(), transfer=lambda value: value * 10)
+    assert [next(ahead) for _ in range(5)] == [0, 10, 20, 30, 40]
+    with pytest.raises(UserError, match="broken"):
+        next(ahead)
+    assert list(prefetch(iter(range(3)))) == [0, 1, 2]
+    endless = prefetch(iter(lambda: 1, 2), depth=1)
+    next(endless)
+    endless.close()
+    deadline = time.monotonic() + 5
+    while any(thread.name == "prefetch" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline, "the thread goes on"
+        time.sleep(0.01)
