@@ -4,7 +4,7 @@ Every stage leaves its result in the folder, whole or not at all, and is not don
 from their checkpoints. So a run that was interrupted is continued by running the same again.
 
     experiment.json           the resolved config
-    data/                     the ingested clips
+    data/                     the ingested clips, or a link to them
     autoencoder/              checkpoints, metrics.jsonl, weights.safetensors
     latents/                  what the denoiser is trained on
     denoiser/                 checkpoints, metrics.jsonl
@@ -32,7 +32,7 @@ from dit_video.data.latents import LatentSource, write_latents
 from dit_video.data.loader import Reading, packed_batches
 from dit_video.data.prefetch import prefetch
 from dit_video.data.sizes import fit
-from dit_video.data.source import ClipSource
+from dit_video.data.source import ClipSource, is_ingested
 from dit_video.data.windows import windows
 from dit_video.distributed import make_mesh, shard_batch, shardings
 from dit_video.encoding import encode_clips, latent_moments, stretches
@@ -117,16 +117,34 @@ class Run:
         return Run(folder=folder, experiment=experiment, command=str(document.get("command")))
 
     def train(self, clips: str | Path) -> Pipeline:
-        """Everything from a folder of clips to the finished pipeline.
+        """Everything from clips to the finished pipeline.
+
+        Args:
+          clips: a folder of clips, or a data set that `tools/ingest.py` made of one.
 
         Raises:
           UserError: clips that can't be used, or that do not fit the config.
           KeyboardInterrupt: after a signal, the state being saved.
         """
-        self.ingest(clips)
+        if is_ingested(clips):
+            self.link(clips)
+        else:
+            self.ingest(clips)
         for info in self.clips.infos:  # before hours are spent on the others
             fit(info, self.experiment.limits)
         return self.export()
+
+    def link(self, data: str | Path) -> None:
+        """Use an ingested data set where it lies.
+
+        Raises:
+          UserError: the run has another one already.
+        """
+        data, link = Path(data).resolve(), self.folder / "data"
+        if not link.exists() and not link.is_symlink():
+            link.symlink_to(data, target_is_directory=True)
+        if link.resolve() != data:
+            raise UserError(f"{self.folder} was started with the data set {link.resolve()}, not {data}; name that one")
 
     def ingest(self, clips: str | Path) -> IngestReport:
         """Make the data set of a folder of clips, and say on stderr what of it is not used."""

@@ -2,7 +2,8 @@
 
     python experiments/train.py experiments/configs/clips.py --data CLIPS --workdir runs/clips
 
-CLIPS holds video files of any size and length, with a `metadata.csv` (`file_name,text`). Any scalar of the config can
+CLIPS holds video files of any size and length, with a `metadata.csv` (`file_name,text`), or is a data set that
+`tools/ingest.py` made. Any scalar of the config can
 be set on the command line: `--denoiser.steps 2000`; `--help` after the config lists them. Interrupted, the same command
 continues where it was.
 """
@@ -18,6 +19,7 @@ import tyro
 
 from dit_video import configs, measure
 from dit_video.data.ingest import list_clips
+from dit_video.data.source import is_ingested
 from dit_video.errors import MissingError, UserError, script
 from dit_video.experiment import Experiment
 from dit_video.reports.run_report import report_run
@@ -30,7 +32,7 @@ class Arguments:
 
     experiment: Annotated[Experiment, tyro.conf.arg(name="")]
     data: Path
-    """the folder of clips"""
+    """the folder of clips, or the data set that tools/ingest.py made of one"""
     workdir: Path | None = None
     """the run's folder; runs/NAME by default"""
 
@@ -55,7 +57,8 @@ def main() -> None:
 def train(experiment: Experiment, data: Path, workdir: Path) -> None:
     """Train, sample and report."""
     began = time.perf_counter()
-    list_clips(data)  # before a run is made of it
+    if not is_ingested(data):
+        list_clips(data)  # before a run is made of it
     run = Run.create(workdir, experiment)
     pipeline = run.train(data)
     measured = measure.evaluate(pipeline, workdir, seed=experiment.seed, run=run)

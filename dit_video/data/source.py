@@ -107,6 +107,11 @@ class ClipSource:
         return subset
 
 
+def is_ingested(folder: str | os.PathLike) -> bool:
+    """Whether a folder is a data set, and not clips that are yet to be made one."""
+    return (Path(folder) / INDEX).is_file()
+
+
 def write_index(folder: Path, infos: Sequence[ClipInfo], fingerprint: str) -> None:
     """Write what `ClipSource` knows of the clips without reading them, and what they were made of."""
     columns = {name: [getattr(info, name) for info in infos] for name in ClipInfo._fields}
