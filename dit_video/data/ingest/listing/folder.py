@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dit_video.data.ingest.listing import captions
 from dit_video.data.ingest.listing.listed import Listed, Listing, Unusable, finished, some
-from dit_video.data.ingest.listing.scan import Scan, list_file, reason_of, suffix_of
+from dit_video.data.ingest.listing.scan import Scan, list_file, reason_of, size_of, suffix_of
 from dit_video.data.ingest.listing.tables import read_table
 from dit_video.errors import UserError
 
@@ -25,7 +25,7 @@ def list_folder(scan: Scan) -> Listing:
     if lists:
         return _listed(scan, scan.source / lists[0])
     clips: list[Listed] = []
-    rejected = list(scan.rejected)
+    rejected: list[tuple[str, str]] = []
     beside = _caption_files(scan)
     for name in scan.media:
         try:
@@ -33,7 +33,7 @@ def list_folder(scan: Scan) -> Listing:
             clips.append(scan.listed(name, texts))
         except Unusable as error:
             rejected.append((name, str(error)))
-    return finished(scan.source, "folder", clips, rejected=rejected)
+    return finished(scan.source, "folder", clips, rejected=[*rejected, *scan.rejected])
 
 
 def _caption_files(scan: Scan) -> Mapping[str, Sequence[str]]:
@@ -51,19 +51,22 @@ def _read_captions(scan: Scan, names: Sequence[str]) -> tuple[str, ...]:
     texts: list[str] = []
     for name in names:
         try:
+            size = size_of(scan.files[name].stat())  # to open a pipe would wait for ever
+            if size > captions.LARGEST_FILE:
+                raise Unusable(f"has {size:,} bytes, {captions.LARGEST_FILE:,} is the limit of a caption file")
             with open(scan.files[name].path, "rb") as file:
-                content = file.read(captions.LARGEST_FILE + 1)
+                content = file.read()
         except OSError as error:
             raise Unusable(f"{name} {reason_of(error)}") from error
-        if len(content) > captions.LARGEST_FILE:
-            raise Unusable(f"{name} has more than {captions.LARGEST_FILE >> 20} MiB; a caption file has less")
+        except Unusable as error:
+            raise Unusable(f"{name} {error}") from error
         texts += captions.of_file(name, content)
     return captions.tidy(texts)
 
 
 def _listed(scan: Scan, path: Path) -> Listing:
     clips: list[Listed] = []
-    rejected = list(scan.rejected)
+    rejected: list[tuple[str, str]] = []
     missing: list[str] = []
     rows = read_table(path, lambda name: _inside(name, path))
     for name, row in rows.items():
@@ -78,7 +81,7 @@ def _listed(scan: Scan, path: Path) -> Listing:
             f"{path} names {len(rows)} files, {len(missing)} of them do not exist ({some(missing)}); fix the names"
         )
     unlisted = [name for name in scan.media if name not in rows]
-    return finished(scan.source, "folder", clips, unlisted=unlisted, rejected=rejected)
+    return finished(scan.source, "folder", clips, unlisted=unlisted, rejected=[*rejected, *scan.rejected])
 
 
 def _named(scan: Scan, name: str) -> Listed:

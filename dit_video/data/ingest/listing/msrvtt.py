@@ -53,7 +53,6 @@ def list_msrvtt(scan: Scan) -> Listing:
     for path in paths:
         _read(path, splits, sentences)
     files, rejected = _videos(scan)
-    rejected = [*scan.rejected, *rejected]
     clips: list[Listed] = []
     for video, split in splits.items():
         try:
@@ -66,7 +65,7 @@ def list_msrvtt(scan: Scan) -> Listing:
     listed = {files[video] for video in splits if video in files}
     refused = {name for name, _ in rejected}
     unlisted = [name for name in scan.media if name not in listed | refused]
-    return finished(scan.source, "msrvtt", clips, unlisted=unlisted, rejected=rejected)
+    return finished(scan.source, "msrvtt", clips, unlisted=unlisted, rejected=[*rejected, *scan.rejected])
 
 
 def _videos(scan: Scan) -> tuple[dict[str, str], list[tuple[str, str]]]:

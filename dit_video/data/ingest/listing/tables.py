@@ -48,6 +48,8 @@ def read_table(path: Path, normal: Callable[[str], str]) -> dict[str, Row]:
       UserError: the list cannot be read, is not UTF-8 (CSV), lacks a column, has a line that is not one of it.
     """
     rows: dict[str, Row] = {}
+    if not path.is_file():
+        raise UserError(f"{path} is not a regular file; write the list into one")
     try:
         for name, texts, problem in _csv_rows(path) if path.suffix.lower() == ".csv" else _json_rows(path):
             row = rows.setdefault(normal(name), Row([], []))
@@ -94,7 +96,7 @@ def list_table(source: Path) -> Listing:
 
 def is_list(path: Path) -> bool:
     """Whether its first line is that of a list of clips and captions."""
-    if path.suffix.lower() not in TABLES:
+    if path.suffix.lower() not in TABLES or not path.is_file():
         return False
     try:
         with path.open("rb") as file:

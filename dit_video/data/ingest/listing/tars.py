@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from dit_video.data.ingest.listing import captions
-from dit_video.data.ingest.listing.listed import MEDIA, Listed, Listing, Unusable, check_name, finished
-from dit_video.data.ingest.listing.scan import Scan, reason_of, suffix_of
+from dit_video.data.ingest.listing.listed import MEDIA, Listed, Listing, Unusable, check_name, finished, shown
+from dit_video.data.ingest.listing.scan import Scan, reason_of, size_of, suffix_of
 from dit_video.errors import UserError
 
 TAR = ".tar"
@@ -36,6 +36,7 @@ def list_tar(source: Path) -> Listing:
       UserError: it is compressed, or no tar.
     """
     try:
+        size_of(source.stat())  # to open a pipe would wait for ever
         clips, rejected = _list_shard(source, "")
     except Unusable as error:
         raise UserError(f"{source} {error}; make it readable") from error
@@ -49,19 +50,19 @@ def list_tars(scan: Scan) -> Listing:
       UserError: a tar is compressed.
     """
     clips: list[Listed] = []
-    rejected = list(scan.rejected)
+    rejected: list[tuple[str, str]] = []
     for name in scan.files:
         if not is_tar(name):
             continue
         try:
-            check_name(name)
+            scan.listed(name)
             found, refused = _list_shard(scan.source / name, name + "/")
         except Unusable as error:
             rejected.append((name, str(error)))
             continue
         clips += found
         rejected += refused
-    return finished(scan.source, "webdataset", clips, unlisted=scan.media, rejected=rejected)
+    return finished(scan.source, "webdataset", clips, unlisted=scan.media, rejected=[*rejected, *scan.rejected])
 
 
 def is_tar(name: str) -> bool:
@@ -152,7 +153,7 @@ def _check_entry(entry: tarfile.TarInfo, name: str, end: int) -> None:
     if entry.name.startswith("/") or name.split("/")[0] == "..":
         raise Unusable("its path lies outside of the tar")
     if entry.issym() or entry.islnk():
-        raise Unusable(f"is a link to {entry.linkname}".encode("utf-8", "backslashreplace").decode())
+        raise Unusable(f"is a link to {shown(entry.linkname)}")
     if not entry.isreg():
         raise Unusable("is not a regular file")
     if entry.issparse():
@@ -193,7 +194,9 @@ def _read_captions(file: BinaryIO, members: list[_Member]) -> tuple[str, ...]:
     texts: list[str] = []
     for member in sorted(members, key=lambda member: captions.FILES.index(suffix_of(member.name))):
         if member.size > captions.LARGEST_FILE:
-            raise Unusable(f"{member.name} has {member.size >> 20} MiB; a caption file has less than 16")
+            raise Unusable(
+                f"{member.name} has {member.size:,} bytes, {captions.LARGEST_FILE:,} is the limit of a caption file"
+            )
         file.seek(member.offset)
         texts += captions.of_file(member.name, file.read(member.size))
     return captions.tidy(texts)

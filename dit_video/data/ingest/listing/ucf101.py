@@ -30,7 +30,6 @@ def list_ucf101(scan: Scan, number: int) -> Listing:
     """
     classes = _classes(scan)
     files, rejected = _clips(scan)
-    rejected = [*scan.rejected, *rejected]
     clips: list[Listed] = []
     splits: dict[str, str] = {}
     for split in ("train", "test"):
@@ -55,7 +54,7 @@ def list_ucf101(scan: Scan, number: int) -> Listing:
             except Unusable as error:
                 rejected.append((files.get(key, entry), str(error)))
     unlisted = [name for key, name in files.items() if key not in splits]
-    return finished(scan.source, "ucf101", clips, unlisted=unlisted, rejected=rejected)
+    return finished(scan.source, "ucf101", clips, unlisted=unlisted, rejected=[*rejected, *scan.rejected])
 
 
 def phrase(label: str) -> str:
