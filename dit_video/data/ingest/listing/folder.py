@@ -1,0 +1,99 @@
+"""A folder of clips: with a caption file beside each, or with one list, `metadata.csv` or `metadata.jsonl`."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from dit_video.data.ingest.listing import captions
+from dit_video.data.ingest.listing.listed import Listed, Listing, Unusable, finished, some
+from dit_video.data.ingest.listing.scan import Scan, list_file, reason_of, size_of, suffix_of
+from dit_video.data.ingest.listing.tables import read_table
+from dit_video.errors import UserError
+
+METADATA = ("metadata.csv", "metadata.jsonl")
+
+
+def list_folder(scan: Scan) -> Listing:
+    """The clips of a folder: those that its `metadata.csv` or `.jsonl` names, in its order, or else all, by name.
+
+    Raises:
+      UserError: both lists; a list with mistakes (see `read_table`), or that names what is not there or not inside.
+    """
+    lists = [name for name in METADATA if name in scan.files]
+    if len(lists) > 1:
+        raise UserError(f"{scan.source} holds {' and '.join(lists)}; keep one of them")
+    if lists:
+        return _listed(scan, scan.source / lists[0])
+    clips: list[Listed] = []
+    rejected: list[tuple[str, str]] = []
+    beside = _caption_files(scan)
+    for name in scan.media:
+        try:
+            texts = _read_captions(scan, beside.get(os.path.splitext(name)[0], ()))
+            clips.append(scan.listed(name, texts))
+        except Unusable as error:
+            rejected.append((name, str(error)))
+    return finished(scan.source, "folder", clips, rejected=[*rejected, *scan.rejected])
+
+
+def _caption_files(scan: Scan) -> Mapping[str, Sequence[str]]:
+    """The caption files by what stands before their suffix; `clip.mp4` finds `clip.txt` and `clip.TXT`."""
+    found: dict[str, list[str]] = {}
+    for name in scan.files:
+        if suffix_of(name) in captions.FILES:
+            found.setdefault(os.path.splitext(name)[0], []).append(name)
+    for names in found.values():
+        names.sort(key=lambda name: (captions.FILES.index(suffix_of(name)), name))
+    return found
+
+
+def _read_captions(scan: Scan, names: Sequence[str]) -> tuple[str, ...]:
+    texts: list[str] = []
+    for name in names:
+        try:
+            size = size_of(scan.files[name].stat())  # to open a pipe would wait for ever
+            if size > captions.LARGEST_FILE:
+                raise Unusable(f"has {size:,} bytes, {captions.LARGEST_FILE:,} is the limit of a caption file")
+            with open(scan.files[name].path, "rb") as file:
+                content = file.read()
+        except OSError as error:
+            raise Unusable(f"{name} {reason_of(error)}") from error
+        except Unusable as error:
+            raise Unusable(f"{name} {error}") from error
+        texts += captions.of_file(name, content)
+    return captions.tidy(texts)
+
+
+def _listed(scan: Scan, path: Path) -> Listing:
+    clips: list[Listed] = []
+    rejected: list[tuple[str, str]] = []
+    missing: list[str] = []
+    rows = read_table(path, lambda name: _inside(name, path))
+    for name, row in rows.items():
+        try:
+            clips.append(_named(scan, name)._replace(captions=row.captions()))
+        except FileNotFoundError:
+            missing.append(name)
+        except Unusable as error:
+            rejected.append((name, str(error)))
+    if missing:
+        raise UserError(
+            f"{path} names {len(rows)} files, {len(missing)} of them do not exist ({some(missing)}); fix the names"
+        )
+    unlisted = [name for name in scan.media if name not in rows]
+    return finished(scan.source, "folder", clips, unlisted=unlisted, rejected=[*rejected, *scan.rejected])
+
+
+def _named(scan: Scan, name: str) -> Listed:
+    if name in scan.files:
+        return scan.listed(name)
+    # Hidden, or behind a link to a folder that was read by another name.
+    return list_file(name, str(scan.source / name))
+
+
+def _inside(name: str, path: Path) -> str:
+    # Keyed by the normalised path, so that `a.mp4` and `./a.mp4` are one clip.
+    normal = os.path.normpath(name).replace(os.sep, "/")
+    if os.path.isabs(normal) or normal.split("/")[0] == "..":
+        raise UserError(f"{path} names {name}, which lies outside the folder; use paths inside {path.parent}")
+    return normal

@@ -1,0 +1,112 @@
+"""UCF-101 as its authors ship it: class folders, and lists of what is for training and what for testing.
+
+    UCF-101/ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi …       UCF101.rar
+    ucfTrainTestlist/classInd.txt                               `1 ApplyEyeMakeup`
+    ucfTrainTestlist/trainlist01.txt … trainlist03.txt          `ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1`
+    ucfTrainTestlist/testlist01.txt … testlist03.txt            `ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi`
+
+Where the folders lie inside the source doesn't matter, nor what container the clips were converted to.
+
+Source: https://www.crcv.ucf.edu/data/UCF101.php; Soomro et al., arXiv 1212.0402
+"""
+
+import os
+import re
+from pathlib import Path
+
+from dit_video.data.ingest.listing.listed import Listed, Listing, Unusable, finished
+from dit_video.data.ingest.listing.scan import Scan
+from dit_video.errors import MissingError, UserError
+
+CLASSES = "classInd.txt"
+
+
+def list_ucf101(scan: Scan, number: int) -> Listing:
+    """The clips that train and test list `number` (1 to 3) name, in their order; the caption is the class's name.
+
+    Raises:
+      MissingError: a list is not there.
+      UserError: a list is there twice, or not in its format.
+    """
+    classes = _classes(scan)
+    files, rejected = _clips(scan)
+    clips: list[Listed] = []
+    splits: dict[str, str] = {}
+    for split in ("train", "test"):
+        path = _file(scan, f"{split}list{number:02d}.txt")
+        for line, row in enumerate(_lines(path), 1):
+            entry = row.split()[0]
+            key = _key(entry)
+            label = classes.get(key.split("/")[0])
+            if label is None:
+                raise UserError(
+                    f"{path}, line {line}: {entry} lies in no class of {CLASSES}; it must be Class/clip.avi"
+                )
+            if key in splits:
+                raise UserError(
+                    f"{path}, line {line}: {entry} was named already, for {splits[key]}; remove one of the two"
+                )
+            splits[key] = split
+            try:
+                if key not in files:
+                    raise Unusable(f"{path.name} names it, but it is not there")
+                clips.append(scan.listed(files[key], (phrase(label),), split))
+            except Unusable as error:
+                rejected.append((files.get(key, entry), str(error)))
+    unlisted = [name for key, name in files.items() if key not in splits]
+    return finished(scan.source, "ucf101", clips, unlisted=unlisted, rejected=[*rejected, *scan.rejected])
+
+
+def phrase(label: str) -> str:
+    """`ApplyEyeMakeup` -> `apply eye makeup`."""
+    return " ".join(re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[^A-Z]+", label)).lower()
+
+
+def _key(path: str) -> str:
+    """`Class/clip` without case: the lists have v_HandstandPushups where the files are v_HandStandPushups."""
+    return "/".join(os.path.splitext(path)[0].split("/")[-2:]).casefold()
+
+
+def _clips(scan: Scan) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    """The media by key, and those whose key was taken."""
+    files: dict[str, str] = {}
+    rejected = []
+    for name in scan.media:
+        first = files.setdefault(_key(name), name)
+        if first != name:
+            rejected.append((name, f"is the same clip of UCF-101 as {first}"))
+    return files, rejected
+
+
+def _classes(scan: Scan) -> dict[str, str]:
+    """The classes' names by their names without case."""
+    path = _file(scan, CLASSES)
+    classes = {}
+    for line, row in enumerate(_lines(path), 1):
+        match row.split():
+            case [number, label] if number.isdigit():
+                classes[label.casefold()] = label
+            case _:
+                raise UserError(
+                    f"{path}, line {line} is {row[:80]!r}; it must be a number and a class, as 1 ApplyEyeMakeup"
+                )
+    return classes
+
+
+def _file(scan: Scan, name: str) -> Path:
+    found = [path for path in scan.files if path.rsplit("/", 1)[-1] == name]
+    if not found:
+        raise MissingError(
+            f"{scan.source} holds no {name}; put the folder ucfTrainTestlist of UCF-101's split lists there"
+        )
+    if len(found) > 1:
+        raise UserError(f"{scan.source} holds {name} more than once ({', '.join(found[:2])}); remove all but one")
+    return scan.source / found[0]
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); unpack it anew") from error
+    return [line for line in text.splitlines() if line.strip()]
