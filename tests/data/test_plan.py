@@ -62,8 +62,7 @@ def test_shuffles_that_do_not_fit_use_the_rows_of_epoch_0(monkeypatch):
     monkeypatch.setattr(plan_module, "ATTEMPTS", 1)
     stream = RowStream(tokens, text, SHAPE, seed=0)
     monkeypatch.setattr(stream, "rows_per_epoch", len(stream._first))
-    real = plan_module._best_fit
-    monkeypatch.setattr(plan_module, "_best_fit", lambda *arguments: [[i] for row in real(*arguments) for i in row])
+    monkeypatch.setattr(plan_module.bins, "fill_rows", lambda examples, *_: [[int(i)] for i in examples])
     plan = stream.epoch(7)
     check(plan.rows, tokens, text, SHAPE)
 
