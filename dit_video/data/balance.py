@@ -8,7 +8,8 @@ balanced here, by choosing the rows of a step:
 1. Rows are put into blocks of `block` rows, the least that a device holds, costly ones with cheap ones.
 2. Blocks of like costs make a step. Among those within half the tolerance, which ones meet is random, and so is the
    order of the steps. Of rows that differ by more, costly ones meet costly ones: the step is balanced for every number
-   of devices, at the price that steps differ.
+   of devices, at the price that steps differ. Where costs jump (few rows are much costlier than all others), one step
+   an epoch holds both kinds, and can't be balanced.
 
 As all blocks of a step are alike, any number of devices that holds whole blocks is balanced by the same sequence of
 rows: that number is nowhere an input.
@@ -38,9 +39,9 @@ class Cost:
       UserError: a cost that is negative, or none at all.
     """
 
-    linear: float = 0.0
+    linear: float | int = 0
     """of a token"""
-    attention: float = 1.0
+    attention: float | int = 1
     """of a pair of tokens of one clip"""
 
     def __post_init__(self):
@@ -48,7 +49,7 @@ class Cost:
             raise UserError(f"linear={self.linear} and attention={self.attention} must not be negative, nor both zero")
 
     @classmethod
-    def of_width(cls, width: int, *, matrices: float = 14.0) -> "Cost":
+    def of_width(cls, width: int, *, matrices: float | int = 14) -> "Cost":
         """In operations of one layer, forward.
 
         Args:
@@ -130,8 +131,11 @@ def arrange(
     if len(blocks):
         like = _bins(costs[blocks].sum(axis=1), balance.tolerance)
         blocks = blocks[np.argsort(like, kind="stable")]
-    steps = blocks.reshape(-1, batch // balance.block, balance.block)
-    steps = _shuffled(steps, generator)
+    steps = _shuffled(blocks.reshape(-1, batch // balance.block, balance.block), generator)
+    loads = costs[steps].sum(axis=2)
+    for step in np.flatnonzero(loads.max(axis=1) > (1 + balance.tolerance) * loads.mean(axis=1)):
+        # Fewer devices, with several blocks each, are balanced all the same.
+        steps[step] = steps[step][_blocks(loads[step], np.arange(len(loads[step])), len(loads[step]))[0]]
     return np.concatenate([edge[:head], steps.reshape(-1), edge[head:]])
 
 

@@ -35,7 +35,7 @@ class Mixture:
 
     sizes: tuple[int, ...]
     """clips of each source"""
-    weights: tuple[float, ...] | None = None
+    weights: tuple[float | int, ...] | None = None
     """of each source, relative to each other; None weighs all clips the same"""
     by: Literal["examples", "tokens"] = "examples"
     """Whether the weights are shares of the clips of an epoch, or of its video tokens (of the work, and of a loss that

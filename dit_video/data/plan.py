@@ -25,7 +25,7 @@ ATTEMPTS = 4
 SLACK = 1000
 """One row in this many is left free, so that nearly every shuffle fits into the same number of rows."""
 FORESEEN = 8
-"""Epochs of a mixture whose tokens are counted: the largest decides the number of rows."""
+"""Epochs of a mixture whose tokens are counted before the number of rows is fixed."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -99,8 +99,8 @@ class RowStream:
     sizes changing places: that always fits.
 
     The epochs of a mixture differ in their examples, so the one with the most tokens among the first `FORESEEN`
-    decides. Where a later one doesn't fit after all, its emptiest rows are left out: `RowPlan.left_out` names their
-    examples.
+    decides, with a standard deviation added. Where a later one doesn't fit after all, its emptiest rows are left out:
+    `RowPlan.left_out` names their examples.
 
     Args:
       tokens: video tokens of every example.
@@ -175,7 +175,7 @@ class RowStream:
         if self.draws is None:
             return min(len(self.tokens), first + first // SLACK)
         totals = [int(self.tokens[self._examples(epoch)].sum()) for epoch in range(FORESEEN)]
-        most = math.ceil(first * max(totals) / totals[0])
+        most = math.ceil(first * (max(totals) + float(np.std(totals))) / totals[0])
         return min(self.draws.least, most + most // SLACK)  # no row is empty
 
     def _shuffled(self, epoch: int, attempt: int) -> tuple[list[list[int]], np.random.Generator]:
