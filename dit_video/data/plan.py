@@ -1,13 +1,12 @@
-"""Which examples share a row, for a whole epoch: a function of their sizes, the seed and the epoch.
+"""The rows of a whole epoch, and their order: a function of the examples' sizes, the seed and the epoch.
 
 Every host makes the same plan, reads its own rows of it, and can start at any row. Every epoch has the same number of
 rows, so the row of any step is known without planning the epochs before it.
 """
 
-import bisect
 import functools
 import hashlib
-import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,16 +14,18 @@ import numpy as np
 from jaxtyping import Float, Int, UInt32
 
 from dit_video import rng
+from dit_video.data import balance as balancing
+from dit_video.data import bins
+from dit_video.data.balance import Balance, Imbalance
+from dit_video.data.mixture import Draws, Mixture
 from dit_video.errors import UserError
 from dit_video.tokens import RowShape
 
-WINDOW = 1000
-"""Open rows. When another is opened, the fullest one is closed."""
-LOOK = 64
-"""Rows that are tried, from the best fit in video tokens on, until one has room in text and segments."""
 ATTEMPTS = 4
 SLACK = 1000
 """One row in this many is left free, so that nearly every shuffle fits into the same number of rows."""
+FORESEEN = 8
+"""Epochs of a mixture whose tokens are counted before the number of rows is fixed."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -39,6 +40,8 @@ class RowPlan:
     """Share of video tokens that are padding."""
     cost: Float[np.ndarray, " R"]
     """Of each row, the sum of its clips' squared tokens, in millions: what attention costs, up to a factor."""
+    left_out: tuple[int, ...] = ()
+    """Examples of a mixture that had no room in this epoch."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -69,7 +72,7 @@ def plan_rows(
     epoch: int,
     names: Sequence[str] | None = None,
 ) -> RowPlan:
-    """Shuffle the examples by (seed, epoch) and put each into the open row that it fits best.
+    """Shuffle the examples by (seed, epoch) and pack each into one row.
 
     Args:
       tokens: video tokens of every example.
@@ -83,8 +86,9 @@ def plan_rows(
       UserError: no examples, or an example larger than a row.
     """
     _check(tokens, text, shape, names)
-    rows, generator = _shuffled(tokens, text, shape, seed, epoch, attempt=0)
-    return _plan(rows, tokens, shape, generator)
+    generator = rng.host(seed, "row plan", epoch, 0)
+    rows = bins.fill_rows(np.arange(len(tokens)), tokens, text, shape, generator)
+    return _plan(rows, generator.permutation(len(rows)), tokens, shape)
 
 
 class RowStream:
@@ -94,15 +98,21 @@ class RowStream:
     rows. One with more is shuffled again, and after `ATTEMPTS` the rows of epoch 0 are used, with examples of equal
     sizes changing places: that always fits.
 
+    The epochs of a mixture differ in their examples, so the one with the most tokens among the first `FORESEEN`
+    decides, with a standard deviation added. Where a later one doesn't fit after all, its emptiest rows are left out:
+    `RowPlan.left_out` names their examples.
+
     Args:
       tokens: video tokens of every example.
       text: text tokens of every example.
       shape: the budgets of a row.
       seed: of the run.
       names: of the examples, for errors.
+      mixture: which examples an epoch has; None for each one once.
+      balance: how rows are put into steps; None for random order.
 
     Raises:
-      UserError: see `plan_rows`.
+      UserError: see `plan_rows` and `Draws`.
     """
 
     def __init__(
@@ -113,11 +123,16 @@ class RowStream:
         *,
         seed: int,
         names: Sequence[str] | None = None,
+        mixture: Mixture | None = None,
+        balance: Balance | None = None,
     ):
         _check(tokens, text, shape, names)
-        self._tokens, self._text, self._shape, self._seed = tokens, text, shape, seed
-        self._first = _shuffled(tokens, text, shape, seed, 0, attempt=0)[0]
-        self.rows_per_epoch = min(len(tokens), len(self._first) + len(self._first) // SLACK)
+        self.tokens, self.text, self.shape, self.balance = tokens, text, shape, balance
+        """The sizes of every example: a place in a row stays as large if its example can't be read."""
+        self._seed = seed
+        self.draws: Draws | None = None if mixture is None else Draws(mixture, tokens, seed=seed)
+        self._first = self._shuffled(0, 0)[0]
+        self.rows_per_epoch = self._number_of_rows()
         self._plans = _Recent(self._plan_epoch)
 
     def epoch(self, number: int) -> RowPlan:
@@ -129,25 +144,62 @@ class RowStream:
         epoch, index = divmod(number, self.rows_per_epoch)
         plan = self.epoch(epoch)
         examples = plan.row(index)
-        first = epoch * len(self._tokens) + int(plan.offsets[index])
+        start = epoch * len(self.tokens) if self.draws is None else self.draws.start(epoch)
+        first = start + int(plan.offsets[index])
         ranks = (np.arange(first, first + len(examples), dtype=np.uint64) & np.uint64(0xFFFFFFFF)).astype(np.uint32)
         return examples, ranks
+
+    def imbalance(self, *, batch: int, devices: int, epoch: int = 0) -> Imbalance:
+        """How unequal the devices' costs are, over the whole steps of an epoch.
+
+        Raises:
+          UserError: devices that do not divide the batch, or an epoch without a whole step.
+        """
+        cost = balancing.Cost() if self.balance is None else self.balance.cost
+        costs = cost.rows(self.epoch(epoch).cost * 1e6, self.shape.tokens)
+        return balancing.imbalance(costs, batch=batch, devices=devices, first=epoch * self.rows_per_epoch)
 
     @functools.cached_property
     def hash(self) -> str:
         """Equal for streams that give equal rows. Together with the step it is the whole state of the data."""
-        sizes = np.stack([self._tokens, self._text]).astype("<i8").tobytes()
-        constants = (self._shape, self._seed, self.rows_per_epoch, WINDOW, LOOK, ATTEMPTS)
-        return hashlib.sha256(sizes + repr(constants).encode()).hexdigest()[:16]
+        sizes = np.stack([self.tokens, self.text]).astype("<i8").tobytes()
+        constants = (self.shape, self._seed, self.rows_per_epoch, bins.CONSTANTS, ATTEMPTS, SLACK, FORESEEN)
+        options = (self.balance, None if self.draws is None else self.draws.hash)
+        return hashlib.sha256(sizes + repr((constants, options)).encode()).hexdigest()[:16]
+
+    def _examples(self, epoch: int) -> Int[np.ndarray, " m"]:
+        return np.arange(len(self.tokens)) if self.draws is None else self.draws.epoch(epoch)
+
+    def _number_of_rows(self) -> int:
+        first = len(self._first)
+        if self.draws is None:
+            return min(len(self.tokens), first + first // SLACK)
+        totals = [int(self.tokens[self._examples(epoch)].sum()) for epoch in range(FORESEEN)]
+        most = math.ceil(first * (max(totals) + float(np.std(totals))) / totals[0])
+        return min(self.draws.least, most + most // SLACK)  # no row is empty
+
+    def _shuffled(self, epoch: int, attempt: int) -> tuple[list[list[int]], np.random.Generator]:
+        generator = rng.host(self._seed, "row plan", epoch, attempt)
+        return bins.fill_rows(self._examples(epoch), self.tokens, self.text, self.shape, generator), generator
 
     def _plan_epoch(self, epoch: int) -> RowPlan:
+        left_out: list[int] = []
         for attempt in range(ATTEMPTS):
-            rows, generator = _shuffled(self._tokens, self._text, self._shape, self._seed, epoch, attempt=attempt)
+            rows, generator = self._shuffled(epoch, attempt)
             if len(rows) <= self.rows_per_epoch:
                 break
         else:
-            rows = _exchanged(self._first, self._tokens, self._text, generator)
-        return _plan(_split(rows, self.rows_per_epoch), self._tokens, self._shape, generator)
+            if self.draws is None:
+                rows = bins.exchanged(self._first, self.tokens, self.text, generator)
+            else:
+                rows, left_out = bins.fullest(rows, self.rows_per_epoch, self.tokens)
+        rows = bins.split(rows, self.rows_per_epoch)
+        if self.balance is None:
+            order = generator.permutation(len(rows))
+        else:
+            costs = self.balance.cost.rows(_squares(rows, self.tokens), self.shape.tokens)
+            order = balancing.arrange(costs, self.balance, generator, first=epoch * self.rows_per_epoch)
+        return _plan(rows, order, self.tokens, self.shape, left_out=tuple(left_out))
 
 
 class _Recent:
@@ -192,74 +244,25 @@ def _check(tokens: np.ndarray, text: np.ndarray, shape: RowShape, names: Sequenc
         raise UserError(f"{name} has no tokens; leave it out")
 
 
-def _plan(rows: list[list[int]], tokens: np.ndarray, shape: RowShape, generator: np.random.Generator) -> RowPlan:
-    """The rows in random order, whatever the order in which best fit closed them."""
-    rows = [rows[index] for index in generator.permutation(len(rows))]
-    order, offsets = _flat(rows)
+def _plan(
+    rows: list[list[int]],
+    order: np.ndarray,
+    tokens: np.ndarray,
+    shape: RowShape,
+    *,
+    left_out: tuple[int, ...] = (),
+) -> RowPlan:
+    rows = [rows[index] for index in order]
+    examples, offsets = bins.flat(rows)
     return RowPlan(
-        order=order,
+        order=examples,
         offsets=offsets,
-        padding=1 - int(tokens.sum()) / (len(rows) * shape.tokens),
-        cost=np.add.reduceat(tokens[order].astype(np.float64) ** 2 / 1e6, offsets[:-1]),
+        padding=1 - int(tokens[examples].sum()) / (len(rows) * shape.tokens),
+        cost=_squares(rows, tokens) / 1e6,
+        left_out=left_out,
     )
 
 
-def _flat(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    order = np.concatenate([np.asarray(row, np.int64) for row in rows])
-    return order, np.cumsum([0, *map(len, rows)])
-
-
-def _shuffled(
-    tokens: np.ndarray, text: np.ndarray, shape: RowShape, seed: int, epoch: int, *, attempt: int
-) -> tuple[list[list[int]], np.random.Generator]:
-    generator = rng.host(seed, "row plan", epoch, attempt)
-    return _best_fit(generator.permutation(len(tokens)), tokens, text, shape), generator
-
-
-def _exchanged(
-    rows: list[list[int]], tokens: np.ndarray, text: np.ndarray, generator: np.random.Generator
-) -> list[list[int]]:
-    """The same rows by size; examples of equal sizes change places at random."""
-    order, offsets = _flat(rows)
-    places = np.lexsort((text[order], tokens[order]))
-    examples = np.lexsort((generator.random(len(tokens)), text, tokens))
-    order[places] = examples
-    return [order[start:stop].tolist() for start, stop in itertools.pairwise(offsets)]
-
-
-def _best_fit(order: np.ndarray, tokens: np.ndarray, text: np.ndarray, shape: RowShape) -> list[list[int]]:
-    """Put each example, in order, into the open row with the least room for it that suffices, or open another."""
-    least_tokens, least_text = int(tokens.min()), int(text.min())
-    rows: list[list[int]] = []
-    text_room: list[int] = []
-    is_open: list[tuple[int, int]] = []  # (room for video tokens, row), sorted
-    for example, size, words in zip(order.tolist(), tokens[order].tolist(), text[order].tolist(), strict=True):
-        start = bisect.bisect_left(is_open, (size, -1))
-        for place in range(start, min(start + LOOK, len(is_open))):
-            if text_room[is_open[place][1]] >= words:
-                room, row = is_open.pop(place)
-                break
-        else:
-            room, row = shape.tokens, len(rows)
-            rows.append([])
-            text_room.append(shape.text)
-        rows[row].append(example)
-        room -= size
-        text_room[row] -= words
-        if room >= least_tokens and text_room[row] >= least_text and len(rows[row]) < shape.segments:
-            if len(is_open) >= WINDOW:
-                del is_open[0]
-            bisect.insort(is_open, (room, row))
-    return rows
-
-
-def _split(plan: list[list[int]], rows: int) -> list[list[int]]:
-    """Halve the rows with the most examples until there are `rows` of them."""
-    plan = sorted(plan, key=len, reverse=True)
-    while len(plan) < rows:
-        missing = rows - len(plan)
-        halves = []
-        for row in plan[:missing]:
-            halves += [row[: len(row) // 2], row[len(row) // 2 :]] if len(row) > 1 else [row]
-        plan = sorted(halves + plan[missing:], key=len, reverse=True)
-    return plan
+def _squares(rows: list[list[int]], tokens: np.ndarray) -> np.ndarray:
+    examples, offsets = bins.flat(rows)
+    return np.add.reduceat(tokens[examples].astype(np.float64) ** 2, offsets[:-1])

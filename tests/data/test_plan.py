@@ -1,6 +1,7 @@
 """Row plans: every example once, budgets kept, little padding, one plan for all hosts."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_video.data import plan as plan_module
+from dit_video.data.balance import Balance, Cost
+from dit_video.data.mixture import Mixture
 from dit_video.data.plan import RowStream, plan_rows
 from dit_video.errors import UserError
 from dit_video.tokens import RowShape
@@ -50,7 +53,8 @@ def test_every_example_once_within_three_budgets(sizes, shape, seed, epoch):
 @given(sizes=sizes, shape=shapes, seed=st.integers(0, 5))
 def test_every_epoch_has_the_same_number_of_rows(sizes, shape, seed):
     tokens, text = np.array(sizes).T
-    stream = RowStream(tokens, text, shape, seed=seed)
+    balance = Balance(cost=Cost(linear=seed), batch=2 + seed) if seed else None
+    stream = RowStream(tokens, text, shape, seed=seed, balance=balance)
     for epoch in range(4):
         plan = stream.epoch(epoch)
         assert len(plan) == stream.rows_per_epoch
@@ -62,8 +66,7 @@ def test_shuffles_that_do_not_fit_use_the_rows_of_epoch_0(monkeypatch):
     monkeypatch.setattr(plan_module, "ATTEMPTS", 1)
     stream = RowStream(tokens, text, SHAPE, seed=0)
     monkeypatch.setattr(stream, "rows_per_epoch", len(stream._first))
-    real = plan_module._best_fit
-    monkeypatch.setattr(plan_module, "_best_fit", lambda *arguments: [[i] for row in real(*arguments) for i in row])
+    monkeypatch.setattr(plan_module.bins, "fill_rows", lambda examples, *_: [[int(i)] for i in examples])
     plan = stream.epoch(7)
     check(plan.rows, tokens, text, SHAPE)
 
@@ -115,6 +118,124 @@ def test_ranks_wrap_at_32_bits():
     ranks = stream.row(epoch * stream.rows_per_epoch)[1]
     assert ranks.dtype == np.uint32
     assert ranks.tolist() == [2**32 - 1, 0, 1]
+
+
+def histogram(kind: str, count: int, row: int = 8192) -> np.ndarray:
+    """Tokens of clips: `mixed` has images of 64 tokens to clips of half a row, an eighth on average; of `heavy`, one in
+    33 fills most of a row; `long` has clips of a tenth of a row to nine tenths, and no short ones to fill gaps."""
+    generator = np.random.default_rng(0)
+
+    def clips(number: int, mean: float, least: float, most: float) -> np.ndarray:
+        sizes = np.clip(np.exp(generator.normal(np.log(mean) - 0.25, 0.7, number)), least, most) * row
+        area = generator.choice([64, 96, 128, 192, 256], number)
+        return np.maximum(1, sizes.astype(np.int64) // area) * area
+
+    if kind == "long":
+        return clips(count, 0.32, 0.1, 0.9)
+    images = generator.choice([64, 64, 64, 100, 144, 256], count * 15 // 100)
+    tokens = np.concatenate([images, clips(count - len(images), 0.16, 0.02, 0.5)])
+    if kind == "heavy":
+        tokens[generator.choice(count, count * 3 // 100, replace=False)] = np.resize(
+            [row, 7000, 6000], count * 3 // 100
+        )
+    assert tokens.mean() >= row / 8
+    return tokens
+
+
+@pytest.mark.parametrize("kind", ["mixed", "heavy", "long"])
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_99_percent_real_and_devices_within_5_percent(kind, rows):
+    tokens = histogram(kind, 10_000)
+    text = np.random.default_rng(1).integers(5, 60, len(tokens))
+    shape = RowShape(tokens=8192, text=16_384, segments=256)
+    balance = Balance(cost=Cost.of_width(1152), batch=8 * rows, block=rows)
+    stream = RowStream(tokens, text, shape, seed=0, balance=balance)
+    for epoch in range(2):
+        check(stream.epoch(epoch).rows, tokens, text, shape)
+        assert stream.epoch(epoch).padding < 0.01
+        for devices in (1, 2, 4, 8):
+            measured = stream.imbalance(batch=8 * rows, devices=devices, epoch=epoch)
+            assert measured.mean < 0.02
+            # Costs of `heavy` jump three times: as many steps hold rows of both kinds.
+            assert measured.above * len(stream.epoch(epoch)) / (8 * rows) < 3.5
+    assert RowStream(tokens, text, shape, seed=0).imbalance(batch=8 * rows, devices=8).mean > 3 * measured.mean
+
+
+def test_rows_cost_alike_where_short_clips_can_fill_them():
+    tokens = histogram("mixed", 10_000)
+    text, shape = np.full(len(tokens), 20), RowShape(tokens=8192, text=16_384, segments=256)
+    cost = plan_rows(tokens, text, shape, seed=0, epoch=0).cost
+    order = np.random.default_rng(0).permutation(tokens)
+    starts = np.flatnonzero(np.diff(np.cumsum(order) // 8192, prepend=-1))
+    at_random = np.add.reduceat(order.astype(float) ** 2, starts)
+    assert cost.std() / cost.mean() < 0.15
+    assert at_random.std() / at_random.mean() > 0.3
+
+
+@pytest.mark.parametrize("tight", [{"text": 220}, {"segments": 8}])
+def test_rows_that_text_or_segments_fill_first(tight):
+    tokens, text = mix(2000)
+    shape = RowShape(**{"tokens": 1024, "text": 1024, "segments": 64} | tight)
+    plan = plan_rows(tokens, text, shape, seed=0, epoch=0)
+    check(plan.rows, tokens, text, shape)
+    least = max(tokens.sum() / 1024, text.sum() / shape.text, len(tokens) / shape.segments)
+    assert len(plan) < 1.1 * least
+
+
+def test_the_fullest_rows_need_exchanges():
+    """Without short clips, longest first leaves gaps: three of five lengths fill a row only with their own kind."""
+    tokens = np.random.default_rng(0).choice([512, 682, 1024, 1638, 2730], 5000)
+    plan = plan_rows(tokens, np.ones_like(tokens), RowShape(tokens=8192, text=64, segments=64), seed=0, epoch=0)
+    assert plan.padding < 0.006
+
+
+def test_mixture_draws_the_rows_of_every_epoch():
+    tokens, text = mix(1500)
+    mixture = Mixture(sizes=(1000, 500), weights=(1, 3), length=1200)
+    stream = RowStream(tokens, text, SHAPE, seed=0, mixture=mixture)
+    running = 0
+    for epoch in range(12):
+        plan = stream.epoch(epoch)
+        assert len(plan) == stream.rows_per_epoch
+        expected = stream.draws.epoch(epoch)
+        assert sorted([*plan.order.tolist(), *plan.left_out]) == sorted(expected.tolist())
+        assert len(plan.left_out) <= 0.001 * len(expected)
+        assert plan.padding < 0.05
+        np.testing.assert_allclose(stream.draws.shares(plan.order)[0], [0.25, 0.75], atol=0.002)
+        assert stream.row(epoch * stream.rows_per_epoch)[1][0] == running
+        running += len(expected)
+    assert set(range(1500)) == {e for epoch in range(12) for e in stream.epoch(epoch).order.tolist()}
+
+
+def test_what_has_no_room_in_an_epoch_is_named(monkeypatch):
+    tokens, text = mix(300)
+    stream = RowStream(tokens, text, SHAPE, seed=0, mixture=Mixture(sizes=(300,)))
+    monkeypatch.setattr(stream, "rows_per_epoch", stream.rows_per_epoch - 3)
+    plan = stream.epoch(1)
+    assert len(plan) == stream.rows_per_epoch
+    assert plan.left_out
+    assert sorted([*plan.order.tolist(), *plan.left_out]) == list(range(300))
+
+
+def test_hash_changes_with_every_option(monkeypatch):
+    tokens, text = mix(200)
+    balance = Balance(cost=Cost(), batch=4)
+    options = [
+        {},
+        {"balance": balance},
+        {"balance": replace(balance, batch=8)},
+        {"balance": replace(balance, block=2)},
+        {"balance": replace(balance, tolerance=0.1)},
+        {"balance": replace(balance, cost=Cost(linear=3))},
+        {"mixture": Mixture(sizes=(200,))},
+        {"mixture": Mixture(sizes=(100, 100), weights=(1, 2))},
+    ]
+    hashes = {RowStream(tokens, text, SHAPE, seed=0, **option).hash for option in options}
+    hashes.add(RowStream(tokens[::-1].copy(), text, SHAPE, seed=0).hash)
+    hashes.add(RowStream(tokens, text, replace(SHAPE, segments=63), seed=0).hash)
+    monkeypatch.setattr(plan_module.bins, "CONSTANTS", ("another way to fill rows",))
+    hashes.add(RowStream(tokens, text, SHAPE, seed=0).hash)
+    assert len(hashes) == len(options) + 3
 
 
 def test_refusals():
