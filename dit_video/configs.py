@@ -103,7 +103,7 @@ def _fits(hint: Any, value: Any) -> bool:
         return isinstance(value, hint)
     if named := typing.get_type_hints(hint) if hasattr(hint, "_fields") else {}:
         return isinstance(value, hint) and all(map(_fits, named.values(), value))
-    return isinstance(value, hint) if dataclasses.is_dataclass(hint) else True
+    return isinstance(value, hint) if isinstance(hint, type) and dataclasses.is_dataclass(hint) else True
 
 
 def _resolve(name: str) -> type:

@@ -72,4 +72,4 @@ def latent_moments(
     mean = total / count
     # A channel that says nothing has no variance, up to rounding that can make it negative.
     std = np.sqrt(np.maximum(squares / count - mean**2, 1e-12))
-    return mean.astype(np.float32), std.astype(np.float32)
+    return np.asarray(mean, np.float32), np.asarray(std, np.float32)

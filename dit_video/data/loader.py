@@ -5,16 +5,18 @@ their share, so a run continues at any step, on any number of hosts and workers,
 iterator state has an entry for each worker, and doesn't survive a change of their number.)
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import absl.flags
 import grain
 import numpy as np
 
+from dit_video.data.balance import Balance, Cost
 from dit_video.data.latents import LatentSource
-from dit_video.data.plan import RowStream
+from dit_video.data.mixture import Mixture
 from dit_video.data.prefetch import prefetch
 from dit_video.data.rows import ClipRow, ClipRows, Encode, LatentRows, Layout, Tokenize, encoded_row, latent_grids
 from dit_video.data.sizes import SizeLimits, fit
@@ -47,6 +49,10 @@ class Reading:
     `if __name__ == "__main__"`."""
     cache_bytes: int = CACHE_BYTES
     """memory for patches that were read, over all workers"""
+    mixture: Mixture | None = None
+    """which examples an epoch has; None for each one once"""
+    balance: Balance | None = None
+    """how rows are put into steps; None for random order"""
 
     def __post_init__(self):
         if self.batch < 1 or self.hosts < 1 or self.batch % self.hosts:
@@ -60,12 +66,12 @@ class Reading:
 class PackedBatches(Iterator[Rows]):
     """An endless iterator over this host's share of the batches."""
 
-    def __init__(self, batches: Iterator[Rows], stream: RowStream, close: Callable[[], None]):
-        self._batches, self._close = batches, close
-        self.hash: str = stream.hash
+    def __init__(self, batches: Iterator[Rows], layout: Layout, reading: Reading, close: Callable[[], None]):
+        self._batches, self._layout, self._reading, self._close = batches, layout, reading, close
+        self.hash: str = layout.stream.hash
         """Of the plan: with the step, the whole state of the data."""
-        self.rows_per_epoch: int = stream.rows_per_epoch
-        self.padding: float = stream.epoch(0).padding
+        self.rows_per_epoch: int = layout.stream.rows_per_epoch
+        self.padding: float = layout.stream.epoch(0).padding
         """Share of video tokens that are padding."""
 
     def __iter__(self) -> "PackedBatches":
@@ -77,6 +83,26 @@ class PackedBatches(Iterator[Rows]):
     def close(self) -> None:
         """End the threads and workers that read ahead."""
         self._close()
+
+    def summary(self, *, devices: int) -> dict[str, Any]:
+        """What an epoch holds, as JSON: sizes, padding, and how unequal the costs of `devices` devices are.
+
+        `sizes` is how many examples have each grid of tokens, `imbalance` None where an epoch has no whole step.
+        """
+        layout, stream, batch = self._layout, self._layout.stream, self._reading.batch
+        grids = Counter("x".join(map(str, grid)) for grid in layout.grids)
+        cost = Cost() if stream.balance is None else stream.balance.cost
+        fits = batch % devices == 0 and stream.rows_per_epoch >= batch
+        return {
+            "plan": self.hash,
+            "examples": len(layout.grids),
+            "rows_per_epoch": self.rows_per_epoch,
+            "padding": round(self.padding, 5),
+            "cost": str(cost),
+            "devices": devices,
+            "imbalance": asdict(stream.imbalance(batch=batch, devices=devices)) if fits else None,
+            "sizes": dict(grids.most_common()),
+        }
 
 
 def packed_batches(
@@ -101,10 +127,12 @@ def packed_batches(
         shape=shape,
         seed=reading.seed,
         names=source.names,
+        mixture=reading.mixture,
+        balance=reading.balance,
     )
     rows = LatentRows(source, layout, patch, cache_bytes=reading.cache_bytes // max(1, reading.workers))
-    ahead = iter(_in_order(rows, reading, _stacked))
-    return PackedBatches(ahead, layout.stream, ahead.close)
+    ahead: grain.DatasetIterator = iter(_in_order(rows, reading, _stacked))
+    return PackedBatches(ahead, layout, reading, ahead.close)
 
 
 def encoded_batches(
@@ -143,8 +171,10 @@ def encoded_batches(
         shape=shape,
         seed=reading.seed,
         names=[info.name for info in source.infos],
+        mixture=reading.mixture,
+        balance=reading.balance,
     )
-    decoded = iter(_in_order(ClipRows(source, layout, limits, seed=reading.seed), reading, list))
+    decoded: grain.DatasetIterator = iter(_in_order(ClipRows(source, layout, limits, seed=reading.seed), reading, list))
 
     def batch(rows: list[ClipRow]) -> Rows:
         return _stacked([encoded_row(row, encode, layout, patch, channels=channels) for row in rows])
@@ -155,7 +185,7 @@ def encoded_batches(
         batches.close()
         decoded.close()
 
-    return PackedBatches(batches, layout.stream, close)
+    return PackedBatches(batches, layout, reading, close)
 
 
 def _in_order(rows: Any, reading: Reading, batch_of: Callable[[list], Any]) -> grain.IterDataset:

@@ -3,7 +3,7 @@
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, TypeVar
 
 Value = TypeVar("Value")
@@ -11,7 +11,7 @@ Value = TypeVar("Value")
 
 def prefetch(
     values: Iterator[Value], *, depth: int = 2, transfer: Callable[[Value], Value] | None = None
-) -> Iterator[Value]:
+) -> Generator[Value, None, None]:
     """The same values, made ahead by a thread: `depth` of them wait.
 
     Args:

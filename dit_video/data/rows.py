@@ -13,7 +13,9 @@ import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
 from dit_video import rng
+from dit_video.data.balance import Balance
 from dit_video.data.latents import LatentSource
+from dit_video.data.mixture import Mixture
 from dit_video.data.plan import RowStream
 from dit_video.data.sizes import SizeLimits, fit, read_fitted, sampled_frames
 from dit_video.data.source import ClipSource
@@ -51,9 +53,11 @@ class Layout:
       shape: the budgets of a row.
       seed: of the run.
       names: of the examples, for errors.
+      mixture: which examples an epoch has; None for each one once.
+      balance: how rows are put into steps; None for random order.
 
     Raises:
-      UserError: an example larger than a row.
+      UserError: an example larger than a row, or a mixture of other examples.
     """
 
     def __init__(
@@ -65,6 +69,8 @@ class Layout:
         shape: RowShape,
         seed: int,
         names: Sequence[str],
+        mixture: Mixture | None = None,
+        balance: Balance | None = None,
     ):
         self.grids, self.shape, self.names, self._seed = grids, shape, names, seed
         different = dict.fromkeys(caption for of_example in captions for caption in of_example or ("",))
@@ -76,6 +82,8 @@ class Layout:
             shape,
             seed=seed,
             names=names,
+            mixture=mixture,
+            balance=balance,
         )
 
     def members(self, number: int) -> list[Member]:
@@ -134,7 +142,8 @@ class LatentRows:
             try:
                 latents = self._source[example]
             except DecodeError as error:
-                return _set_aside(self._layout.names[example], error)
+                _set_aside(self._layout.names[example], error)
+                return None
             tokens = np.ascontiguousarray(patchify(latents, self._patch))
             if tokens.nbytes <= self._room:
                 self._room -= tokens.nbytes
@@ -170,7 +179,8 @@ class ClipRows:
         try:
             return read_fitted(self._source, member.example, self._limits, start=start).frames
         except UserError as error:
-            return _set_aside(info.name, error)
+            _set_aside(info.name, error)
+            return None
 
 
 def encoded_row(row: ClipRow, encode: Encode, layout: Layout, patch: Grid, *, channels: int) -> Rows:

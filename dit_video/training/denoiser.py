@@ -18,7 +18,8 @@ from dit_video.tokens import Rows, positions, segment_mean, to_tokens
 class DenoiserLoss:
     """Mean over the clips of a batch of each clip's mean squared error.
 
-    Parameters are `{"dit": ..., "text": ...}`: the text encoder is trained with the denoiser.
+    The metrics are `padding`, the share of tokens that are no clip's, and `masked`, the share of clips that could not
+    be read and do not count. Parameters are `{"dit": ..., "text": ...}`: the text encoder is trained with the denoiser.
     """
 
     dit: nnx.GraphDef
@@ -48,7 +49,12 @@ class DenoiserLoss:
         )
         per_token = self.objective.loss(denoise, jnp.asarray(rows.tokens), noise, to_tokens(time, rows.segments))
         per_example = segment_mean(per_token, rows.segments, count=count)
-        return (per_example * rows.valid).sum() / jnp.maximum(rows.valid.sum(), 1), {}
+        placed = rows.segments.max(axis=1).sum()
+        metrics = {
+            "padding": (rows.segments == 0).mean(axis=(0, 1)),
+            "masked": 1 - rows.valid.sum() / jnp.maximum(placed, 1),
+        }
+        return (per_example * rows.valid).sum() / jnp.maximum(rows.valid.sum(), 1), metrics
 
     def times(self, rows: Rows, step: Array) -> Float[Array, "B G"]:
         """Diffusion times, evenly spread over consecutive ranks of the plan."""

@@ -1,12 +1,16 @@
 """Batches of rows: the same on any number of hosts and workers, from any step."""
 
+import json
+
 import numpy as np
 import pytest
 
 from dit_video.data import shapes
+from dit_video.data.balance import Balance, Cost
 from dit_video.data.ingest import ingest
 from dit_video.data.latents import LatentExample, LatentSource, write_latents
 from dit_video.data.loader import Reading, encoded_batches, packed_batches
+from dit_video.data.mixture import Mixture
 from dit_video.data.rows import Layout
 from dit_video.data.sizes import SizeLimits
 from dit_video.data.source import ClipSource
@@ -123,6 +127,36 @@ def test_seed_and_plan_hash(source):
     assert first.hash == again.hash != other.hash
     assert 0 <= first.padding < 0.2
     assert not np.array_equal(next(first).tokens, next(other).tokens)
+
+
+def test_the_summary_counts_sizes_and_costs(source):
+    balance = Balance(cost=Cost.of_width(32), batch=4)
+    batches = packed_batches(
+        source, tokenize, patch=PATCH, shape=SHAPE, reading=Reading(batch=4, seed=0, balance=balance)
+    )
+    summary = json.loads(json.dumps(batches.summary(devices=2)))
+    batches.close()
+    assert summary["sizes"] == {"1x2x2": 10, "1x2x3": 10, "3x2x2": 10, "3x3x2": 10, "5x2x2": 10}
+    assert summary["examples"] == 50
+    assert summary["plan"] == batches.hash
+    assert summary["padding"] == pytest.approx(batches.padding, abs=1e-5)
+    assert 0 <= summary["imbalance"]["mean"] <= summary["imbalance"]["worst"]
+    assert summary["cost"] == "28672 * tokens of the row + 128 * sum of squared clip lengths"
+    assert batches.summary(devices=3)["imbalance"] is None
+
+
+def test_a_mixture_is_drawn_by_weight(source):
+    mixture = Mixture(sizes=(25, 25), weights=(4, 1), length=50)
+    batches = packed_batches(
+        source, tokenize, patch=PATCH, shape=SHAPE, reading=Reading(batch=1, seed=0, mixture=mixture)
+    )
+    patches = {patchify(source[i], PATCH).tobytes(): i for i in range(50)}
+    drawn = []
+    for _ in range(4 * batches.rows_per_epoch):
+        rows = next(batches)
+        drawn += [patches[part.tobytes()] for part in unpack(rows.tokens[0], rows.segments[0])]
+    batches.close()
+    assert np.mean(np.asarray(drawn) < 25) == pytest.approx(0.8, abs=0.02)
 
 
 def test_a_data_set_smaller_than_a_batch(source, tmp_path):
