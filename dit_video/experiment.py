@@ -27,7 +27,9 @@ class Data:
     fps: float | None = None
     """Clips of a higher rate are resampled to this one; None keeps every clip's own."""
     held_out: tuple[str, ...] = ()
-    """file names of clips that are not trained on, but reconstructed and reported"""
+    """names of clips that are not trained on, but reconstructed and reported; without any the split `validation`"""
+    weights: tuple[float, ...] = ()
+    """how much of each data set an epoch has, by clips, relative to each other; without any all clips weigh the same"""
     stretches: int = 1
     """how many stretches of `max_frames`, spread over its length, are taken of a longer clip"""
 

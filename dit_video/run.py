@@ -4,10 +4,10 @@ Every stage leaves its result in the folder, whole or not at all, and is not don
 from their checkpoints. So a run that was interrupted is continued by running the same again.
 
     experiment.json           the resolved config
-    data/                     the ingested clips, or a link to them
+    data/                     the ingested clips, or a link to them; of several data sets one folder each
     autoencoder/              checkpoints, metrics.jsonl, weights.safetensors
     latents/                  what the denoiser is trained on
-    denoiser/                 checkpoints, metrics.jsonl
+    denoiser/                 checkpoints, metrics.jsonl, rows.json (what an epoch holds)
     pipeline/                 the result: what `dit_video.load` reads
 """
 
@@ -25,14 +25,14 @@ import jax
 import numpy as np
 from jaxtyping import Array, UInt8
 
-from dit_video import configs, pixels, rng
+from dit_video import configs, intake, pixels, rng
 from dit_video.autoencoder import LinearAutoencoder, fit_linear, start_from_linear
-from dit_video.data.ingest import IngestReport, ingest
+from dit_video.data.balance import Balance, Cost
 from dit_video.data.latents import LatentSource, write_latents
-from dit_video.data.loader import Reading, packed_batches
+from dit_video.data.loader import PackedBatches, Reading, packed_batches
 from dit_video.data.prefetch import prefetch
 from dit_video.data.sizes import fit
-from dit_video.data.source import ClipSource, is_ingested
+from dit_video.data.source import ClipSource
 from dit_video.data.windows import windows
 from dit_video.distributed import make_mesh, shard_batch, shardings
 from dit_video.encoding import encode_clips, latent_moments, stretches
@@ -41,12 +41,11 @@ from dit_video.experiment import Experiment
 from dit_video.files import read_json, write_json
 from dit_video.nn import graph_of, init_params, param_shapes
 from dit_video.pipeline import Pipeline, PipelineConfig, identity
-from dit_video.tokens import Rows
 from dit_video.training import loop
 from dit_video.training.autoencoder import AutoencoderLoss
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.denoiser import DenoiserLoss
-from dit_video.training.logging import MetricsLog, Progress
+from dit_video.training.logging import MetricsLog, Progress, remark
 from dit_video.training.optimizer import make_optimizer
 from dit_video.training.state import TrainState, new_state, state_shapes
 from dit_video.training.step import Loss, make_step
@@ -117,64 +116,40 @@ class Run:
             raise UserError(f"{folder / CONFIG} holds no experiment; start the run anew in another folder")
         return Run(folder=folder, experiment=experiment, command=str(document.get("command")))
 
-    def train(self, clips: str | Path) -> Pipeline:
+    def train(self, *clips: str | Path) -> Pipeline:
         """Everything from clips to the finished pipeline.
 
         Args:
-          clips: a folder of clips, or a data set that `tools/ingest.py` made of one.
+          clips: folders of clips, or data sets that `tools/ingest.py` made: one, or several that are mixed.
 
         Raises:
           UserError: clips that can't be used, or that do not fit the config.
           KeyboardInterrupt: after a signal, the state being saved.
         """
-        if is_ingested(clips):
-            self.link(clips)
-        else:
-            self.ingest(clips)
+        self.take(*clips)
         for info in self.clips.infos:  # before hours are spent on the others
             fit(info, self.experiment.limits)
         return self.export()
 
-    def link(self, data: str | Path) -> None:
-        """Use an ingested data set where it lies.
-
-        Raises:
-          UserError: the run has another one already.
-        """
-        data, link = Path(data).resolve(), self.folder / "data"
-        if not link.exists() and not link.is_symlink():
-            link.symlink_to(data, target_is_directory=True)
-        if link.resolve() != data:
-            raise UserError(f"{self.folder} was started with the data set {link.resolve()}, not {data}; name that one")
-
-    def ingest(self, clips: str | Path) -> IngestReport:
-        """Make the data set of a folder of clips, and say on stderr what of it is not used."""
-        with Progress("reading clips", 1, unit="clip") as progress:
-
-            def update(done: int, total: int) -> None:
-                progress.total = total
-                progress.update(done)
-
-            report = ingest(clips, self.folder / "data", progress=update)
-        if report.quarantined:
-            name, reason = report.quarantined[0]
-            _remark(f"{len(report.quarantined)} clips cannot be decoded and are set aside, such as {name}: {reason}")
-        if report.unlisted:
-            _remark(f"{len(report.unlisted)} files that metadata.csv does not name are left out")
-        return report
+    def take(self, *clips: str | Path) -> None:
+        """Ingest folders of clips, and link to data sets that are ingested already; see `intake.take`."""
+        intake.take(self.folder / "data", clips, weights=self.experiment.data.weights)
 
     @functools.cached_property
     def clips(self) -> ClipSource:
         """All ingested clips."""
-        return ClipSource(self.folder / "data")
+        return intake.taken(self.folder / "data")
 
     @property
     def training_clips(self) -> ClipSource:
-        return self.clips.without(self.experiment.data.held_out)
+        """The split `train`, without what the config holds out."""
+        return self.clips.without(self.experiment.data.held_out).split("train")
 
     @property
     def held_out_clips(self) -> ClipSource:
-        return self.clips.select(self.experiment.data.held_out)
+        """What the config names; without names the split `validation`."""
+        held_out = self.experiment.data.held_out
+        return self.clips.select(held_out) if held_out else self.clips.split("validation")
 
     def train_autoencoder(self) -> dict[str, Any]:
         """The averaged parameters of the trained autoencoder, with its latents' mean and deviation measured."""
@@ -235,18 +210,32 @@ class Run:
             seed=experiment.seed,
         )
 
-        def batches(start: int) -> Iterator[Rows]:
+        def batches(start: int) -> PackedBatches:
             reading = Reading(
                 batch=config.batch,
                 seed=experiment.seed,
                 start_step=start,
                 host=jax.process_index(),
                 hosts=jax.process_count(),
+                mixture=intake.mixture(latents, self.training_clips, experiment.data.weights),
+                balance=Balance(cost=Cost.of_width(config.dit.width), batch=config.batch),
             )
-            return packed_batches(latents, tokenizer, patch=config.dit.patch, shape=config.rows, reading=reading)
+            batches = packed_batches(latents, tokenizer, patch=config.dit.patch, shape=config.rows, reading=reading)
+            self._note_rows(batches)
+            return batches
 
         state = self._train("denoiser", self._init_denoiser, loss, batches)
         return jax.device_get(state.ema)
+
+    def _note_rows(self, batches: PackedBatches) -> None:
+        """Write `denoiser/rows.json`, and say the two shares that cost time."""
+        summary = batches.summary(devices=jax.device_count())
+        if jax.process_index() == 0:
+            write_json(self.folder / "denoiser" / "rows.json", summary)
+        unequal = summary["imbalance"]
+        waits = "" if unequal is None else f", {unequal['mean']:.1%} of the time lost by unequal devices"
+        rows = f"{summary['examples']} examples in {summary['rows_per_epoch']} rows an epoch"
+        remark(f"{rows}: {summary['padding']:.1%} padding{waits}")
 
     def export(self) -> Pipeline:
         """Write `pipeline/`, after training what is not trained yet: the autoencoder, on its latents the denoiser."""
@@ -352,7 +341,7 @@ class Run:
             for number, shape in enumerate(shapes)
         ]
         if purpose == "linear start" and (unused := set.intersection(*(set(stream.left_out) for stream in streams))):
-            _remark(f"{len(unused)} clips have no room for a window of the autoencoder's training, which goes without")
+            remark(f"{len(unused)} clips have no room for a window of the autoencoder's training, which goes without")
         for step in itertools.count(start):
             yield next(streams[step % len(shapes)])
 
@@ -368,11 +357,6 @@ def _sharded(batches: Any, mesh: jax.sharding.Mesh) -> Iterator[Any]:
     with contextlib.closing(batches):
         for batch in batches:
             yield shard_batch(batch, mesh)
-
-
-def _remark(text: str) -> None:
-    if jax.process_index() == 0:
-        print(text, file=sys.stderr)
 
 
 def _difference(old: Any, new: Any, path: str = "") -> str:

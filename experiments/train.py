@@ -11,6 +11,7 @@ continues where it was.
 import importlib.util
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -31,8 +32,8 @@ class Arguments:
     """What a training run is given besides its config."""
 
     experiment: Annotated[Experiment, tyro.conf.arg(name="")]
-    data: Path
-    """the folder of clips, or the data set that tools/ingest.py made of one"""
+    data: tuple[Path, ...]
+    """folders of clips, or data sets that tools/ingest.py made; several are mixed by the config's data.weights"""
     workdir: Path | None = None
     """the run's folder; runs/NAME by default"""
 
@@ -54,13 +55,14 @@ def main() -> None:
     train(arguments.experiment, arguments.data, arguments.workdir or Path("runs") / arguments.experiment.name)
 
 
-def train(experiment: Experiment, data: Path, workdir: Path) -> None:
+def train(experiment: Experiment, data: Sequence[Path], workdir: Path) -> None:
     """Train, sample and report."""
     began = time.perf_counter()
-    if not is_ingested(data):
-        list_clips(data)  # before a run is made of it
+    for folder in data:
+        if not is_ingested(folder):
+            list_clips(folder)  # before a run is made of it
     run = Run.create(workdir, experiment)
-    pipeline = run.train(data)
+    pipeline = run.train(*data)
     measured = measure.evaluate(pipeline, workdir, seed=experiment.seed, run=run)
     report_run(
         workdir / "report.html",

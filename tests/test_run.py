@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import dit_video
-from dit_video import configs, run
+from dit_video import configs, intake, run
 from dit_video import tree as trees
 from dit_video.data.ingest import ingest
 from dit_video.data.latents import LatentSource
@@ -261,7 +261,7 @@ def test_what_cannot_be_decoded_is_set_aside_and_counted_and_the_run_goes_on(tin
     cut.write_bytes(cut.read_bytes()[:200])
     (clips / "clips" / "extra.mp4").write_bytes(b"")
     started = Run.create(tmp_path / "run", tiny.EXPERIMENT)
-    started.ingest(clips)
+    started.take(clips)
     said = capsys.readouterr().err
     assert f"2 clips cannot be decoded and are set aside, such as clips/{damaged.name}: " in said
     assert "1 files that metadata.csv does not name are left out" in said
@@ -326,13 +326,35 @@ def test_clips_without_room_for_any_window_are_told(two_windows, capsys):
 def test_an_ingested_data_set_is_used_where_it_lies(tiny, tiny_clips, tmp_path):
     ingest(tiny_clips, tmp_path / "ingested")
     started = Run.create(tmp_path / "run", tiny.EXPERIMENT)
-    started.link(tmp_path / "ingested")
-    started.link(tmp_path / "ingested")
+    started.take(tmp_path / "ingested")
+    started.take(tmp_path / "ingested")
     assert started.clips.infos == ClipSource(tmp_path / "ingested").infos
     assert (tmp_path / "run" / "data").is_symlink()
     ingest(tiny_clips, tmp_path / "other")
     with pytest.raises(UserError, match="was started with the data set"):
-        started.link(tmp_path / "other")
+        started.take(tmp_path / "other")
+
+
+def test_data_sets_are_mixed_by_weight(tiny, tiny_run, tiny_clips, tmp_path):
+    for name in ("one", "two"):
+        shutil.copytree(tiny_clips, tmp_path / name)
+    held_out = tuple(f"one/{name}" for name in tiny.EXPERIMENT.data.held_out)
+    data = dataclasses.replace(tiny.EXPERIMENT.data, held_out=held_out, weights=(1.0, 3.0))
+    started = Run.create(tmp_path / "run", dataclasses.replace(tiny.EXPERIMENT, data=data))
+    with pytest.raises(UserError, match="weighs 2 data sets, 1 were given"):
+        started.take(tmp_path / "one")
+    with pytest.raises(UserError, match="both named one"):
+        started.take(tmp_path / "one", tmp_path / "one")
+    started.take(tmp_path / "one", tmp_path / "two")
+    count = len(Run.open(tiny_run).clips)
+    assert started.clips.sizes == (count, count)
+    assert [info.name for info in started.held_out_clips.infos] == sorted(held_out)
+    (tmp_path / "run" / "autoencoder").mkdir()
+    shutil.copy(tiny_run / "autoencoder" / "weights.safetensors", tmp_path / "run" / "autoencoder")
+    mixture = intake.mixture(started.encode_latents(), started.training_clips, data.weights)
+    assert mixture.sizes == (count - len(held_out), count)
+    assert mixture.weights == (1.0, 3.0)
+    assert len(mixture.variants) == 2 * count - len(held_out)
 
 
 def test_a_pipeline_s_defaults_are_the_data_s(tiny, tiny_run):

@@ -1,7 +1,7 @@
 """An ingested data set: encoded clips by number."""
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,34 +41,54 @@ class ClipInfo(NamedTuple):
 
 
 class ClipSource:
-    """Random access to the encoded clips of an ingested data set.
+    """Random access to the encoded clips of an ingested data set, or of several one after the other.
 
-    The files are opened at the first read, in each process anew: a source can be pickled to workers.
+    Of several data sets a clip's name begins with its data set's: `ucf/v_YoYo_g01_c01.avi`. The files are opened at the
+    first read, in each process anew: a source can be pickled to workers.
 
     Args:
-      folder: what `ingest` made.
+      folders: what `ingest` made: one folder, or several by name.
 
     Raises:
       MissingError: no such folder.
-      UserError: the folder is not an ingested data set of this version.
+      UserError: a folder is not an ingested data set of this version.
     """
 
-    def __init__(self, folder: str | os.PathLike):
-        self.folder = Path(folder)
-        self.infos: tuple[ClipInfo, ...] = read_index(self.folder)
-        self._records: Sequence[dict[str, Any]] | None = None
+    def __init__(self, folders: str | os.PathLike | Mapping[str, str | os.PathLike]):
+        named = (
+            {f"{name}/": folder for name, folder in folders.items()} if isinstance(folders, Mapping) else {"": folders}
+        )
+        self.folders: tuple[Path, ...] = tuple(map(Path, named.values()))
+        infos: list[ClipInfo] = []
+        self._sets: list[int] = []
+        for number, (prefix, folder) in enumerate(zip(named, self.folders, strict=True)):
+            found = read_index(folder)
+            infos += [info._replace(name=prefix + info.name) for info in found]
+            self._sets += [number] * len(found)
+        self.infos: tuple[ClipInfo, ...] = tuple(infos)
+        self._records: dict[int, Sequence[dict[str, Any]]] = {}
 
     def __len__(self) -> int:
         return len(self.infos)
 
     def __getitem__(self, index: int) -> bytes:
         """The encoded file of a clip, as `dit_video.video.decode` takes it."""
-        if self._records is None:
-            self._records = builder.open_records(self.folder)
-        return self._records[self.infos[index].record]["clip"]
+        number = self._sets[index]
+        if number not in self._records:
+            self._records[number] = builder.open_records(self.folders[number])
+        return self._records[number][self.infos[index].record]["clip"]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_records": None}
+        return {**self.__dict__, "_records": {}}
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many of the clips each data set has."""
+        return tuple(self._sets.count(number) for number in range(len(self.folders)))
+
+    def split(self, name: str) -> "ClipSource":
+        """The clips of one split; there may be none."""
+        return self._subset([index for index, info in enumerate(self.infos) if info.split == name])
 
     def select(self, names: Collection[str]) -> "ClipSource":
         """The clips with these names, in the data set's order.
@@ -95,15 +115,15 @@ class ClipSource:
             shown = ", ".join(absent[:3]) + (", …" if len(absent) > 3 else "")
             known = ", ".join(info.name for info in self.infos[:3])
             raise UserError(
-                f"{self.folder} has no clip named {shown} ({len(absent)} of {len(names)} names); "
+                f"{', '.join(map(str, self.folders))} has no clip named {shown} ({len(absent)} of {len(names)} names); "
                 f"use names such as {known}, or look whether ingest set the clip aside"
             )
 
     def _subset(self, indices: Sequence[int]) -> "ClipSource":
         subset = object.__new__(ClipSource)
-        subset.folder = self.folder
+        subset.folders, subset._records = self.folders, self._records
         subset.infos = tuple(self.infos[index] for index in indices)
-        subset._records = self._records
+        subset._sets = [self._sets[index] for index in indices]
         return subset
 
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO, cast
 
+import jax
+
 from dit_video.errors import MissingError, UserError
 from dit_video.files import write_text
 
@@ -168,6 +170,12 @@ def _bar(stream: io.TextIOBase, title: str, total: int, start: int) -> tuple[Any
     )
     bar = Bar(*columns, console=Console(file=cast(TextIO, stream)), refresh_per_second=5)
     return bar, bar.add_task(title, total=total, completed=start, loss="", left="")
+
+
+def remark(text: str) -> None:
+    """Say something on stderr, once for all processes."""
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr)
 
 
 def _duration(seconds: float) -> str:

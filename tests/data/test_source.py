@@ -59,6 +59,29 @@ def test_pickled_after_use(dataset):
     assert copy[0] == first
 
 
+def test_several_data_sets_are_one(dataset, tmp_path):
+    (tmp_path / "clips").mkdir()
+    Clip(frames=np.full((2, 16, 16, 3), 200, np.uint8), fps=8).save(tmp_path / "clips" / "0.mp4")
+    ingest(tmp_path / "clips", tmp_path / "data")
+    both = ClipSource({"dark": dataset / "data", "light": tmp_path / "data"})
+    assert [info.name for info in both.infos] == [f"dark/{index}.mp4" for index in range(4)] + ["light/0.mp4"]
+    assert both.sizes == (4, 1)
+    alone = ClipSource(dataset / "data")
+    assert [both[index] for index in range(4)] == [alone[index] for index in range(4)]
+    assert both[4] == ClipSource(tmp_path / "data")[0]
+    rest = pickle.loads(pickle.dumps(both.without(["dark/1.mp4", "dark/3.mp4"])))
+    assert rest.sizes == (2, 1)
+    assert rest[2] == both[4]
+
+
+def test_splits(dataset):
+    source = ClipSource(dataset / "data")
+    source.infos = (*source.infos[:3], source.infos[3]._replace(split="test"))
+    assert len(source.split("train")) == 3
+    assert source.split("test")[0] == source[3]
+    assert len(source.split("validation")) == 0
+
+
 def test_folders_that_hold_no_data_set(tmp_path):
     with pytest.raises(MissingError, match="no such data set"):
         ClipSource(tmp_path / "nowhere")
