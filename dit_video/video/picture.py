@@ -96,8 +96,7 @@ class Pictures:
     def _stored(self, frame: av.VideoFrame, height: int, width: int) -> UInt8[np.ndarray, "height width 3"]:
         """The picture before it is turned upright."""
         if frame.format.has_palette or any(part.is_alpha for part in frame.format.components):
-            image = self._converted(frame, "rgba")
-            image = np.rint(image[..., :3] * (image[..., 3:] / 255)).astype(np.uint8)
+            image = _over_black(self._converted(frame, "gbrap"))
         elif frame.format.is_rgb:
             image = self._converted(frame, "gbrp")
         else:  # Of YUV, which swscale scales without leaving it, by no more rounding than `pixels.resize`'s own.
@@ -147,6 +146,15 @@ def check_size(shown: tuple[int, int], name: str) -> None:
         raise DecodeError(
             f"{name} has frames of {shown[0]}x{shown[1]} pixels, {MAX_PIXELS} is the limit; make it smaller"
         )
+
+
+def _over_black(image: UInt8[np.ndarray, "H W 4"]) -> UInt8[np.ndarray, "H W 3"]:
+    """Colours times alpha / 255, rounded to nearest."""
+    colours, alpha = image[..., :3], image[..., 3:]
+    if alpha.min() == 255:
+        return colours
+    product = colours.astype(np.uint16) * alpha + np.uint16(128)
+    return ((product + (product >> 8)) >> 8).astype(np.uint8)  # a division by 255, of whole numbers
 
 
 def _is_full_range(frame: av.VideoFrame) -> bool:

@@ -13,7 +13,7 @@ from dit_video import pixels
 from dit_video.errors import DecodeError
 from dit_video.tokens import Grid
 from dit_video.video import decode, probe
-from dit_video.video.picture import RESIZING
+from dit_video.video.picture import RESIZING, _over_black
 
 FLAGS = "accurate_rnd+full_chroma_int+full_chroma_inp+bitexact"
 MATRICES = {"bt601": 6, "bt709": 1, "bt2020": 9}
@@ -167,6 +167,12 @@ def test_transparency_is_over_black(write_video, textured, codec, format, pixel_
     close = np.abs(found - expected)
     assert close.max() <= (12 if "yuv" in pixel_format else 2)  # that reference interpolates chroma less well
     assert close.mean() < 1.0
+
+
+def test_colours_times_alpha_are_rounded_to_nearest():
+    colour, alpha = np.meshgrid(np.arange(256), np.arange(256), indexing="ij")
+    image = np.stack([colour, colour, colour, alpha], axis=-1).astype(np.uint8)
+    np.testing.assert_array_equal(_over_black(image)[..., 1], np.rint(colour * alpha / 255))
 
 
 def test_transparent_vp9(write_video, textured):
