@@ -38,7 +38,12 @@ def _write_video(
     """A file's bytes. `context` are attributes of the encoder, `stream` of the stream; `times` are milliseconds,
     `first` the number of the first frame; `path` is for formats that are read again while they are written."""
     buffer = io.BytesIO()
-    with av.open(buffer if path is None else str(path), "w", format=format, options=container_options or {}) as output:
+    with av.open(
+        buffer if path is None else str(path),
+        "w",
+        format=format,
+        options={"fflags": "+bitexact", **(container_options or {})},
+    ) as output:
         track = output.add_stream(codec, rate=rate, options=options or {})
         track.height, track.width, track.pix_fmt = frames.shape[1], frames.shape[2], pixel_format
         track.codec_context.thread_count = 1
