@@ -11,7 +11,7 @@ from dit_video.errors import DecodeError, UserError
 from dit_video.tokens import Grid
 from dit_video.video.clip import Clip
 from dit_video.video.interlaced import progressive
-from dit_video.video.picture import Pictures, check_size, shown_size
+from dit_video.video.picture import Pictures, shown_size
 from dit_video.video.reading import TOLERANCE, Timed, Video
 
 MAX_BYTES = 1 << 34
@@ -97,8 +97,7 @@ def probe(source: Path | bytes) -> Facts:
         count, shown, last = 0, (0, 0), 0.0
         for timed in video.frames():
             if not count:
-                shown = shown_size(timed.frame, video.sample_aspect)
-                check_size(shown, video.name)
+                shown = shown_size(timed.frame, video.sample_aspect, video.name)
             count, last = count + 1, timed.time
     if not count:
         raise _no_frames(video.name, 0.0)

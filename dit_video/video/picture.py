@@ -1,7 +1,7 @@
 """A decoded frame to its picture: upright, in square pixels and full-range RGB."""
 
 from fractions import Fraction
-from typing import cast
+from typing import NamedTuple, cast
 
 import av
 import numpy as np
@@ -18,7 +18,7 @@ from dit_video.video.reading import MAX_PIXELS, complaints
 RESIZING = ACCURATE & ~Interpolation.BICUBIC | Interpolation.BILINEAR
 """swscale's triangle filter, whose support grows with the scale when shrinking, as that of `pixels.resize`."""
 
-_BT709, _UNSPECIFIED, _RGB, _BT601 = 1, 2, 0, 6
+_BT709, _BT601 = 1, 6
 _COLORSPACES = {
     _BT709: Colorspace.ITU709,
     4: Colorspace.FCC,
@@ -34,14 +34,16 @@ _STRANGE = sorted(set(range(64)) - {kind.value for kind in Type})
 """Numbers of side data that PyAV has no name for."""
 
 
-def shown_size(frame: av.VideoFrame, sample_aspect: Fraction) -> tuple[int, int]:
-    """Height and width of the upright picture in square pixels: of a stored width, `round(width * sample_aspect)`."""
-    width = max(1, round(frame.width * sample_aspect))
-    return (width, frame.height) if orientation(frame)[0] else (frame.height, width)
+class Orientation(NamedTuple):
+    """How to make a picture upright: exchange its axes, then flip its rows, then its columns."""
+
+    turned: bool
+    flip_rows: bool
+    flip_columns: bool
 
 
-def orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
-    """How to make a picture upright: exchange its axes, then flip its rows, then its columns.
+def orientation(frame: av.VideoFrame) -> Orientation:
+    """How a frame is to be turned.
 
     The display matrix of ISO/IEC 14496-12 maps a stored point (x, y) to (a x + c y, b x + d y), in 16.16 fixed point.
     """
@@ -52,15 +54,35 @@ def orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
         graph.vpush(frame)
         matrix = _display_matrix(graph.vpull())
     if matrix is None:
-        return False, False, False
+        return Orientation(False, False, False)
     a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5]
     turned = abs(int(b)) > abs(int(a))
-    return turned, bool((b if turned else d) < 0), bool((c if turned else a) < 0)
+    return Orientation(turned, bool((b if turned else d) < 0), bool((c if turned else a) < 0))
 
 
 def _display_matrix(frame: av.VideoFrame) -> SideData | None:
     # PyAV's stub of the attribute is of another type, with one key.
     return cast(SideDataContainer, frame.side_data).get(Type.DISPLAYMATRIX)
+
+
+def shown_size(frame: av.VideoFrame, sample_aspect: Fraction, name: str) -> tuple[int, int]:
+    """Height and width of the upright picture in square pixels: of a stored width, `round(width * sample_aspect)`.
+
+    Raises:
+      DecodeError: the picture is larger than any, or ffmpeg can't say which way it is turned.
+    """
+    with complaints(name):
+        turned = orientation(frame).turned
+    return _shown_size(frame, sample_aspect, turned, name)
+
+
+def _shown_size(frame: av.VideoFrame, sample_aspect: Fraction, turned: bool, name: str) -> tuple[int, int]:
+    width = max(1, round(frame.width * sample_aspect))
+    if width * frame.height > MAX_PIXELS:
+        raise DecodeError(
+            f"{name} has frames of {frame.height}x{width} pixels, {MAX_PIXELS} is the limit; make it smaller"
+        )
+    return (width, frame.height) if turned else (frame.height, width)
 
 
 class Pictures:
@@ -82,13 +104,11 @@ class Pictures:
         Raises:
           DecodeError: the frame is too large, or of colours or a format that ffmpeg can't convert.
         """
-        shown = shown_size(frame, self._aspect)
-        check_size(shown, self._name)
-        turned, flip_rows, flip_columns = orientation(frame)
-        height, width = self._size or shown
-        stored = (width, height) if turned else (height, width)
         with complaints(self._name, f"at {time:.2f} s"):
-            picture = self._stored(frame, *stored)
+            turned, flip_rows, flip_columns = orientation(frame)
+            shown = _shown_size(frame, self._aspect, turned, self._name)
+            height, width = self._size or shown
+            picture = self._stored(frame, *((width, height) if turned else (height, width)))
         if turned:
             picture = picture.swapaxes(0, 1)
         return np.ascontiguousarray(picture[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1])
@@ -138,14 +158,6 @@ class Pictures:
             # What players assume (mpv's mp_csp_guess_colorspace): high definition is BT.709, the rest BT.601.
             space = _BT709 if frame.width >= 1280 or frame.height > 576 else _BT601
         return _COLORSPACES[space]
-
-
-def check_size(shown: tuple[int, int], name: str) -> None:
-    """Raise `DecodeError` where a frame of this height and width is too large."""
-    if shown[0] * shown[1] > MAX_PIXELS:
-        raise DecodeError(
-            f"{name} has frames of {shown[0]}x{shown[1]} pixels, {MAX_PIXELS} is the limit; make it smaller"
-        )
 
 
 def _over_black(image: UInt8[np.ndarray, "H W 4"]) -> UInt8[np.ndarray, "H W 3"]:
