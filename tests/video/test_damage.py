@@ -1,0 +1,329 @@
+"""Files that are damaged, empty, something else, or that promise more than they hold."""
+
+import io
+import json
+import os
+import resource
+import struct
+import subprocess
+import sys
+import time
+from collections import Counter
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from dit_video.errors import DecodeError
+from dit_video.tokens import Grid
+from dit_video.video import Facts, decode, probe
+from dit_video.video.reading import MAX_PIXELS
+
+ROOT = Path(__file__).resolve().parents[2]
+READS = [probe, decode, lambda content: decode(content, fps=8)]
+X264 = {"codec": "libx264", "pixel_format": "yuv420p", "format": "mp4"}
+
+
+def reasons(content: bytes) -> list[str]:
+    """What is said of a file that can't be read: by probe, by decode at its rate and at another one."""
+    said = []
+    for read in READS:
+        with pytest.raises(DecodeError) as caught:
+            read(content)
+        assert "\n" not in str(caught.value)
+        said.append(str(caught.value))
+    return said
+
+
+@pytest.fixture(scope="module")
+def mp4(write_video, textured):
+    return write_video(textured(12, 32, 48), **X264)
+
+
+@pytest.fixture(scope="module")
+def streamable(write_video, textured, tmp_path_factory):
+    """An mp4 with its header first."""
+    content = write_video(
+        textured(40, 32, 48),
+        **X264,
+        options={"qp": "10", "g": "1"},
+        path=tmp_path_factory.mktemp("fast") / "fast.mp4",
+        container_options={"movflags": "+faststart"},
+    )
+    assert content.index(b"moov") < content.index(b"mdat")
+    return content
+
+
+def test_an_mp4_whose_header_at_the_end_is_cut_off(mp4):
+    assert mp4.index(b"mdat") < mp4.index(b"moov")
+    for stop in (len(mp4) - 1_000, mp4.index(b"moov") + 100, mp4.index(b"moov") - 10, len(mp4) // 2):
+        for reason in reasons(mp4[:stop]):
+            assert any(
+                said in reason
+                for said in ("not a readable", "no whole frame", "no video stream", "damaged at its start")
+            ), reason
+
+
+def test_an_mp4_cut_in_the_middle_says_where_it_ends(streamable):
+    for reason in reasons(streamable[: len(streamable) * 6 // 10]):
+        assert "damaged after" in reason
+        assert 0.5 < float(reason.split("damaged after ")[1].split(" s")[0]) < 3.5
+    assert len(decode(streamable[: len(streamable) * 6 // 10], frames=5).frames) == 5  # what comes before is there
+
+
+def test_no_bytes_and_other_bytes(tmp_path):
+    for content in (
+        b"",
+        b"\0",
+        bytes(100_000),
+        b"not a video\n" * 1000,
+        "clip.mp4,ein Hündchen\n".encode("latin-1") * 99,
+    ):
+        reasons(content)
+        path = tmp_path / "text.mp4"
+        path.write_bytes(content)
+        for read in (probe, decode):
+            with pytest.raises(DecodeError, match=r"text\.mp4 is not a readable video or image"):
+                read(path)
+
+
+def test_a_file_that_may_not_be_read(tmp_path, mp4, monkeypatch):
+    path = tmp_path / "locked.mp4"
+    path.write_bytes(mp4)
+
+    def refuse(*_: object, **__: object):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(DecodeError, match=r"locked\.mp4 .*Permission denied"):
+        probe(path)
+
+
+def test_a_video_of_one_frame(write_video, textured):
+    content = write_video(textured(1, 32, 48), **X264)
+    assert probe(content).frames == len(decode(content).frames) == 1
+    assert probe(content).seconds == 0
+    assert decode(content, size=Grid(1, 16, 24)).frames.shape == (1, 16, 24, 3)
+    assert decode(content, fps=8).fps == 8
+
+
+def test_frames_larger_than_any(write_video):
+    """A PNG's header with 100,000 rows and columns: 40 GB."""
+    image = write_video(np.zeros((1, 8, 8, 3), np.uint8), codec="png", format="image2pipe", pixel_format="rgb24")
+    at = image.index(b"IHDR") + 4
+    huge = image[:at] + struct.pack(">II", 100_000, 100_000) + image[at + 8 :]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    reasons(huge)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kilobytes
+
+
+def test_pixels_so_wide_that_a_frame_is_too_large(write_video, textured):
+    content = write_video(textured(1, 512, 2048), **X264, sample_aspect_ratio=Fraction(500))
+    with av.open(io.BytesIO(content)) as container:
+        assert container.streams.video[0].sample_aspect_ratio == 500
+    for read in (probe, decode):
+        with pytest.raises(DecodeError, match=f"512x1024000 pixels, {MAX_PIXELS} is the limit"):
+            read(content)
+
+
+# --- promises -------------------------------------------------------------------------------------------------------
+
+
+def write(content: bytes, after: bytes, offset: int, value: int, order: str = ">") -> bytes:
+    """Replace a number of four bytes that lies so many bytes after a name."""
+    at = content.index(after) + 4 + offset
+    return content[:at] + struct.pack(f"{order}I", value) + content[at + 4 :]
+
+
+def within(content: bytes, read, *, seconds: float = 20, megabytes: int = 300):
+    """The result of reading, or what is wrong; in little time and memory."""
+    started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        result = read(content)
+    except DecodeError as error:
+        result = error
+    assert time.monotonic() - started < seconds
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < megabytes * 1000
+    return result
+
+
+@pytest.mark.parametrize("count", [10**9, 8 * 10**7, 10**6])
+@pytest.mark.parametrize("read", READS)
+def test_an_mp4_that_promises_frames(mp4, count, read):
+    """By one size for all, which no length of a table contradicts: ffmpeg would make an index of them."""
+    promised = write(write(write(mp4, b"stts", 8, count), b"stsz", 8, count), b"stsz", 4, 20)
+    for content in (promised, write(promised, b"stsc", 12, count)):
+        assert f"promises {count} frames of 20 bytes" in str(within(content, read))
+
+
+@pytest.mark.parametrize("read", READS)
+def test_other_headers_that_promise_frames(mp4, write_video, textured, read):
+    times = within(write(mp4, b"stts", 8, 10**9), read)  # more times than frames: those there are
+    assert isinstance(times, DecodeError) or getattr(times, "frames", None) is not None
+    assert isinstance(within(write(mp4, b"stsz", 8, 10**9), read), DecodeError)  # a table of that many
+    assert isinstance(within(write(mp4, b"stts", 12, 10**9), read), DecodeError)  # frames of a day
+    avi = write_video(textured(12, 32, 48), codec="mjpeg", pixel_format="yuvj420p", format="avi")
+    avi = write(write(avi, b"avih", 20, 10**9, "<"), b"strh", 36, 10**9, "<")
+    found = within(avi, read)
+    assert (found.frames if isinstance(found, Facts) else len(found.frames)) in (10, 12)
+
+
+def test_a_gif_whose_frames_last(write_video, textured):
+    """65,535 hundredths of a second is the longest that a GIF can say: 11 minutes a frame."""
+    content = bytearray(write_video(textured(4, 32, 48), codec="gif", format="gif", pixel_format="rgb8"))
+    at = 0
+    while (at := content.find(b"\x21\xf9\x04", at + 1)) > 0:
+        content[at + 4 : at + 6] = b"\xff\xff"
+    assert probe(bytes(content)).seconds == pytest.approx(3 * 655.35)
+    assert len(within(bytes(content), lambda file: decode(file, fps=8)).frames) > 4 * 655 * 7
+
+
+# --- damage in the middle -------------------------------------------------------------------------------------------
+
+CODECS = {
+    "h264": {**X264, "options": {"qp": "10", "bf": "0"}},
+    "h264 in mkv": {**X264, "format": "matroska", "options": {"qp": "10", "bf": "0"}},
+    "vp9": {"codec": "libvpx-vp9", "pixel_format": "yuv420p", "format": "webm", "options": {"crf": "4", "b": "0"}},
+    "png": {"codec": "png", "pixel_format": "rgb24", "format": "mov"},
+    "ffv1": {
+        "codec": "ffv1",
+        "pixel_format": "yuv420p",
+        "format": "matroska",
+        "options": {"level": "3", "slicecrc": "1"},
+    },
+    "mpeg4": {"codec": "mpeg4", "pixel_format": "yuv420p", "format": "mp4", "options": {"qmin": "1", "qmax": "2"}},
+}
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_corrupt_frame_in_the_middle(write_video, textured, codec):
+    """The second is named; what comes before it can be had. VP9 has no checks but for its frames' headers."""
+    content = write_video(textured(40, 48, 64), **CODECS[codec])
+    with av.open(io.BytesIO(content)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+        damaged = bytes(packets[20])
+    at = content.index(damaged)
+    head = 0 if codec == "vp9" else len(damaged) // 8
+    noise = np.random.default_rng(7).integers(0, 256, len(damaged) - head).astype(np.uint8).tobytes()
+    broken = content[: at + head] + noise + content[at + len(damaged) :]
+    for read in (probe, decode, lambda file: decode(file, fps=10), lambda file: decode(file, start=1.5)):
+        with pytest.raises(DecodeError, match=r"damaged (at|after) (1\.9\d|2\.0\d) s"):
+            read(broken)
+    np.testing.assert_array_equal(decode(broken, frames=15).frames, decode(content, frames=15).frames)
+
+
+# --- mutations ------------------------------------------------------------------------------------------------------
+
+KINDS = {
+    "h264.mp4": X264,
+    "h264.mkv": {**X264, "format": "matroska"},
+    "interlaced.mp4": {**X264, "options": {"flags": "+ilme+ildct", "x264-params": "tff=1"}},
+    "vp8.webm": {"codec": "libvpx", "pixel_format": "yuv420p", "format": "webm", "options": {"deadline": "realtime"}},
+    "vp9.webm": {
+        "codec": "libvpx-vp9",
+        "pixel_format": "yuva420p",
+        "format": "webm",
+        "options": {"deadline": "realtime", "cpu-used": "8"},
+    },
+    "gif": {"codec": "gif", "pixel_format": "rgb8", "format": "gif"},
+    "apng": {"codec": "apng", "pixel_format": "rgb24", "format": "apng"},
+    "png": {"codec": "png", "pixel_format": "rgb24", "format": "image2pipe"},
+    "mjpeg.avi": {"codec": "mjpeg", "pixel_format": "yuvj420p", "format": "avi"},
+    "mpeg4.avi": {"codec": "mpeg4", "pixel_format": "yuv420p", "format": "avi"},
+    "mpeg2.ts": {"codec": "mpeg2video", "pixel_format": "yuv420p", "format": "mpegts", "rate": 25},
+}
+
+
+def mutated(rng: np.random.Generator, content: bytes, other: bytes) -> bytes:
+    data, length = bytearray(content), len(content)
+    kind = rng.integers(6)
+    if kind == 0:  # some bytes
+        for at in rng.integers(0, length, rng.integers(1, 30)):
+            data[at] = rng.integers(256)
+    elif kind == 1:  # some bits of the header
+        for at in rng.integers(0, min(length, 400), rng.integers(1, 6)):
+            data[at] ^= 1 << rng.integers(8)
+    elif kind == 2:  # the end is missing
+        data = data[: rng.integers(1, length)]
+    elif kind == 3:  # a part is missing, or stands twice
+        first, last = sorted(rng.integers(0, length, 2))
+        data[first:last] = b"" if rng.integers(2) else data[first:last] * 2
+    elif kind == 4:  # numbers that programs stumble over
+        for at in rng.integers(0, min(length, 1500), 3):
+            number = rng.choice([0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0x10000000])
+            data[at : at + 4] = int(number).to_bytes(4, "big" if rng.integers(2) else "little")
+    else:  # a part of another file
+        first, at = int(rng.integers(len(other))), int(rng.integers(length))
+        data[at : at + 300] = other[first : first + 300]
+    return bytes(data)
+
+
+CHILD = """
+import json, sys
+from pathlib import Path
+from dit_video.errors import UserError
+from dit_video.tokens import Grid
+from dit_video.video import decode, probe
+
+reads = [
+    probe,
+    decode,
+    lambda file: decode(file, fps=8, size=Grid(3, 16, 24)),
+    lambda file: decode(file, fps=30.0),
+    lambda file: decode(file, start=1.3, frames=2),
+]
+for path in sorted(Path(sys.argv[1]).iterdir()):
+    outcomes = []
+    for read in reads:
+        try:
+            outcomes.append(type(read(path.read_bytes())).__name__)
+        except UserError as error:
+            outcomes.append(type(error).__name__)
+            assert "\\n" not in str(error), error
+    print(json.dumps([path.name, outcomes]), flush=True)
+"""
+
+
+def survive(folder: Path, files: dict[str, bytes], count: int, seed: int) -> Counter[str]:
+    """Outcomes of reading mutations in a process of its own, where a crash or a hang is seen."""
+    folder.mkdir()
+    names = sorted(files)
+    for index in range(count):
+        rng = np.random.default_rng([seed, index])
+        name, other = names[index % len(names)], names[rng.integers(len(names))]
+        (folder / f"{index:05d}-{name}").write_bytes(mutated(rng, files[name], files[other]))
+    command = [sys.executable, "-X", "faulthandler", "-c", CHILD, str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    log = folder.parent / "log"
+    with log.open("wb") as out:
+        code = subprocess.run(
+            command, stdout=out, stderr=subprocess.PIPE, env=environment, timeout=120 + count, check=False
+        )
+    done = [json.loads(line) for line in log.read_text().splitlines()]
+    last = done[-1][0] if done else "none"
+    assert code.returncode == 0, f"after {last}: {code.returncode} {code.stderr.decode(errors='replace')[-3000:]}"
+    assert len(done) == count
+    return Counter(outcome for _, outcomes in done for outcome in outcomes)
+
+
+@pytest.fixture(scope="module")
+def originals(write_video, textured):
+    return {
+        name: write_video(textured(1 if name == "png" else 16, 32, 48, channels=4 if "vp9" in name else 3), **how)
+        for name, how in KINDS.items()
+    }
+
+
+def test_mutations(originals, tmp_path):
+    outcomes = survive(tmp_path / "mutations", originals, 66, seed=1)
+    assert set(outcomes) <= {"Facts", "Clip", "DecodeError", "UserError"}
+    assert all(outcomes[kind] >= 20 for kind in ("Facts", "Clip", "DecodeError"))  # neither all nor none are damaged
+
+
+@pytest.mark.slow
+def test_a_thousand_mutations(originals, tmp_path):
+    outcomes = survive(tmp_path / "mutations", originals, 1001, seed=2)
+    assert set(outcomes) <= {"Facts", "Clip", "DecodeError", "UserError"}
+    assert outcomes["DecodeError"] >= 500
