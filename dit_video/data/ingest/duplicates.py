@@ -37,7 +37,7 @@ def drop_duplicates(hashes: Sequence[tuple[int, ...] | None], *, distance: int) 
       UserError: a distance outside 0 to 64.
     """
     if not 0 <= distance <= BITS:
-        raise UserError(f"distance={distance} is a number of differing bits; use 0 to {BITS}, 6 is usual")
+        raise UserError(f"distance={distance} is a number of differing bits; use 0 to {BITS}, 4 is usual")
     kept: dict[int, _Kept] = {}
     found: list[int | None] = []
     for number, bits in enumerate(hashes):
@@ -83,7 +83,7 @@ class _Kept:
     def _candidates(self, bits: int) -> Int64[np.ndarray, " n"]:
         if not self._bands:
             return np.arange(self._count)
-        buckets = [np.array(self._buckets[key]) for key in self._keys(bits) if key in self._buckets]
+        buckets = [np.frombuffer(self._buckets[key], np.int64) for key in self._keys(bits) if key in self._buckets]
         return np.concatenate(buckets) if buckets else np.empty(0, np.int64)
 
     def _keys(self, bits: int) -> Iterator[tuple[int, int]]:

@@ -10,7 +10,7 @@ from jaxtyping import Float32, UInt8
 
 from dit_video.data.ingest import measures
 from dit_video.data.ingest.measures import Borders
-from dit_video.data.ingest.watch import Pictures, upright
+from dit_video.data.ingest.watch import Pictures
 from dit_video.video import TOLERANCE
 
 RATE = 8
@@ -89,7 +89,7 @@ class Sampler:
         black = measures.is_black(luma)
         bars, height, width = None, 0, 0
         if self._letterbox and not black:
-            whole = upright(self._pictures.luma(shown.frame), shown.frame)
+            whole = self._pictures.upright(self._pictures.luma(shown.frame), shown.frame)
             bars, (height, width) = measures.borders(whole), whole.shape
         self.samples.append(
             Sample(
@@ -98,7 +98,7 @@ class Sampler:
                 difference=0.0 if self._before is None else measures.difference(luma, self._before),
                 black=black,
                 sharpness=measures.sharpness(luma),
-                hash=measures.perceptual_hash(upright(luma, shown.frame)),
+                hash=measures.perceptual_hash(self._pictures.upright(luma, shown.frame)),
                 borders=bars,
                 height=height,
                 width=width,

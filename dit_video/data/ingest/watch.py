@@ -65,12 +65,13 @@ def _rate(stream: av.VideoStream, frames: int) -> float:
 
 
 class Pictures:
-    """Small pictures of one file's frames, as they are stored: not turned, pixels taken as square."""
+    """Small pictures of one file's frames: as they are stored, not turned, pixels taken as square."""
 
     def __init__(self) -> None:
         # Each keeps what swscale prepared for its last conversion.
         self._small, self._whole = VideoReformatter(), VideoReformatter()
         self._size: tuple[int, int] | None = None
+        self._orientation: tuple[bool, bool, bool] | None = None
 
     def thumbnail(self, frame: av.VideoFrame) -> UInt8[np.ndarray, "h w 3"]:
         """Full-range RGB, the longer side `LONG_SIDE`; transparent pixels over black. All of one size."""
@@ -85,6 +86,16 @@ class Pictures:
             picture = _over_black(_convert(self._whole, frame, "rgba", frame.height, frame.width))
             return np.rint(picture @ np.array([0.299, 0.587, 0.114])).astype(np.uint8)
         return _convert(self._whole, frame, "gray", frame.height, frame.width)
+
+    def upright(self, picture: Real[np.ndarray, "H W"], frame: av.VideoFrame) -> Real[np.ndarray, "h w"]:
+        """A picture of a frame as it is shown: by quarter turns and reflections."""
+        if self._orientation is None:
+            # Of the first frame alone: one whose side data were read refers to itself, and would stay in memory until
+            # the garbage collector runs, which counts objects and not bytes.
+            self._orientation = _orientation(frame)
+        turned, flip_rows, flip_columns = self._orientation
+        picture = picture.swapaxes(0, 1) if turned else picture
+        return picture[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
 
 
 def _convert(convert: VideoReformatter, frame: av.VideoFrame, format: str, height: int, width: int) -> np.ndarray:
@@ -111,13 +122,12 @@ def _over_black(picture: np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
     return np.rint(picture[..., :3] * (picture[..., 3:] / 255)).astype(np.uint8)
 
 
-def upright(picture: Real[np.ndarray, "H W"], frame: av.VideoFrame) -> Real[np.ndarray, "h w"]:
-    """A picture of a frame as its display matrix (ISO/IEC 14496-12) shows it: quarter turns and reflections."""
+def _orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
+    """How to make a picture upright: exchange its axes, then flip its rows, then its columns (ISO/IEC 14496-12)."""
     # PyAV's stub of the attribute is of another type, with one key.
     matrix = cast(SideDataContainer, frame.side_data).get(Type.DISPLAYMATRIX)
     if matrix is None:
-        return picture
+        return False, False, False
     a, b, _, c, d = (int(entry) for entry in np.frombuffer(bytes(matrix), np.int32)[:5])
-    if turned := abs(b) > abs(a):
-        picture = picture.swapaxes(0, 1)
-    return picture[:: -1 if (b if turned else d) < 0 else 1, :: -1 if (c if turned else a) < 0 else 1]
+    turned = abs(b) > abs(a)
+    return turned, (b if turned else d) < 0, (c if turned else a) < 0
