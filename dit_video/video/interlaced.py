@@ -3,11 +3,10 @@
 import contextlib
 from collections import deque
 from collections.abc import Iterator
-from fractions import Fraction
 
 import av
-from av.filter import Graph
 
+from dit_video.video.filters import chain, shape_of
 from dit_video.video.reading import Timed, complaints
 
 
@@ -23,12 +22,12 @@ def progressive(frames: Iterator[Timed], name: str) -> Iterator[Timed]:
     filtered: _Filter | None = None
     before: Timed | None = None
     for timed in frames:
-        if filtered is not None and filtered.shape != _shape(timed.frame):
+        if filtered is not None and filtered.shape != shape_of(timed.frame):
             yield from filtered.finish()
             filtered = None
         if filtered is None and timed.frame.interlaced_frame:
             filtered = _Filter(timed.frame, name)
-            if before is not None and filtered.shape == _shape(before.frame):
+            if before is not None and filtered.shape == shape_of(before.frame):
                 filtered.push(before, shown=False)  # so that a picture doesn't depend on where reading began
         if filtered is None:
             yield timed
@@ -40,29 +39,15 @@ def progressive(frames: Iterator[Timed], name: str) -> Iterator[Timed]:
         yield from filtered.finish()
 
 
-def _shape(frame: av.VideoFrame) -> tuple[object, ...]:
-    return frame.width, frame.height, frame.format.name, int(frame.colorspace), int(frame.color_range)
-
-
 class _Filter:
     """A filter graph for frames of one shape; as many come out as go in."""
 
     def __init__(self, frame: av.VideoFrame, name: str):
-        self.shape = _shape(frame)
+        self.shape = shape_of(frame)
         self._name = name
         self._pending: deque[Timed | None] = deque()
-        width, height, format, space, range_ = self.shape
-        base = frame.time_base or Fraction(1, 1000)
         with complaints(name, "where it is interlaced"):
-            self._graph = Graph()
-            self._graph.threads = 1
-            source = self._graph.add(
-                "buffer",
-                f"video_size={width}x{height}:pix_fmt={format}:time_base={base}:pixel_aspect=1/1"
-                f":colorspace={space}:range={range_}",
-            )
-            bwdif = self._graph.add("bwdif", "mode=send_frame:parity=auto:deint=interlaced")
-            self._graph.link_nodes(source, bwdif, self._graph.add("buffersink")).configure()
+            self._graph = chain(frame, ("bwdif", "mode=send_frame:parity=auto:deint=interlaced"))
 
     def push(self, timed: Timed, *, shown: bool = True) -> None:
         with complaints(self._name, f"at {timed.time:.2f} s"):

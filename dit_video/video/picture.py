@@ -5,13 +5,14 @@ from typing import cast
 
 import av
 import numpy as np
-from av.sidedata.sidedata import SideDataContainer, Type
+from av.sidedata.sidedata import SideData, SideDataContainer, Type
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from jaxtyping import UInt8
 
 from dit_video import pixels
 from dit_video.errors import DecodeError
 from dit_video.video.encode import ACCURATE
+from dit_video.video.filters import chain
 from dit_video.video.reading import MAX_PIXELS, complaints
 
 RESIZING = ACCURATE & ~Interpolation.BICUBIC | Interpolation.BILINEAR
@@ -29,6 +30,8 @@ _COLORSPACES = {
 """By ISO/IEC 23091-2's number for matrix coefficients."""
 _UNKNOWN = {8: "YCgCo", 10: "BT.2020 with constant luminance", 11: "ST 2085", 12: "derived", 13: "derived", 14: "ICtCp"}
 """What ffmpeg's scaler refuses too."""
+_STRANGE = sorted(set(range(64)) - {kind.value for kind in Type})
+"""Numbers of side data that PyAV has no name for."""
 
 
 def shown_size(frame: av.VideoFrame, sample_aspect: Fraction) -> tuple[int, int]:
@@ -42,13 +45,22 @@ def orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
 
     The display matrix of ISO/IEC 14496-12 maps a stored point (x, y) to (a x + c y, b x + d y), in 16.16 fixed point.
     """
-    # PyAV's stub of the attribute is of another type, with one key.
-    matrix = cast(SideDataContainer, frame.side_data).get(Type.DISPLAYMATRIX)
+    try:
+        matrix = _display_matrix(frame)
+    except ValueError:  # PyAV lists no side data where it doesn't know one kind of it: EXIF, a view's number, LCEVC …
+        graph = chain(frame, *(("sidedata", f"mode=delete:type={kind}") for kind in _STRANGE))
+        graph.vpush(frame)
+        matrix = _display_matrix(graph.vpull())
     if matrix is None:
         return False, False, False
     a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5]
     turned = abs(int(b)) > abs(int(a))
     return turned, bool((b if turned else d) < 0), bool((c if turned else a) < 0)
+
+
+def _display_matrix(frame: av.VideoFrame) -> SideData | None:
+    # PyAV's stub of the attribute is of another type, with one key.
+    return cast(SideDataContainer, frame.side_data).get(Type.DISPLAYMATRIX)
 
 
 class Pictures:

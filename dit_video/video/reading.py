@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import av
 from av.container import Flags
@@ -93,15 +93,15 @@ class Video:
 
     def _open(self) -> av.container.InputContainer:
         # Always by reads of our own: ffmpeg takes a name for a pattern (clip%02d.png) or a protocol (12:30.mp4) …
-        whole = isinstance(self._source, bytes)
-        file = io.BytesIO(self._source) if whole else self._source.open("rb", buffering=0)
+        source = self._source
+        file = io.BytesIO(source) if isinstance(source, bytes) else source.open("rb", buffering=0)
         self._resources.callback(file.close)
         # … and a playlist that calls itself a video would open further files, or addresses.
         options = {"protocol_whitelist": "none", "max_pixels": str(MAX_PIXELS)}
         container = av.open(file, "r", options=options, buffer_size=_BUFFER, metadata_errors="replace")
         self._resources.callback(container.close)
         # ffmpeg's guesses at absent timestamps are wrong where frames are reordered (H.264 in AVI).
-        container.flags &= ~Flags.gen_pts.value
+        container.flags &= ~cast(int, Flags.gen_pts.value)
         return container
 
     def _read_header(self, container: av.container.InputContainer) -> None:
@@ -112,10 +112,11 @@ class Video:
         ]
         if not streams:
             raise DecodeError(f"{self.name} holds no video stream that can be read; remove it or convert it to H.264")
-        stream, context = streams[0], streams[0].codec_context
+        stream = streams[0]
+        context = stream.codec_context
         self.codec: str = context.name
         if stream.metadata.get("alpha_mode") == "1" and self.codec in _WITH_ALPHA:
-            context = av.CodecContext.create(_WITH_ALPHA[self.codec], "r")
+            context = cast(av.VideoCodecContext, av.CodecContext.create(_WITH_ALPHA[self.codec], "r"))
         context.thread_count = 1
         context.options = {"max_pixels": str(MAX_PIXELS)}
         self._container, self._stream, self._context = container, stream, context
