@@ -1,0 +1,25 @@
+"""ffmpeg's filters for decoded frames."""
+
+from fractions import Fraction
+
+import av
+from av.filter import Graph
+
+
+def shape_of(frame: av.VideoFrame) -> tuple[int, int, str, int, int]:
+    """What all frames that one graph takes have in common: width, height, format, matrix and range of colours."""
+    return frame.width, frame.height, frame.format.name, int(frame.colorspace), int(frame.color_range)
+
+
+def chain(frame: av.VideoFrame, *filters: tuple[str, str]) -> Graph:
+    """A graph of filters, by name and arguments, one after the other, for frames of this one's shape."""
+    width, height, format, space, color_range = shape_of(frame)
+    graph = Graph()
+    graph.threads = 1
+    source = graph.add(
+        "buffer",
+        f"video_size={width}x{height}:pix_fmt={format}:time_base={frame.time_base or Fraction(1, 1000)}"
+        f":pixel_aspect=1/1:colorspace={space}:range={color_range}",
+    )
+    graph.link_nodes(source, *(graph.add(*part) for part in filters), graph.add("buffersink")).configure()
+    return graph

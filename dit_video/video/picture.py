@@ -1,0 +1,158 @@
+"""A decoded frame to its picture: upright, in square pixels and full-range RGB."""
+
+from fractions import Fraction
+from typing import cast
+
+import av
+import numpy as np
+from av.sidedata.sidedata import SideData, SideDataContainer, Type
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+from jaxtyping import UInt8
+
+from dit_video import pixels
+from dit_video.errors import DecodeError
+from dit_video.video.encode import ACCURATE
+from dit_video.video.filters import chain
+from dit_video.video.reading import MAX_PIXELS, complaints
+
+RESIZING = ACCURATE & ~Interpolation.BICUBIC | Interpolation.BILINEAR
+"""swscale's triangle filter, whose support grows with the scale when shrinking, as that of `pixels.resize`."""
+
+_BT709, _UNSPECIFIED, _RGB, _BT601 = 1, 2, 0, 6
+_COLORSPACES = {
+    _BT709: Colorspace.ITU709,
+    4: Colorspace.FCC,
+    5: Colorspace.ITU601,
+    _BT601: Colorspace.ITU601,
+    7: Colorspace.SMPTE240M,
+    9: Colorspace.BT2020,
+}
+"""By ISO/IEC 23091-2's number for matrix coefficients."""
+_UNKNOWN = {8: "YCgCo", 10: "BT.2020 with constant luminance", 11: "ST 2085", 12: "derived", 13: "derived", 14: "ICtCp"}
+"""What ffmpeg's scaler refuses too."""
+_STRANGE = sorted(set(range(64)) - {kind.value for kind in Type})
+"""Numbers of side data that PyAV has no name for."""
+
+
+def shown_size(frame: av.VideoFrame, sample_aspect: Fraction) -> tuple[int, int]:
+    """Height and width of the upright picture in square pixels: of a stored width, `round(width * sample_aspect)`."""
+    width = max(1, round(frame.width * sample_aspect))
+    return (width, frame.height) if orientation(frame)[0] else (frame.height, width)
+
+
+def orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
+    """How to make a picture upright: exchange its axes, then flip its rows, then its columns.
+
+    The display matrix of ISO/IEC 14496-12 maps a stored point (x, y) to (a x + c y, b x + d y), in 16.16 fixed point.
+    """
+    try:
+        matrix = _display_matrix(frame)
+    except ValueError:  # PyAV lists no side data where it doesn't know one kind of it: EXIF, a view's number, LCEVC …
+        graph = chain(frame, *(("sidedata", f"mode=delete:type={kind}") for kind in _STRANGE))
+        graph.vpush(frame)
+        matrix = _display_matrix(graph.vpull())
+    if matrix is None:
+        return False, False, False
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5]
+    turned = abs(int(b)) > abs(int(a))
+    return turned, bool((b if turned else d) < 0), bool((c if turned else a) < 0)
+
+
+def _display_matrix(frame: av.VideoFrame) -> SideData | None:
+    # PyAV's stub of the attribute is of another type, with one key.
+    return cast(SideDataContainer, frame.side_data).get(Type.DISPLAYMATRIX)
+
+
+class Pictures:
+    """Makes pictures of a file's frames.
+
+    Args:
+      name: of the file, for messages.
+      sample_aspect: width of a stored pixel by its height.
+      size: height and width of the pictures; by default as shown.
+    """
+
+    def __init__(self, name: str, sample_aspect: Fraction, size: tuple[int, int] | None):
+        self._name, self._aspect, self._size = name, sample_aspect, size
+        self._convert = VideoReformatter()
+
+    def __call__(self, frame: av.VideoFrame, time: float) -> UInt8[np.ndarray, "H W 3"]:
+        """The picture of the frame that is shown at this many seconds.
+
+        Raises:
+          DecodeError: the frame is too large, or of colours or a format that ffmpeg can't convert.
+        """
+        shown = shown_size(frame, self._aspect)
+        check_size(shown, self._name)
+        turned, flip_rows, flip_columns = orientation(frame)
+        height, width = self._size or shown
+        stored = (width, height) if turned else (height, width)
+        with complaints(self._name, f"at {time:.2f} s"):
+            picture = self._stored(frame, *stored)
+        if turned:
+            picture = picture.swapaxes(0, 1)
+        return np.ascontiguousarray(picture[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1])
+
+    def _stored(self, frame: av.VideoFrame, height: int, width: int) -> UInt8[np.ndarray, "height width 3"]:
+        """The picture before it is turned upright."""
+        if frame.format.has_palette or any(part.is_alpha for part in frame.format.components):
+            image = self._converted(frame, "rgba")
+            image = np.rint(image[..., :3] * (image[..., 3:] / 255)).astype(np.uint8)
+        elif frame.format.is_rgb:
+            image = self._converted(frame, "gbrp")
+        else:  # Of YUV, which swscale scales without leaving it, by no more rounding than `pixels.resize`'s own.
+            return self._converted(frame, "gbrp", height, width)
+        return pixels.resize(image[None], height, width)[0]
+
+    def _converted(
+        self, frame: av.VideoFrame, format: str, height: int | None = None, width: int | None = None
+    ) -> UInt8[np.ndarray, "H W C"]:
+        same = (height or frame.height, width or frame.width) == (frame.height, frame.width)
+        full = _is_full_range(frame)
+        if frame.format.name.startswith("gray") and not full:  # swscale takes all gray for full range: see it as YUV
+            deep = "yuv444p" if frame.format.name == "gray" else "yuv444p16le"
+            frame = self._convert.reformat(
+                frame, format=deep, src_color_range=ColorRange.JPEG, dst_color_range=ColorRange.JPEG, threads=1
+            )
+        # Of YUV swscale writes planes four times as fast as pixels, with the same values.
+        return self._convert.reformat(
+            frame,
+            width,
+            height,
+            format,
+            src_colorspace=self._matrix(frame),
+            src_color_range=ColorRange.JPEG if full else ColorRange.MPEG,
+            dst_color_range=ColorRange.JPEG,
+            interpolation=ACCURATE if same else RESIZING,
+            threads=1,
+        ).to_ndarray()
+
+    def _matrix(self, frame: av.VideoFrame) -> Colorspace | None:
+        space = int(frame.colorspace)
+        if frame.format.is_rgb or frame.format.has_palette:
+            return None
+        if space in _UNKNOWN:
+            raise DecodeError(
+                f"{self._name} has colours in {_UNKNOWN[space]}, which ffmpeg doesn't convert; convert it to BT.709"
+            )
+        if space not in _COLORSPACES:
+            # What players assume (mpv's mp_csp_guess_colorspace): high definition is BT.709, the rest BT.601.
+            space = _BT709 if frame.width >= 1280 or frame.height > 576 else _BT601
+        return _COLORSPACES[space]
+
+
+def check_size(shown: tuple[int, int], name: str) -> None:
+    """Raise `DecodeError` where a frame of this height and width is too large."""
+    if shown[0] * shown[1] > MAX_PIXELS:
+        raise DecodeError(
+            f"{name} has frames of {shown[0]}x{shown[1]} pixels, {MAX_PIXELS} is the limit; make it smaller"
+        )
+
+
+def _is_full_range(frame: av.VideoFrame) -> bool:
+    """Of YUV only what says so; of other formats all but gray that says it is limited."""
+    name, said = frame.format.name, int(frame.color_range)
+    if name.startswith("gray"):
+        return said != ColorRange.MPEG
+    always = frame.format.is_rgb or frame.format.has_palette or name.startswith(("yuvj", "ya", "mono"))
+    return always or said == ColorRange.JPEG
