@@ -16,7 +16,7 @@ from dit_video.data.ingest.shots import Cuts, Detector, Span, spans
 from dit_video.data.ingest.watch import Pictures, watch
 from dit_video.errors import UserError
 from dit_video.video import TOLERANCE, Facts, probe
-from dit_video.video.decode import IMAGE_CODECS
+from dit_video.video.reading import IMAGE_CODECS
 
 Number = float | int
 
@@ -172,7 +172,7 @@ class _Watcher:
     def __init__(self, encoded: bytes, config: ScreeningConfig):
         self.times = array("d")
         """Of every frame; a frame that claims to be before its predecessor is taken to be shown with it."""
-        self._pictures = Pictures()
+        self._pictures = Pictures(f"video of {len(encoded)} bytes")
         self._cuts = None if config.shots is None else Cuts(config.shots, config.shot_threshold)
         self._sampler = Sampler(self._pictures, letterbox=config.max_letterbox is not None)
         self.facts = watch(encoded, self._see)
