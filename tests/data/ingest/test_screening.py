@@ -34,16 +34,17 @@ def drifting(count, height=96, width=128, *, seed=0, speed=2):
     return np.stack([np.roll(picture, speed * index, axis=1) for index in range(count)])[..., None].repeat(3, axis=-1)
 
 
-def matroska(frames, milliseconds, *, aspect=1):
+def lossless(frames, milliseconds, *, aspect=1):
     """A lossless file with the frames at these times; a pixel is so much wider than high."""
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format="matroska") as output:
-        stream = output.add_stream("ffv1", rate=10)
-        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "bgr0"
+    container, codec, pixel_format = ("matroska", "ffv1", "bgr0") if aspect == 1 else ("mov", "png", "rgb24")
+    with av.open(buffer, "w", format=container) as output:
+        stream = output.add_stream(codec, rate=10)
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], pixel_format
         stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
         stream.codec_context.sample_aspect_ratio = Fraction(aspect)
         for picture, time in zip(frames, milliseconds, strict=True):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="bgr0")
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pixel_format)
             frame.pts, frame.time_base = int(time), Fraction(1, 1000)
             output.mux(stream.encode(frame))
         output.mux(stream.encode(None))
@@ -76,8 +77,8 @@ FILES = {
     "apng": lambda: encode(Clip(drifting(6), fps=10), "apng"),
     "image": lambda: encode(Clip(drifting(1), fps=1), "png"),
     "one frame": lambda: mp4(drifting(1)),
-    "varying rate": lambda: matroska(drifting(5), [0, 40, 500, 520, 1000]),
-    "wide pixels": lambda: matroska(drifting(5), 100 * np.arange(5), aspect=2),
+    "varying rate": lambda: lossless(drifting(5), [0, 40, 500, 520, 1000]),
+    "wide pixels": lambda: lossless(drifting(5), 100 * np.arange(5), aspect=2),
     "long and thin": lambda: encode(Clip(np.zeros((2, 2, 3000, 3), np.uint8), fps=8), "mp4"),
 }
 
@@ -133,15 +134,15 @@ def test_motion_is_a_change_of_light_in_a_second(fps, levels_a_second):
 
 def test_motion_goes_by_timestamps():
     levels, times = greys([50, 60, 70, 80, 90]), np.array([0, 125, 1000, 1500, 2000])
-    assert only(matroska(levels, times)).motion == pytest.approx(40 / 2, rel=0.08)
-    assert only(matroska(levels, times // 2)).motion == pytest.approx(40, rel=0.15)
+    assert only(lossless(levels, times)).motion == pytest.approx(40 / 2, rel=0.08)
+    assert only(lossless(levels, times // 2)).motion == pytest.approx(40, rel=0.15)
 
 
 @pytest.mark.parametrize("detector", ["content", "adaptive"])
 def test_shots_go_by_timestamps(detector):
     pytest.importorskip("scenedetect")
     frames = np.concatenate([greys([60] * 20), greys([200] * 10)])
-    content = matroska(frames, np.concatenate([40 * np.arange(20), 1000 + 200 * np.arange(10)]))
+    content = lossless(frames, np.concatenate([40 * np.arange(20), 1000 + 200 * np.arange(10)]))
     first, second = screen(content, "v", ScreeningConfig(shots=detector)).shots
     assert (first.start, first.frames, first.seconds) == (0, 20, pytest.approx(0.76))
     assert (second.start, second.frames, second.seconds) == (pytest.approx(1.0), 10, pytest.approx(1.8))
@@ -151,7 +152,7 @@ def test_shots_go_by_timestamps(detector):
 def test_black_and_frozen_time():
     # A second of black, two of one picture, one of movement.
     frames = np.concatenate([np.zeros((8, 96, 128, 3), np.uint8), drifting(1).repeat(16, axis=0), drifting(8, seed=3)])
-    shot = only(matroska(frames, 125 * np.arange(32)))
+    shot = only(lossless(frames, 125 * np.arange(32)))
     assert shot.black == pytest.approx(8 / 32)
     assert shot.frozen == pytest.approx(15 / 31)  # 31 steps from picture to picture; those of black last 7/8 s
     assert only(mp4(frames)).black == pytest.approx(8 / 32)  # in limited range, and lossy
@@ -171,7 +172,7 @@ def test_letterbox_in_pixels_as_shown():
     assert only(content, ScreeningConfig(max_letterbox=share + 0.03)).letterbox == shot.letterbox
     assert screen(content, "a", ScreeningConfig(max_letterbox=share - 0.03)).dropped[0][1].startswith("letterbox 0.2")
     assert only(mp4(drifting(8))).letterbox == Borders(0, 0, 0, 0)
-    wide = only(matroska(frames, 100 * np.arange(8), aspect=2))
+    wide = only(lossless(frames, 100 * np.arange(8), aspect=2))
     assert wide.width == 320
     np.testing.assert_allclose(wide.letterbox, (12, 10, 12, 0), atol=1)
 
@@ -227,7 +228,7 @@ IMAGE, CLIP = encode(Clip(drifting(1), fps=1), "png"), mp4(drifting(9))
         (IMAGE, {"min_size": 97}, "size 96 px is below 97"),
         (CLIP, {"min_size": 96, "max_size": 96}, None),
         (mp4(greys([90] * 9)), {"min_motion": 0.5}, "motion 0 levels/s is below 0.5"),
-        (matroska(greys([50, 100]), [0, 125]), {"max_motion": 100}, "motion 400 levels/s is above 100"),
+        (lossless(greys([50, 100]), [0, 125]), {"max_motion": 100}, "motion 400 levels/s is above 100"),
         (mp4(greys([0] * 9)), {"max_black": 0.5}, "black 1 of the time is above 0.5"),
         (mp4(greys([90] * 9)), {"max_frozen": 0.9}, "frozen 1 of the time is above 0.9"),
         (mp4(greys([90] * 9)), {"min_sharpness": 5}, "sharpness 0 levels² is below 5"),
