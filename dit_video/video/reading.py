@@ -13,6 +13,7 @@ from av.container import Flags
 from av.stream import Discard, Disposition
 
 from dit_video.errors import DecodeError, MissingError, UserError
+from dit_video.video.promises import check_promises
 
 MAX_PIXELS = 1 << 28
 """Of one frame, stored or shown: a damaged header may promise more than any camera's, and memory for it."""
@@ -96,6 +97,7 @@ class Video:
         source = self._source
         file = io.BytesIO(source) if isinstance(source, bytes) else source.open("rb", buffering=0)
         self._resources.callback(file.close)
+        check_promises(file, self.name)
         # … and a playlist that calls itself a video would open further files, or addresses.
         options = {"protocol_whitelist": "none", "max_pixels": str(MAX_PIXELS)}
         container = av.open(file, "r", options=options, buffer_size=_BUFFER, metadata_errors="replace")
@@ -161,13 +163,14 @@ class Video:
             if frame.is_corrupt and time + spacing > start:
                 raise DecodeError(f"{self.name} is damaged at {time:.2f} s; remove it or replace it")
             previous = Timed(time, float((frame.duration or 0) * base), frame)
+            self._checked(time + previous.seconds, time)
             yield previous
 
     def _checked(self, time: float, last: float) -> float:
         if not last - _MARGIN <= time <= last + LONGEST_FRAME:
             raise DecodeError(
-                f"{self.name} has timestamps that jump from {last:.2f} s to {time:.2f} s; remove it, or write it anew "
-                "with timestamps that follow each other"
+                f"{self.name} has times that jump from {last:.2f} s to {time:.2f} s; remove it, or write it anew "
+                "with times that follow each other"
             )
         return max(time, last)
 

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -29,14 +30,15 @@ def _write_video(
     options: dict[str, str] | None = None,
     times: list[int] | None = None,
     first: int = 0,
+    path: Path | None = None,
     container_options: dict[str, str] | None = None,
     stream: dict[str, object] | None = None,
     **context: object,
 ) -> bytes:
     """A file's bytes. `context` are attributes of the encoder, `stream` of the stream; `times` are milliseconds,
-    `first` the number of the first frame."""
+    `first` the number of the first frame; `path` is for formats that are read again while they are written."""
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format=format, options=container_options or {}) as output:
+    with av.open(buffer if path is None else str(path), "w", format=format, options=container_options or {}) as output:
         track = output.add_stream(codec, rate=rate, options=options or {})
         track.height, track.width, track.pix_fmt = frames.shape[1], frames.shape[2], pixel_format
         track.codec_context.thread_count = 1
@@ -58,7 +60,7 @@ def _write_video(
             frame.time_base = Fraction(1, rate if times is None else 1000)
             output.mux(track.encode(frame))
         output.mux(track.encode(None))
-    return buffer.getvalue()
+    return buffer.getvalue() if path is None else path.read_bytes()
 
 
 @pytest.fixture(scope="session")
