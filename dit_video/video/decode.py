@@ -1,10 +1,11 @@
 """Video and image files to frames, whatever PyAV's own ffmpeg reads (no system ffmpeg)."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import av
 import numpy as np
 
 from dit_video.errors import DecodeError, UserError
@@ -86,8 +87,13 @@ def decode(
     return Clip(frames=np.stack(pictures), fps=float(rate if fps is None else fps))
 
 
-def probe(source: Path | bytes) -> Facts:
+def probe(source: Path | bytes, *, see: Callable[[float, av.VideoFrame], None] | None = None) -> Facts:
     """What `decode(source)` would give; decodes the whole file, as containers do not all say how many frames they hold.
+
+    Args:
+      source: a file, or its bytes.
+      see: called with every frame, in order, and its seconds after the first one: as it is stored, not turned,
+        of any format. (Who reads a frame's side data keeps it in memory until the garbage collector runs.)
 
     Raises:
       MissingError: no such file.
@@ -98,6 +104,8 @@ def probe(source: Path | bytes) -> Facts:
         for timed in video.frames():
             if not count:
                 shown = shown_size(timed.frame, video.sample_aspect, video.name)
+            if see is not None:
+                see(timed.time, timed.frame)
             count, last = count + 1, timed.time
     if not count:
         raise _no_frames(video.name, 0.0)

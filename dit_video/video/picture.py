@@ -127,7 +127,7 @@ class Pictures:
         self, frame: av.VideoFrame, format: str, height: int | None = None, width: int | None = None
     ) -> UInt8[np.ndarray, "H W C"]:
         same = (height or frame.height, width or frame.width) == (frame.height, frame.width)
-        full = _is_full_range(frame)
+        full = is_full_range(frame)
         if frame.format.name.startswith("gray") and not full:  # swscale takes all gray for full range: see it as YUV
             deep = "yuv444p" if frame.format.name == "gray" else "yuv444p16le"
             frame = self._convert.reformat(
@@ -169,7 +169,7 @@ def _over_black(image: UInt8[np.ndarray, "H W 4"]) -> UInt8[np.ndarray, "H W 3"]
     return ((product + (product >> 8)) >> 8).astype(np.uint8)  # a division by 255, of whole numbers
 
 
-def _is_full_range(frame: av.VideoFrame) -> bool:
+def is_full_range(frame: av.VideoFrame) -> bool:
     """Of YUV only what says so; of other formats all but gray that says it is limited."""
     name, said = frame.format.name, int(frame.color_range)
     if name.startswith("gray"):

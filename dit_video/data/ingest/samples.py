@@ -10,7 +10,7 @@ from jaxtyping import Float32, UInt8
 
 from dit_video.data.ingest import measures
 from dit_video.data.ingest.measures import Borders
-from dit_video.data.ingest.watch import Pictures
+from dit_video.data.ingest.thumbnails import Pictures
 from dit_video.video import TOLERANCE
 
 RATE = 8

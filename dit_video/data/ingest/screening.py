@@ -13,7 +13,7 @@ from dit_video.data.ingest import samples
 from dit_video.data.ingest.measures import Borders
 from dit_video.data.ingest.samples import Sample, Sampler
 from dit_video.data.ingest.shots import Cuts, Detector, Span, spans
-from dit_video.data.ingest.watch import Pictures, watch
+from dit_video.data.ingest.thumbnails import Pictures
 from dit_video.errors import UserError
 from dit_video.video import TOLERANCE, Facts, probe
 from dit_video.video.reading import IMAGE_CODECS
@@ -175,7 +175,7 @@ class _Watcher:
         self._pictures = Pictures(f"video of {len(encoded)} bytes")
         self._cuts = None if config.shots is None else Cuts(config.shots, config.shot_threshold)
         self._sampler = Sampler(self._pictures, letterbox=config.max_letterbox is not None)
-        self.facts = watch(encoded, self._see)
+        self.facts = probe(encoded, see=self._see)
         self._sampler.finish(self.time(self.facts.frames))
         self.samples: Sequence[Sample] = self._sampler.samples
 

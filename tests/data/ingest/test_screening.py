@@ -91,16 +91,15 @@ def test_facts_are_as_probed(kind, monkeypatch):
     for name in ("frames", "fps", "seconds", "height", "width", "codec", "start", "name"):
         assert getattr(measured, name) == getattr(expected, name), name
     # Nothing is measured, and no picture is made, where no step asks for it.
-    monkeypatch.setattr(screening, "watch", None)
     monkeypatch.setattr(screening, "Pictures", None)
     assert screen(content, "clip", ScreeningConfig()) == ((expected,), ())
     assert only(content, ScreeningConfig(min_size=2, max_seconds=3)) == expected
 
 
 def test_a_file_is_decoded_once_and_one_frame_is_kept(monkeypatch):
-    calls, frames, alive, watch = 0, [], [], screening.watch
+    calls, frames, alive, probe = 0, [], [], screening.probe
 
-    def counted(encoded, see):
+    def counted(encoded, *, see):
         nonlocal calls
         calls += 1
 
@@ -110,9 +109,9 @@ def test_a_file_is_decoded_once_and_one_frame_is_kept(monkeypatch):
             if len(frames) % 10 == 1:
                 alive.append(sum(isinstance(thing, av.VideoFrame) for thing in gc.get_objects()))
 
-        return watch(encoded, look)
+        return probe(encoded, see=look)
 
-    monkeypatch.setattr(screening, "watch", counted)
+    monkeypatch.setattr(screening, "probe", counted)
     gc.collect()
     only(mp4(drifting(60), fps=30))
     assert calls == 1

@@ -1,16 +1,12 @@
-"""Every frame of a file once, for several measures at a time, and the small pictures that they are taken on."""
-
-from collections.abc import Callable
+"""The small pictures of a file's frames that measures are taken on."""
 
 import av
 import numpy as np
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from jaxtyping import Real, UInt8
 
-from dit_video.errors import DecodeError
-from dit_video.video import Facts
-from dit_video.video.picture import check_size, orientation, shown_size
-from dit_video.video.reading import Video, complaints
+from dit_video.video.picture import is_full_range, orientation
+from dit_video.video.reading import complaints
 
 LONG_SIDE = 256
 """Pixels of a thumbnail's longer side, whatever the clip's size: small ones are enlarged, so that measures compare."""
@@ -20,28 +16,6 @@ SHORT_SIDE = 16
 _TRIANGLE = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INP | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
 """swscale's bilinear filter widens with the scale, so that shrinking doesn't alias; these flags give the same values on
 all processors."""
-
-See = Callable[[float, av.VideoFrame], None]
-"""Called with every frame, in order, and its seconds after the stream's first frame."""
-
-
-def watch(encoded: bytes, see: See) -> Facts:
-    """Show every frame of a file to `see`, one at a time, and say what `dit_video.video.probe` says.
-
-    Raises:
-      DecodeError: not a readable video or image, or damaged.
-    """
-    with Video(encoded) as video:
-        count, shown, last = 0, (0, 0), 0.0
-        for timed in video.frames():
-            if not count:
-                shown = shown_size(timed.frame, video.sample_aspect)
-                check_size(shown, video.name)
-            see(timed.time, timed.frame)
-            count, last = count + 1, timed.time
-    if not count:
-        raise DecodeError(f"{video.name} holds no whole frame; a clip has at least one: remove it or replace it")
-    return Facts(height=shown[0], width=shown[1], frames=count, fps=video.rate(count), seconds=last, codec=video.codec)
 
 
 class Pictures:
@@ -87,14 +61,13 @@ class Pictures:
     def _converted(
         self, convert: VideoReformatter, frame: av.VideoFrame, format: str, height: int, width: int
     ) -> UInt8[np.ndarray, "h w *channels"]:
-        known = frame.format.is_rgb or frame.format.has_palette or frame.format.name.startswith(("yuvj", "gray", "ya"))
         with complaints(self._name):
             return convert.reformat(
                 frame,
                 width,
                 height,
                 format="rgba" if _transparent(frame) else format,
-                src_color_range=ColorRange.JPEG if known or frame.color_range == ColorRange.JPEG else ColorRange.MPEG,
+                src_color_range=ColorRange.JPEG if is_full_range(frame) else ColorRange.MPEG,
                 dst_color_range=ColorRange.JPEG,
                 interpolation=_TRIANGLE,
                 threads=1,
