@@ -15,7 +15,6 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parent))
 
 from configs import quickstart
-
 from dit_video import configs, measure
 from dit_video.data import shapes
 from dit_video.errors import script

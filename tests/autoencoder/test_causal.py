@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from rough import rough_params
 
 from dit_video.autoencoder import (
     PatchVaeConfig,
@@ -22,6 +21,7 @@ from dit_video.errors import UserError
 from dit_video.nn import graph_of, init_params, param_shapes
 from dit_video.tokens import Grid
 from dit_video.tree import flatten
+from rough import rough_params
 
 CONFIG = PatchVaeConfig(stride=Grid(2, 2, 2), channels=3, width=8, blocks=2)
 GRAPH = graph_of(CONFIG.make)

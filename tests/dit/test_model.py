@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import Array
-from rough import rough_params
 
 from dit_video import configs
 from dit_video.dit import DitConfig, packed_denoise
@@ -19,6 +18,7 @@ from dit_video.errors import UserError
 from dit_video.nn import graph_of, init_params, param_shapes, sinusoidal
 from dit_video.tokens import Grid, Rotary3d, coordinates, to_tokens
 from dit_video.tree import flatten
+from rough import rough_params
 
 CONFIG = DitConfig(channels=2, context_width=6, patch=Grid(1, 2, 2), width=24, layers=2, heads=2, mlp_ratio=2.0)
 GRIDS = (Grid(2, 2, 2), Grid(1, 2, 3))

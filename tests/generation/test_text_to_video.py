@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from rough import rough_params
 
 from dit_video.diffusion import Heun, RectifiedFlow
 from dit_video.dit import DitConfig
@@ -17,6 +16,7 @@ from dit_video.generation.text_to_video import _program
 from dit_video.nn import graph_of
 from dit_video.text import ByteEncoderConfig
 from dit_video.tokens import Grid, RowShape, coordinates, patchify, token_grid, unpatchify
+from rough import rough_params
 
 TEXT = ByteEncoderConfig(width=8, layers=1, heads=1, max_tokens=32)
 DIT = DitConfig(channels=2, context_width=8, patch=Grid(1, 2, 2), width=12, layers=1, heads=1, mlp_ratio=2.0)

@@ -1,3 +1,4 @@
+import importlib
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from dit_video.data.ingest import list_clips
 from dit_video.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -18,7 +20,9 @@ TINY = ROOT / "tests" / "experiments" / "tiny.py"
 
 @pytest.fixture(scope="module")
 def benchmark(load_file):
-    return load_file(ROOT / "tools" / "benchmark.py")
+    """What the command is made of."""
+    load_file(ROOT / "tools" / "benchmark.py")  # puts its folder on the path
+    return importlib.import_module("benchmarks.setting")
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +30,9 @@ def quickstart(load_file):
     return load_file(ROOT / "experiments" / "configs" / "quickstart.py").EXPERIMENT
 
 
-def test_all_parts_of_a_tiny_experiment(script, tiny):
-    ended = script("tools/benchmark.py", "--config", TINY, "--steps", 3, "--examples", 40)
+def test_all_parts_of_a_tiny_experiment(script, tiny, tiny_clips):
+    command = ["--config", TINY, "--clips", tiny_clips, "--steps", 3, "--examples", 40, "--rounds", 1, "--batches", 30]
+    ended = script("tools/benchmark.py", *command)
     assert ended.code == 0
     document = json.loads(ended.out)  # nothing else on stdout
     assert document.keys() == {
@@ -44,7 +49,7 @@ def test_all_parts_of_a_tiny_experiment(script, tiny):
     assert document["machine"]["cores"] >= 1
     assert document["machine"]["devices"] == jax.device_count()
 
-    denoiser, data, autoencoder = document["denoiser"], document["data"], document["autoencoder"]
+    denoiser, data, autoencoder = document["denoiser"], document["data"]["latents"], document["autoencoder"]
     rows = tiny.EXPERIMENT.denoiser.rows
     assert denoiser["compilations"] == 1
     assert data["compilations"] == 0  # the same program serves the loader's rows
@@ -62,6 +67,14 @@ def test_all_parts_of_a_tiny_experiment(script, tiny):
     assert data["examples"] == 40
     assert data["steps"] > 3
     assert data["step_ms"] > 0
+    others = document["data"]
+    assert others.keys() == {"latents", "memory", "videos", "decoding", "ingest"}
+    assert others["memory"]["bytes"].keys() == {"3", "30"}
+    assert 0 <= others["videos"]["waiting_share"] <= 1
+    assert others["videos"]["clips"] == others["ingest"]["clips"] == len(list_clips(tiny_clips).clips)
+    assert others["decoding"]["files"] == others["ingest"]["clips"]
+    assert others["decoding"]["ratio"] > 0
+    assert others["ingest"]["clips_per_second"].keys() == {"one", "two"}
     assert autoencoder["compilations"] == 1
     assert autoencoder["windows"] == "4 of 5x16x16"
     assert autoencoder["pixels_per_second"] == pytest.approx(

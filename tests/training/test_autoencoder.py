@@ -3,7 +3,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from rough import rough_params
 
 from dit_video.autoencoder import PatchVaeConfig
 from dit_video.nn import graph_of
@@ -12,6 +11,7 @@ from dit_video.training.autoencoder import AutoencoderLoss
 from dit_video.training.optimizer import OptimizerConfig, make_optimizer
 from dit_video.training.state import new_state
 from dit_video.training.step import make_step
+from rough import rough_params
 
 CONFIG = PatchVaeConfig(stride=Grid(2, 2, 2), channels=3, width=8, blocks=1)
 GRAPH = graph_of(CONFIG.make)

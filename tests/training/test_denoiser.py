@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rough import rough_params
 
 from dit_video import rng
 from dit_video.diffusion import FlowMatching
@@ -21,6 +20,7 @@ from dit_video.text import ByteEncoderConfig
 from dit_video.tokens import Grid, Item, Rows, RowShape, coordinates, pack
 from dit_video.training.denoiser import DenoiserLoss, packed_noise
 from dit_video.tree import flatten
+from rough import rough_params
 
 ROOT = Path(__file__).parents[2]
 TEXT = ByteEncoderConfig(width=8, layers=1, heads=1, max_tokens=16)

@@ -1,0 +1,209 @@
+"""How fast data come: decoding, ingest, the two loaders beside the steps that they feed, and the memory that they hold.
+
+Two things that are compared are run in turn, A B B A …, and the better time of each counts.
+"""
+
+import contextlib
+import itertools
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import av
+
+from benchmarks.setting import Setting, make_examples, values_of
+from benchmarks.steps import Trained, compilations, peak_memory
+from dit_video.data import shapes
+from dit_video.data.ingest import ingest, list_clips
+from dit_video.data.latents import LatentExample, LatentSource, write_latents
+from dit_video.data.loader import Reading, packed_batches
+from dit_video.data.prefetch import prefetch
+from dit_video.data.sizes import SizeLimits, fit
+from dit_video.data.source import ClipSource
+from dit_video.data.windows import windows
+from dit_video.tokens import Grid
+from dit_video.training import loop
+from dit_video.training.logging import MetricsLog, read
+from dit_video.video import decode
+
+_RENDERED = (Grid(33, 240, 320), Grid(33, 320, 240), Grid(17, 360, 640))
+"""Sizes of the clips that are rendered where none are given."""
+
+
+@contextlib.contextmanager
+def clips_of(folder: Path | None, count: int) -> Iterator[Path]:
+    """The given clips, or rendered ones."""
+    if folder is not None:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as made:
+        yield shapes.write_folder(Path(made) / "clips", count=count, seed=0, sizes=_RENDERED)
+
+
+def measure_latents(setting: Setting, trained: Trained, number: int) -> dict[str, Any]:
+    """An epoch of cached latents through the real loader and the real loop, with a denoiser's compiled step."""
+    config, examples = setting.denoiser, enumerate(make_examples(setting, number))
+    with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as folder, compilations() as compiled:
+        encoded = (LatentExample(str(index), one.caption, values_of(setting, index, one)) for index, one in examples)
+        write_latents(Path(folder) / "latents", encoded, identity="benchmark")
+        source, tokenizer = LatentSource(Path(folder) / "latents"), config.text.tokenizer()
+        reading = Reading(batch=config.batch, seed=0)
+        batches = packed_batches(source, tokenizer, patch=config.dit.patch, shape=config.rows, reading=reading)
+        epoch = -(-batches.rows_per_epoch // config.batch)
+        last = int(trained.state.step) + epoch
+        log = MetricsLog(Path(folder) / "metrics.jsonl")
+        total: list[int] = []
+        with contextlib.closing(batches):
+            loop.run(
+                trained.step,
+                trained.state,
+                lambda _: map(trained.place, batches),
+                config=loop.LoopConfig(steps=last, log_every=last, save_every=last),
+                log=log,
+                title="an epoch",
+                on_step=lambda _done, _state: total.append(compiled()),
+            )
+        entry = read(log.path)[-1]
+    return {
+        "examples": number,
+        "steps": epoch,
+        "step_ms": round(1000 * entry["step_seconds"], 3),
+        "waiting_share": round(entry["data_wait"], 4),
+        "padding_share": round(batches.padding, 4),
+        "compilations": total[-1],
+        "peak_memory": peak_memory(),
+    }
+
+
+def measure_videos(setting: Setting, trained: Trained, clips: Path, steps: int) -> dict[str, Any]:
+    """The autoencoder's training from video files, which are decoded beside it, each at every use."""
+    window = setting.autoencoder.windows[0]
+    limits = SizeLimits(
+        max_pixels=max(setting.data.max_pixels, window.size.h * window.size.w),
+        max_frames=max(setting.data.max_frames, window.size.t),
+        multiple=setting.autoencoder.model.stride,
+    )
+    with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as folder:
+        ingest(clips, Path(folder) / "data")
+        source = ClipSource(Path(folder) / "data")
+        last = int(trained.state.step) + steps
+        log = MetricsLog(Path(folder) / "metrics.jsonl")
+        with contextlib.closing(prefetch(windows(source, window, limits=limits, seed=0, cache_bytes=0))) as batches:
+            loop.run(
+                trained.step,
+                trained.state,
+                lambda _: map(trained.place, batches),
+                config=loop.LoopConfig(steps=last, log_every=last, save_every=last),
+                log=log,
+                title="training from videos",
+            )
+        entry = read(log.path)[-1]
+    return {
+        "clips": len(source),
+        "steps": steps,
+        "step_ms": round(1000 * entry["step_seconds"], 3),
+        "waiting_share": round(entry["data_wait"], 4),
+    }
+
+
+def measure_decoding(setting: Setting, clips: Path, rounds: int) -> dict[str, Any]:
+    """Decoding to the training size on one core, against a bare loop of PyAV's over the same files.
+
+    Frames are counted as the files hold them, so that sampling at a lower rate shows what it saves.
+    """
+    names = [clip.path for clip in list_clips(clips).clips if clip.offset is None]
+    with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as folder:
+        ingest(clips, Path(folder) / "data")
+        infos = {info.name: info for info in ClipSource(Path(folder) / "data").infos}
+    stride, patch = setting.autoencoder.model.stride, setting.denoiser.dit.patch
+    multiple = Grid(1, stride.h * patch.h, stride.w * patch.w)
+    limits = SizeLimits(max_pixels=max(setting.data.max_pixels, 96 * 128), max_frames=1 << 30, multiple=multiple)
+    files = [(Path(path), infos[name]) for path in names if (name := os.path.relpath(path, clips)) in infos]
+    sizes = {info.name: fit(info, limits) for _, info in files}
+
+    def bare() -> None:
+        for path, info in files:
+            with av.open(str(path)) as container:
+                container.streams.video[0].codec_context.thread_count = 1
+                for frame in container.decode(video=0):
+                    frame.reformat(sizes[info.name].w, sizes[info.name].h, "rgb24").to_ndarray()
+
+    def ours(fps: float | None) -> None:
+        for path, info in files:
+            height, width = sizes[info.name][1:]
+            rate = info.fps if fps is None else min(fps, info.fps)
+            frames = 1 + int(info.seconds * rate)
+            decode(path, size=Grid(frames, height, width), fps=None if fps is None else rate)
+
+    best = in_turn({"bare": bare, "ours": lambda: ours(None), "ours at 8 fps": lambda: ours(8.0)}, rounds)
+    frames = sum(info.frames for _, info in files)
+    return {
+        "files": len(files),
+        "frames": frames,
+        **{f"frames_per_second {name}": round(frames / seconds) for name, seconds in best.items()},
+        "ratio": round(best["bare"] / best["ours"], 3),
+    }
+
+
+def measure_ingest(clips: Path, rounds: int) -> dict[str, Any]:
+    """Clips a second with one process that decodes, and with two."""
+    with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as folder:
+        numbers = itertools.count()
+
+        def run(workers: int) -> None:
+            ingest(clips, Path(folder) / str(next(numbers)), workers=workers)
+
+        best = in_turn({"one": lambda: run(1), "two": lambda: run(2)}, rounds, clock=time.perf_counter)
+    count = len(list_clips(clips).clips)
+    return {
+        "clips": count,
+        "clips_per_second": {name: round(count / seconds, 1) for name, seconds in best.items()},
+        "ratio": round(best["one"] / best["two"], 2),
+    }
+
+
+def measure_memory(setting: Setting, number: int, batches: int) -> dict[str, Any]:
+    """What the loader holds after a tenth of the batches, and at the end."""
+    config, examples = setting.denoiser, enumerate(make_examples(setting, number))
+    with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as folder:
+        encoded = (LatentExample(str(index), one.caption, values_of(setting, index, one)) for index, one in examples)
+        write_latents(Path(folder) / "latents", encoded, identity="benchmark")
+        loader = packed_batches(
+            LatentSource(Path(folder) / "latents"),
+            config.text.tokenizer(),
+            patch=config.dit.patch,
+            shape=config.rows,
+            reading=Reading(batch=config.batch, seed=0),
+        )
+        held = {}
+        with contextlib.closing(loader):
+            for done in range(1, batches + 1):
+                next(loader)
+                if done in (max(1, batches // 10), batches):
+                    held[done] = resident()
+    return {"batches": batches, "bytes": {str(done): size for done, size in held.items()}}
+
+
+def resident() -> int:
+    """Bytes of this process that lie in memory now; 0 where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def in_turn(
+    runs: Mapping[str, Callable[[], None]], rounds: int, *, clock: Callable[[], float] = time.process_time
+) -> dict[str, float]:
+    """The least seconds of each: by default of processor time, which other programs on the core do not lengthen."""
+    best: dict[str, float] = {}
+    for number in range(rounds):
+        for name in runs if number % 2 == 0 else reversed(runs):
+            began = clock()
+            runs[name]()
+            best[name] = min(best.get(name, float("inf")), clock() - began)
+    return best

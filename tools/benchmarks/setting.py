@@ -1,0 +1,159 @@
+"""The models that are measured, and the clips that they are given."""
+
+import itertools
+import math
+import runpy
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dit_video import rng
+from dit_video.autoencoder import PatchVaeConfig, latent_grid
+from dit_video.data.plan import RowStream
+from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
+from dit_video.distributed import MeshConfig
+from dit_video.dit import DitConfig
+from dit_video.errors import MissingError, UserError
+from dit_video.text import ByteEncoderConfig
+from dit_video.tokens import Grid, Item, Rows, RowShape, coordinates, pack, patchify, token_grid
+from dit_video.training.optimizer import OptimizerConfig
+
+_WORDS = (("red", "green", "blue", "magenta"), ("circle", "square", "triangle"), ("", " moving up", " moving right"))
+CONFIG = Path(__file__).resolve().parents[2] / "experiments" / "configs" / "quickstart.py"
+# What is measured where the config's imports are not installed: about its models.
+BUILT_IN = SimpleNamespace(
+    name="built in",
+    data=SimpleNamespace(max_pixels=32 * 48, max_frames=17),
+    autoencoder=SimpleNamespace(
+        model=PatchVaeConfig(stride=Grid(4, 8, 8), channels=8, width=64, blocks=3),
+        windows=(SimpleNamespace(size=Grid(17, 32, 32), batch=16),),
+        optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup=30),
+    ),
+    denoiser=SimpleNamespace(
+        dit=DitConfig(channels=8, context_width=64, patch=Grid(1, 2, 2), width=160, layers=5, heads=4),
+        text=ByteEncoderConfig(width=64, layers=1, max_tokens=64),
+        rows=RowShape(tokens=120, text=192, segments=12),
+        batch=8,
+        optimizer=OptimizerConfig(kind="muon", learning_rate=2e-3, schedule="wsd", warmup=50, b2=0.99),
+        objective=FlowMatching(process=RectifiedFlow(), times=LogitNormal()),
+    ),
+    mesh=MeshConfig(),
+)
+Setting = Any
+"""`BUILT_IN`, or an `Experiment`."""
+
+
+def default_setting() -> Setting:
+    """The quickstart's experiment, or `BUILT_IN`."""
+    try:
+        return runpy.run_path(str(CONFIG))["EXPERIMENT"]
+    except ModuleNotFoundError:
+        return BUILT_IN
+
+
+def read_setting(path: Path) -> Setting:
+    """The `EXPERIMENT` of a config file.
+
+    Raises:
+      MissingError: no such file.
+      UserError: a file without an experiment, or one that imports what is not installed.
+    """
+    if not path.is_file():
+        raise MissingError(f"no such config: {path}; name a file such as experiments/configs/clips.py")
+    try:
+        experiment = runpy.run_path(str(path)).get("EXPERIMENT")
+    except ModuleNotFoundError as error:
+        raise UserError(f"{path} needs {error.name}, which is not installed; leave out --config") from error
+    if experiment is None:
+        raise UserError(f"{path} defines no EXPERIMENT; assign it an Experiment(...)")
+    return experiment
+
+
+def changed(value: Any, path: str, new: Any) -> Any:
+    """A nested config with one field changed: `changed(setting, "denoiser.dit.width", 1024)`.
+
+    Raises:
+      UserError: no such field.
+    """
+    name, _, rest = path.partition(".")
+    fields = {one: getattr(value, one) for one in getattr(value, "__dict__", {})}
+    if name not in fields:
+        raise UserError(f"there is no {name!r} to set; use one of {', '.join(fields)}")
+    old = fields[name]
+    new = changed(old, rest, new) if rest else Grid(*new) if isinstance(old, Grid) else new
+    follows = {"rotary": None} if isinstance(value, DitConfig) and name in ("width", "heads") else {}
+    return type(value)(**fields | {name: new} | follows)
+
+
+class Example(NamedTuple):
+    """A clip as the denoiser's training sees it, but for its values."""
+
+    latents: Grid
+    caption: str
+
+
+def clip_sizes(setting: Setting) -> list[Grid]:
+    """Sizes within the limits: an image, half the length and all of it, each square, wide and high."""
+    stride, patch = setting.autoencoder.model.stride, setting.denoiser.dit.patch
+    step_h, step_w = stride.h * patch.h, stride.w * patch.w
+    longest = (setting.data.max_frames - 1) // stride.t
+    sizes = []
+    for chunks, ratio in itertools.product((0, (longest + 1) // 2, longest), (1.0, 1.5, 1 / 1.5)):
+        height = max(1, math.floor(math.sqrt(setting.data.max_pixels / ratio) / step_h)) * step_h
+        most = max(1, setting.data.max_pixels // height // step_w)
+        width = min(most, max(1, round(height * ratio / step_w))) * step_w
+        sizes.append(Grid(1 + chunks * stride.t, height, width))
+    return sizes
+
+
+def make_examples(setting: Setting, number: int) -> list[Example]:
+    """Examples of mixed sizes and captions."""
+    generator = rng.host(0, "benchmark")
+    grids = [latent_grid(size, setting.autoencoder.model.stride) for size in clip_sizes(setting)]
+    captions = ["a {} {}{}".format(*words) for words in itertools.product(*_WORDS)]
+    drawn = ((int(generator.integers(len(grids))), int(generator.integers(len(captions)))) for _ in range(number))
+    return [Example(grids[grid], captions[caption]) for grid, caption in drawn]
+
+
+def values_of(setting: Setting, index: int, example: Example) -> np.ndarray:
+    """An example's latents."""
+    shape = (*example.latents, setting.denoiser.dit.channels)
+    return rng.host(0, "benchmark latents", index).standard_normal(shape, np.float32)
+
+
+def byte_tokens(setting: Setting, caption: str) -> np.ndarray:
+    """As the text encoder's tokenizer does it, without `transformers`."""
+    config = setting.denoiser.text
+    tokens = [*(byte + 3 for byte in caption.encode()[: config.max_tokens - 1]), 1]
+    return np.asarray(tokens + [0] * (-len(tokens) % config.patch), np.int32)
+
+
+class Packed:
+    """Batches of rows from examples in memory, endless."""
+
+    def __init__(self, setting: Setting, number: int):
+        self._setting, self._examples = setting, make_examples(setting, number)
+        self._config = config = setting.denoiser
+        grids = [token_grid(example.latents, config.dit.patch) for example in self._examples]
+        text = [len(byte_tokens(setting, example.caption)) for example in self._examples]
+        self._stream = RowStream(np.asarray([grid.volume for grid in grids]), np.asarray(text), config.rows, seed=0)
+        self.padding = self._stream.epoch(0).padding
+        self.sizes = len({example.latents for example in self._examples})
+
+    def __iter__(self) -> Iterator[Rows]:
+        rows = (self._row(number) for number in itertools.count())
+        while True:
+            yield Rows(*map(np.stack, zip(*itertools.islice(rows, self._config.batch), strict=True)))
+
+    def _row(self, number: int) -> Rows:
+        patch = self._config.dit.patch
+        items = []
+        for index, rank in zip(*self._stream.row(number), strict=True):
+            example = self._examples[index]
+            tokens = patchify(values_of(self._setting, int(index), example), patch)
+            at = coordinates(token_grid(example.latents, patch))
+            items.append(Item(tokens, at, byte_tokens(self._setting, example.caption), rank))
+        return pack(items, self._config.rows, width=self._config.dit.token_width)

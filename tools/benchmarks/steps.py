@@ -1,0 +1,153 @@
+"""How long a training step takes, on random latents and pixels."""
+
+import contextlib
+import functools
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from benchmarks.setting import Packed, Setting, byte_tokens
+from dit_video import rng
+from dit_video.autoencoder import latent_grid
+from dit_video.distributed import make_mesh, shard_batch, shardings
+from dit_video.nn import graph_of, init_params
+from dit_video.training.autoencoder import AutoencoderLoss
+from dit_video.training.denoiser import DenoiserLoss
+from dit_video.training.optimizer import OptimizerConfig, make_optimizer
+from dit_video.training.state import TrainState, new_state
+from dit_video.training.step import Loss, Step, make_step
+from dit_video.tree import size as count
+
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+_HORIZON = 100_000
+"""Steps that learning rates are planned for; a schedule costs the same for any number."""
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[Callable[[], int]]:
+    """How many programs XLA has compiled since the block was entered."""
+    compiled = 0
+
+    def listen(event: str, _seconds: float, **_: Any) -> None:
+        nonlocal compiled
+        compiled += event == _COMPILED
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield lambda: compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+class Trained(NamedTuple):
+    """A step, the state after the last one, and how to lay out a batch."""
+
+    step: Step
+    state: TrainState
+    place: Callable[[Any], Any]
+
+
+def trainable(setting: Setting, init: Callable, loss: Loss, config: OptimizerConfig) -> Trained:
+    """A model on the mesh, before its first step."""
+    mesh = make_mesh(setting.mesh)
+    optimizer = make_optimizer(config, steps=_HORIZON + config.warmup)
+    layout = functools.partial(shardings, mesh=mesh)
+    state = new_state(init, optimizer, rng.key(0, "benchmark"), shardings=layout)
+    jax.block_until_ready(state)
+    return Trained(make_step(loss, optimizer, ema_decay=0.999), state, functools.partial(shard_batch, mesh=mesh))
+
+
+def time_steps(trained: Trained, batches: Sequence[Any], steps: int) -> tuple[dict[str, Any], Trained]:
+    """Compile, warm up, and time `steps` steps on batches that lie on the device already."""
+    step, state = trained.step, trained.state
+    placed = [trained.place(batch) for batch in batches]
+    jax.block_until_ready(placed)
+    with compilations() as compiled:
+        began = time.perf_counter()
+        state, metrics = step(state, placed[0])
+        jax.block_until_ready(metrics)
+        first = time.perf_counter() - began
+        for batch in placed[1:3]:
+            state, metrics = step(state, batch)
+        jax.block_until_ready((state, metrics))
+        began = time.perf_counter()
+        for number in range(steps):
+            state, metrics = step(state, placed[number % len(placed)])
+        jax.block_until_ready((state, metrics))
+        seconds = (time.perf_counter() - began) / steps
+        total = compiled()
+    figures = {
+        "parameters": count(state.params),
+        "step_ms": round(1000 * seconds, 3),
+        "steps": steps,
+        "first_step_seconds": round(first, 2),
+        "compilations": total,
+        "loss": float(metrics["loss"]),
+    }
+    return figures, trained._replace(state=state)
+
+
+def measure_denoiser(setting: Setting, steps: int, number: int) -> tuple[dict[str, Any], Trained]:
+    """The packed training step of the denoiser with its text encoder."""
+    config = setting.denoiser
+    loss = DenoiserLoss(
+        dit=graph_of(config.dit.make),
+        text=graph_of(config.text.make),
+        objective=config.objective,
+        caption_dropout=0.1,
+        empty_caption=tuple(byte_tokens(setting, "").tolist()),
+        seed=0,
+    )
+
+    def init(key):
+        first, second = jax.random.split(key)
+        return {"dit": init_params(config.dit.make, first), "text": init_params(config.text.make, second)}
+
+    packed = Packed(setting, number)
+    batches = list(itertools.islice(packed, 8))
+    figures, trained = time_steps(trainable(setting, init, loss, config.optimizer), batches, steps)
+    tokens = config.batch * config.rows.tokens
+    real = float(np.mean([(batch.segments > 0).sum(axis=(0, 1)) for batch in batches]))
+    figures |= {
+        "tokens_per_step": tokens,
+        "tokens_per_second": round(1000 * tokens / figures["step_ms"]),
+        "tokens_per_second_without_padding": round(1000 * real / figures["step_ms"]),
+        "sizes": packed.sizes,
+        "padding_share": round(packed.padding, 4),
+        "peak_memory": peak_memory(),
+    }
+    return figures, trained
+
+
+def measure_autoencoder(setting: Setting, steps: int) -> tuple[dict[str, Any], Trained]:
+    """The autoencoder's training step on windows of pixels; its tokens are latent positions."""
+    config, model, window = setting.autoencoder, setting.autoencoder.model, setting.autoencoder.windows[0]
+    loss = AutoencoderLoss(graph=graph_of(model.make), kl=1e-4, seed=0)
+    trained = trainable(setting, functools.partial(init_params, model.make), loss, config.optimizer)
+    generator = rng.host(0, "benchmark windows")
+    batches = [generator.integers(0, 256, (window.batch, *window.size, 3), dtype=np.uint8) for _ in range(2)]
+    figures, trained = time_steps(trained, batches, steps)
+    latents = latent_grid(window.size, model.stride)
+    figures |= {
+        "windows": f"{window.batch} of {'x'.join(map(str, window.size))}",
+        "tokens_per_second": round(1000 * window.batch * latents.volume / figures["step_ms"]),
+        "pixels_per_second": round(1000 * window.batch * window.size.volume / figures["step_ms"]),
+        "peak_memory": peak_memory(),
+    }
+    return figures, trained
+
+
+def peak_memory() -> dict[str, Any]:
+    """Bytes at the most until now: of the first device where it says so, else of this process."""
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in statistics:
+        return {"of": "device", "bytes": int(statistics["peak_bytes_in_use"])}
+    import resource  # Linux and macOS
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"of": "process", "bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
