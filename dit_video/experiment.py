@@ -32,6 +32,10 @@ class Data:
     """how much of each data set an epoch has, by clips, relative to each other; without any all clips weigh the same"""
     stretches: int = 1
     """how many stretches of `max_frames`, spread over its length, are taken of a longer clip"""
+    resolutions: tuple[int, ...] = ()
+    """further, smaller limits on the pixels of a frame, at which every clip is trained on too"""
+    flips: bool = False
+    """every clip is trained on mirrored too; captions that say left or right then lie"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +104,7 @@ class Experiment:
             "patch": min(self.denoiser.dit.patch),
             "rows segments": self.denoiser.rows.segments,
             "stretches": self.data.stretches,
+            "resolutions": min(self.data.resolutions, default=1),
             "log_every": self.log_every,
             "save_every": self.save_every,
         }

@@ -28,14 +28,15 @@ from jaxtyping import Array, UInt8
 from dit_video import configs, intake, pixels, rng
 from dit_video.autoencoder import LinearAutoencoder, fit_linear, start_from_linear
 from dit_video.data.balance import Balance, Cost
-from dit_video.data.latents import LatentSource, write_latents
+from dit_video.data.latents import INDEX as LATENTS
+from dit_video.data.latents import LatentSource
 from dit_video.data.loader import PackedBatches, Reading, packed_batches
 from dit_video.data.prefetch import prefetch
 from dit_video.data.sizes import fit
 from dit_video.data.source import ClipSource
 from dit_video.data.windows import windows
 from dit_video.distributed import make_mesh, shard_batch, shardings
-from dit_video.encoding import encode_clips, latent_moments, stretches
+from dit_video.encoding import Augmentations, Encoding, encode_latents, latent_moments, plan_encoding
 from dit_video.errors import MissingError, UserError
 from dit_video.experiment import Experiment
 from dit_video.files import read_json, write_json
@@ -179,22 +180,37 @@ class Run:
         return params
 
     def encode_latents(self) -> LatentSource:
-        """The cached latents of the training clips."""
-        params = self.train_autoencoder()
-        config, data, clips = self.experiment.autoencoder.model, self.experiment.data, self.training_clips
-        stamp = {
-            "autoencoder": identity(config, params),
-            "data": configs.to_json(data),
+        """The cached latents of the training clips. Files that `tools/encode_latents.py` made are not made again."""
+        encoding, clips = self.encoding(), self.training_clips
+        stamp = self.latent_identity(encoding, clips)
+        destination = self.folder / "latents"
+        if not (destination / LATENTS).is_file():
+            plan = plan_encoding(clips, encoding)
+            with Progress("encoding latents", len(plan.views), unit="clip") as progress:
+                encode_latents(destination, clips, encoding, plan, identity=stamp, progress=progress.update)
+        source = LatentSource(destination, identity=stamp)
+        if source.left_out:
+            name, reason = source.left_out[0]
+            _remark(f"{len(source.left_out)} clips could not be encoded and are left out, such as {name}: {reason}")
+        return source
+
+    def encoding(self) -> Encoding:
+        """What turns clips into this run's latents, after training the autoencoder if that isn't trained yet."""
+        data = self.experiment.data
+        return Encoding(
+            autoencoder=self.experiment.autoencoder.model,
+            params=self.train_autoencoder(),
+            limits=self.experiment.limits,
+            augmentations=Augmentations(stretches=data.stretches, resolutions=data.resolutions, flips=data.flips),
+        )
+
+    def latent_identity(self, encoding: Encoding, clips: ClipSource) -> dict[str, Any]:
+        """What the denoiser's training asks of latents."""
+        return {
+            "autoencoder": identity(encoding.autoencoder, encoding.params),
+            "data": configs.to_json(self.experiment.data),
             "clips": len(clips),
         }
-        destination = self.folder / "latents"
-        if not destination.is_dir():
-            limits = self.experiment.limits
-            starts = stretches(clips, limits, most=data.stretches)
-            examples = encode_clips(graph_of(config.make), params, clips, limits, starts)
-            with Progress("encoding latents", sum(map(len, starts)), unit="clip") as progress:
-                write_latents(destination, examples, identity=stamp, progress=progress.update)
-        return LatentSource(destination, identity=stamp)
 
     def train_denoiser(self) -> dict[str, Any]:
         """The averaged parameters of the trained denoiser and text encoder: `{"dit": ..., "text": ...}`."""

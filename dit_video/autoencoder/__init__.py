@@ -1,5 +1,6 @@
 """Clips to latents and back."""
 
+from dit_video.autoencoder.canvas import Canvas, Place, arrange, occupied, padding
 from dit_video.autoencoder.causal import (
     PatchVae,
     PatchVaeConfig,
@@ -14,14 +15,19 @@ from dit_video.autoencoder.linear import LinearAutoencoder, fit_linear
 __all__ = [
     "Autoencoder",
     "AutoencoderConfig",
+    "Canvas",
     "LinearAutoencoder",
     "PatchVae",
     "PatchVaeConfig",
+    "Place",
     "Posterior",
+    "arrange",
     "clip_grid",
     "fit_linear",
     "from_patches",
     "latent_grid",
+    "occupied",
+    "padding",
     "start_from_linear",
     "to_patches",
 ]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from dit_video.autoencoder.linear import LinearAutoencoder
 from dit_video.autoencoder.patches import from_patches, to_patches
@@ -65,12 +65,12 @@ class PatchVae(nnx.Module):
         self.decoder = nnx.List([_Block(width, rngs=rngs) for _ in range(config.blocks)])
         self.decoder_out = Linear(width, values, init="zero", rngs=rngs)
 
-    def posterior(self, pixels: Float[Array, "B T H W 3"]) -> Posterior:
+    def posterior(self, pixels: Float[Array, "B T H W 3"], inside: Bool[Array, "B h w"] | None = None) -> Posterior:
         """The distribution of latents, before normalisation."""
         patches = to_patches(pixels, self.config.stride)
         x = self.encoder_in(patches)
         for block in self.encoder:
-            x = block(x)
+            x = block(x, inside)
         mean, log_variance = jnp.split(self.encoder_out(x), 2, axis=-1)
         # Starts at a standard deviation of 0.05: noise that the decoder can learn to see through.
         return Posterior(self.linear.encode(patches) + mean, jnp.clip(log_variance - 6.0, -12.0, 2.0))
@@ -82,13 +82,20 @@ class PatchVae(nnx.Module):
             x = block(x)
         return from_patches(self.linear.decode(latents) + self.decoder_out(x), self.config.stride)
 
-    def encode(self, pixels: Float[Array, "B T H W 3"]) -> Float[Array, "B t h w c"]:
+    def encode(
+        self, pixels: Float[Array, "B T H W 3"], inside: Bool[Array, "B h w"] | None = None
+    ) -> Float[Array, "B t h w c"]:
         """Normalised latents: the posterior's mean.
+
+        Args:
+          pixels: clips, or canvases that several clips share; see `dit_video.autoencoder.canvas`.
+          inside: which latent positions belong to a clip; None for all. Clips on a canvas, one position or more apart,
+            do not see each other: they get the latents that they get alone.
 
         Raises:
           UserError: a size that does not fit the stride.
         """
-        return self.normalizer.normalize(self.posterior(pixels).mean)
+        return self.normalizer.normalize(self.posterior(pixels, inside).mean)
 
     def decode(self, latents: Float[Array, "B t h w c"]) -> Float[Array, "B T H W 3"]:
         """Pixels, about in [-1, 1], from normalised latents."""
@@ -146,6 +153,11 @@ class _Block(nnx.Module):
         self.time = CausalConv(width, width, (3, 1, 1), rngs=rngs)
         self.out = Linear(width, width, init="zero", rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B t h w D"]) -> Float[Array, "B t h w D"]:
-        x = x + self.mix(jax.nn.silu(self.space(self.norm_space(x))))
+    def __call__(
+        self, x: Float[Array, "B t h w D"], inside: Bool[Array, "B h w"] | None = None
+    ) -> Float[Array, "B t h w D"]:
+        y = self.norm_space(x)
+        if inside is not None:  # zeros are what the convolution sees beyond a clip's border
+            y = jnp.where(inside[:, None, :, :, None], y, 0)
+        x = x + self.mix(jax.nn.silu(self.space(y)))
         return x + self.out(jax.nn.silu(self.time(self.norm_time(x))))

@@ -3,7 +3,7 @@
 from typing import Protocol, runtime_checkable
 
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from dit_video.errors import UserError
 from dit_video.tokens import Grid
@@ -13,7 +13,11 @@ from dit_video.tokens import Grid
 class Autoencoder(Protocol):
     """Clips to latents and back. Latents are normalised: about zero mean and unit variance in every channel."""
 
-    def encode(self, pixels: Float[Array, "B T H W 3"]) -> Float[Array, "B t h w c"]: ...
+    def encode(
+        self, pixels: Float[Array, "B T H W 3"], inside: Bool[Array, "B h w"] | None = None
+    ) -> Float[Array, "B t h w c"]:
+        """`inside`: which latent positions belong to a clip; those of several, a position apart, share a canvas."""
+        ...
 
     def decode(self, latents: Float[Array, "B t h w c"]) -> Float[Array, "B T H W 3"]: ...
 

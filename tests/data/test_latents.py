@@ -1,12 +1,23 @@
 """Cached latents: what is written is read, and only for the autoencoder that made it."""
 
 import pickle
+import re
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
+from etils import epath
 
-from dit_video.data.latents import LatentExample, LatentSource, identity_hash, write_latents
+from dit_video.data.latents import (
+    LatentExample,
+    LatentFiles,
+    LatentSource,
+    LeftOut,
+    identity_hash,
+    write_latents,
+)
 from dit_video.errors import MissingError, UserError
 from dit_video.tokens import Grid
 
@@ -45,13 +56,18 @@ def test_another_identity_is_refused(tmp_path):
         LatentSource(tmp_path / "l", identity="autoencoder-2")
     assert LatentSource(tmp_path / "l").identity == "autoencoder-1"
     assert identity_hash({"a": 1, "b": 2}) == identity_hash({"b": 2, "a": 1}) != identity_hash({"a": 1, "b": 3})
-    # Long identities are told apart by their hash.
-    one, two = ({"configuration": "x" * 100, "step": step} for step in (1, 2))
-    write_latents(tmp_path / "m", examples(), identity=one)
+    # Long identities are told apart by their hash, and of a mapping each part is compared that is asked for.
+    long = {"autoencoder": {"configuration": "x" * 100, "step": 1}, "text": "encoder-1"}
+    write_latents(tmp_path / "m", examples(), identity=long)
+    assert len(LatentSource(tmp_path / "m", identity={"autoencoder": long["autoencoder"]})) == 3
     with pytest.raises(UserError) as error:
-        LatentSource(tmp_path / "m", identity=two)
-    assert identity_hash(one) in str(error.value)
-    assert identity_hash(two) in str(error.value)
+        LatentSource(tmp_path / "m", identity=long | {"autoencoder": {"configuration": "x" * 100, "step": 2}})
+    found = re.findall(r"\(([0-9a-f]{16})\)", str(error.value))
+    assert len(set(found)) == 2
+    with pytest.raises(UserError, match="latents of text encoder-1, encoder-2 was asked for"):
+        LatentSource(tmp_path / "m", identity=long | {"text": "encoder-2"})
+    with pytest.raises(UserError, match="latents of other null, x was asked for"):
+        LatentSource(tmp_path / "m", identity=long | {"other": "x"})
 
 
 def test_written_whole_or_not_at_all(tmp_path):
@@ -92,3 +108,118 @@ def test_refusals(tmp_path):
     (tmp_path / "latents.json").write_text('{"version": 99}')
     with pytest.raises(UserError, match="version"):
         LatentSource(tmp_path)
+
+
+def test_every_caption_is_kept_and_views_are_grouped_by_their_clip(tmp_path):
+    latents = np.ones((1, 2, 3, 4), np.float32)
+    write_latents(
+        tmp_path / "l",
+        [
+            LatentExample("a@0", ("one", "two"), latents, "a"),
+            LatentExample("b@0", (), latents, "b"),
+            LatentExample("a@4", ("one", "two"), latents, "a"),
+            LatentExample("c", "three", latents),
+        ],
+        identity="x",
+    )
+    source = LatentSource(tmp_path / "l")
+    assert source.all_captions == (("one", "two"), (), ("one", "two"), ("three",))
+    assert source.captions == ("one", "", "one", "three")
+    assert source.clips == ("a", "b", "a", "c")
+    assert source.groups == (0, 1, 0, 2)
+    assert (source.text_width, source.empty_text, source.left_out) == (0, None, ())
+
+
+def test_embeddings_are_kept_with_their_lengths(tmp_path):
+    draw = np.random.default_rng(0)
+    texts = [tuple(draw.normal(size=(n, 5)).astype(np.float32) for n in lengths) for lengths in ((3, 1), (), (2,))]
+    captions = [("a", "b"), (), ("c",)]
+    latents = np.ones((1, 1, 1, 2), np.float32)
+    rows = [LatentExample(f"{n}", captions[n], latents, "", texts[n]) for n in range(3)]
+    write_latents(tmp_path / "l", rows, identity="x", dtype="float32")
+    source = LatentSource(tmp_path / "l")
+    assert source.text_lengths == ((3, 1), (), (2,))
+    for index, of_example in enumerate(texts):
+        for caption, expected in enumerate(of_example):
+            np.testing.assert_array_equal(source.text(index, caption), expected)
+    for wrong, message in (
+        ((texts[0][0],), "2 captions and 1 embeddings"),
+        ((texts[0][0], texts[0][1][:, :4]), r"shape \[1, 4\]"),
+        ((texts[0][0], np.full((2, 5), np.nan, np.float32)), "finite"),
+    ):
+        with pytest.raises(UserError, match=message):
+            write_latents(tmp_path / "m", [rows[0]._replace(text=wrong)], identity="x")
+
+
+def in_three_files(folder):
+    files = LatentFiles(folder=epath.Path(folder), identity="x", files=3, dtype="float32")
+    of_file = [list(examples(2)), [LeftOut("bad.mp4", "it is damaged")], list(examples(3))]
+    for number in (2, 0, 1):
+        assert files.done(number) is None
+        assert not files.finish()
+        files.write(number, of_file[number])
+        assert files.done(number) == len(of_file[number])
+    assert files.finish()
+    return [*of_file[0], *of_file[2]]
+
+
+def test_files_are_a_tfds_data_set_be_one_of_them_empty(tmp_path):
+    expected = in_three_files(tmp_path / "l")
+    records = tfds.builder_from_directory(tmp_path / "l").as_data_source("train")
+    assert [record["name"].decode() for record in records] == [example.name for example in expected]
+    source = LatentSource(tmp_path / "l")
+    assert source.left_out == (LeftOut("bad.mp4", "it is damaged"),)
+    for index, example in enumerate(expected):
+        np.testing.assert_array_equal(source[index], example.latents)
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """An object store in memory, behind `gs://`."""
+    pytest.importorskip("fsspec")
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class Store(MemoryFileSystem):
+        protocol = ("gs", "gcs")
+        store, pseudo_dirs, cachable = {}, [""], False
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return super()._strip_protocol(path.removeprefix("gs://").removeprefix("gcs://"))
+
+    # As if gcsfs were installed: `etils.epath` asks fsspec for the file system of `gs://`.
+    from etils.epath import backend
+
+    monkeypatch.setattr(backend.fsspec_backend, "_get_filesystem", lambda _name: Store())
+    return Store
+
+
+def test_latents_may_lie_on_an_object_store(bucket, tmp_path):
+    expected = in_three_files("gs://bucket/latents")
+    assert any(name.endswith("latents.json") for name in bucket.store)
+    source = LatentSource("gs://bucket/latents", identity="x", cache=tmp_path / "cache")
+    assert source.captions == tuple(example.captions for example in expected)
+
+    def copied():
+        return sorted(path.name[-14:] for path in Path(tmp_path / "cache").rglob("*array_record*"))
+
+    np.testing.assert_array_equal(source[3], expected[3].latents)
+    assert copied() == ["00002-of-00003"]  # only what was read
+    for index, example in enumerate(expected):
+        np.testing.assert_array_equal(source[index], example.latents)
+    assert copied() == ["00000-of-00003", "00002-of-00003"]
+    copy = pickle.loads(pickle.dumps(source))
+    np.testing.assert_array_equal(copy[0], expected[0].latents)
+    with pytest.raises(UserError, match="y was asked for"):
+        LatentSource("gs://bucket/latents", identity="y")
+    # What is written there again is read again.
+    epath.Path("gs://bucket/latents").rmtree()
+    files = LatentFiles(folder=epath.Path("gs://bucket/latents"), identity="y", files=1, dtype="float32")
+    files.write(0, [example._replace(latents=example.latents + 1) for example in expected])
+    assert files.finish()
+    again = LatentSource("gs://bucket/latents", identity="y", cache=tmp_path / "cache")
+    np.testing.assert_array_equal(again[3], expected[3].latents + 1)
+    with pytest.raises(MissingError):
+        LatentSource("gs://bucket/nothing")
+    with pytest.raises(UserError, match="other options"):
+        LatentFiles(folder=epath.Path("gs://bucket/latents"), identity="y", files=4, dtype="float32")

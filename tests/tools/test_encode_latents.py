@@ -1,0 +1,81 @@
+"""Encoding in several processes, as a user starts it."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from dit_video.data.latents import LatentSource
+from dit_video.run import Run
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+TOOL = "tools/encode_latents.py"
+
+
+def values(folder):
+    source = LatentSource(folder)
+    return {name: source[index] for index, name in enumerate(source.names)}
+
+
+def test_two_processes_make_the_latents_of_a_run(tiny, tiny_run, tmp_path, script):
+    options = ("--views-per-file", 4, "--shards", 2)
+    arguments = (tiny_run, tiny_run / "data", tmp_path / "l", *options)
+    unfinished = script(TOOL, *arguments, "--shard", 0, "--finish")
+    assert unfinished.code == 2
+    assert "encode the missing ones first" in unfinished.err
+    first = script(TOOL, *arguments, "--shard", 1)
+    assert first.code == 0, first.err
+    assert "the last of 2 processes writes the index" in first.out
+    assert "programs" in first.out
+    assert "encoding latents" in first.err
+    second = script(TOOL, *arguments, "--shard", 0)
+    assert second.code == 0, second.err
+    count = tiny.COUNT - tiny.HELD_OUT
+    assert f"{count} examples of {count} clips" in second.out
+    made, own = values(tmp_path / "l"), values(tiny_run / "latents")
+    assert made.keys() == own.keys()
+    for name, latents in made.items():
+        np.testing.assert_allclose(latents, own[name], atol=2e-2)  # of bfloat16, about 1
+    # The run's training takes them.
+    copy = tmp_path / "run"
+    shutil.copytree(tiny_run, copy)
+    shutil.rmtree(copy / "latents")
+    shutil.copytree(tmp_path / "l", copy / "latents")
+    assert len(Run.open(copy).encode_latents()) == count
+
+
+def test_the_views_of_a_pipeline_are_chosen_on_the_command_line(tiny, tiny_run, tmp_path, script):
+    done = script(
+        TOOL, tiny_run / "pipeline", tiny_run / "data", tmp_path / "l", "--max-frames", 5, "--stretches", 2,
+        "--flips", "True", "--resolutions", 256, "--storage", "float32",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    source = LatentSource(tmp_path / "l")
+    assert len(set(source.groups)) == tiny.COUNT
+    long = next(index for index, name in enumerate(source.names) if "16x16~flipped" in name)
+    of_clip = [index for index, group in enumerate(source.groups) if group == source.groups[long]]
+    assert len(of_clip) == 8  # two stretches, two resolutions, two ways round
+    assert {source.sizes[index][0] for index in of_clip} == {2}
+    assert source.identity["data"] != LatentSource(tiny_run / "latents").identity["data"]
+    assert source.identity["autoencoder"] == LatentSource(tiny_run / "latents").identity["autoencoder"]
+
+
+def test_refusals(tiny_run, tmp_path, script):
+    for arguments, message in (
+        ((tiny_run, tiny_run / "data", tmp_path / "l", "--shard", 1), "given together"),
+        ((tiny_run, tiny_run / "data", tmp_path / "l", "--shard", 2, "--shards", 2), "shard=2 must be one of 0 to 1"),
+        ((tiny_run, tmp_path / "no", tmp_path / "l"), "no such data set"),
+        ((tmp_path / "no", tiny_run / "data", tmp_path / "l"), "no such file"),
+        ((tiny_run, tiny_run / "data", tmp_path / "l", "--views-per-file", 0), "at least 1"),
+        ((tiny_run, tiny_run / "data", tiny_run / "data"), "holds no latents"),
+    ):
+        done = script(TOOL, *arguments)
+        assert done.code == 2
+        assert message in done.err
+        assert len(done.err.strip().splitlines()) == 1
+    copy = tmp_path / "run"
+    copy.mkdir()
+    shutil.copy(tiny_run / "experiment.json", copy)
+    done = script(TOOL, copy, tiny_run / "data", tmp_path / "l")
+    assert done.code == 2
+    assert "no trained autoencoder yet" in done.err
