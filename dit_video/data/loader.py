@@ -122,7 +122,7 @@ def packed_batches(
     """
     layout = Layout(
         latent_grids(source, patch),
-        [(caption,) for caption in source.captions],
+        source.all_captions,
         tokenize,
         shape=shape,
         seed=reading.seed,
