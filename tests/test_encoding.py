@@ -221,13 +221,14 @@ def test_a_clip_that_is_damaged_is_left_out_with_its_reason(tmp_path):
 
 def test_texts_are_embedded_once_with_their_real_tokens_only(tmp_path):
     config = ByteEncoderConfig(width=8, layers=1, heads=2, max_tokens=64)
-    tokenizer, encoder = config.tokenizer(), nnx.merge(graph_of(config.make), rough_params(config.make))
+    tokenizer, params = config.tokenizer(), rough_params(config.make)
+    encoder = jax.jit(lambda ids: nnx.merge(graph_of(config.make), params)(ids, jnp.ones_like(ids)).values)
     asked = []
 
     def encode_text(caption):
         asked.append(caption)
         ids = jnp.asarray(tokenizer(caption))[None]
-        return np.asarray(encoder(ids, jnp.ones_like(ids)).values)[0]
+        return np.asarray(encoder(ids))[0]
 
     source = source_of(MIXED[:5])
     source.infos = (source.infos[0]._replace(captions=()), *source.infos[1:])

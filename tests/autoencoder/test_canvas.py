@@ -62,8 +62,8 @@ def test_every_clip_lies_on_one_canvas_apart_from_the_others(sizes, pixels, prog
 
 @pytest.mark.usefixtures("quick_compilation")
 def test_latents_on_a_canvas_are_those_of_the_clip_alone():
-    sizes = random_sizes(32)
-    assert len(set(sizes)) > 25
+    sizes = random_sizes(18)
+    assert len(set(sizes)) > 15
     draw = np.random.default_rng(1)
     clips = [draw.uniform(-1, 1, (*size, 3)).astype(np.float32) for size in sizes]
     canvases = arrange(sizes, stride=STRIDE, pixels=20_000, programs=3)
@@ -82,7 +82,7 @@ def test_latents_on_a_canvas_are_those_of_the_clip_alone():
             alone = np.asarray(encode(clips[clip][None]))[0]
             np.testing.assert_allclose(latents[:t, top : top + h, left : left + w], alone, atol=1e-5)
             compared += 1
-    assert compared == 32
+    assert compared == 18
     # Without the mask neighbours would be seen.
     assert np.abs(np.asarray(encode(frames))[0] - latents).max() > 1e-2
 
