@@ -191,7 +191,7 @@ class Run:
         source = LatentSource(destination, identity=stamp)
         if source.left_out:
             name, reason = source.left_out[0]
-            _remark(f"{len(source.left_out)} clips could not be encoded and are left out, such as {name}: {reason}")
+            remark(f"{len(source.left_out)} clips could not be encoded and are left out, such as {name}: {reason}")
         return source
 
     def encoding(self) -> Encoding:
@@ -208,8 +208,9 @@ class Run:
         """What the denoiser's training asks of latents."""
         return {
             "autoencoder": identity(encoding.autoencoder, encoding.params),
-            "data": configs.to_json(self.experiment.data),
-            "clips": len(clips),
+            "limits": configs.to_json(encoding.limits),
+            "augmentations": configs.to_json(encoding.augmentations),
+            "clips": identity_hash({"names": [info.name for info in clips.infos]}),
         }
 
     def train_denoiser(self) -> dict[str, Any]:

@@ -326,6 +326,7 @@ def check_identity(folder: str | os.PathLike, found: Identity, wanted: Identity)
     Raises:
       UserError: they are not; it names both.
     """
+    parts: list[tuple[str, Any, Any]]
     if isinstance(found, str) or isinstance(wanted, str):
         parts = [("autoencoder", found, wanted)] if identity_hash(found) != identity_hash(wanted) else []
     else:
