@@ -15,11 +15,12 @@ import tyro
 from tqdm import tqdm
 
 from dit_video.data.ingest import REPORT, IngestConfig, IngestReport, ingest
+from dit_video.data.places import place
 from dit_video.errors import UserError, script
 from dit_video.reports.ingest_report import PAGE, write_ingest_report
 
 Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-Destination = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")]
+Destination = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")]
 Config = Annotated[IngestConfig, tyro.conf.arg(name="")]
 
 
@@ -35,14 +36,14 @@ def main(
 
     Args:
         source: a folder, a list of clips or a tar
-        destination: the folder to be made
+        destination: the folder to be made, or gs://…
         config: what is taken
         workers: processes that inspect clips, at most; by default one for every core
         beam: build it by Apache Beam with these options, such as "--runner=FlinkRunner --parallelism=64"
     """
     with _Bars() as bars:
         report = ingest(source, destination, config=config, progress=bars.update, workers=workers, beam=_beam(beam))
-    if not report.reused or not (destination / PAGE).is_file():
+    if not report.reused or not (place(destination) / PAGE).is_file():
         write_ingest_report(destination)
     _say(destination, report)
 
@@ -81,7 +82,7 @@ def _beam(options: str | None):
     return Beam(options=PipelineOptions(options.split()))
 
 
-def _say(destination: Path, report: IngestReport) -> None:
+def _say(destination: str, report: IngestReport) -> None:
     print(f"{destination}: {report.usable} clips, {report.frames} frames" + (" (was there already)" * report.reused))
     if report.uncaptioned:
         print(f"{report.uncaptioned} without a caption: they train the unconditional model alone")
@@ -92,8 +93,8 @@ def _say(destination: Path, report: IngestReport) -> None:
     for name, reason in pairs[:10]:
         print(f"set aside: {name}: {reason}")
     if len(pairs) > 10:
-        print(f"… {len(pairs)} were set aside: see {destination / REPORT}")
-    print(f"see {destination / PAGE}")
+        print(f"… {len(pairs)} were set aside: see {destination}/{REPORT}")
+    print(f"see {destination}/{PAGE}")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ TensorFlow, which isn't installed; with Beam it holds a whole file's examples in
 through it as *references* (the example with the clip's place instead of its bytes: a few hundred bytes), and the
 `ExampleWriter`, which a builder may choose, puts the bytes in where a record is written: one at a time, in order.
 That holds up to about a million clips on one machine; more are for Beam.
-
-Latents are a `ShardBasedBuilder`, which writes examples as they are made: they exist nowhere before.
 """
 
 import dataclasses
@@ -41,9 +39,6 @@ SHARD_BYTES = 1 << 30
 _REFUSED = re.compile(r"\b(?:open|write|close)\(\) failed: ([^;]+)")
 """What ArrayRecord says, in an error of no type of its own, where the system refuses to write."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-Shard = Callable[[], Iterator[Mapping[str, Any]]]
-"""The examples of one file. It is called once, after the shards before it are used up."""
 
 
 def content() -> tfds.features.Tensor:
@@ -282,53 +277,7 @@ def write_clips(
         shutil.rmtree(work, ignore_errors=True)
 
 
-class Latents(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ignore[call-arg]  # as above
-    """What an autoencoder made of clips, in given shards."""
-
-    VERSION = tfds.core.Version("1.0.0")
-    url_infos: ClassVar[dict] = {}
-    """Nothing is downloaded. (TFDS would look for a list of checksums by a package that it does not depend on.)"""
-
-    def __init__(self, *, features: Mapping[str, Any], shards: Sequence[Shard], **kwargs):
-        self._given_features = features
-        self._shards = shards
-        super().__init__(**kwargs)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        features = tfds.features.FeaturesDict(dict(self._given_features))
-        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
-
-    def _shard_iterators_per_split(self, dl_manager):
-        return {SPLIT: [_numbered(shard) for shard in self._shards]}
-
-    def _log_download_bytes(self) -> None:
-        """Nothing is downloaded: no message."""
-
-    def _log_download_done(self) -> None:
-        """As above."""
-
-
-def _numbered(shard: Shard) -> Callable[[], Iterator[tuple[int, Mapping[str, Any]]]]:
-    return lambda: enumerate(shard())
-
-
-def write_records(
-    folder: Path, builder: type[Latents], *, features: Mapping[str, Any], shards: Sequence[Shard]
-) -> None:
-    """Write a data set of one split into `folder`, which must not exist yet.
-
-    `tfds.builder_from_directory(folder).as_data_source("train")` reads it back in order.
-    """
-    work = folder.with_name(folder.name + ".tfds")
-    try:
-        made = builder(features=features, shards=shards, data_dir=work, file_format="array_record")
-        made.download_and_prepare()
-        Path(made.data_dir).rename(folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def open_records(folder: Path) -> Sequence[dict[str, Any]]:
+def open_records(folder: Path | epath.Path) -> Sequence[dict[str, Any]]:
     """Random access to the examples of a data set, of all its splits as `in_order` has them.
 
     Raises:

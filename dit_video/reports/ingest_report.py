@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dit_video import files, rng
 from dit_video.data.ingest import IngestReport
+from dit_video.data.places import Place
 from dit_video.data.source import ClipInfo, ClipSource
 from dit_video.errors import UserError
 from dit_video.reports import clips
@@ -55,7 +56,7 @@ _OUTCOMES = {
 }
 
 
-def write_ingest_report(folder: str | os.PathLike) -> Path:
+def write_ingest_report(folder: str | os.PathLike) -> Place:
     """Write the page of the data set in `folder` into it, as one self-contained file without scripts.
 
     The pictures are a sample that is a function of the clips alone: the same data set gives the same bytes.
@@ -66,8 +67,13 @@ def write_ingest_report(folder: str | os.PathLike) -> Path:
     Raises:
       MissingError, UserError: no ingested data set there.
     """
-    path = Path(folder) / PAGE
-    files.write_text(path, render(IngestReport.read(Path(folder)), ClipSource(folder)))
+    source = ClipSource(folder)
+    path = source.folders[0] / PAGE
+    page = render(IngestReport.read(source.folders[0]), source)
+    if isinstance(path, Path):
+        files.write_text(path, page)
+    else:
+        path.write_text(page)
     return path
 
 

@@ -14,7 +14,9 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -27,16 +29,19 @@ from dit_video.data import builder
 from dit_video.data.ingest.inspection import Inspected
 from dit_video.data.ingest.journal import Journal
 from dit_video.data.ingest.listing import Format, Listed, Listing, list_clips
-from dit_video.data.ingest.report import IngestReport, summarise
+from dit_video.data.ingest.report import REPORT, IngestReport, summarise
 from dit_video.data.ingest.screening import ScreeningConfig
 from dit_video.data.ingest.selection import Selection, select
 from dit_video.data.ingest.workers import Workers, cores, worth
+from dit_video.data.places import Place, place, publish, read_document
 from dit_video.data.source import INDEX, ClipInfo, write_index
 from dit_video.errors import UserError
-from dit_video.files import read_json
 
 WORK = ".ingest"
 """Ends the name of the folder beside the destination."""
+
+_COPIED = re.compile(rf"(clips-.*\.array_record-.*|dataset_info\.json|features\.json|{re.escape(REPORT)})$")
+"""What a copy to a bucket has before its index."""
 
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
@@ -82,11 +87,12 @@ def ingest(
 
     Args:
       source: the clips, in any format that `list_clips` reads.
-      destination: the folder to be made; whole or absent.
+      destination: the folder to be made; whole or absent. In a bucket (`gs://…`) too: it is made in a local folder of
+        temporary files, as ArrayRecord writes no others, and copied, the index last, without which it cannot be read.
       config: what is taken.
       progress: called with (done, total) clips that are inspected, and from 0 again with those that are written.
       workers: how many processes inspect clips, at most; by default one for every core. With Beam, ignored.
-      beam: inspect and write in a pipeline of Apache Beam.
+      beam: inspect and write in a pipeline of Apache Beam, on machines that share the disk of source and destination.
 
     Raises:
       MissingError: no such source.
@@ -95,12 +101,14 @@ def ingest(
     """
     if workers is not None and workers < 1:
         raise UserError(f"workers={workers} is a number of processes; use 1 or more, or leave it out")
-    destination = Path(destination)
+    destination = place(destination)
+    if beam is not None and not isinstance(destination, Path):
+        raise UserError(f"{destination} is a bucket; with Beam name a folder on a disk that all its machines share")
     listing = list_clips(source, format=config.format, ucf101_split=config.ucf101_split)
     fingerprint = _fingerprint(listing, config)
     if _holds(destination, fingerprint, source):
         return dataclasses.replace(IngestReport.read(destination), reused=True)
-    work = destination.with_name(destination.name + WORK)
+    work = _work(destination)
     try:
         with Journal(work, (config.screening, config.time_limit)) as journal:
             verdicts = _inspect_all(listing.clips, config, journal, progress, workers or cores(), beam)
@@ -108,17 +116,30 @@ def ingest(
             if not chosen.infos:
                 shutil.rmtree(work)
                 raise UserError(_nothing(source, listing, verdicts, chosen))
-            _write(work / "data", listing, verdicts, chosen, config, fingerprint, progress, beam)
-            (work / "data").rename(destination)  # an empty folder there is replaced
+            try:
+                _write(work / "data", listing, verdicts, chosen, config, fingerprint, progress, beam)
+                report = IngestReport.read(work / "data")
+                if isinstance(destination, Path):
+                    (work / "data").rename(destination)  # an empty folder there is replaced
+                else:
+                    publish(work / "data", destination, INDEX)
+            finally:
+                shutil.rmtree(work / "data", ignore_errors=True)
             shutil.rmtree(work)
     except OSError as error:
         fix = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "make it writable"
         raise UserError(
             f"{destination} cannot be written ({error.strerror or error}); {fix} and start the command again"
         ) from error
-    finally:
-        shutil.rmtree(work / "data", ignore_errors=True)
-    return IngestReport.read(destination)
+    return report
+
+
+def _work(destination: Place) -> Path:
+    """The folder of work: beside the destination, so that a rename finishes it; for a bucket among temporary files."""
+    if isinstance(destination, Path):
+        return destination.with_name(destination.name + WORK)
+    name = hashlib.sha256(os.fspath(destination).encode()).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"dit_video.{name}{WORK}"
 
 
 def _fingerprint(listing: Listing, config: IngestConfig) -> str:
@@ -128,7 +149,7 @@ def _fingerprint(listing: Listing, config: IngestConfig) -> str:
     return hashlib.sha256(known.encode()).hexdigest()
 
 
-def _holds(destination: Path, fingerprint: str, source: str | os.PathLike) -> bool:
+def _holds(destination: Place, fingerprint: str, source: str | os.PathLike) -> bool:
     """Whether the data set is there already."""
     if not destination.exists():
         return False
@@ -136,9 +157,11 @@ def _holds(destination: Path, fingerprint: str, source: str | os.PathLike) -> bo
         raise UserError(f"{destination} is a file; name a folder that does not exist")
     if not any(destination.iterdir()):
         return False
+    if not isinstance(destination, Path) and all(_COPIED.match(path.name) for path in destination.iterdir()):
+        return False  # a copy to a bucket that was not finished
     if not (destination / INDEX).is_file():
         raise UserError(f"{destination} exists and is not an ingested data set; name a folder that does not exist")
-    if read_json(destination / INDEX).get("fingerprint") != fingerprint:
+    if read_document(destination / INDEX).get("fingerprint") != fingerprint:
         raise UserError(
             f"{destination} holds another data set than {source} (names, sizes, captions or settings differ); "
             "name another folder, or remove it"

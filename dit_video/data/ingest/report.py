@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from dit_video.data.ingest.captions import caption_statistics
+from dit_video.data.places import Place, read_document
 from dit_video.data.source import ClipInfo
-from dit_video.files import read_json, write_json
+from dit_video.files import write_json
 
 REPORT = "report.json"
 
@@ -80,10 +81,10 @@ class IngestReport:
         write_json(folder / REPORT, document)
 
     @staticmethod
-    def read(folder: Path) -> "IngestReport":
+    def read(folder: Place) -> "IngestReport":
         """What `write` wrote."""
         known = {field.name for field in dataclasses.fields(IngestReport)}
-        fields = {name: value for name, value in read_json(folder / REPORT).items() if name in known}
+        fields = {name: value for name, value in read_document(folder / REPORT).items() if name in known}
         for name in ("quarantined", "dropped", "rejected"):
             fields[name] = tuple((clip, reason) for clip, reason in fields.get(name, ()))
         for name in ("dropped_files", "unlisted"):

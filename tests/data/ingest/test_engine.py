@@ -291,6 +291,15 @@ def test_command(clips, tmp_path):
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert "3 clips, 8 frames" in done.stdout
+    assert (tmp_path / "out" / "REPORT.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    for bar in ("inspect: 100%", "write: 100%"):
+        assert bar in done.stderr
+    again = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, check=False)
+    assert "was there already" in again.stdout
+    arguments = [str(clips), str(tmp_path / "few"), "--screening.min-seconds", "0.3", "--workers", "1"]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "set aside: sub/b.webm:" in done.stdout
     arguments = [str(tmp_path / "nowhere"), str(tmp_path / "new")]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 2

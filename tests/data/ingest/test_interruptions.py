@@ -50,13 +50,13 @@ def digests(folder: Path) -> dict[str, str]:
 def test_lost_workers_name_their_clips(tmp_path, log):
     names = ["a.mp4", "b_killed.mp4", "c_once.mp4", "d_crash.mp4", "e_raise.mp4", "f_hang.mp4", "g.mp4"]
     write_clips(tmp_path / "clips", *names)
-    report = ingest(tmp_path / "clips", tmp_path / "out", config=IngestConfig(time_limit=5), workers=2)
+    report = ingest(tmp_path / "clips", tmp_path / "out", config=IngestConfig(time_limit=3), workers=2)
     assert [info.name for info in ClipSource(tmp_path / "out").infos] == ["a.mp4", "c_once.mp4", "g.mp4"]
     reasons = dict(report.quarantined)
     assert "SIGKILL" in reasons["b_killed.mp4"]
     assert "exit code 7" in reasons["d_crash.mp4"]
     assert reasons["e_raise.mp4"] == "cannot be decoded (ZeroDivisionError: of a decoder, in two lines)"
-    assert "takes more than 5" in reasons["f_hang.mp4"]
+    assert "takes more than 3" in reasons["f_hang.mp4"]
     inspected = log.read_text().split()
     assert {name: inspected.count(name) for name in names} == {
         name: 2 if any(word in name for word in ("killed", "once", "crash", "hang")) else 1 for name in names
