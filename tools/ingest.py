@@ -1,9 +1,11 @@
-"""Make a data set of a folder of clips.
+"""Make a data set of clips, in whatever way people hold them.
 
-    python tools/ingest.py CLIPS DESTINATION
+    python tools/ingest.py SOURCE DESTINATION
+    python tools/ingest.py clips data --screening.shots content --screening.min-seconds 1 --screening.duplicates 6
 
-CLIPS holds videos or images and a `metadata.csv` with the columns `file_name,text`; without that file the caption of
-`clip.mp4` is read from `clip.txt`. Clips that can't be decoded are set aside and listed in DESTINATION/report.json.
+SOURCE is a folder of videos and images with captions beside them or in `metadata.csv`, a list of paths, WebDataset
+tars, UCF-101 or MSR-VTT: see `dit_video.data.ingest.listing`. What can't be used is set aside and listed, with the
+reason, in DESTINATION/report.json; DESTINATION/REPORT.html shows it. Started again after a kill, the command continues.
 """
 
 from pathlib import Path
@@ -12,38 +14,87 @@ from typing import Annotated
 import tyro
 from tqdm import tqdm
 
-from dit_video.data.ingest import REPORT, ingest
-from dit_video.errors import script
+from dit_video.data.ingest import REPORT, IngestConfig, IngestReport, ingest
+from dit_video.data.places import place
+from dit_video.errors import UserError, script
+from dit_video.reports.ingest_report import PAGE, write_ingest_report
 
-Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CLIPS")]
-Destination = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")]
+Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+Destination = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")]
+Config = Annotated[IngestConfig, tyro.conf.arg(name="")]
 
 
 @script
-def main(source: Source, destination: Destination) -> None:
-    """Make a data set of a folder of clips.
+def main(
+    source: Source,
+    destination: Destination,
+    config: Config = IngestConfig(),  # noqa: B008  # frozen
+    workers: int | None = None,
+    beam: str | None = None,
+) -> None:
+    """Make a data set of clips.
 
     Args:
-        source: the folder of clips
-        destination: the folder to be made
+        source: a folder, a list of clips or a tar
+        destination: the folder to be made, or gs://…
+        config: what is taken
+        workers: processes that inspect clips, at most; by default one for every core
+        beam: build it by Apache Beam with these options, such as "--runner=FlinkRunner --parallelism=64"
     """
-    with tqdm(desc="ingest", unit="clip") as bar:
+    with _Bars() as bars:
+        report = ingest(source, destination, config=config, progress=bars.update, workers=workers, beam=_beam(beam))
+    if not report.reused or not (place(destination) / PAGE).is_file():
+        write_ingest_report(destination)
+    _say(destination, report)
 
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
 
-        report = ingest(source, destination, progress=progress)
+class _Bars:
+    """One for what is inspected and one for what is written, each with the time left."""
+
+    def __init__(self):
+        self._titles = iter(("inspect", "write"))
+        self._bar: tqdm | None = None
+
+    def __enter__(self) -> "_Bars":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def update(self, done: int, total: int) -> None:
+        if self._bar is None or done < self._bar.n:
+            self.__exit__()
+            # What a journal knew already took no time, and says nothing of the time left.
+            self._bar = tqdm(desc=next(self._titles), unit="clip", total=total, initial=0 if done == 1 else done)
+        self._bar.update(done - self._bar.n)
+
+
+def _beam(options: str | None):
+    if options is None:
+        return None
+    try:
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ModuleNotFoundError as error:
+        raise UserError("Apache Beam is not installed; pip install 'dit-video[beam]'") from error
+    from dit_video.data.builder import Beam
+
+    return Beam(options=PipelineOptions(options.split()))
+
+
+def _say(destination: str, report: IngestReport) -> None:
     print(f"{destination}: {report.usable} clips, {report.frames} frames" + (" (was there already)" * report.reused))
     if report.uncaptioned:
         print(f"{report.uncaptioned} without a caption: they train the unconditional model alone")
     if report.unlisted:
         shown = ", ".join(report.unlisted[:3]) + (", …" if len(report.unlisted) > 3 else "")
-        print(f"{len(report.unlisted)} files that metadata.csv doesn't name were left out: {shown}")
-    for name, reason in report.quarantined[:10]:
+        print(f"{len(report.unlisted)} files that the source's list doesn't name were left out: {shown}")
+    pairs = [*report.rejected, *report.quarantined, *report.dropped]
+    for name, reason in pairs[:10]:
         print(f"set aside: {name}: {reason}")
-    if len(report.quarantined) > 10:
-        print(f"… {len(report.quarantined)} were set aside: see {destination / REPORT}")
+    if len(pairs) > 10:
+        print(f"… {len(pairs)} were set aside: see {destination}/{REPORT}")
+    print(f"see {destination}/{PAGE}")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dit_video.data import builder
+from dit_video.data.places import Place, place, read_document
 from dit_video.errors import MissingError, UserError
-from dit_video.files import read_json, write_json
+from dit_video.files import write_json
 
 INDEX = "index.json"
 VERSION = 2
@@ -47,7 +48,7 @@ class ClipSource:
     first read, in each process anew: a source can be pickled to workers.
 
     Args:
-      folders: what `ingest` made: one folder, or several by name.
+      folders: what `ingest` made: one folder, or several by name; local ones, or `gs://`.
 
     Raises:
       MissingError: no such folder.
@@ -58,7 +59,7 @@ class ClipSource:
         named = (
             {f"{name}/": folder for name, folder in folders.items()} if isinstance(folders, Mapping) else {"": folders}
         )
-        self.folders: tuple[Path, ...] = tuple(map(Path, named.values()))
+        self.folders: tuple[Place, ...] = tuple(map(place, named.values()))
         infos: list[ClipInfo] = []
         self._sets: list[int] = []
         for number, (prefix, folder) in enumerate(zip(named, self.folders, strict=True)):
@@ -129,7 +130,7 @@ class ClipSource:
 
 def is_ingested(folder: str | os.PathLike) -> bool:
     """Whether a folder is a data set, and not clips that are yet to be made one."""
-    return (Path(folder) / INDEX).is_file()
+    return (place(folder) / INDEX).is_file()
 
 
 def write_index(folder: Path, infos: Sequence[ClipInfo], fingerprint: str) -> None:
@@ -138,7 +139,7 @@ def write_index(folder: Path, infos: Sequence[ClipInfo], fingerprint: str) -> No
     write_json(folder / INDEX, {"version": VERSION, "fingerprint": fingerprint, "clips": columns})
 
 
-def read_index(folder: Path) -> tuple[ClipInfo, ...]:
+def read_index(folder: Place) -> tuple[ClipInfo, ...]:
     """The facts of every clip, in the order of the records.
 
     Raises:
@@ -149,7 +150,7 @@ def read_index(folder: Path) -> tuple[ClipInfo, ...]:
         raise MissingError(f"no such data set: {folder}")
     if not (folder / INDEX).is_file():
         raise UserError(f"{folder} is not an ingested data set, it has no {INDEX}; make one with tools/ingest.py")
-    index = read_json(folder / INDEX)
+    index = read_document(folder / INDEX)
     if not isinstance(index, dict) or index.get("version") != VERSION:
         raise UserError(f"{folder / INDEX} is not of version {VERSION}; ingest the clips again into another folder")
     columns = index["clips"]

@@ -1,176 +1,260 @@
-"""A folder of clips with captions becomes a data set of random access.
+"""A source of clips becomes a data set of random access.
 
 The clips' encoded bytes are kept as they are, beside the facts that planning needs, so that nothing is lost and a later
-run can choose other sizes.
+run can choose other sizes. Two passes: the first reads, decodes and screens every file, in several processes, and keeps
+the facts alone; the second copies the bytes of what is used into the data set, one file at a time. Between them stands
+what needs all facts: duplicates, and the numbers of records. So the result doesn't depend on who was ready first.
+
+All work is done in `DESTINATION.ingest`, beside the destination: a journal of the first pass, which outlives a killed
+run, and the second pass's files, which become the destination by one rename.
 """
 
 import dataclasses
-import functools
+import errno
 import hashlib
-import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tensorflow_datasets as tfds
 
+from dit_video import configs
 from dit_video.data import builder
-from dit_video.data.ingest.listing import Listed, list_clips
+from dit_video.data.ingest.inspection import Inspected
+from dit_video.data.ingest.journal import Journal
+from dit_video.data.ingest.listing import Format, Listed, Listing, list_clips
+from dit_video.data.ingest.report import REPORT, IngestReport, summarise
+from dit_video.data.ingest.screening import ScreeningConfig
+from dit_video.data.ingest.selection import Selection, select
+from dit_video.data.ingest.workers import Workers, cores, worth
+from dit_video.data.places import Place, place, publish, read_document
 from dit_video.data.source import INDEX, ClipInfo, write_index
-from dit_video.errors import DecodeError, UserError
-from dit_video.files import atomic_path, read_json, write_json
-from dit_video.video import probe
+from dit_video.errors import UserError
 
-REPORT = "report.json"
-SHARD_BYTES = 1 << 30
+WORK = ".ingest"
+"""Ends the name of the folder beside the destination."""
+
+_COPIED = re.compile(rf"(clips-.*\.array_record-.*|dataset_info\.json|features\.json|{re.escape(REPORT)})$")
+"""What a copy to a bucket has before its index."""
 
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class IngestReport:
-    """What became of the clips of a folder."""
+class IngestConfig:
+    """What is taken, and what for.
 
-    usable: int
-    quarantined: tuple[tuple[str, str], ...]
-    """(name, reason) of what could not be decoded and was set aside."""
-    uncaptioned: int
-    """How many of the usable have an empty caption; they train the unconditional model alone."""
-    unlisted: tuple[str, ...]
-    """Media files in the folder that `metadata.csv` doesn't name; they were left out."""
-    frames: int
-    """of the usable, in total"""
-    reused: bool = False
-    """True where the destination already held this data set."""
+    Raises:
+      UserError: a time limit that isn't positive.
+    """
+
+    format: Format | Literal["auto"] = "auto"
+    """how the source is read; "auto" finds out"""
+    ucf101_split: Literal[1, 2, 3] = 1
+    """which of UCF-101's three pairs of train and test lists"""
+    screening: ScreeningConfig = dataclasses.field(default_factory=ScreeningConfig)
+    """the steps, all off by default"""
+    time_limit: float | int = 120.0
+    """Seconds that a file may take to be inspected, and ten times as much more for every gigabyte of it. One that takes
+    longer is quarantined, after a second try."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.time_limit < float("inf"):
+            raise UserError(f"time_limit is a positive number of seconds, {self.time_limit} was given")
 
 
 def ingest(
-    source: str | os.PathLike, destination: str | os.PathLike, *, progress: Progress | None = None
+    source: str | os.PathLike,
+    destination: str | os.PathLike,
+    *,
+    config: IngestConfig = IngestConfig(),
+    progress: Progress | None = None,
+    workers: int | None = None,
+    beam: builder.Beam | None = None,
 ) -> IngestReport:
     """Read every clip of `source`, and write the data set, its index and `report.json` into the folder `destination`.
 
-    The captions come from `metadata.csv` (columns `file_name` and `text`; others are ignored). Without that file every
-    media file in the folder and its subfolders is taken, with the caption of the text file of the same name
-    (`clip.mp4`, `clip.txt`), if there is one. Clips that can't be decoded are set aside and counted. A destination that
-    already holds this data set (same names, bytes and captions) is reused.
+    The same source gives the same bytes, however many processes work, and however often they were interrupted. Clips
+    that can't be decoded are set aside and counted. A destination that already holds this data set (same names, sizes,
+    captions and settings) is reused. A run that was killed continues where it was.
 
     Args:
-      source: the folder of clips.
-      destination: the folder to be made; whole or absent.
-      progress: called with (done, total) clips.
+      source: the clips, in any format that `list_clips` reads.
+      destination: the folder to be made; whole or absent. In a bucket (`gs://…`) too: it is made in a local folder of
+        temporary files, as ArrayRecord writes no others, and copied, the index last, without which it cannot be read.
+      config: what is taken.
+      progress: called with (done, total) clips that are inspected, and from 0 again with those that are written.
+      workers: how many processes inspect clips, at most; by default one for every core. With Beam, ignored.
+      beam: inspect and write in a pipeline of Apache Beam, on machines that share the disk of source and destination.
 
     Raises:
-      MissingError: no such folder.
-      UserError: no clips, or none that can be decoded; `metadata.csv` that names files that don't exist or names one
-        twice, lacks a column or isn't UTF-8; a destination that holds something else.
+      MissingError: no such source.
+      UserError: no clips, or none that can be used; a source with mistakes, see `list_clips`; a destination that holds
+        something else, or that cannot be written; a clip that changes meanwhile.
     """
-    source, destination = Path(source), Path(destination)
-    listing = list_clips(source)
-    listed = listing.clips
-    fingerprint = _fingerprint(listed)
+    if workers is not None and workers < 1:
+        raise UserError(f"workers={workers} is a number of processes; use 1 or more, or leave it out")
+    destination = place(destination)
+    if beam is not None and not isinstance(destination, Path):
+        raise UserError(f"{destination} is a bucket; with Beam name a folder on a disk that all its machines share")
+    listing = list_clips(source, format=config.format, ucf101_split=config.ucf101_split)
+    fingerprint = _fingerprint(listing, config)
     if _holds(destination, fingerprint, source):
-        return dataclasses.replace(_read_report(destination / REPORT), reused=True)
-
-    infos: list[ClipInfo] = []
-    quarantined: list[tuple[str, str]] = []
-    examples = _examples(listed, infos, quarantined, progress)
-    first = next(examples, None)
-    if first is None:
-        name, reason = quarantined[0]
+        return dataclasses.replace(IngestReport.read(destination), reused=True)
+    work = _work(destination)
+    try:
+        with Journal(work, (config.screening, config.time_limit)) as journal:
+            verdicts = _inspect_all(listing.clips, config, journal, progress, workers or cores(), beam)
+            chosen = select(listing.clips, verdicts, config.screening)
+            if not chosen.infos:
+                shutil.rmtree(work)
+                raise UserError(_nothing(source, listing, verdicts, chosen))
+            try:
+                _write(work / "data", listing, verdicts, chosen, config, fingerprint, progress, beam)
+                report = IngestReport.read(work / "data")
+                if isinstance(destination, Path):
+                    (work / "data").rename(destination)  # an empty folder there is replaced
+                else:
+                    publish(work / "data", destination, INDEX)
+            finally:
+                shutil.rmtree(work / "data", ignore_errors=True)
+            shutil.rmtree(work)
+    except OSError as error:
+        fix = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "make it writable"
         raise UserError(
-            f"none of the {len(listed)} clips in {source} can be decoded (first: {name}: {reason}); "
-            "use files that a video player opens"
-        )
-    with atomic_path(destination) as folder:
-        shards = _shards(listed, itertools.chain([first], examples))
-        builder.write_records(folder, builder.Clips, features=_features(), shards=shards)
-        report = IngestReport(
-            usable=len(infos),
-            quarantined=tuple(quarantined),
-            uncaptioned=sum(not info.caption for info in infos),
-            unlisted=listing.unlisted,
-            frames=sum(info.frames for info in infos),
-        )
-        write_index(folder, infos, fingerprint)
-        write_json(folder / REPORT, dataclasses.asdict(report))
+            f"{destination} cannot be written ({error.strerror or error}); {fix} and start the command again"
+        ) from error
     return report
 
 
-def _fingerprint(listed: Sequence[Listed]) -> str:
-    """Of names, captions, sizes and splits; not of where the source lies."""
-    facts = [(clip.name, clip.captions, clip.size, clip.split) for clip in listed]
-    return hashlib.sha256(json.dumps(facts, ensure_ascii=True).encode()).hexdigest()
+def _work(destination: Place) -> Path:
+    """The folder of work: beside the destination, so that a rename finishes it; for a bucket among temporary files."""
+    if isinstance(destination, Path):
+        return destination.with_name(destination.name + WORK)
+    name = hashlib.sha256(os.fspath(destination).encode()).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"dit_video.{name}{WORK}"
 
 
-def _holds(destination: Path, fingerprint: str, source: Path) -> bool:
+def _fingerprint(listing: Listing, config: IngestConfig) -> str:
+    """Of names, captions, sizes, splits and settings; not of where the source lies."""
+    facts = [(clip.name, clip.captions, clip.size, clip.split) for clip in listing.clips]
+    known = json.dumps([facts, configs.to_json(config.screening)], ensure_ascii=True)
+    return hashlib.sha256(known.encode()).hexdigest()
+
+
+def _holds(destination: Place, fingerprint: str, source: str | os.PathLike) -> bool:
     """Whether the data set is there already."""
-    if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
+    if not destination.exists():
         return False
+    if not destination.is_dir():
+        raise UserError(f"{destination} is a file; name a folder that does not exist")
+    if not any(destination.iterdir()):
+        return False
+    if not isinstance(destination, Path) and all(_COPIED.match(path.name) for path in destination.iterdir()):
+        return False  # a copy to a bucket that was not finished
     if not (destination / INDEX).is_file():
         raise UserError(f"{destination} exists and is not an ingested data set; name a folder that does not exist")
-    if read_json(destination / INDEX).get("fingerprint") != fingerprint:
+    if read_document(destination / INDEX).get("fingerprint") != fingerprint:
         raise UserError(
-            f"{destination} holds another data set than {source} (names, bytes or captions differ); "
+            f"{destination} holds another data set than {source} (names, sizes, captions or settings differ); "
             "name another folder, or remove it"
         )
     return True
 
 
-def _read_report(path: Path) -> IngestReport:
-    fields = read_json(path)
-    pairs = tuple((name, reason) for name, reason in fields.pop("quarantined"))
-    return IngestReport(quarantined=pairs, unlisted=tuple(fields.pop("unlisted")), **fields)
-
-
-def _shards(listed: Sequence[Listed], examples: Iterator[tuple[int, dict]]) -> list[builder.Shard]:
-    """One shard for every gigabyte of files, known before clips are read; examples come with their shard's number."""
-    last = shard_of(listed)[-1]
-    ahead: list[tuple[int, dict]] = []
-
-    def shard(number: int) -> Iterator[dict]:
-        while True:
-            at, example = ahead.pop() if ahead else next(examples, (last + 1, {}))
-            if at != number:
-                ahead.append((at, example))
-                return
-            yield example
-
-    return [functools.partial(shard, number) for number in range(last + 1)]
-
-
-def shard_of(listed: Sequence[Listed]) -> list[int]:
-    """The shard of every clip: consecutive clips, cut where the running total of bytes passes `SHARD_BYTES`."""
-    before = np.cumsum([0, *(clip.size for clip in listed)])[:-1]
-    # Numbered without gaps: a clip of several gigabytes must not leave empty shards behind it.
-    return np.unique(before // SHARD_BYTES, return_inverse=True)[1].tolist()
-
-
-def _examples(
-    listed: Sequence[Listed],
-    infos: list[ClipInfo],
-    quarantined: list[tuple[str, str]],
+def _inspect_all(
+    clips: Sequence[Listed],
+    config: IngestConfig,
+    journal: Journal,
     progress: Progress | None,
-) -> Iterator[tuple[int, dict]]:
-    """(shard, example) of every usable clip. Fills `infos` and `quarantined` on the way."""
-    for done, (clip, shard) in enumerate(zip(listed, shard_of(listed), strict=True)):
-        if progress is not None:
-            progress(done, len(listed))
-        try:
-            encoded, info = _inspect(clip)
-        except DecodeError as error:
-            quarantined.append((clip.name, str(error)))
-            continue
-        infos.append(info._replace(record=len(infos)))
-        yield shard, {"clip": encoded, **_facts(info)}
+    workers: int,
+    how: builder.Beam | None,
+) -> list[Inspected]:
+    """The verdict of every clip: from the journal, or else found out and written down there."""
+    verdicts = {number: known for number, clip in enumerate(clips) if (known := journal.get(clip)) is not None}
+    left = [(number, clip) for number, clip in enumerate(clips) if number not in verdicts]
     if progress is not None:
-        progress(len(listed), len(listed))
+        progress(len(verdicts), len(clips))
+    with Workers(worth(left, workers), config.screening, config.time_limit) as processes:
+        if how is None or not left:
+            found = processes.inspect(left)
+        else:
+            from dit_video.data.ingest import beam
+
+            found = beam.inspect(left, journal.folder, how, config.screening, config.time_limit)
+        for number, verdict in found:
+            journal.put(clips[number], verdict)
+            verdicts[number] = verdict
+            if progress is not None:
+                progress(len(verdicts), len(clips))
+    return [verdicts[number] for number in range(len(clips))]
+
+
+def _nothing(source: str | os.PathLike, listing: Listing, verdicts: Sequence[Inspected], chosen: Selection) -> str:
+    bad = [(clip.name, verdict.reason) for clip, verdict in zip(listing.clips, verdicts, strict=True) if verdict.reason]
+    name, reason = [*bad, *chosen.dropped][0]
+    fix = "use files that a video player opens" if bad else "ask for less"
+    return f"none of the {len(listing.clips)} clips in {source} can be used (first: {name}: {reason}); {fix}"
+
+
+def _write(
+    folder: Path,
+    listing: Listing,
+    verdicts: Sequence[Inspected],
+    chosen: Selection,
+    config: IngestConfig,
+    fingerprint: str,
+    progress: Progress | None,
+    beam: builder.Beam | None,
+) -> None:
+    """The data set's files."""
+    shutil.rmtree(folder, ignore_errors=True)  # what a killed run had of it
+    shutil.rmtree(folder.with_name(folder.name + ".tfds"), ignore_errors=True)
+    sizes = [listing.clips[number].size for number in chosen.in_order]
+    clips_of: dict[int, list[ClipInfo]] = {}
+    for info in chosen.infos:
+        clips_of.setdefault(info.record, []).append(info)
+    records = iter(range(len(sizes)))
+    builder.write_clips(
+        folder,
+        features=_features(),
+        records={
+            split: [_record(listing.clips[number], verdicts[number], clips_of[next(records)]) for number in numbers]
+            for split, numbers in chosen.files.items()
+        },
+        mean_bytes=sum(sizes) // len(sizes),
+        count=None if progress is None else (lambda done: progress(done, len(sizes))),
+        beam=beam,
+    )
+    write_index(folder, chosen.infos, fingerprint)
+    report = summarise(
+        chosen.infos,
+        [verdicts[number].codec for number in chosen.in_order],
+        files=len(listing.clips) + len(listing.rejected),
+        usable_files=len(sizes),
+        bytes=sum(sizes),
+        quarantined=tuple(
+            (clip.name, verdict.reason) for clip, verdict in zip(listing.clips, verdicts, strict=True) if verdict.reason
+        ),
+        dropped=chosen.dropped,
+        dropped_files=chosen.dropped_files,
+        rejected=listing.rejected,
+        unlisted=listing.unlisted,
+        format=listing.format,
+        settings=dataclasses.asdict(config.screening),
+    )
+    report.write(folder)
 
 
 def _features() -> dict[str, Any]:
+    """Of a record: a file's bytes, and what is known of the clips in it."""
     return {
         "clip": builder.content(),
         "name": tfds.features.Text(),
@@ -180,30 +264,23 @@ def _features() -> dict[str, Any]:
         "frames": np.int32,
         "fps": np.float32,
         "seconds": np.float32,
+        "codec": tfds.features.Text(),
+        "shots": tfds.features.Sequence({"start": np.float32, "frames": np.int32, "seconds": np.float32}),
     }
 
 
-def _facts(info: ClipInfo) -> dict[str, Any]:
-    """What a record says beside the bytes."""
-    return {name: getattr(info, name) for name in _features() if name != "clip"}
-
-
-def _inspect(clip: Listed) -> tuple[bytes, ClipInfo]:
-    if clip.size > builder.MAX_BYTES:
-        raise DecodeError(f"{clip.size / 2**30:.1f} GiB in one file, 2 GiB is the limit; cut it into clips")
-    try:
-        encoded = clip.read()
-    except OSError as error:
-        raise DecodeError(f"cannot be read ({error.strerror})") from error
-    facts = probe(encoded)
-    info = ClipInfo(
-        name=clip.name,
-        captions=clip.captions,
-        split=clip.split,
-        height=facts.height,
-        width=facts.width,
-        frames=facts.frames,
-        fps=facts.fps,
-        seconds=facts.seconds,
-    )
-    return encoded, info
+def _record(clip: Listed, verdict: Inspected, infos: Sequence[ClipInfo]) -> dict[str, Any]:
+    """A record with the file's place for its bytes. Its facts are of the clips that are used of it, together."""
+    first, last = infos[0], infos[-1]
+    return {
+        "clip": builder.Reference(clip.path, clip.offset, clip.size, verdict.sha256),
+        "name": clip.name,
+        "captions": clip.captions,
+        "height": first.height,
+        "width": first.width,
+        "frames": sum(info.frames for info in infos),
+        "fps": first.fps,
+        "seconds": last.start + last.seconds - first.start,
+        "codec": verdict.codec,
+        "shots": [{"start": info.start, "frames": info.frames, "seconds": info.seconds} for info in infos],
+    }

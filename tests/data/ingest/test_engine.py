@@ -1,4 +1,4 @@
-"""Ingest: what it keeps, what it sets aside, and how it ends on bad input."""
+"""Ingest: what it keeps, what it sets aside, what it writes, and how it ends on bad input."""
 
 import json
 import subprocess
@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from dit_video.data.ingest import IngestReport, engine, ingest, list_clips
-from dit_video.data.ingest.engine import shard_of
+from dit_video.data import builder
+from dit_video.data.ingest import IngestConfig, ScreeningConfig, engine, ingest
+from dit_video.data.ingest.report import IngestReport
 from dit_video.data.source import ClipSource
 from dit_video.errors import MissingError, UserError
 from dit_video.video import Clip
@@ -36,24 +37,105 @@ def clips(tmp_path):
     return folder
 
 
+def left_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 def test_keeps_bytes_captions_and_facts(clips, tmp_path):
     seen = []
     report = ingest(clips, tmp_path / "out", progress=lambda done, total: seen.append((done, total)))
-    assert report == IngestReport(usable=3, quarantined=(), uncaptioned=1, unlisted=(), frames=8)
-    assert seen[0] == (0, 3)
-    assert seen[-1] == (3, 3)
+    assert (report.files, report.usable_files, report.usable, report.frames, report.uncaptioned) == (3, 3, 3, 8, 1)
+    assert (report.quarantined, report.dropped, report.rejected, report.unlisted) == ((), (), (), ())
+    assert seen == [(0, 3), (1, 3), (2, 3), (3, 3), (1, 3), (2, 3), (3, 3)]
     records = tfds.builder_from_directory(tmp_path / "out").as_data_source("train")
     names = ["a.mp4", "sub/b.webm", "c.png"]
     assert [record["name"].decode() for record in records] == names
     assert [record["clip"] for record in records] == [(clips / name).read_bytes() for name in names]
     assert [[text.decode() for text in record["captions"]] for record in records] == [['a, "quoted" clip'], [], ["été"]]
-    assert [(r["frames"], r["height"], r["width"], r["fps"]) for r in records] == [
-        (5, 16, 24, 10),
-        (2, 20, 24, 10),
-        (1, 16, 24, 1),
+    assert [(r["frames"], r["height"], r["width"], r["fps"], r["codec"]) for r in records] == [
+        (5, 16, 24, 10, b"h264"),
+        (2, 20, 24, 10, b"vp9"),
+        (1, 16, 24, 1, b"png"),
     ]
     assert json.loads((tmp_path / "out" / "report.json").read_text())["usable"] == 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["clips", "out"]
+    assert IngestReport.read(tmp_path / "out") == report
+    assert left_in(tmp_path) == ["clips", "out"]
+
+
+def test_the_records_say_how_large_they_are(clips, tmp_path):
+    ingest(clips, tmp_path / "out")
+    info = tfds.builder_from_directory(tmp_path / "out").info
+    files = list((tmp_path / "out").glob("*.array_record*"))
+    assert info.dataset_size == sum(path.stat().st_size for path in files) > 500
+
+
+def test_splits(tmp_path):
+    clips = tmp_path / "clips"
+    (clips / "ucfTrainTestlist").mkdir(parents=True)
+    for group in (1, 8, 9):
+        write_clip(clips / "UCF-101" / "Archery" / f"v_Archery_g{group:02}_c01.avi.mp4", frames=group)
+        (clips / "UCF-101" / "Archery" / f"v_Archery_g{group:02}_c01.avi.mp4").rename(
+            clips / "UCF-101" / "Archery" / f"v_Archery_g{group:02}_c01.avi"
+        )
+    lists = clips / "ucfTrainTestlist"
+    (lists / "classInd.txt").write_text("1 Archery\n")
+    (lists / "trainlist01.txt").write_text("Archery/v_Archery_g08_c01.avi 1\nArchery/v_Archery_g09_c01.avi 1\n")
+    (lists / "testlist01.txt").write_text("Archery/v_Archery_g01_c01.avi\n")
+    report = ingest(clips, tmp_path / "out")
+    assert report.splits == {"train": 2, "test": 1}
+    made = tfds.builder_from_directory(tmp_path / "out")
+    assert {name: [r["frames"] for r in made.as_data_source(name)] for name in made.info.splits} == {
+        "train": [8, 9],
+        "test": [1],
+    }
+    source = ClipSource(tmp_path / "out")
+    assert [(info.split, info.record, info.frames, info.caption) for info in source.infos] == [
+        ("train", 0, 8, "archery"),
+        ("train", 1, 9, "archery"),
+        ("test", 2, 1, "archery"),
+    ]
+    for index, info in enumerate(source.infos):
+        assert source[index] == next(clips.rglob(Path(info.name).name)).read_bytes()
+
+
+def test_order_of_splits():
+    assert builder.in_order(["test", "extra", "validation", "train", "test", "a"]) == [
+        "train",
+        "validation",
+        "test",
+        "a",
+        "extra",
+    ]
+
+
+def test_what_the_screening_leaves_out_is_counted(clips, tmp_path):
+    (clips / "sub" / "b.webm").write_bytes(b"broken")
+    config = IngestConfig(screening=ScreeningConfig(min_seconds=0.3))
+    write_clip(clips / "short.mp4", frames=2)
+    with (clips / "metadata.csv").open("a") as file:
+        file.write("short.mp4,brief\n")
+    report = ingest(clips, tmp_path / "out", config=config)
+    assert (report.files, report.usable_files, report.usable) == (4, 2, 2)
+    assert report.dropped_files == ("short.mp4",)
+    assert [name for name, _ in report.dropped] == ["short.mp4"]
+    assert [name for name, _ in report.quarantined] == ["sub/b.webm"]
+    assert sum(report.reasons["dropped"].values()) == sum(report.reasons["quarantined"].values()) == 1
+    assert report.settings["min_seconds"] == 0.3
+    with pytest.raises(UserError, match="settings differ"):
+        ingest(clips, tmp_path / "out")
+
+
+def test_near_duplicates_of_all_files(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 255, (1, 8, 8, 3), np.uint8).repeat(8, 1).repeat(8, 2)
+    for name, height in (("a.png", 64), ("b.png", 48), ("c.png", 64)):
+        picture = frames[:, :height] if name != "c.png" else frames[:, ::-1]
+        (tmp_path / "clips").mkdir(exist_ok=True)
+        Clip(frames=np.ascontiguousarray(picture), fps=1).save(tmp_path / "clips" / name)
+    (tmp_path / "clips" / "b.png").write_bytes((tmp_path / "clips" / "a.png").read_bytes())
+    report = ingest(tmp_path / "clips", tmp_path / "out", config=IngestConfig(screening=ScreeningConfig(duplicates=2)))
+    assert [info.name for info in ClipSource(tmp_path / "out").infos] == ["a.png", "c.png"]
+    assert report.dropped == (("b.png", "shows what 'a.png' shows"),)
+    assert report.dropped_files == ("b.png",)
 
 
 def test_damaged_clips_are_set_aside(clips, tmp_path):
@@ -78,7 +160,7 @@ def test_no_usable_clip(clips, tmp_path):
 def test_same_source_is_reused_and_another_refused(clips, tmp_path, monkeypatch):
     first = ingest(clips, tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "probe", lambda encoded: pytest.fail("decoded again"))
+        patch.setattr(engine, "Workers", lambda *_: pytest.fail("decoded again"))
         again = ingest(clips, tmp_path / "out")
     assert again.reused
     assert again.frames == first.frames
@@ -95,24 +177,70 @@ def test_same_source_is_reused_and_another_refused(clips, tmp_path, monkeypatch)
     assert (tmp_path / "home" / "letter.txt").read_text() == "keep"
 
 
-def test_interrupted_leaves_nothing(clips, tmp_path):
+@pytest.mark.parametrize("when", [(2, 3), "writing"])
+def test_interrupted_leaves_its_journal(clips, tmp_path, when):
+    seen = []
+
     def interrupt(done, total):
-        if done == 2:
+        seen.append((done, total))
+        if seen[-1] == when or (when == "writing" and len(seen) == 6):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         ingest(clips, tmp_path / "out", progress=interrupt)
-    assert [path.name for path in tmp_path.iterdir()] == ["clips"]
+    assert left_in(tmp_path) == ["clips", "out.ingest"]
+    assert left_in(tmp_path / "out.ingest") == ["journal.jsonl"]
+    ingest(clips, tmp_path / "out", progress=lambda done, total: seen.append((done, total)))
+    assert ((2, 3) if when == (2, 3) else (3, 3)) in seen[-6:-2]
+    assert left_in(tmp_path) == ["clips", "out"]
 
 
 def test_shards_keep_the_order(clips, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "SHARD_BYTES", 1)
-    (clips / "sub" / "b.webm").write_bytes(b"broken")  # a shard that stays empty
-    assert shard_of(list_clips(clips)[0]) == [0, 1, 2]
+    monkeypatch.setattr(builder, "SHARD_BYTES", 1)
+    (clips / "sub" / "b.webm").write_bytes(b"broken")
     ingest(clips, tmp_path / "out")
-    assert len(list((tmp_path / "out").glob("*.array_record*"))) == 3
+    assert len(list((tmp_path / "out").glob("*.array_record*"))) == 2
     source = ClipSource(tmp_path / "out")
     assert [source[i] for i in range(2)] == [(clips / name).read_bytes() for name in ("a.mp4", "c.png")]
+
+
+def test_how_many_shards():
+    assert builder.shards_of(10, 0) == 1
+    assert builder.shards_of(10, builder.SHARD_BYTES) == 10
+    assert builder.shards_of(3, 10 * builder.SHARD_BYTES) == 3
+    assert builder.shards_of(1000, builder.SHARD_BYTES // 100) == 10
+
+
+def test_many_references_are_written_without_tensorflow(tmp_path, monkeypatch):
+    """TFDS's own way would hold all examples, and beyond its limit spill them through TensorFlow."""
+    from tensorflow_datasets.core import shuffle
+
+    monkeypatch.setattr(shuffle, "MAX_MEM_BUFFER_SIZE", 20_000)
+    for index in range(5):
+        frames = np.random.default_rng(index).integers(0, 255, (1, 60, 60, 3), np.uint8)
+        (tmp_path / "clips").mkdir(exist_ok=True)
+        Clip(frames=frames, fps=1).save(tmp_path / "clips" / f"{index}.png")
+    assert sum(path.stat().st_size for path in (tmp_path / "clips").iterdir()) > 2 * 20_000
+    assert ingest(tmp_path / "clips", tmp_path / "out").usable == 5
+
+
+def test_a_clip_that_changes_after_its_inspection(clips, tmp_path):
+    def change(done, total):
+        if done == total == 3:
+            data = bytearray((clips / "c.png").read_bytes())
+            data[-20] ^= 1
+            (clips / "c.png").write_bytes(data)
+
+    with pytest.raises(UserError, match=r"c\.png has changed since it was inspected"):
+        ingest(clips, tmp_path / "out", progress=change)
+    assert not (tmp_path / "out").exists()
+
+
+def test_workers_is_a_number(clips, tmp_path):
+    with pytest.raises(UserError, match="workers=0"):
+        ingest(clips, tmp_path / "out", workers=0)
+    with pytest.raises(UserError, match="time_limit"):
+        IngestConfig(time_limit=0)
 
 
 @pytest.mark.parametrize(
@@ -146,15 +274,14 @@ def test_utf8_with_byte_order_mark(clips, tmp_path):
     assert report.unlisted == ("c.png", "sub/b.webm")
 
 
-def test_no_folder_or_an_empty_one(tmp_path):
+def test_no_source_and_a_destination_that_is_a_file(clips, tmp_path):
     with pytest.raises(MissingError, match="no such folder"):
         ingest(tmp_path / "nowhere", tmp_path / "out")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no clips"):
-        ingest(tmp_path / "empty", tmp_path / "out")
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="is a file"):
-        ingest(tmp_path / "file", tmp_path / "out")
+        ingest(clips, tmp_path / "file")
+    with pytest.raises(UserError, match="cannot be written"):
+        ingest(clips, tmp_path / "file" / "out")
 
 
 def test_command(clips, tmp_path):
@@ -164,6 +291,15 @@ def test_command(clips, tmp_path):
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert "3 clips, 8 frames" in done.stdout
+    assert (tmp_path / "out" / "REPORT.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    for bar in ("inspect: 100%", "write: 100%"):
+        assert bar in done.stderr
+    again = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, check=False)
+    assert "was there already" in again.stdout
+    arguments = [str(clips), str(tmp_path / "few"), "--screening.min-seconds", "0.3", "--workers", "1"]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "set aside: sub/b.webm:" in done.stdout
     arguments = [str(tmp_path / "nowhere"), str(tmp_path / "new")]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 2

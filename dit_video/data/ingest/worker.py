@@ -1,0 +1,65 @@
+"""The other side of `workers`: `python -m dit_video.data.ingest.worker` inspects clips that come in on stdin.
+
+One JSON value a line: first the screening's config, then a clip, which is answered by a line before the next one.
+"""
+
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Iterable
+from typing import Any, BinaryIO
+
+from dit_video import configs
+from dit_video.data.ingest.inspection import inspect
+from dit_video.data.ingest.listing import Listed
+from dit_video.errors import UserError
+
+
+def serve(requests: Iterable[bytes], answers: BinaryIO) -> None:
+    """Answer every clip with its verdict, or with the error that ends the run."""
+    requests = iter(requests)
+    config = configs.from_json(json.loads(next(requests)))
+    _answer(answers, {"ready": True})
+    for line in requests:
+        name, captions, *place = json.loads(line)
+        answer: dict[str, Any]
+        try:
+            answer = {"inspected": inspect(Listed(name, tuple(captions), *place), config).to_json()}
+        except UserError as error:
+            answer = {"error": str(error)}
+        _answer(answers, answer)
+
+
+def _answer(answers: BinaryIO, value: dict) -> None:
+    answers.write(json.dumps(value).encode() + b"\n")
+    answers.flush()
+
+
+def _lines(stream: BinaryIO) -> Iterable[bytes]:
+    """Lines as they come. When the other side ends, whatever way, so does this process, even inside a decoder."""
+    lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+
+    def read() -> None:
+        for line in stream:
+            lines.put(line)
+        os._exit(0)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        yield lines.get()
+
+
+def main() -> None:
+    """Serve on the standard streams."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal: the first one decides
+    # What a decoder prints goes to stderr, not between the answers.
+    own = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    serve(_lines(sys.stdin.buffer), own)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""Clips inspected by several processes, of which any may be lost at any time.
+
+A process has one clip at a time, so that a lost one (killed by the system, crashed in a decoder, hanging) names its
+clip. That clip is tried once more, after all others and with no other beside it, in a new process; lost again, it is
+quarantined. (`concurrent.futures` has a broken pool instead, and doesn't say by which task.)
+
+The processes are started as `python -m`, not by `multiprocessing`: that would run the caller's script in each of them
+again, and asks for a guard there.
+"""
+
+import contextlib
+import json
+import math
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+
+from dit_video import configs
+from dit_video.data.ingest.inspection import Inspected
+from dit_video.data.ingest.listing import Listed
+from dit_video.data.ingest.screening import ScreeningConfig
+from dit_video.errors import UserError
+
+MODULE = "dit_video.data.ingest.worker"
+_STARTING = 300.0
+"""Seconds that a process has for its imports, on the slowest disk."""
+_MEGABYTE, _GIGABYTE = 1 << 20, 1 << 30
+
+Task = tuple[int, Listed]
+
+
+def cores() -> int:
+    """How many processes run at once here."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def worth(clips: Sequence[Task], most: int) -> int:
+    """How many processes, at most so many, are worth the second that one takes to start: a megabyte of clips each."""
+    return min(most, len(clips), 1 + sum(clip.size for _, clip in clips) // _MEGABYTE)
+
+
+def limit_of(clip: Listed, time_limit: float | int) -> float:
+    """Seconds that a clip may take: `time_limit`, and ten times as much more for every gigabyte."""
+    return time_limit * (1 + 10 * clip.size / _GIGABYTE)
+
+
+class _Lost(Exception):
+    """Why a process was lost."""
+
+
+class _Process:
+    def __init__(self, config: ScreeningConfig):
+        # The same modules as here, and nothing of the folder that this happens to run in.
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", MODULE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+        )
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self._requests, self.answers = self.process.stdin, self.process.stdout
+        self._buffer = b""
+        self.task: Task | None = None
+        self.ready = False
+        self.limit = _STARTING
+        self.deadline = time.monotonic() + _STARTING
+        self._send(configs.to_json(config))
+
+    def give(self, task: Task, time_limit: float | int) -> None:
+        self.task, self.limit = task, limit_of(task[1], time_limit)
+        self.deadline = time.monotonic() + self.limit
+        self._send(list(task[1]))
+
+    def _send(self, value: object) -> None:
+        with contextlib.suppress(BrokenPipeError):  # its end is read where its answer would be
+            self._requests.write(json.dumps(value).encode() + b"\n")
+            self._requests.flush()
+
+    def read(self) -> dict | None:
+        """Its answer, once it is whole.
+
+        Raises:
+          _Lost: it has ended.
+        """
+        chunk = os.read(self.answers.fileno(), 1 << 20)
+        if not chunk:
+            code = self.process.wait()
+            raise _Lost(f"exit code {code}" if code >= 0 else signal.Signals(-code).name)
+        self._buffer += chunk
+        if not chunk.endswith(b"\n"):
+            return None
+        answer, self._buffer = json.loads(self._buffer), b""
+        self.deadline = math.inf
+        return answer
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.answers.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._requests.close()
+
+
+class Workers:
+    """Processes that inspect clips; a context manager. They start at the first clip.
+
+    Args:
+      count: how many at once.
+      config: what they screen for.
+      time_limit: seconds for a clip, see `limit_of`; one that takes longer is taken for hanging.
+    """
+
+    def __init__(self, count: int, config: ScreeningConfig, time_limit: float | int):
+        self._count, self._config, self._time_limit = count, config, time_limit
+        self._processes: list[_Process] = []
+        self._selector = selectors.DefaultSelector()
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+        self._selector.close()
+
+    def inspect(self, clips: Iterable[Task]) -> Iterator[tuple[int, Inspected]]:
+        """(number, verdict) of numbered clips, as they become known.
+
+        Raises:
+          UserError: the screening cannot work for any clip, or a process cannot be started.
+        """
+        again: list[Task] = []
+        for task, answer in self._ask(deque(clips), self._count):
+            if isinstance(answer, _Lost):
+                again.append(task)
+            else:
+                yield task[0], answer
+        for task in again:
+            self._stop()
+            ((_, answer),) = self._ask(deque([task]), 1)
+            if isinstance(answer, _Lost):
+                answer = Inspected(f"{answer}, also when tried again alone; remove it or replace it")
+            yield task[0], answer
+
+    def _ask(self, tasks: deque[Task], count: int) -> Iterator[tuple[Task, Inspected | _Lost]]:
+        """Answers, or the losses."""
+        while True:
+            for process in self._processes:
+                if tasks and process.ready and process.task is None:
+                    process.give(tasks.popleft(), self._time_limit)
+            starting = sum(not process.ready for process in self._processes)
+            while len(self._processes) < count and starting < len(tasks):
+                self._start()
+                starting += 1
+            if not tasks and all(process.task is None for process in self._processes):
+                return
+            yield from self._wait()
+
+    def _wait(self) -> Iterator[tuple[Task, Inspected | _Lost]]:
+        patience = min(process.deadline for process in self._processes) - time.monotonic()
+        events = self._selector.select(None if math.isinf(patience) else max(patience, 0))
+        for key, _ in events:
+            yield from self._hear(key.data)
+        for process in [*self._processes]:
+            if time.monotonic() > process.deadline:
+                yield from self._lose(process, _Lost(f"takes more than {process.limit:g} s to decode"))
+
+    def _hear(self, process: _Process) -> Iterator[tuple[Task, Inspected | _Lost]]:
+        try:
+            answer = process.read()
+        except _Lost as lost:
+            yield from self._lose(process, _Lost(f"ends the process that decodes it ({lost})"))
+            return
+        if answer is None:
+            return
+        if "error" in answer:
+            raise UserError(answer["error"])
+        if not process.ready:
+            process.ready = True
+            return
+        assert process.task is not None
+        task, process.task = process.task, None
+        yield task, Inspected.from_json(answer["inspected"])
+
+    def _lose(self, process: _Process, lost: _Lost) -> Iterator[tuple[Task, _Lost]]:
+        self._end(process)
+        if not process.ready:
+            raise UserError(f"a process that inspects clips could not start ({lost}); its message is above")
+        if process.task is not None:
+            yield process.task, lost
+
+    def _start(self) -> None:
+        process = _Process(self._config)
+        self._processes.append(process)
+        self._selector.register(process.answers, selectors.EVENT_READ, process)
+
+    def _stop(self) -> None:
+        for process in [*self._processes]:
+            self._end(process)
+
+    def _end(self, process: _Process) -> None:
+        self._processes.remove(process)
+        self._selector.unregister(process.answers)
+        process.end()

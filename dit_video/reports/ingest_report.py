@@ -1,0 +1,330 @@
+"""`REPORT.html` of an ingested data set: what became of every file, and what the clips are like."""
+
+import importlib.resources
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from dit_video import files, rng
+from dit_video.data.ingest import IngestReport
+from dit_video.data.places import Place
+from dit_video.data.source import ClipInfo, ClipSource
+from dit_video.errors import UserError
+from dit_video.reports import clips
+from dit_video.reports.markup import Markup, element, join
+from dit_video.reports.tables import json_block, readable
+from dit_video.tokens import Grid
+from dit_video.video import Clip, decode
+
+PAGE = "REPORT.html"
+
+_SHOWN = 24
+"""Clips on the page."""
+_SHORT, _LONG = 144, 320
+"""Pixels: what a picture's shorter side is brought to, and the most that the longer one may have."""
+_ROWS = 12
+"""Bars of a chart; what follows is one bar."""
+_LISTED = 200
+"""Names of a list; `report.json` has all."""
+_CAPTION = 140
+"""Characters"""
+
+_STYLE = Markup("""
+.bars { width: 100%; font-size: 0.86rem; }
+.bars th { width: 1%; color: var(--text); max-width: 16rem; overflow: hidden; text-overflow: ellipsis; }
+.bars td { border-bottom: 0; padding-top: 0.22rem; padding-bottom: 0.22rem; }
+.bars th { border-bottom: 0; padding-top: 0.22rem; padding-bottom: 0.22rem; }
+.bars td.number { width: 1%; text-align: right; color: var(--muted); padding-right: 0; }
+.bar { display: block; height: 0.75rem; border-radius: 3px; background: var(--c0); min-width: 2px; }
+.outcome { display: flex; height: 1.1rem; border-radius: 6px; overflow: hidden; margin: 0 0 0.9rem; gap: 2px; }
+.outcome span { min-width: 3px; }
+.used { background: var(--good); } .quarantined { background: var(--bad); }
+.dropped { background: var(--c1); } .rejected { background: var(--c5); }
+.outcomes { list-style: none; display: flex; flex-wrap: wrap; gap: 0.3rem 1.6rem; margin: 0; padding: 0; }
+.outcomes i { display: inline-block; width: 0.7em; height: 0.7em; border-radius: 2px; margin-right: 0.45em; }
+.names { font-size: 0.84rem; max-height: 24rem; overflow: auto; padding-left: 1.2rem; overflow-wrap: anywhere; }
+.names span { color: var(--muted); }
+.panel h3 .count { float: right; }
+""")
+
+_OUTCOMES = {
+    "used": "used",
+    "quarantined": "cannot be decoded",
+    "dropped": "left out by the screening",
+    "rejected": "cannot be clips",
+}
+
+
+def write_ingest_report(folder: str | os.PathLike) -> Place:
+    """Write the page of the data set in `folder` into it, as one self-contained file without scripts.
+
+    The pictures are a sample that is a function of the clips alone: the same data set gives the same bytes.
+
+    Returns:
+      The page's path.
+
+    Raises:
+      MissingError, UserError: no ingested data set there.
+    """
+    source = ClipSource(folder)
+    path = source.folders[0] / PAGE
+    page = render(IngestReport.read(source.folders[0]), source)
+    if isinstance(path, Path):
+        files.write_text(path, page)
+    else:
+        path.write_text(page)
+    return path
+
+
+def render(report: IngestReport, source: ClipSource) -> Markup:
+    """The whole page as HTML."""
+    title = f"{_count(report.usable, 'clip')} from {_count(report.files, 'file')}"
+    sections = [
+        section
+        for section in (
+            _files(report),
+            _pictures(source),
+            _charts(report),
+            _captions(report),
+            _left_out(report),
+            ("settings", "Settings", json_block(dict(report.settings))),
+        )
+        if section[2]
+    ]
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", name="color-scheme", content="light dark"),
+        element("title", title),
+        element(
+            "style", Markup(importlib.resources.files("dit_video.reports").joinpath("page.css").read_text("utf-8"))
+        ),
+        element("style", _STYLE),
+    )
+    links = [element("a", name, href=f"#{anchor}") for anchor, name, _ in sections]
+    header = element("header", element("h1", title), element("p", _summary(report), class_="summary"), _tiles(report))
+    body = element(
+        "body",
+        element("nav", element("div", *links, class_="links"), aria_label="Page"),
+        element(
+            "main",
+            header,
+            *(element("section", element("h2", name), content, id=anchor) for anchor, name, content in sections),
+        ),
+    )
+    return join(Markup("<!doctype html>\n"), element("html", head, body, lang="en"), Markup("\n"))
+
+
+Section = tuple[str, str, Markup]
+"""Anchor, name, content; without content it isn't shown."""
+
+
+def _count(number: int, what: str) -> str:
+    return f"{readable(number)} {what}{'' if number == 1 else 's'}"
+
+
+def _summary(report: IngestReport) -> str:
+    splits = ", ".join(f"{readable(count)} {split}" for split, count in report.splits.items())
+    return (
+        f"Read as {report.format}. Splits: {splits}. Every file's bytes are kept as they were; sizes are as shown, "
+        "upright with square pixels. Every file is accounted for below."
+    )
+
+
+def _tiles(report: IngestReport) -> Markup:
+    captioned = report.usable - report.uncaptioned
+    lost = report.files - report.usable_files
+    figures = [
+        ("Clips", readable(report.usable), f"{readable(report.frames)} frames", None),
+        ("Shown for", _time(report.seconds), f"{_time(report.seconds / max(report.usable, 1))} on average", None),
+        ("Bytes", _bytes(report.bytes), f"{_bytes(report.bytes // max(report.usable_files, 1))} a file", None),
+        ("Files used", _percent(report.usable_files, report.files), f"{readable(lost)} not used", report.files - lost),
+        ("Captioned", _percent(captioned, report.usable), f"{readable(report.uncaptioned)} without", captioned),
+    ]
+    wholes = (None, None, None, report.files, report.usable)
+    tiles = []
+    for (label, value, note, part), whole in zip(figures, wholes, strict=True):
+        bar = None
+        if part is not None and whole:
+            filled = element("span", style=f"width:{100 * part / whole:.1f}%")
+            bar = element("span", filled, class_="share", aria_hidden="true")
+        shown = element("dd", element("span", value, class_="value"), bar, element("span", note, class_="note"))
+        tiles.append(element("div", element("dt", label), shown, class_="tile"))
+    return element("dl", *tiles, class_="figures")
+
+
+def _percent(part: int, whole: int) -> str:
+    """Rounded down but for all of it: what is 100 % is all."""
+    return f"{math.floor(1000 * part / whole) / 10 if part < whole else 100:g} %" if whole else "–"
+
+
+def _time(seconds: float | int) -> str:
+    if seconds >= 7200:
+        return f"{seconds / 3600:.3g} h"
+    return f"{seconds / 60:.3g} min" if seconds >= 120 else f"{seconds:.3g} s"
+
+
+def _bytes(count: float | int) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count = count / 1000
+    return f"{count:.3g} TB"
+
+
+def _files(report: IngestReport) -> Section:
+    counts = dict(
+        zip(
+            _OUTCOMES,
+            (report.usable_files, len(report.quarantined), len(report.dropped_files), len(report.rejected)),
+            strict=True,
+        )
+    )
+    stack = [
+        element("span", class_=kind, style=f"flex-grow:{count}", title=_OUTCOMES[kind])
+        for kind, count in counts.items()
+        if count
+    ]
+    legend = [
+        element("li", element("i", class_=kind), element("b", readable(count)), f" {_OUTCOMES[kind]}")
+        for kind, count in counts.items()
+    ]
+    note = None
+    if report.unlisted:
+        note = element(
+            "p",
+            f"{_count(len(report.unlisted), 'more file')} in the source that its list does not name.",
+            class_="muted",
+        )
+    content = element("div", element("div", *stack, class_="outcome"), element("ul", *legend, class_="outcomes"), note)
+    return "files", "Files", content
+
+
+def _pictures(source: ClipSource) -> Section:
+    cards = [_card(info, picture) for info, picture in _sampled(source)]
+    note = element("p", "A sample, each by the frame in the middle of it.", class_="muted")
+    return "clips", "Clips", join(note, element("div", *cards, class_="grid")) if cards else Markup("")
+
+
+def _sampled(source: ClipSource) -> Iterator[tuple[ClipInfo, Clip]]:
+    """Clips with a frame, in the data set's order."""
+    total = len(source)
+    chosen = rng.host(0, "report pictures").choice(total, min(_SHOWN, total), replace=False)
+    for index in sorted(chosen.tolist()):
+        info = source.infos[index]
+        scale = min(_SHORT / min(info.height, info.width), _LONG / max(info.height, info.width))
+        size = Grid(1, max(1, round(info.height * scale)), max(1, round(info.width * scale)))
+        try:
+            yield info, decode(source[index], size=size, start=info.start + info.seconds / 2)
+        except UserError:
+            continue  # the page shows others; that a clip can be decoded is not asked here
+
+
+def _card(info: ClipInfo, picture: Clip) -> Markup:
+    caption = info.caption if len(info.caption) <= _CAPTION else info.caption[:_CAPTION] + "…"
+    small = f"{info.height}×{info.width}" + (
+        f" · {_time(info.seconds)} · {info.fps:.4g} fps" if info.frames > 1 else ""
+    )
+    more = f" · {len(info.captions)} captions" if len(info.captions) > 1 else ""
+    return element(
+        "figure",
+        element("div", clips.embed(picture, info.name, scale=1), class_="frame"),
+        element(
+            "figcaption",
+            element("span", caption, class_="prompt") if caption else element("span", "no caption", class_="muted"),
+            element("span", small + more, class_="small"),
+        ),
+        class_="card",
+        style=f"--w:{max(picture.width, _SHORT)}px",
+    )
+
+
+def _charts(report: IngestReport) -> Section:
+    titles = {
+        "shapes": "Shapes",
+        "sizes": "Sizes",
+        "lengths": "Lengths",
+        "rates": "Rates",
+        "codecs": "Codecs",
+        "frames": "Frames",
+    }
+    panels = [_panel(title, report.histograms[name]) for name, title in titles.items() if report.histograms.get(name)]
+    return "sizes", "Sizes and lengths", element("div", *panels, class_="panels")
+
+
+def _panel(title: str, counts: Mapping[str, int]) -> Markup:
+    """A chart of bars; `counts` in their order."""
+    kinds = element("span", f"{readable(len(counts))} kinds", class_="count") if len(counts) > _ROWS else None
+    return element("div", element("h3", title, kinds), _bars(counts), class_="panel")
+
+
+def _bars(counts: Mapping[str, int]) -> Markup:
+    shown = list(counts.items())
+    if len(shown) > _ROWS:
+        rest = sum(count for _, count in shown[_ROWS - 1 :])
+        shown = [*shown[: _ROWS - 1], (f"{readable(len(shown) - _ROWS + 1)} others", rest)]
+    most = max((count for _, count in shown), default=1) or 1
+    rows = [
+        element(
+            "tr",
+            element("th", name, scope="row", title=name),
+            element("td", element("span", class_="bar", style=f"width:{100 * count / most:.1f}%") if count else None),
+            element("td", readable(count), class_="number"),
+        )
+        for name, count in shown
+    ]
+    return element("table", element("tbody", *rows), class_="bars")
+
+
+def _captions(report: IngestReport) -> Section:
+    known = report.captions
+    if not known.get("captions"):
+        return "captions", "Captions", element("p", "No clip has a caption: they train the unconditional model alone.")
+    rows = {"captions": known["captions"], "different ones": known["distinct"], "different words": known["vocabulary"]}
+    for name in ("words", "characters"):
+        values = known[name]
+        rows[f"{name} in a caption, median"] = values["median"]
+        rows[f"{name}, least and most"] = [values["least"], values["most"]]
+    table = [
+        element("tr", element("th", name, scope="row"), element("td", readable(value), class_="number"))
+        for name, value in rows.items()
+    ]
+    panels = [
+        element("div", element("h3", "Counts"), element("table", element("tbody", *table)), class_="panel"),
+        _panel("Captions a clip", {str(number): count for number, count in known["per_clip"]}),
+        _panel("Most frequent words", dict(map(tuple, known["frequent_words"]))),
+    ]
+    if known["repeated"]:
+        panels.append(_panel("Repeated captions", dict(map(tuple, known["repeated"]))))
+    return "captions", "Captions", element("div", *panels, class_="panels")
+
+
+def _left_out(report: IngestReport) -> Section:
+    kinds: dict[str, Sequence[tuple[str, str]]] = {
+        "quarantined": report.quarantined,
+        "dropped": report.dropped,
+        "rejected": report.rejected,
+    }
+    parts = []
+    for kind, pairs in kinds.items():
+        if pairs:
+            what = "clips" if kind == "dropped" else "files"
+            heading = element(
+                "h3", _OUTCOMES[kind].capitalize(), element("span", f"{len(pairs)} {what}", class_="count")
+            )
+            parts.append(element("div", heading, _bars(report.reasons.get(kind, {})), _names(pairs), class_="panel"))
+    if report.unlisted:
+        heading = element("h3", "Not in the source's list", element("span", str(len(report.unlisted)), class_="count"))
+        parts.append(element("div", heading, _names([(name, "") for name in report.unlisted]), class_="panel"))
+    return "left-out", "Left out", element("div", *parts, class_="panels") if parts else Markup("")
+
+
+def _names(pairs: Sequence[tuple[str, str]]) -> Markup:
+    lines = [
+        element("li", name, element("span", f": {reason}") if reason else None) for name, reason in pairs[:_LISTED]
+    ]
+    more = len(pairs) - len(lines)
+    note = element("p", f"… and {readable(more)} more, in report.json", class_="muted") if more else None
+    return element("details", element("summary", "Names"), element("ul", *lines, class_="names"), note)

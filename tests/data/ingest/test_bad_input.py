@@ -1,0 +1,209 @@
+"""Damaged clips: each is accounted for, with a reason, and the rest becomes a data set."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from dit_video import rng
+from dit_video.data.ingest import IngestConfig, IngestReport, ingest
+from dit_video.data.source import ClipSource
+from dit_video.errors import UserError
+from dit_video.video import Clip, encode
+
+SHARED = Path(__file__).parents[4] / "shared" / "clips"
+
+
+def clip(frames: int = 24, height: int = 48, width: int = 64, seed: int = 0) -> Clip:
+    pixels = rng.host(seed, "test clip").integers(0, 255, (frames, height // 8, width // 8, 3), np.uint8)
+    return Clip(frames=pixels.repeat(8, 1).repeat(8, 2), fps=12)
+
+
+def audio_only() -> bytes:
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
+        frame.rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return file.getvalue()
+
+
+def with_count(encoded: bytes, box: bytes, offset: int, count: int = 10**9) -> bytes:
+    """An mp4 in which a table of samples claims to be of so many."""
+    at = encoded.index(box) + offset
+    return encoded[:at] + count.to_bytes(4, "big") + encoded[at + 4 :]
+
+
+def with_noise(encoded: bytes) -> bytes:
+    """The middle fifth of the pictures' bytes replaced."""
+    start = encoded.index(b"mdat") + 4
+    first, length = start + (len(encoded) - start) * 2 // 5, (len(encoded) - start) // 5
+    noise = rng.host(0, "noise").bytes(length)
+    return encoded[:first] + noise + encoded[first + length :]
+
+
+def accounted(report: IngestReport) -> int:
+    return report.usable_files + len(report.quarantined) + len(report.dropped_files) + len(report.rejected)
+
+
+def test_damaged_files(tmp_path):
+    whole = encode(clip(), "mp4")
+    files = {
+        "truncated.mp4": whole[: len(whole) // 2],
+        "empty.mp4": b"",
+        "text.mp4": b"this is no video\n" * 40,
+        "audio.mp4": audio_only(),
+        "promises_times.mp4": with_count(whole, b"stts", 12),
+        "promises_sizes.mp4": with_count(whole, b"stsz", 12),
+        "noise.mp4": with_noise(whole),
+        "one_frame.mp4": encode(clip(1), "mp4"),
+        "wide.png": encode(Clip(frames=np.zeros((1, 2, 60_000, 3), np.uint8), fps=1), "png"),
+        "whole.mp4": whole,
+    }
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    (folder / "whole.txt").write_text("word " * 2000)
+    (folder / "one_frame.txt").write_text(" \n")
+    report = ingest(folder, tmp_path / "out", config=IngestConfig(time_limit=60))
+    assert report.files == accounted(report) == len(files)
+    reasons = dict(report.quarantined)
+    assert {"truncated.mp4", "empty.mp4", "text.mp4", "audio.mp4", "noise.mp4"} <= reasons.keys()
+    assert all(reason and "\n" not in reason for reason in reasons.values())
+    infos = {info.name: info for info in ClipSource(tmp_path / "out").infos}
+    assert {"one_frame.mp4", "wide.png", "whole.mp4"} <= infos.keys()
+    assert infos.keys() | reasons.keys() == files.keys()
+    # What promises a billion frames is taken at most for what it holds.
+    assert all(info.frames <= 24 for info in infos.values())
+    assert (infos["wide.png"].height, infos["wide.png"].width) == (2, 60_000)
+    assert len(infos["whole.mp4"].caption) == 2000 * 5 - 1
+    assert report.uncaptioned == len(infos) - 1
+
+
+def test_captions_that_set_their_clips_aside(tmp_path):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for name in ("a", "b", "c"):
+        (folder / f"{name}.mp4").write_bytes(encode(clip(2), "mp4"))
+    (folder / "a.txt").write_bytes("été".encode("latin-1"))
+    (folder / "b.txt").write_text("x" * 100_000)
+    report = ingest(folder, tmp_path / "out")
+    assert report.files == accounted(report) == 3
+    assert [name for name, _ in report.rejected] == ["a.mp4", "b.mp4"]
+    assert sum(report.reasons["rejected"].values()) == 2
+    assert [info.name for info in ClipSource(tmp_path / "out").infos] == ["c.mp4"]
+
+
+def test_tars(tmp_path):
+    """Entries outside of the tar, and the same name twice, are rejected; the rest is read in place."""
+    content = {name: encode(clip(2, seed=index), "mp4") for index, name in enumerate(["a", "b", "c"])}
+    with tarfile.open(tmp_path / "clips.tar", "w") as tar:
+        for name, data in [
+            ("a.mp4", content["a"]),
+            ("a.txt", b"first"),
+            ("../b.mp4", content["b"]),
+            ("/b.mp4", content["b"]),
+            ("c.mp4", content["c"]),
+            ("c.mp4", content["b"]),
+            ("d.mp4", b"broken"),
+        ]:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    report = ingest(tmp_path / "clips.tar", tmp_path / "out")
+    source = ClipSource(tmp_path / "out")
+    assert report.format == "webdataset"
+    assert report.files == accounted(report)
+    assert {"../b.mp4", "/b.mp4"} <= {name for name, _ in report.rejected}
+    assert [name for name, _ in report.quarantined] == ["d.mp4"]
+    assert source.infos[0].caption == "first"
+    by_name = {info.name: source[index] for index, info in enumerate(source.infos)}
+    assert by_name["a.mp4"] == content["a"]
+    assert by_name.get("c.mp4", content["c"]) == content["c"]
+    assert content["b"] not in by_name.values()
+
+
+def test_a_file_named_as_the_shot_of_another(tmp_path):
+    pytest.importorskip("scenedetect")
+    from dit_video.data.ingest import ScreeningConfig
+
+    frames = np.concatenate([np.full((12, 48, 64, 3), 20, np.uint8), np.full((12, 48, 64, 3), 220, np.uint8)])
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    (folder / "a.mp4").write_bytes(encode(Clip(frames=frames, fps=12), "mp4"))
+    config = IngestConfig(screening=ScreeningConfig(shots="content"))
+    report = ingest(folder, tmp_path / "out", config=config)
+    source = ClipSource(tmp_path / "out")
+    assert [(i.name, i.record, i.start, i.frames) for i in source.infos] == [
+        ("a.mp4#0", 0, 0.0, 12),
+        ("a.mp4#1", 0, 1.0, 12),
+    ]
+    assert source[0] == source[1] == (folder / "a.mp4").read_bytes()
+    assert (report.usable, report.usable_files, report.files) == (2, 1, 1)
+
+
+def mutate(encoded: bytes, other: bytes, seed: int) -> bytes:
+    """Bytes flipped, a piece cut out, the end cut off, a piece of another file put in, or noise over a piece."""
+    generator = rng.host(seed, "mutation")
+    data = bytearray(encoded)
+    for _ in range(int(generator.integers(1, 4))):
+        at = int(generator.integers(0, len(data)))
+        length = int(generator.integers(1, max(2, min(len(data) - at, 1 + len(data) // 4))))
+        match int(generator.integers(0, 5)):
+            case 0:
+                for place in generator.integers(0, len(data), int(generator.integers(1, 40))):
+                    data[place] ^= 1 << int(generator.integers(0, 8))
+            case 1:
+                del data[at : at + length]
+            case 2:
+                del data[max(at, 8) :]
+            case 3:
+                start = int(generator.integers(0, len(other)))
+                data[at:at] = other[start : start + length]
+            case _:
+                data[at : at + length] = generator.bytes(len(data[at : at + length]))
+        data = data or bytearray(b"\0")
+    return bytes(data)
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.slow)])
+def test_mutations(tmp_path, count):
+    """No crash, no hang, nothing lost: of real clips where they lie beside the checkout, and of rendered ones."""
+    originals = {f"{format}.{format}": encode(clip(), format) for format in ("mp4", "webm", "gif", "apng")}
+    originals["png.png"] = encode(clip(1), "png")
+    for path in sorted(SHARED.glob("*")):
+        if path.suffix in (".mp4", ".mkv", ".webm") and path.stat().st_size < 180_000:
+            originals[path.name] = path.read_bytes()
+    names = sorted(originals)
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for number in range(count):
+        name, other = names[number % len(names)], names[number * 7 % len(names)]
+        mutated = mutate(originals[name], originals[other], number)
+        (folder / f"{number:04}_{name}").write_bytes(mutated)
+    (folder / "whole.mp4").write_bytes(originals["mp4.mp4"])
+    report = ingest(folder, tmp_path / "out", config=IngestConfig(time_limit=60), workers=2)
+    assert report.files == accounted(report) == count + 1
+    assert 0 < len(report.quarantined) < count
+    source = ClipSource(tmp_path / "out")
+    assert report.usable == len(source.infos) == report.usable_files
+    for index, info in enumerate(source.infos):
+        assert source[index] == (folder / info.name).read_bytes()
+        assert min(info.height, info.width, info.frames) >= 1
+        assert 0 < info.fps < float("inf")
+        assert 0 <= info.seconds < float("inf")
+
+
+def test_nothing_usable_names_the_first_reason(tmp_path):
+    (tmp_path / "clips").mkdir()
+    for name in ("a.mp4", "b.mp4"):
+        (tmp_path / "clips" / name).write_bytes(b"")
+    with pytest.raises(UserError, match=r"none of the 2 clips .* \(first: a\.mp4: "):
+        ingest(tmp_path / "clips", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["clips"]

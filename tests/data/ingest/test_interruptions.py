@@ -1,0 +1,249 @@
+"""Lost workers, killed runs, full disks: nothing hangs, nothing is done twice, and the result has the same bytes."""
+
+import hashlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dit_video.data.ingest import IngestConfig, Listed, ScreeningConfig, ingest, workers
+from dit_video.data.ingest.inspection import Inspected
+from dit_video.data.ingest.journal import FILE, Journal
+from dit_video.data.source import ClipSource
+from dit_video.errors import UserError
+from dit_video.video import Clip
+
+HERE = Path(__file__).parent
+
+
+def write_clips(folder: Path, *names: str) -> None:
+    folder.mkdir(exist_ok=True)
+    for index, name in enumerate(names):
+        frames = np.random.default_rng(index).integers(0, 255, (3, 32, 32, 3), np.uint8)
+        Clip(frames=frames, fps=10).save(folder / name)
+        (folder / name).with_suffix(".txt").write_text(f"clip {index}")
+
+
+@pytest.fixture
+def log(tmp_path, monkeypatch):
+    """Workers that write the names of what they inspect into this file."""
+    (tmp_path / "log").mkdir()
+    monkeypatch.setenv("DIT_VIDEO_TEST_LOG", str(tmp_path / "log"))
+    monkeypatch.syspath_prepend(HERE)
+    monkeypatch.setattr(workers, "MODULE", "interrupted_worker")
+    monkeypatch.setattr(workers, "_MEGABYTE", 1)
+    return tmp_path / "log" / "inspected"
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_lost_workers_name_their_clips(tmp_path, log):
+    names = ["a.mp4", "b_killed.mp4", "c_once.mp4", "d_crash.mp4", "e_raise.mp4", "f_hang.mp4", "g.mp4"]
+    write_clips(tmp_path / "clips", *names)
+    report = ingest(tmp_path / "clips", tmp_path / "out", config=IngestConfig(time_limit=3), workers=2)
+    assert [info.name for info in ClipSource(tmp_path / "out").infos] == ["a.mp4", "c_once.mp4", "g.mp4"]
+    reasons = dict(report.quarantined)
+    assert "SIGKILL" in reasons["b_killed.mp4"]
+    assert "exit code 7" in reasons["d_crash.mp4"]
+    assert reasons["e_raise.mp4"] == "cannot be decoded (ZeroDivisionError: of a decoder, in two lines)"
+    assert "takes more than 3" in reasons["f_hang.mp4"]
+    inspected = log.read_text().split()
+    assert {name: inspected.count(name) for name in names} == {
+        name: 2 if any(word in name for word in ("killed", "once", "crash", "hang")) else 1 for name in names
+    }
+
+
+def test_workers_that_cannot_start(tmp_path, monkeypatch):
+    write_clips(tmp_path / "clips", "a.mp4")
+    monkeypatch.setattr(workers, "MODULE", "no_such_module")
+    with pytest.raises(UserError, match="could not start"):
+        ingest(tmp_path / "clips", tmp_path / "out")
+
+
+def test_a_mistake_in_the_screening_ends_the_run(tmp_path, monkeypatch):
+    (tmp_path / "mistaken_worker.py").write_text(
+        "from dit_video.data.ingest import inspection, worker\n"
+        "from dit_video.errors import UserError\n"
+        "def screen(*_):\n"
+        "    raise UserError('nothing works here')\n"
+        "inspection.screen = screen\n"
+        "worker.main()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(workers, "MODULE", "mistaken_worker")
+    write_clips(tmp_path / "clips", "a.mp4", "b.mp4")
+    with pytest.raises(UserError, match=r"^nothing works here$"):
+        ingest(tmp_path / "clips", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+RUN = """
+import sys
+from pathlib import Path
+from dit_video.data.ingest import ingest, workers
+if __name__ != "__main__":
+    raise SystemExit("the script was run again by a worker")
+sys.path.insert(0, sys.argv[1])
+workers.MODULE = "interrupted_worker"
+ingest(sys.argv[2], sys.argv[3], workers=1)
+"""
+
+
+def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path, log):
+    names = [f"{index}_slow.mp4" for index in range(6)]
+    write_clips(tmp_path / "clips", *names, "broken.mp4")
+    (tmp_path / "clips" / "broken.mp4").write_bytes(b"broken")
+    clips, out = tmp_path / "clips", tmp_path / "out"
+    # No guard in the script: workers do not run it again.
+    (tmp_path / "run.py").write_text(RUN)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    run = subprocess.Popen([sys.executable, str(tmp_path / "run.py"), str(HERE), str(clips), str(out)], env=environment)
+    deadline = time.monotonic() + 120
+    while not log.exists() or len(log.read_text().split()) < 4:
+        assert run.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    before = log.read_text().split()
+    assert 4 <= len(before) < 7
+    assert not out.exists()
+    with (tmp_path / "out.ingest" / FILE).open("ab") as journal:
+        journal.write(b'{"clip": "torn')
+    seen = []
+    ingest(clips, out, workers=1, progress=lambda done, total: seen.append(done))
+    assert seen[0] >= 3
+    inspected = log.read_text().split()
+    assert sorted(set(inspected)) == sorted([*names, "broken.mp4"])
+    # Only what was in a worker's hands when the run was killed is done again.
+    assert len(inspected) <= 7 + 1
+    assert not (tmp_path / "out.ingest").exists()
+
+    ingest(clips, tmp_path / "one", workers=1)
+    ingest(clips, tmp_path / "three", workers=3)
+    assert digests(out) == digests(tmp_path / "one") == digests(tmp_path / "three")
+    assert {"index.json", "report.json", "features.json", "dataset_info.json"} < digests(out).keys()
+    assert all(str(tmp_path).encode() not in path.read_bytes() for path in out.iterdir())
+
+
+def test_files_that_a_killed_run_left_are_no_part_of_the_result(tmp_path):
+    write_clips(tmp_path / "clips", "a.mp4")
+    for name in ("data", "data.tfds"):
+        (tmp_path / "out.ingest" / name).mkdir(parents=True)
+        (tmp_path / "out.ingest" / name / "half").write_text("half")
+    ingest(tmp_path / "clips", tmp_path / "out")
+    ingest(tmp_path / "clips", tmp_path / "other")
+    assert digests(tmp_path / "out") == digests(tmp_path / "other")
+
+
+def test_a_changed_clip_is_inspected_again(tmp_path, log):
+    write_clips(tmp_path / "clips", "a.mp4", "b.mp4")
+
+    def stop(done, total):
+        if done == total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ingest(tmp_path / "clips", tmp_path / "out", progress=stop)
+    (tmp_path / "clips" / "b.mp4").write_bytes((tmp_path / "clips" / "a.mp4").read_bytes())
+    ingest(tmp_path / "clips", tmp_path / "out")
+    assert sorted(log.read_text().split()) == ["a.mp4", "b.mp4", "b.mp4"]
+
+
+def journal_of(folder, config=ScreeningConfig()):  # noqa: B008
+    return Journal(folder, (config, 1.0))
+
+
+def test_journal(tmp_path):
+    path = tmp_path / "clip"
+    path.write_text("x")
+    clip = Listed("clip", (), 1, str(path))
+    verdict = Inspected("", "00", (), (("clip#1", "too short"),))
+    with journal_of(tmp_path / "work") as journal:
+        assert journal.get(clip) is None
+        journal.put(clip, verdict)
+        with pytest.raises(UserError, match="another process"):
+            journal_of(tmp_path / "work")
+    with (tmp_path / "work" / FILE).open("ab") as file:
+        file.write(b'not json\n{"clip": 3}\n[]\n{"torn": ')
+    with journal_of(tmp_path / "work") as journal:
+        assert journal.get(clip) == verdict
+        assert journal.get(clip._replace(size=2)) is None
+        assert journal.get(clip._replace(name="other")) is None
+        journal.put(clip._replace(name="other"), verdict)
+    with journal_of(tmp_path / "work") as journal:
+        assert journal.get(clip._replace(name="other")) == verdict
+    with journal_of(tmp_path / "work", ScreeningConfig(min_size=8)) as journal:
+        assert journal.get(clip) is None
+    os.utime(path, ns=(1, 1))
+    with journal_of(tmp_path / "work") as journal:
+        assert journal.get(clip) is None
+
+
+def test_a_verdict_comes_back_from_the_journal_whole(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 255, (12, 64, 64, 3), np.uint8)
+    Clip(frames=frames, fps=4).save(tmp_path / "a.mp4")
+    size = (tmp_path / "a.mp4").stat().st_size
+    config = ScreeningConfig(min_motion=0, max_letterbox=1, duplicates=6, min_sharpness=0, max_black=1, max_frozen=1)
+    with workers.Workers(1, config, 60) as processes:
+        ((number, verdict),) = processes.inspect([(5, Listed("a.mp4", ("x",), size, str(tmp_path / "a.mp4")))])
+    assert number == 5
+    (shot,) = verdict.shots
+    assert shot.hash is not None
+    assert shot.letterbox is not None
+    assert Inspected.from_json(json.loads(json.dumps(verdict.to_json()))) == verdict
+    assert type(shot.letterbox).__name__ == "Borders"
+
+
+def tiny_disk(folder: Path) -> bool:
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(folder)]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("kind", ["disk", "limit"])
+def test_a_full_disk(tmp_path, kind):
+    """On a disk of 100 kB where the user may mount one, and by the limit on a file's size."""
+    frames = np.random.default_rng(0).integers(0, 255, (1, 256, 256, 3), np.uint8)
+    (tmp_path / "clips").mkdir()
+    Clip(frames=frames, fps=1).save(tmp_path / "clips" / "a.png")
+    assert (tmp_path / "clips" / "a.png").stat().st_size > 150_000
+    disk = tmp_path / "disk"
+    mounted = kind == "disk" and tiny_disk(disk)
+    if kind == "disk" and not mounted:
+        pytest.skip("mounting is not allowed")
+    disk.mkdir(exist_ok=True)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        if kind == "limit":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        with pytest.raises(UserError, match=r"out cannot be written \((No space left|File too large)") as raised:
+            ingest(tmp_path / "clips", disk / "out")
+        assert "\n" not in str(raised.value)
+        assert [path.name for path in disk.iterdir()] == ["out.ingest"]
+        assert [path.name for path in (disk / "out.ingest").iterdir()] == [FILE]
+        assert len((disk / "out.ingest" / FILE).read_text().splitlines()) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        if mounted:
+            subprocess.run(["umount", str(disk)], check=True)
+    if kind == "limit":
+        assert ingest(tmp_path / "clips", disk / "out").usable == 1
+
+
+def test_how_many_processes():
+    clips = [(number, Listed(str(number), (), 300_000, "")) for number in range(100)]
+    assert workers.worth(clips, 4) == 4
+    assert workers.worth(clips[:2], 4) == 1
+    assert workers.worth(clips[:8], 4) == 3
+    assert workers.limit_of(clips[0][1]._replace(size=1 << 30), 100) == 1100

@@ -1,0 +1,119 @@
+"""The page of an ingested data set: everything is on it, and the same data set gives the same page."""
+
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from dit_video.data.ingest import IngestConfig, ScreeningConfig, ingest
+from dit_video.errors import MissingError
+from dit_video.reports.ingest_report import write_ingest_report
+from dit_video.video import Clip
+
+VOID = {"img", "meta", "link", "br", "hr", "input"}
+HOSTILE = "\"><script>alert('x')</script><img src=http://evil.example/x onerror=alert(1)> & </style>"
+
+
+class Page(HTMLParser):
+    """Collects elements, and fails on a tag that isn't closed in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.open, self.text = [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    def of(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    root = tmp_path_factory.mktemp("report")
+    folder = root / "clips"
+    folder.mkdir()
+    rows, hostile = ["file_name,text"], HOSTILE.replace('"', '""')
+    for index in range(30):
+        frames = np.random.default_rng(index).integers(0, 255, (1 + 5 * (index % 3), 32, 48, 3), np.uint8)
+        Clip(frames=frames, fps=10).save(folder / f"{index:02}.mp4")
+        caption = {0: "", 1: hostile}.get(index % 5, f"a film about number {index % 7}")
+        rows.append(f'{index:02}.mp4,"{caption}"')
+    (folder / "broken.mp4").write_bytes(b"broken")
+    (folder / "tiny.png").write_bytes(b"")
+    Clip(frames=np.zeros((1, 4, 4, 3), np.uint8), fps=1).save(folder / "tiny.png")
+    Clip(frames=np.zeros((1, 40, 40, 3), np.uint8), fps=1).save(folder / "extra.png")
+    rows += ["broken.mp4,x", "tiny.png,y"]
+    (folder / "metadata.csv").write_text("\n".join(rows) + "\n")
+    config = IngestConfig(screening=ScreeningConfig(min_size=16))
+    report = ingest(folder, root / "data", config=config)
+    ingest(folder, root / "again", config=config, workers=1)
+    return root, report
+
+
+def test_everything_is_on_the_page(made):
+    root, report = made
+    assert (report.usable, report.files, len(report.quarantined), len(report.dropped)) == (30, 32, 1, 1)
+    path = write_ingest_report(root / "data")
+    assert path == root / "data" / "REPORT.html"
+    page = Page(path.read_text(encoding="utf-8"))
+    text = " ".join(page.text)
+    shown = [
+        "30 clips from 32 files",
+        "93.7 %",
+        "broken.mp4",
+        "tiny.png",
+        "extra.png",
+        "32×48",
+        "h264",
+        "film",
+        "1–2 s",
+        "10 fps",
+        "a film about number 3",
+        "no caption",
+        "min_size",
+    ]
+    assert [words for words in shown if words not in text] == []
+    assert [a["id"] for a in page.of("section")] == ["files", "clips", "sizes", "captions", "left-out", "settings"]
+    assert {a["href"] for a in page.of("a")} == {f"#{a['id']}" for a in page.of("section")}
+    assert len(page.of("img")) == 24
+    assert all(image["src"].startswith("data:image/png;base64,") for image in page.of("img"))
+    (used,) = [a for a in page.of("span") if a.get("class") == "used"]
+    assert used["style"] == "flex-grow:30"
+
+
+def test_it_needs_no_network_and_no_scripts(made):
+    root, _ = made
+    text = write_ingest_report(root / "data").read_text(encoding="utf-8")
+    page = Page(text)
+    for _, attributes in page.elements:
+        for name in ("src", "href", "srcset", "action", "poster", "data"):
+            assert attributes.get(name, "#").startswith(("#", "data:")), attributes
+    assert not page.of("script")
+    assert not page.of("link")
+    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+    assert not re.search(r"@import|url\(", text)
+    assert HOSTILE in "".join(page.text)
+
+
+def test_the_same_data_set_gives_the_same_bytes(made):
+    root, _ = made
+    first, again = write_ingest_report(root / "data"), write_ingest_report(root / "again")
+    assert first.read_bytes() == again.read_bytes()
+
+
+def test_no_data_set(tmp_path):
+    with pytest.raises(MissingError):
+        write_ingest_report(tmp_path / "nowhere")
