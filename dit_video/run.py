@@ -29,7 +29,7 @@ from dit_video import configs, intake, pixels, rng
 from dit_video.autoencoder import LinearAutoencoder, fit_linear, start_from_linear
 from dit_video.data.balance import Balance, Cost
 from dit_video.data.latents import INDEX as LATENTS
-from dit_video.data.latents import LatentSource
+from dit_video.data.latents import LatentSource, identity_hash
 from dit_video.data.loader import PackedBatches, Reading, packed_batches
 from dit_video.data.prefetch import prefetch
 from dit_video.data.sizes import fit

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from rough import rough_params
 
 from dit_video import pixels, rng
 from dit_video.autoencoder import PatchVaeConfig
@@ -36,6 +35,7 @@ from dit_video.nn import graph_of, init_params
 from dit_video.text import ByteEncoderConfig
 from dit_video.tokens import Grid
 from dit_video.video.encode import encode_frames
+from rough import rough_params
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

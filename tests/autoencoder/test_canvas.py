@@ -6,12 +6,12 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rough import rough_params
 
 from dit_video.autoencoder import PatchVaeConfig, arrange, latent_grid, occupied, padding
 from dit_video.errors import UserError
 from dit_video.nn import graph_of
 from dit_video.tokens import Grid
+from rough import rough_params
 
 STRIDE = Grid(2, 2, 4)
 CONFIG = PatchVaeConfig(stride=STRIDE, channels=3, width=8, blocks=2)
