@@ -268,7 +268,7 @@ class _Encoder:
                 current = decoded
                 decoded = self._begin(pool, batches[number + 1]) if number + 1 < len(batches) else {}
                 arrays, reasons = self._drawn(batch, current)
-                latents = _encode(self._graph, self._params, *jax.device_put(arrays, self._split))
+                latents = encode_canvases(self._graph, self._params, *jax.device_put(arrays, self._split))
                 if computed is not None:  # what was begun before is taken while this is computed
                     yield from self._cut(*computed)
                 computed = batch, latents, reasons
@@ -345,7 +345,8 @@ class _Encoder:
 
 
 @partial(jax.jit, static_argnums=0)
-def _encode(graph: nnx.GraphDef, params: dict[str, Any], canvases: Array, inside: Array) -> Array:
+def encode_canvases(graph: nnx.GraphDef, params: dict[str, Any], canvases: Array, inside: Array) -> Array:
+    """Latents of uint8 canvases [B T H W 3], of which `inside` [B h w] says what belongs to a clip."""
     return nnx.merge(graph, params).encode(pixels.to_float(canvases), inside)
 
 

@@ -36,6 +36,12 @@ class Data:
     """further, smaller limits on the pixels of a frame, at which every clip is trained on too"""
     flips: bool = False
     """every clip is trained on mirrored too; captions that say left or right then lie"""
+    cache_latents: bool = True
+    """Whether clips are encoded once, before the denoiser is trained. If not they are decoded and encoded at every use,
+    which takes no disk and draws another stretch of time in every epoch; `stretches`, `resolutions` and `flips` are
+    of the cache."""
+    workers: int = 0
+    """processes that read the denoiser's data; 0 for a thread"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +125,13 @@ class Experiment:
             raise UserError(f"caption_dropout {self.denoiser.caption_dropout} must lie in [0, 1]")
         if not self.autoencoder.kl >= 0:
             raise UserError(f"kl {self.autoencoder.kl} must not be negative")
+        cached = self.data.stretches > 1 or self.data.resolutions or self.data.flips
+        if cached and not self.data.cache_latents:
+            raise UserError(
+                "stretches, resolutions and flips are of cached latents; leave them out, or cache_latents=True"
+            )
+        if self.data.workers < 0:
+            raise UserError(f"workers={self.data.workers} must not be negative")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"a seed is a whole number from 0 to {2**32 - 1}, not {self.seed}")
 

@@ -1,11 +1,10 @@
 """Where a run's clips come from: folders that are ingested, or data sets that are; one, or several that are mixed."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from dit_video.data.ingest import ingest
-from dit_video.data.latents import LatentSource
-from dit_video.data.mixture import Mixture
 from dit_video.data.source import ClipSource, is_ingested
 from dit_video.errors import UserError
 from dit_video.files import read_json, write_json
@@ -49,38 +48,27 @@ def taken(place: Path) -> ClipSource:
     return ClipSource({name: place / name for name in read_json(place / _SOURCES)})
 
 
-def mixture(latents: LatentSource, clips: ClipSource, weights: Sequence[float]) -> Mixture | None:
-    """An epoch has each clip once, as one of its views, or as often as its data set's weight says.
-
-    None where that is each example once.
-    """
-    views: dict[str, list[int]] = {}
-    for example, clip in enumerate(latents.clips):
-        views.setdefault(clip, []).append(example)
-    if not weights and len(views) == len(latents):
-        return None
-    clips = clips.select(views)
-    return Mixture(
-        sizes=clips.sizes,
-        weights=tuple(weights) or None,
-        variants=tuple(tuple(views[info.name]) for info in clips.infos),
-    )
-
-
 def _ingest(clips: str | Path, destination: Path) -> None:
     """Make the data set of a folder of clips, and say on stderr what of it is not used."""
-    with Progress("reading clips", 1, unit="clip") as progress:
+    with contextlib.ExitStack() as stack:
+        bars: list[Progress] = []
 
         def update(done: int, total: int) -> None:
-            progress.total = total
-            progress.update(done)
+            if not bars or done < bars[-1].step:  # inspected, then written
+                title = "writing clips" if bars else "reading clips"
+                bars.append(stack.enter_context(Progress(title, total, unit="clip")))
+            bars[-1].update(done)
 
         report = ingest(clips, destination, progress=update)
-    if report.quarantined:
-        name, reason = report.quarantined[0]
-        remark(f"{len(report.quarantined)} clips cannot be decoded and are set aside, such as {name}: {reason}")
+    for what, found in (
+        ("cannot be decoded and are set aside", report.quarantined),
+        ("cannot be clips and are left out", report.rejected),
+    ):
+        if found:
+            name, reason = found[0]
+            remark(f"{len(found)} files {what}, such as {name}: {reason}")
     if report.unlisted:
-        remark(f"{len(report.unlisted)} files that metadata.csv does not name are left out")
+        remark(f"{len(report.unlisted)} files that the list of captions does not name are left out")
 
 
 def _link(place: Path, data: Path) -> None:

@@ -27,10 +27,9 @@ from jaxtyping import Array, UInt8
 
 from dit_video import configs, intake, pixels, rng
 from dit_video.autoencoder import LinearAutoencoder, fit_linear, start_from_linear
-from dit_video.data.balance import Balance, Cost
 from dit_video.data.latents import INDEX as LATENTS
 from dit_video.data.latents import LatentSource, identity_hash
-from dit_video.data.loader import PackedBatches, Reading, packed_batches
+from dit_video.data.loader import PackedBatches
 from dit_video.data.prefetch import prefetch
 from dit_video.data.sizes import fit
 from dit_video.data.source import ClipSource
@@ -39,6 +38,7 @@ from dit_video.distributed import make_mesh, shard_batch, shardings
 from dit_video.encoding import Augmentations, Encoding, encode_latents, latent_moments, plan_encoding
 from dit_video.errors import MissingError, UserError
 from dit_video.experiment import Experiment
+from dit_video.feed import cached_rows, live_rows
 from dit_video.files import read_json, write_json
 from dit_video.nn import graph_of, init_params, param_shapes
 from dit_video.pipeline import Pipeline, PipelineConfig, identity
@@ -216,7 +216,6 @@ class Run:
     def train_denoiser(self) -> dict[str, Any]:
         """The averaged parameters of the trained denoiser and text encoder: `{"dit": ..., "text": ...}`."""
         config, experiment = self.experiment.denoiser, self.experiment
-        latents = self.encode_latents()
         tokenizer = config.text.tokenizer()
         loss = DenoiserLoss(
             dit=graph_of(config.dit.make),
@@ -226,20 +225,15 @@ class Run:
             empty_caption=tuple(int(token) for token in tokenizer("")),
             seed=experiment.seed,
         )
+        if experiment.data.cache_latents:
+            rows = cached_rows(experiment, self.encode_latents(), self.training_clips, tokenizer)
+        else:
+            rows = live_rows(experiment, self.train_autoencoder(), self.training_clips, tokenizer)
 
         def batches(start: int) -> PackedBatches:
-            reading = Reading(
-                batch=config.batch,
-                seed=experiment.seed,
-                start_step=start,
-                host=jax.process_index(),
-                hosts=jax.process_count(),
-                mixture=intake.mixture(latents, self.training_clips, experiment.data.weights),
-                balance=Balance(cost=Cost.of_width(config.dit.width), batch=config.batch),
-            )
-            batches = packed_batches(latents, tokenizer, patch=config.dit.patch, shape=config.rows, reading=reading)
-            self._note_rows(batches)
-            return batches
+            opened = rows(start)
+            self._note_rows(opened)
+            return opened
 
         state = self._train("denoiser", self._init_denoiser, loss, batches)
         return jax.device_get(state.ema)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import dit_video
-from dit_video import configs, intake, run
+from dit_video import configs, feed, run
 from dit_video import tree as trees
 from dit_video.data.ingest import ingest
 from dit_video.data.latents import LatentSource
@@ -263,8 +263,8 @@ def test_what_cannot_be_decoded_is_set_aside_and_counted_and_the_run_goes_on(tin
     started = Run.create(tmp_path / "run", tiny.EXPERIMENT)
     started.take(clips)
     said = capsys.readouterr().err
-    assert f"2 clips cannot be decoded and are set aside, such as clips/{damaged.name}: " in said
-    assert "1 files that metadata.csv does not name are left out" in said
+    assert f"2 files cannot be decoded and are set aside, such as clips/{damaged.name}: " in said
+    assert "1 files that the list of captions does not name are left out" in said
     assert len(started.clips) == tiny.COUNT - 2
     assert len(json.loads((tmp_path / "run" / "data" / "report.json").read_text())["quarantined"]) == 2
     assert len(started.encode_latents()) == tiny.COUNT - 2 - tiny.HELD_OUT
@@ -351,10 +351,25 @@ def test_data_sets_are_mixed_by_weight(tiny, tiny_run, tiny_clips, tmp_path):
     assert [info.name for info in started.held_out_clips.infos] == sorted(held_out)
     (tmp_path / "run" / "autoencoder").mkdir()
     shutil.copy(tiny_run / "autoencoder" / "weights.safetensors", tmp_path / "run" / "autoencoder")
-    mixture = intake.mixture(started.encode_latents(), started.training_clips, data.weights)
+    mixture = feed.mixture(started.encode_latents(), started.training_clips, data.weights)
     assert mixture.sizes == (count - len(held_out), count)
     assert mixture.weights == (1.0, 3.0)
     assert len(mixture.variants) == 2 * count - len(held_out)
+
+
+def test_a_run_without_a_cache_of_latents(tiny, tiny_run, tiny_clips, tmp_path):
+    data = dataclasses.replace(tiny.EXPERIMENT.data, cache_latents=False)
+    started = Run.create(tmp_path / "run", dataclasses.replace(tiny.EXPERIMENT, data=data))
+    started.take(tiny_clips)
+    (tmp_path / "run" / "autoencoder").mkdir()
+    shutil.copy(tiny_run / "autoencoder" / "weights.safetensors", tmp_path / "run" / "autoencoder")
+    params = started.train_denoiser()
+    assert not (tmp_path / "run" / "latents").exists()
+    summary = json.loads((tmp_path / "run" / "denoiser" / "rows.json").read_text())
+    assert summary["examples"] == len(started.training_clips)
+    assert all(np.isfinite(leaf).all() for leaf in trees.flatten(params).values())
+    entries = logging.read(tmp_path / "run" / "denoiser" / "metrics.jsonl")
+    assert all(0 <= entry["padding"] < 1 and entry["masked"] == 0 for entry in entries)
 
 
 def test_a_pipeline_s_defaults_are_the_data_s(tiny, tiny_run):

@@ -1,6 +1,6 @@
 """Clips to latents and back."""
 
-from dit_video.autoencoder.canvas import Canvas, Place, arrange, occupied, padding
+from dit_video.autoencoder.canvas import Canvas, Place, arrange, covers, occupied, padding
 from dit_video.autoencoder.causal import (
     PatchVae,
     PatchVaeConfig,
@@ -23,6 +23,7 @@ __all__ = [
     "Posterior",
     "arrange",
     "clip_grid",
+    "covers",
     "fit_linear",
     "from_patches",
     "latent_grid",

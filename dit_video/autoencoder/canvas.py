@@ -85,6 +85,29 @@ def arrange(sizes: Sequence[Grid], *, stride: Grid, pixels: int = PIXELS, progra
     return canvases
 
 
+def covers(sizes: Sequence[Grid], *, programs: int = PROGRAMS) -> list[Grid]:
+    """At most `programs` sizes of which every clip fits into one, for clips that are encoded as they come.
+
+    Of all sizes the two are merged, again and again, whose common size adds the fewest pixels over all clips. They are
+    given by increasing volume, so that a clip's is the first that holds it.
+
+    Raises:
+      UserError: less than one program.
+    """
+    if programs < 1:
+        raise UserError(f"clips are encoded by programs={programs}; use at least 1")
+    different, counts = np.unique(np.asarray(sizes, np.int64).reshape(-1, 3), axis=0, return_counts=True)
+    while len(different) > programs:
+        merged = np.maximum(different[:, None], different[None])
+        pixels = different.prod(axis=1) * counts
+        added = merged.prod(axis=2) * (counts[:, None] + counts[None]) - pixels[:, None] - pixels[None]
+        added[np.diag_indices(len(added))] = np.iinfo(np.int64).max
+        one, other = sorted(np.unravel_index(np.argmin(added), added.shape))
+        different[one], counts[one] = merged[one, other], counts[one] + counts[other]
+        different, counts = np.delete(different, other, axis=0), np.delete(counts, other)
+    return sorted((Grid(*size) for size in different.tolist()), key=lambda size: (size.volume, size))
+
+
 def occupied(canvas: Canvas, sizes: Sequence[Grid], stride: Grid) -> Bool[np.ndarray, "h w"]:
     """Which latent positions of a canvas belong to a clip."""
     result = np.zeros((canvas.size.h // stride.h, canvas.size.w // stride.w), bool)

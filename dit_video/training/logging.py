@@ -124,6 +124,11 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
+    @property
+    def step(self) -> int:
+        """How many are done."""
+        return self._step
+
     def update(self, step: int, loss: float | None = None) -> None:
         """Say that `step` steps are done; `loss` stays until the next one is given."""
         self._step = step

@@ -7,7 +7,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dit_video.autoencoder import PatchVaeConfig, arrange, latent_grid, occupied, padding
+from dit_video.autoencoder import PatchVaeConfig, arrange, covers, latent_grid, occupied, padding
 from dit_video.errors import UserError
 from dit_video.nn import graph_of
 from dit_video.tokens import Grid
@@ -119,3 +119,24 @@ def test_a_clip_larger_than_a_canvas_gets_a_larger_one():
 def test_refusals(options):
     with pytest.raises(UserError, match="at least 1"):
         arrange([Grid(1, 2, 4)], stride=STRIDE, **options)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.builds(Grid, st.integers(1, 9), st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=40),
+    programs=st.integers(1, 8),
+)
+def test_covers_hold_every_clip(sizes, programs):
+    found = covers(sizes, programs=programs)
+    assert len(found) <= programs
+    assert all(any(all(a >= b for a, b in zip(cover, size, strict=True)) for cover in found) for size in sizes)
+    assert [cover.volume for cover in found] == sorted(cover.volume for cover in found)
+    if len(set(sizes)) <= programs:
+        assert set(found) == set(sizes)
+
+
+def test_covers_merge_what_is_alike():
+    found = covers([Grid(1, 8, 8), Grid(1, 8, 9), Grid(9, 90, 10), Grid(9, 91, 10)], programs=2)
+    assert found == [Grid(1, 8, 9), Grid(9, 91, 10)]
+    with pytest.raises(UserError, match="programs=0"):
+        covers([Grid(1, 1, 1)], programs=0)

@@ -1,0 +1,88 @@
+"""What the denoiser's training reads: rows of cached latents, or of clips that are encoded on the way."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from dit_video.autoencoder import latent_grid
+from dit_video.data.balance import Balance, Cost
+from dit_video.data.latents import LatentSource
+from dit_video.data.loader import PackedBatches, Reading, encoded_batches, packed_batches
+from dit_video.data.mixture import Mixture
+from dit_video.data.sizes import fit
+from dit_video.data.source import ClipSource
+from dit_video.experiment import Experiment
+from dit_video.live import LiveEncoder
+from dit_video.text import Tokenizer
+
+Feed = Callable[[int], PackedBatches]
+"""Batches from a step on."""
+
+
+def cached_rows(experiment: Experiment, latents: LatentSource, clips: ClipSource, tokenizer: Tokenizer) -> Feed:
+    """Rows of the latents of these clips."""
+    config = experiment.denoiser
+    mixed = mixture(latents, clips, experiment.data.weights)
+
+    def feed(start: int) -> PackedBatches:
+        reading = _reading(experiment, start, mixed)
+        return packed_batches(latents, tokenizer, patch=config.dit.patch, shape=config.rows, reading=reading)
+
+    return feed
+
+
+def live_rows(experiment: Experiment, autoencoder: dict[str, Any], clips: ClipSource, tokenizer: Tokenizer) -> Feed:
+    """Rows of clips from their video files; `autoencoder` are its parameters."""
+    config, model, limits = experiment.denoiser, experiment.autoencoder.model, experiment.limits
+    encode = LiveEncoder(model, autoencoder, [fit(info, limits) for info in clips.infos])
+    weights = experiment.data.weights
+    mixed = Mixture(sizes=clips.sizes, weights=weights) if weights else None
+
+    def feed(start: int) -> PackedBatches:
+        return encoded_batches(
+            clips,
+            tokenizer,
+            encode,
+            latent_grid=functools.partial(latent_grid, stride=model.stride),
+            channels=model.channels,
+            limits=limits,
+            patch=config.dit.patch,
+            shape=config.rows,
+            reading=_reading(experiment, start, mixed),
+        )
+
+    return feed
+
+
+def mixture(latents: LatentSource, clips: ClipSource, weights: Sequence[float]) -> Mixture | None:
+    """An epoch has each clip once, as one of its views, or as often as its data set's weight says.
+
+    None where that is each example once.
+    """
+    views: dict[str, list[int]] = {}
+    for example, clip in enumerate(latents.clips):
+        views.setdefault(clip, []).append(example)
+    if not weights and len(views) == len(latents):
+        return None
+    clips = clips.select(views)
+    return Mixture(
+        sizes=clips.sizes,
+        weights=tuple(weights) or None,
+        variants=tuple(tuple(views[info.name]) for info in clips.infos),
+    )
+
+
+def _reading(experiment: Experiment, start: int, mixed: Mixture | None) -> Reading:
+    config = experiment.denoiser
+    return Reading(
+        batch=config.batch,
+        seed=experiment.seed,
+        start_step=start,
+        host=jax.process_index(),
+        hosts=jax.process_count(),
+        workers=experiment.data.workers,
+        mixture=mixed,
+        balance=Balance(cost=Cost.of_width(config.dit.width), batch=config.batch),
+    )
