@@ -20,10 +20,10 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float32, UInt8
 
-from dit_video import pixels
+from dit_video import configs, pipeline, pixels
 from dit_video.autoencoder import AutoencoderConfig, Canvas, arrange, latent_grid, occupied, padding
 from dit_video.autoencoder.canvas import PIXELS
-from dit_video.data.latents import Identity, LatentExample, LatentFiles, LeftOut, Storage
+from dit_video.data.latents import Identity, LatentExample, LatentFiles, LeftOut, Storage, identity_hash
 from dit_video.data.sizes import SizeLimits, fit, read_fitted, sampled_frames
 from dit_video.data.source import ClipInfo, ClipSource
 from dit_video.distributed import MeshConfig, batch_sharding, make_mesh
@@ -168,6 +168,16 @@ def plan_encoding(clips: ClipSource, encoding: Encoding) -> EncodingPlan:
             first, held = number, 0
         held += len(canvas.places)
     return EncodingPlan(views=tuple(taken), canvases=tuple(canvases), files=(*files, range(first, len(canvases))))
+
+
+def latent_identity(encoding: Encoding, clips: ClipSource) -> dict[str, Any]:
+    """What the latents of these clips depend on, and the denoiser's training asks of them."""
+    return {
+        "autoencoder": pipeline.identity(encoding.autoencoder, encoding.params),
+        "limits": configs.to_json(encoding.limits),
+        "augmentations": configs.to_json(encoding.augmentations),
+        "clips": identity_hash({"names": [info.name for info in clips.infos]}),
+    }
 
 
 def encode_latents(

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from dit_video.autoencoder import PatchVaeConfig, latent_grid
+from dit_video.data.bucket_batches import BucketConfig
 from dit_video.data.sizes import SizeLimits
 from dit_video.data.windows import WindowConfig
 from dit_video.diffusion import FlowMatching
@@ -67,6 +68,9 @@ class DenoiserTraining:
     rows: RowShape
     batch: int
     """rows of a step"""
+    buckets: BucketConfig | None = None
+    """Instead of packed rows: batches of one size each, from the video files; `rows` is then what samples are packed
+    into."""
     optimizer: OptimizerConfig
     steps: int
     objective: FlowMatching = field(default_factory=FlowMatching)
@@ -130,6 +134,8 @@ class Experiment:
             raise UserError(
                 "stretches, resolutions and flips are of cached latents; leave them out, or cache_latents=True"
             )
+        if self.denoiser.buckets is not None and (self.data.cache_latents or self.data.weights):
+            raise UserError("buckets are read from video files, unweighted: set data cache_latents=False, no weights")
         if self.data.workers < 0:
             raise UserError(f"workers={self.data.workers} must not be negative")
         if not 0 <= self.seed < 2**32:

@@ -5,19 +5,24 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from dit_video.autoencoder import latent_grid
 from dit_video.data.balance import Balance, Cost
+from dit_video.data.bucket_batches import bucket_batches
+from dit_video.data.buckets import plan_buckets
 from dit_video.data.latents import LatentSource
-from dit_video.data.loader import PackedBatches, Reading, encoded_batches, packed_batches
+from dit_video.data.loader import Batches, Reading, encoded_batches, packed_batches
 from dit_video.data.mixture import Mixture
 from dit_video.data.sizes import fit
 from dit_video.data.source import ClipSource
+from dit_video.errors import UserError
 from dit_video.experiment import Experiment
 from dit_video.live import LiveEncoder
 from dit_video.text import Tokenizer
+from dit_video.tokens import Grid, token_grid
 
-Feed = Callable[[int], PackedBatches]
+Feed = Callable[[int], Batches]
 """Batches from a step on."""
 
 
@@ -26,7 +31,7 @@ def cached_rows(experiment: Experiment, latents: LatentSource, clips: ClipSource
     config = experiment.denoiser
     mixed = mixture(latents, clips, experiment.data.weights)
 
-    def feed(start: int) -> PackedBatches:
+    def feed(start: int) -> Batches:
         reading = _reading(experiment, start, mixed)
         return packed_batches(latents, tokenizer, patch=config.dit.patch, shape=config.rows, reading=reading)
 
@@ -40,7 +45,7 @@ def live_rows(experiment: Experiment, autoencoder: dict[str, Any], clips: ClipSo
     weights = experiment.data.weights
     mixed = Mixture(sizes=clips.sizes, weights=weights) if weights else None
 
-    def feed(start: int) -> PackedBatches:
+    def feed(start: int) -> Batches:
         return encoded_batches(
             clips,
             tokenizer,
@@ -51,6 +56,45 @@ def live_rows(experiment: Experiment, autoencoder: dict[str, Any], clips: ClipSo
             patch=config.dit.patch,
             shape=config.rows,
             reading=_reading(experiment, start, mixed),
+        )
+
+    return feed
+
+
+def bucketed(experiment: Experiment, autoencoder: dict[str, Any], clips: ClipSource, tokenizer: Tokenizer) -> Feed:
+    """Batches of one size each, of clips from their video files; `autoencoder` are its parameters.
+
+    Raises:
+      UserError: no buckets in the config, or a size of which not one example fits into the memory.
+    """
+    config, model, limits = experiment.denoiser, experiment.autoencoder.model, experiment.limits
+    if config.buckets is None:
+        raise UserError("the config has no buckets; give denoiser buckets=BucketConfig(...)")
+
+    def tokens(size: Grid) -> int:
+        return token_grid(latent_grid(size, model.stride), config.dit.patch).volume
+
+    buckets = plan_buckets(
+        np.asarray([fit(info, limits) for info in clips.infos]),
+        config.buckets.memory,
+        budget=config.buckets.budget,
+        count=config.buckets.count,
+        devices=jax.device_count(),
+        most=config.buckets.most,
+        tokens=tokens,
+    )
+    encode = LiveEncoder(model, autoencoder, [bucket.size for bucket in buckets.buckets])
+
+    def feed(start: int) -> Batches:
+        return bucket_batches(
+            clips,
+            tokenizer,
+            encode,
+            buckets,
+            limits=limits,
+            patch=config.dit.patch,
+            text=config.rows.text,
+            reading=_reading(experiment, start, None),
         )
 
     return feed

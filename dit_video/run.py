@@ -28,20 +28,20 @@ from jaxtyping import Array, UInt8
 from dit_video import configs, intake, pixels, rng
 from dit_video.autoencoder import LinearAutoencoder, fit_linear, start_from_linear
 from dit_video.data.latents import INDEX as LATENTS
-from dit_video.data.latents import LatentSource, identity_hash
-from dit_video.data.loader import PackedBatches
+from dit_video.data.latents import LatentSource
+from dit_video.data.loader import Batches
 from dit_video.data.prefetch import prefetch
 from dit_video.data.sizes import fit
 from dit_video.data.source import ClipSource
 from dit_video.data.windows import windows
 from dit_video.distributed import make_mesh, shard_batch, shardings
-from dit_video.encoding import Augmentations, Encoding, encode_latents, latent_moments, plan_encoding
+from dit_video.encoding import Augmentations, Encoding, encode_latents, latent_identity, latent_moments, plan_encoding
 from dit_video.errors import MissingError, UserError
 from dit_video.experiment import Experiment
-from dit_video.feed import cached_rows, live_rows
+from dit_video.feed import bucketed, cached_rows, live_rows
 from dit_video.files import read_json, write_json
 from dit_video.nn import graph_of, init_params, param_shapes
-from dit_video.pipeline import Pipeline, PipelineConfig, identity
+from dit_video.pipeline import Pipeline, PipelineConfig
 from dit_video.training import loop
 from dit_video.training.autoencoder import AutoencoderLoss
 from dit_video.training.checkpoint import Checkpoints
@@ -182,7 +182,7 @@ class Run:
     def encode_latents(self) -> LatentSource:
         """The cached latents of the training clips. Files that `tools/encode_latents.py` made are not made again."""
         encoding, clips = self.encoding(), self.training_clips
-        stamp = self.latent_identity(encoding, clips)
+        stamp = latent_identity(encoding, clips)
         destination = self.folder / "latents"
         if not (destination / LATENTS).is_file():
             plan = plan_encoding(clips, encoding)
@@ -204,15 +204,6 @@ class Run:
             augmentations=Augmentations(stretches=data.stretches, resolutions=data.resolutions, flips=data.flips),
         )
 
-    def latent_identity(self, encoding: Encoding, clips: ClipSource) -> dict[str, Any]:
-        """What the denoiser's training asks of latents."""
-        return {
-            "autoencoder": identity(encoding.autoencoder, encoding.params),
-            "limits": configs.to_json(encoding.limits),
-            "augmentations": configs.to_json(encoding.augmentations),
-            "clips": identity_hash({"names": [info.name for info in clips.infos]}),
-        }
-
     def train_denoiser(self) -> dict[str, Any]:
         """The averaged parameters of the trained denoiser and text encoder: `{"dit": ..., "text": ...}`."""
         config, experiment = self.experiment.denoiser, self.experiment
@@ -225,12 +216,14 @@ class Run:
             empty_caption=tuple(int(token) for token in tokenizer("")),
             seed=experiment.seed,
         )
-        if experiment.data.cache_latents:
+        if config.buckets is not None:
+            rows = bucketed(experiment, self.train_autoencoder(), self.training_clips, tokenizer)
+        elif experiment.data.cache_latents:
             rows = cached_rows(experiment, self.encode_latents(), self.training_clips, tokenizer)
         else:
             rows = live_rows(experiment, self.train_autoencoder(), self.training_clips, tokenizer)
 
-        def batches(start: int) -> PackedBatches:
+        def batches(start: int) -> Batches:
             opened = rows(start)
             self._note_rows(opened)
             return opened
@@ -238,15 +231,11 @@ class Run:
         state = self._train("denoiser", self._init_denoiser, loss, batches)
         return jax.device_get(state.ema)
 
-    def _note_rows(self, batches: PackedBatches) -> None:
-        """Write `denoiser/rows.json`, and say the two shares that cost time."""
-        summary = batches.summary(devices=jax.device_count())
+    def _note_rows(self, batches: Batches) -> None:
+        """Write `denoiser/rows.json`, and say what an epoch holds."""
         if jax.process_index() == 0:
-            write_json(self.folder / "denoiser" / "rows.json", summary)
-        unequal = summary["imbalance"]
-        waits = "" if unequal is None else f", {unequal['mean']:.1%} of the time lost by unequal devices"
-        rows = f"{summary['examples']} examples in {summary['rows_per_epoch']} rows an epoch"
-        remark(f"{rows}: {summary['padding']:.1%} padding{waits}")
+            write_json(self.folder / "denoiser" / "rows.json", batches.summary(devices=jax.device_count()))
+        remark(str(batches))
 
     def export(self) -> Pipeline:
         """Write `pipeline/`, after training what is not trained yet: the autoencoder, on its latents the denoiser."""

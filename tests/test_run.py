@@ -12,6 +12,8 @@ import pytest
 import dit_video
 from dit_video import configs, feed, run
 from dit_video import tree as trees
+from dit_video.data.bucket_batches import BucketConfig
+from dit_video.data.buckets import Memory
 from dit_video.data.ingest import ingest
 from dit_video.data.latents import LatentSource
 from dit_video.data.source import ClipSource
@@ -370,6 +372,27 @@ def test_a_run_without_a_cache_of_latents(tiny, tiny_run, tiny_clips, tmp_path):
     assert all(np.isfinite(leaf).all() for leaf in trees.flatten(params).values())
     entries = logging.read(tmp_path / "run" / "denoiser" / "metrics.jsonl")
     assert all(0 <= entry["padding"] < 1 and entry["masked"] == 0 for entry in entries)
+
+
+def test_a_run_in_buckets(tiny, tiny_run, tiny_clips, tmp_path, capsys):
+    data = dataclasses.replace(tiny.EXPERIMENT.data, cache_latents=False)
+    buckets = BucketConfig(memory=Memory(fixed=0, per_token=1), budget=24, count=2)
+    denoiser = dataclasses.replace(tiny.EXPERIMENT.denoiser, buckets=buckets)
+    experiment = dataclasses.replace(tiny.EXPERIMENT, data=data, denoiser=denoiser)
+    assert configs.from_json(configs.to_json(experiment)) == experiment
+    with pytest.raises(UserError, match="buckets are read from video files"):
+        dataclasses.replace(experiment, data=tiny.EXPERIMENT.data)
+    started = Run.create(tmp_path / "run", experiment)
+    started.take(tiny_clips)
+    (tmp_path / "run" / "autoencoder").mkdir()
+    shutil.copy(tiny_run / "autoencoder" / "weights.safetensors", tmp_path / "run" / "autoencoder")
+    params = started.train_denoiser()
+    assert all(np.isfinite(leaf).all() for leaf in trees.flatten(params).values())
+    summary = json.loads((tmp_path / "run" / "denoiser" / "rows.json").read_text())
+    assert 1 <= len(summary["buckets"]) <= 2
+    assert "0 dropped" in capsys.readouterr().err
+    entries = logging.read(tmp_path / "run" / "denoiser" / "metrics.jsonl")
+    assert all(entry["padding"] == 0 for entry in entries)
 
 
 def test_a_pipeline_s_defaults_are_the_data_s(tiny, tiny_run):

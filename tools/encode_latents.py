@@ -12,20 +12,19 @@ started again with the same command. The process that finishes last writes the i
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import tyro
 
-from dit_video import configs
 from dit_video.data.latents import LatentSource, Storage
 from dit_video.data.sizes import SizeLimits
 from dit_video.data.source import ClipSource
-from dit_video.encoding import Augmentations, Encoding, encode_latents, finish_latents, plan_encoding
+from dit_video.encoding import Augmentations, Encoding, encode_latents, finish_latents, latent_identity, plan_encoding
 from dit_video.errors import UserError, script
 from dit_video.experiment import Data
 from dit_video.nn import param_shapes
-from dit_video.pipeline import identity, load_pipeline
+from dit_video.pipeline import load_pipeline
 from dit_video.run import CONFIG, Run
 from dit_video.tokens import Grid
 from dit_video.training.logging import Progress
@@ -89,9 +88,8 @@ def main(
         raise UserError(f"shard={shard} and shards={shards} are given together, or neither")
     number = jax.process_index() if shard is None else shard
     count = jax.process_count() if shards is None else shards
-    encoding, clips, stamp = (
-        _of_run(model, data, views) if (model / CONFIG).is_file() else _of_pipeline(model, data, views)
-    )
+    encoding, clips = (_of_run if (model / CONFIG).is_file() else _of_pipeline)(model, data, views)
+    stamp = latent_identity(encoding, clips)
     encoding = replace(encoding, storage=storage, views_per_file=views_per_file)
     if canvas_pixels is not None:
         encoding = replace(encoding, canvas_pixels=canvas_pixels)
@@ -116,7 +114,7 @@ def main(
         print(f"{destination}: the files of process {number} are there; the last of {count} processes writes the index")
 
 
-def _of_run(folder: Path, data: Path, views: Views) -> tuple[Encoding, ClipSource, dict[str, Any]]:
+def _of_run(folder: Path, data: Path, views: Views) -> tuple[Encoding, ClipSource]:
     run = Run.open(folder)
     if not (folder / "autoencoder" / "weights.safetensors").is_file():
         raise UserError(f"{folder} has no trained autoencoder yet; continue it with: {run.command}")
@@ -126,11 +124,10 @@ def _of_run(folder: Path, data: Path, views: Views) -> tuple[Encoding, ClipSourc
     else:
         clips = ClipSource(data)
         clips = clips.without({info.name for info in clips.infos} & set(run.experiment.data.held_out))
-    encoding = run.encoding()
-    return encoding, clips, run.latent_identity(encoding, clips)
+    return run.encoding(), clips.split("train")
 
 
-def _of_pipeline(folder: Path, data: Path, views: Views) -> tuple[Encoding, ClipSource, dict[str, Any]]:
+def _of_pipeline(folder: Path, data: Path, views: Views) -> tuple[Encoding, ClipSource]:
     config = load_pipeline(folder).config
     chosen = views.over(Data(max_pixels=config.size.h * config.size.w, max_frames=config.size.t, fps=config.fps))
     stride, patch = config.autoencoder.stride, config.dit.patch
@@ -145,13 +142,7 @@ def _of_pipeline(folder: Path, data: Path, views: Views) -> tuple[Encoding, Clip
         ),
         augmentations=Augmentations(stretches=chosen.stretches, resolutions=chosen.resolutions, flips=chosen.flips),
     )
-    clips = ClipSource(data)
-    stamp = {
-        "autoencoder": identity(encoding.autoencoder, encoding.params),
-        "data": configs.to_json(chosen),
-        "clips": len(clips),
-    }
-    return encoding, clips, stamp
+    return encoding, ClipSource(data)
 
 
 def _say(latents: LatentSource) -> None:

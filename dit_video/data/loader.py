@@ -63,18 +63,16 @@ class Reading:
             raise UserError(f"start_step={self.start_step} and workers={self.workers} must not be negative")
 
 
-class PackedBatches(Iterator[Rows]):
+class Batches(Iterator[Rows]):
     """An endless iterator over this host's share of the batches."""
 
-    def __init__(self, batches: Iterator[Rows], layout: Layout, reading: Reading, close: Callable[[], None]):
-        self._batches, self._layout, self._reading, self._close = batches, layout, reading, close
-        self.hash: str = layout.stream.hash
-        """Of the plan: with the step, the whole state of the data."""
-        self.rows_per_epoch: int = layout.stream.rows_per_epoch
-        self.padding: float = layout.stream.epoch(0).padding
-        """Share of video tokens that are padding."""
+    hash: str
+    """Of the plan: with the step, the whole state of the data."""
 
-    def __iter__(self) -> "PackedBatches":
+    def __init__(self, batches: Iterator[Rows], close: Callable[[], None]):
+        self._batches, self._close = batches, close
+
+    def __iter__(self) -> Iterator[Rows]:
         return self
 
     def __next__(self) -> Rows:
@@ -83,6 +81,25 @@ class PackedBatches(Iterator[Rows]):
     def close(self) -> None:
         """End the threads and workers that read ahead."""
         self._close()
+
+    def summary(self, *, devices: int) -> dict[str, Any]:
+        """What an epoch holds, as JSON."""
+        raise NotImplementedError
+
+
+class PackedBatches(Batches):
+    """Batches of packed rows."""
+
+    def __init__(self, batches: Iterator[Rows], layout: Layout, reading: Reading, close: Callable[[], None]):
+        super().__init__(batches, close)
+        self._layout, self._reading = layout, reading
+        self.hash = layout.stream.hash
+        self.rows_per_epoch: int = layout.stream.rows_per_epoch
+        self.padding: float = layout.stream.epoch(0).padding
+        """Share of video tokens that are padding."""
+
+    def __str__(self) -> str:
+        return f"{len(self._layout.grids)} examples in {self.rows_per_epoch} rows an epoch: {self.padding:.1%} padding"
 
     def summary(self, *, devices: int) -> dict[str, Any]:
         """What an epoch holds, as JSON: sizes, padding, and how unequal the costs of `devices` devices are.
@@ -131,7 +148,7 @@ def packed_batches(
         balance=reading.balance,
     )
     rows = LatentRows(source, layout, patch, cache_bytes=reading.cache_bytes // max(1, reading.workers))
-    ahead: grain.DatasetIterator = iter(_in_order(rows, reading, _stacked))
+    ahead = read_ahead(_shared(rows, reading, _stacked), reading)
     return PackedBatches(ahead, layout, reading, ahead.close)
 
 
@@ -174,7 +191,7 @@ def encoded_batches(
         mixture=reading.mixture,
         balance=reading.balance,
     )
-    decoded: grain.DatasetIterator = iter(_in_order(ClipRows(source, layout, limits, seed=reading.seed), reading, list))
+    decoded = read_ahead(_shared(ClipRows(source, layout, limits, seed=reading.seed), reading, list), reading)
 
     def batch(rows: list[ClipRow]) -> Rows:
         return _stacked([encoded_row(row, encode, layout, patch, channels=channels) for row in rows])
@@ -188,18 +205,23 @@ def encoded_batches(
     return PackedBatches(batches, layout, reading, close)
 
 
-def _in_order(rows: Any, reading: Reading, batch_of: Callable[[list], Any]) -> grain.IterDataset:
-    """This host's batches, read ahead."""
+def _shared(rows: Any, reading: Reading, batch_of: Callable[[list], Any]) -> grain.MapDataset:
+    """This host's batches of rows."""
+    batches = grain.MapDataset.source(rows).batch(
+        reading.batch // reading.hosts, drop_remainder=True, batch_fn=batch_of
+    )
+    return batches[reading.host :: reading.hosts][reading.start_step :]
+
+
+def read_ahead(batches: grain.MapDataset, reading: Reading) -> grain.DatasetIterator:
+    """In order, by a thread or by the workers; the iterator has a `close`."""
     if not absl.flags.FLAGS.is_parsed():
         absl.flags.FLAGS.mark_as_parsed()  # else Grain's workers raise UnparsedFlagAccessError
-    share = grain.MapDataset.source(rows).batch(reading.batch // reading.hosts, drop_remainder=True, batch_fn=batch_of)[
-        reading.host :: reading.hosts
-    ][reading.start_step :]
-    ahead = share.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+    ahead = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
     if reading.workers:
         options = grain.MultiprocessingOptions(num_workers=reading.workers, per_worker_buffer_size=2)
         ahead = ahead.mp_prefetch(options)
-    return ahead
+    return iter(ahead)
 
 
 def _stacked(rows: list[Rows]) -> Rows:

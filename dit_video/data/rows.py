@@ -73,9 +73,7 @@ class Layout:
         balance: Balance | None = None,
     ):
         self.grids, self.shape, self.names, self._seed = grids, shape, names, seed
-        different = dict.fromkeys(caption for of_example in captions for caption in of_example or ("",))
-        tokenized = {caption: np.asarray(tokenize(caption), np.int32).reshape(-1) for caption in different}
-        self._text = [tuple(tokenized[caption] for caption in of_example or ("",)) for of_example in captions]
+        self._text = tokenized_captions(captions, tokenize)
         self.stream = RowStream(
             np.asarray([grid.volume for grid in grids], np.int64),
             np.asarray([max(map(len, texts)) for texts in self._text], np.int64),
@@ -117,6 +115,15 @@ class Layout:
         return texts[rng.host(self._seed, "caption", epoch, example).integers(len(texts))]
 
 
+def tokenized_captions(
+    captions: Sequence[tuple[str, ...]], tokenize: Tokenize
+) -> list[tuple[Int32[np.ndarray, " _"], ...]]:
+    """Of every example, each different caption tokenised once; no caption is the empty one."""
+    different = dict.fromkeys(caption for of_example in captions for caption in of_example or ("",))
+    tokenized = {caption: np.asarray(tokenize(caption), np.int32).reshape(-1) for caption in different}
+    return [tuple(tokenized[caption] for caption in of_example or ("",)) for of_example in captions]
+
+
 class LatentRows:
     """Packed rows of cached latents."""
 
@@ -142,7 +149,7 @@ class LatentRows:
             try:
                 latents = self._source[example]
             except DecodeError as error:
-                _set_aside(self._layout.names[example], error)
+                set_aside(self._layout.names[example], error)
                 return None
             tokens = np.ascontiguousarray(patchify(latents, self._patch))
             if tokens.nbytes <= self._room:
@@ -179,7 +186,7 @@ class ClipRows:
         try:
             return read_fitted(self._source, member.example, self._limits, start=start).frames
         except UserError as error:
-            _set_aside(info.name, error)
+            set_aside(info.name, error)
             return None
 
 
@@ -206,7 +213,8 @@ def _named(name: str, function: Callable, *arguments: Any) -> Any:
         raise UserError(f"{name}: {error}") from error
 
 
-def _set_aside(name: str, error: UserError) -> None:
+def set_aside(name: str, error: UserError) -> None:
+    """Say that a clip turned out to be damaged."""
     logging.getLogger(__name__).warning("%s is damaged and is left out of the loss: %s", name, error)
 
 

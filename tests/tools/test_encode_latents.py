@@ -56,7 +56,7 @@ def test_the_views_of_a_pipeline_are_chosen_on_the_command_line(tiny, tiny_run, 
     of_clip = [index for index, group in enumerate(source.groups) if group == source.groups[long]]
     assert len(of_clip) == 8  # two stretches, two resolutions, two ways round
     assert {source.sizes[index][0] for index in of_clip} == {2}
-    assert source.identity["data"] != LatentSource(tiny_run / "latents").identity["data"]
+    assert source.identity["limits"] != LatentSource(tiny_run / "latents").identity["limits"]
     assert source.identity["autoencoder"] == LatentSource(tiny_run / "latents").identity["autoencoder"]
 
 

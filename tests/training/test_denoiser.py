@@ -228,7 +228,7 @@ def test_eight_devices_have_the_losses_of_one():
         **os.environ,
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
         "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
     }
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(ON_EIGHT_DEVICES), __file__],
