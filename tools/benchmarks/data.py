@@ -9,6 +9,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from dit_video.data.ingest import ingest, list_clips
 from dit_video.data.latents import LatentExample, LatentSource, write_latents
 from dit_video.data.loader import Reading, packed_batches
 from dit_video.data.prefetch import prefetch
-from dit_video.data.sizes import SizeLimits, fit
+from dit_video.data.sizes import SizeLimits, fit, sampled_frames
 from dit_video.data.source import ClipSource
 from dit_video.data.windows import windows
 from dit_video.tokens import Grid
@@ -134,9 +135,8 @@ def measure_decoding(setting: Setting, clips: Path, rounds: int) -> dict[str, An
     def ours(fps: float | None) -> None:
         for path, info in files:
             height, width = sizes[info.name][1:]
-            rate = info.fps if fps is None else min(fps, info.fps)
-            frames = 1 + int(info.seconds * rate)
-            decode(path, size=Grid(frames, height, width), fps=None if fps is None else rate)
+            frames = info.frames if fps is None else sampled_frames(info, replace(limits, fps=fps))
+            decode(path, size=Grid(frames, height, width), fps=None if fps is None else min(fps, info.fps))
 
     best = in_turn({"bare": bare, "ours": lambda: ours(None), "ours at 8 fps": lambda: ours(8.0)}, rounds)
     frames = sum(info.frames for _, info in files)
