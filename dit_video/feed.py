@@ -16,6 +16,7 @@ from dit_video.data.loader import Batches, Reading, encoded_batches, packed_batc
 from dit_video.data.mixture import Mixture
 from dit_video.data.sizes import fit
 from dit_video.data.source import ClipSource
+from dit_video.data.windows import THREADS
 from dit_video.errors import UserError
 from dit_video.experiment import Experiment
 from dit_video.live import LiveEncoder
@@ -32,7 +33,7 @@ def cached_rows(experiment: Experiment, latents: LatentSource, clips: ClipSource
     mixed = mixture(latents, clips, experiment.data.weights)
 
     def feed(start: int) -> Batches:
-        reading = _reading(experiment, start, mixed)
+        reading = _reading(experiment, start, mixed, threads=1)
         return packed_batches(latents, tokenizer, patch=config.dit.patch, shape=config.rows, reading=reading)
 
     return feed
@@ -55,7 +56,7 @@ def live_rows(experiment: Experiment, autoencoder: dict[str, Any], clips: ClipSo
             limits=limits,
             patch=config.dit.patch,
             shape=config.rows,
-            reading=_reading(experiment, start, mixed),
+            reading=_reading(experiment, start, mixed, threads=THREADS),
         )
 
     return feed
@@ -94,7 +95,7 @@ def bucketed(experiment: Experiment, autoencoder: dict[str, Any], clips: ClipSou
             limits=limits,
             patch=config.dit.patch,
             text=config.rows.text,
-            reading=_reading(experiment, start, None),
+            reading=_reading(experiment, start, None, threads=THREADS),
         )
 
     return feed
@@ -118,7 +119,7 @@ def mixture(latents: LatentSource, clips: ClipSource, weights: Sequence[float]) 
     )
 
 
-def _reading(experiment: Experiment, start: int, mixed: Mixture | None) -> Reading:
+def _reading(experiment: Experiment, start: int, mixed: Mixture | None, *, threads: int) -> Reading:
     config = experiment.denoiser
     return Reading(
         batch=config.batch,
@@ -126,6 +127,7 @@ def _reading(experiment: Experiment, start: int, mixed: Mixture | None) -> Readi
         start_step=start,
         host=jax.process_index(),
         hosts=jax.process_count(),
+        threads=threads,
         workers=experiment.data.workers,
         mixture=mixed,
         balance=Balance(cost=Cost.of_width(config.dit.width), batch=config.batch),

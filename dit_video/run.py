@@ -23,17 +23,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, UInt8
+from jaxtyping import Array
 
 from dit_video import configs, intake, pixels, rng
 from dit_video.autoencoder import LinearAutoencoder, fit_linear, start_from_linear
 from dit_video.data.latents import INDEX as LATENTS
 from dit_video.data.latents import LatentSource
 from dit_video.data.loader import Batches
-from dit_video.data.prefetch import prefetch
 from dit_video.data.sizes import fit
 from dit_video.data.source import ClipSource
-from dit_video.data.windows import windows
+from dit_video.data.windows import Stretches, WindowBatches
 from dit_video.distributed import make_mesh, shard_batch, shardings
 from dit_video.encoding import Augmentations, Encoding, encode_latents, latent_identity, latent_moments, plan_encoding
 from dit_video.errors import MissingError, UserError
@@ -160,7 +159,8 @@ class Run:
             return load_weights(path, like=param_shapes(config.model.make))
         graph = graph_of(config.model.make)
         continues = Checkpoints(path.parent / "checkpoints").latest() is not None
-        linear = None if continues else self._linear_start()
+        stretches = Stretches(self.training_clips, experiment.limits)
+        linear = None if continues else self._linear_start(stretches)
 
         def init(key: Array) -> dict[str, Any]:
             params = init_params(config.model.make, key)
@@ -170,11 +170,11 @@ class Run:
             "autoencoder",
             init,
             AutoencoderLoss(graph=graph, kl=config.kl, seed=experiment.seed),
-            lambda start: prefetch(self._windows(start, "autoencoder")),
+            lambda start: self._windows(stretches, start, "autoencoder"),
         )
         params = jax.device_get(state.ema)
-        sample = itertools.islice(self._windows(0, "latent moments"), _MOMENT_BATCHES)
-        mean, std = latent_moments(graph, params, sample)
+        with contextlib.closing(self._windows(stretches, 0, "latent moments")) as batches:
+            mean, std = latent_moments(graph, params, itertools.islice(batches, _MOMENT_BATCHES))
         params["normalizer"] = {"mean": mean, "std": std}
         save_weights(path, params)
         return params
@@ -326,30 +326,23 @@ class Run:
             title=f"training the {name}",
         )
 
-    def _windows(self, start: int, purpose: str) -> Iterator[UInt8[np.ndarray, "B T H W 3"]]:
-        """Batches of the window shapes in turn, from step `start` on."""
-        shapes = self.experiment.autoencoder.windows
-        seed = int(rng.host(self.experiment.seed, purpose).integers(2**31))
-        streams = [
-            windows(
-                self.training_clips,
-                shape,
-                limits=self.experiment.limits,
-                seed=seed + number,
-                start_step=(start + len(shapes) - 1 - number) // len(shapes),
-            )
-            for number, shape in enumerate(shapes)
-        ]
-        if purpose == "linear start" and (unused := set.intersection(*(set(stream.left_out) for stream in streams))):
-            remark(f"{len(unused)} clips have no room for a window of the autoencoder's training, which goes without")
-        for step in itertools.count(start):
-            yield next(streams[step % len(shapes)])
+    def _windows(self, stretches: Stretches, start: int, purpose: str) -> WindowBatches:
+        """Batches of the window shapes in turn, from step `start` on. Each purpose has windows of its own."""
+        return WindowBatches(
+            stretches,
+            self.experiment.autoencoder.windows,
+            seed=int(rng.host(self.experiment.seed, purpose).integers(2**31)),
+            start_step=start,
+        )
 
-    def _linear_start(self) -> LinearAutoencoder:
+    def _linear_start(self, stretches: Stretches) -> LinearAutoencoder:
         """Where the autoencoder's training starts."""
         model = self.experiment.autoencoder.model
-        batches = itertools.islice(self._windows(0, "linear start"), _LINEAR_BATCHES)
-        return fit_linear(map(pixels.to_float, batches), stride=model.stride, channels=model.channels)
+        with contextlib.closing(self._windows(stretches, 0, "linear start")) as batches:
+            if batches.left_out:
+                remark(f"{len(batches.left_out)} clips have no room for a window of the autoencoder's training")
+            first = itertools.islice(batches, _LINEAR_BATCHES)
+            return fit_linear(map(pixels.to_float, first), stride=model.stride, channels=model.channels)
 
 
 def _sharded(batches: Any, mesh: jax.sharding.Mesh) -> Iterator[Any]:

@@ -17,7 +17,7 @@ from dit_video.data.buckets import Memory
 from dit_video.data.ingest import ingest
 from dit_video.data.latents import LatentSource
 from dit_video.data.source import ClipSource
-from dit_video.data.windows import WindowConfig
+from dit_video.data.windows import Stretches, WindowConfig
 from dit_video.errors import MissingError, UserError
 from dit_video.run import Run
 from dit_video.tokens import Grid
@@ -309,17 +309,18 @@ def two_windows(tiny, tiny_run):
 
 
 def test_window_shapes_take_turns_and_continue_at_any_step(two_windows):
-    whole = list(itertools.islice(two_windows._windows(0, "autoencoder"), 7))
+    stretches = Stretches(two_windows.training_clips, two_windows.experiment.limits)
+    whole = list(itertools.islice(two_windows._windows(stretches, 0, "autoencoder"), 7))
     assert [batch.shape[:2] for batch in whole] == [(2, 5), (1, 9), (2, 5), (1, 9), (2, 5), (1, 9), (2, 5)]
     for start in (1, 2, 5):
-        rest = list(itertools.islice(two_windows._windows(start, "autoencoder"), 7 - start))
+        rest = list(itertools.islice(two_windows._windows(stretches, start, "autoencoder"), 7 - start))
         assert all(np.array_equal(*pair) for pair in zip(rest, whole[start:], strict=True))
-    other = next(two_windows._windows(0, "another purpose"))
+    other = next(two_windows._windows(stretches, 0, "another purpose"))
     assert not np.array_equal(other, whole[0])
 
 
 def test_clips_without_room_for_any_window_are_told(two_windows, capsys):
-    next(two_windows._windows(0, "linear start"))
+    two_windows._linear_start(Stretches(two_windows.training_clips, two_windows.experiment.limits))
     images = sum(info.frames == 1 for info in two_windows.training_clips.infos)
     assert images
     assert f"{images} clips have no room for a window" in capsys.readouterr().err

@@ -11,8 +11,8 @@ from jaxtyping import Int32, UInt8, UInt32
 from dit_video import rng
 from dit_video.data.buckets import Buckets, BucketStream, Memory
 from dit_video.data.loader import Batches, Reading, read_ahead
-from dit_video.data.prefetch import prefetch
-from dit_video.data.rows import ENDLESS, Encode, Tokenize, set_aside, tokenized_captions
+from dit_video.data.prefetch import ENDLESS, prefetch
+from dit_video.data.rows import Encode, Tokenize, set_aside, tokenized_captions
 from dit_video.data.sizes import SizeLimits, sampled_fps, sampled_frames
 from dit_video.data.source import ClipInfo, ClipSource
 from dit_video.errors import UserError

@@ -44,6 +44,8 @@ class Reading:
     host: int = 0
     """this host's number"""
     hosts: int = 1
+    threads: int = 1
+    """That read and pack, in each process. Of video files, which are decoded side by side, several are worth it."""
     workers: int = 0
     """Processes that read and pack; 0 for a thread of this one. A script that uses workers must have its entry under
     `if __name__ == "__main__"`."""
@@ -217,10 +219,10 @@ def read_ahead(batches: grain.MapDataset, reading: Reading) -> grain.DatasetIter
     """In order, by a thread or by the workers; the iterator has a `close`."""
     if not absl.flags.FLAGS.is_parsed():
         absl.flags.FLAGS.mark_as_parsed()  # else Grain's workers raise UnparsedFlagAccessError
-    ahead = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+    options = grain.ReadOptions(num_threads=reading.threads, prefetch_buffer_size=reading.threads + 3)
+    ahead = batches.to_iter_dataset(options)
     if reading.workers:
-        options = grain.MultiprocessingOptions(num_workers=reading.workers, per_worker_buffer_size=2)
-        ahead = ahead.mp_prefetch(options)
+        ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=reading.workers, per_worker_buffer_size=2))
     return iter(ahead)
 
 

@@ -6,6 +6,9 @@ import threading
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, TypeVar
 
+ENDLESS = 1 << 40
+"""Elements. Grain's data sets have a length."""
+
 Value = TypeVar("Value")
 
 

@@ -17,13 +17,11 @@ from dit_video.data.balance import Balance
 from dit_video.data.latents import LatentSource
 from dit_video.data.mixture import Mixture
 from dit_video.data.plan import RowStream
+from dit_video.data.prefetch import ENDLESS
 from dit_video.data.sizes import SizeLimits, fit, read_fitted, sampled_frames
 from dit_video.data.source import ClipSource
 from dit_video.errors import DecodeError, UserError
 from dit_video.tokens import Grid, Item, Rows, RowShape, coordinates, pack, patchify, token_grid
-
-ENDLESS = 1 << 40
-"""Rows. Grain's data sets have a length."""
 
 Tokenize = Callable[[str], Int32[np.ndarray, " s"]]
 Encode = Callable[[Sequence[UInt8[np.ndarray, "T H W 3"]]], list[Float32[np.ndarray, "t h w c"]]]

@@ -1,18 +1,24 @@
 """Batches of one shape for training the autoencoder: random windows of clips, in time and space."""
 
-from collections.abc import Collection, Iterator
+import os
+import threading
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
+import grain
 import numpy as np
 from jaxtyping import UInt8
 
 from dit_video import rng
+from dit_video.data.prefetch import ENDLESS
 from dit_video.data.sizes import SizeLimits, fit, read_fitted, sampled_frames
 from dit_video.data.source import ClipSource
 from dit_video.errors import UserError
 from dit_video.tokens import Grid
 
 CACHE_BYTES = 2 << 30
+THREADS = min(8, os.cpu_count() or 1)
+"""That decode: as PyAV gives up Python's lock while it does, they run side by side."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,61 +39,88 @@ class WindowConfig:
             raise UserError(f"windows of {tuple(self.size)} in batches of {self.batch}: each must be at least 1")
 
 
-class Windows(Iterator[UInt8[np.ndarray, "B T H W 3"]]):
-    """An endless iterator over batches. The batch of a step is a function of (source, limits, seed, step) alone.
+class Stretches:
+    """Clips at their training size, by stretches of their training length. What was decoded stays, as far as it fits.
 
-    Every clip is seen once an epoch, in an order of its own; an epoch's end falls anywhere in a batch, so that a data
-    set smaller than a batch fills it too. A clip longer than the limits is cut into stretches of its training length,
-    of which one is drawn; the window lies anywhere in it.
+    What comes later is decoded at every use: as every clip comes once an epoch, throwing out the oldest would throw out
+    what is needed again first. Several threads may read.
+
+    Args:
+      source: the clips.
+      limits: what they are resized to.
+      cache_bytes: memory for decoded clips.
     """
 
-    def __init__(
-        self,
-        source: ClipSource,
-        config: WindowConfig,
-        *,
-        limits: SizeLimits,
-        seed: int,
-        start_step: int = 0,
-        cache_bytes: int = CACHE_BYTES,
-    ):
-        self._source, self._config, self._limits, self._seed = source, config, limits, seed
+    def __init__(self, source: ClipSource, limits: SizeLimits, *, cache_bytes: int = CACHE_BYTES):
+        self.source, self._limits, self._room = source, limits, cache_bytes
         fitted = {index: _fit_or_none(source, index, limits) for index in range(len(source))}
-        self._sizes = {index: size for index, size in fitted.items() if size is not None}
+        self.sizes: dict[int, Grid] = {index: size for index, size in fitted.items() if size is not None}
+        """Of the clips that have a training size."""
+        self._cache: dict[tuple[int, int], np.ndarray] = {}
+        self._lock = threading.Lock()
+
+    def count(self, clip: int) -> int:
+        """How many stretches a clip has; the last one overlaps the one before it."""
+        return -(-sampled_frames(self.source.infos[clip], self._limits) // self.sizes[clip].t)
+
+    def frames(self, clip: int, stretch: int) -> UInt8[np.ndarray, "T H W 3"]:
+        """One stretch."""
+        frames = self._cache.get((clip, stretch))
+        if frames is None:
+            length = self.sizes[clip].t
+            start = min(stretch * length, sampled_frames(self.source.infos[clip], self._limits) - length)
+            frames = read_fitted(self.source, clip, self._limits, start=start).frames
+            with self._lock:
+                if frames.nbytes <= self._room and (clip, stretch) not in self._cache:
+                    self._room -= frames.nbytes
+                    self._cache[clip, stretch] = frames
+        return frames
+
+
+class Windows:
+    """Batches of one shape by number; each is a function of (clips, limits, seed, number) alone.
+
+    Every clip is seen once an epoch, in an order of its own; an epoch's end falls anywhere in a batch, so that a data
+    set smaller than a batch fills it too. Of a clip's stretches one is drawn; the window lies anywhere in it.
+
+    Args:
+      stretches: the clips.
+      config: size and number of the windows.
+      seed: of the run.
+
+    Raises:
+      UserError: no clip has room for a window.
+    """
+
+    def __init__(self, stretches: Stretches, config: WindowConfig, *, seed: int):
+        self._stretches, self._config, self._seed = stretches, config, seed
         self.clips: tuple[int, ...] = tuple(
             index
-            for index, size in self._sizes.items()
+            for index, size in stretches.sizes.items()
             if all(have >= want for have, want in zip(size, config.size, strict=True))
         )
         """The clips that are used."""
+        infos = stretches.source.infos
         self.left_out: tuple[str, ...] = tuple(
-            source.infos[index].name for index in sorted(set(range(len(source))) - set(self.clips))
+            infos[index].name for index in sorted(set(range(len(infos))) - set(self.clips))
         )
         """Names of the clips that are smaller or shorter than a window at their training size."""
         if not self.clips:
             size = "{}x{}x{}".format(*config.size)
             raise UserError(
-                f"none of the {len(source)} clips has a window of {size} at its training size "
-                f"({_largest(self._sizes.values())}); use a smaller window, or raise max_pixels or max_frames"
+                f"none of the {len(infos)} clips has a window of {size} at its training size "
+                f"({_largest(stretches.sizes.values())}); use a smaller window, or raise max_pixels or max_frames"
             )
-        self.step = start_step
-        self._cache: dict[tuple[int, int], np.ndarray] = {}
-        self._room = cache_bytes
         self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
 
-    def __iter__(self) -> "Windows":
-        return self
-
-    def __next__(self) -> UInt8[np.ndarray, "B T H W 3"]:
-        first = self.step * self._config.batch
-        batch = np.stack([self._window(first + index) for index in range(self._config.batch)])
-        self.step += 1
-        return batch
+    def __getitem__(self, number: int) -> UInt8[np.ndarray, "B T H W 3"]:
+        first = number * self._config.batch
+        return np.stack([self._window(first + index) for index in range(self._config.batch)])
 
     def _window(self, position: int) -> UInt8[np.ndarray, "T H W 3"]:
         clip = self._clip_at(position)
         generator = rng.host(self._seed, "windows", position)
-        frames = self._frames(clip, int(generator.integers(self._stretches(clip))))
+        frames = self._stretches.frames(clip, int(generator.integers(self._stretches.count(clip))))
         t, h, w = (
             int(generator.integers(have - want + 1))
             for have, want in zip(frames.shape[:3], self._config.size, strict=True)
@@ -97,54 +130,66 @@ class Windows(Iterator[UInt8[np.ndarray, "B T H W 3"]]):
 
     def _clip_at(self, position: int) -> int:
         epoch, index = divmod(position, len(self.clips))
-        if self._order[0] != epoch:
-            self._order = (epoch, rng.host(self._seed, "window order", epoch).permutation(len(self.clips)))
-        return self.clips[self._order[1][index]]
-
-    def _stretches(self, clip: int) -> int:
-        return -(-sampled_frames(self._source.infos[clip], self._limits) // self._sizes[clip].t)
-
-    def _frames(self, clip: int, stretch: int) -> UInt8[np.ndarray, "T H W 3"]:
-        """A stretch at the training size. What was decoded stays until the memory for it is full.
-
-        What comes later is decoded at every use: as every clip comes once an epoch, throwing out the oldest would throw
-        out what is needed again first.
-        """
-        frames = self._cache.get((clip, stretch))
-        if frames is None:
-            length = self._sizes[clip].t
-            # The last stretch ends with the clip, and overlaps the one before it.
-            start = min(stretch * length, sampled_frames(self._source.infos[clip], self._limits) - length)
-            frames = read_fitted(self._source, clip, self._limits, start=start).frames
-            if frames.nbytes <= self._room:
-                self._room -= frames.nbytes
-                self._cache[clip, stretch] = frames
-        return frames
+        order = self._order  # read once: another thread may be in another epoch
+        if order[0] != epoch:
+            order = (epoch, rng.host(self._seed, "window order", epoch).permutation(len(self.clips)))
+            self._order = order
+        return self.clips[order[1][index]]
 
 
-def windows(
-    source: ClipSource,
-    config: WindowConfig,
-    *,
-    limits: SizeLimits,
-    seed: int,
-    start_step: int = 0,
-    cache_bytes: int = CACHE_BYTES,
-) -> Windows:
-    """Batches of windows from step `start_step` on; see `Windows`.
+class WindowBatches(Iterator[UInt8[np.ndarray, "B T H W 3"]]):
+    """Batches of several shapes in turn, endless, read ahead by threads: in their order, whatever the threads do.
 
     Args:
-      source: the clips.
-      config: size and number of the windows.
-      limits: what clips are resized to before a window is cut out.
+      stretches: the clips.
+      configs: the shapes.
       seed: of the run.
       start_step: the first batch is that of this step.
-      cache_bytes: memory for decoded clips.
+      threads: that decode.
 
     Raises:
-      UserError: no clip has room for a window.
+      UserError: no clip has room for a window of one of the shapes.
     """
-    return Windows(source, config, limits=limits, seed=seed, start_step=start_step, cache_bytes=cache_bytes)
+
+    def __init__(
+        self,
+        stretches: Stretches,
+        configs: Sequence[WindowConfig],
+        *,
+        seed: int,
+        start_step: int = 0,
+        threads: int = THREADS,
+    ):
+        self.windows = tuple(Windows(stretches, config, seed=seed + number) for number, config in enumerate(configs))
+        batches = grain.MapDataset.source(_InTurn(self.windows))[start_step:]
+        ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 2)
+        self._batches = iter(batches.to_iter_dataset(ahead))
+
+    @property
+    def left_out(self) -> frozenset[str]:
+        """Names of the clips that have no room for a window of any shape."""
+        return frozenset.intersection(*(frozenset(windows.left_out) for windows in self.windows))
+
+    def __next__(self) -> UInt8[np.ndarray, "B T H W 3"]:
+        return next(self._batches)
+
+    def close(self) -> None:
+        """End the threads."""
+        self._batches.close()
+
+
+class _InTurn:
+    """Step s is batch s // n of shape s % n."""
+
+    def __init__(self, windows: Sequence[Windows]):
+        self._windows = windows
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, step: int) -> UInt8[np.ndarray, "B T H W 3"]:
+        number, shape = divmod(step, len(self._windows))
+        return self._windows[shape][number]
 
 
 def _fit_or_none(source: ClipSource, index: int, limits: SizeLimits) -> Grid | None:

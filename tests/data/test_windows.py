@@ -6,7 +6,7 @@ import pytest
 from dit_video.data.ingest import ingest
 from dit_video.data.sizes import SizeLimits
 from dit_video.data.source import ClipSource
-from dit_video.data.windows import WindowConfig, windows
+from dit_video.data.windows import Stretches, WindowBatches, WindowConfig, Windows
 from dit_video.errors import UserError
 from dit_video.tokens import Grid
 from dit_video.video import Clip
@@ -36,18 +36,36 @@ def source(tmp_path_factory):
     return ClipSource(root / "data")
 
 
-def take(source, count, **options):
-    batches = windows(source, CONFIG, limits=LIMITS, seed=options.pop("seed", 0), **options)
-    return [next(batches) for _ in range(count)]
+def take(source, count, *, seed=0, start_step=0, cache_bytes=1 << 30, threads=3, configs=(CONFIG,)):
+    stretches = Stretches(source, LIMITS, cache_bytes=cache_bytes)
+    batches = WindowBatches(stretches, configs, seed=seed, start_step=start_step, threads=threads)
+    taken = [next(batches) for _ in range(count)]
+    batches.close()
+    return taken
 
 
 def test_shape_and_clips_left_out(source):
-    batches = windows(source, CONFIG, limits=LIMITS, seed=0)
-    batch = next(batches)
-    assert batch.shape == (3, 5, 16, 16, 3)
-    assert batch.dtype == np.uint8
-    assert batches.clips == (0, 1, 2, 5)
-    assert batches.left_out == ("3.apng", "4.apng")
+    windows = Windows(Stretches(source, LIMITS), CONFIG, seed=0)
+    assert windows[0].shape == (3, 5, 16, 16, 3)
+    assert windows[0].dtype == np.uint8
+    assert windows.clips == (0, 1, 2, 5)
+    assert windows.left_out == ("3.apng", "4.apng")
+
+
+def test_shapes_take_turns(source):
+    image = WindowConfig(size=Grid(1, 8, 32), batch=2)
+    taken = take(source, 6, configs=(CONFIG, image))
+    assert [batch.shape for batch in taken] == [(3, 5, 16, 16, 3), (2, 1, 8, 32, 3)] * 3
+    for one, other in zip(taken[::2], take(source, 3), strict=True):
+        np.testing.assert_array_equal(one, other)
+    for one, other in zip(taken[3:], take(source, 3, configs=(CONFIG, image), start_step=3), strict=True):
+        np.testing.assert_array_equal(one, other)
+    both = WindowBatches(Stretches(source, LIMITS), (CONFIG, image), seed=0)
+    assert both.left_out == frozenset()
+    both.close()
+    alone = WindowBatches(Stretches(source, LIMITS), (CONFIG,), seed=0)
+    assert alone.left_out == {"3.apng", "4.apng"}
+    alone.close()
 
 
 def test_windows_are_cut_out_of_clips(source):
@@ -79,6 +97,8 @@ def test_a_function_of_seed_and_step(source):
         np.testing.assert_array_equal(resumed, batch)
     for uncached, batch in zip(take(source, 6, cache_bytes=0), batches, strict=True):
         np.testing.assert_array_equal(uncached, batch)
+    for alone, batch in zip(take(source, 6, threads=1), batches, strict=True):
+        np.testing.assert_array_equal(alone, batch)
     assert not np.array_equal(take(source, 1, seed=1)[0], batches[0])
 
 
@@ -88,20 +108,24 @@ def test_cache_decodes_once(source, monkeypatch):
     decoded = []
     real = sizes.decode
     monkeypatch.setattr(sizes, "decode", lambda *a, **k: decoded.append(1) or real(*a, **k))
-    take(source, 60)
+    windows = Windows(Stretches(source, LIMITS), CONFIG, seed=0)
+    for number in range(60):
+        windows[number]
     assert len(decoded) == 3 + 4  # three short clips, and the four stretches of the long one
     decoded.clear()
-    take(source, 4, cache_bytes=0)
+    windows = Windows(Stretches(source, LIMITS, cache_bytes=0), CONFIG, seed=0)
+    for number in range(4):
+        windows[number]
     assert len(decoded) == 12
 
 
 def test_a_data_set_smaller_than_a_batch(source):
-    batches = windows(source.select(["5.apng"]), CONFIG, limits=LIMITS, seed=0)
-    np.testing.assert_array_equal(next(batches), np.stack([numbered(5, 16, 16, 5)] * 3))
+    windows = Windows(Stretches(source.select(["5.apng"]), LIMITS), CONFIG, seed=0)
+    np.testing.assert_array_equal(windows[0], np.stack([numbered(5, 16, 16, 5)] * 3))
 
 
 def test_refusals(source):
     with pytest.raises(UserError, match=r"none of the 6 clips has a window of 17x16x16"):
-        windows(source, WindowConfig(size=Grid(17, 16, 16), batch=1), limits=LIMITS, seed=0)
+        Windows(Stretches(source, LIMITS), WindowConfig(size=Grid(17, 16, 16), batch=1), seed=0)
     with pytest.raises(UserError, match="at least 1"):
         WindowConfig(size=Grid(1, 16, 16), batch=0)

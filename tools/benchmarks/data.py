@@ -4,6 +4,7 @@ Two things that are compared are run in turn, A B B A …, and the better time o
 """
 
 import contextlib
+import functools
 import itertools
 import os
 import tempfile
@@ -21,10 +22,9 @@ from dit_video.data import shapes
 from dit_video.data.ingest import ingest, list_clips
 from dit_video.data.latents import LatentExample, LatentSource, write_latents
 from dit_video.data.loader import Reading, packed_batches
-from dit_video.data.prefetch import prefetch
 from dit_video.data.sizes import SizeLimits, fit, sampled_frames
 from dit_video.data.source import ClipSource
-from dit_video.data.windows import windows
+from dit_video.data.windows import CACHE_BYTES, THREADS, Stretches, WindowBatches
 from dit_video.tokens import Grid
 from dit_video.training import loop
 from dit_video.training.logging import MetricsLog, read
@@ -80,34 +80,41 @@ def measure_latents(setting: Setting, trained: Trained, number: int) -> dict[str
 
 
 def measure_videos(setting: Setting, trained: Trained, clips: Path, steps: int) -> dict[str, Any]:
-    """The autoencoder's training from video files, which are decoded beside it, each at every use."""
+    """The autoencoder's training from video files that are decoded beside it: kept where memory allows it, or not."""
     window = setting.autoencoder.windows[0]
     limits = SizeLimits(
         max_pixels=max(setting.data.max_pixels, window.size.h * window.size.w),
         max_frames=max(setting.data.max_frames, window.size.t),
         multiple=setting.autoencoder.model.stride,
     )
+    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as folder:
         ingest(clips, Path(folder) / "data")
         source = ClipSource(Path(folder) / "data")
-        last = int(trained.state.step) + steps
-        log = MetricsLog(Path(folder) / "metrics.jsonl")
-        with contextlib.closing(prefetch(windows(source, window, limits=limits, seed=0, cache_bytes=0))) as batches:
-            loop.run(
-                trained.step,
-                trained.state,
-                lambda _: map(trained.place, batches),
-                config=loop.LoopConfig(steps=last, log_every=last, save_every=last),
-                log=log,
-                title="training from videos",
-            )
-        entry = read(log.path)[-1]
-    return {
-        "clips": len(source),
-        "steps": steps,
-        "step_ms": round(1000 * entry["step_seconds"], 3),
-        "waiting_share": round(entry["data_wait"], 4),
-    }
+        state = trained.state
+        for name, cache_bytes in (("kept", CACHE_BYTES), ("decoded at every use", 0)):
+            stretches = Stretches(source, limits, cache_bytes=cache_bytes)
+            first = int(state.step)
+            log = MetricsLog(Path(folder) / f"{name}.jsonl")
+            with contextlib.closing(WindowBatches(stretches, [window], seed=0)) as batches:
+                state = loop.run(
+                    trained.step,
+                    state,
+                    functools.partial(_placed, trained, batches),
+                    config=loop.LoopConfig(steps=first + 2 * steps, log_every=steps, save_every=1 << 30),
+                    log=log,
+                    title=f"training from videos, {name}",
+                )
+            entry = read(log.path)[-1]  # of the second half: the first one fills the cache
+            found[name] = {
+                "step_ms": round(1000 * entry["step_seconds"], 3),
+                "waiting_share": round(entry["data_wait"], 4),
+            }
+    return {"clips": len(source), "steps": steps, "threads": THREADS, **found}
+
+
+def _placed(trained: Trained, batches: Iterator[Any], _start: int) -> Iterator[Any]:
+    return map(trained.place, batches)
 
 
 def measure_decoding(setting: Setting, clips: Path, rounds: int) -> dict[str, Any]:
@@ -138,7 +145,8 @@ def measure_decoding(setting: Setting, clips: Path, rounds: int) -> dict[str, An
             frames = info.frames if fps is None else sampled_frames(info, replace(limits, fps=fps))
             decode(path, size=Grid(frames, height, width), fps=None if fps is None else min(fps, info.fps))
 
-    best = in_turn({"bare": bare, "ours": lambda: ours(None), "ours at 8 fps": lambda: ours(8.0)}, rounds)
+    with one_core():
+        best = in_turn({"bare": bare, "ours": lambda: ours(None), "ours at 8 fps": lambda: ours(8.0)}, rounds)
     frames = sum(info.frames for _, info in files)
     return {
         "files": len(files),
@@ -148,16 +156,20 @@ def measure_decoding(setting: Setting, clips: Path, rounds: int) -> dict[str, An
     }
 
 
-def measure_ingest(clips: Path, rounds: int) -> dict[str, Any]:
-    """Clips a second with one process that decodes, and with two."""
+def measure_ingest(clips: Path, rounds: int, *, least: int = 200) -> dict[str, Any]:
+    """Clips a second with one process that decodes, and with two; few clips are taken several times over."""
+    listed = [clip for clip in list_clips(clips).clips if clip.offset is None]
     with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as folder:
-        numbers = itertools.count()
+        source, numbers = Path(folder) / "source", itertools.count()
+        source.mkdir()
+        for number, clip in zip(range(max(least, len(listed))), itertools.cycle(listed), strict=False):
+            (source / f"{number:06d}{Path(clip.name).suffix}").symlink_to(Path(clip.path).resolve())
 
         def run(workers: int) -> None:
-            ingest(clips, Path(folder) / str(next(numbers)), workers=workers)
+            ingest(source, Path(folder) / str(next(numbers)), workers=workers)
 
         best = in_turn({"one": lambda: run(1), "two": lambda: run(2)}, rounds, clock=time.perf_counter)
-    count = len(list_clips(clips).clips)
+        count = sum(1 for _ in source.iterdir())
     return {
         "clips": count,
         "clips_per_second": {name: round(count / seconds, 1) for name, seconds in best.items()},
@@ -194,6 +206,20 @@ def resident() -> int:
     except OSError:
         return 0
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@contextlib.contextmanager
+def one_core() -> Iterator[None]:
+    """Keep this thread, and those that it starts, on one core, where the system has a way to."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 def in_turn(
