@@ -225,7 +225,7 @@ def _sampled(source: ClipSource) -> Iterator[tuple[ClipInfo, Clip]]:
 def _card(info: ClipInfo, picture: Clip) -> Markup:
     caption = info.caption if len(info.caption) <= _CAPTION else info.caption[:_CAPTION] + "…"
     small = f"{info.height}×{info.width}" + (
-        f" · {_time(info.seconds)} · {info.fps:.4g} fps" if info.frames > 1 else ""
+        f" · {_time(info.seconds + 1 / info.fps)} · {info.fps:.4g} fps" if info.frames > 1 else ""
     )
     more = f" · {len(info.captions)} captions" if len(info.captions) > 1 else ""
     return element(
