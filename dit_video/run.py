@@ -233,9 +233,11 @@ class Run:
 
     def _note_rows(self, batches: Batches) -> None:
         """Write `denoiser/rows.json`, and say what an epoch holds."""
+        summary = batches.summary(devices=jax.device_count())
         if jax.process_index() == 0:
-            write_json(self.folder / "denoiser" / "rows.json", batches.summary(devices=jax.device_count()))
-        remark(str(batches))
+            write_json(self.folder / "denoiser" / "rows.json", summary)
+        unequal = summary.get("imbalance")
+        remark(str(batches) + (f", {unequal['mean']:.1%} of the time lost by unequal devices" if unequal else ""))
 
     def export(self) -> Pipeline:
         """Write `pipeline/`, after training what is not trained yet: the autoencoder, on its latents the denoiser."""
@@ -301,29 +303,44 @@ class Run:
         name: str,
         init: Callable[[Array], dict[str, Any]],
         loss: Loss,
-        batches: Callable[[int], Iterator[Any]],
+        batches: Callable[[int], Batches | WindowBatches],
     ) -> TrainState:
-        """Train one of the two models from its newest checkpoint, or from `init`."""
+        """Train one of the two models from its newest checkpoint, or from `init`.
+
+        Raises:
+          UserError: the data are others than those that the checkpoint was trained on.
+        """
         experiment = self.experiment
         config = experiment.autoencoder if name == "autoencoder" else experiment.denoiser
         mesh = make_mesh(experiment.mesh)
         layout = functools.partial(shardings, mesh=mesh)
         optimizer = make_optimizer(config.optimizer, steps=config.steps)
         checkpoints = Checkpoints(self.folder / name / "checkpoints")
+        meta: dict[str, Any] = {}
         if checkpoints.latest() is None:
             state = new_state(init, optimizer, rng.key(experiment.seed, name), shardings=layout)
         else:
-            state, _ = checkpoints.restore(state_shapes(init, optimizer, shardings=layout))
+            state, meta = checkpoints.restore(state_shapes(init, optimizer, shardings=layout))
+        if int(state.step) >= config.steps:
+            return state
+        data = batches(int(state.step))
+        if meta.get("plan", data.hash) != data.hash:
+            data.close()
+            raise UserError(
+                f"the data of {self.folder} are not those of its checkpoint at step {int(state.step)} (plan "
+                f"{meta['plan']}, now {data.hash}); put them back, or start another run"
+            )
         return loop.run(
             make_step(loss, optimizer, ema_decay=config.ema_decay),
             state,
-            lambda start: _sharded(batches(start), mesh),
+            lambda _: _sharded(data, mesh),
             config=loop.LoopConfig(
                 steps=config.steps, log_every=experiment.log_every, save_every=experiment.save_every
             ),
             checkpoints=checkpoints,
             log=MetricsLog(self.folder / name / "metrics.jsonl"),
             title=f"training the {name}",
+            meta={"plan": data.hash},
         )
 
     def _windows(self, stretches: Stretches, start: int, purpose: str) -> WindowBatches:

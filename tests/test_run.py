@@ -396,6 +396,18 @@ def test_a_run_in_buckets(tiny, tiny_run, tiny_clips, tmp_path, capsys):
     assert all(entry["padding"] == 0 for entry in entries)
 
 
+def test_a_checkpoint_is_not_continued_on_other_data(tiny, tiny_run, tmp_path):
+    copy = shutil.copytree(tiny_run, tmp_path / "run", symlinks=True)
+    shutil.rmtree(copy / "pipeline")
+    for newest in sorted((copy / "denoiser" / "checkpoints").iterdir(), key=lambda path: int(path.name))[-1:]:
+        shutil.rmtree(newest)
+    index = json.loads((copy / "latents" / "latents.json").read_text())
+    index["examples"]["captions"][0] = ["a caption that it never had"]
+    (copy / "latents" / "latents.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="are not those of its checkpoint at step"):
+        Run.open(copy).train_denoiser()
+
+
 def test_a_pipeline_s_defaults_are_the_data_s(tiny, tiny_run):
     config = Run.open(tiny_run).pipeline_config()
     assert config.size == Grid(9, 16, 32)

@@ -1,5 +1,6 @@
 """Batches of one shape for training the autoencoder: random windows of clips, in time and space."""
 
+import hashlib
 import os
 import threading
 from collections.abc import Collection, Iterator, Sequence
@@ -52,7 +53,7 @@ class Stretches:
     """
 
     def __init__(self, source: ClipSource, limits: SizeLimits, *, cache_bytes: int = CACHE_BYTES):
-        self.source, self._limits, self._room = source, limits, cache_bytes
+        self.source, self.limits, self._room = source, limits, cache_bytes
         fitted = {index: _fit_or_none(source, index, limits) for index in range(len(source))}
         self.sizes: dict[int, Grid] = {index: size for index, size in fitted.items() if size is not None}
         """Of the clips that have a training size."""
@@ -61,15 +62,15 @@ class Stretches:
 
     def count(self, clip: int) -> int:
         """How many stretches a clip has; the last one overlaps the one before it."""
-        return -(-sampled_frames(self.source.infos[clip], self._limits) // self.sizes[clip].t)
+        return -(-sampled_frames(self.source.infos[clip], self.limits) // self.sizes[clip].t)
 
     def frames(self, clip: int, stretch: int) -> UInt8[np.ndarray, "T H W 3"]:
         """One stretch."""
         frames = self._cache.get((clip, stretch))
         if frames is None:
             length = self.sizes[clip].t
-            start = min(stretch * length, sampled_frames(self.source.infos[clip], self._limits) - length)
-            frames = read_fitted(self.source, clip, self._limits, start=start).frames
+            start = min(stretch * length, sampled_frames(self.source.infos[clip], self.limits) - length)
+            frames = read_fitted(self.source, clip, self.limits, start=start).frames
             with self._lock:
                 if frames.nbytes <= self._room and (clip, stretch) not in self._cache:
                     self._room -= frames.nbytes
@@ -161,6 +162,9 @@ class WindowBatches(Iterator[UInt8[np.ndarray, "B T H W 3"]]):
         threads: int = THREADS,
     ):
         self.windows = tuple(Windows(stretches, config, seed=seed + number) for number, config in enumerate(configs))
+        facts = (stretches.source.infos, stretches.limits, tuple(configs), seed)
+        self.hash: str = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+        """With the step, the whole state of the data."""
         batches = grain.MapDataset.source(_InTurn(self.windows))[start_step:]
         ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 2)
         self._batches = iter(batches.to_iter_dataset(ahead))
