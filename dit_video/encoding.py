@@ -23,7 +23,8 @@ from jaxtyping import Array, Bool, Float32, UInt8
 from dit_video import configs, pipeline, pixels
 from dit_video.autoencoder import AutoencoderConfig, Canvas, arrange, latent_grid, occupied, padding
 from dit_video.autoencoder.canvas import PIXELS
-from dit_video.data.latents import Identity, LatentExample, LatentFiles, LeftOut, Storage, identity_hash
+from dit_video.data.latent_files import LatentFiles
+from dit_video.data.latents import Identity, LatentExample, LeftOut, Storage, identity_hash
 from dit_video.data.sizes import SizeLimits, fit, read_fitted, sampled_frames
 from dit_video.data.source import ClipInfo, ClipSource
 from dit_video.distributed import MeshConfig, batch_sharding, make_mesh

@@ -10,15 +10,9 @@ import pytest
 import tensorflow_datasets as tfds
 from etils import epath
 
-from dit_video.data.latents import (
-    LatentExample,
-    LatentFiles,
-    LatentSource,
-    LeftOut,
-    identity_hash,
-    write_latents,
-)
-from dit_video.errors import MissingError, UserError
+from dit_video.data.latent_files import LatentFiles, write_latents
+from dit_video.data.latents import LatentExample, LatentSource, LeftOut, identity_hash
+from dit_video.errors import DecodeError, MissingError, UserError
 from dit_video.tokens import Grid
 
 
@@ -223,3 +217,20 @@ def test_latents_may_lie_on_an_object_store(bucket, tmp_path):
         LatentSource("gs://bucket/nothing")
     with pytest.raises(UserError, match="other options"):
         LatentFiles(folder=epath.Path("gs://bucket/latents"), identity="y", files=4, dtype="float32")
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    write_latents(tmp_path / "l", examples(), identity="a")
+    source = LatentSource(tmp_path / "l")
+    whole = source[1]
+    source.sizes = (source.sizes[0], Grid(*(2 * side for side in source.sizes[1])), source.sizes[2])
+    with pytest.raises(DecodeError, match=r"1\.mp4 has .* values, .* belong there"):
+        source[1]
+    file = next((tmp_path / "l").glob("*.array_record*"))
+    content = bytearray(file.read_bytes())
+    content[100:400] = b"x" * 300
+    file.write_bytes(content)
+    damaged = LatentSource(tmp_path / "l")
+    with pytest.raises(DecodeError, match="is damaged"):
+        list(map(damaged.__getitem__, range(3)))
+    assert whole.shape == (2, 2, 3, 4)

@@ -8,7 +8,8 @@ import pytest
 from dit_video.data import shapes
 from dit_video.data.balance import Balance, Cost
 from dit_video.data.ingest import ingest
-from dit_video.data.latents import LatentExample, LatentSource, write_latents
+from dit_video.data.latent_files import write_latents
+from dit_video.data.latents import LatentExample, LatentSource
 from dit_video.data.loader import Reading, encoded_batches, packed_batches
 from dit_video.data.mixture import Mixture
 from dit_video.data.rows import Layout

@@ -20,7 +20,8 @@ from benchmarks.setting import Setting, make_examples, values_of
 from benchmarks.steps import Trained, compilations, peak_memory
 from dit_video.data import shapes
 from dit_video.data.ingest import ingest, list_clips
-from dit_video.data.latents import LatentExample, LatentSource, write_latents
+from dit_video.data.latent_files import write_latents
+from dit_video.data.latents import LatentExample, LatentSource
 from dit_video.data.loader import Reading, packed_batches
 from dit_video.data.sizes import SizeLimits, fit, sampled_frames
 from dit_video.data.source import ClipSource
