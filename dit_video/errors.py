@@ -3,14 +3,20 @@
 import _thread
 import functools
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 
-class UserError(ValueError):
-    """A mistake in what was asked for. The message states the rule, the value and the fix, on one line."""
+class UserError(Exception):
+    """A mistake in what was asked for. The message states the rule, the value and the fix, on one line.
+
+    (Not a ValueError: libraries that catch those, such as tyro, would print it in a frame of their own.)
+    """
 
 
 class MissingError(UserError):
@@ -42,26 +48,51 @@ def script(main: Callable[..., None]) -> Callable[..., None]:
     return guarded
 
 
+_interrupted = threading.Event()
+
+
+def stop_if_interrupted() -> None:
+    """Raise the KeyboardInterrupt of a script's Ctrl-C again, where what ran meanwhile has dropped it.
+
+    Long work calls this now and then (`Progress.update` does).
+    """
+    if _interrupted.is_set():
+        raise KeyboardInterrupt
+
+
 @contextmanager
 def _insistent_interrupts() -> Iterator[None]:
-    """Repeat a Ctrl-C that Python dropped.
+    """Make a Ctrl-C last.
 
-    A KeyboardInterrupt that is raised inside a finalizer or a weak reference's callback is printed and forgotten, as
-    any exception there is; the script would go on as if nobody had asked it to stop.
+    A KeyboardInterrupt is raised wherever the main thread happens to be: in a finalizer or a weak reference's callback
+    Python itself prints and forgets it, and compiled code that calls back may drop it too. The script would go on as if
+    nobody had asked it to stop. So it is noted for `stop_if_interrupted`, and out of finalizers it is sent again.
     """
-    previous = sys.unraisablehook
+    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+        yield
+        return
+
+    def note(_signal: int, _frame: FrameType | None) -> None:
+        _interrupted.set()
+        raise KeyboardInterrupt
 
     def hook(unraisable: "sys.UnraisableHookArgs") -> None:
-        if isinstance(unraisable.exc_value, KeyboardInterrupt):
+        if unraisable.exc_type is not None and issubclass(unraisable.exc_type, KeyboardInterrupt):
             _thread.start_new_thread(_interrupt_soon, ())
         else:
-            previous(unraisable)
+            hook_before(unraisable)
 
+    hook_before, handler_before = sys.unraisablehook, signal.getsignal(signal.SIGINT)
     sys.unraisablehook = hook
+    if handler_before is signal.default_int_handler:  # else somebody wants it ignored, or handled otherwise
+        signal.signal(signal.SIGINT, note)
     try:
         yield
     finally:
-        sys.unraisablehook = previous
+        sys.unraisablehook = hook_before
+        if handler_before is signal.default_int_handler:
+            signal.signal(signal.SIGINT, handler_before)
+        _interrupted.clear()
 
 
 def _interrupt_soon() -> None:

@@ -17,6 +17,7 @@ from dit_video.data.mixture import Mixture
 from dit_video.data.sizes import fit
 from dit_video.data.source import ClipSource
 from dit_video.data.windows import THREADS
+from dit_video.dit import DitConfig
 from dit_video.errors import UserError
 from dit_video.experiment import Experiment
 from dit_video.live import LiveEncoder
@@ -92,9 +93,11 @@ def bucketed(experiment: Experiment, autoencoder: dict[str, Any], clips: ClipSou
             tokenizer,
             encode,
             buckets,
+            latent_grid=functools.partial(latent_grid, stride=model.stride),
+            channels=model.channels,
             limits=limits,
             patch=config.dit.patch,
-            text=config.rows.text,
+            text=min(config.rows.text, config.text.max_tokens),
             reading=_reading(experiment, start, None, threads=THREADS),
         )
 
@@ -130,5 +133,10 @@ def _reading(experiment: Experiment, start: int, mixed: Mixture | None, *, threa
         threads=threads,
         workers=experiment.data.workers,
         mixture=mixed,
-        balance=Balance(cost=Cost.of_width(config.dit.width), batch=config.batch),
+        balance=Balance(cost=_cost(config.dit), batch=config.batch),
     )
+
+
+def _cost(dit: DitConfig) -> Cost:
+    """Six D² of attention and cross attention, and the two matrices of the MLP."""
+    return Cost.of_width(dit.width, matrices=6 + 2 * dit.mlp_ratio)

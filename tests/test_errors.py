@@ -1,11 +1,16 @@
 """How a script ends on an error and on Ctrl-C."""
 
+import contextlib
+import io
+import os
+import signal
 import sys
 import time
 
 import pytest
 
-from dit_video.errors import UserError, script
+from dit_video.errors import UserError, script, stop_if_interrupted
+from dit_video.training.logging import Progress
 
 
 def test_a_user_error_is_one_line_and_exit_code_2(capsys):
@@ -49,6 +54,29 @@ def test_a_ctrl_c_that_falls_into_a_finalizer_still_stops_the_script(capsys):
     assert not waited
     assert sys.unraisablehook is before
     assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted: the same command continues")
+
+
+def test_a_ctrl_c_that_is_dropped_stops_the_script_at_its_next_progress(capsys):
+    reached = []
+
+    @script
+    def main():
+        with contextlib.suppress(KeyboardInterrupt):  # stands for compiled code that drops it
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        reached.append("dropped")
+        with Progress("work", 10, stream=io.StringIO()) as progress:
+            for step in range(10):
+                progress.update(step + 1)
+                reached.append(step)
+
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    assert reached == ["dropped"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    stop_if_interrupted()  # nothing is left of it
+    capsys.readouterr()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -15,7 +15,7 @@ from dit_video.data.prefetch import ENDLESS, prefetch
 from dit_video.data.rows import Encode, Tokenize, set_aside, tokenized_captions
 from dit_video.data.sizes import SizeLimits, sampled_fps, sampled_frames
 from dit_video.data.source import ClipInfo, ClipSource
-from dit_video.errors import UserError
+from dit_video.errors import DecodeError, UserError
 from dit_video.tokens import Grid, Rows, coordinates, patchify, token_grid
 from dit_video.video import decode
 
@@ -75,6 +75,8 @@ def bucket_batches(
     encode: Encode,
     buckets: Buckets,
     *,
+    latent_grid: Callable[[Grid], Grid],
+    channels: int,
     limits: SizeLimits,
     patch: Grid,
     text: int,
@@ -90,6 +92,8 @@ def bucket_batches(
       tokenize: caption to text tokens.
       encode: clips to latents.
       buckets: `plan_buckets` of the clips' sizes; its batches are over all hosts, and `reading.batch` is not used.
+      latent_grid: the size of a clip's latents.
+      channels: of the latents.
       limits: of which the rate counts.
       patch: of the denoiser, in latents.
       text: text tokens that a row has room for.
@@ -110,7 +114,8 @@ def bucket_batches(
     decoded = read_ahead(grain.MapDataset.source(every)[reading.start_step :], reading)
 
     def batch(one: _Decoded) -> Rows:
-        return _rows(one, encode([clip for clip in one.clips if clip is not None]), patch, text)
+        latents = encode([clip for clip in one.clips if clip is not None])
+        return _rows(one, latents, token_grid(latent_grid(one.size), patch), patch, channels, text)
 
     batches = prefetch(map(batch, decoded))
 
@@ -124,6 +129,7 @@ def bucket_batches(
 class _Decoded(NamedTuple):
     """A batch of clips of one size that are not encoded yet."""
 
+    size: Grid
     clips: list[UInt8[np.ndarray, "T H W 3"] | None]
     texts: list[Int32[np.ndarray, " s"]]
     ranks: UInt32[np.ndarray, " b"]
@@ -149,6 +155,7 @@ class _DecodedBatches:
         size, examples, ranks = self._stream.batch(step, host=self._reading.host, hosts=self._reading.hosts)
         pairs = list(zip(examples.tolist(), ranks.tolist(), strict=True))
         return _Decoded(
+            size,
             [self._clip(example, rank, size) for example, rank in pairs],
             [self._text(example, rank) for example, rank in pairs],
             ranks,
@@ -164,7 +171,7 @@ class _DecodedBatches:
             frames = decode(
                 self._source[example], size=Grid(size.t, height, width), start=info.start + start / fps, fps=fps
             ).frames
-        except UserError as error:
+        except DecodeError as error:
             set_aside(info.name, error)
             return None
         return frames[:, top : top + size.h, left : left + size.w]
@@ -180,14 +187,13 @@ def covering(info: ClipInfo, size: Grid) -> tuple[int, int]:
     return max(size.h, round(info.height * scale)), max(size.w, round(info.width * scale))
 
 
-def _rows(one: _Decoded, latents: list[np.ndarray], patch: Grid, room: int) -> Rows:
-    """One clip a row; `latents` are those of the clips that could be read."""
-    if not latents:
-        raise UserError(f"none of the {len(one.clips)} clips of a batch can be decoded; ingest the clips again")
-    number, grid = len(one.clips), token_grid(Grid(*latents[0].shape[:3]), patch)
+def _rows(one: _Decoded, latents: list[np.ndarray], grid: Grid, patch: Grid, channels: int, room: int) -> Rows:
+    """One clip a row; `latents` are those of the clips that could be read, `grid` is in tokens."""
+    number = len(one.clips)
     valid = np.asarray([clip is not None for clip in one.clips])
-    tokens = np.zeros((number, grid.volume, patch.volume * latents[0].shape[3]), np.float32)
-    tokens[valid] = [patchify(values, patch) for values in latents]
+    tokens = np.zeros((number, grid.volume, patch.volume * channels), np.float32)
+    for row, values in zip(np.flatnonzero(valid), latents, strict=True):
+        tokens[row] = patchify(values, patch)
     text, text_segments = np.zeros((2, number, room), np.int32)
     for row, values in enumerate(one.texts):
         text[row, : len(values)], text_segments[row, : len(values)] = values, 1

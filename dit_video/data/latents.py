@@ -140,11 +140,13 @@ class LatentSource:
         return rows[sum(lengths[:caption]) : sum(lengths[: caption + 1])]
 
     def _values(self, index: int, field: str) -> Float32[np.ndarray, " n"]:
-        if self._records is None:
+        if self._records is None:  # outside of the try: a data set that can't be opened is no fault of an example
             self._records = shards.open_anywhere(epath.Path(self.folder), cache=self._cache, version=self._version)
         try:
             stored = self._records[index][field]
             return little_endian(np.frombuffer(stored, self._dtype)).astype(np.float32)
+        except OSError:
+            raise
         except Exception as error:  # ArrayRecord and protocol buffers raise many types on damaged bytes
             raise DecodeError(f"the record of {self.names[index]} is damaged ({error}); encode it again") from error
 

@@ -183,7 +183,7 @@ class ClipRows:
         start = int(rng.host(self._seed, "start", member.epoch, member.example).integers(spare + 1))
         try:
             return read_fitted(self._source, member.example, self._limits, start=start).frames
-        except UserError as error:
+        except DecodeError as error:
             set_aside(info.name, error)
             return None
 

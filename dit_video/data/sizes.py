@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, replace
 
 from dit_video.data.source import ClipInfo, ClipSource
-from dit_video.errors import UserError
+from dit_video.errors import DecodeError, UserError
 from dit_video.tokens import Grid
 from dit_video.video import TOLERANCE, Clip, decode
 
@@ -96,7 +96,13 @@ def read_fitted(source: ClipSource, index: int, limits: SizeLimits, *, start: in
     size, fps, total = fit(info, limits), sampled_fps(info, limits), sampled_frames(info, limits)
     if not 0 <= start <= total - size.t:
         raise UserError(f"{info.name} has {total} frames at {fps:g} fps, {size.t} from frame {start} on were asked for")
-    clip = decode(source[index], size=size, start=info.start + start / fps, fps=fps)
+    encoded = source[index]
+    try:
+        clip = decode(encoded, size=size, start=info.start + start / fps, fps=fps)
+    except DecodeError:
+        raise
+    except UserError as error:  # fewer frames than it had when it was ingested
+        raise DecodeError(str(error)) from error
     return replace(clip, caption=info.caption)
 
 

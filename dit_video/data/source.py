@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from dit_video.data import builder
 from dit_video.data.places import Place, place, read_document
-from dit_video.errors import MissingError, UserError
+from dit_video.errors import DecodeError, MissingError, UserError
 from dit_video.files import write_json
 
 INDEX = "index.json"
@@ -73,11 +73,23 @@ class ClipSource:
         return len(self.infos)
 
     def __getitem__(self, index: int) -> bytes:
-        """The encoded file of a clip, as `dit_video.video.decode` takes it."""
+        """The encoded file of a clip, as `dit_video.video.decode` takes it.
+
+        Raises:
+          MissingError, UserError: the data set can't be opened.
+          DecodeError: the clip's record is damaged.
+        """
         number = self._sets[index]
         if number not in self._records:
             self._records[number] = builder.open_records(self.folders[number])
-        return self._records[number][self.infos[index].record]["clip"]
+        try:
+            return self._records[number][self.infos[index].record]["clip"]
+        except OSError:
+            raise
+        except Exception as error:  # ArrayRecord and protocol buffers raise many types on damaged bytes
+            raise DecodeError(
+                f"the record of {self.infos[index].name} is damaged ({error}); ingest it again"
+            ) from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_records": {}}

@@ -12,7 +12,7 @@ from typing import Any, TextIO, cast
 
 import jax
 
-from dit_video.errors import MissingError, UserError
+from dit_video.errors import MissingError, UserError, stop_if_interrupted
 from dit_video.files import write_text
 
 
@@ -130,14 +130,19 @@ class Progress:
         return self._step
 
     def update(self, step: int, loss: float | None = None) -> None:
-        """Say that `step` steps are done; `loss` stays until the next one is given."""
+        """Say that `step` steps are done; `loss` stays until the next one is given.
+
+        Raises:
+          KeyboardInterrupt: Ctrl-C was pressed in a script, and what ran meanwhile dropped it.
+        """
+        stop_if_interrupted()
         self._step = step
         if loss is not None:
             self._loss = loss
         now = time.perf_counter()
         if self._first is None:  # the first step compiles: it says nothing of the speed
             self._first = (step, now)
-        if now - self._drawn >= self._pause or step == self.total:
+        if now - self._drawn >= self._pause or (step == self.total != self._drawn_step):
             self._draw(now)
 
     def _draw(self, now: float) -> None:

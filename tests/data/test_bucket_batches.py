@@ -64,6 +64,8 @@ def taken(clips, buckets, count, encode=pooled, **reading):
         tokenize,
         encode,
         buckets,
+        latent_grid=latents_of,
+        channels=3,
         limits=LIMITS,
         patch=PATCH,
         text=TEXT,
@@ -137,6 +139,13 @@ def test_a_damaged_clip_is_masked(clips, buckets, monkeypatch):
         assert not other.tokens[~other.valid[:, 0]].any()
 
 
+def test_a_batch_of_which_nothing_can_be_read_does_not_count(clips, buckets, monkeypatch):
+    monkeypatch.setattr(ClipSource, "__getitem__", lambda self, index: b"x")
+    for rows, whole in zip(taken(clips, buckets, 3)[0], taken(clips, buckets, 3)[0], strict=True):
+        assert not rows.valid.any()
+        assert rows.tokens.shape == whole.tokens.shape
+
+
 @pytest.mark.parametrize(("height", "width"), [(480, 640), (640, 480), (33, 1000), (100, 100)])
 def test_a_clip_covers_its_bucket_in_its_own_shape(height, width):
     info = ClipInfo("a", (), height, width, 9, 8.0, 1.0)
@@ -151,7 +160,16 @@ def test_a_clip_covers_its_bucket_in_its_own_shape(height, width):
 def test_refusals(clips, buckets):
     with pytest.raises(UserError, match="text tokens, a row has room for 4"):
         bucket_batches(
-            clips, tokenize, pooled, buckets, limits=LIMITS, patch=PATCH, text=4, reading=Reading(batch=1, seed=0)
+            clips,
+            tokenize,
+            pooled,
+            buckets,
+            latent_grid=latents_of,
+            channels=3,
+            limits=LIMITS,
+            patch=PATCH,
+            text=4,
+            reading=Reading(batch=1, seed=0),
         )
     with pytest.raises(UserError, match="above the fixed 100 bytes"):
         BucketConfig(memory=Memory(fixed=100, per_token=1), budget=100)

@@ -102,6 +102,8 @@ def ingest(
     if workers is not None and workers < 1:
         raise UserError(f"workers={workers} is a number of processes; use 1 or more, or leave it out")
     destination = place(destination)
+    if isinstance(destination, Path):
+        destination = destination.resolve()  # a link to a large disk, or `.`
     if beam is not None and not isinstance(destination, Path):
         raise UserError(f"{destination} is a bucket; with Beam name a folder on a disk that all its machines share")
     listing = list_clips(source, format=config.format, ucf101_split=config.ucf101_split)
@@ -126,6 +128,8 @@ def ingest(
             finally:
                 shutil.rmtree(work / "data", ignore_errors=True)
             shutil.rmtree(work)
+    except BrokenPipeError:
+        raise  # of the progress bar
     except OSError as error:
         fix = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "make it writable"
         raise UserError(
@@ -145,7 +149,7 @@ def _work(destination: Place) -> Path:
 def _fingerprint(listing: Listing, config: IngestConfig) -> str:
     """Of names, captions, sizes, splits and settings; not of where the source lies."""
     facts = [(clip.name, clip.captions, clip.size, clip.split) for clip in listing.clips]
-    known = json.dumps([facts, configs.to_json(config.screening)], ensure_ascii=True)
+    known = json.dumps([facts, configs.to_json(config.screening), config.time_limit], ensure_ascii=True)
     return hashlib.sha256(known.encode()).hexdigest()
 
 

@@ -97,7 +97,9 @@ def finished(
     Raises:
       UserError: there is none.
     """
-    listing = Listing(tuple(clips), tuple(map(shown, unlisted)), tuple((shown(n), r) for n, r in rejected), format)
+    listing = Listing(
+        tuple(clips), tuple(map(shown, unlisted)), tuple((shown(n), shown(r)) for n, r in rejected), format
+    )
     if listing.clips:
         return listing
     if listing.rejected:
