@@ -4,6 +4,7 @@ Clips of all sizes share canvases of at most eight sizes, so that as many progra
 are made one by one, by any number of processes, and a file that is there is not made again.
 """
 
+import contextlib
 import hashlib
 import itertools
 import os
@@ -28,7 +29,7 @@ from dit_video.data.latents import Identity, LatentExample, LeftOut, Storage, id
 from dit_video.data.sizes import SizeLimits, fit, read_fitted, sampled_frames
 from dit_video.data.source import ClipInfo, ClipSource
 from dit_video.distributed import MeshConfig, batch_sharding, make_mesh
-from dit_video.errors import UserError
+from dit_video.errors import DecodeError, UserError
 from dit_video.nn import graph_of
 from dit_video.tokens import Grid
 
@@ -177,7 +178,7 @@ def latent_identity(encoding: Encoding, clips: ClipSource) -> dict[str, Any]:
         "autoencoder": pipeline.identity(encoding.autoencoder, encoding.params),
         "limits": configs.to_json(encoding.limits),
         "augmentations": configs.to_json(encoding.augmentations),
-        "clips": identity_hash({"names": [info.name for info in clips.infos]}),
+        "clips": identity_hash({"infos": [list(info) for info in clips.infos]}),
     }
 
 
@@ -270,7 +271,8 @@ class _Encoder:
         if not canvases:
             return
         # Read once here, so that a data set that can't be opened is no fault of each clip in it.
-        self._clips[self._plan.views[self._plan.canvases[canvases[0]].places[0].clip].clip]
+        with contextlib.suppress(DecodeError):
+            self._clips[self._plan.views[self._plan.canvases[canvases[0]].places[0].clip].clip]
         batches = list(self._batches(canvases))
         pool = ThreadPoolExecutor(self._encoding.threads, thread_name_prefix="decode")
         try:
@@ -307,7 +309,7 @@ class _Encoder:
         view = self._plan.views[number]
         try:
             frames = read_fitted(self._clips, view.clip, view.limits, start=view.start).frames
-        except UserError as error:
+        except DecodeError as error:
             return LeftOut(view.name, str(error))
         if frames.shape[:3] != view.size:
             found = "x".join(map(str, frames.shape[:3]))

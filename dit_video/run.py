@@ -15,6 +15,7 @@ import contextlib
 import functools
 import itertools
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -34,7 +35,15 @@ from dit_video.data.sizes import fit
 from dit_video.data.source import ClipSource
 from dit_video.data.windows import Stretches, WindowBatches
 from dit_video.distributed import make_mesh, shard_batch, shardings
-from dit_video.encoding import Augmentations, Encoding, encode_latents, latent_identity, latent_moments, plan_encoding
+from dit_video.encoding import (
+    Augmentations,
+    Encoding,
+    encode_latents,
+    finish_latents,
+    latent_identity,
+    latent_moments,
+    plan_encoding,
+)
 from dit_video.errors import MissingError, UserError
 from dit_video.experiment import Experiment
 from dit_video.feed import bucketed, cached_rows, live_rows
@@ -78,23 +87,30 @@ class Run:
         run = Run(folder=folder, experiment=experiment, command=" ".join(["python", *sys.argv]))
         if (folder / CONFIG).is_file():
             existing = Run.open(folder)
-            if difference := _difference(configs.to_json(existing.experiment), configs.to_json(experiment)):
+            difference = _difference(configs.to_json(existing.experiment), configs.to_json(experiment))
+            if not difference:
+                return existing
+            if (folder / "autoencoder").exists():
                 raise UserError(
                     f"{folder} holds a run of another config ({difference}); use another folder or remove it"
                 )
-            return existing
+            return run._written()  # nothing was trained yet: a start that failed can be corrected
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file; a run needs a folder of its own")
         if folder.is_dir() and any(entry.name != "clips" for entry in folder.iterdir()):
             raise UserError(f"{folder} is not empty and holds no run; use another folder")
+        return run._written()
+
+    def _written(self) -> "Run":
+        """Itself, with its config in its folder."""
         document = {
             "format": FORMAT,
             "version": version("dit-video"),
-            "command": run.command,
-            "experiment": configs.to_json(experiment),
+            "command": self.command,
+            "experiment": configs.to_json(self.experiment),
         }
-        write_json(folder / CONFIG, document)
-        return run
+        write_json(self.folder / CONFIG, document)
+        return self
 
     @staticmethod
     def open(folder: str | Path) -> "Run":
@@ -127,6 +143,7 @@ class Run:
           KeyboardInterrupt: after a signal, the state being saved.
         """
         self.take(*clips)
+        self.clips.select(self.experiment.data.held_out)  # a name that isn't there, before anything is trained
         for info in self.clips.infos:  # before hours are spent on the others
             fit(info, self.experiment.limits)
         return self.export()
@@ -187,7 +204,19 @@ class Run:
         if not (destination / LATENTS).is_file():
             plan = plan_encoding(clips, encoding)
             with Progress("encoding latents", len(plan.views), unit="clip") as progress:
-                encode_latents(destination, clips, encoding, plan, identity=stamp, progress=progress.update)
+                finished = encode_latents(
+                    destination,
+                    clips,
+                    encoding,
+                    plan,
+                    identity=stamp,
+                    shard=jax.process_index(),
+                    shards=jax.process_count(),
+                    progress=progress.update,
+                )
+            while not finished:  # the other processes have not made all of their files yet
+                time.sleep(1)
+                finished = finish_latents(destination, encoding, plan, identity=stamp)
         source = LatentSource(destination, identity=stamp)
         if source.left_out:
             name, reason = source.left_out[0]
@@ -350,6 +379,8 @@ class Run:
             self.experiment.autoencoder.windows,
             seed=int(rng.host(self.experiment.seed, purpose).integers(2**31)),
             start_step=start,
+            host=jax.process_index(),
+            hosts=jax.process_count(),
         )
 
     def _linear_start(self, stretches: Stretches) -> LinearAutoencoder:

@@ -58,6 +58,8 @@ def main() -> None:
 def train(experiment: Experiment, data: Sequence[Path], workdir: Path) -> None:
     """Train, sample and report."""
     began = time.perf_counter()
+    if not data:
+        raise UserError("--data names no folder; give one or more: --data CLIPS")
     for folder in data:
         if not is_ingested(folder):
             list_clips(folder)  # before a run is made of it

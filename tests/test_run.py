@@ -360,6 +360,18 @@ def test_data_sets_are_mixed_by_weight(tiny, tiny_run, tiny_clips, tmp_path):
     assert len(mixture.variants) == 2 * count - len(held_out)
 
 
+def test_a_start_that_failed_can_be_corrected(tiny, tiny_clips, tmp_path):
+    wrong = dataclasses.replace(tiny.EXPERIMENT.data, held_out=("clips/nobody.mp4",))
+    with pytest.raises(UserError, match=r"no clip named clips/nobody\.mp4"):
+        Run.create(tmp_path / "run", dataclasses.replace(tiny.EXPERIMENT, data=wrong)).train(tiny_clips)
+    assert not (tmp_path / "run" / "autoencoder").exists()
+    Run.create(tmp_path / "run", tiny.EXPERIMENT)
+    assert Run.open(tmp_path / "run").experiment == tiny.EXPERIMENT
+    (tmp_path / "run" / "autoencoder").mkdir()
+    with pytest.raises(UserError, match="holds a run of another config"):
+        Run.create(tmp_path / "run", dataclasses.replace(tiny.EXPERIMENT, data=wrong))
+
+
 def test_a_run_without_a_cache_of_latents(tiny, tiny_run, tiny_clips, tmp_path):
     data = dataclasses.replace(tiny.EXPERIMENT.data, cache_latents=False)
     started = Run.create(tmp_path / "run", dataclasses.replace(tiny.EXPERIMENT, data=data))
@@ -402,7 +414,7 @@ def test_a_checkpoint_is_not_continued_on_other_data(tiny, tiny_run, tmp_path):
     for newest in sorted((copy / "denoiser" / "checkpoints").iterdir(), key=lambda path: int(path.name))[-1:]:
         shutil.rmtree(newest)
     index = json.loads((copy / "latents" / "latents.json").read_text())
-    index["examples"]["captions"][0] = ["a caption that it never had"]
+    index["examples"]["captions"][0] = [index["examples"]["captions"][0][0][::-1]]
     (copy / "latents" / "latents.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="are not those of its checkpoint at step"):
         Run.open(copy).train_denoiser()

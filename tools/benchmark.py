@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import dit_video
 from benchmarks.setting import Setting, changed, default_setting, read_setting
 from benchmarks.steps import Trained, measure_autoencoder, measure_denoiser
-from dit_video.errors import UserError, script
+from dit_video.errors import MissingError, UserError, script
 
 PARTS = ("denoiser", "autoencoder", "data")
 
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each model")
     parser.add_argument("--examples", type=int, default=400, help="clips of the data set of latents")
     parser.add_argument("--rounds", type=int, default=3, help="of what is compared in turn")
-    parser.add_argument("--batches", type=int, default=2000, help="over which the loader's memory is watched")
+    parser.add_argument("--batches", type=int, default=10_000, help="over which the loader's memory is watched")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change the setting")
     arguments = parser.parse_args()
     if unknown := [part for part in arguments.parts if part not in PARTS]:
@@ -131,6 +131,8 @@ def main() -> None:
     extent = Extent(
         steps=arguments.steps, examples=arguments.examples, rounds=arguments.rounds, batches=arguments.batches
     )
+    if arguments.clips is not None and not arguments.clips.is_dir():
+        raise MissingError(f"no such folder: {arguments.clips}; name one with clips, or leave out --clips")
     setting = default_setting() if arguments.config is None else read_setting(arguments.config)
     for assignment in arguments.set:
         name, _, text = assignment.partition("=")

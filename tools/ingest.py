@@ -1,7 +1,7 @@
 """Make a data set of clips, in whatever way people hold them.
 
     python tools/ingest.py SOURCE DESTINATION
-    python tools/ingest.py clips data --screening.shots content --screening.min-seconds 1 --screening.duplicates 6
+    python tools/ingest.py clips data --screening.shots content --screening.min-seconds 1 --screening.duplicates 4
 
 SOURCE is a folder of videos and images with captions beside them or in `metadata.csv`, a list of paths, WebDataset
 tars, UCF-101 or MSR-VTT: see `dit_video.data.ingest.listing`. What can't be used is set aside and listed, with the
@@ -39,7 +39,7 @@ def main(
         destination: the folder to be made, or gs://…
         config: what is taken
         workers: processes that inspect clips, at most; by default one for every core
-        beam: build it by Apache Beam with these options, such as "--runner=FlinkRunner --parallelism=64"
+        beam: build it by Apache Beam with these options, given with "=": --beam="--runner=FlinkRunner --parallelism=64"
     """
     with _Bars() as bars:
         report = ingest(source, destination, config=config, progress=bars.update, workers=workers, beam=_beam(beam))
@@ -76,7 +76,7 @@ def _beam(options: str | None):
     try:
         from apache_beam.options.pipeline_options import PipelineOptions
     except ModuleNotFoundError as error:
-        raise UserError("Apache Beam is not installed; pip install 'dit-video[beam]'") from error
+        raise UserError("Apache Beam is not installed; pip install -e '.[beam]'") from error
     from dit_video.data.builder import Beam
 
     return Beam(options=PipelineOptions(options.split()))

@@ -1,5 +1,6 @@
 """Batches of one size each from video files: the alternative to packed rows."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -47,9 +48,9 @@ class BucketConfig:
 class BucketBatches(Batches):
     """An endless iterator over this host's share of the batches. A batch has one clip a row, without padding."""
 
-    def __init__(self, batches: Any, stream: BucketStream, close: Callable[[], None]):
+    def __init__(self, batches: Any, stream: BucketStream, hash: str, close: Callable[[], None]):
         super().__init__(batches, close)
-        self.hash: str = stream.hash
+        self.hash = hash
         self._buckets = stream.buckets
 
     def summary(self, *, devices: int) -> dict[str, Any]:
@@ -123,7 +124,8 @@ def bucket_batches(
         batches.close()
         decoded.close()
 
-    return BucketBatches(batches, stream, close)
+    facts = (stream.hash, source.infos, limits, patch)
+    return BucketBatches(batches, stream, hashlib.sha256(repr(facts).encode()).hexdigest()[:16], close)
 
 
 class _Decoded(NamedTuple):
@@ -192,8 +194,8 @@ def _rows(one: _Decoded, latents: list[np.ndarray], grid: Grid, patch: Grid, cha
     number = len(one.clips)
     valid = np.asarray([clip is not None for clip in one.clips])
     tokens = np.zeros((number, grid.volume, patch.volume * channels), np.float32)
-    for row, values in zip(np.flatnonzero(valid), latents, strict=True):
-        tokens[row] = patchify(values, patch)
+    for index, values in zip(np.flatnonzero(valid), latents, strict=True):
+        tokens[index] = patchify(values, patch)
     text, text_segments = np.zeros((2, number, room), np.int32)
     for row, values in enumerate(one.texts):
         text[row, : len(values)], text_segments[row, : len(values)] = values, 1

@@ -277,7 +277,7 @@ def write_clips(
         shutil.rmtree(work, ignore_errors=True)
 
 
-def open_records(folder: Path | epath.Path) -> Sequence[dict[str, Any]]:
+def open_records(folder: Path | epath.Path) -> Sequence[Any]:
     """Random access to the examples of a data set, of all its splits as `in_order` has them.
 
     Raises:

@@ -56,10 +56,11 @@ class LatentFiles:
         }
         if not (self.folder / PLAN).exists():
             # What begins with a dot another process is writing at this moment.
-            if self.folder.exists() and any(not path.name.startswith(".") for path in self.folder.iterdir()):
-                raise UserError(f"{self.folder} exists and holds no latents; name a folder that does not exist")
-            shards.write_document(self.folder / PLAN, wanted)
-            return
+            others = self.folder.exists() and any(not path.name.startswith(".") for path in self.folder.iterdir())
+            if not (self.folder / PLAN).exists():  # another process may have written it meanwhile
+                if others:
+                    raise UserError(f"{self.folder} exists and holds no latents; name a folder that does not exist")
+                shards.write_document(self.folder / PLAN, wanted)
         found = shards.read_document(self.folder / PLAN)
         if not isinstance(found, dict) or found.get("version") != VERSION:
             raise UserError(f"{self.folder / PLAN} is not of version {VERSION}; encode the clips into another folder")
@@ -87,7 +88,7 @@ class LatentFiles:
         """
         columns: dict[str, list] = {name: [] for name in ("name", "clip", "captions", "size", "text")}
         left_out: list[LeftOut] = []
-        widths: set[tuple[int, int]] = set()
+        widths = _Widths()
 
         def records() -> Iterator[dict[str, Any]]:
             for example in examples:
@@ -95,7 +96,7 @@ class LatentFiles:
                     left_out.append(example)
                     continue
                 captions = _captions(example)
-                widths.add(_checked_widths(example, captions, widths))
+                widths.check(example, captions)
                 columns["name"].append(example.name)
                 columns["clip"].append(example.clip or example.name)
                 columns["captions"].append(list(captions))
@@ -110,11 +111,15 @@ class LatentFiles:
                 }
 
         shards.write_file(self.folder, NAME, number, self.files, features=_features(), examples=records())
-        channels, text_width = next(iter(widths), (0, 0))
         # Last: the file is finished when this is there.
         shards.write_document(
             self._part(number),
-            {"channels": channels, "text_width": text_width, "examples": columns, "left_out": left_out},
+            {
+                "channels": widths.channels,
+                "text_width": widths.text,
+                "examples": columns,
+                "left_out": left_out,
+            },
         )
 
     def finish(self, *, empty_text: Float32[np.ndarray, "s e"] | None = None) -> bool:
@@ -139,10 +144,13 @@ class LatentFiles:
         if not columns["name"]:
             reason = f": {left_out[0][0]}: {left_out[0][1]}" if left_out else "; encode at least one clip"
             raise UserError(f"no latents for {self.folder}, {len(left_out)} clips could not be read{reason}")
-        widths = {(part["channels"], part["text_width"]) for part in parts if part["examples"]["name"]}
-        if len(widths) > 1:
-            raise UserError(f"the files of {self.folder} disagree on channels and text width ({sorted(widths)})")
-        channels, text_width = widths.pop()
+        channels = {part["channels"] for part in parts} - {0}
+        text_widths = {part["text_width"] for part in parts} - {0}  # 0 where no clip has a caption
+        if len(channels) > 1 or len(text_widths) > 1:
+            raise UserError(
+                f"the files of {self.folder} disagree on channels ({sorted(channels)}) or text width "
+                f"({sorted(text_widths)}); encode the clips again, into another folder"
+            )
         counts = [len(part["examples"]["name"]) for part in parts]
         shards.remove_partial(self.folder)
         shards.finish(self.folder, NAME, counts, features=_features())
@@ -151,8 +159,8 @@ class LatentFiles:
             "identity": self.identity if isinstance(self.identity, str) else dict(self.identity),
             "hash": identity_hash(self.identity),
             "dtype": self.dtype,
-            "channels": channels,
-            "text_width": text_width,
+            "channels": channels.pop(),
+            "text_width": max(text_widths, default=0),
             "empty_text": None if empty_text is None else empty_text.tolist(),
             "examples": columns,
             "left_out": left_out,
@@ -230,22 +238,27 @@ def _captions(example: LatentExample) -> tuple[str, ...]:
     return tuple(example.captions)
 
 
-def _checked_widths(example: LatentExample, captions: tuple[str, ...], before: set[tuple[int, int]]) -> tuple[int, int]:
-    """The channels of the latents and the width of the embeddings (0 without), which are the same for all."""
-    name, shape = example.name, example.latents.shape
-    channels, text_width = next(iter(before), (shape[-1] if shape else 0, None))
-    if len(shape) != 4 or 0 in shape or shape[-1] != channels:
-        raise UserError(f"latents of {name} have the shape {list(shape)}, all must be [t h w {channels}]")
-    if not np.isfinite(example.latents).all():
-        raise UserError(f"latents of {name} are not finite; the autoencoder that made them is broken")
-    if not example.text:
-        return channels, text_width or 0
-    if len(example.text) != len(captions):
-        raise UserError(f"{name} has {len(captions)} captions and {len(example.text)} embeddings; give one each")
-    for text in example.text:
-        text_width = text_width or text.shape[-1]
-        if text.ndim != 2 or 0 in text.shape or text.shape[-1] != text_width or not np.isfinite(text).all():
-            raise UserError(
-                f"an embedding of {name} has the shape {list(text.shape)}, all must be finite [s {text_width}]"
-            )
-    return channels, text_width or 0
+class _Widths:
+    """What must be the same for all examples: the channels of the latents, the width of the embeddings (0 without)."""
+
+    def __init__(self) -> None:
+        self.channels = self.text = 0
+
+    def check(self, example: LatentExample, captions: tuple[str, ...]) -> None:
+        """Refuse an example of other widths, or one that holds no numbers."""
+        name, shape = example.name, example.latents.shape
+        if len(shape) != 4 or 0 in shape or shape[-1] != (self.channels or shape[-1]):
+            wanted = self.channels or (shape[-1] if shape else 0)
+            raise UserError(f"latents of {name} have the shape {list(shape)}, all must be [t h w {wanted}]")
+        if not np.isfinite(example.latents).all():
+            raise UserError(f"latents of {name} are not finite; the autoencoder that made them is broken")
+        self.channels = shape[-1]
+        if example.text and len(example.text) != len(captions):
+            raise UserError(f"{name} has {len(captions)} captions and {len(example.text)} embeddings; give one each")
+        for text in example.text:
+            wanted = self.text or text.shape[-1]
+            if text.ndim != 2 or 0 in text.shape or text.shape[-1] != wanted or not np.isfinite(text).all():
+                raise UserError(
+                    f"an embedding of {name} has the shape {list(text.shape)}, all must be finite [s {wanted}]"
+                )
+            self.text = wanted

@@ -95,7 +95,7 @@ class PackedBatches(Batches):
     def __init__(self, batches: Iterator[Rows], layout: Layout, reading: Reading, close: Callable[[], None]):
         super().__init__(batches, close)
         self._layout, self._reading = layout, reading
-        self.hash = layout.stream.hash
+        self.hash = layout.hash
         self.rows_per_epoch: int = layout.stream.rows_per_epoch
         self.padding: float = layout.stream.epoch(0).padding
         """Share of video tokens that are padding."""
@@ -196,7 +196,8 @@ def encoded_batches(
     decoded = read_ahead(_shared(ClipRows(source, layout, limits, seed=reading.seed), reading, list), reading)
 
     def batch(rows: list[ClipRow]) -> Rows:
-        return _stacked([encoded_row(row, encode, layout, patch, channels=channels) for row in rows])
+        latents = iter(encode([clip for row in rows for clip in row.clips if clip is not None]))
+        return _stacked([encoded_row(row, latents, layout, patch, channels=channels) for row in rows])
 
     batches = prefetch(map(batch, decoded))
 

@@ -5,8 +5,9 @@ clips that are read from video files which stretch of time. All are functions of
 """
 
 import functools
+import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -81,6 +82,12 @@ class Layout:
             mixture=mixture,
             balance=balance,
         )
+
+        told = hashlib.sha256(repr((self.stream.hash, tuple(names), tuple(grids))).encode())
+        for texts in self._text:
+            told.update(b"".join(values.astype("<i4").tobytes() + b"|" for values in texts))
+        self.hash: str = told.hexdigest()[:16]
+        """Of the plan, the examples' names, sizes and texts."""
 
     def members(self, number: int) -> list[Member]:
         """The examples of row `number`."""
@@ -188,9 +195,10 @@ class ClipRows:
             return None
 
 
-def encoded_row(row: ClipRow, encode: Encode, layout: Layout, patch: Grid, *, channels: int) -> Rows:
-    """Encode a row's clips, and pack them."""
-    latents = iter(encode([clip for clip in row.clips if clip is not None]))
+def encoded_row(
+    row: ClipRow, latents: Iterator[Float32[np.ndarray, "_ _ _ _"]], layout: Layout, patch: Grid, *, channels: int
+) -> Rows:
+    """Pack a row's clips, whose latents come next."""
     tokens = [None if clip is None else np.ascontiguousarray(patchify(next(latents), patch)) for clip in row.clips]
     return layout.pack(row.members, tokens, patch.volume * channels)
 

@@ -95,7 +95,7 @@ def finish(folder: epath.Path, name: str, counts: Sequence[int], *, features: Ma
 def remove_partial(folder: epath.Path) -> None:
     """Remove what killed processes left half written. (On an object store they leave nothing.)"""
     if not is_remote(folder):
-        for path in Path(folder).glob(".*.partial*"):
+        for path in Path(folder).glob(".*.partial.array_record*"):  # not the documents that another one writes
             path.unlink(missing_ok=True)
 
 

@@ -12,12 +12,15 @@ from jaxtyping import UInt8
 
 from dit_video import rng
 from dit_video.data.prefetch import ENDLESS
+from dit_video.data.rows import set_aside
 from dit_video.data.sizes import SizeLimits, fit, read_fitted, sampled_frames
 from dit_video.data.source import ClipSource
-from dit_video.errors import UserError
+from dit_video.errors import DecodeError, UserError
 from dit_video.tokens import Grid
 
 CACHE_BYTES = 2 << 30
+_ATTEMPTS = 8
+"""Clips that are tried, one after the other, instead of one that turns out to be damaged."""
 THREADS = min(8, os.cpu_count() or 1)
 """That decode: as PyAV gives up Python's lock while it does, they run side by side."""
 
@@ -88,12 +91,17 @@ class Windows:
       stretches: the clips.
       config: size and number of the windows.
       seed: of the run.
+      host: this host's number; its part of a batch is given.
+      hosts: how many there are.
 
     Raises:
-      UserError: no clip has room for a window.
+      UserError: no clip has room for a window, or hosts that do not divide the batch.
     """
 
-    def __init__(self, stretches: Stretches, config: WindowConfig, *, seed: int):
+    def __init__(self, stretches: Stretches, config: WindowConfig, *, seed: int, host: int = 0, hosts: int = 1):
+        if config.batch % hosts:
+            raise UserError(f"windows in batches of {config.batch} are not divisible by {hosts} hosts; use a multiple")
+        self._share, self._host = config.batch // hosts, host
         self._stretches, self._config, self._seed = stretches, config, seed
         self.clips: tuple[int, ...] = tuple(
             index
@@ -115,13 +123,20 @@ class Windows:
         self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
 
     def __getitem__(self, number: int) -> UInt8[np.ndarray, "B T H W 3"]:
-        first = number * self._config.batch
-        return np.stack([self._window(first + index) for index in range(self._config.batch)])
+        first = number * self._config.batch + self._host * self._share
+        return np.stack([self._window(first + index) for index in range(self._share)])
 
     def _window(self, position: int) -> UInt8[np.ndarray, "T H W 3"]:
-        clip = self._clip_at(position)
-        generator = rng.host(self._seed, "windows", position)
-        frames = self._stretches.frames(clip, int(generator.integers(self._stretches.count(clip))))
+        for attempt in range(_ATTEMPTS):
+            clip = self._clip_at(position + attempt)
+            generator = rng.host(self._seed, "windows", position)
+            try:
+                frames = self._stretches.frames(clip, int(generator.integers(self._stretches.count(clip))))
+                break
+            except DecodeError as error:
+                set_aside(self._stretches.source.infos[clip].name, error)
+        else:
+            raise UserError(f"{_ATTEMPTS} clips in a row can't be decoded; ingest the clips again")
         t, h, w = (
             int(generator.integers(have - want + 1))
             for have, want in zip(frames.shape[:3], self._config.size, strict=True)
@@ -146,6 +161,8 @@ class WindowBatches(Iterator[UInt8[np.ndarray, "B T H W 3"]]):
       configs: the shapes.
       seed: of the run.
       start_step: the first batch is that of this step.
+      host: this host's number; its part of a batch is given.
+      hosts: how many there are.
       threads: that decode.
 
     Raises:
@@ -159,9 +176,14 @@ class WindowBatches(Iterator[UInt8[np.ndarray, "B T H W 3"]]):
         *,
         seed: int,
         start_step: int = 0,
+        host: int = 0,
+        hosts: int = 1,
         threads: int = THREADS,
     ):
-        self.windows = tuple(Windows(stretches, config, seed=seed + number) for number, config in enumerate(configs))
+        self.windows = tuple(
+            Windows(stretches, config, seed=seed + number, host=host, hosts=hosts)
+            for number, config in enumerate(configs)
+        )
         facts = (stretches.source.infos, stretches.limits, tuple(configs), seed)
         self.hash: str = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
         """With the step, the whole state of the data."""

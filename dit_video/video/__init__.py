@@ -1,8 +1,8 @@
 """Video and image files to clips and back (PyAV: no system ffmpeg)."""
 
 from dit_video.video.clip import Clip
-from dit_video.video.decode import Facts, decode, probe
+from dit_video.video.decode import Facts, average_rate, decode, probe
 from dit_video.video.encode import Format, encode
 from dit_video.video.reading import TOLERANCE
 
-__all__ = ["TOLERANCE", "Clip", "Facts", "Format", "decode", "encode", "probe"]
+__all__ = ["TOLERANCE", "Clip", "Facts", "Format", "average_rate", "decode", "encode", "probe"]

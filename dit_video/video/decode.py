@@ -104,12 +104,26 @@ def probe(source: Path | bytes, *, see: Callable[[float, av.VideoFrame], None] |
         for timed in video.frames():
             if not count:
                 shown = shown_size(timed.frame, video.sample_aspect, video.name)
+                Pictures(video.name, video.sample_aspect, (8, 8))(timed.frame, timed.time)  # raises where decode would
             if see is not None:
                 see(timed.time, timed.frame)
             count, last = count + 1, timed.time
     if not count:
         raise _no_frames(video.name, 0.0)
-    return Facts(height=shown[0], width=shown[1], frames=count, fps=video.rate(count), seconds=last, codec=video.codec)
+    fps = average_rate(count, last, video.rate(count))
+    return Facts(height=shown[0], width=shown[1], frames=count, fps=fps, seconds=last, codec=video.codec)
+
+
+def average_rate(frames: int, seconds: float, said: float) -> float:
+    """Frames a second: what the container says, where its frames' times agree with it to half a frame.
+
+    Args:
+      frames: how many there are.
+      seconds: of the last one after the first.
+      said: by the container.
+    """
+    agrees = abs(seconds - (frames - 1) / said) <= 0.5 / said
+    return said if agrees or frames < 2 or seconds <= 0 else (frames - 1) / seconds
 
 
 def _wanted(size: Grid | None, frames: int | None, start: float, fps: float | int | None) -> int | None:

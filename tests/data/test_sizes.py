@@ -127,6 +127,7 @@ def test_a_variable_rate_is_sampled_by_time(tmp_path):
     source = ClipSource(tmp_path / "data")
     assert source.infos[0].seconds == pytest.approx(2.0)
     assert source.infos[0].frames == len(moments)
+    assert source.infos[0].fps == pytest.approx(6.0)  # on average, not what the container says
     limit = limits(max_frames=9, fps=5.0, multiple=Grid(2, 16, 16))
     assert sampled_frames(source.infos[0], limit) == 11
     clip = read_fitted(source, 0, limit, start=2)

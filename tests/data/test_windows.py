@@ -124,6 +124,28 @@ def test_a_data_set_smaller_than_a_batch(source):
     np.testing.assert_array_equal(windows[0], np.stack([numbered(5, 16, 16, 5)] * 3))
 
 
+def test_hosts_share_a_batch(source):
+    whole = take(source, 4)
+    stretches = Stretches(source, LIMITS)
+    shares = [Windows(stretches, CONFIG, seed=0, host=host, hosts=3) for host in range(3)]
+    for number, batch in enumerate(whole):
+        np.testing.assert_array_equal(np.concatenate([share[number] for share in shares]), batch)
+    with pytest.raises(UserError, match="batches of 3 are not divisible by 2 hosts"):
+        Windows(stretches, CONFIG, seed=0, hosts=2)
+
+
+def test_instead_of_a_damaged_clip_the_next_one_is_taken(source, monkeypatch):
+    whole, read = take(source, 6, cache_bytes=0), ClipSource.__getitem__
+    monkeypatch.setattr(ClipSource, "__getitem__", lambda self, index: b"x" if index == 1 else read(self, index))
+    for batch, before in zip(take(source, 6, cache_bytes=0), whole, strict=True):
+        numbers, expected = batch[:, 0, 0, 0, 0], before[:, 0, 0, 0, 0]
+        assert 1 not in numbers
+        np.testing.assert_array_equal(numbers[expected != 1], expected[expected != 1])
+    monkeypatch.setattr(ClipSource, "__getitem__", lambda self, index: b"x")
+    with pytest.raises(UserError, match="8 clips in a row can't be decoded"):
+        Windows(Stretches(source, LIMITS), CONFIG, seed=0)[0]
+
+
 def test_refusals(source):
     with pytest.raises(UserError, match=r"none of the 6 clips has a window of 17x16x16"):
         Windows(Stretches(source, LIMITS), WindowConfig(size=Grid(17, 16, 16), batch=1), seed=0)

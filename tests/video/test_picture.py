@@ -142,8 +142,9 @@ def test_limited_gray(write_video, textured):
 def test_colours_that_ffmpeg_cannot_convert(write_video, textured):
     for matrix in (8, 10, 14):  # YCgCo, constant-luminance BT.2020, ICtCp
         content = write_video(textured(1, 32, 32), pixel_format="yuv444p", colorspace=matrix)
-        with pytest.raises(DecodeError, match=r"convert it to BT\.709"):
-            decode(content)
+        for read in (probe, decode):
+            with pytest.raises(DecodeError, match=r"convert it to BT\.709"):
+                read(content)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import av
 import numpy as np
 import pytest
 
-from dit_video.errors import DecodeError
+from dit_video.errors import DecodeError, UserError
 from dit_video.video import decode, probe
 from dit_video.video.interlaced import progressive
 from dit_video.video.reading import Video
@@ -152,7 +152,7 @@ def test_a_clip_larger_than_memory_is_refused(write_video, monkeypatch):
     monkeypatch.setattr(sys.modules[decode.__module__], "MAX_BYTES", 10 * 32 * 48 * 3)
     content = write_video(counted(20), **X264, format="mp4")
     assert len(decode(content, frames=10).frames) == 10
-    with pytest.raises(ValueError, match="ask for fewer frames"):
+    with pytest.raises(UserError, match="ask for fewer frames"):
         decode(content)
 
 

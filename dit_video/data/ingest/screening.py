@@ -15,7 +15,7 @@ from dit_video.data.ingest.samples import Sample, Sampler
 from dit_video.data.ingest.shots import Cuts, Detector, Span, spans
 from dit_video.data.ingest.thumbnails import Pictures
 from dit_video.errors import UserError
-from dit_video.video import TOLERANCE, Facts, probe
+from dit_video.video import TOLERANCE, Facts, average_rate, probe
 from dit_video.video.reading import IMAGE_CODECS
 
 Number = float | int
@@ -220,11 +220,10 @@ def _whole(name: str, facts: Facts) -> Shot:
 
 
 def _part(name: str, watcher: _Watcher, span: Span) -> Shot:
-    """Some of a file's frames. Their rate is the file's where their times agree with it to half a frame."""
+    """Some of a file's frames."""
     facts, start, frames = watcher.facts, watcher.times[span.first], span.stop - span.first
-    seconds, fps = watcher.times[span.stop - 1] - start, watcher.facts.fps
-    if abs(seconds - (frames - 1) / fps) > 0.5 / fps and seconds > 0:
-        fps = (frames - 1) / seconds
+    seconds = watcher.times[span.stop - 1] - start
+    fps = average_rate(frames, seconds, facts.fps)
     return dataclasses.replace(_whole(name, facts), start=start, frames=frames, fps=fps, seconds=seconds)
 
 

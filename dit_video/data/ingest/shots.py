@@ -35,7 +35,7 @@ class Cuts:
             from scenedetect import AdaptiveDetector, ContentDetector, FrameTimecode
         except ModuleNotFoundError as error:
             raise UserError(
-                f"splitting at shot boundaries needs PySceneDetect ({error}); pip install 'dit-video[ingest]'"
+                f"splitting at shot boundaries needs PySceneDetect ({error}); pip install -e '.[ingest]'"
             ) from error
         level = THRESHOLDS[detector] if threshold is None else float(threshold)
         self._detector: Any
