@@ -96,16 +96,24 @@ def covers(sizes: Sequence[Grid], *, programs: int = PROGRAMS) -> list[Grid]:
     """
     if programs < 1:
         raise UserError(f"clips are encoded by programs={programs}; use at least 1")
-    different, counts = np.unique(np.asarray(sizes, np.int64).reshape(-1, 3), axis=0, return_counts=True)
-    while len(different) > programs:
-        merged = np.maximum(different[:, None], different[None])
+    unique, counts = np.unique(np.asarray(sizes, np.int64).reshape(-1, 3), axis=0, return_counts=True)
+    different, counts, alive = unique.astype(np.float64), counts.astype(np.float64), np.ones(len(unique), bool)
+
+    def added_by(index: int) -> np.ndarray:
+        """Pixels that a size's merger with every other one adds; infinite with itself and with what is merged."""
         pixels = different.prod(axis=1) * counts
-        added = merged.prod(axis=2) * (counts[:, None] + counts[None]) - pixels[:, None] - pixels[None]
-        added[np.diag_indices(len(added))] = np.iinfo(np.int64).max
-        one, other = sorted(np.unravel_index(np.argmin(added), added.shape))
-        different[one], counts[one] = merged[one, other], counts[one] + counts[other]
-        different, counts = np.delete(different, other, axis=0), np.delete(counts, other)
-    return sorted((Grid(*size) for size in different.tolist()), key=lambda size: (size.volume, size))
+        merged = np.maximum(different[index], different).prod(axis=1) * (counts[index] + counts)
+        return np.where(alive & (np.arange(len(alive)) != index), merged - pixels[index] - pixels, np.inf)
+
+    added = np.stack([added_by(index) for index in range(len(different))])
+    for _ in range(len(different) - programs):
+        one, other = sorted(divmod(int(np.argmin(added)), len(added)))
+        different[one], counts[one] = np.maximum(different[one], different[other]), counts[one] + counts[other]
+        alive[other] = False
+        added[other], added[:, other] = np.inf, np.inf
+        added[one] = added[:, one] = added_by(one)
+    left = different[alive].astype(np.int64).tolist()
+    return sorted((Grid(*size) for size in left), key=lambda size: (size.volume, size))
 
 
 def occupied(canvas: Canvas, sizes: Sequence[Grid], stride: Grid) -> Bool[np.ndarray, "h w"]:
