@@ -28,7 +28,7 @@ def scenes(*counts):
 def test_a_missing_package_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "scenedetect", None)
     content = encode(Clip(scene(COLOURS[0], 4), fps=10), "mp4")
-    with pytest.raises(UserError, match=r"pip install 'dit-video\[ingest\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[ingest\]'"):
         screen(content, "a", ScreeningConfig(shots="content"))
 
 
