@@ -68,7 +68,7 @@ def _ingest(clips: str | Path, destination: Path) -> None:
             name, reason = found[0]
             remark(f"{len(found)} files {what}, such as {name}: {reason}")
     if report.unlisted:
-        remark(f"{len(report.unlisted)} files that the list of captions does not name are left out")
+        remark(f"{len(report.unlisted)} files are no clips that the source lists, and are left out")
 
 
 def _link(place: Path, data: Path) -> None:

@@ -266,7 +266,7 @@ def test_what_cannot_be_decoded_is_set_aside_and_counted_and_the_run_goes_on(tin
     started.take(clips)
     said = capsys.readouterr().err
     assert f"2 files cannot be decoded and are set aside, such as clips/{damaged.name}: " in said
-    assert "1 files that the list of captions does not name are left out" in said
+    assert "1 files are no clips that the source lists, and are left out" in said
     assert len(started.clips) == tiny.COUNT - 2
     assert len(json.loads((tmp_path / "run" / "data" / "report.json").read_text())["quarantined"]) == 2
     assert len(started.encode_latents()) == tiny.COUNT - 2 - tiny.HELD_OUT

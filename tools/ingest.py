@@ -88,7 +88,7 @@ def _say(destination: str, report: IngestReport) -> None:
         print(f"{report.uncaptioned} without a caption: they train the unconditional model alone")
     if report.unlisted:
         shown = ", ".join(report.unlisted[:3]) + (", …" if len(report.unlisted) > 3 else "")
-        print(f"{len(report.unlisted)} files that the source's list doesn't name were left out: {shown}")
+        print(f"{len(report.unlisted)} files are no clips that the source lists, and were left out: {shown}")
     pairs = [*report.rejected, *report.quarantined, *report.dropped]
     for name, reason in pairs[:10]:
         print(f"set aside: {name}: {reason}")

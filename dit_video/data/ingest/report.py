@@ -51,7 +51,8 @@ class IngestReport:
     rejected: Reasons = ()
     """Entries of the source that cannot be clips, such as a tar's entry outside of it."""
     unlisted: tuple[str, ...] = ()
-    """Media files that the source's list doesn't name; they were left out, and are not among `files`."""
+    """Files that the source's list doesn't name, or without a list are neither clips nor captions; they were left out,
+    and are not among `files`."""
     format: str = "folder"
     """how the source was read"""
     splits: Mapping[str, int] = field(default_factory=dict)

@@ -50,6 +50,8 @@ def test_folder_with_caption_files(tmp_path):
             ".cache/hidden.mp4": b"",
             "._b.mp4": b"",
             "notes.md": "no clip",
+            "f.mov": b"",
+            "f.mov.txt": "by its whole name",
         },
     )
     listing = list_clips(tmp_path)
@@ -59,10 +61,12 @@ def test_folder_with_caption_files(tmp_path):
         "d.png": (),
         "e.dots.gif": ("dotted",),
         "sub/c.webm": ("zero", "one", "two"),
+        "f.mov": ("by its whole name",),
         "sub/d.mov": (),
     }
     assert list(captions(listing)) == sorted(captions(listing))
-    assert (listing.format, listing.unlisted, listing.rejected) == ("folder", (), ())
+    assert (listing.format, listing.rejected) == ("folder", ())
+    assert listing.unlisted == ("e.txt", "notes.md")
     clip = listing.clips[1]
     assert (clip.size, clip.offset, clip.split, clip.read()) == (10, None, "train", b"bytes of b")
 

@@ -26,18 +26,22 @@ def list_folder(scan: Scan) -> Listing:
         return _listed(scan, scan.source / lists[0])
     clips: list[Listed] = []
     rejected: list[tuple[str, str]] = []
-    beside = _caption_files(scan)
+    beside, used = _caption_files(scan), set(scan.media)
     for name in scan.media:
+        files = [*beside.get(os.path.splitext(name)[0], ()), *beside.get(name, ())]
+        used.update(files)
         try:
-            texts = _read_captions(scan, beside.get(os.path.splitext(name)[0], ()))
+            texts = _read_captions(scan, files)
             clips.append(scan.listed(name, texts))
         except Unusable as error:
             rejected.append((name, str(error)))
-    return finished(scan.source, "folder", clips, rejected=[*rejected, *scan.rejected])
+    unlisted = [name for name in scan.files if name not in used]
+    return finished(scan.source, "folder", clips, unlisted=unlisted, rejected=[*rejected, *scan.rejected])
 
 
 def _caption_files(scan: Scan) -> Mapping[str, Sequence[str]]:
-    """The caption files by what stands before their suffix; `clip.mp4` finds `clip.txt` and `clip.TXT`."""
+    """The caption files by what stands before their suffix: `clip.txt` and `clip.TXT` under `clip`, and `clip.mp4.txt`
+    under `clip.mp4`."""
     found: dict[str, list[str]] = {}
     for name in scan.files:
         if suffix_of(name) in captions.FILES:

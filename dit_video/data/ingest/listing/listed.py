@@ -51,7 +51,8 @@ class Listing(NamedTuple):
     clips: tuple[Listed, ...]
     """in the order of the source's list, or else of their names: the same on every machine"""
     unlisted: tuple[str, ...] = ()
-    """Media files that the source's list of clips doesn't name; they are left out."""
+    """Files that are left out: of a folder with a list the media that it doesn't name; without one all that is neither
+    a clip by its suffix nor a clip's caption."""
     rejected: tuple[tuple[str, str], ...] = ()
     """(name, reason) of what cannot be a clip: entries outside of their tar, captions that are not UTF-8, …"""
     format: Format = "folder"
