@@ -279,7 +279,15 @@ def newest(checkpoints):
 
 def interrupted(command, run, stage, *, step, environment):
     """Start a command, and press Ctrl-C once a stage has a checkpoint of at least `step`."""
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # What a shell starts in the background ignores Ctrl-C, and so do its children, these tests' too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         deadline = time.monotonic() + 900
         while newest(run / stage / "checkpoints") < step:
