@@ -13,6 +13,14 @@ from dit_video.errors import UserError, script, stop_if_interrupted
 from dit_video.training.logging import Progress
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as in a terminal: what a shell starts in the background ignores it, and these tests may be."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_a_user_error_is_one_line_and_exit_code_2(capsys):
     @script
     def main():
@@ -33,6 +41,7 @@ def test_other_errors_keep_their_traceback():
         main()
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_ctrl_c_that_falls_into_a_finalizer_still_stops_the_script(capsys):
     class Finalized:
         def __del__(self):
@@ -56,6 +65,7 @@ def test_a_ctrl_c_that_falls_into_a_finalizer_still_stops_the_script(capsys):
     assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted: the same command continues")
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_ctrl_c_that_is_dropped_stops_the_script_at_its_next_progress(capsys):
     reached = []
 
