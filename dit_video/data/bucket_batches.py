@@ -1,7 +1,7 @@
 """Batches of one size each from video files: the alternative to packed rows."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,8 +11,8 @@ from jaxtyping import Int32, UInt8, UInt32
 
 from dit_video import rng
 from dit_video.data.buckets import Buckets, BucketStream, Memory
-from dit_video.data.loader import Batches, Reading, read_ahead
-from dit_video.data.prefetch import ENDLESS, prefetch
+from dit_video.data.loader import Batches, Reading, encoded_ahead, read_ahead
+from dit_video.data.prefetch import ENDLESS
 from dit_video.data.rows import Encode, Tokenize, set_aside, tokenized_captions
 from dit_video.data.sizes import SizeLimits, sampled_fps, sampled_frames
 from dit_video.data.source import ClipInfo, ClipSource
@@ -48,10 +48,9 @@ class BucketConfig:
 class BucketBatches(Batches):
     """An endless iterator over this host's share of the batches. A batch has one clip a row, without padding."""
 
-    def __init__(self, batches: Any, stream: BucketStream, hash: str, close: Callable[[], None]):
+    def __init__(self, batches: Iterator[Rows], close: Callable[[], None], buckets: Buckets, plan: str):
         super().__init__(batches, close)
-        self.hash = hash
-        self._buckets = stream.buckets
+        self.hash, self._buckets = plan, buckets
 
     def summary(self, *, devices: int) -> dict[str, Any]:
         """The buckets, as JSON: what each holds, keeps and shows, and that nothing is dropped."""
@@ -118,14 +117,9 @@ def bucket_batches(
         latents = encode([clip for clip in one.clips if clip is not None])
         return _rows(one, latents, token_grid(latent_grid(one.size), patch), patch, channels, text)
 
-    batches = prefetch(map(batch, decoded))
-
-    def close() -> None:
-        batches.close()
-        decoded.close()
-
     facts = (stream.hash, source.infos, limits, patch)
-    return BucketBatches(batches, stream, hashlib.sha256(repr(facts).encode()).hexdigest()[:16], close)
+    plan = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+    return BucketBatches(*encoded_ahead(decoded, batch), buckets, plan)
 
 
 class _Decoded(NamedTuple):

@@ -5,6 +5,7 @@ their share, so a run continues at any step, on any number of hosts and workers,
 iterator state has an entry for each worker, and doesn't survive a change of their number.)
 """
 
+import abc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -84,15 +85,15 @@ class Batches(Iterator[Rows]):
         """End the threads and workers that read ahead."""
         self._close()
 
+    @abc.abstractmethod
     def summary(self, *, devices: int) -> dict[str, Any]:
         """What an epoch holds, as JSON."""
-        raise NotImplementedError
 
 
 class PackedBatches(Batches):
     """Batches of packed rows."""
 
-    def __init__(self, batches: Iterator[Rows], layout: Layout, reading: Reading, close: Callable[[], None]):
+    def __init__(self, batches: Iterator[Rows], close: Callable[[], None], layout: Layout, reading: Reading):
         super().__init__(batches, close)
         self._layout, self._reading = layout, reading
         self.hash = layout.hash
@@ -151,7 +152,7 @@ def packed_batches(
     )
     rows = LatentRows(source, layout, patch, cache_bytes=reading.cache_bytes // max(1, reading.workers))
     ahead = read_ahead(_shared(rows, reading, _stacked), reading)
-    return PackedBatches(ahead, layout, reading, ahead.close)
+    return PackedBatches(ahead, ahead.close, layout, reading)
 
 
 def encoded_batches(
@@ -199,13 +200,7 @@ def encoded_batches(
         latents = iter(encode([clip for row in rows for clip in row.clips if clip is not None]))
         return _stacked([encoded_row(row, latents, layout, patch, channels=channels) for row in rows])
 
-    batches = prefetch(map(batch, decoded))
-
-    def close() -> None:
-        batches.close()
-        decoded.close()
-
-    return PackedBatches(batches, layout, reading, close)
+    return PackedBatches(*encoded_ahead(decoded, batch), layout, reading)
 
 
 def _shared(rows: Any, reading: Reading, batch_of: Callable[[list], Any]) -> grain.MapDataset:
@@ -225,6 +220,19 @@ def read_ahead(batches: grain.MapDataset, reading: Reading) -> grain.DatasetIter
     if reading.workers:
         ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=reading.workers, per_worker_buffer_size=2))
     return iter(ahead)
+
+
+def encoded_ahead(
+    decoded: grain.DatasetIterator, batch: Callable[[Any], Rows]
+) -> tuple[Iterator[Rows], Callable[[], None]]:
+    """Batches of what was decoded, made by a thread of this process, and what ends it and those that decode."""
+    batches = prefetch(map(batch, decoded))
+
+    def close() -> None:
+        batches.close()
+        decoded.close()
+
+    return batches, close
 
 
 def _stacked(rows: list[Rows]) -> Rows:

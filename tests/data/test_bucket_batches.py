@@ -12,26 +12,12 @@ from dit_video.data.sizes import SizeLimits, fit
 from dit_video.data.source import ClipInfo, ClipSource
 from dit_video.errors import UserError
 from dit_video.tokens import Grid, coordinates, token_grid, unpatchify
+from stand_ins import pooled, tokenize
 
 PATCH = Grid(1, 2, 2)
 LIMITS = SizeLimits(max_pixels=32 * 48, max_frames=9, multiple=Grid(4, 16, 16))
 SIZES = (Grid(17, 32, 32), Grid(9, 32, 48), Grid(9, 48, 32), Grid(1, 32, 32))
 TEXT = 40
-
-
-def tokenize(caption: str) -> np.ndarray:
-    return np.frombuffer(caption.encode(), np.uint8).astype(np.int32) + 3
-
-
-def pooled(clips):
-    """Stands for an autoencoder of stride 4x8x8: the mean of every patch, the first frame for itself."""
-    return [
-        np.concatenate([clip[:1], clip[1:].reshape(-1, 4, *clip.shape[1:]).mean(1)])
-        .reshape(1 + len(clip) // 4, clip.shape[1] // 8, 8, clip.shape[2] // 8, 8, 3)
-        .mean((2, 4))
-        .astype(np.float32)
-        for clip in clips
-    ]
 
 
 def latents_of(size):

@@ -17,13 +17,10 @@ from dit_video.data.sizes import SizeLimits
 from dit_video.data.source import ClipSource
 from dit_video.errors import DecodeError, UserError
 from dit_video.tokens import Grid, RowShape, coordinates, patchify, unpack
+from stand_ins import pooled, tokenize
 
 PATCH = Grid(1, 2, 2)
 SHAPE = RowShape(tokens=64, text=256, segments=16)
-
-
-def tokenize(caption: str) -> np.ndarray:
-    return np.frombuffer(caption.encode(), np.uint8).astype(np.int32) + 3
 
 
 @pytest.fixture(scope="module")
@@ -229,17 +226,6 @@ def test_a_damaged_example_keeps_its_place_and_does_not_count(source, monkeypatc
 # --- from video files -----------------------------------------------------------------------------------------------
 
 LIMITS = SizeLimits(max_pixels=32 * 32, max_frames=5, multiple=Grid(4, 16, 16))
-
-
-def pooled(clips):
-    """Stands for an autoencoder of stride 4x8x8: the mean of every patch, the first frame for itself."""
-    return [
-        np.concatenate([clip[:1], clip[1:].reshape(-1, 4, *clip.shape[1:]).mean(1)])
-        .reshape(1 + len(clip) // 4, clip.shape[1] // 8, 8, clip.shape[2] // 8, 8, 3)
-        .mean((2, 4))
-        .astype(np.float32)
-        for clip in clips
-    ]
 
 
 @pytest.fixture(scope="module")

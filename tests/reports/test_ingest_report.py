@@ -1,7 +1,6 @@
 """The page of an ingested data set: everything is on it, and the same data set gives the same page."""
 
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -10,34 +9,7 @@ from dit_video.data.ingest import IngestConfig, ScreeningConfig, ingest
 from dit_video.errors import MissingError
 from dit_video.reports.ingest_report import write_ingest_report
 from dit_video.video import Clip
-
-VOID = {"img", "meta", "link", "br", "hr", "input"}
-HOSTILE = "\"><script>alert('x')</script><img src=http://evil.example/x onerror=alert(1)> & </style>"
-
-
-class Page(HTMLParser):
-    """Collects elements, and fails on a tag that isn't closed in order."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.elements, self.open, self.text = [], [], []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text.append(data)
-
-    def of(self, tag):
-        return [attributes for name, attributes in self.elements if name == tag]
+from page import HOSTILE, Page
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 import base64
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -8,34 +7,7 @@ import pytest
 from dit_video.errors import UserError
 from dit_video.reports import Chart, Command, Curve, Figure, Reconstruction, Report, Sample, write_report
 from dit_video.video import Clip
-
-VOID = {"img", "meta", "link", "br", "hr", "input"}
-HOSTILE = "\"><script>alert('x')</script><img src=http://evil.example/x onerror=alert(1)> & </style>"
-
-
-class Page(HTMLParser):
-    """Collects elements, and fails on a tag that isn't closed in order."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.elements, self.open, self.text = [], [], []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text.append(data)
-
-    def of(self, tag, **attributes):
-        return [a for t, a in self.elements if t == tag and all(a.get(k) == v for k, v in attributes.items())]
+from page import HOSTILE, Page
 
 
 def clip(frames=3, height=32, width=32, caption="a red circle", seed=0):
