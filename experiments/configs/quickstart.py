@@ -51,7 +51,7 @@ def experiment(seed: int = 0, *, brief: bool = False) -> Experiment:
         denoiser=DenoiserTraining(
             dit=DitConfig(channels=8, context_width=64, patch=Grid(1, 2, 2), width=176, layers=4, heads=4),
             text=ByteEncoderConfig(width=64, layers=1, max_tokens=64),
-            rows=RowShape(tokens=120, text=208, segments=12),
+            rows=RowShape(tokens=120, text=224, segments=12),
             batch=8,
             optimizer=OptimizerConfig(
                 kind="muon", learning_rate=3e-3, matrix_scale=0.5, schedule="wsd", warmup=50, b2=0.99
