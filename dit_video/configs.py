@@ -1,12 +1,14 @@
 """Frozen, keyword-only dataclasses to JSON and back.
 
-A config is written as an object with the key `type`, its class's qualified name; it is rebuilt by that name, and only
-from inside `dit_video`, so that a config file can never run foreign code. Tuples are written as lists and come back as
+A config is written as an object with the key `type`, its class's qualified name in the package that exports it (so that
+a class may move inside its package); it is rebuilt by that name, and only from inside `dit_video`, so that a config
+file can never run foreign code. Tuples are written as lists and come back as
 tuples (a config holds no lists), or as the NamedTuple that the field is annotated with.
 """
 
 import dataclasses
 import importlib
+import sys
 import types
 import typing
 from typing import Any
@@ -27,7 +29,7 @@ def to_json(value: Any) -> Any:
         if cls.__module__.split(".")[0] != _PACKAGE:
             raise TypeError(f"{cls.__module__}.{cls.__qualname__} lies outside {_PACKAGE}")
         fields = {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return {"type": f"{cls.__module__}:{cls.__qualname__}", **fields}
+        return {"type": f"{_home(cls)}:{cls.__qualname__}", **fields}
     if isinstance(value, tuple):
         return [to_json(item) for item in value]
     if isinstance(value, dict):
@@ -71,8 +73,20 @@ def from_json(value: Any) -> Any:
     return cls(**values)
 
 
+def _home(cls: type) -> str:
+    """The module that a class is known by: the outermost package that exports it, its own if none does."""
+    parts = cls.__module__.split(".")
+    for length in range(2, len(parts)):
+        package = ".".join(parts[:length])
+        if getattr(sys.modules[package], cls.__qualname__, None) is cls:
+            return package
+    return cls.__module__
+
+
 def _named(hint: Any, value: Any) -> Any:
-    """A tuple as the NamedTuple that the field holds."""
+    """A tuple as the NamedTuple that the field holds, or tuples as those that it holds several of."""
+    if typing.get_origin(hint) is tuple and typing.get_args(hint)[1:] == (...,) and isinstance(value, tuple):
+        return tuple(_named(typing.get_args(hint)[0], item) for item in value)
     fields = getattr(hint, "_fields", None)
     if fields is None or not isinstance(value, tuple):
         return value

@@ -121,7 +121,7 @@ def circle(edges: dict[str, set[str]]) -> set[str]:
     [
         ("dit_video.dit.model", "from dit_video.training import step"),
         ("dit_video.dit.model", "from dit_video import training"),
-        ("dit_video.dit.model", "import dit_video.autoencoder.causal"),
+        ("dit_video.dit.model", "import dit_video.autoencoder.vae"),
         ("dit_video.dit.model", "def build():\n    from dit_video.text import encoder"),
         ("dit_video.dit.model", "from ..text import encoder"),
         ("dit_video.dit.model", "from dit_video import load"),

@@ -219,7 +219,7 @@ def test_a_config_comes_back_through_json():
         "no": None,
     }
     written = json.loads(json.dumps(configs.to_json(value)))
-    assert written["row"]["type"] == "dit_video.tokens.packing:RowShape"
+    assert written["row"]["type"] == "dit_video.tokens:RowShape"
     assert configs.from_json(written) == value
 
 

@@ -1,22 +1,26 @@
 """Clips to latents and back."""
 
 from dit_video.autoencoder.canvas import Canvas, Place, arrange, covers, occupied, padding
-from dit_video.autoencoder.causal import (
+from dit_video.autoencoder.interface import Autoencoder, AutoencoderConfig, clip_grid, latent_grid
+from dit_video.autoencoder.linear import LinearAutoencoder, fit_linear
+from dit_video.autoencoder.patch_vae import (
     PatchVae,
     PatchVaeConfig,
-    Posterior,
     from_patches,
     start_from_linear,
     to_patches,
 )
-from dit_video.autoencoder.interface import Autoencoder, AutoencoderConfig, clip_grid, latent_grid
-from dit_video.autoencoder.linear import LinearAutoencoder, fit_linear
+from dit_video.autoencoder.posterior import Normalizer, Posterior
+from dit_video.autoencoder.vae import CausalVae, CausalVaeConfig
 
 __all__ = [
     "Autoencoder",
     "AutoencoderConfig",
     "Canvas",
+    "CausalVae",
+    "CausalVaeConfig",
     "LinearAutoencoder",
+    "Normalizer",
     "PatchVae",
     "PatchVaeConfig",
     "Place",

@@ -3,9 +3,10 @@
 from typing import Protocol, runtime_checkable
 
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from dit_video.errors import UserError
+from dit_video.nn import Memory
 from dit_video.tokens import Grid
 
 
@@ -14,12 +15,21 @@ class Autoencoder(Protocol):
     """Clips to latents and back. Latents are normalised: about zero mean and unit variance in every channel."""
 
     def encode(
-        self, pixels: Float[Array, "B T H W 3"], inside: Bool[Array, "B h w"] | None = None
+        self,
+        pixels: Float[Array, "B T H W 3"],
+        inside: Int[Array, "B h w"] | Bool[Array, "B h w"] | None = None,
+        memory: Memory | None = None,
     ) -> Float[Array, "B t h w c"]:
-        """`inside`: which latent positions belong to a clip; those of several, a position apart, share a canvas."""
+        """Of a clip, or of a chunk of one with what was kept of the chunk before.
+
+        `inside` says which clip each latent position belongs to, of several that share a canvas, a position apart:
+        1, 2, …, and 0 for none.
+        """
         ...
 
-    def decode(self, latents: Float[Array, "B t h w c"]) -> Float[Array, "B T H W 3"]: ...
+    def decode(self, latents: Float[Array, "B t h w c"], memory: Memory | None = None) -> Float[Array, "B T H W 3"]:
+        """Of a clip, or of a chunk of one with what was kept of the chunk before."""
+        ...
 
 
 @runtime_checkable
@@ -55,6 +65,24 @@ def latent_grid(clip: Grid, stride: Grid) -> Grid:
                 f"{name} {length} is not divisible by the spatial stride {step}; use {below} or {below + step}"
             )
     return Grid(1 + (clip.t - 1) // stride.t, clip.h // stride.h, clip.w // stride.w)
+
+
+def chunk_grid(chunk: Grid, stride: Grid, *, begins: bool) -> Grid:
+    """The latent size of a chunk of a clip: its start, or frames that follow it.
+
+    Raises:
+      UserError: a start that `latent_grid` refuses, or frames after it that are no multiple of the temporal stride.
+    """
+    if begins:
+        return latent_grid(chunk, stride)
+    if chunk.t < 1 or chunk.t % stride.t:
+        below = max(stride.t, chunk.t - chunk.t % stride.t)
+        raise UserError(
+            f"a chunk of {chunk.t} frames after a clip's first is not divisible by the temporal stride {stride.t}; "
+            f"use {below} or {below + stride.t}"
+        )
+    alone = latent_grid(Grid(1, chunk.h, chunk.w), stride)
+    return alone._replace(t=chunk.t // stride.t)
 
 
 def clip_grid(latents: Grid, stride: Grid) -> Grid:

@@ -2,7 +2,7 @@
 
 from dit_video.nn.attention import Attention, Backend, make_attention
 from dit_video.nn.container import Make, graph_of, init_params, param_shapes
-from dit_video.nn.conv import CausalConv
+from dit_video.nn.conv import CausalConv, Form, Memory, Past, with_past
 from dit_video.nn.embeddings import sinusoidal
 from dit_video.nn.linear import Linear
 from dit_video.nn.modulation import modulate
@@ -13,9 +13,12 @@ __all__ = [
     "Attention",
     "Backend",
     "CausalConv",
+    "Form",
     "LayerNorm",
     "Linear",
     "Make",
+    "Memory",
+    "Past",
     "Remat",
     "RmsNorm",
     "apply_stack",
@@ -27,4 +30,5 @@ __all__ = [
     "modulate",
     "param_shapes",
     "sinusoidal",
+    "with_past",
 ]

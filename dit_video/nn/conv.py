@@ -1,4 +1,11 @@
-"""Causal convolution over (t, h, w): an output frame sees its own and earlier frames only."""
+"""Causal convolution over (t, h, w): an output frame sees its own and earlier frames only.
+
+A clip may be given whole or in chunks, one after the other. What a layer needs of the chunks before goes through a
+`Memory`, so that the chunks' outputs are those of the whole clip.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -7,13 +14,70 @@ from jaxtyping import Array, Float
 
 from dit_video.nn.linear import Init, initial
 
+Past = Literal["first", "zero"]
+"""What lies before a clip: its first frame, again and again, or zeros."""
+Form = Literal["auto", "offsets", "stacked", "native"]
+"""How a convolution is computed; see `CausalConv`."""
+
+_NARROW = 48
+"""Channels below which the CPU stacks time offsets: measured at 32 (1.6 times faster) and 64 (1.2 times slower)."""
+
+
+class Memory:
+    """What causal layers keep of a chunk of a clip for the next one, in the order in which they are called.
+
+    One object serves one call of a model on one chunk: `Memory()` for a clip's first chunk, `Memory(before.kept)` for
+    those that follow. `kept` is a tuple of arrays, so that it can leave and enter `jax.jit`.
+    """
+
+    def __init__(self, past: Sequence[Array] | None = None):
+        self.begins = past is None
+        """whether this is the clip's first chunk"""
+        self._past, self._kept = list(past or ()), []
+
+    @property
+    def kept(self) -> tuple[Array, ...]:
+        """What the next chunk needs."""
+        return tuple(self._kept)
+
+    def exchange(self, start: Array, chunk: Array) -> Array:
+        """A chunk with what was kept of the one before, or with `start` if there is none; its end is kept.
+
+        Args:
+          start: `n` frames that lie before the clip.
+          chunk: any number of frames, none too.
+
+        Returns:
+          `n` frames, and the chunk after them.
+        """
+        frames = start.shape[1]
+        longer = jnp.concatenate([start if self.begins else self._past.pop(0), chunk], axis=1)
+        self._kept.append(longer[:, longer.shape[1] - frames :])
+        return longer
+
+
+def with_past(
+    x: Float[Array, "B t h w i"], frames: int, memory: Memory | None, past: Past
+) -> Float[Array, "B _ h w i"]:
+    """A clip, or a chunk of one, with the `frames` frames that come before it."""
+    if frames == 0:
+        return x
+    start = jnp.repeat(x[:, :1], frames, axis=1)
+    if past == "zero":
+        start = jnp.zeros_like(start)
+    return jnp.concatenate([start, x], axis=1) if memory is None else memory.exchange(start, x)
+
 
 class CausalConv(nnx.Module):
-    """A 3-D convolution of odd spatial kernel, zero-padded in space and padded with its first frame in the past.
+    """A 3-D convolution of odd spatial kernel, zero-padded in space.
 
-    Padding with the first frame makes an image the same as a still video, so that the first frame needs no special
-    case. It is computed as 2-D convolutions over the time offsets: XLA's CPU backward pass of the 3-D primitive is
-    2.4 times slower, and on other backends the two are equal work.
+    In time it is padded with the clip's first frame (`past="first"`: an image is then the same as a still video), or
+    with zeros. With `stride` 2 height and width are halved, the padding being below and to the right alone, as Stable
+    Diffusion's autoencoder has it.
+
+    `form` chooses how it is computed: `offsets` as one 2-D convolution for each time offset, summed; `stacked` as one
+    2-D convolution over the offsets as channels; `native` as a 3-D convolution, whose backward pass is 2.4 times slower
+    on XLA's CPU; `auto` takes what was measured fastest for the platform and width.
     """
 
     def __init__(
@@ -22,6 +86,9 @@ class CausalConv(nnx.Module):
         channels_out: int,
         kernel: tuple[int, int, int],
         *,
+        stride: Literal[1, 2] = 1,
+        past: Past = "first",
+        form: Form = "auto",
         init: Init = "xavier",
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
@@ -31,25 +98,59 @@ class CausalConv(nnx.Module):
         fan = (volume * channels_in, volume * channels_out)
         self.kernel = nnx.Param(initial(init, rngs.params(), shape, fan=fan))
         self.bias = nnx.Param(jnp.zeros((channels_out,), jnp.float32))
-        self.dtype = dtype
+        self.stride, self.past, self.form, self.dtype = stride, past, form, dtype
 
-    def __call__(self, x: Float[Array, "B t h w i"]) -> Float[Array, "B t h w o"]:
-        kernel = self.kernel[...].astype(self.dtype)
+    def __call__(self, x: Float[Array, "B t h w i"], memory: Memory | None = None) -> Float[Array, "B t _ _ o"]:
+        padded = with_past(x.astype(self.dtype), self.kernel.shape[0] - 1, memory, self.past)
+        return self.valid(padded)
+
+    def valid(self, x: Float[Array, "B _ h w i"], *, step: int = 1) -> Float[Array, "B _ _ _ o"]:
+        """Without padding in time: an output for every `step`-th run of as many frames as the kernel has."""
+        kernel = jnp.asarray(self.kernel[...], self.dtype)
         x = x.astype(self.dtype)
-        length = x.shape[1]
-        past = jnp.repeat(x[:, :1], kernel.shape[0] - 1, axis=1)
-        padded = jnp.concatenate([past, x], axis=1) if kernel.shape[0] > 1 else x
-        convolve = _pointwise if kernel.shape[1:3] == (1, 1) else _spatial
-        y = sum(convolve(padded[:, offset : offset + length], kernel[offset]) for offset in range(kernel.shape[0]))
+        length = (x.shape[1] - kernel.shape[0]) // step + 1
+        last = (length - 1) * step + 1
+        offsets = [x[:, offset : offset + last : step] for offset in range(kernel.shape[0])]
+        match self._form():
+            case "native":
+                y = self._native(x, kernel, step)
+            case "stacked":
+                merged = jnp.moveaxis(kernel, 0, 2).reshape(*kernel.shape[1:3], -1, kernel.shape[-1])
+                y = self._spatial(jnp.concatenate(offsets, axis=-1), merged)
+            case _:
+                y = sum(self._spatial(frames, part) for frames, part in zip(offsets, kernel, strict=True))
         return y + self.bias[...].astype(self.dtype)
 
+    def _form(self) -> Form:
+        if self.form != "auto":
+            return self.form
+        if self.kernel.shape[0] == 1:
+            return "offsets"
+        if jax.default_backend() != "cpu":
+            return "native"
+        return "stacked" if self.kernel.shape[3] < _NARROW else "offsets"
 
-def _spatial(x: Float[Array, "B t h w i"], kernel: Float[Array, "kh kw i o"]) -> Float[Array, "B t h w o"]:
-    batch, length = x.shape[:2]
-    flat = x.reshape(batch * length, *x.shape[2:])
-    y = jax.lax.conv_general_dilated(flat, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    return y.reshape(batch, length, *y.shape[1:])
+    def _spatial(self, x: Float[Array, "B t h w i"], kernel: Float[Array, "kh kw i o"]) -> Float[Array, "B t _ _ o"]:
+        if kernel.shape[:2] == (1, 1):
+            return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], kernel.shape[-1])
+        batch, length = x.shape[:2]
+        y = jax.lax.conv_general_dilated(
+            x.reshape(batch * length, *x.shape[2:]),
+            kernel,
+            (self.stride, self.stride),
+            self._padding(kernel.shape[:2]),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return y.reshape(batch, length, *y.shape[1:])
 
+    def _native(self, x: Float[Array, "B t h w i"], kernel: Array, step: int) -> Float[Array, "B _ _ _ o"]:
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (step, self.stride, self.stride),
+            ((0, 0), *self._padding(kernel.shape[1:3])),
+            dimension_numbers=("NTHWC", "THWIO", "NTHWC"),
+        )
 
-def _pointwise(x: Float[Array, "B t h w i"], kernel: Float[Array, "1 1 i o"]) -> Float[Array, "B t h w o"]:
-    return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], kernel.shape[-1])
+    def _padding(self, kernel: tuple[int, ...]) -> list[tuple[int, int]]:
+        return [(size // 2, size // 2) if self.stride == 1 else (0, size // 2) for size in kernel]

@@ -57,10 +57,10 @@ def save(
     arrays = trees.flatten(tree)
     if len(arrays) != len(jax.tree.leaves(tree)):
         raise ValueError("two arrays have one name: keys must not contain '/'")
-    dtypes = {name: _stored(array.dtype, dtype) for name, array in arrays.items()}
-    for name, stored in dtypes.items():
-        if stored.name not in _DTYPES:
-            raise ValueError(f"{name} has dtype {stored.name}, which a safetensors file cannot hold here")
+    dtypes = {name: stored(array.dtype, dtype) for name, array in arrays.items()}
+    for name, kept in dtypes.items():
+        if kept.name not in _DTYPES:
+            raise ValueError(f"{name} has dtype {kept.name}, which a safetensors file cannot hold here")
     # Wide dtypes first: every array then starts at a multiple of its item size.
     order = sorted(arrays, key=lambda name: (-dtypes[name].itemsize, name))
     header: dict[str, Any] = {}
@@ -94,19 +94,19 @@ def load(path: str | os.PathLike, *, like: Any = None, dtype: Any = np.float32) 
       UserError: a pickled, truncated or corrupt file, or one whose tensors are not those of `like`.
     """
     path = Path(path)
-    _refuse(path)
+    refuse(path)
     arrays: dict[str, np.ndarray] = {}
     try:
         with safetensors.safe_open(os.fspath(path), framework="np") as file:
             names = list(file.keys())
             if like is not None:
                 shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-                _match(path, shapes, {name: tuple(leaf.shape) for name, leaf in trees.flatten(like).items()})
+                match(path, shapes, {name: tuple(leaf.shape) for name, leaf in trees.flatten(like).items()})
             for name in names:
                 array = file.get_tensor(name)
-                arrays[name] = array.astype(_stored(array.dtype, dtype), copy=False)
+                arrays[name] = array.astype(stored(array.dtype, dtype), copy=False)
     except safetensors.SafetensorError as error:
-        raise _corrupt(path, error) from error
+        raise corrupt(path, error) from error
     except AttributeError as error:  # what the library raises for a dtype that NumPy lacks
         raise UserError(
             f"{path} holds a dtype that is not read here ({error}); convert it to bfloat16 first"
@@ -124,15 +124,15 @@ def load_metadata(path: str | os.PathLike) -> dict[str, str]:
       UserError: a pickled, truncated or corrupt file.
     """
     path = Path(path)
-    _refuse(path)
+    refuse(path)
     try:
         with safetensors.safe_open(os.fspath(path), framework="np") as file:
             return dict(file.metadata() or {})
     except safetensors.SafetensorError as error:
-        raise _corrupt(path, error) from error
+        raise corrupt(path, error) from error
 
 
-def _stored(given: Any, cast: Any) -> np.dtype:
+def stored(given: Any, cast: Any) -> np.dtype:
     """The dtype after casting floating arrays to `cast`."""
     return np.dtype(given if cast is None or not jnp.issubdtype(given, jnp.floating) else cast)
 
@@ -144,7 +144,7 @@ def _write_header(file: BinaryIO, header: dict[str, Any]) -> None:
     file.write(text)
 
 
-def _refuse(path: Path) -> None:
+def refuse(path: Path) -> None:
     """Raise for a path that is no file, and for a pickle: reading one can run any code."""
     if not path.is_file():
         raise MissingError(f"no such file: {path}; give the path of a .safetensors file")
@@ -161,7 +161,7 @@ def _refuse(path: Path) -> None:
         )
 
 
-def _match(path: Path, given: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
+def match(path: Path, given: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
     """Raise one error that names every kind of difference."""
     missing = [name for name in wanted if name not in given]
     unexpected = sorted(given.keys() - wanted.keys())
@@ -181,5 +181,5 @@ def _listing(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN] + more)
 
 
-def _corrupt(path: Path, error: Exception) -> UserError:
+def corrupt(path: Path, error: Exception) -> UserError:
     return UserError(f"{path} is not a whole safetensors file ({error}); copy or download it again")

@@ -7,16 +7,17 @@ starts where the best linear autoencoder ends.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from dit_video.autoencoder.linear import LinearAutoencoder
 from dit_video.autoencoder.patches import from_patches, to_patches
-from dit_video.nn import CausalConv, Linear, RmsNorm
+from dit_video.autoencoder.posterior import Normalizer, Posterior
+from dit_video.nn import CausalConv, Linear, Memory, RmsNorm
 from dit_video.tokens import Grid
 
 
@@ -34,22 +35,6 @@ class PatchVaeConfig:
         return PatchVae(self, rngs=rngs)
 
 
-class Posterior(NamedTuple):
-    """A diagonal normal over (unnormalised) latents."""
-
-    mean: Float[Array, "B t h w c"]
-    log_variance: Float[Array, "B t h w c"]
-
-    def sample(self, noise: Float[Array, "B t h w c"]) -> Float[Array, "B t h w c"]:
-        """Latents from standard normal noise."""
-        return self.mean + jnp.exp(0.5 * self.log_variance) * noise
-
-    def kl(self) -> Float[Array, " B"]:
-        """Divergence from the standard normal in nats, summed over channels, averaged over positions."""
-        values = 0.5 * (jnp.square(self.mean) + jnp.exp(self.log_variance) - 1 - self.log_variance)
-        return values.sum(axis=-1).mean(axis=(1, 2, 3))
-
-
 class PatchVae(nnx.Module):
     """Pixels in [-1, 1] to normalised latents and back."""
 
@@ -57,7 +42,7 @@ class PatchVae(nnx.Module):
         self.config = config
         width, channels, values = config.width, config.channels, config.stride.volume * 3
         self.linear = _LinearPath(values, channels, rngs=rngs)
-        self.normalizer = _Normalizer(channels)
+        self.normalizer = Normalizer(channels)
         self.encoder_in = Linear(values, width, rngs=rngs)
         self.encoder = nnx.List([_Block(width, rngs=rngs) for _ in range(config.blocks)])
         self.encoder_out = Linear(width, 2 * channels, init="zero", rngs=rngs)
@@ -65,41 +50,54 @@ class PatchVae(nnx.Module):
         self.decoder = nnx.List([_Block(width, rngs=rngs) for _ in range(config.blocks)])
         self.decoder_out = Linear(width, values, init="zero", rngs=rngs)
 
-    def posterior(self, pixels: Float[Array, "B T H W 3"], inside: Bool[Array, "B h w"] | None = None) -> Posterior:
-        """The distribution of latents, before normalisation."""
-        patches = to_patches(pixels, self.config.stride)
+    def posterior(
+        self,
+        pixels: Float[Array, "B T H W 3"],
+        inside: Int[Array, "B h w"] | Bool[Array, "B h w"] | None = None,
+        memory: Memory | None = None,
+    ) -> Posterior:
+        """The distribution of latents, before normalisation. See `encode` for the arguments."""
+        patches = to_patches(pixels, self.config.stride, begins=memory is None or memory.begins)
         x = self.encoder_in(patches)
         for block in self.encoder:
-            x = block(x, inside)
+            x = block(x, memory, inside)
         mean, log_variance = jnp.split(self.encoder_out(x), 2, axis=-1)
         # Starts at a standard deviation of 0.05: noise that the decoder can learn to see through.
         return Posterior(self.linear.encode(patches) + mean, jnp.clip(log_variance - 6.0, -12.0, 2.0))
 
-    def reconstruct(self, latents: Float[Array, "B t h w c"]) -> Float[Array, "B T H W 3"]:
+    def reconstruct(
+        self, latents: Float[Array, "B t h w c"], memory: Memory | None = None
+    ) -> Float[Array, "B T H W 3"]:
         """Pixels from latents that are not normalised."""
         x = self.decoder_in(latents)
         for block in self.decoder:
-            x = block(x)
-        return from_patches(self.linear.decode(latents) + self.decoder_out(x), self.config.stride)
+            x = block(x, memory)
+        patches = self.linear.decode(latents) + self.decoder_out(x)
+        return from_patches(patches, self.config.stride, begins=memory is None or memory.begins)
 
     def encode(
-        self, pixels: Float[Array, "B T H W 3"], inside: Bool[Array, "B h w"] | None = None
+        self,
+        pixels: Float[Array, "B T H W 3"],
+        inside: Int[Array, "B h w"] | Bool[Array, "B h w"] | None = None,
+        memory: Memory | None = None,
     ) -> Float[Array, "B t h w c"]:
         """Normalised latents: the posterior's mean.
 
         Args:
-          pixels: clips, or canvases that several clips share; see `dit_video.autoencoder.canvas`.
-          inside: which latent positions belong to a clip; None for all. Clips on a canvas, one position or more apart,
-            do not see each other: they get the latents that they get alone.
+          pixels: clips, canvases that several clips share (see `dit_video.autoencoder.canvas`), or a chunk of them:
+            1 + k * temporal stride frames of a clip's start, then multiples of the temporal stride.
+          inside: which latent positions belong to a clip, those that are not 0; None for all. Clips on a canvas, one
+            position or more apart, do not see each other: they get the latents that they get alone.
+          memory: of the chunk before.
 
         Raises:
           UserError: a size that does not fit the stride.
         """
-        return self.normalizer.normalize(self.posterior(pixels, inside).mean)
+        return self.normalizer.normalize(self.posterior(pixels, inside, memory).mean)
 
-    def decode(self, latents: Float[Array, "B t h w c"]) -> Float[Array, "B T H W 3"]:
-        """Pixels, about in [-1, 1], from normalised latents."""
-        return self.reconstruct(self.normalizer.restore(latents))
+    def decode(self, latents: Float[Array, "B t h w c"], memory: Memory | None = None) -> Float[Array, "B T H W 3"]:
+        """Pixels, about in [-1, 1], from normalised latents: of a clip, or of a chunk of one."""
+        return self.reconstruct(self.normalizer.restore(latents), memory)
 
 
 class _LinearPath(nnx.Module):
@@ -129,20 +127,6 @@ def start_from_linear(params: dict[str, Any], linear: LinearAutoencoder) -> dict
     }
 
 
-class _Normalizer(nnx.Module):
-    """Mean and standard deviation of each latent channel, measured on the training set after training."""
-
-    def __init__(self, channels: int):
-        self.mean = nnx.Param(jnp.zeros((channels,), jnp.float32))
-        self.std = nnx.Param(jnp.ones((channels,), jnp.float32))
-
-    def normalize(self, latents: Float[Array, "B t h w c"]) -> Float[Array, "B t h w c"]:
-        return (latents - self.mean[...]) / self.std[...]
-
-    def restore(self, latents: Float[Array, "B t h w c"]) -> Float[Array, "B t h w c"]:
-        return latents * self.std[...] + self.mean[...]
-
-
 class _Block(nnx.Module):
     """Space, then time: two causal convolutions, each residual."""
 
@@ -154,10 +138,10 @@ class _Block(nnx.Module):
         self.out = Linear(width, width, init="zero", rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B t h w D"], inside: Bool[Array, "B h w"] | None = None
+        self, x: Float[Array, "B t h w D"], memory: Memory | None = None, inside: Array | None = None
     ) -> Float[Array, "B t h w D"]:
         y = self.norm_space(x)
         if inside is not None:  # zeros are what the convolution sees beyond a clip's border
-            y = jnp.where(inside[:, None, :, :, None], y, 0)
+            y = jnp.where(inside[:, None, :, :, None] != 0, y, 0)
         x = x + self.mix(jax.nn.silu(self.space(y)))
-        return x + self.out(jax.nn.silu(self.time(self.norm_time(x))))
+        return x + self.out(jax.nn.silu(self.time(self.norm_time(x), memory)))

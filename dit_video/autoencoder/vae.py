@@ -1,0 +1,291 @@
+"""A causal convolutional variational autoencoder, of which Wan's two are configurations.
+
+Resolution levels of residual blocks, attention in the middle (arXiv 2503.20314, section 4.1). With `shortcuts`, every
+level has a parameter-free path beside it, as in the autoencoder of Wan 2.2 (after DC-AE, arXiv 2410.10733).
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from dit_video.autoencoder.blocks import Down, FrameAttention, Places, ResidualBlock, Up, averaged, repeated
+from dit_video.autoencoder.interface import chunk_grid
+from dit_video.autoencoder.posterior import Normalizer, Posterior
+from dit_video.errors import UserError
+from dit_video.nn import CausalConv, Linear, Memory, RmsNorm
+from dit_video.tokens import Grid
+
+_EPSILON = 1e-12
+_LOG_VARIANCE = (-30.0, 20.0)
+"""The bounds that the open models have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalVaeConfig:
+    """A causal VAE by its levels.
+
+    Raises:
+      UserError: factors other than 1 and 2, another number of levels than of multipliers, or shortcuts whose channels
+        do not divide.
+    """
+
+    channels: int = 16
+    """of the latents"""
+    width: int = 96
+    """channels of the first level, in the encoder"""
+    decoder_width: int | None = None
+    """and in the decoder; the same by default"""
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    """of the width, level by level"""
+    factors: tuple[Grid, ...] = (Grid(1, 2, 2), Grid(2, 2, 2), Grid(2, 2, 2))
+    """how much smaller each next level is, along (t, h, w): 1 or 2"""
+    blocks: int = 2
+    """residual blocks a level in the encoder; the decoder has one more"""
+    patch: int = 1
+    """side of the cells of pixels that are channels from the start"""
+    shortcuts: bool = False
+    """whether a path without parameters lies beside each level"""
+    std: float | None = None
+    """The latents' standard deviation in training, fixed; None learns one for each (the usual VAE)."""
+    bfloat16: bool = False
+    """whether products are computed in bfloat16; parameters, norms and sums stay float32"""
+
+    def __post_init__(self):
+        if len(self.factors) != len(self.multipliers) - 1:
+            raise UserError(
+                f"{len(self.multipliers)} multipliers are {len(self.multipliers)} levels, between which lie "
+                f"{len(self.multipliers) - 1} changes of resolution, not {len(self.factors)} factors"
+            )
+        for factors in self.factors:
+            if not set(factors) <= {1, 2} or factors.h != factors.w or factors.volume == 1:
+                raise UserError(f"factors {tuple(factors)} must be 1 or 2, equal in height and width, and not all 1")
+        if min(self.channels, self.width, self.blocks, self.patch, *self.multipliers) < 1:
+            raise UserError("channels, width, blocks, patch and multipliers must be at least 1 each")
+        halved = self.widths(self.decoder_width or self.width)[1:]
+        if not self.shortcuts and any(width % 2 for width in halved):
+            raise UserError(f"without shortcuts the decoder halves its widths {halved}, which must be even")
+        if self.std is not None and not self.std > 0:
+            raise UserError(f"std {self.std} must be positive; None learns it")
+        self._check_shortcuts()
+
+    def _check_shortcuts(self) -> None:
+        down, up = self.widths(self.width), self.widths(self.decoder_width or self.width)
+        levels = (*self.factors, Grid(1, 1, 1))
+        for (before, after), factors in zip(zip((down[0], *down), down, strict=False), levels, strict=True):
+            if self.shortcuts and before * factors.volume % after:
+                raise UserError(f"a shortcut from {before} to {after} channels by {tuple(factors)} does not divide")
+        for before, after, factors in zip(up[:0:-1], up[-2::-1], self.factors[::-1], strict=True):
+            if self.shortcuts and after * factors.volume % before:
+                raise UserError(f"a shortcut from {before} to {after} channels by {tuple(factors)} does not divide")
+
+    @classmethod
+    def wan21(cls) -> "CausalVaeConfig":
+        """Wan 2.1: 4×8×8 pixels to 16 channels, 127 M parameters."""
+        return cls()
+
+    @classmethod
+    def wan22(cls) -> "CausalVaeConfig":
+        """Wan 2.2 TI2V-5B: 4×16×16 pixels to 48 channels, 705 M parameters."""
+        return cls(
+            channels=48,
+            width=160,
+            decoder_width=256,
+            factors=(Grid(1, 2, 2), Grid(2, 2, 2), Grid(2, 2, 2)),
+            patch=2,
+            shortcuts=True,
+        )
+
+    @property
+    def stride(self) -> Grid:
+        """Pixels for one latent along (t, h, w)."""
+        t, h, w = (math.prod(factors[axis] for factors in self.factors) for axis in range(3))
+        return Grid(t, h * self.patch, w * self.patch)
+
+    def widths(self, base: int) -> tuple[int, ...]:
+        """Channels of every level."""
+        return tuple(base * multiplier for multiplier in self.multipliers)
+
+    def make(self, rngs: nnx.Rngs) -> "CausalVae":
+        return CausalVae(self, rngs=rngs)
+
+
+class CausalVae(nnx.Module):
+    """Pixels in [-1, 1] to normalised latents and back; clips whole, or chunk by chunk with a `Memory`."""
+
+    def __init__(self, config: CausalVaeConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        channels = config.channels
+        self.encoder, self.decoder = Encoder(config, rngs=rngs), Decoder(config, rngs=rngs)
+        self.moments = Linear(2 * channels, 2 * channels, rngs=rngs)
+        self.latents = Linear(channels, channels, rngs=rngs)
+        self.normalizer = Normalizer(channels)
+
+    def posterior(
+        self,
+        pixels: Float[Array, "B T H W 3"],
+        inside: Bool[Array, "B h w"] | Int[Array, "B h w"] | None = None,
+        memory: Memory | None = None,
+    ) -> Posterior:
+        """The distribution of latents, before normalisation. See `encode` for the arguments."""
+        chunk_grid(Grid(*pixels.shape[1:4]), self.config.stride, begins=memory is None or memory.begins)
+        places = None if inside is None else Places(inside.astype(jnp.int32))
+        moments = self.moments(self.encoder(pixels, memory, places).astype(jnp.float32))
+        mean, log_variance = jnp.split(moments, 2, axis=-1)
+        if self.config.std is not None:
+            log_variance = jnp.full_like(mean, 2 * math.log(self.config.std))
+        return Posterior(mean, jnp.clip(log_variance, *_LOG_VARIANCE))
+
+    def reconstruct(
+        self, latents: Float[Array, "B t h w c"], memory: Memory | None = None
+    ) -> Float[Array, "B T H W 3"]:
+        """Pixels from latents that are not normalised."""
+        return self.decoder(self.latents(latents), memory).astype(jnp.float32)
+
+    def encode(
+        self,
+        pixels: Float[Array, "B T H W 3"],
+        inside: Bool[Array, "B h w"] | Int[Array, "B h w"] | None = None,
+        memory: Memory | None = None,
+    ) -> Float[Array, "B t h w c"]:
+        """Normalised latents: the posterior's mean.
+
+        Args:
+          pixels: clips, canvases that several clips share (see `dit_video.autoencoder.canvas`), or a chunk of them:
+            1 + k * temporal stride frames of a clip's start, then multiples of the temporal stride.
+          inside: of a canvas, which clip each latent position belongs to; 0 is none. Clips, one position or more apart,
+            do not see each other: they get the latents that they get alone.
+          memory: of the chunk before.
+
+        Raises:
+          UserError: a size that does not fit the stride.
+        """
+        return self.normalizer.normalize(self.posterior(pixels, inside, memory).mean)
+
+    def decode(self, latents: Float[Array, "B t h w c"], memory: Memory | None = None) -> Float[Array, "B T H W 3"]:
+        """Pixels, about in [-1, 1], from normalised latents: of a clip, or of a chunk of one."""
+        return self.reconstruct(self.normalizer.restore(latents), memory)
+
+
+class Encoder(nnx.Module):
+    """Pixels to the two moments of latents."""
+
+    def __init__(self, config: CausalVaeConfig, *, rngs: nnx.Rngs):
+        self.config, dtype = config, _dtype(config)
+        widths = config.widths(config.width)
+        self.conv_in = CausalConv(3 * config.patch**2, config.width, (3, 3, 3), past="zero", dtype=dtype, rngs=rngs)
+        # As in the open models the first convolution has the base width, whatever the first level's multiplier.
+        befores = (config.width, *widths[:-1])
+        self.levels = nnx.List(
+            [
+                _DownLevel(before, after, factors, config, rngs=rngs)
+                for before, after, factors in zip(befores, widths, (*config.factors, None), strict=True)
+            ]
+        )
+        self.middle = _Middle(widths[-1], dtype=dtype, rngs=rngs)
+        self.norm = RmsNorm(widths[-1], eps=_EPSILON)
+        self.conv_out = CausalConv(widths[-1], 2 * config.channels, (3, 3, 3), past="zero", dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, pixels: Float[Array, "B T H W 3"], memory: Memory | None = None, places: Places | None = None
+    ) -> Float[Array, "B t h w _"]:
+        side = self.config.patch
+        x = rearrange(pixels, "B T (h a) (w b) C -> B T h w (C b a)", a=side, b=side)
+        x = self.conv_in(x if places is None else places.alone(x), memory)
+        for level in self.levels:
+            x = level(x, memory, places)
+        x = jax.nn.silu(self.norm(self.middle(x, memory, places)))
+        return self.conv_out(x if places is None else places.alone(x), memory)
+
+
+class Decoder(nnx.Module):
+    """Latents to pixels."""
+
+    def __init__(self, config: CausalVaeConfig, *, rngs: nnx.Rngs):
+        self.config, dtype = config, _dtype(config)
+        widths = config.widths(config.decoder_width or config.width)[::-1]
+        self.conv_in = CausalConv(config.channels, widths[0], (3, 3, 3), past="zero", dtype=dtype, rngs=rngs)
+        self.middle = _Middle(widths[0], dtype=dtype, rngs=rngs)
+        levels, before = [], widths[0]
+        for width, factors in zip(widths, (*config.factors[::-1], None), strict=True):
+            levels.append(_UpLevel(before, width, factors, config, rngs=rngs))
+            before = width if config.shortcuts else width // 2
+        self.levels = nnx.List(levels)
+        self.norm = RmsNorm(widths[-1], eps=_EPSILON)
+        self.conv_out = CausalConv(widths[-1], 3 * config.patch**2, (3, 3, 3), past="zero", dtype=dtype, rngs=rngs)
+
+    def __call__(self, latents: Float[Array, "B t h w c"], memory: Memory | None = None) -> Float[Array, "B T H W 3"]:
+        x = self.middle(self.conv_in(latents, memory), memory)
+        for level in self.levels:
+            x = level(x, memory)
+        x = self.conv_out(jax.nn.silu(self.norm(x)), memory)
+        side = self.config.patch
+        return rearrange(x, "B T h w (C b a) -> B T (h a) (w b) C", a=side, b=side)
+
+
+class _DownLevel(nnx.Module):
+    """Residual blocks, then the change to the next resolution; the last level has none."""
+
+    def __init__(self, width_in: int, width_out: int, factors: Grid | None, config: CausalVaeConfig, *, rngs: nnx.Rngs):
+        dtype = _dtype(config)
+        self.width, self.factors, self.shortcuts = width_out, factors, config.shortcuts
+        widths = (width_in, *[width_out] * config.blocks)
+        self.blocks = nnx.List([ResidualBlock(*pair, dtype=dtype, rngs=rngs) for pair in itertools.pairwise(widths)])
+        self.down = None if factors is None else Down(width_out, factors, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B T H W i"], memory: Memory | None, places: Places | None
+    ) -> Float[Array, "B t h w o"]:
+        y = x
+        for block in self.blocks:
+            y = block(y, memory, places)
+        if self.down is not None:
+            y = self.down(y, memory, places)
+        if not self.shortcuts:
+            return y
+        return y + averaged(x, self.width, self.factors or Grid(1, 1, 1), begins=memory is None or memory.begins)
+
+
+class _UpLevel(nnx.Module):
+    """Residual blocks, then the change to the next resolution; the last level has none."""
+
+    def __init__(self, width_in: int, width_out: int, factors: Grid | None, config: CausalVaeConfig, *, rngs: nnx.Rngs):
+        dtype = _dtype(config)
+        self.width, self.factors, self.shortcuts = width_out, factors, config.shortcuts
+        widths = (width_in, *[width_out] * (config.blocks + 1))
+        self.blocks = nnx.List([ResidualBlock(*pair, dtype=dtype, rngs=rngs) for pair in itertools.pairwise(widths)])
+        narrow = width_out if config.shortcuts else width_out // 2
+        self.up = None if factors is None else Up(width_out, narrow, factors, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B t h w i"], memory: Memory | None) -> Float[Array, "B T H W o"]:
+        y = x
+        for block in self.blocks:
+            y = block(y, memory)
+        if self.up is None or self.factors is None:
+            return y
+        y = self.up(y, memory)
+        if not self.shortcuts:
+            return y
+        return y + repeated(x, self.width, self.factors, begins=memory is None or memory.begins)
+
+
+class _Middle(nnx.Module):
+    def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.before = ResidualBlock(width, width, dtype=dtype, rngs=rngs)
+        self.attention = FrameAttention(width, dtype=dtype, rngs=rngs)
+        self.after = ResidualBlock(width, width, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B t h w D"], memory: Memory | None, places: Places | None = None
+    ) -> Float[Array, "B t h w D"]:
+        x = self.attention(self.before(x, memory, places), places)
+        return self.after(x, memory, places)
+
+
+def _dtype(config: CausalVaeConfig) -> jnp.dtype:
+    return jnp.dtype(jnp.bfloat16 if config.bfloat16 else jnp.float32)

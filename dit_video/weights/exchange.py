@@ -1,0 +1,161 @@
+"""Weights in other projects' folders: their names and layouts to ours and back, bit for bit.
+
+A model's map gives, for each of our paths, the other project's name and an einops pattern from its layout to ours, so
+that one map serves both ways. A folder holds one safetensors file, or several with an index, as Hugging Face's
+libraries write them.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors
+from einops import rearrange
+
+from dit_video import tree as trees
+from dit_video.errors import MissingError, UserError
+from dit_video.files import read_json, write_json
+from dit_video.weights import safetensors as ours
+
+SHARD_BYTES = 5_000_000_000
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+class Foreign(NamedTuple):
+    """Where a parameter lies in another project's files."""
+
+    name: str
+    pattern: str = ""
+    """an einops pattern from theirs to ours, such as `o i -> i o`; empty where the layouts are the same"""
+
+    def to_ours(self, array: np.ndarray) -> np.ndarray:
+        return rearrange(array, self.pattern) if self.pattern else array
+
+    def to_theirs(self, array: np.ndarray) -> np.ndarray:
+        if not self.pattern:
+            return array
+        theirs, ours = self.pattern.split("->")
+        return rearrange(array, f"{ours} -> {theirs}")
+
+
+Names = Mapping[str, Foreign]
+"""By our path."""
+
+
+def read_foreign(
+    folder: str | os.PathLike,
+    stem: str,
+    names: Names,
+    like: Any,
+    *,
+    ignored: Collection[str] = (),
+    dtype: Any = np.float32,
+) -> Any:
+    """Our parameters from another project's folder, tensor by tensor.
+
+    Args:
+      folder: holds `stem.safetensors`, or `stem.safetensors.index.json` and the files that it names.
+      stem: such as `model` or `diffusion_pytorch_model`.
+      names: the model's map.
+      like: our parameters' shapes: a tree of `jax.ShapeDtypeStruct`, whose structure the result has.
+      ignored: their tensors that are of no use here; all others must be mapped.
+      dtype: floating tensors are cast to it; None keeps the file's.
+
+    Raises:
+      MissingError: no such folder, or no such file in it.
+      UserError: pickled or corrupt files, or tensors that are missing, unexpected or of another shape.
+    """
+    wanted = trees.flatten(like)
+    shapes = {names[path].name: _shape(names[path], leaf.shape) for path, leaf in wanted.items()}
+    with contextlib.ExitStack() as stack:
+        files = {path: stack.enter_context(_opened(path)) for path in _files(Path(folder), stem)}
+        held = {name: file for file in files.values() for name in file.keys()}  # noqa: SIM118 (no mapping)
+        found = {name: tuple(file.get_slice(name).get_shape()) for name, file in held.items() if name not in ignored}
+        ours.match(Path(folder), found, shapes)
+
+        def read(path: str, _: Any) -> np.ndarray:
+            foreign = names[path]
+            array = held[foreign.name].get_tensor(foreign.name)
+            return np.ascontiguousarray(foreign.to_ours(array.astype(ours.stored(array.dtype, dtype), copy=False)))
+
+        return trees.map_with_path(read, like)
+
+
+def write_foreign(
+    folder: str | os.PathLike,
+    stem: str,
+    names: Names,
+    params: Mapping[str, Any],
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    dtype: Any = None,
+) -> None:
+    """Write our parameters as another project's folder; the inverse of `read_foreign`.
+
+    Files that would be larger than `shard_bytes` are split, with an index.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    leaves = {names[path].name: (names[path], leaf) for path, leaf in trees.flatten(params).items()}
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name in sorted(leaves):
+        size = int(np.prod(leaves[name][1].shape)) * ours.stored(leaves[name][1].dtype, dtype).itemsize
+        if shards[-1] and used + size > shard_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+    single = len(shards) == 1
+    of_tensor: dict[str, str] = {}
+    for number, members in enumerate(shards, 1):
+        file = f"{stem}.safetensors" if single else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        arrays = {name: leaves[name][0].to_theirs(np.asarray(leaves[name][1])) for name in members}
+        ours.save(folder / file, arrays, metadata={"format": "pt"}, dtype=dtype)
+        of_tensor |= dict.fromkeys(members, file)
+    if not single:
+        total = sum((folder / file).stat().st_size for file in set(of_tensor.values()))
+        write_json(
+            folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": of_tensor}
+        )
+
+
+def _shape(foreign: Foreign, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """What shape their tensor must have."""
+    return foreign.to_theirs(np.broadcast_to(np.zeros((), np.int8), shape)).shape
+
+
+def _files(folder: Path, stem: str) -> list[Path]:
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        document = read_json(index)
+        named = document.get("weight_map") if isinstance(document, dict) else None
+        if not isinstance(named, dict) or not named:
+            raise UserError(f"{index} has no weight_map; download it again")
+        paths = [folder / str(name) for name in sorted(set(named.values()))]
+        if absent := [path.name for path in paths if not path.is_file()]:
+            raise MissingError(
+                f"{folder} lacks {len(absent)} of {len(paths)} files, such as {absent[0]}; download it again"
+            )
+        return paths
+    if not folder.is_dir():
+        raise MissingError(f"no such folder: {folder}")
+    if pickled := sorted(path for pattern in _PICKLES for path in folder.glob(pattern)):
+        ours.refuse(pickled[0])
+    raise MissingError(f"{folder} holds no {single.name}")
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    ours.refuse(path)
+    try:
+        with safetensors.safe_open(os.fspath(path), framework="np") as file:
+            yield file
+    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+        raise ours.corrupt(path, error) from error
