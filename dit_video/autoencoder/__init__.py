@@ -11,6 +11,8 @@ from dit_video.autoencoder.patch_vae import (
     to_patches,
 )
 from dit_video.autoencoder.posterior import Normalizer, Posterior
+from dit_video.autoencoder.streaming import TilingError, decode_stream, encode_stream, tiling_error
+from dit_video.autoencoder.tiling import Tiles
 from dit_video.autoencoder.vae import CausalVae, CausalVaeConfig
 
 __all__ = [
@@ -25,14 +27,19 @@ __all__ = [
     "PatchVaeConfig",
     "Place",
     "Posterior",
+    "Tiles",
+    "TilingError",
     "arrange",
     "clip_grid",
     "covers",
+    "decode_stream",
+    "encode_stream",
     "fit_linear",
     "from_patches",
     "latent_grid",
     "occupied",
     "padding",
     "start_from_linear",
+    "tiling_error",
     "to_patches",
 ]
