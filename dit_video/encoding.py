@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from etils import epath
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float32, UInt8
@@ -26,6 +25,7 @@ from dit_video.autoencoder import AutoencoderConfig, Canvas, arrange, latent_gri
 from dit_video.autoencoder.canvas import PIXELS
 from dit_video.data.latent_files import LatentFiles
 from dit_video.data.latents import Identity, LatentExample, LeftOut, Storage, identity_hash
+from dit_video.data.places import Address, place
 from dit_video.data.sizes import SizeLimits, fit, read_fitted, sampled_frames
 from dit_video.data.source import ClipInfo, ClipSource
 from dit_video.distributed import MeshConfig, batch_sharding, make_mesh
@@ -183,7 +183,7 @@ def latent_identity(encoding: Encoding, clips: ClipSource) -> dict[str, Any]:
 
 
 def encode_latents(
-    destination: str | os.PathLike,
+    destination: Address,
     clips: ClipSource,
     encoding: Encoding,
     plan: EncodingPlan,
@@ -196,7 +196,7 @@ def encode_latents(
     """Make this process's share of the files that are not there yet, and the index once all are.
 
     Args:
-      destination: the folder: local, or any that `etils.epath` opens.
+      destination: the folder, or an address (`gs://…`), see `data.places`.
       clips: what is encoded.
       encoding: by what.
       plan: of `plan_encoding`, for the same clips and encoding.
@@ -217,7 +217,7 @@ def encode_latents(
     if encoding.encode_text is not None and (isinstance(identity, str) or "text" not in identity):
         raise UserError("texts are embedded, so the latents' identity needs the part text: that of the encoder")
     files = LatentFiles(
-        folder=epath.Path(destination), identity=identity, files=len(plan.files), plan=plan.hash, dtype=encoding.storage
+        folder=place(destination), identity=identity, files=len(plan.files), plan=plan.hash, dtype=encoding.storage
     )
     encoder = _Encoder(clips, encoding, plan)
     done = 0
@@ -238,12 +238,10 @@ def encode_latents(
     return finish_latents(destination, encoding, plan, identity=identity)
 
 
-def finish_latents(
-    destination: str | os.PathLike, encoding: Encoding, plan: EncodingPlan, *, identity: Identity
-) -> bool:
+def finish_latents(destination: Address, encoding: Encoding, plan: EncodingPlan, *, identity: Identity) -> bool:
     """Write the index if all files are there; returns whether it is."""
     files = LatentFiles(
-        folder=epath.Path(destination), identity=identity, files=len(plan.files), plan=plan.hash, dtype=encoding.storage
+        folder=place(destination), identity=identity, files=len(plan.files), plan=plan.hash, dtype=encoding.storage
     )
     return files.finish(empty_text=None if encoding.encode_text is None else encoding.encode_text(""))
 

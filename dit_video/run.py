@@ -4,9 +4,9 @@ Every stage leaves its result in the folder, whole or not at all, and is not don
 from their checkpoints. So a run that was interrupted is continued by running the same again.
 
     experiment.json           the resolved config
-    data/                     the ingested clips, or a link to them; of several data sets one folder each
+    data/                     the ingested clips, or a link to them (see `intake`); of several data sets one folder each
     autoencoder/              checkpoints, metrics.jsonl, weights.safetensors
-    latents/                  what the denoiser is trained on
+    latents/                  what the denoiser is trained on, or a link to it
     denoiser/                 checkpoints, metrics.jsonl, rows.json (what an epoch holds)
     pipeline/                 the result: what `dit_video.load` reads
 """
@@ -31,6 +31,7 @@ from dit_video.autoencoder import LinearAutoencoder, fit_linear, start_from_line
 from dit_video.data.latents import INDEX as LATENTS
 from dit_video.data.latents import LatentSource
 from dit_video.data.loader import Batches
+from dit_video.data.places import Address
 from dit_video.data.sizes import fit
 from dit_video.data.source import ClipSource
 from dit_video.data.windows import Stretches, WindowBatches
@@ -132,25 +133,39 @@ class Run:
             raise UserError(f"{folder / CONFIG} holds no experiment; start the run anew in another folder")
         return Run(folder=folder, experiment=experiment, command=str(document.get("command")))
 
-    def train(self, *clips: str | Path) -> Pipeline:
+    def train(self, *clips: Address, latents: Address | None = None) -> Pipeline:
         """Everything from clips to the finished pipeline.
 
         Args:
           clips: folders of clips, or data sets that `tools/ingest.py` made: one, or several that are mixed.
+          latents: where the cached latents are, or are to be written: a folder or an address (`gs://…`); if None the
+            run's own folder, or what it was given before.
 
         Raises:
-          UserError: clips that can't be used, or that do not fit the config.
+          UserError: clips that can't be used, or that do not fit the config; other latents than before.
           KeyboardInterrupt: after a signal, the state being saved.
         """
+        if latents is not None:
+            self.keep_latents(latents)
         self.take(*clips)
         self.clips.select(self.experiment.data.held_out)  # a name that isn't there, before anything is trained
         for info in self.clips.infos:  # before hours are spent on the others
             fit(info, self.experiment.limits)
         return self.export()
 
-    def take(self, *clips: str | Path) -> None:
+    def take(self, *clips: Address) -> None:
         """Ingest folders of clips, and link to data sets that are ingested already; see `intake.take`."""
         intake.take(self.folder / "data", clips, weights=self.experiment.data.weights)
+
+    def keep_latents(self, destination: Address) -> None:
+        """Have the cached latents elsewhere: a folder or an address, which need not hold any yet.
+
+        Raises:
+          UserError: the run has latents already, or has them elsewhere; its config caches none.
+        """
+        if not self.experiment.data.cache_latents:
+            raise UserError(f"the config caches no latents, {destination} was named for them; leave it out")
+        intake.link(self.folder / "latents", destination, "latents")
 
     @functools.cached_property
     def clips(self) -> ClipSource:
@@ -200,7 +215,7 @@ class Run:
         """The cached latents of the training clips. Files that `tools/encode_latents.py` made are not made again."""
         encoding, clips = self.encoding(), self.training_clips
         stamp = latent_identity(encoding, clips)
-        destination = self.folder / "latents"
+        destination = intake.lies(self.folder / "latents")
         if not (destination / LATENTS).is_file():
             plan = plan_encoding(clips, encoding)
             with Progress("encoding latents", len(plan.views), unit="clip") as progress:

@@ -3,9 +3,9 @@
     python experiments/train.py experiments/configs/clips.py --data CLIPS --workdir runs/clips
 
 CLIPS holds video files of any size and length, with a `metadata.csv` (`file_name,text`), or is a data set that
-`tools/ingest.py` made. Any scalar of the config can
-be set on the command line: `--denoiser.steps 2000`; `--help` after the config lists them. Interrupted, the same command
-continues where it was.
+`tools/ingest.py` made, which may lie at an address (`gs://…`), as the latents may: `--latents gs://…`. Any scalar of
+the config can be set on the command line: `--denoiser.steps 2000`; `--help` after the config lists them. Interrupted,
+the same command continues where it was.
 """
 
 import importlib.util
@@ -18,9 +18,7 @@ from typing import Annotated
 
 import tyro
 
-from dit_video import configs, measure
-from dit_video.data.ingest import list_clips
-from dit_video.data.source import is_ingested
+from dit_video import configs, intake, measure
 from dit_video.errors import MissingError, UserError, script
 from dit_video.experiment import Experiment
 from dit_video.reports.run_report import report_run
@@ -32,8 +30,10 @@ class Arguments:
     """What a training run is given besides its config."""
 
     experiment: Annotated[Experiment, tyro.conf.arg(name="")]
-    data: tuple[Path, ...]
+    data: tuple[str, ...]
     """folders of clips, or data sets that tools/ingest.py made; several are mixed by the config's data.weights"""
+    latents: str | None = None
+    """where cached latents are, or are to be written: a folder or gs://…; WORKDIR/latents by default"""
     workdir: Path | None = None
     """the run's folder; runs/NAME by default"""
 
@@ -52,19 +52,18 @@ def main() -> None:
         prog=f"train.py {config}",
         config=(tyro.conf.AvoidSubcommands,),
     )
-    train(arguments.experiment, arguments.data, arguments.workdir or Path("runs") / arguments.experiment.name)
+    workdir = arguments.workdir or Path("runs") / arguments.experiment.name
+    train(arguments.experiment, arguments.data, workdir, latents=arguments.latents)
 
 
-def train(experiment: Experiment, data: Sequence[Path], workdir: Path) -> None:
+def train(experiment: Experiment, data: Sequence[str], workdir: Path, *, latents: str | None = None) -> None:
     """Train, sample and report."""
     began = time.perf_counter()
     if not data:
         raise UserError("--data names no folder; give one or more: --data CLIPS")
-    for folder in data:
-        if not is_ingested(folder):
-            list_clips(folder)  # before a run is made of it
+    intake.check(data)  # before a run is made of it
     run = Run.create(workdir, experiment)
-    pipeline = run.train(*data)
+    pipeline = run.train(*data, latents=latents)
     measured = measure.evaluate(pipeline, workdir, seed=experiment.seed, run=run)
     report_run(
         workdir / "report.html",

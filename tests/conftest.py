@@ -114,6 +114,17 @@ def tiny_pipeline(tiny_run):
 
 
 @pytest.fixture
+def memory(monkeypatch, tmp_path) -> str:
+    """An address with nothing at it: a bucket in fsspec's own memory. What is copied here lies in `tmp_path/cache`."""
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    monkeypatch.setattr(MemoryFileSystem, "store", {})
+    monkeypatch.setattr(MemoryFileSystem, "pseudo_dirs", [""])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return "memory://bucket"
+
+
+@pytest.fixture
 def script(monkeypatch, capsys) -> Callable[..., Ended]:
     """Runs a script in this process, as `python script …` would: `script("experiments/sample.py", …)`.
 

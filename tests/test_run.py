@@ -14,9 +14,7 @@ from dit_video import configs, feed, run
 from dit_video import tree as trees
 from dit_video.data.bucket_batches import BucketConfig
 from dit_video.data.buckets import Memory
-from dit_video.data.ingest import ingest
 from dit_video.data.latents import LatentSource
-from dit_video.data.source import ClipSource
 from dit_video.data.windows import Stretches, WindowConfig
 from dit_video.errors import MissingError, UserError
 from dit_video.run import Run
@@ -324,18 +322,6 @@ def test_clips_without_room_for_any_window_are_told(two_windows, capsys):
     images = sum(info.frames == 1 for info in two_windows.training_clips.infos)
     assert images
     assert f"{images} clips have no room for a window" in capsys.readouterr().err
-
-
-def test_an_ingested_data_set_is_used_where_it_lies(tiny, tiny_clips, tmp_path):
-    ingest(tiny_clips, tmp_path / "ingested")
-    started = Run.create(tmp_path / "run", tiny.EXPERIMENT)
-    started.take(tmp_path / "ingested")
-    started.take(tmp_path / "ingested")
-    assert started.clips.infos == ClipSource(tmp_path / "ingested").infos
-    assert (tmp_path / "run" / "data").is_symlink()
-    ingest(tiny_clips, tmp_path / "other")
-    with pytest.raises(UserError, match="was started with the data set"):
-        started.take(tmp_path / "other")
 
 
 def test_data_sets_are_mixed_by_weight(tiny, tiny_run, tiny_clips, tmp_path):

@@ -3,11 +3,12 @@
     python tools/encode_latents.py RUN_OR_PIPELINE DATA DESTINATION
     python tools/encode_latents.py RUN RUN/data RUN/latents --shard $SLURM_PROCID --shards $SLURM_NTASKS
 
-DATA is what tools/ingest.py made. DESTINATION becomes a TFDS data set in ArrayRecord files with the index
-`latents.json`; it may lie on an object store (`gs://…`). Of a run, sizes and views are those of its config, its
-held-out clips are left out, and `RUN/latents` is where its training looks for latents. Each process encodes on all of
-its devices and makes every n-th file; a file that is there is not made again, so that a process that was killed is
-started again with the same command. The process that finishes last writes the index; `--finish` writes it, too.
+DATA is what tools/ingest.py made, or RUN/data. DESTINATION becomes a TFDS data set in ArrayRecord files with the index
+`latents.json`. Both may be addresses that fsspec opens (`gs://…`). Of a run, sizes and views are those of its config,
+its held-out clips are left out, and its training looks for latents in `RUN/latents` or where `train.py --latents` says.
+Each process encodes on all of its devices and makes every n-th file; a file that is there is not made again, so that a
+process that was killed is started again with the same command. The process that finishes last writes the index;
+`--finish` writes it, too.
 """
 
 from dataclasses import dataclass, replace
@@ -18,11 +19,13 @@ import jax
 import tyro
 
 from dit_video.data.latents import LatentSource, Storage
+from dit_video.data.places import place
 from dit_video.data.sizes import SizeLimits
 from dit_video.data.source import ClipSource
 from dit_video.encoding import Augmentations, Encoding, encode_latents, finish_latents, latent_identity, plan_encoding
 from dit_video.errors import UserError, script
 from dit_video.experiment import Data
+from dit_video.intake import lies, taken
 from dit_video.nn import param_shapes
 from dit_video.pipeline import load_pipeline
 from dit_video.run import CONFIG, Run
@@ -31,7 +34,7 @@ from dit_video.training.logging import Progress
 from dit_video.weights import load as load_weights
 
 Model = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_PIPELINE")]
-Clips = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+Clips = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
 Destination = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")]
 
 
@@ -74,8 +77,8 @@ def main(
 
     Args:
         model: the folder of a run or a pipeline
-        data: the folder of an ingested data set
-        destination: the folder of the latents, local or remote
+        data: an ingested data set: a folder or gs://…
+        destination: the latents: a folder or gs://…
         views: which views of the clips
         shard: this process's number; by default JAX's
         shards: how many processes there are; by default JAX's
@@ -88,6 +91,7 @@ def main(
         raise UserError(f"shard={shard} and shards={shards} are given together, or neither")
     number = jax.process_index() if shard is None else shard
     count = jax.process_count() if shards is None else shards
+    target = lies(place(destination))
     encoding, clips = (_of_run if (model / CONFIG).is_file() else _of_pipeline)(model, data, views)
     stamp = latent_identity(encoding, clips)
     encoding = replace(encoding, storage=storage, views_per_file=views_per_file)
@@ -99,35 +103,35 @@ def main(
         f"{plan.padding:.1%} of their pixels are padding"
     )
     if finish:
-        finished = finish_latents(destination, encoding, plan, identity=stamp)
+        finished = finish_latents(target, encoding, plan, identity=stamp)
         if not finished:
-            raise UserError(f"{destination} has not all of its {len(plan.files)} files; encode the missing ones first")
+            raise UserError(f"{target} has not all of its {len(plan.files)} files; encode the missing ones first")
     else:
         share = sum(plan.count(file) for file in range(number, len(plan.files), count))
         with Progress("encoding latents", share, unit="clip") as progress:
             finished = encode_latents(
-                destination, clips, encoding, plan, identity=stamp, shard=number, shards=count, progress=progress.update
+                target, clips, encoding, plan, identity=stamp, shard=number, shards=count, progress=progress.update
             )
     if finished:
-        _say(LatentSource(destination, identity=stamp))
+        _say(LatentSource(target, identity=stamp))
     else:
-        print(f"{destination}: the files of process {number} are there; the last of {count} processes writes the index")
+        print(f"{target}: the files of process {number} are there; the last of {count} processes writes the index")
 
 
-def _of_run(folder: Path, data: Path, views: Views) -> tuple[Encoding, ClipSource]:
+def _of_run(folder: Path, data: str, views: Views) -> tuple[Encoding, ClipSource]:
     run = Run.open(folder)
     if not (folder / "autoencoder" / "weights.safetensors").is_file():
         raise UserError(f"{folder} has no trained autoencoder yet; continue it with: {run.command}")
     run = replace(run, experiment=replace(run.experiment, data=views.over(run.experiment.data)))
-    if data.resolve() == (folder / "data").resolve():
+    if str(lies(place(data))) == str(lies(folder / "data")):
         clips = run.training_clips
     else:
-        clips = ClipSource(data)
+        clips = taken(data)
         clips = clips.without({info.name for info in clips.infos} & set(run.experiment.data.held_out))
     return run.encoding(), clips.split("train")
 
 
-def _of_pipeline(folder: Path, data: Path, views: Views) -> tuple[Encoding, ClipSource]:
+def _of_pipeline(folder: Path, data: str, views: Views) -> tuple[Encoding, ClipSource]:
     config = load_pipeline(folder).config
     chosen = views.over(Data(max_pixels=config.size.h * config.size.w, max_frames=config.size.t, fps=config.fps))
     stride, patch = config.autoencoder.stride, config.dit.patch
@@ -142,7 +146,7 @@ def _of_pipeline(folder: Path, data: Path, views: Views) -> tuple[Encoding, Clip
         ),
         augmentations=Augmentations(stretches=chosen.stretches, resolutions=chosen.resolutions, flips=chosen.flips),
     )
-    return encoding, ClipSource(data)
+    return encoding, taken(data)
 
 
 def _say(latents: LatentSource) -> None:

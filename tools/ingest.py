@@ -8,7 +8,6 @@ tars, UCF-101 or MSR-VTT: see `dit_video.data.ingest.listing`. What can't be use
 reason, in DESTINATION/report.json; DESTINATION/REPORT.html shows it. Started again after a kill, the command continues.
 """
 
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -19,7 +18,7 @@ from dit_video.data.places import place
 from dit_video.errors import UserError, script
 from dit_video.reports.ingest_report import PAGE, write_ingest_report
 
-Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+Source = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
 Destination = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")]
 Config = Annotated[IngestConfig, tyro.conf.arg(name="")]
 
@@ -36,7 +35,7 @@ def main(
 
     Args:
         source: a folder, a list of clips or a tar
-        destination: the folder to be made, or gs://…
+        destination: the folder to be made, or an address that fsspec opens: gs://…
         config: what is taken
         workers: processes that inspect clips, at most; by default one for every core
         beam: build it by Apache Beam with these options, given with "=": --beam="--runner=FlinkRunner --parallelism=64"

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from etils import epath
 from jaxtyping import Float32
 
 from dit_video.data import builder, shards
@@ -26,6 +25,7 @@ from dit_video.data.latents import (
     identity_hash,
     little_endian,
 )
+from dit_video.data.places import Place, is_remote, read_document, write_document
 from dit_video.errors import UserError
 from dit_video.files import atomic_path
 
@@ -38,7 +38,7 @@ class LatentFiles:
       UserError: the folder holds something else, or the files of another encoding.
     """
 
-    folder: epath.Path
+    folder: Place
     identity: Identity
     """of the autoencoder and all else that latents depend on; `LatentSource` asks for it again"""
     files: int
@@ -60,8 +60,8 @@ class LatentFiles:
             if not (self.folder / PLAN).exists():  # another process may have written it meanwhile
                 if others:
                     raise UserError(f"{self.folder} exists and holds no latents; name a folder that does not exist")
-                shards.write_document(self.folder / PLAN, wanted)
-        found = shards.read_document(self.folder / PLAN)
+                write_document(self.folder / PLAN, wanted)
+        found = read_document(self.folder / PLAN)
         if not isinstance(found, dict) or found.get("version") != VERSION:
             raise UserError(f"{self.folder / PLAN} is not of version {VERSION}; encode the clips into another folder")
         check_identity(self.folder, found["identity"], self.identity)
@@ -77,7 +77,7 @@ class LatentFiles:
         part = self._part(number)
         if not part.exists():
             return None
-        written = shards.read_document(part)
+        written = read_document(part)
         return len(written["examples"]["name"]) + len(written["left_out"])
 
     def write(self, number: int, examples: Iterable[LatentExample | LeftOut]) -> None:
@@ -112,7 +112,7 @@ class LatentFiles:
 
         shards.write_file(self.folder, NAME, number, self.files, features=_features(), examples=records())
         # Last: the file is finished when this is there.
-        shards.write_document(
+        write_document(
             self._part(number),
             {
                 "channels": widths.channels,
@@ -138,7 +138,7 @@ class LatentFiles:
             return True
         if not all(self._part(number).exists() for number in range(self.files)):
             return False
-        parts = [shards.read_document(self._part(number)) for number in range(self.files)]
+        parts = [read_document(self._part(number)) for number in range(self.files)]
         columns = {name: [value for part in parts for value in part["examples"][name]] for name in _COLUMNS}
         left_out = [one for part in parts for one in part["left_out"]]
         if not columns["name"]:
@@ -165,10 +165,10 @@ class LatentFiles:
             "examples": columns,
             "left_out": left_out,
         }
-        shards.write_document(self.folder / INDEX, index)
+        write_document(self.folder / INDEX, index)
         return True
 
-    def _part(self, number: int) -> epath.Path:
+    def _part(self, number: int) -> Place:
         return self.folder / "shards" / f"{number:05d}.json"
 
     def _stored(self, values: np.ndarray) -> bytes:
@@ -196,6 +196,8 @@ def write_latents(
       UserError: no examples; latents that are empty, not finite, or of another number of channels than those before
         them; a destination that holds something else than latents.
     """
+    if is_remote(destination):
+        raise UserError(f"{destination} is an address; write it with `LatentFiles`, or name a folder on this machine")
     destination = Path(destination)
     if destination.exists() and not (destination / INDEX).is_file() and not _is_empty(destination):
         raise UserError(f"{destination} exists and holds no latents; name a folder that does not exist")
@@ -210,7 +212,7 @@ def write_latents(
             raise UserError(f"no latents to write to {destination}; encode at least one clip")
 
     with atomic_path(destination) as folder:
-        made = LatentFiles(folder=epath.Path(folder), identity=identity, files=1, dtype=dtype)
+        made = LatentFiles(folder=folder, identity=identity, files=1, dtype=dtype)
         made.write(0, counted())
         made.finish()
 

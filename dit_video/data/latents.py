@@ -17,10 +17,10 @@ from typing import Any, Literal, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from etils import epath
 from jaxtyping import Float32
 
 from dit_video.data import shards
+from dit_video.data.places import Address, Place, is_remote, place, read_document
 from dit_video.errors import DecodeError, MissingError, UserError
 from dit_video.tokens import Grid
 
@@ -67,9 +67,9 @@ class LatentSource:
     The files are opened at the first read, in each process anew: a source can be pickled to workers.
 
     Args:
-      folder: what `LatentFiles` or `write_latents` made; local, or remote as `gs://…`.
+      folder: what `LatentFiles` or `write_latents` made; an address (`gs://…`) too, see `data.places`.
       identity: that the latents must be of; None takes any. Of a mapping, every part must be the same there.
-      cache: where files of a remote folder are copied to, `~/.cache/dit_video` by default.
+      cache: where files of one at an address are copied to; `shards.default_cache()` if None.
 
     Raises:
       MissingError: no such folder.
@@ -77,14 +77,12 @@ class LatentSource:
         text encoder.
     """
 
-    def __init__(
-        self, folder: str | os.PathLike, *, identity: Identity | None = None, cache: str | os.PathLike | None = None
-    ):
-        self.folder = os.fspath(folder)
+    def __init__(self, folder: Address, *, identity: Identity | None = None, cache: str | os.PathLike | None = None):
+        self.folder: Place = place(folder)
         self._cache = None if cache is None else Path(cache)
-        index = _read_index(epath.Path(folder))
+        index = _read_index(self.folder)
         if identity is not None:
-            check_identity(folder, index["identity"], identity)
+            check_identity(self.folder, index["identity"], identity)
         examples = index["examples"]
         self.identity: Identity = index["identity"]
         self.hash: str = index["hash"]
@@ -110,7 +108,7 @@ class LatentSource:
         self.left_out: tuple[LeftOut, ...] = tuple(LeftOut(*one) for one in index["left_out"])
         """what could not be encoded, and why"""
         self._dtype = DTYPES[index["dtype"]]
-        self._version = identity_hash(index) if shards.is_remote(self.folder) else ""
+        self._version = identity_hash(index) if is_remote(self.folder) else ""
         self._records: Sequence[dict[str, Any]] | None = None
 
     def __len__(self) -> int:
@@ -141,11 +139,11 @@ class LatentSource:
 
     def _values(self, index: int, field: str) -> Float32[np.ndarray, " n"]:
         if self._records is None:  # outside of the try: a data set that can't be opened is no fault of an example
-            self._records = shards.open_anywhere(epath.Path(self.folder), cache=self._cache, version=self._version)
+            self._records = shards.open_anywhere(self.folder, cache=self._cache, version=self._version)
         try:
             stored = self._records[index][field]
             return little_endian(np.frombuffer(stored, self._dtype)).astype(np.float32)
-        except OSError:
+        except (OSError, UserError):  # of a file that can't be copied here
             raise
         except Exception as error:  # ArrayRecord and protocol buffers raise many types on damaged bytes
             raise DecodeError(f"the record of {self.names[index]} is damaged ({error}); encode it again") from error
@@ -154,7 +152,7 @@ class LatentSource:
         return {**self.__dict__, "_records": None}
 
 
-def check_identity(folder: str | os.PathLike, found: Identity, wanted: Identity) -> None:
+def check_identity(folder: Address, found: Identity, wanted: Identity) -> None:
     """That latents are of what is asked for.
 
     Raises:
@@ -167,7 +165,7 @@ def check_identity(folder: str | os.PathLike, found: Identity, wanted: Identity)
         parts = [(name, found.get(name), value) for name, value in wanted.items() if found.get(name) != value]
     for name, old, new in parts:
         raise UserError(
-            f"{os.fspath(folder)} holds latents of {name} {_named(old)}, {_named(new)} was asked for; "
+            f"{folder} holds latents of {name} {_named(old)}, {_named(new)} was asked for; "
             "encode the clips again, into another folder"
         )
 
@@ -184,18 +182,18 @@ def _named(identity: Any) -> str:
     return text if len(text) <= 64 else f"{text[:48]}… ({identity_hash({'': identity})})"
 
 
-def _read_index(folder: epath.Path) -> dict[str, Any]:
-    if not folder.exists():
-        raise MissingError(f"no such folder of latents: {folder}")
-    if not (folder / INDEX).exists():
+def _read_index(folder: Place) -> dict[str, Any]:
+    if not (folder / INDEX).exists():  # asked first: not every address has folders
+        if not folder.exists():
+            raise MissingError(f"no such folder of latents: {folder}")
         if (folder / PLAN).exists():
-            files = shards.read_document(folder / PLAN).get("files")
+            files = read_document(folder / PLAN).get("files")
             made = len(list((folder / "shards").glob("[0-9]*.json"))) if (folder / "shards").exists() else 0
             raise UserError(
                 f"{folder} is not finished, {made} of {files} files are there; continue to encode the clips"
             )
         raise UserError(f"{folder} holds no latents, it has no {INDEX}; encode clips first")
-    index = shards.read_document(folder / INDEX)
+    index = read_document(folder / INDEX)
     if not isinstance(index, dict) or index.get("version") != VERSION:
         raise UserError(f"{folder / INDEX} is not of version {VERSION}; encode the clips again")
     return index

@@ -1,14 +1,13 @@
-"""TFDS data sets written file by file, by any number of processes, into any folder that `etils.epath` opens.
+"""TFDS data sets written file by file, by any number of processes, into a folder or at an address.
 
-A file is whole or absent, so that what a killed process left is finished by running it again. ArrayRecord writes and
-reads local files only: where the folder lies on an object store (`gs://`, `s3://`), files are made here and copied
-there, and copied here again when the first of their examples is read.
+A file is whole or absent, so that what a killed process left is finished by running it again. ArrayRecord writes local
+files only: where a data set lies at an address (`gs://`, `s3://`, …), files are made here and copied there, and copied
+here again when the first of their examples is read.
 """
 
 import bisect
 import contextlib
 import itertools
-import json
 import os
 import shutil
 import tempfile
@@ -19,23 +18,23 @@ from typing import Any
 import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.core import example_serializer, file_adapters, writer
+from upath import UPath
 
-from dit_video.data.builder import SPLIT, open_records
-from dit_video.errors import MissingError, UserError
-from dit_video.files import atomic_path, read_json, write_json
+from dit_video.data.builder import SPLIT, in_order, open_records
+from dit_video.data.places import Place, copy_here, copy_there
+from dit_video.errors import MissingError
+from dit_video.files import atomic_path
 
 FORMAT = file_adapters.FileFormat.ARRAY_RECORD
-CACHE = Path("~/.cache/dit_video")
-"""Where the files of remote data sets are copied to."""
 
 
-def is_remote(folder: str | os.PathLike) -> bool:
-    """Whether a folder lies on an object store."""
-    return "://" in os.fspath(folder)
+def default_cache() -> Path:
+    """Where files from addresses are copied to: `dit_video` in `$XDG_CACHE_HOME`, which is `~/.cache` by default."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit_video"
 
 
 def write_file(
-    folder: epath.Path,
+    folder: Place,
     name: str,
     number: int,
     files: int,
@@ -57,12 +56,12 @@ def write_file(
             count += 1
 
     # Not TFDS's ShardWriter: that one keeps all examples of a file in memory, to count them.
-    with _local_file(_template(folder, name).sharded_filepath(shard_index=number, num_shards=files)) as path:
+    with _local_file(folder / _file_name(name, number, files)) as path:
         writer.ExampleWriter(FORMAT).write(path, serialized())
     return count
 
 
-def finish(folder: epath.Path, name: str, counts: Sequence[int], *, features: Mapping[str, Any]) -> None:
+def finish(folder: Place, name: str, counts: Sequence[int], *, features: Mapping[str, Any]) -> None:
     """Make a data set of the files that are there: `tfds.builder_from_directory(folder)` reads them in their order.
 
     Args:
@@ -71,87 +70,66 @@ def finish(folder: epath.Path, name: str, counts: Sequence[int], *, features: Ma
       counts: of examples in each file.
       features: as they were written.
     """
-    template = _template(folder, name)
-    paths = [template.sharded_filepath(shard_index=index, num_shards=len(counts)) for index in range(len(counts))]
-    size = sum(path.stat().length for path in paths)
-    split = tfds.core.SplitInfo(name=SPLIT, shard_lengths=list(counts), num_bytes=size, filename_template=template)
+    names = [_file_name(name, number, len(counts)) for number in range(len(counts))]
+    size = sum((folder / file).stat().st_size for file in names)
     # Written here first, then copied: TFDS's files are whole or absent too. It looks for those of the records by name.
     with tempfile.TemporaryDirectory() as work:
-        for path in paths:
-            (Path(work) / path.name).touch()
+        template = _template(name, Path(work))
+        split = tfds.core.SplitInfo(name=SPLIT, shard_lengths=list(counts), num_bytes=size, filename_template=template)
+        for file in names:
+            (Path(work) / file).touch()
         tfds.folder_dataset.write_metadata(
             data_dir=work,
             features=tfds.features.FeaturesDict(dict(features)),
             split_infos=[split],
-            filename_template=template.replace(data_dir=epath.Path(work)),
+            filename_template=template,
             version="1.0.0",
             check_data=False,
         )
-        for name in ("features.json", "dataset_info.json"):
+        for name in _METADATA:
             with _local_file(folder / name) as local:
                 shutil.copyfile(Path(work) / name, local)
 
 
-def remove_partial(folder: epath.Path) -> None:
-    """Remove what killed processes left half written. (On an object store they leave nothing.)"""
-    if not is_remote(folder):
-        for path in Path(folder).glob(".*.partial.array_record*"):  # not the documents that another one writes
+def remove_partial(folder: Place) -> None:
+    """Remove what killed processes left half written. (At an address they leave nothing.)"""
+    if isinstance(folder, Path):
+        for path in folder.glob(".*.partial.array_record*"):  # not the documents that another one writes
             path.unlink(missing_ok=True)
 
 
-def write_document(path: epath.Path, value: Any) -> None:
-    """Write JSON, whole or not at all."""
-    with _local_file(path) as local:
-        write_json(local, value)
-
-
-def read_document(path: epath.Path) -> Any:
-    """Read JSON.
-
-    Raises:
-      MissingError: no file at `path`.
-      UserError: the file is not JSON.
-    """
-    if not is_remote(path):
-        return read_json(Path(path))
-    if not path.exists():
-        raise MissingError(f"no such file: {path}")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); fix or remove it") from error
-
-
-def open_anywhere(folder: epath.Path, *, cache: Path | None = None, version: str = "") -> Sequence:
-    """Random access to the examples of a data set in a local or remote folder.
+def open_anywhere(folder: Place, *, cache: Path | None = None, version: str = "") -> Sequence[Any]:
+    """Random access to the examples of a data set, of all its splits as `in_order` has them, wherever it lies.
 
     Args:
       folder: of the data set.
-      cache: where files of a remote one are copied to, `~/.cache/dit_video` by default.
+      cache: where files of one at an address are copied to, whole, when they are first read; `default_cache()` if None.
       version: of the data set's contents: copies of another version are not used.
 
     Raises:
       MissingError: no such folder.
-      UserError: the folder holds no data set, or one whose files are damaged.
+      UserError: the folder holds no data set, or one whose files are damaged, or cannot be reached.
     """
-    if not is_remote(folder):
-        return open_records(Path(folder))
-    return _Copied(folder, (cache or CACHE.expanduser()) / os.fspath(folder).replace("://", "/") / version)
+    if isinstance(folder, Path):
+        return open_records(folder)
+    return _Copied(folder, (cache or default_cache()) / str(folder).replace("://", "/") / version)
 
 
 class _Copied(Sequence[dict[str, Any]]):
-    """A remote data set, of which a file is copied here when its first example is read."""
+    """A data set at an address, of which a file is copied here when its first example is read."""
 
-    def __init__(self, folder: epath.Path, local: Path):
-        if not (folder / "dataset_info.json").exists():
-            raise MissingError(f"no such data set: {folder}")
+    def __init__(self, folder: UPath, local: Path):
+        try:
+            for name in _METADATA:
+                copy_here(folder / name, local / name)
+        except MissingError as error:
+            raise MissingError(f"no such data set: {folder}") from error
         self._remote, self._local = folder, local
-        for name in ("features.json", "dataset_info.json"):
-            _copy(folder / name, self._local / name)
-        made = tfds.builder_from_directory(self._local)
-        self._records, split = made.as_data_source(SPLIT), made.info.splits[SPLIT]
-        self._names = [path.name for path in split.filepaths]
-        self._ends = list(itertools.accumulate(split.shard_lengths))
+        self._records = open_records(local)
+        made = tfds.builder_from_directory(local)
+        splits = [made.info.splits[name] for name in in_order(made.info.splits)]
+        self._names = [path.name for split in splits for path in split.filepaths]
+        self._ends = list(itertools.accumulate(length for split in splits for length in split.shard_lengths))
         self._present: set[int] = set()
 
     def __len__(self) -> int:
@@ -162,32 +140,33 @@ class _Copied(Sequence[dict[str, Any]]):
         if file not in self._present:
             path = self._local / self._names[file]
             if not path.is_file():
-                _copy(self._remote / path.name, path)
+                copy_here(self._remote / path.name, path)
             self._present.add(file)
         return self._records[index]
 
 
-def _template(folder: epath.Path, name: str) -> Any:
+_METADATA = ("features.json", "dataset_info.json")
+"""TFDS's, beside the records."""
+
+
+def _file_name(dataset: str, number: int, files: int) -> str:
+    return _template(dataset, Path()).sharded_filepath(shard_index=number, num_shards=files).name
+
+
+def _template(dataset: str, folder: Path) -> Any:
     return tfds.core.ShardedFileTemplate(
-        data_dir=folder, dataset_name=name, split=SPLIT, filetype_suffix=FORMAT.file_suffix
+        data_dir=epath.Path(folder), dataset_name=dataset, split=SPLIT, filetype_suffix=FORMAT.file_suffix
     )
 
 
 @contextlib.contextmanager
-def _local_file(path: epath.Path) -> Iterator[Path]:
+def _local_file(path: Place) -> Iterator[Path]:
     """A local path to write to; the file is then at `path`, or nothing if that failed."""
-    if not is_remote(path):
-        with atomic_path(Path(path)) as temporary:
+    if isinstance(path, Path):
+        with atomic_path(path) as temporary:
             yield temporary
         return
     with tempfile.TemporaryDirectory() as work:
         local = Path(work) / path.name
         yield local
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with local.open("rb") as source, path.open("wb") as target:
-            shutil.copyfileobj(source, target)
-
-
-def _copy(source: epath.Path, target: Path) -> None:
-    with atomic_path(target) as temporary, source.open("rb") as remote, temporary.open("wb") as local:
-        shutil.copyfileobj(remote, local)
+        copy_there(local, path)

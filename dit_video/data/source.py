@@ -1,17 +1,24 @@
 """An ingested data set: encoded clips by number."""
 
+import hashlib
 import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dit_video.data import builder
-from dit_video.data.places import Place, place, read_document
+from etils import epath
+
+from dit_video.data import builder, shards
+from dit_video.data.places import Address, Place, is_remote, place, reaching, read_document
 from dit_video.errors import DecodeError, MissingError, UserError
 from dit_video.files import write_json
 
 INDEX = "index.json"
 VERSION = 2
+
+_SERVICE = re.compile("Permanent error|Retry policy exhausted|Retry loop")
+"""How begins what ArrayRecord says, in an error of no type of its own, where `gs://` refuses or can't be reached."""
 
 
 class ClipInfo(NamedTuple):
@@ -47,23 +54,31 @@ class ClipSource:
     Of several data sets a clip's name begins with its data set's: `ucf/v_YoYo_g01_c01.avi`. The files are opened at the
     first read, in each process anew: a source can be pickled to workers.
 
+    From `gs://` records are read one by one, as ArrayRecord itself does. From any other address a file is copied here,
+    whole, when its first record is read; all of the data set needs as much room here as there.
+
     Args:
-      folders: what `ingest` made: one folder, or several by name; local ones, or `gs://`.
+      folders: what `ingest` made: one folder, or several by name; addresses (`gs://…`) too, see `data.places`.
+      cache: where files from addresses are copied to; `shards.default_cache()` if None.
 
     Raises:
       MissingError: no such folder.
-      UserError: a folder is not an ingested data set of this version.
+      UserError: a folder is not an ingested data set of this version, or cannot be reached.
     """
 
-    def __init__(self, folders: str | os.PathLike | Mapping[str, str | os.PathLike]):
+    def __init__(self, folders: Address | Mapping[str, Address], *, cache: str | os.PathLike | None = None):
         named = (
             {f"{name}/": folder for name, folder in folders.items()} if isinstance(folders, Mapping) else {"": folders}
         )
         self.folders: tuple[Place, ...] = tuple(map(place, named.values()))
         infos: list[ClipInfo] = []
         self._sets: list[int] = []
+        self._cache = None if cache is None else Path(cache)
+        self._versions: list[str] = []
         for number, (prefix, folder) in enumerate(zip(named, self.folders, strict=True)):
             found = read_index(folder)
+            # Of the copies; what lies here is read where it lies.
+            self._versions.append(hashlib.sha256(repr(found).encode()).hexdigest()[:16] if is_remote(folder) else "")
             infos += [info._replace(name=prefix + info.name) for info in found]
             self._sets += [number] * len(found)
         self.infos: tuple[ClipInfo, ...] = tuple(infos)
@@ -76,20 +91,29 @@ class ClipSource:
         """The encoded file of a clip, as `dit_video.video.decode` takes it.
 
         Raises:
-          MissingError, UserError: the data set can't be opened.
+          MissingError, UserError: the data set can't be opened, or reached.
           DecodeError: the clip's record is damaged.
         """
         number = self._sets[index]
         if number not in self._records:
-            self._records[number] = builder.open_records(self.folders[number])
+            self._records[number] = self._open(number)
         try:
             return self._records[number][self.infos[index].record]["clip"]
-        except OSError:
+        except (OSError, UserError):  # of a file that can't be copied here
             raise
         except Exception as error:  # ArrayRecord and protocol buffers raise many types on damaged bytes
+            if _SERVICE.match(str(error)):
+                with reaching(self.folders[number]):
+                    raise
             raise DecodeError(
                 f"the record of {self.infos[index].name} is damaged ({error}); ingest it again"
             ) from error
+
+    def _open(self, number: int) -> Sequence[Any]:
+        folder = self.folders[number]
+        if str(folder).startswith("gs://"):
+            return builder.open_records(epath.Path(str(folder)))
+        return shards.open_anywhere(folder, cache=self._cache, version=self._versions[number])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_records": {}}
@@ -135,13 +159,18 @@ class ClipSource:
     def _subset(self, indices: Sequence[int]) -> "ClipSource":
         subset = object.__new__(ClipSource)
         subset.folders, subset._records = self.folders, self._records
+        subset._cache, subset._versions = self._cache, self._versions
         subset.infos = tuple(self.infos[index] for index in indices)
         subset._sets = [self._sets[index] for index in indices]
         return subset
 
 
-def is_ingested(folder: str | os.PathLike) -> bool:
-    """Whether a folder is a data set, and not clips that are yet to be made one."""
+def is_ingested(folder: Address) -> bool:
+    """Whether a folder is a data set, and not clips that are yet to be made one.
+
+    Raises:
+      UserError: an address that cannot be reached.
+    """
     return (place(folder) / INDEX).is_file()
 
 
@@ -158,9 +187,9 @@ def read_index(folder: Place) -> tuple[ClipInfo, ...]:
       MissingError: no such folder.
       UserError: the folder is not an ingested data set of this version.
     """
-    if not folder.is_dir():
-        raise MissingError(f"no such data set: {folder}")
-    if not (folder / INDEX).is_file():
+    if not (folder / INDEX).is_file():  # asked first: not every address has folders
+        if not folder.is_dir():
+            raise MissingError(f"no such data set: {folder}")
         raise UserError(f"{folder} is not an ingested data set, it has no {INDEX}; make one with tools/ingest.py")
     index = read_document(folder / INDEX)
     if not isinstance(index, dict) or index.get("version") != VERSION:

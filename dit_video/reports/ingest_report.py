@@ -2,13 +2,11 @@
 
 import importlib.resources
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
-from dit_video import files, rng
+from dit_video import rng
 from dit_video.data.ingest import IngestReport
-from dit_video.data.places import Place
+from dit_video.data.places import Address, Place, write_text
 from dit_video.data.source import ClipInfo, ClipSource
 from dit_video.errors import UserError
 from dit_video.reports import clips
@@ -56,7 +54,7 @@ _OUTCOMES = {
 }
 
 
-def write_ingest_report(folder: str | os.PathLike) -> Place:
+def write_ingest_report(folder: Address) -> Place:
     """Write the page of the data set in `folder` into it, as one self-contained file without scripts.
 
     The pictures are a sample that is a function of the clips alone: the same data set gives the same bytes.
@@ -70,10 +68,7 @@ def write_ingest_report(folder: str | os.PathLike) -> Place:
     source = ClipSource(folder)
     path = source.folders[0] / PAGE
     page = render(IngestReport.read(source.folders[0]), source)
-    if isinstance(path, Path):
-        files.write_text(path, page)
-    else:
-        path.write_text(page)
+    write_text(path, page)
     return path
 
 

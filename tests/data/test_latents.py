@@ -8,10 +8,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from etils import epath
 
 from dit_video.data.latent_files import LatentFiles, write_latents
 from dit_video.data.latents import LatentExample, LatentSource, LeftOut, identity_hash
+from dit_video.data.places import place
 from dit_video.errors import DecodeError, MissingError, UserError
 from dit_video.tokens import Grid
 
@@ -146,7 +146,7 @@ def test_embeddings_are_kept_with_their_lengths(tmp_path):
 
 
 def in_three_files(folder):
-    files = LatentFiles(folder=epath.Path(folder), identity="x", files=3, dtype="float32")
+    files = LatentFiles(folder=place(folder), identity="x", files=3, dtype="float32")
     of_file = [list(examples(2)), [LeftOut("bad.mp4", "it is damaged")], list(examples(3))]
     for number in (2, 0, 1):
         assert files.done(number) is None
@@ -167,31 +167,10 @@ def test_files_are_a_tfds_data_set_be_one_of_them_empty(tmp_path):
         np.testing.assert_array_equal(source[index], example.latents)
 
 
-@pytest.fixture
-def bucket(monkeypatch):
-    """An object store in memory, behind `gs://`."""
-    pytest.importorskip("fsspec")
-    from fsspec.implementations.memory import MemoryFileSystem
-
-    class Store(MemoryFileSystem):
-        protocol = ("gs", "gcs")
-        store, pseudo_dirs, cachable = {}, [""], False
-
-        @classmethod
-        def _strip_protocol(cls, path):
-            return super()._strip_protocol(path.removeprefix("gs://").removeprefix("gcs://"))
-
-    # As if gcsfs were installed: `etils.epath` asks fsspec for the file system of `gs://`.
-    from etils.epath import backend
-
-    monkeypatch.setattr(backend.fsspec_backend, "_get_filesystem", lambda _name: Store())
-    return Store
-
-
-def test_latents_may_lie_on_an_object_store(bucket, tmp_path):
-    expected = in_three_files("gs://bucket/latents")
-    assert any(name.endswith("latents.json") for name in bucket.store)
-    source = LatentSource("gs://bucket/latents", identity="x", cache=tmp_path / "cache")
+def test_latents_may_lie_at_an_address(memory, tmp_path):
+    address = f"{memory}/latents"
+    expected = in_three_files(address)
+    source = LatentSource(address, identity="x", cache=tmp_path / "cache")
     assert source.captions == tuple(example.captions for example in expected)
 
     def copied():
@@ -205,18 +184,30 @@ def test_latents_may_lie_on_an_object_store(bucket, tmp_path):
     copy = pickle.loads(pickle.dumps(source))
     np.testing.assert_array_equal(copy[0], expected[0].latents)
     with pytest.raises(UserError, match="y was asked for"):
-        LatentSource("gs://bucket/latents", identity="y")
+        LatentSource(address, identity="y")
     # What is written there again is read again.
-    epath.Path("gs://bucket/latents").rmtree()
-    files = LatentFiles(folder=epath.Path("gs://bucket/latents"), identity="y", files=1, dtype="float32")
+    place(address).rmdir(recursive=True)
+    files = LatentFiles(folder=place(address), identity="y", files=1, dtype="float32")
     files.write(0, [example._replace(latents=example.latents + 1) for example in expected])
     assert files.finish()
-    again = LatentSource("gs://bucket/latents", identity="y", cache=tmp_path / "cache")
+    again = LatentSource(address, identity="y", cache=tmp_path / "cache")
     np.testing.assert_array_equal(again[3], expected[3].latents + 1)
-    with pytest.raises(MissingError):
-        LatentSource("gs://bucket/nothing")
+    with pytest.raises(MissingError, match="no such folder of latents: memory://bucket/nothing"):
+        LatentSource(f"{memory}/nothing")
     with pytest.raises(UserError, match="other options"):
-        LatentFiles(folder=epath.Path("gs://bucket/latents"), identity="y", files=4, dtype="float32")
+        LatentFiles(folder=place(address), identity="y", files=4, dtype="float32")
+    with pytest.raises(UserError, match="is an address"):
+        write_latents(f"{memory}/more", examples(), identity="x")
+
+
+def test_a_file_that_cannot_be_copied_here_is_no_damaged_record(memory):
+    in_three_files(f"{memory}/latents")
+    source = LatentSource(f"{memory}/latents")
+    source[0]
+    (file,) = place(f"{memory}/latents").glob("*-00002-of-00003")
+    file.unlink()
+    with pytest.raises(MissingError, match="no such file: memory://bucket/latents/latents-train"):
+        source[3]
 
 
 def test_a_damaged_record_is_named(tmp_path):

@@ -1,43 +1,47 @@
-"""Data sets in buckets: fsspec's memory for the files, and a server here for what ArrayRecord itself reads."""
+"""Data sets at addresses: fsspec's memory for the files, and a server here for what ArrayRecord itself reads."""
 
+import errno
+import fcntl
+import os
+import pickle
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
 
-import fsspec
 import numpy as np
 import pytest
-from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
 
 from dit_video.data.builder import Beam
-from dit_video.data.ingest import ingest
-from dit_video.data.places import place, read_document
-from dit_video.data.source import ClipSource, is_ingested
-from dit_video.errors import MissingError, UserError
+from dit_video.data.ingest import engine, ingest
+from dit_video.data.ingest.journal import Journal
+from dit_video.data.latents import LatentSource
+from dit_video.data.places import place, publish, read_document, write_text
+from dit_video.data.source import INDEX, ClipSource, is_ingested
+from dit_video.errors import DecodeError, MissingError, UserError
 from dit_video.reports.ingest_report import write_ingest_report
 from dit_video.video import Clip
 
 
 class Memory(MemoryFileSystem):
-    """Of its own: `gs://bucket/x` is `/bucket/x`."""
+    """Of its own: `gs://bucket/x` and `s3://bucket/x` are `bucket/x`, as gcsfs and s3fs have it."""
 
-    protocol = ("gs", "gcs")
+    protocol = ("gs", "gcs", "s3")
+    root_marker = ""
     store = {}  # noqa: RUF012  # fsspec's
     pseudo_dirs = [""]  # noqa: RUF012
 
     @classmethod
     def _strip_protocol(cls, path):
-        return "/" + str(path).removeprefix("gs://").removeprefix("gcs://").strip("/") if str(path).strip("/") else ""
+        return str(path).removeprefix("gs://").removeprefix("gcs://").removeprefix("s3://").strip("/")
 
 
 @pytest.fixture
 def bucket(monkeypatch, tmp_path):
-    monkeypatch.setattr(
-        type(backend.fsspec_backend),
-        "_get_filesystem",
-        lambda self, name: Memory() if name == "gcs" else fsspec.filesystem(name),
-    )
+    for name in Memory.protocol:  # as if gcsfs and s3fs were installed
+        monkeypatch.setitem(_registry, name, Memory)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     Memory.store.clear()
@@ -52,7 +56,7 @@ def server(bucket, monkeypatch):
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             name = unquote(self.path.split("?")[0])  # /…/b/bucket/o/data/…
-            key = next((key for key in bucket if name.endswith(key.replace("/bucket/", "/b/bucket/o/"))), None)
+            key = next((key for key in bucket if name.endswith(f"/b/{key.replace('/', '/o/', 1)}")), None)
             if key is None:
                 self.send_error(404)
                 return
@@ -92,7 +96,7 @@ def clips(tmp_path):
 def test_a_data_set_in_a_bucket(clips, tmp_path, bucket, server):
     report = ingest(clips, "gs://bucket/data")
     ingest(clips, tmp_path / "here")
-    assert {name.removeprefix("/bucket/data/"): file.getvalue() for name, file in bucket.items()} == {
+    assert {name.removeprefix("bucket/data/"): file.getvalue() for name, file in bucket.items()} == {
         path.name: path.read_bytes() for path in (tmp_path / "here").iterdir()
     }
     assert list((tmp_path / "temporary").glob("dit_video*")) == []
@@ -103,12 +107,26 @@ def test_a_data_set_in_a_bucket(clips, tmp_path, bucket, server):
     assert [source[index] for index in range(3)] == [path.read_bytes() for path in sorted(clips.iterdir())]
     write_ingest_report("gs://bucket/data")
     write_ingest_report(tmp_path / "here")
-    assert bucket["/bucket/data/REPORT.html"].getvalue() == (tmp_path / "here" / "REPORT.html").read_bytes()
+    assert bucket["bucket/data/REPORT.html"].getvalue() == (tmp_path / "here" / "REPORT.html").read_bytes()
+
+
+@pytest.mark.parametrize("code", [403, 404])
+def test_a_service_that_refuses_a_record_is_no_damaged_record(clips, bucket, server, monkeypatch, code):
+    ingest(clips, "gs://bucket/data")
+    source = ClipSource("gs://bucket/data")
+    with monkeypatch.context() as patch:
+        patch.setattr(server.RequestHandlerClass, "do_GET", lambda request: request.send_error(code))
+        with pytest.raises(
+            UserError, match=r"^gs://bucket/data cannot be opened \(Permanent error.*check the"
+        ) as found:
+            source[0]
+    assert not isinstance(found.value, DecodeError)
+    assert "\n" not in str(found.value)
 
 
 def test_a_copy_that_is_interrupted(clips, tmp_path, bucket, monkeypatch):
     def interrupted(folder, destination, last):
-        (destination / "clips-train.array_record-00000-of-00007").write_bytes(b"half")
+        write_text(destination / "clips-train.array_record-00000-of-00007", "half")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -119,9 +137,9 @@ def test_a_copy_that_is_interrupted(clips, tmp_path, bucket, monkeypatch):
     with pytest.raises(UserError, match="not an ingested data set"):
         ClipSource("gs://bucket/data")
     ingest(clips, "gs://bucket/data")
-    assert "/bucket/data/clips-train.array_record-00000-of-00007" not in bucket
+    assert "bucket/data/clips-train.array_record-00000-of-00007" not in bucket
     assert len(ClipSource("gs://bucket/data")) == 3
-    (place("gs://bucket/other") / "letter.txt").write_text("keep")
+    write_text(place("gs://bucket/other/letter.txt"), "keep")
     with pytest.raises(UserError, match="not an ingested data set"):
         ingest(clips, "gs://bucket/other")
 
@@ -131,14 +149,139 @@ def test_beam_does_not_write_to_buckets(clips, bucket):
         ingest(clips, "gs://bucket/data", beam=Beam())
 
 
-def test_places_that_cannot_be_opened(tmp_path, bucket):
-    with pytest.raises(UserError, match=r"^ftp://x/y cannot be opened \(.*\); install"):
-        place("ftp://x/y")
-    assert place(tmp_path) == tmp_path
+def test_what_came_to_the_destination_meanwhile_stays(clips, bucket, monkeypatch):
+    """Between the first look at a bucket and the copy may lie hours."""
+    real = engine._write
+
+    def slowly(*arguments):
+        real(*arguments)
+        write_text(place("gs://bucket/data/letter.txt"), "keep")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_write", slowly)
+        with pytest.raises(UserError, match="not an ingested data set"):
+            ingest(clips, "gs://bucket/data")
+    assert list(bucket) == ["bucket/data/letter.txt"]
+
+    def overtaken(*arguments):
+        real(*arguments)
+        publish(arguments[0], place("gs://bucket/other"), INDEX)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_write", overtaken)
+        patch.setattr(engine, "publish", lambda *_: pytest.fail("the same is there already"))
+        assert ingest(clips, "gs://bucket/other").usable == 3
+    assert len(ClipSource("gs://bucket/other")) == 3
+
+
+@pytest.mark.parametrize("folder", ["memory://bucket/data", "s3://bucket/data"])
+def test_a_data_set_at_any_address(clips, memory, bucket, tmp_path, monkeypatch, folder):
+    real = engine.list_clips
+
+    def in_two_splits(*arguments, **keywords):
+        listing = real(*arguments, **keywords)
+        splits = ("train", "test", "train")
+        parted = (clip._replace(split=split) for clip, split in zip(listing.clips, splits, strict=True))
+        return listing._replace(clips=tuple(parted))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "list_clips", in_two_splits)
+        ingest(clips, folder)
+    source = ClipSource(folder)
+    assert [info.split for info in source.infos] == ["train", "train", "test"]
+
+    def copied():
+        return sorted(path.name for path in (tmp_path / "cache").rglob("*array_record*"))
+
+    assert source[2] == (clips / "1.mp4").read_bytes()
+    assert copied() == ["clips-test.array_record-00000-of-00001"]  # only what was read
+    assert [source[0], source[1]] == [(clips / name).read_bytes() for name in ("0.mp4", "2.mp4")]
+    assert pickle.loads(pickle.dumps(source))[2] == source[2]
+    assert ClipSource(place(folder), cache=tmp_path / "other").infos == source.infos
+    assert write_ingest_report(folder).is_file()
+    # Of another data set at the same address nothing is taken from the copies.
+    place(folder).rmdir(recursive=True)
+    (clips / "0.mp4").unlink()
+    (clips / "1.mp4").unlink()
+    ingest(clips, folder)
+    assert ClipSource(folder)[0] == (clips / "2.mp4").read_bytes()
+
+
+def test_no_room_for_the_copies(clips, memory, monkeypatch):
+    ingest(clips, f"{memory}/data")
+    source = ClipSource(f"{memory}/data")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(MemoryFileSystem, "get_file", full)
+    with pytest.raises(UserError, match=r"cache/dit_video/memory/.* cannot be written \(No space left on device\)"):
+        source[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gs://bucket/x", r"^gs://bucket/x needs a package that is not installed: pip install gcsfs$"),
+        ("s3://bucket/x", r"^s3://bucket/x needs a package that is not installed: pip install s3fs$"),
+        ("nonsense://x", r"^nonsense://x begins with nonsense://, which fsspec doesn't know; use gs://"),
+        ("gs:/bucket/x", r"^gs:/bucket/x is an address that went through pathlib; give gs://… as a string$"),
+    ],
+)
+def test_addresses_that_nothing_opens(monkeypatch, name, message):
+    for package in ("gcsfs", "s3fs"):
+        monkeypatch.setitem(sys.modules, package, None)
+    for use in (place, ClipSource, is_ingested, LatentSource):
+        with pytest.raises(UserError, match=message):
+            use(name)
+
+
+def test_a_bucket_that_refuses(clips, memory, monkeypatch):
+    ingest(clips, f"{memory}/data")
+    source = ClipSource(f"{memory}/data")
+
+    def refuse(_self, path, *_, **__):
+        raise PermissionError(f"Forbidden: {path}\nasks for storage.objects.get")
+
+    refused = r"^memory://bucket/.* cannot be opened \(Forbidden: [^\n]*\); check the address, .* credentials"
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "_open", refuse)
+        with pytest.raises(UserError, match=refused):
+            source[0]  # no damaged record
+        with pytest.raises(UserError, match=refused):
+            ClipSource(f"{memory}/data")
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "info", refuse)
+        for use in (place, ClipSource, is_ingested, LatentSource):
+            with pytest.raises(UserError, match=refused):
+                use(f"{memory}/data")
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "pipe_file", refuse)
+        with pytest.raises(UserError, match=refused):
+            write_text(place(f"{memory}/page.html"), "text")
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    with Journal(tmp_path / "work", ()), pytest.raises(UserError, match="another process is filling"):
+        Journal(tmp_path / "work", ())
+    monkeypatch.setattr(fcntl, "flock", none)
+    with pytest.raises(UserError, match=r"work cannot be locked \(No locks available\); name a destination on"):
+        Journal(tmp_path / "work", ())
+
+
+def test_places(tmp_path, bucket):
+    assert place(tmp_path) == place(str(tmp_path)) == place(f"file://{tmp_path}") == tmp_path
+    assert str(place("gs://bucket/data/")) == "gs://bucket/data"
     with pytest.raises(MissingError, match="no such file: gs://bucket/none"):
         read_document(place("gs://bucket/none"))
-    (place("gs://bucket") / "broken").write_text("{")
+    write_text(place("gs://bucket/broken"), "{")
     with pytest.raises(UserError, match="not valid JSON"):
         read_document(place("gs://bucket/broken"))
     with pytest.raises(MissingError, match="no such data set"):
         ClipSource("gs://bucket/nowhere")
+    for source, message in (("gs://bucket/clips", "is an address"), ("gs:/bucket/clips", "through pathlib")):
+        with pytest.raises(UserError, match=message):
+            ingest(source, tmp_path / "data")

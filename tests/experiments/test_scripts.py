@@ -14,6 +14,8 @@ import pytest
 
 from dit_video import measure
 from dit_video.data import shapes
+from dit_video.data.ingest import ingest
+from dit_video.data.places import copy_there, place
 from dit_video.pipeline import Request
 from dit_video.run import Run
 from dit_video.tokens import Grid
@@ -179,6 +181,39 @@ def test_train_refuses_clips_that_do_not_exist(process, tiny_clips, tmp_path):
     (clips / "metadata.csv").write_text("file_name,text\nmissing.mp4,a cat\n")
     ended = process("experiments/train.py", ROOT / TINY, "--data", clips, "--workdir", tmp_path / "run")
     assert_one_line(ended, "1 of them do not exist (missing.mp4)")
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_takes_addresses(script, copy, tiny_clips, memory, few_samples):
+    ingest(tiny_clips, f"{memory}/data")
+    shutil.rmtree(copy / "data")
+    copy_of = copy / "latents"
+    for path in copy_of.rglob("*.*"):
+        if path.is_file():
+            copy_there(path, place(f"{memory}/latents") / path.relative_to(copy_of).as_posix())
+    shutil.rmtree(copy_of)
+    before = (copy / "pipeline" / "denoiser.safetensors").read_bytes()
+    arguments = ("experiments/train.py", ROOT / TINY, "--workdir", copy, "--data", f"{memory}/data")
+    ended = script(*arguments, "--latents", f"{memory}/latents")
+    assert ended.code == 0, ended.err
+    assert (copy / "pipeline" / "denoiser.safetensors").read_bytes() == before
+    assert "reconstruction of held-out clips" in ended.out
+    assert_one_line(
+        script(*arguments, "--latents", f"{memory}/l"), f"with the latents {memory}/latents, not {memory}/l"
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("memory://bucket/none", "no such data set: memory://bucket/none"),
+        ("nonsense://bucket/data", "nonsense://, which fsspec doesn't know"),
+        ("gs:/bucket/data", "an address that went through pathlib"),
+    ],
+)
+def test_train_refuses_addresses_without_data(script, memory, tmp_path, data, message):
+    ended = script("experiments/train.py", ROOT / TINY, "--data", data, "--workdir", tmp_path / "run")
+    assert_one_line(ended, message)
     assert not (tmp_path / "run").exists()
 
 

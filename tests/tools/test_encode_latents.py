@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
+from dit_video.data.ingest import ingest
 from dit_video.data.latents import LatentSource
 from dit_video.run import Run
 
@@ -58,6 +59,33 @@ def test_the_views_of_a_pipeline_are_chosen_on_the_command_line(tiny, tiny_run, 
     assert {source.sizes[index][0] for index in of_clip} == {2}
     assert source.identity["limits"] != LatentSource(tiny_run / "latents").identity["limits"]
     assert source.identity["autoencoder"] == LatentSource(tiny_run / "latents").identity["autoencoder"]
+
+
+def test_data_and_latents_at_an_address(tiny, tiny_run, tiny_clips, memory, tmp_path, script):
+    ingest(tiny_clips, f"{memory}/data")
+    ignored = shutil.ignore_patterns("data", "latents", "denoiser", "pipeline")
+    run = Run.open(shutil.copytree(tiny_run, tmp_path / "run", ignore=ignored))
+    run.take(f"{memory}/data")
+    run.keep_latents(f"{memory}/latents")
+    own = values(tiny_run / "latents")
+    # A run's data and latents are named by its folders or by the addresses that these stand for.
+    for data, destination in ((f"{memory}/data", f"{memory}/latents"), (run.folder / "data", run.folder / "latents")):
+        done = script(TOOL, run.folder, data, destination)
+        assert done.code == 0, done.err
+        assert f"{memory}/latents: {len(own)} examples of {len(own)} clips" in done.out
+    assert [path.name for path in (run.folder / "latents").iterdir()] == ["address.json"]
+    made = values(f"{memory}/latents")
+    assert made.keys() == own.keys()
+    for name, latents in made.items():
+        np.testing.assert_array_equal(latents, own[name])
+    assert len(run.encode_latents()) == len(own)
+    for data, destination in ((f"{memory}/none", f"{memory}/l"), (f"{memory}/data", "nonsense://l")):
+        done = script(TOOL, run.folder, data, destination)
+        assert done.code == 2
+        assert len(done.err.strip().splitlines()) == 1
+    done = script(TOOL, tiny_run / "pipeline", run.folder / "data", f"{memory}/all")
+    assert done.code == 0, done.err
+    assert len(LatentSource(f"{memory}/all")) == tiny.COUNT
 
 
 def test_refusals(tiny_run, tmp_path, script):

@@ -33,7 +33,7 @@ from dit_video.data.ingest.report import REPORT, IngestReport, summarise
 from dit_video.data.ingest.screening import ScreeningConfig
 from dit_video.data.ingest.selection import Selection, select
 from dit_video.data.ingest.workers import Workers, cores, worth
-from dit_video.data.places import Place, place, publish, read_document
+from dit_video.data.places import Address, Place, place, publish, read_document
 from dit_video.data.source import INDEX, ClipInfo, write_index
 from dit_video.errors import UserError
 
@@ -72,7 +72,7 @@ class IngestConfig:
 
 def ingest(
     source: str | os.PathLike,
-    destination: str | os.PathLike,
+    destination: Address,
     *,
     config: IngestConfig = IngestConfig(),
     progress: Progress | None = None,
@@ -87,7 +87,7 @@ def ingest(
 
     Args:
       source: the clips, in any format that `list_clips` reads.
-      destination: the folder to be made; whole or absent. In a bucket (`gs://…`) too: it is made in a local folder of
+      destination: the folder to be made; whole or absent. At an address (`gs://…`) too: it is made in a local folder of
         temporary files, as ArrayRecord writes no others, and copied, the index last, without which it cannot be read.
       config: what is taken.
       progress: called with (done, total) clips that are inspected, and from 0 again with those that are written.
@@ -123,7 +123,7 @@ def ingest(
                 report = IngestReport.read(work / "data")
                 if isinstance(destination, Path):
                     (work / "data").rename(destination)  # an empty folder there is replaced
-                else:
+                elif not _holds(place(destination), fingerprint, source):  # seen again, as hours may have passed
                     publish(work / "data", destination, INDEX)
             finally:
                 shutil.rmtree(work / "data", ignore_errors=True)
@@ -142,7 +142,7 @@ def _work(destination: Place) -> Path:
     """The folder of work: beside the destination, so that a rename finishes it; for a bucket among temporary files."""
     if isinstance(destination, Path):
         return destination.with_name(destination.name + WORK)
-    name = hashlib.sha256(os.fspath(destination).encode()).hexdigest()[:16]
+    name = hashlib.sha256(str(destination).encode()).hexdigest()[:16]
     return Path(tempfile.gettempdir()) / f"dit_video.{name}{WORK}"
 
 

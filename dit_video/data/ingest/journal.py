@@ -32,7 +32,7 @@ class Journal:
       settings: dataclasses and scalars; all that a verdict depends on, beside the clip.
 
     Raises:
-      UserError: another process has the journal.
+      UserError: another process has the journal, or the file system has no locks.
     """
 
     def __init__(self, folder: Path, settings: Any):
@@ -45,7 +45,13 @@ class Journal:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._file.close()
-            raise UserError(f"another process is filling {folder}; wait for it, or name another destination") from error
+            if isinstance(error, BlockingIOError):
+                raise UserError(
+                    f"another process is filling {folder}; wait for it, or name another destination"
+                ) from error
+            raise UserError(
+                f"{folder} cannot be locked ({error.strerror}); name a destination on a file system with locks"
+            ) from error
         self._known = self._read()
 
     def __enter__(self) -> "Journal":

@@ -12,6 +12,7 @@ from dit_video.data.ingest.listing.scan import Scan, scan, suffix_of
 from dit_video.data.ingest.listing.tables import TABLES, is_list, list_table
 from dit_video.data.ingest.listing.tars import is_tar, list_tar, list_tars
 from dit_video.data.ingest.listing.ucf101 import list_ucf101
+from dit_video.data.places import place
 from dit_video.errors import MissingError, UserError
 
 
@@ -31,7 +32,10 @@ def list_clips(
       MissingError: nothing is at `source`, or a list that the format has is missing.
       UserError: no clips; a format that cannot be told, or isn't the source's; a list with mistakes.
     """
-    source = Path(source)
+    opened = place(source)
+    if not isinstance(opened, Path):
+        raise UserError(f"{source} is an address; clips are ingested from this machine, so copy them here first")
+    source = opened
     if not source.exists():
         raise MissingError(f"no such folder or file: {source}")
     if not source.is_dir():
