@@ -114,12 +114,14 @@ class Up(nnx.Module):
 
     def __call__(self, x: Float[Array, "B t h w i"], memory: Memory | None = None) -> Float[Array, "B T H W o"]:
         if self.time is not None:
-            x = self._doubled(x, memory)
+            x = self._doubled(self.time, x, memory)
         if self.space is not None:
             x = self.space(repeat(x, "B t h w i -> B t (h a) (w b) i", a=2, b=2))
         return x if self.narrow is None else self.narrow(x)
 
-    def _doubled(self, x: Float[Array, "B t h w i"], memory: Memory | None) -> Float[Array, "B T h w i"]:
+    def _doubled(
+        self, convolution: CausalConv, x: Float[Array, "B t h w i"], memory: Memory | None
+    ) -> Float[Array, "B T h w i"]:
         """Two frames for each but the clip's first, which those that follow do not see."""
         begins = memory is None or memory.begins
         first, rest = (x[:, :1], x[:, 1:]) if begins else (x[:, :0], x)
@@ -127,7 +129,7 @@ class Up(nnx.Module):
         longer = jnp.concatenate([past, rest], axis=1) if memory is None else memory.exchange(past, rest)
         if rest.shape[1] == 0:
             return first
-        pairs = rearrange(self.time.valid(longer), "B t h w (two i) -> B (t two) h w i", two=2)
+        pairs = rearrange(convolution.valid(longer), "B t h w (two i) -> B (t two) h w i", two=2)
         return jnp.concatenate([first, pairs], axis=1)
 
 

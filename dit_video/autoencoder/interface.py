@@ -36,6 +36,8 @@ class Autoencoder(Protocol):
 class AutoencoderConfig(Protocol):
     """The config of an autoencoder: makes its module, and knows the size of its latents."""
 
+    def __hash__(self) -> int: ...
+
     @property
     def stride(self) -> Grid:
         """Pixels for one latent along (t, h, w); the first frame has a latent frame of its own."""

@@ -51,7 +51,7 @@ def decode_stream(
       UserError: a chunk of no frames, tiles that do not fit the stride, or a height that the devices do not divide.
     """
     _check(chunk, sharding, latents.shape[2], "latent rows")
-    plan = cut(*latents.shape[2:4], tiles, config.stride)
+    plan = cut(latents.shape[2], latents.shape[3], tiles, config.stride)
     parts = (latents[:, start : start + chunk] for start in range(0, latents.shape[1], chunk))
     for coded, count, begins in _coded(config, params, parts, plan, "decode", chunk, sharding):
         frames = count * config.stride.t - (config.stride.t - 1 if begins else 0)

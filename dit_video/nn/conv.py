@@ -33,7 +33,8 @@ class Memory:
     def __init__(self, past: Sequence[Array] | None = None):
         self.begins = past is None
         """whether this is the clip's first chunk"""
-        self._past, self._kept = list(past or ()), []
+        self._past: list[Array] = list(past or ())
+        self._kept: list[Array] = []
 
     @property
     def kept(self) -> tuple[Array, ...]:
@@ -118,7 +119,9 @@ class CausalConv(nnx.Module):
                 merged = jnp.moveaxis(kernel, 0, 2).reshape(*kernel.shape[1:3], -1, kernel.shape[-1])
                 y = self._spatial(jnp.concatenate(offsets, axis=-1), merged)
             case _:
-                y = sum(self._spatial(frames, part) for frames, part in zip(offsets, kernel, strict=True))
+                y = self._spatial(offsets[0], kernel[0])
+                for offset in range(1, len(offsets)):
+                    y = y + self._spatial(offsets[offset], kernel[offset])
         return y + self.bias[...].astype(self.dtype)
 
     def _form(self) -> Form:

@@ -11,12 +11,36 @@ from dit_video.errors import UserError
 from dit_video.files import read_json, write_json
 from dit_video.nn import param_shapes
 from dit_video.tokens import Grid
-from dit_video.weights.exchange import SHARD_BYTES, Foreign, Names, read_foreign, write_foreign
+from dit_video.weights.exchange import SHARD_BYTES, Foreign, read_foreign, write_foreign
 
 _STEM = "diffusion_pytorch_model"
 _KINDS = ("AutoencoderKLWan",)
 _VOLUME, _PICTURE = "o i t h w -> t h w i o", "o i h w -> 1 h w i o"
 _DENSE_VOLUME, _DENSE_PICTURE = "o i 1 1 1 -> i o", "o i 1 1 -> i o"
+
+# Wan 2.1's measured latents (`wan/modules/vae.py` of Wan-Video/Wan2.1), which diffusers has as defaults.
+_MEAN = [-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508]
+_MEAN += [0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921]
+_STD = [2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743]
+_STD += [3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160]
+_DEFAULTS: dict[str, Any] = {
+    "base_dim": 96,
+    "decoder_base_dim": None,
+    "z_dim": 16,
+    "dim_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "attn_scales": [],
+    "temperal_downsample": [False, True, True],
+    "dropout": 0.0,
+    "latents_mean": _MEAN,
+    "latents_std": _STD,
+    "is_residual": False,
+    "in_channels": 3,
+    "out_channels": 3,
+    "patch_size": None,
+    "scale_factor_temporal": 4,
+    "scale_factor_spatial": 8,
+}
 
 
 def load_autoencoder(folder: str | os.PathLike) -> tuple[CausalVaeConfig, dict[str, Any]]:
@@ -62,7 +86,7 @@ def save_autoencoder(
     write_json(Path(folder) / "config.json", document)
 
 
-def wan_names(config: CausalVaeConfig) -> Names:
+def wan_names(config: CausalVaeConfig) -> dict[str, Foreign]:
     """Where diffusers' `AutoencoderKLWan` keeps each parameter."""
     names: dict[str, Foreign] = {}
     names |= _conv("encoder/conv_in", "encoder.conv_in") | _conv("encoder/conv_out", "encoder.conv_out")
@@ -88,32 +112,32 @@ def wan_names(config: CausalVaeConfig) -> Names:
     return names
 
 
-def _both(ours: str, theirs: str, pattern: str) -> Names:
+def _both(ours: str, theirs: str, pattern: str) -> dict[str, Foreign]:
     return {f"{ours}/kernel": Foreign(f"{theirs}.weight", pattern), f"{ours}/bias": Foreign(f"{theirs}.bias")}
 
 
-def _conv(ours: str, theirs: str) -> Names:
+def _conv(ours: str, theirs: str) -> dict[str, Foreign]:
     return _both(ours, theirs, _VOLUME)
 
 
-def _residual(ours: str, theirs: str) -> Names:
-    names = dict(_conv(f"{ours}/conv_in", f"{theirs}.conv1")) | _conv(f"{ours}/conv_out", f"{theirs}.conv2")
+def _residual(ours: str, theirs: str) -> dict[str, Foreign]:
+    names = _conv(f"{ours}/conv_in", f"{theirs}.conv1") | _conv(f"{ours}/conv_out", f"{theirs}.conv2")
     names |= _both(f"{ours}/shortcut", f"{theirs}.conv_shortcut", _DENSE_VOLUME)
     names[f"{ours}/norm_in/scale"] = Foreign(f"{theirs}.norm1.gamma", "d 1 1 1 -> d")
     names[f"{ours}/norm_out/scale"] = Foreign(f"{theirs}.norm2.gamma", "d 1 1 1 -> d")
     return names
 
 
-def _middle(ours: str, theirs: str) -> Names:
-    names = dict(_residual(f"{ours}/before", f"{theirs}.resnets.0")) | _residual(f"{ours}/after", f"{theirs}.resnets.1")
+def _middle(ours: str, theirs: str) -> dict[str, Foreign]:
+    names = _residual(f"{ours}/before", f"{theirs}.resnets.0") | _residual(f"{ours}/after", f"{theirs}.resnets.1")
     attention = f"{theirs}.attentions.0"
     names[f"{ours}/attention/norm/scale"] = Foreign(f"{attention}.norm.gamma", "d 1 1 -> d")
     names |= _both(f"{ours}/attention/qkv", f"{attention}.to_qkv", _DENSE_PICTURE)
     return names | _both(f"{ours}/attention/out", f"{attention}.proj", _DENSE_PICTURE)
 
 
-def _resample(ours: str, theirs: str) -> Names:
-    return dict(_both(f"{ours}/space", f"{theirs}.resample.1", _PICTURE)) | _conv(f"{ours}/time", f"{theirs}.time_conv")
+def _resample(ours: str, theirs: str) -> dict[str, Foreign]:
+    return _both(f"{ours}/space", f"{theirs}.resample.1", _PICTURE) | _conv(f"{ours}/time", f"{theirs}.time_conv")
 
 
 def _wan_config(folder: Path, document: dict[str, Any]) -> CausalVaeConfig:
@@ -165,28 +189,3 @@ def _wan_document(config: CausalVaeConfig) -> dict[str, Any]:
         "scale_factor_temporal": config.stride.t,
         "scale_factor_spatial": config.stride.h,
     }
-
-
-# Wan 2.1's measured latents (`wan/modules/vae.py` of Wan-Video/Wan2.1), which diffusers has as defaults.
-_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508)
-_MEAN += (0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
-_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743)
-_STD += (3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
-_DEFAULTS: dict[str, Any] = {
-    "base_dim": 96,
-    "decoder_base_dim": None,
-    "z_dim": 16,
-    "dim_mult": [1, 2, 4, 4],
-    "num_res_blocks": 2,
-    "attn_scales": [],
-    "temperal_downsample": [False, True, True],
-    "dropout": 0.0,
-    "latents_mean": list(_MEAN),
-    "latents_std": list(_STD),
-    "is_residual": False,
-    "in_channels": 3,
-    "out_channels": 3,
-    "patch_size": None,
-    "scale_factor_temporal": 4,
-    "scale_factor_spatial": 8,
-}
