@@ -21,6 +21,7 @@ from dit_video.text.interface import Context
 
 # Not -inf, which would make NaN of a token that sees nothing.
 _MASKED = -1e30
+_DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class T5Config:
     """The shape of an encoder; `weights.load_text_encoder` reads one from a folder.
 
     Raises:
-      UserError: a size below 1, buckets that no distance fits in, or an unknown choice.
+      UserError: a size below 1, buckets that no distance fits in, or another dtype.
     """
 
     vocabulary: int
@@ -47,8 +48,8 @@ class T5Config:
     position_bias: Literal["each layer", "shared"] = "each layer"
     """a table of its own for each layer (UMT5), or one for all (T5)"""
     eps: float = 1e-6
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """of the matrix products; norms, softmax and the sum of the layers' results are float32"""
+    dtype: str = "float32"
+    """of the matrix products, or bfloat16; norms, softmax and the sum of the layers' results are float32"""
 
     def __post_init__(self):
         sizes = ("vocabulary", "width", "layers", "heads", "head_width", "mlp_width")
@@ -57,16 +58,10 @@ class T5Config:
         if self.buckets < 4 or self.buckets % 2 or self.max_distance <= self.buckets // 4:
             raise UserError(
                 f"buckets {self.buckets} must be even and at least 4, and max_distance {self.max_distance} larger than "
-                f"a quarter of them"
+                "a quarter of them"
             )
-        choices = {
-            "activation": (self.activation, ("gated-gelu", "relu")),
-            "position_bias": (self.position_bias, ("each layer", "shared")),
-            "dtype": (self.dtype, ("float32", "bfloat16")),
-        }
-        for name, (given, known) in choices.items():
-            if given not in known:
-                raise UserError(f"{name} must be {' or '.join(map(repr, known))}, not {given!r}")
+        if self.dtype not in _DTYPES:
+            raise UserError(f"a text encoder computes in {' or '.join(_DTYPES)}, not {self.dtype!r}")
 
     def make(self, rngs: nnx.Rngs) -> "T5Encoder":
         return T5Encoder(self, rngs=rngs)
@@ -113,7 +108,7 @@ class _Block(nnx.Module):
         self, x: Float[Array, "B S E"], same: Bool[Array, "B S S"], shared: Float[Array, "K S S"] | None
     ) -> Float[Array, "B S E"]:
         y = self.norm_attention(x)
-        q, k, v = (part(y).reshape(*x.shape[:2], self.heads, -1) for part in (self.query, self.key, self.value))
+        q, k, v = (linear(y).reshape(*x.shape[:2], self.heads, -1) for linear in (self.query, self.key, self.value))
         bias = shared if self.position is None else self.position(x.shape[1])
         assert bias is not None  # the encoder has a table where its layers have none
         x = x + self.out(_attend(q, k, v, bias=bias, same=same).reshape(*x.shape[:2], -1))
@@ -144,8 +139,8 @@ def _attend(
 ) -> Float[Array, "B S K d"]:
     """`softmax(q k^T + bias) v`, softmax in float32.
 
-    Not `nn.Attention`, which scales the scores and takes no bias: the chunks that it is for are of no use in texts of a
-    few hundred tokens.
+    Not `nn.Attention`, which scales the scores and takes no bias: what it saves in long rows is nothing in texts of
+    a few hundred tokens.
     """
     scores = jnp.einsum("bnkd,bmkd->bknm", q, k, preferred_element_type=jnp.float32) + bias
     weights = jax.nn.softmax(jnp.where(same[:, None], scores, _MASKED), axis=-1)
@@ -163,7 +158,5 @@ def relative_buckets(length: int, *, buckets: int, max_distance: int) -> Int32[n
     exact = half // 2
     # In float32, as the models were trained: a distance where the logarithm is whole is then in the bucket they know.
     ratio = np.log(np.maximum(distance, exact).astype(np.float32) / exact) / math.log(max_distance / exact)
-    far = exact + (ratio * (half - exact)).astype(np.int32)
-    return (np.where(offset > 0, half, 0) + np.where(distance < exact, distance, np.minimum(far, half - 1))).astype(
-        np.int32
-    )
+    far = np.minimum(exact + (ratio * (half - exact)).astype(np.int32), half - 1)
+    return (np.where(offset > 0, half, 0) + np.where(distance < exact, distance, far)).astype(np.int32)

@@ -59,7 +59,7 @@ def load_embedder(
     folder: str | os.PathLike,
     *,
     max_tokens: int = 512,
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    dtype: str = "float32",
     cache: str | os.PathLike | None = None,
 ) -> Embedder:
     """An encoder and its tokenizer, ready to embed texts.
@@ -68,7 +68,7 @@ def load_embedder(
       folder: a model of `transformers`, a pipeline's `text_encoder`, or the pipeline's own folder. The tokenizer
         lies in the encoder's folder or in `tokenizer` beside it.
       max_tokens: a longer text is cut, with a warning. Wan takes 512, the end token included.
-      dtype: of the matrix products and their weights.
+      dtype: of the matrix products and their weights, float32 or bfloat16.
       cache: a folder for embeddings, which other embedders and processes may share.
 
     Raises:
@@ -90,7 +90,7 @@ def load_embedder(
     return Embedder(encoder.config, encoder.params, tokenizer, identity=identity, cache=cache)
 
 
-def load_text_encoder(folder: str | os.PathLike, *, dtype: Literal["float32", "bfloat16"] = "float32") -> LoadedEncoder:
+def load_text_encoder(folder: str | os.PathLike, *, dtype: str = "float32") -> LoadedEncoder:
     """The encoder of a `T5EncoderModel`, a `UMT5EncoderModel`, or a full T5 or UMT5 with its decoder.
 
     Read tensor by tensor: host memory holds no more than one parameter of all layers at a time besides the result.
@@ -121,13 +121,14 @@ def load_text_encoder(folder: str | os.PathLike, *, dtype: Literal["float32", "b
                 tensor = tensors.read(name)
                 _feed(digest, f"{path} {index}", tensor)
                 stored[index if path.startswith("blocks/") else ...] = tensor.T if _transposed(path) else tensor
-            return jnp.asarray(stored)
+            # Waits: the host's copy is needed until it is on its device, and the next parameter's comes now.
+            return jax.block_until_ready(jnp.asarray(stored))
 
         params = trees.map_with_path(read, shapes)
     return LoadedEncoder(config, params, digest.hexdigest(), ignored)
 
 
-def text_encoder_config(folder: str | os.PathLike, *, dtype: Literal["float32", "bfloat16"] = "float32") -> T5Config:
+def text_encoder_config(folder: str | os.PathLike, *, dtype: str = "float32") -> T5Config:
     """The config of a folder's encoder, without its weights. What the file leaves out is what `transformers` takes.
 
     Raises:

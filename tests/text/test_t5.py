@@ -126,6 +126,7 @@ def test_the_parts_fit_the_protocol_and_configs_go_to_json_and_back():
         ({"buckets": 7}, "buckets 7 must be even"),
         ({"buckets": 2}, "buckets 2 must be even and at least 4"),
         ({"max_distance": 2}, "max_distance 2 larger"),
+        ({"dtype": "float16"}, "computes in float32 or bfloat16, not 'float16'"),
     ],
 )
 def test_sizes_that_cannot_be(change, message):

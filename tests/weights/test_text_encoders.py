@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import shutil
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -165,6 +166,19 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(tmp_path):
         del config[name]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert load_text_encoder(tmp_path).config == standard
+
+
+def test_weights_are_read_one_parameter_at_a_time(tmp_path):
+    config = dataclasses.replace(CONFIG, width=256, mlp_width=512, layers=6)
+    write_encoder(tmp_path, config)
+    load_text_encoder(tmp_path)  # so that what is imported and traced the first time does not count
+    tracemalloc.start()
+    params = load_text_encoder(tmp_path).params
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    sizes = [leaf.nbytes for leaf in jax.tree.leaves(params)]
+    # What JAX copied is not counted. A dictionary of all tensors, then stacked, would be the sum and the largest.
+    assert max(sizes) < peak < sum(sizes) + 0.5 * max(sizes)
 
 
 def test_the_encoder_of_wan(tmp_path):
