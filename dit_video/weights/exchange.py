@@ -116,6 +116,7 @@ def write_foreign(
         write_json(
             folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": of_tensor}
         )
+        (folder / f"{stem}.safetensors").unlink(missing_ok=True)  # an earlier one, which would be read before the index
 
 
 def _shape(foreign: Foreign, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -91,7 +91,10 @@ def _listed(folder: Path, stem: str) -> Mapping[Path, set[str] | None]:
         raise UserError(f"{index} has no weight_map from tensors to files; copy or download it again")
     files: dict[Path, set[str] | None] = {folder / file: set() for file in sorted(set(names.values()))}
     if absent := sorted(path.name for path in files if not path.is_file()):
-        raise MissingError(f"{folder} lacks {_some(absent)}, which {index.name} lists; copy or download them too")
+        raise MissingError(
+            f"{folder} lacks {len(absent)} of {len(files)} files that {index.name} lists ({_some(absent)}); copy or "
+            "download them too"
+        )
     return {path: {name for name, file in names.items() if folder / file == path} for path in files}
 
 
@@ -101,7 +104,7 @@ def _no_weights(folder: Path, stem: str) -> UserError:
     if pickles := sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt")):
         return UserError(
             f"{folder} has its weights in pickles ({_some(pickles)}), which can run any code when they are read; "
-            f"convert them where torch is installed, in that folder: {_conversion(folder)}"
+            f"convert it where torch is installed, in that folder: {_conversion(folder)}"
         )
     return MissingError(f"{folder} has neither {stem}.safetensors nor {stem}.safetensors.index.json; copy them there")
 

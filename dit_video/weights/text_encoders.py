@@ -17,8 +17,8 @@ from dit_video.errors import MissingError, UserError
 from dit_video.files import read_json, write_json
 from dit_video.nn import param_shapes
 from dit_video.text import Embedder, PretrainedTokenizer, T5Config, holds_tokenizer
+from dit_video.weights.exchange import SHARD_BYTES, Foreign, write_foreign
 from dit_video.weights.folders import TensorFolder
-from dit_video.weights.exchange import Foreign, write_foreign
 from dit_video.weights.safetensors import match
 
 _EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")
@@ -167,7 +167,12 @@ def text_encoder_config(folder: str | os.PathLike, *, dtype: str = "float32") ->
 
 
 def save_text_encoder(
-    folder: str | os.PathLike, config: T5Config, params: Mapping[str, Any], *, dtype: Any = None
+    folder: str | os.PathLike,
+    config: T5Config,
+    params: Mapping[str, Any],
+    *,
+    dtype: Any = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a folder that `transformers` loads as `T5EncoderModel` or `UMT5EncoderModel`, and `load_text_encoder` too.
 
@@ -176,6 +181,7 @@ def save_text_encoder(
       config: the encoder's.
       params: its parameters.
       dtype: of all tensors in the file; None writes them as they are.
+      shard_bytes: what would be a larger file is split, with an index.
     """
     names = _names(config) | {"embedding": [_EMBEDDINGS[0]]}
     tensors: dict[str, np.ndarray] = {}
@@ -184,7 +190,8 @@ def save_text_encoder(
         for index, name in enumerate(names[path]):
             part = array[index if path.startswith("blocks/") else ...]
             tensors[name] = part.T if _transposed(path) else part
-    save(Path(folder) / "model.safetensors", tensors, metadata={"format": "pt"}, dtype=dtype)
+    same = {name: Foreign(name) for name in tensors}  # the layers are unstacked and turned above
+    write_foreign(folder, "model", same, tensors, shard_bytes=shard_bytes, dtype=dtype)
     write_json(Path(folder) / "config.json", _their_config(config))
 
 

@@ -14,6 +14,7 @@ from dit_video.errors import MissingError, UserError
 from dit_video.nn import param_shapes
 from dit_video.tree import flatten, size
 from dit_video.weights import load_embedder, load_text_encoder, save_text_encoder, text_encoder_config
+from rough import rough_params
 from tiny_t5 import CONFIG, change_json, write_encoder, write_tokenizer
 
 SHARED = dataclasses.replace(CONFIG, activation="relu", position_bias="shared")
@@ -59,6 +60,18 @@ def test_a_round_trip_is_bit_exact(tmp_path, config):
     save_text_encoder(tmp_path / "b", loaded.config, loaded.params)
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_large_file_is_split(tmp_path):
+    params = write_encoder(tmp_path / "whole")
+    save_text_encoder(tmp_path / "split", CONFIG, params, shard_bytes=4000)
+    assert len(list((tmp_path / "split").glob("model-*-of-*.safetensors"))) > 2
+    whole, split = map(load_text_encoder, (tmp_path / "whole", tmp_path / "split"))
+    assert_same(split.params, params)
+    assert split.digest == whole.digest
+    other = rough_params(CONFIG.make, 1)
+    save_text_encoder(tmp_path / "whole", CONFIG, other, shard_bytes=4000)  # over the single file
+    assert_same(load_text_encoder(tmp_path / "whole").params, other)
 
 
 def test_the_names_are_those_of_transformers(tmp_path):
