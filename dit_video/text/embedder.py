@@ -17,8 +17,8 @@ from dit_video.text.tokenizer import PretrainedTokenizer
 
 _SHORTEST = 32
 _ROWS = 8
-"""A batch has one row or this many, and its length is a power of two: a handful of programs for all texts. Eight rows
-of 64 tokens keep a CPU busy, and eight of 512 an accelerator."""
+"""A batch has one row or this many, and its length is a power of two or the limit: a handful of programs for all texts.
+In a batch of eight a caption of 24 tokens takes a third of the CPU time that it takes alone (8 layers of width 512)."""
 
 
 class Embedder:
@@ -47,7 +47,7 @@ class Embedder:
           config: the encoder's.
           params: its parameters, a nested dictionary.
           tokenizer: the one that it was trained with.
-          identity: names config, weights and tokenizer together; it is the name of a folder in `cache`.
+          identity: names config, weights, tokenizer and limit together; it is the name of a folder in `cache`.
           cache: a folder for embeddings, which other embedders and processes may share.
           memory: bytes of embeddings to keep in memory.
 
