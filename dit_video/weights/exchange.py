@@ -5,24 +5,20 @@ that one map serves both ways. A folder holds one safetensors file, or several w
 libraries write them.
 """
 
-import contextlib
-import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import safetensors
 from einops import rearrange
 
 from dit_video import tree as trees
-from dit_video.errors import MissingError, UserError
-from dit_video.files import read_json, write_json
+from dit_video.files import write_json
 from dit_video.weights import safetensors as ours
+from dit_video.weights.folders import TensorFolder
 
 SHARD_BYTES = 5_000_000_000
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 class Foreign(NamedTuple):
@@ -71,15 +67,13 @@ def read_foreign(
     """
     wanted = trees.flatten(like)
     shapes = {names[path].name: _shape(names[path], leaf.shape) for path, leaf in wanted.items()}
-    with contextlib.ExitStack() as stack:
-        files = {path: stack.enter_context(_opened(path)) for path in _files(Path(folder), stem)}
-        held = {name: file for file in files.values() for name in file.keys()}  # noqa: SIM118 (no mapping)
-        found = {name: tuple(file.get_slice(name).get_shape()) for name, file in held.items() if name not in ignored}
+    with TensorFolder(folder, stem=stem) as tensors:
+        found = {name: shape for name, shape in tensors.shapes.items() if name not in ignored}
         ours.match(Path(folder), found, shapes)
 
         def read(path: str, _: Any) -> np.ndarray:
             foreign = names[path]
-            array = held[foreign.name].get_tensor(foreign.name)
+            array = tensors.read(foreign.name)
             return np.ascontiguousarray(foreign.to_ours(array.astype(ours.stored(array.dtype, dtype), copy=False)))
 
         return trees.map_with_path(read, like)
@@ -122,40 +116,9 @@ def write_foreign(
         write_json(
             folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": of_tensor}
         )
+        (folder / f"{stem}.safetensors").unlink(missing_ok=True)  # an earlier one, which would be read before the index
 
 
 def _shape(foreign: Foreign, shape: tuple[int, ...]) -> tuple[int, ...]:
     """What shape their tensor must have."""
     return foreign.to_theirs(np.broadcast_to(np.zeros((), np.int8), shape)).shape
-
-
-def _files(folder: Path, stem: str) -> list[Path]:
-    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if index.is_file():
-        document = read_json(index)
-        named = document.get("weight_map") if isinstance(document, dict) else None
-        if not isinstance(named, dict) or not named:
-            raise UserError(f"{index} has no weight_map; download it again")
-        paths = [folder / str(name) for name in sorted(set(named.values()))]
-        if absent := [path.name for path in paths if not path.is_file()]:
-            raise MissingError(
-                f"{folder} lacks {len(absent)} of {len(paths)} files, such as {absent[0]}; download it again"
-            )
-        return paths
-    if not folder.is_dir():
-        raise MissingError(f"no such folder: {folder}")
-    if pickled := sorted(path for pattern in _PICKLES for path in folder.glob(pattern)):
-        ours.refuse(pickled[0])
-    raise MissingError(f"{folder} holds no {single.name}")
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    ours.refuse(path)
-    try:
-        with safetensors.safe_open(os.fspath(path), framework="np") as file:
-            yield file
-    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
-        raise ours.corrupt(path, error) from error

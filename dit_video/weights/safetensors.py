@@ -107,10 +107,8 @@ def load(path: str | os.PathLike, *, like: Any = None, dtype: Any = np.float32) 
                 arrays[name] = array.astype(stored(array.dtype, dtype), copy=False)
     except safetensors.SafetensorError as error:
         raise corrupt(path, error) from error
-    except AttributeError as error:  # what the library raises for a dtype that NumPy lacks
-        raise UserError(
-            f"{path} holds a dtype that is not read here ({error}); convert it to bfloat16 first"
-        ) from error
+    except AttributeError as error:
+        raise unread_dtype(path, error) from error
     if like is None:
         return trees.unflatten(arrays)
     return trees.map_with_path(lambda name, _: arrays[name], like)
@@ -179,6 +177,11 @@ def match(path: Path, given: dict[str, tuple[int, ...]], wanted: dict[str, tuple
 def _listing(names: list[str]) -> str:
     more = [f"… {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
     return ", ".join(names[:_SHOWN] + more)
+
+
+def unread_dtype(path: Path, error: AttributeError) -> UserError:
+    """For what the library raises for a dtype that NumPy lacks."""
+    return UserError(f"{path} holds a dtype that is not read here ({error}); convert it to bfloat16 first")
 
 
 def corrupt(path: Path, error: Exception) -> UserError:

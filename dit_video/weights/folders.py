@@ -1,0 +1,129 @@
+"""Model folders as `transformers` and diffusers write them: one safetensors file, or several with an index."""
+
+import contextlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import safetensors
+
+from dit_video.errors import MissingError, UserError
+from dit_video.files import read_json
+from dit_video.weights.safetensors import corrupt, refuse, unread_dtype
+
+_SHOWN = 3
+
+
+class TensorFolder:
+    """The tensors of a model folder, read one at a time: `with TensorFolder(folder) as tensors: tensors.read(name)`.
+
+    The files are mapped, not loaded: a tensor is in memory once it is read.
+    """
+
+    def __init__(self, folder: str | os.PathLike, *, stem: str = "model"):
+        """Open `stem`.safetensors, or the files that `stem`.safetensors.index.json lists.
+
+        Raises:
+          MissingError: neither is there, or a listed file isn't.
+          UserError: weights as pickles only, a damaged file, or an index that does not fit its files.
+        """
+        self.folder = Path(folder)
+        self._open = contextlib.ExitStack()
+        self._files: dict[str, Any] = {}
+        self._paths: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        """of every tensor, by name"""
+        with contextlib.ExitStack() as on_error:
+            on_error.enter_context(self._open)
+            for path, names in _listed(self.folder, stem).items():
+                self._add(path, names)
+            self._open = on_error.pop_all()
+
+    def _add(self, path: Path, names: set[str] | None) -> None:
+        """Open one file; `names` are the tensors that the index says are in it, None where there is no index."""
+        refuse(path)
+        try:
+            file = self._open.enter_context(safetensors.safe_open(os.fspath(path), framework="np"))
+            held = set(file.keys())
+            if names is not None and (lacking := sorted(names - held)):
+                raise UserError(f"{path} lacks {_some(lacking)}, which its index lists; copy or download both again")
+            for name in sorted(held if names is None else names):
+                self._files[name], self._paths[name] = file, path
+                self.shapes[name] = tuple(file.get_slice(name).get_shape())
+        except safetensors.SafetensorError as error:
+            raise corrupt(path, error) from error
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, in the dtype of the file.
+
+        Raises:
+          UserError: a damaged file, or a dtype that NumPy lacks.
+        """
+        try:
+            return self._files[name].get_tensor(name)
+        except safetensors.SafetensorError as error:
+            raise corrupt(self._paths[name], error) from error
+        except AttributeError as error:
+            raise unread_dtype(self._paths[name], error) from error
+
+    def __enter__(self) -> "TensorFolder":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.close()
+
+
+def _listed(folder: Path, stem: str) -> Mapping[Path, set[str] | None]:
+    """The files of a folder, each with the names that an index gives it. A single file goes first, as elsewhere."""
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if single.is_file():
+        return {single: None}
+    if not index.is_file():
+        raise _no_weights(folder, stem)
+    content = read_json(index)
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+        raise UserError(f"{index} has no weight_map from tensors to files; copy or download it again")
+    files: dict[Path, set[str] | None] = {folder / file: set() for file in sorted(set(names.values()))}
+    if absent := sorted(path.name for path in files if not path.is_file()):
+        raise MissingError(
+            f"{folder} lacks {len(absent)} of {len(files)} files that {index.name} lists ({_some(absent)}); copy or "
+            "download them too"
+        )
+    return {path: {name for name, file in names.items() if folder / file == path} for path in files}
+
+
+def _no_weights(folder: Path, stem: str) -> UserError:
+    if not folder.is_dir():
+        return MissingError(f"no such folder: {folder}; give the folder of a model")
+    if pickles := sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt")):
+        return UserError(
+            f"{folder} has its weights in pickles ({_some(pickles)}), which can run any code when they are read; "
+            f"convert it where torch is installed, in that folder: {_conversion(folder)}"
+        )
+    return MissingError(f"{folder} has neither {stem}.safetensors nor {stem}.safetensors.index.json; copy them there")
+
+
+def _conversion(folder: Path) -> str:
+    """A command that writes a folder's weights as safetensors."""
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
+    config = config if isinstance(config, dict) else {}
+    classes = {
+        "transformers": next(iter(config.get("architectures") or ()), None),
+        "diffusers": config.get("_class_name"),
+    }
+    for library, name in classes.items():
+        # A name from a stranger's file, in a line to be pasted into a shell: letters only.
+        if isinstance(name, str) and name.isidentifier():
+            return f"python -c \"import {library} as l; l.{name}.from_pretrained('.').save_pretrained('safetensors')\""
+    return "load them with the library that wrote them, and save them with safe_serialization=True"
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

@@ -1,0 +1,134 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dit_video import configs
+from dit_video.errors import UserError
+from dit_video.nn import graph_of
+from dit_video.text import T5Config, TextEncoder
+from dit_video.text.t5 import relative_buckets
+from dit_video.tree import flatten
+from rough import rough_params
+
+UMT5 = T5Config(vocabulary=40, width=16, layers=3, heads=3, head_width=4, mlp_width=24, buckets=8, max_distance=12)
+T5 = dataclasses.replace(UMT5, activation="relu", position_bias="shared", layers=2)
+LENGTHS = (17, 5, 9)
+"""of three texts; the first is longer than the largest distance"""
+IDS = [np.random.default_rng(index).integers(3, 40, length).astype(np.int32) for index, length in enumerate(LENGTHS)]
+
+
+@pytest.fixture(scope="module", params=[UMT5, T5], ids=["umt5", "t5"])
+def encode(request):
+    """Values and the gradient of a weighted sum, of rows of texts."""
+    graph, params = graph_of(request.param.make), rough_params(request.param.make)
+
+    @jax.jit
+    def run(ids, segments, weights):
+        def loss(params):
+            values = nnx.merge(graph, params)(ids, segments).values
+            return (values * weights).sum(), values
+
+        gradients, values = jax.grad(loss, has_aux=True)(params)
+        return values, gradients
+
+    return run
+
+
+def rows(*members: tuple[int, ...], length: int = 34):
+    """Ids, segments, and weights of each token in a loss: the same for a text wherever it lies."""
+    ids = np.random.default_rng(9).integers(0, 40, (len(members), length)).astype(np.int32)  # padding is not looked at
+    segments, weights = np.zeros_like(ids), np.zeros((*ids.shape, 16), np.float32)
+    for row, numbers in enumerate(members):
+        start = 0
+        for index, number in enumerate(numbers):
+            here = slice(start, start + LENGTHS[number])
+            ids[row, here], segments[row, here] = IDS[number], index + 1
+            weights[row, here] = np.random.default_rng(number).normal(size=(LENGTHS[number], 16))
+            start = here.stop
+    return jnp.asarray(ids), jnp.asarray(segments), jnp.asarray(weights)
+
+
+def test_packed_is_one_by_one_in_values_and_gradients(encode):
+    values, gradients = encode(*rows((1, 0, 2), (), ()))
+    alone, alone_gradients = encode(*rows((0,), (1,), (2,)))
+    assert np.std(values[0, :31]) > 0.3
+    np.testing.assert_allclose(values[0, :5], alone[1, :5], atol=1e-5)
+    np.testing.assert_allclose(values[0, 5:22], alone[0, :17], atol=1e-5)
+    np.testing.assert_allclose(values[0, 22:31], alone[2, :9], atol=1e-5)
+    for path, gradient in flatten(gradients).items():
+        assert np.abs(gradient).max() > 1e-3, path
+        np.testing.assert_allclose(gradient, flatten(alone_gradients)[path], rtol=1e-4, atol=2e-5, err_msg=path)
+
+
+def test_a_text_sees_neither_another_nor_padding_bit_for_bit(encode):
+    ids, segments, weights = rows((1, 0), (2,), ())
+    values, _ = encode(ids, segments, weights)
+    changed, _ = encode(jnp.where(segments == 1, ids, (ids + 7) % 40), segments, weights)
+    np.testing.assert_array_equal(changed[0, :5], values[0, :5])
+    np.testing.assert_array_equal(changed[1, :9], values[1, :9])
+    assert (changed[0, 5:22] != values[0, 5:22]).any()
+    assert np.isfinite(values).all()
+
+
+def test_every_token_of_a_text_counts_and_so_does_its_place(encode):
+    ids, segments, weights = rows((0,), (), ())
+    values, _ = encode(ids, segments, weights)
+    for at in (0, 8, 16):
+        changed, _ = encode(ids.at[0, at].set(39 - ids[0, at]), segments, weights)
+        assert np.abs(changed[0, :17] - values[0, :17]).max(axis=1).min() > 1e-5, at
+    swapped, _ = encode(ids.at[0, 3].set(ids[0, 4]).at[0, 4].set(ids[0, 3]), segments, weights)
+    assert np.abs(swapped[0, 0] - values[0, 0]).max() > 1e-4
+
+
+def test_bfloat16_is_close():
+    graph = graph_of(UMT5.make)
+    half = graph_of(dataclasses.replace(UMT5, dtype="bfloat16").make)
+    params, (ids, segments, _) = rough_params(UMT5.make), rows((0, 1))
+    exact = nnx.merge(graph, params)(ids, segments).values
+    rounded = nnx.merge(half, params)(ids, segments).values
+    assert rounded.dtype == jnp.float32
+    error = np.abs(rounded - exact)[0, :22]
+    assert 1e-4 < error.max() < 0.15
+    assert error.mean() < 0.02
+
+
+def test_the_table_of_t5_is_in_the_buckets_of_the_paper():
+    """32 buckets up to distance 128: known values of the original code."""
+    row = relative_buckets(300, buckets=32, max_distance=128)[0]  # a query that looks ahead
+    assert row[:9].tolist() == [0, 17, 18, 19, 20, 21, 22, 23, 24]
+    first = {bucket: int(np.argmax(row == bucket)) for bucket in range(24, 32)}
+    # 8 * 16 ** (i / 8): 8, 11.3, 16, 22.6, 32, 45.3, 64, 90.5
+    assert first == {24: 8, 25: 12, 26: 16, 27: 23, 28: 32, 29: 46, 30: 64, 31: 91}
+    back = relative_buckets(300, buckets=32, max_distance=128)[:, 0]
+    np.testing.assert_array_equal(back[1:], row[1:] - 16)
+
+
+def test_a_bucket_depends_on_the_distance_alone():
+    table = relative_buckets(20, buckets=8, max_distance=12)
+    np.testing.assert_array_equal(table[1:, 1:], table[:-1, :-1])
+    assert set(table.ravel().tolist()) == {0, 1, 2, 3, 5, 6, 7}  # 4 would be distance 0 ahead
+
+
+def test_the_parts_fit_the_protocol_and_configs_go_to_json_and_back():
+    assert isinstance(nnx.merge(graph_of(T5.make), rough_params(T5.make)), TextEncoder)
+    for config in (UMT5, T5):
+        assert configs.from_json(configs.to_json(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"heads": 0, "layers": 0}, "at least 1, not layers 0, heads 0"),
+        ({"buckets": 7}, "buckets 7 must be even"),
+        ({"buckets": 2}, "buckets 2 must be even and at least 4"),
+        ({"max_distance": 2}, "max_distance 2 larger"),
+        ({"dtype": "float16"}, "computes in float32 or bfloat16, not 'float16'"),
+    ],
+)
+def test_sizes_that_cannot_be(change, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(UMT5, **change)

@@ -1,0 +1,109 @@
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dit_video.errors import MissingError, UserError
+from dit_video.text import PretrainedTokenizer, clean, holds_tokenizer
+from tiny_t5 import WORDS, write_tokenizer
+
+REAL = Path(__file__).resolve().parents[3] / "shared" / "tokenizers" / "t5"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder)
+    return folder
+
+
+def test_words_and_an_end(folder):
+    tokenizer = PretrainedTokenizer(folder, max_tokens=8)
+    ids = tokenizer("a red  ball\n")
+    assert ids.dtype == np.int32
+    assert ids[-1] == 1
+    assert len(ids) == 5  # "▁", "a", "▁red", "▁ball"
+    words = [tokenizer(word) for word in WORDS if len(word) > 1]
+    assert all(len(word) == 2 for word in words)
+    assert len({int(word[0]) for word in words}) == len(words)
+    assert tokenizer("").tolist() == [1]
+    assert tokenizer.largest_id == 3 + len(words) + 26
+
+
+def test_a_long_text_is_cut_still_ends_and_is_warned_of(folder):
+    tokenizer, whole = PretrainedTokenizer(folder, max_tokens=4), PretrainedTokenizer(folder, max_tokens=99)
+    text = "red ball moves left"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(tokenizer("red ball moves")) == 4
+        assert len(whole(text)) == 5
+    with pytest.warns(UserWarning, match="a text of 5 tokens is cut to 4: 'red ball moves left'") as caught:
+        ids = tokenizer(text)
+    assert len(caught) == 1
+    assert ids.tolist() == [*whole(text)[:3], 1]
+    assert len(whole(text)) == 5  # a cut leaves no trace in the tokenizer
+    assert len(tokenizer("red")) == 2
+
+
+def test_identity_is_of_the_rules(folder, tmp_path):
+    first = PretrainedTokenizer(folder, max_tokens=8)
+    with pytest.warns(UserWarning, match="is cut to 8"):
+        first("red " * 20)
+    assert PretrainedTokenizer(folder, max_tokens=99).identity == first.identity
+    changed = tmp_path / "tokenizer.json"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text((folder / name).read_text())
+    assert PretrainedTokenizer(tmp_path, max_tokens=8).identity == first.identity
+    changed.write_text(changed.read_text().replace("▁ball", "▁bowl"))
+    assert PretrainedTokenizer(tmp_path, max_tokens=8).identity != first.identity
+
+
+def test_absent_and_damaged_files(folder, tmp_path):
+    assert holds_tokenizer(folder)
+    assert not holds_tokenizer(tmp_path)
+    with pytest.raises(MissingError, match=r"holds no tokenizer \(tokenizer.json or spiece.model\)"):
+        PretrainedTokenizer(tmp_path, max_tokens=8)
+    for name, content in (("tokenizer.json", "{"), ("spiece.model", "nothing")):
+        bad = tmp_path / name[:3]
+        bad.mkdir()
+        (bad / name).write_text(content)
+        (bad / "tokenizer_config.json").write_text((folder / "tokenizer_config.json").read_text())
+        with pytest.raises(UserError, match=r"can't be read|pip install sentencepiece") as caught:
+            PretrainedTokenizer(bad, max_tokens=8)
+        assert "\n" not in str(caught.value)
+    whole = json.loads((folder / "tokenizer.json").read_text())
+    endless = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole | {"post_processor": None}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(endless))
+    with pytest.raises(UserError, match="puts no end token after a text"):
+        PretrainedTokenizer(tmp_path, max_tokens=8)
+    with pytest.raises(UserError, match="max_tokens 1 leaves no room"):
+        PretrainedTokenizer(folder, max_tokens=1)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the shared tokenizers are not here")
+def test_the_real_vocabulary():
+    tokenizer = PretrainedTokenizer(REAL, max_tokens=512)
+    # What the T5 paper's own tokenizer gives.
+    assert tokenizer("Studies have been shown that owning a dog is good for you").tolist() == [
+        *(6536, 43, 118, 2008, 24, 293, 53, 3, 9, 1782, 19, 207, 21, 25),
+        1,
+    ]
+    assert tokenizer.largest_id == 32099
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("  a\n\n red\tball ", "a red ball"),
+        ("a &amp;lt; b", "a < b"),
+        ("&quot;hi&quot;", '"hi"'),
+        ("a&nbsp;&nbsp;b", "a b"),
+        ("a\u3000b\u2028c", "a b c"),
+        ("", ""),
+    ],
+)
+def test_cleaning(text, expected):
+    assert clean(text) == expected

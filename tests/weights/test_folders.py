@@ -1,0 +1,94 @@
+import json
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from dit_video.errors import MissingError, UserError
+from dit_video.weights import TensorFolder
+
+A, B, C = (np.random.default_rng(index).normal(size=(2, 3 + index)).astype(np.float32) for index in range(3))
+
+
+def write_shards(folder, stem="model"):
+    safetensors.numpy.save_file({"a": A, "b": B}, folder / f"{stem}-00001-of-00002.safetensors")
+    safetensors.numpy.save_file({"c": C}, folder / f"{stem}-00002-of-00002.safetensors")
+    files = {name: f"{stem}-0000{number}-of-00002.safetensors" for name, number in (("a", 1), ("b", 1), ("c", 2))}
+    index = folder / f"{stem}.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    return index
+
+
+@pytest.mark.parametrize("stem", ["model", "diffusion_pytorch_model"])
+def test_shards_are_one(tmp_path, stem):
+    write_shards(tmp_path, stem)
+    with TensorFolder(tmp_path, stem=stem) as tensors:
+        assert tensors.shapes == {"a": (2, 3), "b": (2, 4), "c": (2, 5)}
+        for name, array in (("c", C), ("a", A), ("b", B)):
+            np.testing.assert_array_equal(tensors.read(name), array)
+
+
+def test_a_single_file_goes_before_an_index(tmp_path):
+    write_shards(tmp_path)
+    safetensors.numpy.save_file({"d": A}, tmp_path / "model.safetensors")
+    with TensorFolder(tmp_path) as tensors:
+        assert list(tensors.shapes) == ["d"]
+        np.testing.assert_array_equal(tensors.read("d"), A)
+
+
+def test_folders_without_weights(tmp_path):
+    with pytest.raises(MissingError, match="no such folder"):
+        TensorFolder(tmp_path / "absent")
+    with pytest.raises(MissingError, match=r"neither model.safetensors nor model.safetensors.index.json"):
+        TensorFolder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "command"),
+    [
+        (
+            {"architectures": ["UMT5EncoderModel"]},
+            r"import transformers as l; l.UMT5EncoderModel.from_pretrained\(",
+        ),
+        ({"_class_name": "WanTransformer3DModel"}, r"import diffusers as l; l.WanTransformer3DModel"),
+        ({"architectures": ['x"; rm -rf ~']}, "load them with the library"),
+        ([], "load them with the library"),
+        (None, "load them with the library"),
+    ],
+)
+def test_pickles_are_refused_with_the_conversion(tmp_path, config, command):
+    (tmp_path / "pytorch_model-00001-of-00001.bin").write_bytes(b"\x80\x02")
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=rf"pickles \(pytorch_model-00001-of-00001.bin\).*{command}") as caught:
+        TensorFolder(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert "rm -rf" not in str(caught.value)
+
+
+def test_an_index_that_does_not_fit(tmp_path):
+    index = write_shards(tmp_path)
+    content = json.loads(index.read_text())
+    content["weight_map"]["d"] = "model-00002-of-00002.safetensors"
+    index.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"00002-of-00002.safetensors lacks d, which its index lists"):
+        TensorFolder(tmp_path)
+    for wrong in ({}, {"weight_map": ["a"]}, {"weight_map": {"a": 1}}, []):
+        index.write_text(json.dumps(wrong))
+        with pytest.raises(UserError, match="no weight_map"):
+            TensorFolder(tmp_path)
+    write_shards(tmp_path)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(MissingError, match=r"lacks 1 of 2 files that model.*\(model-00002-of-00002.safetensors\)"):
+        TensorFolder(tmp_path)
+
+
+def test_damaged_and_pickled_shards(tmp_path):
+    write_shards(tmp_path)
+    shard = tmp_path / "model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-4])
+    with pytest.raises(UserError, match=r"00002-of-00002.safetensors is not a whole safetensors file"):
+        TensorFolder(tmp_path)
+    shard.write_bytes(b"\x80\x02}q\x00.")
+    with pytest.raises(UserError, match="is a pickled file"):
+        TensorFolder(tmp_path)

@@ -1,0 +1,257 @@
+import dataclasses
+import json
+import shutil
+import tracemalloc
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from dit_video.errors import MissingError, UserError
+from dit_video.nn import param_shapes
+from dit_video.tree import flatten, size
+from dit_video.weights import load_embedder, load_text_encoder, save_text_encoder, text_encoder_config
+from rough import rough_params
+from tiny_t5 import CONFIG, change_json, write_encoder, write_tokenizer
+
+SHARED = dataclasses.replace(CONFIG, activation="relu", position_bias="shared")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A folder with an encoder and its tokenizer. Read only."""
+    folder = tmp_path_factory.mktemp("model")
+    write_encoder(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture
+def copied(model, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def tensors_of(folder):
+    return safetensors.numpy.load_file(folder / "model.safetensors")
+
+
+def rewrite(folder, tensors):
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def assert_same(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for (path, a), b in zip(flatten(left).items(), flatten(right).values(), strict=True):
+        assert a.dtype == b.dtype, path
+        np.testing.assert_array_equal(a, b, err_msg=path)
+
+
+@pytest.mark.parametrize("config", [CONFIG, SHARED], ids=["umt5", "t5"])
+def test_a_round_trip_is_bit_exact(tmp_path, config):
+    params = write_encoder(tmp_path / "a", config)
+    loaded = load_text_encoder(tmp_path / "a")
+    assert loaded.config == config
+    assert loaded.ignored == ()
+    assert_same(loaded.params, params)
+    save_text_encoder(tmp_path / "b", loaded.config, loaded.params)
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_large_file_is_split(tmp_path):
+    params = write_encoder(tmp_path / "whole")
+    save_text_encoder(tmp_path / "split", CONFIG, params, shard_bytes=4000)
+    assert len(list((tmp_path / "split").glob("model-*-of-*.safetensors"))) > 2
+    whole, split = map(load_text_encoder, (tmp_path / "whole", tmp_path / "split"))
+    assert_same(split.params, params)
+    assert split.digest == whole.digest
+    other = rough_params(CONFIG.make, 1)
+    save_text_encoder(tmp_path / "whole", CONFIG, other, shard_bytes=4000)  # over the single file
+    assert_same(load_text_encoder(tmp_path / "whole").params, other)
+
+
+def test_the_names_are_those_of_transformers(tmp_path):
+    params = write_encoder(tmp_path, SHARED)
+    tensors = tensors_of(tmp_path)
+    block = "encoder.block.1.layer."
+    assert len(tensors) == 2 + 1 + 2 * 8
+    kernel = params["blocks"]["query"]["kernel"]
+    np.testing.assert_array_equal(tensors[f"{block}0.SelfAttention.q.weight"], kernel[1].T)
+    assert tensors[f"{block}1.DenseReluDense.wi.weight"].shape == (24, 16)
+    table = tensors["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
+    np.testing.assert_array_equal(table, params["position"]["table"])
+    assert f"{block}0.SelfAttention.relative_attention_bias.weight" not in tensors
+
+
+def test_bfloat16_files_round_trip_and_keep_norms_in_float32(tmp_path):
+    params = write_encoder(tmp_path / "a")
+    save_text_encoder(tmp_path / "a", CONFIG, params, dtype=jnp.bfloat16)
+    loaded = load_text_encoder(tmp_path / "a", dtype="bfloat16")
+    assert loaded.config.dtype == "bfloat16"
+    stored = {path: leaf.dtype for path, leaf in flatten(loaded.params).items()}
+    for path, dtype in stored.items():
+        assert dtype == (jnp.float32 if path.endswith(("scale", "table")) else jnp.bfloat16), path
+    save_text_encoder(tmp_path / "b", loaded.config, loaded.params, dtype=jnp.bfloat16)
+    name = "model.safetensors"
+    assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    widened = load_text_encoder(tmp_path / "a").params
+    kernel = np.asarray(params["blocks"]["up"]["kernel"]).astype(ml_dtypes.bfloat16).astype(np.float32)
+    np.testing.assert_array_equal(widened["blocks"]["up"]["kernel"], kernel)
+
+
+def test_files_of_any_layout_are_one_encoder(copied):
+    whole, tensors = load_text_encoder(copied), tensors_of(copied)
+    (copied / "model.safetensors").unlink()
+    names, files = sorted(tensors), {}
+    for number in range(3):
+        file = f"model-0000{number + 1}-of-00003.safetensors"
+        part = names[number::3]
+        files |= dict.fromkeys(part, file)
+        safetensors.numpy.save_file({name: tensors[name] for name in part}, copied / file)
+    (copied / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    sharded = load_text_encoder(copied)
+    assert_same(sharded.params, whole.params)
+    assert sharded.digest == whole.digest
+    for name in ("decoder.block.0.layer.0.layer_norm.weight", "lm_head.weight"):
+        tensors[name] = np.ones(3, np.float32)
+    tensors["encoder.embed_tokens.weight"] = tensors.pop("shared.weight")
+    rewrite(copied, tensors)
+    full = load_text_encoder(copied)
+    assert_same(full.params, whole.params)
+    assert full.digest == whole.digest
+    assert sorted(full.ignored) == ["decoder.block.0.layer.0.layer_norm.weight", "lm_head.weight"]
+
+
+def test_an_embedding_under_both_names_is_one(copied):
+    tensors = tensors_of(copied)
+    tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"].copy()
+    rewrite(copied, tensors)
+    load_text_encoder(copied)
+    tensors["encoder.embed_tokens.weight"][0, 0] += 1
+    rewrite(copied, tensors)
+    with pytest.raises(UserError, match=r"different values in shared.weight and encoder.embed_tokens.weight"):
+        load_text_encoder(copied)
+
+
+def test_one_error_names_all_kinds_of_difference(copied):
+    tensors = tensors_of(copied)
+    del tensors["shared.weight"]
+    tensors["encoder.final_layer_norm.weight"] = np.ones(5, np.float32)
+    tensors |= {f"encoder.block.{layer}.layer.0.layer_norm.weight": np.ones(16, np.float32) for layer in range(2, 14)}
+    rewrite(copied, tensors)
+    with pytest.raises(UserError) as caught:
+        load_text_encoder(copied)
+    message = str(caught.value)
+    assert "1 missing (shared.weight)" in message
+    assert "1 misshapen (encoder.final_layer_norm.weight [5] instead of [16])" in message
+    assert "12 unexpected (encoder.block.10." in message
+    assert "… 2 more)" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "clip_text_model"}, "model_type 'clip_text_model'; the text encoders known are t5, umt5"),
+        ({"model_type": None}, "model_type None"),
+        ({"feed_forward_proj": "gated-silu"}, "feed_forward_proj 'gated-silu'; gated-gelu and relu are known"),
+        ({"feed_forward_proj": "a-b-c"}, "is no config of a umt5 encoder"),
+        ({"d_model": "wide"}, "is no config of a umt5 encoder"),
+        ({"num_heads": 0}, "at least 1, not heads 0"),
+    ],
+)
+def test_configs_that_are_not_known(copied, change, message):
+    change_json(copied / "config.json", **change)
+    with pytest.raises(UserError, match=message) as caught:
+        load_text_encoder(copied)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_config_leaves_out_is_what_transformers_takes(tmp_path):
+    standard = dataclasses.replace(SHARED, buckets=32, max_distance=128)
+    write_encoder(tmp_path, standard)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name in ("relative_attention_max_distance", "layer_norm_epsilon", "feed_forward_proj", "architectures"):
+        del config[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_text_encoder(tmp_path).config == standard
+
+
+def test_weights_are_read_one_parameter_at_a_time(tmp_path):
+    config = dataclasses.replace(CONFIG, width=256, mlp_width=512, layers=6)
+    write_encoder(tmp_path, config)
+    load_text_encoder(tmp_path)  # so that what is imported and traced the first time does not count
+    tracemalloc.start()
+    params = load_text_encoder(tmp_path).params
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    sizes = [leaf.nbytes for leaf in jax.tree.leaves(params)]
+    # What JAX copied is not counted. A dictionary of all tensors, then stacked, would be the sum and the largest.
+    assert max(sizes) < peak < sum(sizes) + 0.5 * max(sizes)
+
+
+def test_the_encoder_of_wan(tmp_path):
+    """Its config.json, with what several versions of `transformers` have left there; and the size of its weights."""
+    values = {"model_type": "umt5", "architectures": ["UMT5EncoderModel"], "d_model": 4096, "d_ff": 10240, "d_kv": 64}
+    values |= {"num_heads": 64, "num_layers": 24, "vocab_size": 256384, "feed_forward_proj": "gated-gelu"}
+    values |= {"dense_act_fn": "gelu_new", "is_gated_act": True, "scalable_attention": True, "output_past": True}
+    values |= {"relative_attention_num_buckets": 32, "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
+    values |= {"transformers_version": "4.48.0.dev0", "tokenizer_class": "T5Tokenizer", "_name_or_path": "umt5-xxl"}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    config = text_encoder_config(tmp_path)
+    assert (config.activation, config.position_bias, config.max_distance, config.eps) == (
+        "gated-gelu",
+        "each layer",
+        128,
+        1e-6,
+    )
+    assert size(param_shapes(config.make)) == 5_680_910_336
+
+
+# --- embedders ------------------------------------------------------------------------------------------------------
+
+
+def test_an_embedder_of_a_folder(model, tmp_path):
+    embed = load_embedder(model, max_tokens=16, cache=tmp_path)
+    assert (embed.width, embed.max_tokens) == (16, 16)
+    assert embed("red ball").shape == (3, 16)
+    assert [path.name for path in tmp_path.iterdir()] == [embed.identity]
+
+
+def test_an_embedder_of_a_pipeline(model, tmp_path):
+    shutil.copytree(model, tmp_path / "text_encoder", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(MissingError, match=r"no tokenizer.json or spiece.model in .*text_encoder or .*tokenizer"):
+        load_embedder(tmp_path / "text_encoder")
+    write_tokenizer(tmp_path / "tokenizer")
+    inner, outer, alone = map(load_embedder, (tmp_path / "text_encoder", tmp_path, model))
+    assert inner.identity == outer.identity == alone.identity
+    np.testing.assert_array_equal(inner("red ball"), alone("red ball"))
+
+
+def test_identity_is_of_all_that_an_embedding_depends_on(model, copied):
+    identities = [
+        load_embedder(model).identity,
+        load_embedder(model, max_tokens=16).identity,
+        load_embedder(model, dtype="bfloat16").identity,
+    ]
+    change_json(copied / "config.json", relative_attention_max_distance=13)
+    identities.append(load_embedder(copied).identity)
+    write_encoder(copied, seed=1)
+    identities.append(load_embedder(copied).identity)
+    write_encoder(copied)
+    assert load_embedder(copied).identity == identities[0]
+    (copied / "tokenizer.json").write_text((copied / "tokenizer.json").read_text().replace("▁ball", "▁bowl"))
+    identities.append(load_embedder(copied).identity)
+    assert len(set(identities)) == len(identities)
+
+
+def test_folders_that_hold_no_encoder(tmp_path):
+    with pytest.raises(MissingError, match=r"no such file: .*config.json"):
+        load_text_encoder(tmp_path)
+    write_tokenizer(tmp_path)
+    with pytest.raises(MissingError, match=r"no such file: .*config.json"):
+        load_embedder(tmp_path)
