@@ -23,6 +23,9 @@ _DURATIONS = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600)
 """Seconds; where the bins of lengths end."""
 _SHAPES = ((0.5, "1:2 and narrower"), (0.9, "upright"), (1.1, "square"), (1.6, "4:3 to 8:5"), (2.0, "16:9"))
 """Width over height; where the bins end."""
+_NUMBER = re.compile(r"\d+(?:[.,]\d+)*(?:e[+-]?\d+)?")
+_QUOTED = re.compile(r"""(?<!\w)(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")(?!\w)""")
+"""A name or another word of the input, as `repr` writes it; not the apostrophes of "doesn't … can't"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +52,8 @@ class IngestReport:
     dropped_files: tuple[str, ...] = ()
     """Files of which it left nothing."""
     rejected: Reasons = ()
-    """Entries of the source that cannot be clips, such as a tar's entry outside of it."""
+    """Entries of the source that cannot be clips, such as a tar's entry outside of it, or a row of a list (by its line)
+    that is not well formed."""
     unlisted: tuple[str, ...] = ()
     """Files that the source's list doesn't name, or without a list are neither clips nor captions; they were left out,
     and are not among `files`."""
@@ -58,7 +62,8 @@ class IngestReport:
     splits: Mapping[str, int] = field(default_factory=dict)
     """clips of each"""
     reasons: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """How many files or clips were quarantined, dropped and rejected for each kind of reason (numbers left out)."""
+    """How many files or clips were quarantined, dropped and rejected for each kind of reason (numbers and names left
+    out)."""
     histograms: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Of the usable clips: sizes, shapes, lengths, frames, rates; of the usable files: codecs."""
     captions: Mapping[str, Any] = field(default_factory=dict)
@@ -167,5 +172,5 @@ def _shape(ratio: float | int) -> str:
 
 
 def _kinds(pairs: Reasons) -> dict[str, int]:
-    """Reasons that differ in numbers, and names in quotes, alone are of one kind."""
-    return _counted(re.sub(r"'[^']*'", "'…'", re.sub(r"\d+(\.\d+)?", "N", reason)) for _, reason in pairs)
+    """Reasons that differ in numbers, and in what is in quotes, alone are of one kind."""
+    return _counted(_NUMBER.sub("N", _QUOTED.sub("'…'", reason)) for _, reason in pairs)

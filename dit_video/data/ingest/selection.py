@@ -8,6 +8,7 @@ from dit_video.data.builder import in_order
 from dit_video.data.ingest.duplicates import drop_duplicates
 from dit_video.data.ingest.inspection import Inspected
 from dit_video.data.ingest.listing import Listed
+from dit_video.data.ingest.listing.listed import quoted
 from dit_video.data.ingest.screening import ScreeningConfig, Shot
 from dit_video.data.source import ClipInfo
 from dit_video.errors import UserError
@@ -77,7 +78,7 @@ def _without_duplicates(
         if first is None:
             kept[number].append(shot)
         else:
-            dropped[number].append((shot.name, f"shows what '{shots[first][1].name}' shows"))
+            dropped[number].append((shot.name, f"shows what {quoted(shots[first][1].name)} shows"))
     return kept, dropped
 
 

@@ -1,20 +1,13 @@
 """UCF-101 and MSR-VTT as they are handed out."""
 
 import json
-from pathlib import Path
 
 import pytest
+from sources import fill
 
 from dit_video.data.ingest import Listing, list_clips
 from dit_video.data.ingest.listing.ucf101 import phrase
 from dit_video.errors import MissingError, UserError
-
-
-def fill(folder: Path, files: dict[str, str | bytes]) -> Path:
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
-    return folder
 
 
 def facts(listing: Listing) -> list[tuple[str, tuple[str, ...], str]]:
@@ -70,21 +63,42 @@ def test_ucf101_converted_and_copied(tmp_path):
     fill(tmp_path, {"copy/YoYo/v_yoyo_g08_c01.avi": b""})
     listing = list_clips(tmp_path)
     assert facts(listing)[-1] == (converted, (YOYO,), "test")
-    assert listing.rejected == (("copy/YoYo/v_yoyo_g08_c01.avi", f"is the same clip of UCF-101 as {converted}"),)
+    assert listing.rejected == (("copy/YoYo/v_yoyo_g08_c01.avi", f"is the same clip of UCF-101 as '{converted}'"),)
+
+
+def test_bad_lines_of_ucf101_cost_themselves(tmp_path):
+    again = UCF101["ucfTrainTestlist/trainlist01.txt"].encode()
+    fill(
+        tmp_path,
+        UCF101
+        | {
+            "ucfTrainTestlist/classInd.txt": "1 ApplyEyeMakeup\n\nHandstandPushups\n101 YoYo\n",
+            "ucfTrainTestlist/testlist01.txt": b"\n" + again + b"YoYo/\xe9.avi\nYoYo/v_YoYo_g08_c01.avi\nx.avi\n",
+        },
+    )
+    listing = list_clips(tmp_path)
+    names = [name for name in UCF101 if name.endswith(".avi")]
+    assert facts(listing) == [(names[1], (MAKEUP,), "train"), (names[3], (YOYO,), "test")]
+    makeup, pushups = "'ApplyEyeMakeup/v_ApplyEyeMakeup", "'HandstandPushups/v_HandstandPushups"
+    assert listing.rejected == (
+        ("classInd.txt, line 3", "is not a number and a class, as 1 ApplyEyeMakeup"),
+        ("trainlist01.txt, line 2", f"{pushups}_g08_c01.avi' lies in no class of classInd.txt"),
+        ("testlist01.txt, line 2", f"{makeup}_g08_c01.avi' was named already, for train"),
+        ("testlist01.txt, line 3", f"{pushups}_g08_c01.avi' lies in no class of classInd.txt"),
+        ("YoYo/\\udce9.avi", "testlist01.txt names it, but it is not there"),
+        ("testlist01.txt, line 6", "'x.avi' lies in no class of classInd.txt"),
+    )
+    assert listing.unlisted == (names[0], names[2])
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("classInd.txt", "ApplyEyeMakeup\n", "line 1 is 'ApplyEyeMakeup'; it must be a number and a class"),
-        ("classInd.txt", "1 ApplyEyeMakeup\n", r"trainlist01\.txt, line 2: Hand.* lies in no class"),
-        ("trainlist01.txt", "v_YoYo_g08_c01.avi 101\n", r"line 1: v_YoYo_g08_c01\.avi lies in no class"),
-        ("testlist01.txt", UCF101["ucfTrainTestlist/trainlist01.txt"], "line 1: .* was named already, for train"),
-        ("testlist01.txt", b"\xff\n", "cannot be read"),
+        ("classInd.txt", "ApplyEyeMakeup\n", r"none of the 5 entries .*classInd\.txt, line 1: is not a number"),
         ("more/classInd.txt", "", "more than once"),
     ],
 )
-def test_mistakes_in_the_lists_of_ucf101(tmp_path, name, content, message):
+def test_lists_of_ucf101_that_cannot_be_used(tmp_path, name, content, message):
     fill(tmp_path, UCF101 | {f"ucfTrainTestlist/{name}": content})
     with pytest.raises(UserError, match=message):
         list_clips(tmp_path)
@@ -156,10 +170,40 @@ def test_msrvtt_in_parts(tmp_path):
     assert listing.unlisted == ("photo.png", "video8.mp4")
     assert dict(listing.rejected) == {
         "videos/all/video1.mp4": "its caption has 100,000 bytes, 65,536 is the limit",
-        "videos/all/video3.webm": "is the same clip of MSR-VTT as old/video3.mp4",
+        "videos/all/video3.webm": "is the same clip of MSR-VTT as 'old/video3.mp4'",
         "video2": "the annotations name it, but it is not there",
         "video9": "has sentences, but is not among the videos",
     }
+
+
+def test_bad_entries_of_msrvtt_cost_themselves(tmp_path):
+    more = {
+        "videos": [3, {"video_id": "video0"}, {"video_id": "video1", "split": "training"}],
+        "sentences": [{"video_id": "video1", "caption": "again"}, {"video_id": "video0", "caption": None}],
+    }
+    other = annotations([("video0", "test"), ("video2", "train")], [("video2", "Xt")])
+    fill(
+        tmp_path,
+        MSRVTT
+        | {
+            "x/videodatainfo_2017.json": json.dumps(more),
+            "x/videodatainfo_2018.json": other.encode().replace(b"Xt", b"\xe9t"),
+            "video2.mp4": b"",
+        },
+    )
+    listing = list_clips(tmp_path)
+    assert facts(listing)[1:] == [
+        ("TrainValVideo/video1.mp4", ("a cat", "again"), "validation"),
+        ("TrainValVideo/video0.mp4", ("a car", "a red car"), "train"),
+    ]
+    assert listing.rejected == (
+        ("videodatainfo_2017.json, videos[0]", "has no text 'video_id'"),
+        ("videodatainfo_2017.json, videos[1]", "has no text 'split'"),
+        ("videodatainfo_2017.json, videos[2]", "has the split 'training'; it must be train, validate or test"),
+        ("videodatainfo_2017.json, sentences[1]", "has no text 'caption'"),
+        ("videodatainfo_2018.json, videos[0]", "has 'video0' for test, which was named already for train"),
+        ("video2.mp4", "its caption is not UTF-8"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -168,13 +212,9 @@ def test_msrvtt_in_parts(tmp_path):
         ("{", "is not readable JSON"),
         ("[]", "has no list 'videos'"),
         (json.dumps({"images": [], "annotations": []}), "has no list 'videos'; take MSR-VTT's own files"),
-        (json.dumps({"videos": [{"video_id": "video0"}], "sentences": []}), r"videos\[0\] has no text 'split'"),
-        (json.dumps({"videos": [], "sentences": [3]}), r"sentences\[0\] has no text 'video_id'"),
-        (annotations([("video0", "training")], []), "the split of video0 is 'training'"),
-        (annotations([("video0", "test")], []), "has video0 for test, another file has it for train"),
     ],
 )
-def test_mistakes_in_the_annotations_of_msrvtt(tmp_path, content, message):
+def test_annotations_that_cannot_be_used(tmp_path, content, message):
     fill(tmp_path, MSRVTT | {"x/videodatainfo_2017.json": content})
     with pytest.raises(UserError, match=message):
         list_clips(tmp_path)

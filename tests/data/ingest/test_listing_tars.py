@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from sources import captions
 
-from dit_video.data.ingest import Listing, list_clips
+from dit_video.data.ingest import list_clips
 from dit_video.data.ingest.listing.tars import _key
 from dit_video.errors import UserError
 
@@ -40,10 +41,6 @@ def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
     info = tarfile.TarInfo(name)
     info.type, info.linkname = kind, target
     return info
-
-
-def captions(listing: Listing) -> dict[str, tuple[str, ...]]:
-    return {clip.name: clip.captions for clip in listing.clips}
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -141,21 +138,21 @@ def test_hostile_entries_are_rejected(tmp_path):
         ("../up.mp4", "its path lies outside of the tar"),
         ("a/../../up.txt", "its path lies outside of the tar"),
         ("/etc/root.mp4", "its path lies outside of the tar"),
-        ("soft.mp4", "is a link to /etc/passwd"),
-        ("hard.mp4", "is a link to good.mp4"),
-        ("soft", "is a link to ../.."),
+        ("soft.mp4", "is a link to '/etc/passwd'"),
+        ("hard.mp4", "is a link to 'good.mp4'"),
+        ("soft", "is a link to '../..'"),
         ("pipe.mp4", "is not a regular file"),
         ("good.mp4", "another entry before it has the same name"),
         ("./good.mp4", "another entry before it has the same name"),
         ("good.txt", "another entry before it has the same name"),
         ("\\udce9.mp4", "its name is not UTF-8; rename it"),
-        ("latin.mp4", "latin.txt is not UTF-8 (invalid continuation byte at byte 0)"),
+        ("latin.mp4", "'latin.txt' is not UTF-8 (invalid continuation byte at byte 0)"),
         ("long.mp4", "its caption has 100,000 bytes, 65,536 is the limit"),
         (
             "json.mp4",
-            "json.json is not JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1))",
+            "'json.json' is not JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1))",
         ),
-        ("huge.mp4", "huge.json has 16,777,217 bytes, 16,777,216 is the limit of a caption file"),
+        ("huge.mp4", "'huge.json' has 16,777,217 bytes, 16,777,216 is the limit of a caption file"),
         ("orphan.txt", "no video or image has its key"),
     ]
     # Media entries: every one is either listed or rejected.

@@ -9,10 +9,10 @@
 | `ucf101` | a folder with `UCF-101/` and `ucfTrainTestlist/` | train and test by list 1, 2 or 3; "ApplyEyeMakeup" is captioned "apply eye makeup" |
 | `msrvtt` | a folder with the videos and `*videodatainfo.json` or `MSRVTT_data.json` | all sentences of a clip; train, validation and test |
 
-What a list names must exist (in UCF-101's and MSR-VTT's own lists, what doesn't is rejected). Every caption is stripped; empty
-ones and repetitions are dropped; one over 64 KiB, or not UTF-8, sets its clip aside. Names that begin with a dot are hidden.
-Links are followed, in folders; in tars they are rejected. A mistake in a user's list is an error; one clip's fault is in `rejected`,
-with its reason, and the rest goes on.
+Every caption is stripped; empty ones and repetitions are dropped; one over 64 KiB, or not UTF-8, sets its clip aside. Names that
+begin with a dot are hidden. Links are followed, in folders; in tars they are rejected. A file that a list names and nobody has, and
+a row or entry of a list that is not well formed, is in `rejected`, with its line and reason, and the rest goes on. An error is only
+what makes a source unusable as a whole: a list without the columns that it must have, annotations that are no JSON, no clip at all.
 """  # noqa: E501
 
 from dit_video.data.ingest.listing.listed import IMAGES, MEDIA, VIDEOS, Format, Listed, Listing

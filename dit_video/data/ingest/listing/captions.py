@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dit_video.data.ingest.listing.listed import Unusable
+from dit_video.data.ingest.listing.listed import Unusable, quoted
 
 LONGEST = 64 << 10
 """bytes of UTF-8; some 10,000 words"""
@@ -63,13 +63,13 @@ def of_file(name: str, content: bytes) -> list[str]:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise Unusable(f"{name} is not UTF-8 ({error.reason} at byte {error.start})") from error
+        raise Unusable(f"{quoted(name)} is not UTF-8 ({error.reason} at byte {error.start})") from error
     if not name.lower().endswith(".json"):
         return [text]
     try:
         fields = json.loads(text) if text.strip() else {}
     except (ValueError, RecursionError) as error:
-        raise Unusable(f"{name} is not JSON ({error})") from error
+        raise Unusable(f"{quoted(name)} is not JSON ({error})") from error
     if not isinstance(fields, dict):
-        raise Unusable(f'{name} holds a {type(fields).__name__}; write {{"caption": "…"}}')
+        raise Unusable(f'{quoted(name)} holds a {type(fields).__name__}; write {{"caption": "…"}}')
     return of_fields(fields)

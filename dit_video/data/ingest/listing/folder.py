@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dit_video.data.ingest.listing import captions
-from dit_video.data.ingest.listing.listed import Listed, Listing, Unusable, finished, some
+from dit_video.data.ingest.listing.listed import Listed, Listing, Rejected, Unusable, finished, quoted
 from dit_video.data.ingest.listing.scan import Scan, list_file, reason_of, size_of, suffix_of
-from dit_video.data.ingest.listing.tables import read_table
+from dit_video.data.ingest.listing.tables import find_clips, read_table
 from dit_video.errors import UserError
 
 METADATA = ("metadata.csv", "metadata.jsonl")
@@ -17,7 +17,7 @@ def list_folder(scan: Scan) -> Listing:
     """The clips of a folder: those that its `metadata.csv` or `.jsonl` names, in its order, or else all, by name.
 
     Raises:
-      UserError: both lists; a list with mistakes (see `read_table`), or that names what is not there or not inside.
+      UserError: no clip; both lists; a list that cannot be used as a whole, see `read_rows`.
     """
     lists = [name for name in METADATA if name in scan.files]
     if len(lists) > 1:
@@ -25,7 +25,7 @@ def list_folder(scan: Scan) -> Listing:
     if lists:
         return _listed(scan, scan.source / lists[0])
     clips: list[Listed] = []
-    rejected: list[tuple[str, str]] = []
+    rejected: list[Rejected] = []
     beside, used = _caption_files(scan), set(scan.media)
     for name in scan.media:
         files = [*beside.get(os.path.splitext(name)[0], ()), *beside.get(name, ())]
@@ -61,30 +61,17 @@ def _read_captions(scan: Scan, names: Sequence[str]) -> tuple[str, ...]:
             with open(scan.files[name].path, "rb") as file:
                 content = file.read()
         except OSError as error:
-            raise Unusable(f"{name} {reason_of(error)}") from error
+            raise Unusable(f"{quoted(name)} {reason_of(error)}") from error
         except Unusable as error:
-            raise Unusable(f"{name} {error}") from error
+            raise Unusable(f"{quoted(name)} {error}") from error
         texts += captions.of_file(name, content)
     return captions.tidy(texts)
 
 
 def _listed(scan: Scan, path: Path) -> Listing:
-    clips: list[Listed] = []
-    rejected: list[tuple[str, str]] = []
-    missing: list[str] = []
-    rows = read_table(path, lambda name: _inside(name, path))
-    for name, row in rows.items():
-        try:
-            clips.append(_named(scan, name)._replace(captions=row.captions()))
-        except FileNotFoundError:
-            missing.append(name)
-        except Unusable as error:
-            rejected.append((name, str(error)))
-    if missing:
-        raise UserError(
-            f"{path} names {len(rows)} files, {len(missing)} of them do not exist ({some(missing)}); fix the names"
-        )
-    unlisted = [name for name in scan.media if name not in rows]
+    table = read_table(path, _inside)
+    clips, rejected = find_clips(table, lambda name: _named(scan, name))
+    unlisted = [name for name in scan.media if name not in table.rows]
     return finished(scan.source, "folder", clips, unlisted=unlisted, rejected=[*rejected, *scan.rejected])
 
 
@@ -95,9 +82,9 @@ def _named(scan: Scan, name: str) -> Listed:
     return list_file(name, str(scan.source / name))
 
 
-def _inside(name: str, path: Path) -> str:
+def _inside(name: str) -> str:
     # Keyed by the normalised path, so that `a.mp4` and `./a.mp4` are one clip.
     normal = os.path.normpath(name).replace(os.sep, "/")
     if os.path.isabs(normal) or normal.split("/")[0] == "..":
-        raise UserError(f"{path} names {name}, which lies outside the folder; use paths inside {path.parent}")
+        raise Unusable("lies outside the folder; use paths inside it")
     return normal

@@ -1,6 +1,6 @@
 """What a listing is: clips by name, their captions, and where their bytes lie."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from dit_video.errors import UserError
@@ -12,6 +12,9 @@ VIDEOS = frozenset(
 )
 IMAGES = frozenset(".gif .apng .png .jpg .jpeg .webp .bmp .tif .tiff".split())  # noqa: SIM905
 MEDIA = VIDEOS | IMAGES
+
+Rejected = tuple[str, str]
+"""(name, reason) of what cannot be a clip"""
 
 
 class Listed(NamedTuple):
@@ -53,8 +56,8 @@ class Listing(NamedTuple):
     unlisted: tuple[str, ...] = ()
     """Files that are left out: of a folder with a list the media that it doesn't name; without one all that is neither
     a clip by its suffix nor a clip's caption."""
-    rejected: tuple[tuple[str, str], ...] = ()
-    """(name, reason) of what cannot be a clip: entries outside of their tar, captions that are not UTF-8, …"""
+    rejected: tuple[Rejected, ...] = ()
+    """Entries outside of their tar, rows of a list that are not well formed, captions that are not UTF-8, …"""
     format: Format = "folder"
     """how the source was read"""
 
@@ -66,6 +69,11 @@ class Unusable(Exception):
 def shown(name: str) -> str:
     r"""A name that may hold bytes that are not UTF-8 (as Python's surrogates), with those bytes as `\udcXX`."""
     return name.encode("utf-8", "backslashreplace").decode()
+
+
+def quoted(name: str) -> str:
+    """A name inside a reason. Reasons that differ in what is in quotes alone are counted as one kind."""
+    return repr(name)
 
 
 def check_name(name: str) -> None:
@@ -80,18 +88,13 @@ def check_name(name: str) -> None:
         raise Unusable("its name holds a null byte")
 
 
-def some(names: Sequence[str]) -> str:
-    """The first three of many names."""
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-
-
 def finished(
     source: object,
     format: Format,
     clips: Iterable[Listed],
     *,
     unlisted: Iterable[str] = (),
-    rejected: Iterable[tuple[str, str]] = (),
+    rejected: Iterable[Rejected] = (),
 ) -> Listing:
     """The listing, if there is a clip in it.
 

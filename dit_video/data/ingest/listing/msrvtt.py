@@ -6,7 +6,7 @@
     TrainValVideo/video0.mp4 …, TestVideo/video7010.mp4 …, or videos/all/video0.mp4 …
 
 Where the files lie inside the source doesn't matter. Clips that the annotations name and nobody has (parts of the data
-set are passed around, and videos vanish) are rejected, not an error: the annotations aren't the user's to mend.
+set are passed around, and videos vanish) are rejected, and so is an entry that lacks what it must say, by its number.
 
 Source: Xu et al., "MSR-VTT: A Large Video Description Dataset for Bridging Video and Language", CVPR 2016
 """
@@ -14,11 +14,12 @@ Source: Xu et al., "MSR-VTT: A Large Video Description Dataset for Bridging Vide
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from dit_video.data.ingest.listing import captions
-from dit_video.data.ingest.listing.listed import VIDEOS, Listed, Listing, Unusable, finished
+from dit_video.data.ingest.listing.listed import VIDEOS, Listed, Listing, Rejected, Unusable, finished, quoted
 from dit_video.data.ingest.listing.scan import Scan, suffix_of
 from dit_video.errors import MissingError, UserError
 
@@ -40,7 +41,7 @@ def list_msrvtt(scan: Scan) -> Listing:
 
     Raises:
       MissingError: no annotations.
-      UserError: annotations in another format, or that contradict each other.
+      UserError: no clip; annotations in another format.
     """
     paths = [scan.source / name for name in annotations(scan)]
     if not paths:
@@ -48,11 +49,11 @@ def list_msrvtt(scan: Scan) -> Listing:
             f"{scan.source} holds no annotations of MSR-VTT; put train_val_videodatainfo.json and "
             "test_videodatainfo.json, or MSRVTT_data.json, there"
         )
+    files, rejected = _videos(scan)
     splits: dict[str, str] = {}
     sentences: dict[str, list[str]] = {}
     for path in paths:
-        _read(path, splits, sentences)
-    files, rejected = _videos(scan)
+        rejected += _read(path, splits, sentences)
     clips: list[Listed] = []
     for video, split in splits.items():
         try:
@@ -68,45 +69,52 @@ def list_msrvtt(scan: Scan) -> Listing:
     return finished(scan.source, "msrvtt", clips, unlisted=unlisted, rejected=[*rejected, *scan.rejected])
 
 
-def _videos(scan: Scan) -> tuple[dict[str, str], list[tuple[str, str]]]:
+def _videos(scan: Scan) -> tuple[dict[str, str], list[Rejected]]:
     """The videos' names by id, and those whose id was taken."""
     files: dict[str, str] = {}
-    rejected = []
+    rejected: list[Rejected] = []
     for name in scan.files:
         if suffix_of(name) in VIDEOS:
             first = files.setdefault(os.path.splitext(name.rsplit("/", 1)[-1])[0], name)
             if first != name:
-                rejected.append((name, f"is the same clip of MSR-VTT as {first}"))
+                rejected.append((name, f"is the same clip of MSR-VTT as {quoted(first)}"))
     return files, rejected
 
 
-def _read(path: Path, splits: dict[str, str], sentences: dict[str, list[str]]) -> None:
-    """Add one file of annotations."""
+def _read(path: Path, splits: dict[str, str], sentences: dict[str, list[str]]) -> list[Rejected]:
+    """Add one file of annotations; returns its entries that cannot be used."""
     try:
-        content: Any = json.loads(path.read_bytes())
+        # A byte that is not UTF-8 is found in the caption that holds it.
+        content: Any = json.loads(path.read_bytes().decode("utf-8-sig", "surrogateescape"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not readable JSON ({error}); get it anew") from error
-    if not isinstance(content, dict):
-        content = {}
-    for video in _entries(path, content, "videos", ("video_id", "split")):
+    rejected: list[Rejected] = []
+    for where, video in _entries(path, content, "videos", ("video_id", "split"), rejected):
         name, split = video["video_id"], _SPLITS.get(video["split"])
         if split is None:
-            raise UserError(f"{path}: the split of {name} is {video['split']!r}; it must be train, validate or test")
-        if splits.setdefault(name, split) != split:
-            raise UserError(f"{path} has {name} for {split}, another file has it for {splits[name]}; keep one of them")
-    for sentence in _entries(path, content, "sentences", ("video_id", "caption")):
+            rejected.append((where, f"has the split {quoted(video['split'])}; it must be train, validate or test"))
+        elif splits.setdefault(name, split) != split:
+            rejected.append((where, f"has {quoted(name)} for {split}, which was named already for {splits[name]}"))
+    for _, sentence in _entries(path, content, "sentences", ("video_id", "caption"), rejected):
         sentences.setdefault(sentence["video_id"], []).append(sentence["caption"])
+    return rejected
 
 
-def _entries(path: Path, content: dict[str, Any], part: str, fields: tuple[str, ...]) -> list[dict[str, Any]]:
-    entries = content.get(part)
+def _entries(
+    path: Path, content: Any, part: str, fields: tuple[str, ...], rejected: list[Rejected]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The entries of a list of the annotations that have these fields, as text, each with its place; others are
+    rejected."""
+    entries = content.get(part) if isinstance(content, dict) else None
     if not isinstance(entries, list):
         raise UserError(
             f"{path} has no list {part!r}; take MSR-VTT's own files, which have 'videos' and 'sentences', such as "
             "train_val_videodatainfo.json"
         )
     for at, entry in enumerate(entries):
-        for field in fields:
-            if not isinstance(entry, dict) or not isinstance(entry.get(field), str):
-                raise UserError(f"{path}: {part}[{at}] has no text {field!r}; get the file anew")
-    return entries
+        where = f"{path.name}, {part}[{at}]"
+        absent = [field for field in fields if not isinstance(entry, dict) or not isinstance(entry.get(field), str)]
+        if absent:
+            rejected.append((where, f"has no text {absent[0]!r}"))
+        else:
+            yield where, entry

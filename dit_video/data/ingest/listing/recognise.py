@@ -8,8 +8,9 @@ from typing import Literal
 from dit_video.data.ingest.listing.folder import METADATA, list_folder
 from dit_video.data.ingest.listing.listed import Format, Listing
 from dit_video.data.ingest.listing.msrvtt import annotations, list_msrvtt
+from dit_video.data.ingest.listing.rows import TABLES, is_list
 from dit_video.data.ingest.listing.scan import Scan, scan, suffix_of
-from dit_video.data.ingest.listing.tables import TABLES, is_list, list_table
+from dit_video.data.ingest.listing.tables import list_table
 from dit_video.data.ingest.listing.tars import is_tar, list_tar, list_tars
 from dit_video.data.ingest.listing.ucf101 import list_ucf101
 from dit_video.data.places import place
@@ -30,7 +31,7 @@ def list_clips(
 
     Raises:
       MissingError: nothing is at `source`, or a list that the format has is missing.
-      UserError: no clips; a format that cannot be told, or isn't the source's; a list with mistakes.
+      UserError: no clips; a format that cannot be told, or isn't the source's; a list that cannot be used as a whole.
     """
     opened = place(source)
     if not isinstance(opened, Path):

@@ -6,7 +6,7 @@ import stat
 from pathlib import Path
 from typing import NamedTuple
 
-from dit_video.data.ingest.listing.listed import MEDIA, Listed, Unusable, check_name
+from dit_video.data.ingest.listing.listed import MEDIA, Listed, Rejected, Unusable, check_name
 from dit_video.errors import UserError
 
 
@@ -16,8 +16,8 @@ class Scan(NamedTuple):
     source: Path
     files: dict[str, os.DirEntry[str]]
     """By path inside the folder, with forward slashes; sorted."""
-    rejected: tuple[tuple[str, str], ...] = ()
-    """(name, reason) of folders that were not entered"""
+    rejected: tuple[Rejected, ...] = ()
+    """folders that were not entered"""
 
     @property
     def media(self) -> list[str]:
@@ -87,9 +87,9 @@ def scan(source: Path) -> Scan:
       UserError: the folder itself cannot be read.
     """
     files: dict[str, os.DirEntry[str]] = {}
-    rejected: list[tuple[str, str]] = []
+    rejected: list[Rejected] = []
     seen: set[tuple[int, int]] = set()
-    links: list[tuple[str, str]] = []
+    links: list[Rejected] = []
     folders = [("", str(source))]
     while folders or links:
         if not folders:

@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from dit_video.data.ingest.listing import captions
-from dit_video.data.ingest.listing.listed import MEDIA, Listed, Listing, Unusable, check_name, finished, shown
+from dit_video.data.ingest.listing.listed import (
+    MEDIA,
+    Listed,
+    Listing,
+    Rejected,
+    Unusable,
+    check_name,
+    finished,
+    quoted,
+)
 from dit_video.data.ingest.listing.scan import Scan, reason_of, size_of, suffix_of
 from dit_video.errors import UserError
 
@@ -50,7 +59,7 @@ def list_tars(scan: Scan) -> Listing:
       UserError: a tar is compressed.
     """
     clips: list[Listed] = []
-    rejected: list[tuple[str, str]] = []
+    rejected: list[Rejected] = []
     for name in scan.files:
         if not is_tar(name):
             continue
@@ -70,12 +79,12 @@ def is_tar(name: str) -> bool:
     return name.lower().endswith((TAR, *COMPRESSED))
 
 
-def _list_shard(path: Path, prefix: str) -> tuple[list[Listed], list[tuple[str, str]]]:
+def _list_shard(path: Path, prefix: str) -> tuple[list[Listed], list[Rejected]]:
     """Clips and rejected members, in the order of the tar."""
     try:
         with path.open("rb") as file:
             _refuse_compressed(path, file)
-            rejected: list[tuple[str, str]] = []
+            rejected: list[Rejected] = []
             members = _members(path, file, rejected)
             clips = _clips(path, file, members, rejected)
     except OSError as error:
@@ -97,7 +106,7 @@ def _refuse_compressed(path: Path, file: BinaryIO) -> None:
         )
 
 
-def _members(path: Path, file: BinaryIO, rejected: list[tuple[str, str]]) -> dict[str, _Member]:
+def _members(path: Path, file: BinaryIO, rejected: list[Rejected]) -> dict[str, _Member]:
     """The tar's media and caption files by normalised path. Whatever else could have been one is rejected."""
     end = os.fstat(file.fileno()).st_size
     members: dict[str, _Member] = {}
@@ -119,7 +128,7 @@ def _members(path: Path, file: BinaryIO, rejected: list[tuple[str, str]]) -> dic
     return members
 
 
-def _entries(file: BinaryIO, rejected: list[tuple[str, str]]) -> Iterator[tarfile.TarInfo]:
+def _entries(file: BinaryIO, rejected: list[Rejected]) -> Iterator[tarfile.TarInfo]:
     """The tar's entries, up to where it is damaged; the damage is rejected under an empty name."""
     last = -1
     try:
@@ -153,7 +162,7 @@ def _check_entry(entry: tarfile.TarInfo, name: str, end: int) -> None:
     if entry.name.startswith("/") or name.split("/")[0] == "..":
         raise Unusable("its path lies outside of the tar")
     if entry.issym() or entry.islnk():
-        raise Unusable(f"is a link to {shown(entry.linkname)}")
+        raise Unusable(f"is a link to {quoted(entry.linkname)}")
     if not entry.isreg():
         raise Unusable("is not a regular file")
     if entry.issparse():
@@ -168,7 +177,7 @@ def _key(name: str) -> str:
     return posixpath.join(folder, base.split(".", 1)[0])
 
 
-def _clips(path: Path, file: BinaryIO, members: dict[str, _Member], rejected: list[tuple[str, str]]) -> list[Listed]:
+def _clips(path: Path, file: BinaryIO, members: dict[str, _Member], rejected: list[Rejected]) -> list[Listed]:
     """A clip for each media member, with the captions of its key."""
     media = [member for member in members.values() if suffix_of(member.name) in MEDIA]
     beside: dict[str, list[_Member]] = {}
@@ -194,9 +203,8 @@ def _read_captions(file: BinaryIO, members: list[_Member]) -> tuple[str, ...]:
     texts: list[str] = []
     for member in sorted(members, key=lambda member: captions.FILES.index(suffix_of(member.name))):
         if member.size > captions.LARGEST_FILE:
-            raise Unusable(
-                f"{member.name} has {member.size:,} bytes, {captions.LARGEST_FILE:,} is the limit of a caption file"
-            )
+            too_large = f"has {member.size:,} bytes, {captions.LARGEST_FILE:,} is the limit of a caption file"
+            raise Unusable(f"{quoted(member.name)} {too_large}")
         file.seek(member.offset)
         texts += captions.of_file(member.name, file.read(member.size))
     return captions.tidy(texts)

@@ -12,9 +12,10 @@ Source: https://www.crcv.ucf.edu/data/UCF101.php; Soomro et al., arXiv 1212.0402
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
-from dit_video.data.ingest.listing.listed import Listed, Listing, Unusable, finished
+from dit_video.data.ingest.listing.listed import Listed, Listing, Rejected, Unusable, finished, quoted
 from dit_video.data.ingest.listing.scan import Scan
 from dit_video.errors import MissingError, UserError
 
@@ -26,26 +27,23 @@ def list_ucf101(scan: Scan, number: int) -> Listing:
 
     Raises:
       MissingError: a list is not there.
-      UserError: a list is there twice, or not in its format.
+      UserError: no clip; a list is there twice, or cannot be read.
     """
-    classes = _classes(scan)
     files, rejected = _clips(scan)
+    classes, strange = _classes(scan)
+    rejected += strange
     clips: list[Listed] = []
     splits: dict[str, str] = {}
     for split in ("train", "test"):
         path = _file(scan, f"{split}list{number:02d}.txt")
-        for line, row in enumerate(_lines(path), 1):
+        for line, row in _lines(path):
             entry = row.split()[0]
             key = _key(entry)
             label = classes.get(key.split("/")[0])
-            if label is None:
-                raise UserError(
-                    f"{path}, line {line}: {entry} lies in no class of {CLASSES}; it must be Class/clip.avi"
-                )
-            if key in splits:
-                raise UserError(
-                    f"{path}, line {line}: {entry} was named already, for {splits[key]}; remove one of the two"
-                )
+            if label is None or key in splits:
+                reason = f"was named already, for {splits[key]}" if label else f"lies in no class of {CLASSES}"
+                rejected.append((f"{path.name}, line {line}", f"{quoted(entry)} {reason}"))
+                continue
             splits[key] = split
             try:
                 if key not in files:
@@ -67,30 +65,28 @@ def _key(path: str) -> str:
     return "/".join(os.path.splitext(path)[0].split("/")[-2:]).casefold()
 
 
-def _clips(scan: Scan) -> tuple[dict[str, str], list[tuple[str, str]]]:
+def _clips(scan: Scan) -> tuple[dict[str, str], list[Rejected]]:
     """The media by key, and those whose key was taken."""
     files: dict[str, str] = {}
     rejected = []
     for name in scan.media:
         first = files.setdefault(_key(name), name)
         if first != name:
-            rejected.append((name, f"is the same clip of UCF-101 as {first}"))
+            rejected.append((name, f"is the same clip of UCF-101 as {quoted(first)}"))
     return files, rejected
 
 
-def _classes(scan: Scan) -> dict[str, str]:
-    """The classes' names by their names without case."""
+def _classes(scan: Scan) -> tuple[dict[str, str], list[Rejected]]:
+    """The classes' names by their names without case, and the lines that name none."""
     path = _file(scan, CLASSES)
-    classes = {}
-    for line, row in enumerate(_lines(path), 1):
+    classes, rejected = {}, []
+    for line, row in _lines(path):
         match row.split():
             case [number, label] if number.isdigit():
                 classes[label.casefold()] = label
             case _:
-                raise UserError(
-                    f"{path}, line {line} is {row[:80]!r}; it must be a number and a class, as 1 ApplyEyeMakeup"
-                )
-    return classes
+                rejected.append((f"{path.name}, line {line}", "is not a number and a class, as 1 ApplyEyeMakeup"))
+    return classes, rejected
 
 
 def _file(scan: Scan, name: str) -> Path:
@@ -104,9 +100,12 @@ def _file(scan: Scan, name: str) -> Path:
     return scan.source / found[0]
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(number, text) of the lines that are not blank. One that is not UTF-8 names no clip that is there."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); unpack it anew") from error
-    return [line for line in text.splitlines() if line.strip()]
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); unpack it anew") from error
+    for line, row in enumerate(text.split("\n"), 1):
+        if row.strip():
+            yield line, row
