@@ -115,8 +115,8 @@ class Pictures:
 
     def _stored(self, frame: av.VideoFrame, height: int, width: int) -> UInt8[np.ndarray, "height width 3"]:
         """The picture before it is turned upright."""
-        if frame.format.has_palette or any(part.is_alpha for part in frame.format.components):
-            image = _over_black(self._converted(frame, "gbrap"))
+        if is_transparent(frame):
+            image = over_black(self._converted(frame, "gbrap"))
         elif frame.format.is_rgb:
             image = self._converted(frame, "gbrp")
         else:  # Of YUV, which swscale scales without leaving it, by no more rounding than `pixels.resize`'s own.
@@ -160,8 +160,13 @@ class Pictures:
         return _COLORSPACES[space]
 
 
-def _over_black(image: UInt8[np.ndarray, "H W 4"]) -> UInt8[np.ndarray, "H W 3"]:
-    """Colours times alpha / 255, rounded to nearest."""
+def is_transparent(frame: av.VideoFrame) -> bool:
+    """Whether its format has transparency; of a palette any colour may be transparent."""
+    return frame.format.has_palette or any(part.is_alpha for part in frame.format.components)
+
+
+def over_black(image: UInt8[np.ndarray, "H W 4"]) -> UInt8[np.ndarray, "H W 3"]:
+    """Colours times alpha / 255, rounded to nearest, as ffmpeg's overlay does."""
     colours, alpha = image[..., :3], image[..., 3:]
     if alpha.min() == 255:
         return colours

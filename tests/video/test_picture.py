@@ -13,7 +13,7 @@ from dit_video import pixels
 from dit_video.errors import DecodeError
 from dit_video.tokens import Grid
 from dit_video.video import decode, probe
-from dit_video.video.picture import _over_black
+from dit_video.video.picture import over_black
 
 FLAGS = "accurate_rnd+full_chroma_int+full_chroma_inp+bitexact"
 MATRICES = {"bt601": 6, "bt709": 1, "bt2020": 9}
@@ -151,7 +151,7 @@ def test_colours_that_ffmpeg_cannot_convert(write_video, textured):
     ("codec", "format", "pixel_format"),
     [("png", "mov", "rgba"), ("png", "mov", "rgba64be"), ("ffv1", "matroska", "yuva420p"), ("qtrle", "mov", "argb")],
 )
-def test_transparency_is_over_black(write_video, textured, codec, format, pixel_format):
+def test_transparency_isover_black(write_video, textured, codec, format, pixel_format):
     """Within one of ffmpeg's premultiply, which rounds by itself; two where 16 bits are first cut to 8."""
     frames = textured(2, 34, 48, channels=4)
     frames[:, :8, :, 3], frames[:, 8:16, :, 3] = 0, 255
@@ -170,10 +170,26 @@ def test_transparency_is_over_black(write_video, textured, codec, format, pixel_
     assert close.mean() < 1.0
 
 
-def test_colours_times_alpha_are_rounded_to_nearest():
+def test_colours_times_alpha_are_those_of_ffmpeg():
+    """All 65,536 pairs: rounded to nearest, as ffmpeg lays a picture over a black one."""
     colour, alpha = np.meshgrid(np.arange(256), np.arange(256), indexing="ij")
     image = np.stack([colour, colour, colour, alpha], axis=-1).astype(np.uint8)
-    np.testing.assert_array_equal(_over_black(image)[..., 1], np.rint(colour * alpha / 255))
+    found = over_black(image)
+    np.testing.assert_array_equal(found[..., 1], np.rint(colour * alpha / 255))
+    graph = av.filter.Graph()
+    source = graph.add("buffer", "video_size=256x256:pix_fmt=rgba:time_base=1/1:pixel_aspect=1/1")
+    black = graph.add("color", "c=black:s=256x256:r=1:d=1")
+    rgb, overlay, sink = graph.add("format", "rgb24"), graph.add("overlay", "format=rgb"), graph.add("buffersink")
+    black.link_to(rgb)
+    rgb.link_to(overlay, 0, 0)
+    source.link_to(overlay, 0, 1)
+    overlay.link_to(sink)
+    graph.configure()
+    frame = av.VideoFrame.from_ndarray(image, format="rgba")
+    frame.pts, frame.time_base = 0, Fraction(1)
+    source.push(frame)
+    source.push(None)
+    np.testing.assert_array_equal(sink.pull().to_ndarray(format="rgb24"), found)
 
 
 def test_transparent_vp9(write_video, textured):

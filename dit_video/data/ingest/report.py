@@ -23,7 +23,8 @@ _DURATIONS = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600)
 """Seconds; where the bins of lengths end."""
 _SHAPES = ((0.5, "1:2 and narrower"), (0.9, "upright"), (1.1, "square"), (1.6, "4:3 to 8:5"), (2.0, "16:9"))
 """Width over height; where the bins end."""
-_NUMBER = re.compile(r"\d+(?:[.,]\d+)*(?:e[+-]?\d+)?")
+_NUMBER = re.compile(r"(?<![A-Z][.-])(?<!\d)\d+(?:[.,]\d+)*(?:e[+-]?\d+)?")
+"""but those of H.264 and UTF-8"""
 _QUOTED = re.compile(r"""(?<!\w)(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")(?!\w)""")
 """A name or another word of the input, as `repr` writes it; not the apostrophes of "doesn't … can't"."""
 

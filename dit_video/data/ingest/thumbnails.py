@@ -5,7 +5,7 @@ import numpy as np
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from jaxtyping import Real, UInt8
 
-from dit_video.video.picture import is_full_range, orientation
+from dit_video.video.picture import is_full_range, is_transparent, orientation, over_black
 from dit_video.video.reading import complaints
 
 LONG_SIDE = 256
@@ -39,12 +39,13 @@ class Pictures:
         if self._size is None:
             scale = LONG_SIDE / max(frame.height, frame.width)
             self._size = max(SHORT_SIDE, round(frame.height * scale)), max(SHORT_SIDE, round(frame.width * scale))
-        return _over_black(self._converted(self._small, frame, "rgb24", *self._size))
+        picture = self._converted(self._small, frame, "rgb24", *self._size)
+        return over_black(picture) if is_transparent(frame) else picture
 
     def luma(self, frame: av.VideoFrame) -> UInt8[np.ndarray, "H W"]:
         """Full-range luma at the stored size; transparent pixels over black."""
-        if _transparent(frame):
-            picture = _over_black(self._converted(self._whole, frame, "rgba", frame.height, frame.width))
+        if is_transparent(frame):
+            picture = over_black(self._converted(self._whole, frame, "rgba", frame.height, frame.width))
             return np.rint(picture @ np.array([0.299, 0.587, 0.114])).astype(np.uint8)
         return self._converted(self._whole, frame, "gray", frame.height, frame.width)
 
@@ -66,19 +67,9 @@ class Pictures:
                 frame,
                 width,
                 height,
-                format="rgba" if _transparent(frame) else format,
+                format="rgba" if is_transparent(frame) else format,
                 src_color_range=ColorRange.JPEG if is_full_range(frame) else ColorRange.MPEG,
                 dst_color_range=ColorRange.JPEG,
                 interpolation=_TRIANGLE,
                 threads=1,
             ).to_ndarray()
-
-
-def _transparent(frame: av.VideoFrame) -> bool:
-    return frame.format.has_palette or any(part.is_alpha for part in frame.format.components)
-
-
-def _over_black(picture: np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
-    if picture.shape[-1] == 3:
-        return picture
-    return np.rint(picture[..., :3] * (picture[..., 3:] / 255)).astype(np.uint8)

@@ -74,16 +74,26 @@ def test_damaged_files(tmp_path):
     report = ingest(folder, tmp_path / "out", config=IngestConfig(time_limit=60))
     assert report.files == accounted(report) == len(files)
     reasons = dict(report.quarantined)
-    assert {"truncated.mp4", "empty.mp4", "text.mp4", "audio.mp4", "noise.mp4"} <= reasons.keys()
-    assert all(reason and "\n" not in reason for reason in reasons.values())
+    unreadable = "is not a readable video or image"
+    expected = {
+        "truncated.mp4": unreadable,
+        "empty.mp4": unreadable,
+        "text.mp4": unreadable,
+        "promises_sizes.mp4": unreadable,
+        "audio.mp4": "holds no video stream",
+        "noise.mp4": "is damaged after 0.",
+    }
+    assert reasons.keys() == expected.keys()
+    assert [name for name, part in expected.items() if part not in reasons[name]] == []
+    assert not any("\n" in reason for reason in reasons.values())
+    assert sorted(report.reasons["quarantined"].values()) == [1, 1, 4]
     infos = {info.name: info for info in ClipSource(tmp_path / "out").infos}
-    assert {"one_frame.mp4", "wide.png", "whole.mp4"} <= infos.keys()
-    assert infos.keys() | reasons.keys() == files.keys()
-    # What promises a billion frames is taken at most for what it holds.
-    assert all(info.frames <= 24 for info in infos.values())
+    assert infos.keys() == {"one_frame.mp4", "wide.png", "whole.mp4", "promises_times.mp4"}
+    # What promises a billion frames is taken for what it holds.
+    assert [infos[name].frames for name in ("promises_times.mp4", "whole.mp4", "one_frame.mp4")] == [24, 24, 1]
     assert (infos["wide.png"].height, infos["wide.png"].width) == (2, 60_000)
-    assert len(infos["whole.mp4"].caption) == 2000 * 5 - 1
-    assert report.uncaptioned == len(infos) - 1
+    assert infos["whole.mp4"].caption == ("word " * 2000).strip()
+    assert (report.uncaptioned, infos["one_frame.mp4"].captions) == (3, ())
 
 
 def test_captions_that_set_their_clips_aside(tmp_path):
@@ -95,8 +105,14 @@ def test_captions_that_set_their_clips_aside(tmp_path):
     (folder / "b.txt").write_text("x" * 100_000)
     report = ingest(folder, tmp_path / "out")
     assert report.files == accounted(report) == 3
-    assert [name for name, _ in report.rejected] == ["a.mp4", "b.mp4"]
-    assert sum(report.reasons["rejected"].values()) == 2
+    assert report.rejected == (
+        ("a.mp4", "'a.txt' is not UTF-8 (invalid continuation byte at byte 0)"),
+        ("b.mp4", "its caption has 100,000 bytes, 65,536 is the limit"),
+    )
+    assert report.reasons["rejected"] == {
+        "'…' is not UTF-8 (invalid continuation byte at byte N)": 1,
+        "its caption has N bytes, N is the limit": 1,
+    }
     assert [info.name for info in ClipSource(tmp_path / "out").infos] == ["c.mp4"]
 
 
@@ -119,14 +135,47 @@ def test_tars(tmp_path):
     report = ingest(tmp_path / "clips.tar", tmp_path / "out")
     source = ClipSource(tmp_path / "out")
     assert report.format == "webdataset"
-    assert report.files == accounted(report)
-    assert {"../b.mp4", "/b.mp4"} <= {name for name, _ in report.rejected}
+    assert report.files == accounted(report) == 6  # a.txt is no entry of its own
+    assert report.rejected == (
+        ("../b.mp4", "its path lies outside of the tar"),
+        ("/b.mp4", "its path lies outside of the tar"),
+        ("c.mp4", "another entry before it has the same name"),
+    )
     assert [name for name, _ in report.quarantined] == ["d.mp4"]
-    assert source.infos[0].caption == "first"
-    by_name = {info.name: source[index] for index, info in enumerate(source.infos)}
-    assert by_name["a.mp4"] == content["a"]
-    assert by_name.get("c.mp4", content["c"]) == content["c"]
-    assert content["b"] not in by_name.values()
+    assert [info.captions for info in source.infos] == [("first",), ()]
+    stored = {info.name: source[index] for index, info in enumerate(source.infos)}
+    assert stored == {"a.mp4": content["a"], "c.mp4": content["c"]}
+
+
+def test_lists(tmp_path):
+    """Every row that cannot be used is counted by its line; the others are a data set."""
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for name in ("a", "b", "c"):
+        (folder / f"{name}.mp4").write_bytes(encode(clip(2), "mp4"))
+    (folder / "d.mp4").write_bytes(b"broken")
+    rows = [
+        b"file_name,text",
+        b"a.mp4,first",
+        b",names no file",
+        b"gone.mp4,x",
+        b"b.mp4,\xe9",
+        b"c.mp4,x,y",
+        b"d.mp4,x",
+        b"a.mp4,second",
+    ]
+    (folder / "metadata.csv").write_bytes(b"\n".join(rows))
+    report = ingest(folder, tmp_path / "out")
+    assert report.files == accounted(report) == 6
+    assert [name for name, _ in report.quarantined] == ["d.mp4"]
+    lines = ["metadata.csv, line 3", "metadata.csv, line 6"]
+    assert [name for name, _ in report.rejected] == [*lines, "gone.mp4", "b.mp4"]
+    assert len(report.reasons["rejected"]) == 4
+    assert report.unlisted == ("c.mp4",)
+    assert [(info.name, info.captions) for info in ClipSource(tmp_path / "out").infos] == [
+        ("a.mp4", ("first", "second"))
+    ]
+    assert IngestReport.read(tmp_path / "out") == report
 
 
 def test_a_file_named_as_the_shot_of_another(tmp_path):
@@ -146,6 +195,10 @@ def test_a_file_named_as_the_shot_of_another(tmp_path):
     ]
     assert source[0] == source[1] == (folder / "a.mp4").read_bytes()
     assert (report.usable, report.usable_files, report.files) == (2, 1, 1)
+    (folder / "a.mp4#1").write_bytes(encode(Clip(frames=frames[:12], fps=12), "mp4"))
+    (folder / "clips.csv").write_text("path,text\na.mp4,x\na.mp4#1,y\n")
+    with pytest.raises(UserError, match=r"two clips would be called a\.mp4#1; rename the file"):
+        ingest(folder / "clips.csv", tmp_path / "other", config=config)
 
 
 def mutate(encoded: bytes, other: bytes, seed: int) -> bytes:

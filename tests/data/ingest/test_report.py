@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from dit_video.data.ingest.listing.listed import quoted
 from dit_video.data.ingest.report import IngestReport, summarise
 from dit_video.data.source import ClipInfo
 
@@ -55,6 +56,20 @@ def test_histograms():
         "rejected": {"is a folder": 1},
     }
     assert (report.captions["captions"], report.captions["uncaptioned"]) == (4, 1)
+
+
+def test_reasons_that_differ_in_numbers_and_names_are_of_one_kind():
+    names = ["a.mp4", "it's.mp4", 'say "x".mp4', "both'\".mp4", "\udce9.mp4", "a b\n日本.mp4"]
+    rejected = [
+        ("x", f"links to {quoted(name)}, {1.5 * number:g}e-05 of 1,000 bytes") for number, name in enumerate(names)
+    ]
+    rejected += [("x", "ffmpeg doesn't read it and can't"), ("x", "convert it to H.264")]
+    report = summarise(INFOS, [], **{**GIVEN, "rejected": tuple(rejected), "files": 15})
+    assert report.reasons["rejected"] == {
+        "links to '…', N of N bytes": 6,
+        "convert it to H.264": 1,
+        "ffmpeg doesn't read it and can't": 1,
+    }
 
 
 def test_counts_that_do_not_add_up():
