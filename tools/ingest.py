@@ -2,10 +2,12 @@
 
     python tools/ingest.py SOURCE DESTINATION
     python tools/ingest.py clips data --screening.shots content --screening.min-seconds 1 --screening.duplicates 4
+    python tools/ingest.py clips data --reencode.max-pixels 409920 --reencode.fps 24
 
 SOURCE is a folder of videos and images with captions beside them or in `metadata.csv`, a list of paths, WebDataset
 tars, UCF-101 or MSR-VTT: see `dit_video.data.ingest.listing`. What can't be used is set aside and listed, with the
-reason, in DESTINATION/report.json; DESTINATION/REPORT.html shows it. Started again after a kill, the command continues.
+reason, in DESTINATION/report.json; DESTINATION/REPORT.html shows it. Files keep their bytes; with `--reencode` those
+that are over a limit are stored anew, smaller. Started again after a kill, the command continues.
 """
 
 from typing import Annotated
@@ -83,6 +85,9 @@ def _beam(options: str | None):
 
 def _say(destination: str, report: IngestReport) -> None:
     print(f"{destination}: {report.usable} clips, {report.frames} frames" + (" (was there already)" * report.reused))
+    if report.reencoded:
+        sizes = f"{report.reencoded_from / 1e6:.3g} MB became {report.reencoded_to / 1e6:.3g} MB"
+        print(f"{report.reencoded} files re-encoded: {sizes}")
     if report.uncaptioned:
         print(f"{report.uncaptioned} without a caption: they train the unconditional model alone")
     if report.unlisted:

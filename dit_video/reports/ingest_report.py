@@ -122,9 +122,13 @@ def _count(number: int, what: str) -> str:
 
 def _summary(report: IngestReport) -> str:
     splits = ", ".join(f"{readable(count)} {split}" for split, count in report.splits.items())
+    kept = "Every file's bytes are kept as they were"
+    if report.reencoded:
+        change = f"{_bytes(report.reencoded_from)} became {_bytes(report.reencoded_to)}"
+        kept = f"{_count(report.reencoded, 'file')} of {readable(report.usable_files)} re-encoded, as asked: {change}"
     return (
-        f"Read as {report.format}. Splits: {splits}. Every file's bytes are kept as they were; sizes are as shown, "
-        "upright with square pixels. Every file is accounted for below."
+        f"Read as {report.format}. Splits: {splits}. {kept}; sizes are as shown, upright with square pixels. "
+        "Every file is accounted for below."
     )
 
 

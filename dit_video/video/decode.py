@@ -66,7 +66,7 @@ def decode(
         convert = Pictures(video.name, video.sample_aspect, None if size is None else (size.h, size.w))
         pictures: list[np.ndarray] = []
         last = None
-        for timed in _sampled(progressive(video.frames(start), video.name), start, fps, wanted):
+        for timed in sampled(progressive(video.frames(start), video.name), start, fps, wanted):
             # A frame that is sampled twice is the same object twice: it is converted once.
             pictures.append(pictures[-1] if timed is last else convert(timed.frame, timed.time))
             last = timed
@@ -145,8 +145,13 @@ def _no_frames(name: str, start: float) -> UserError:
     return DecodeError(f"{name} holds no whole frame; a clip has at least one: remove it or replace it")
 
 
-def _sampled(frames: Iterator[Timed], start: float, fps: float | int | None, wanted: int | None) -> Iterator[Timed]:
-    """Of every sampling time the latest frame at or before it; without `fps` all from the one shown at `start`."""
+def sampled(
+    frames: Iterator[Timed], start: float, fps: float | int | None, wanted: int | None = None
+) -> Iterator[Timed]:
+    """Of every sampling time the latest frame at or before it; without `fps` all from the one shown at `start`.
+
+    A frame that is sampled twice is the same object twice.
+    """
     return itertools.islice(_from(frames, start) if fps is None else _at_rate(frames, start, float(fps)), wanted)
 
 

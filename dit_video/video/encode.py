@@ -1,8 +1,9 @@
 """Frames to the bytes of a video or image file. The bytes are a function of the arguments alone (one thread)."""
 
 import io
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import av
 import numpy as np
@@ -19,6 +20,12 @@ FORMATS: tuple[str, ...] = get_args(Format)
 CRF = {"mp4": 12, "webm": 12}
 """Quality by default: no visible loss on clips of few pixels."""
 WORST_CRF = {"mp4": 51, "webm": 63}
+
+TICKS = 360_000
+"""of a second, in which `encode_shown` writes times: a whole number for each frame at 23.976, 24, 25, 29.97, 30, 60 …
+fps"""
+_JPEG_QUALITY = "2"
+"""of ffmpeg's 1 (best) to 31"""
 
 ACCURATE = (
     Interpolation.BICUBIC
@@ -69,36 +76,115 @@ def encode_frames(frames: UInt8[np.ndarray, "T H W 3"], fps: float, format: str,
     return _mux(_yuv(frames), "webm", "libvpx-vp9", "yuv420p", fps, options)
 
 
+class Shown(NamedTuple):
+    """A picture and when it is shown."""
+
+    time: float
+    """seconds, from which"""
+    seconds: float
+    """for which; only the last picture's counts, the others are shown until the next"""
+    picture: UInt8[np.ndarray, "H W 3"]
+
+
+def encode_shown(pictures: Iterable[Shown], fps: float | int, *, crf: int) -> bytes:
+    """An mp4 as `encode` makes it, of pictures that are shown at any times; one at a time is held in memory.
+
+    Times are kept to 1 / 360,000 s; a picture of the same time as the one before it comes that much later. There are no
+    B-frames: they would let the last picture end when the last one in the order of decoding does.
+
+    Args:
+      pictures: at least one; of one even height and width, in the order of their times.
+      fps: on average; for the encoder's choices.
+      crf: quality, 0 (best) to 51.
+
+    Raises:
+      UserError: an odd height or width.
+    """
+    options = {**_x264(crf), "bf": "0"}
+    return _mux(_timed(pictures), "mp4", "libx264", "yuv420p", fps, options, time_base=Fraction(1, TICKS))
+
+
+def encode_jpeg(picture: UInt8[np.ndarray, "H W 3"]) -> bytes:
+    """A JPEG file without visible loss: BT.601 in full range, as all of them, at the picture's full resolution."""
+    context = av.CodecContext.create("mjpeg", "w")
+    context.height, context.width, context.pix_fmt = *picture.shape[:2], "yuvj444p"
+    context.time_base, context.thread_count = Fraction(1, 1), 1
+    context.qmin = context.qmax = int(_JPEG_QUALITY)
+    context.options = {"flags": "+bitexact"}
+    frame = VideoReformatter().reformat(
+        next(_rgb(picture[None])),
+        format="yuvj444p",
+        src_color_range=ColorRange.JPEG,
+        dst_colorspace=Colorspace.ITU601,
+        dst_color_range=ColorRange.JPEG,
+        interpolation=ACCURATE,
+        threads=1,
+    )
+    frame.pts, frame.time_base = 0, Fraction(1, 1)
+    return b"".join(bytes(packet) for packet in [*context.encode(frame), *context.encode(None)])
+
+
+def _x264(crf: int) -> dict[str, str]:
+    # mbtree: x264's macroblock-tree rate control gave other bytes in about one of seventy encodes of one clip.
+    return {"crf": str(crf), "preset": "medium", "threads": "1", "mbtree": "0"}
+
+
 def _h264(frames: UInt8[np.ndarray, "T H W 3"], fps: float, crf: int) -> bytes:
-    height, width = frames.shape[1:3]
+    _check_even(*frames.shape[1:3])
+    return _mux(_yuv(frames), "mp4", "libx264", "yuv420p", fps, _x264(crf))
+
+
+def _check_even(height: int, width: int) -> None:
     if height % 2 or width % 2:
         raise UserError(
             f"mp4 (H.264, 4:2:0) needs an even height and width, {height}x{width} was given; write .webm, .gif or "
             ".apng, or resize the clip"
         )
-    # mbtree: x264's macroblock-tree rate control gave other bytes in about one of seventy encodes of one clip.
-    options = {"crf": str(crf), "preset": "medium", "threads": "1", "mbtree": "0"}
-    return _mux(_yuv(frames), "mp4", "libx264", "yuv420p", fps, options)
 
 
-def _mux(frames, format, codec, pixel_format, fps, options, *, container=None) -> bytes:
+def _timed(pictures: Iterable[Shown]) -> Iterator[av.VideoFrame]:
+    """Frames with their ticks."""
+    reformatter, ticks = VideoReformatter(), -1
+    for time, seconds, picture in pictures:
+        _check_even(*picture.shape[:2])
+        ticks = max(round(time * TICKS), ticks + 1)
+        frame = _limited(reformatter, picture)
+        frame.pts, frame.duration = ticks, max(1, round(seconds * TICKS))
+        yield frame
+
+
+def _mux(frames, format, codec, pixel_format, fps, options, *, container=None, time_base=None) -> bytes:
+    """A file of frames that follow each other at `fps`, or that bring their times and durations in `time_base`."""
     buffer = io.BytesIO()
     rate = Fraction(fps).limit_denominator(60_000)
+    base = 1 / rate if time_base is None else time_base
+    durations: dict[int, int] = {}
     with av.open(buffer, "w", format=format, options={"fflags": "+bitexact", **(container or {})}) as output:
         stream = None
         for index, frame in enumerate(frames):
             if stream is None:
                 stream = output.add_stream(codec, rate=rate, options=options)
                 stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, pixel_format
-                stream.time_base = stream.codec_context.time_base = 1 / rate
+                stream.time_base = stream.codec_context.time_base = base
                 stream.codec_context.thread_count = 1
                 if pixel_format == "yuv420p":
                     _tag_bt709(stream.codec_context)
-            frame.pts, frame.time_base = index, 1 / rate
-            output.mux(stream.encode(frame))
+            frame.time_base = base
+            if time_base is None:
+                frame.pts = index
+            else:
+                durations[frame.pts] = frame.duration
+            _write(output, stream.encode(frame), durations)
         assert stream is not None  # a clip has a frame
-        output.mux(stream.encode(None))
+        _write(output, stream.encode(None), durations)
     return buffer.getvalue()
+
+
+def _write(output, packets, durations: dict[int, int]) -> None:
+    for packet in packets:
+        if packet.pts in durations:  # x264 leaves them out
+            packet.duration = durations.pop(packet.pts)
+        output.mux(packet)
 
 
 def _tag_bt709(context) -> None:
@@ -114,18 +200,22 @@ def _rgb(frames: UInt8[np.ndarray, "T H W 3"]):
 
 
 def _yuv(frames: UInt8[np.ndarray, "T H W 3"]):
-    """4:2:0 in BT.709, limited range."""
     reformatter = VideoReformatter()
-    for image in _rgb(frames):
-        yield reformatter.reformat(
-            image,
-            format="yuv420p",
-            src_color_range=ColorRange.JPEG,
-            dst_colorspace=Colorspace.ITU709,
-            dst_color_range=ColorRange.MPEG,
-            interpolation=ACCURATE,
-            threads=1,
-        )
+    for frame in frames:
+        yield _limited(reformatter, frame)
+
+
+def _limited(reformatter: VideoReformatter, picture: UInt8[np.ndarray, "H W 3"]) -> av.VideoFrame:
+    """4:2:0 in BT.709, limited range."""
+    return reformatter.reformat(
+        av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24"),
+        format="yuv420p",
+        src_color_range=ColorRange.JPEG,
+        dst_colorspace=Colorspace.ITU709,
+        dst_color_range=ColorRange.MPEG,
+        interpolation=ACCURATE,
+        threads=1,
+    )
 
 
 def _png(frames: UInt8[np.ndarray, "T H W 3"]) -> bytes:

@@ -2,6 +2,7 @@
 
 from dit_video.data.ingest.engine import IngestConfig, ingest
 from dit_video.data.ingest.listing import MEDIA, Format, Listed, Listing, list_clips
+from dit_video.data.ingest.reencoding import Reencode
 from dit_video.data.ingest.report import REPORT, IngestReport
 from dit_video.data.ingest.screening import ScreeningConfig
 
@@ -13,6 +14,7 @@ __all__ = [
     "IngestReport",
     "Listed",
     "Listing",
+    "Reencode",
     "ScreeningConfig",
     "ingest",
     "list_clips",

@@ -11,16 +11,15 @@ from pathlib import Path
 import apache_beam as beam
 
 from dit_video.data.builder import Beam
-from dit_video.data.ingest.inspection import Inspected
+from dit_video.data.ingest.inspection import Inspected, InspectionConfig
 from dit_video.data.ingest.listing import Listed
-from dit_video.data.ingest.screening import ScreeningConfig
 from dit_video.data.ingest.workers import Task, Workers
 
 
 class _Inspect(beam.DoFn):
     """Lines of (number, clip) to lines of (number, verdict)."""
 
-    def __init__(self, config: ScreeningConfig, time_limit: float | int):
+    def __init__(self, config: InspectionConfig, time_limit: float | int):
         self._config, self._time_limit = config, time_limit
         self._workers: Workers | None = None
 
@@ -39,7 +38,7 @@ class _Inspect(beam.DoFn):
 
 
 def inspect(
-    clips: Sequence[Task], folder: Path, how: Beam, config: ScreeningConfig, time_limit: float | int
+    clips: Sequence[Task], folder: Path, how: Beam, config: InspectionConfig, time_limit: float | int
 ) -> Iterator[tuple[int, Inspected]]:
     """(number, verdict) of numbered clips, when the whole pipeline is done.
 
@@ -47,7 +46,7 @@ def inspect(
       clips: what to inspect.
       folder: for work.
       how: the runner.
-      config: what is screened for.
+      config: what is done with a clip.
       time_limit: see `Workers`.
     """
     clips_file, verdicts = folder / "clips.jsonl", folder / "verdicts"

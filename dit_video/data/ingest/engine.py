@@ -1,17 +1,19 @@
 """A source of clips becomes a data set of random access.
 
 The clips' encoded bytes are kept as they are, beside the facts that planning needs, so that nothing is lost and a later
-run can choose other sizes. Two passes: the first reads, decodes and screens every file, in several processes, and keeps
-the facts alone; the second copies the bytes of what is used into the data set, one file at a time. Between them stands
-what needs all facts: duplicates, and the numbers of records. So the result doesn't depend on who was ready first.
+run can choose other sizes; where that is asked for, what is over a limit is stored anew. Two passes: the first reads,
+decodes and screens every file, in several processes, and keeps the facts alone, beside files that it stored anew; the
+second copies the bytes of what is used into the data set, one file at a time. Between them stands what needs all facts:
+duplicates, and the numbers of records. So the result doesn't depend on who was ready first.
 
-All work is done in `DESTINATION.ingest`, beside the destination: a journal of the first pass, which outlives a killed
-run, and the second pass's files, which become the destination by one rename.
+All work is done in `DESTINATION.ingest`, beside the destination: a journal of the first pass and the files that it
+stored, which outlive a killed run, and the second pass's files, which become the destination by one rename.
 """
 
 import dataclasses
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -26,9 +28,10 @@ import tensorflow_datasets as tfds
 
 from dit_video import configs
 from dit_video.data import builder
-from dit_video.data.ingest.inspection import Inspected
+from dit_video.data.ingest.inspection import Inspected, InspectionConfig
 from dit_video.data.ingest.journal import Journal
 from dit_video.data.ingest.listing import Format, Listed, Listing, list_clips
+from dit_video.data.ingest.reencoding import Reencode
 from dit_video.data.ingest.report import REPORT, IngestReport, summarise
 from dit_video.data.ingest.screening import ScreeningConfig
 from dit_video.data.ingest.selection import Selection, select
@@ -39,6 +42,8 @@ from dit_video.errors import UserError
 
 WORK = ".ingest"
 """Ends the name of the folder beside the destination."""
+_ANEW = "reencoded"
+"""The folder inside of it that holds files that were stored anew."""
 
 _COPIED = re.compile(rf"(clips-.*\.array_record-.*|dataset_info\.json|features\.json|{re.escape(REPORT)})$")
 """What a copy to a bucket has before its index."""
@@ -61,13 +66,20 @@ class IngestConfig:
     """which of UCF-101's three pairs of train and test lists"""
     screening: ScreeningConfig = dataclasses.field(default_factory=ScreeningConfig)
     """the steps, all off by default"""
+    reencode: Reencode = dataclasses.field(default_factory=Reencode)
+    """which files are stored anew; none by default"""
     time_limit: float | int = 120.0
-    """Seconds that a file may take to be inspected, and ten times as much more for every gigabyte of it. One that takes
-    longer is quarantined, after a second try."""
+    """Seconds that a file may take to be inspected, and ten times as much more for every gigabyte of it; three times as
+    long where files are stored anew. One that takes longer is quarantined, after a second try."""
 
     def __post_init__(self) -> None:
         if not 0 < self.time_limit < float("inf"):
             raise UserError(f"time_limit is a positive number of seconds, {self.time_limit} was given")
+
+    @property
+    def patience(self) -> float:
+        """Seconds that a file of few bytes may take."""
+        return self.time_limit * (3 if self.reencode.asked else 1)
 
 
 def ingest(
@@ -112,7 +124,7 @@ def ingest(
         return dataclasses.replace(IngestReport.read(destination), reused=True)
     work = _work(destination)
     try:
-        with Journal(work, (config.screening, config.time_limit)) as journal:
+        with Journal(work, (config.screening, config.reencode, config.time_limit)) as journal:
             verdicts = _inspect_all(listing.clips, config, journal, progress, workers or cores(), beam)
             chosen = select(listing.clips, verdicts, config.screening)
             if not chosen.infos:
@@ -149,7 +161,10 @@ def _work(destination: Place) -> Path:
 def _fingerprint(listing: Listing, config: IngestConfig) -> str:
     """Of names, captions, sizes, splits and settings; not of where the source lies."""
     facts = [(clip.name, clip.captions, clip.size, clip.split) for clip in listing.clips]
-    known = json.dumps([facts, configs.to_json(config.screening), config.time_limit], ensure_ascii=True)
+    settings = [configs.to_json(config.screening), config.time_limit]
+    if config.reencode.asked:
+        settings.append(configs.to_json(config.reencode))
+    known = json.dumps([facts, *settings], ensure_ascii=True)
     return hashlib.sha256(known.encode()).hexdigest()
 
 
@@ -182,17 +197,23 @@ def _inspect_all(
     how: builder.Beam | None,
 ) -> list[Inspected]:
     """The verdict of every clip: from the journal, or else found out and written down there."""
-    verdicts = {number: known for number, clip in enumerate(clips) if (known := journal.get(clip)) is not None}
+    folder = journal.folder / _ANEW
+    verdicts = {
+        number: known
+        for number, clip in enumerate(clips)
+        if (known := journal.get(clip)) is not None and (known.stored is None or known.stored.lies_in(folder))
+    }
     left = [(number, clip) for number, clip in enumerate(clips) if number not in verdicts]
     if progress is not None:
         progress(len(verdicts), len(clips))
-    with Workers(worth(left, workers), config.screening, config.time_limit) as processes:
+    steps = InspectionConfig(screening=config.screening, reencode=config.reencode, folder=str(folder))
+    with Workers(worth(left, workers), steps, config.patience) as processes:
         if how is None or not left:
             found = processes.inspect(left)
         else:
             from dit_video.data.ingest import beam
 
-            found = beam.inspect(left, journal.folder, how, config.screening, config.time_limit)
+            found = beam.inspect(left, journal.folder, how, steps, config.patience)
         for number, verdict in found:
             journal.put(clips[number], verdict)
             verdicts[number] = verdict
@@ -221,18 +242,21 @@ def _write(
     """The data set's files."""
     shutil.rmtree(folder, ignore_errors=True)  # what a killed run had of it
     shutil.rmtree(folder.with_name(folder.name + ".tfds"), ignore_errors=True)
-    sizes = [listing.clips[number].size for number in chosen.in_order]
+    used = [(listing.clips[number], verdicts[number]) for number in chosen.in_order]
+    references = [_reference(clip, verdict, folder.with_name(_ANEW)) for clip, verdict in used]
+    sizes = [reference.size for reference in references]
+    anew = [clip.size for clip, verdict in used if verdict.stored is not None]
     clips_of: dict[int, list[ClipInfo]] = {}
     for info in chosen.infos:
         clips_of.setdefault(info.record, []).append(info)
-    records = iter(range(len(sizes)))
+    records = (
+        _record(*pair, reference, clips_of[number])
+        for number, (pair, reference) in enumerate(zip(used, references, strict=True))
+    )
     builder.write_clips(
         folder,
         features=_features(),
-        records={
-            split: [_record(listing.clips[number], verdicts[number], clips_of[next(records)]) for number in numbers]
-            for split, numbers in chosen.files.items()
-        },
+        records={split: list(itertools.islice(records, len(numbers))) for split, numbers in chosen.files.items()},
         mean_bytes=sum(sizes) // len(sizes),
         count=None if progress is None else (lambda done: progress(done, len(sizes))),
         beam=beam,
@@ -244,6 +268,9 @@ def _write(
         files=len(listing.clips) + len(listing.rejected),
         usable_files=len(sizes),
         bytes=sum(sizes),
+        reencoded=len(anew),
+        reencoded_from=sum(anew),
+        reencoded_to=sum(verdict.stored.size for _, verdict in used if verdict.stored is not None),
         quarantined=tuple(
             (clip.name, verdict.reason) for clip, verdict in zip(listing.clips, verdicts, strict=True) if verdict.reason
         ),
@@ -252,7 +279,10 @@ def _write(
         rejected=listing.rejected,
         unlisted=listing.unlisted,
         format=listing.format,
-        settings=dataclasses.asdict(config.screening),
+        settings={
+            **dataclasses.asdict(config.screening),
+            **({"reencode": dataclasses.asdict(config.reencode)} if config.reencode.asked else {}),
+        },
     )
     report.write(folder)
 
@@ -270,14 +300,27 @@ def _features() -> dict[str, Any]:
         "seconds": np.float32,
         "codec": tfds.features.Text(),
         "shots": tfds.features.Sequence({"start": np.float32, "frames": np.int32, "seconds": np.float32}),
+        # Of the file as it came, which `clip` is not where it was stored anew.
+        "source_bytes": np.int64,
+        "source_sha256": tfds.features.Text(),
     }
 
 
-def _record(clip: Listed, verdict: Inspected, infos: Sequence[ClipInfo]) -> dict[str, Any]:
-    """A record with the file's place for its bytes. Its facts are of the clips that are used of it, together."""
+def _reference(clip: Listed, verdict: Inspected, anew: Path) -> builder.Reference:
+    """Where a record's bytes lie: in the source, or in the folder of files that were stored anew."""
+    if verdict.stored is None:
+        return builder.Reference(clip.path, clip.offset, clip.size, verdict.sha256)
+    name, size, sha256 = verdict.stored
+    return builder.Reference(str(anew / name), None, size, sha256)
+
+
+def _record(
+    clip: Listed, verdict: Inspected, reference: builder.Reference, infos: Sequence[ClipInfo]
+) -> dict[str, Any]:
+    """A record with the place of its bytes. Its facts are of the clips that are used of it, together."""
     first, last = infos[0], infos[-1]
     return {
-        "clip": builder.Reference(clip.path, clip.offset, clip.size, verdict.sha256),
+        "clip": reference,
         "name": clip.name,
         "captions": clip.captions,
         "height": first.height,
@@ -287,4 +330,6 @@ def _record(clip: Listed, verdict: Inspected, infos: Sequence[ClipInfo]) -> dict
         "seconds": last.start + last.seconds - first.start,
         "codec": verdict.codec,
         "shots": [{"start": info.start, "frames": info.frames, "seconds": info.seconds} for info in infos],
+        "source_bytes": clip.size,
+        "source_sha256": verdict.sha256,
     }

@@ -2,13 +2,25 @@
 
 import dataclasses
 import hashlib
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from dit_video.data import builder
 from dit_video.data.ingest.listing import Listed
 from dit_video.data.ingest.measures import Borders
-from dit_video.data.ingest.screening import ScreeningConfig, Shot, screen
+from dit_video.data.ingest.reencoding import Reencode, Stored, reencode
+from dit_video.data.ingest.screening import Screened, ScreeningConfig, Shot, screen
 from dit_video.errors import DecodeError, UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InspectionConfig:
+    """What is done with every clip."""
+
+    screening: ScreeningConfig = dataclasses.field(default_factory=ScreeningConfig)
+    reencode: Reencode = dataclasses.field(default_factory=Reencode)
+    folder: str = ""
+    """where files that are stored anew are written"""
 
 
 class Inspected(NamedTuple):
@@ -17,10 +29,12 @@ class Inspected(NamedTuple):
     reason: str = ""
     """Why it is quarantined; empty where it is not."""
     sha256: str = ""
-    """of its bytes"""
+    """of its bytes, as they came"""
     shots: tuple[Shot, ...] = ()
     dropped: tuple[tuple[str, str], ...] = ()
     """(name, reason) of shots that the screening leaves out"""
+    stored: Stored | None = None
+    """The file that is used in its place; `shots` are of that."""
 
     @property
     def codec(self) -> str:
@@ -35,7 +49,8 @@ class Inspected(NamedTuple):
     def from_json(value: dict[str, Any]) -> "Inspected":
         """What `to_json` wrote."""
         dropped = tuple((name, reason) for name, reason in value["dropped"])
-        return Inspected(value["reason"], value["sha256"], tuple(map(_shot, value["shots"])), dropped)
+        stored = None if value["stored"] is None else Stored(*value["stored"])
+        return Inspected(value["reason"], value["sha256"], tuple(map(_shot, value["shots"])), dropped, stored)
 
 
 def _shot(fields: dict[str, Any]) -> Shot:
@@ -49,11 +64,12 @@ def _shot(fields: dict[str, Any]) -> Shot:
     )
 
 
-def inspect(clip: Listed, config: ScreeningConfig) -> Inspected:
-    """Read, decode and screen a clip. What it cannot be used for is its verdict, whatever goes wrong in a decoder.
+def inspect(clip: Listed, config: InspectionConfig) -> Inspected:
+    """Read, decode and screen a clip, and store it anew where that is asked for. What it cannot be used for is its
+    verdict, whatever goes wrong in a decoder or encoder.
 
     Raises:
-      UserError: the screening itself cannot work, for any clip.
+      UserError: the screening itself cannot work, for any clip, or the disk is full.
     """
     if clip.size > builder.MAX_BYTES:
         return Inspected(f"{clip.size / 2**30:.1f} GiB in one file, 2 GiB is the limit; cut it into clips")
@@ -63,15 +79,28 @@ def inspect(clip: Listed, config: ScreeningConfig) -> Inspected:
         return Inspected(f"cannot be read ({error.strerror or error})")
     if len(encoded) != clip.size:
         return Inspected(f"changed from {clip.size} to {len(encoded)} bytes since it was listed; leave it alone")
+    work = "decode"
     try:
-        screened = screen(encoded, clip.name, config)
+        screened = screen(encoded, clip.name, config.screening)
+        verdict = Inspected("", hashlib.sha256(encoded).hexdigest(), screened.shots, screened.dropped)
+        work = "re-encode"
+        return _stored_anew(encoded, screened, verdict, config)
     except DecodeError as error:
         return Inspected(str(error))
     except UserError:
         raise
     except MemoryError:
-        return Inspected("needs more memory to decode than there is")
+        return Inspected(f"needs more memory to {work} than there is")
     except Exception as error:  # a decoder's: clips that no rule foresaw must not end the run
         message = " ".join(str(error).split())
-        return Inspected(f"cannot be decoded ({type(error).__name__}: {message})")
-    return Inspected("", hashlib.sha256(encoded).hexdigest(), screened.shots, screened.dropped)
+        return Inspected(f"cannot be {work}d ({type(error).__name__}: {message})")
+
+
+def _stored_anew(encoded: bytes, screened: Screened, verdict: Inspected, config: InspectionConfig) -> Inspected:
+    """The verdict on what is stored in the clip's place, if anything is."""
+    if not screened.shots or not config.reencode.asked:
+        return verdict
+    found = reencode(encoded, screened.facts, screened.shots, config.reencode, Path(config.folder))
+    if found is None:
+        return verdict
+    return verdict._replace(shots=found.shots, dropped=(*verdict.dropped, *found.dropped), stored=found.stored)

@@ -43,7 +43,13 @@ class IngestReport:
     seconds: float = 0.0
     """of the usable clips, in total: every frame is shown until the next one, the last one as long as an average one"""
     bytes: int = 0
-    """of the usable files"""
+    """of the usable files, as they are stored"""
+    reencoded: int = 0
+    """How many of the usable files were stored anew, on request."""
+    reencoded_from: int = 0
+    """bytes of these as they came"""
+    reencoded_to: int = 0
+    """bytes of these as they are stored"""
     uncaptioned: int
     """How many of the usable have no caption; they train the unconditional model alone."""
     quarantined: Reasons = ()

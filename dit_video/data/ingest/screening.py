@@ -135,10 +135,11 @@ class Shot:
 
 
 class Screened(NamedTuple):
-    """What became of a file: its shots that are kept, and (name, reason) of those that are not."""
+    """What became of a file: its shots that are kept, (name, reason) of those that are not, and the facts of it all."""
 
     shots: tuple[Shot, ...]
     dropped: tuple[tuple[str, str], ...]
+    facts: Facts
 
 
 def screen(encoded: bytes, name: str, config: ScreeningConfig) -> Screened:
@@ -156,13 +157,16 @@ def screen(encoded: bytes, name: str, config: ScreeningConfig) -> Screened:
       UserError: shots are asked for, and PySceneDetect isn't installed.
     """
     if config.looks_at_frames:
-        judged = list(_judged_shots(name, _Watcher(encoded, config), config))
+        watcher = _Watcher(encoded, config)
+        facts, judged = watcher.facts, list(_judged_shots(name, watcher, config))
     else:
-        whole = _whole(name, probe(encoded))
+        facts = probe(encoded)
+        whole = _whole(name, facts)
         judged = [(whole, _reason(whole, config))]
     return Screened(
         shots=tuple(shot for shot, reason in judged if reason is None),
         dropped=tuple((shot.name, reason) for shot, reason in judged if reason is not None),
+        facts=facts,
     )
 
 

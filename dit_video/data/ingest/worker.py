@@ -1,6 +1,6 @@
 """The other side of `workers`: `python -m dit_video.data.ingest.worker` inspects clips that come in on stdin.
 
-One JSON value a line: first the screening's config, then a clip, which is answered by a line before the next one.
+One JSON value a line: first an `InspectionConfig`, then a clip, which is answered by a line before the next one.
 """
 
 import json

@@ -21,9 +21,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
 from dit_video import configs
-from dit_video.data.ingest.inspection import Inspected
+from dit_video.data.ingest.inspection import Inspected, InspectionConfig
 from dit_video.data.ingest.listing import Listed
-from dit_video.data.ingest.screening import ScreeningConfig
 from dit_video.errors import UserError
 
 MODULE = "dit_video.data.ingest.worker"
@@ -54,7 +53,7 @@ class _Lost(Exception):
 
 
 class _Process:
-    def __init__(self, config: ScreeningConfig):
+    def __init__(self, config: InspectionConfig):
         # The same modules as here, and nothing of the folder that this happens to run in.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         self.process = subprocess.Popen(
@@ -110,11 +109,11 @@ class Workers:
 
     Args:
       count: how many at once.
-      config: what they screen for.
+      config: what they do with a clip.
       time_limit: seconds for a clip, see `limit_of`; one that takes longer is taken for hanging.
     """
 
-    def __init__(self, count: int, config: ScreeningConfig, time_limit: float | int):
+    def __init__(self, count: int, config: InspectionConfig, time_limit: float | int):
         self._count, self._config, self._time_limit = count, config, time_limit
         self._processes: list[_Process] = []
         self._selector = selectors.DefaultSelector()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from dit_video.data.ingest import IngestConfig, Listed, ScreeningConfig, ingest, workers
-from dit_video.data.ingest.inspection import Inspected
+from dit_video.data.ingest.inspection import Inspected, InspectionConfig
 from dit_video.data.ingest.journal import FILE, Journal
 from dit_video.data.source import ClipSource
 from dit_video.errors import UserError
@@ -195,7 +195,7 @@ def test_a_verdict_comes_back_from_the_journal_whole(tmp_path):
     Clip(frames=frames, fps=4).save(tmp_path / "a.mp4")
     size = (tmp_path / "a.mp4").stat().st_size
     config = ScreeningConfig(min_motion=0, max_letterbox=1, duplicates=6, min_sharpness=0, max_black=1, max_frozen=1)
-    with workers.Workers(1, config, 60) as processes:
+    with workers.Workers(1, InspectionConfig(screening=config), 60) as processes:
         ((number, verdict),) = processes.inspect([(5, Listed("a.mp4", ("x",), size, str(tmp_path / "a.mp4")))])
     assert number == 5
     (shot,) = verdict.shots

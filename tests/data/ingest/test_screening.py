@@ -92,7 +92,8 @@ def test_facts_are_as_probed(kind, monkeypatch):
         assert getattr(measured, name) == getattr(expected, name), name
     # Nothing is measured, and no picture is made, where no step asks for it.
     monkeypatch.setattr(screening, "Pictures", None)
-    assert screen(content, "clip", ScreeningConfig()) == ((expected,), ())
+    screened = screen(content, "clip", ScreeningConfig())
+    assert (screened.shots, screened.dropped) == ((expected,), ())
     assert only(content, ScreeningConfig(min_size=2, max_seconds=3)) == expected
 
 

@@ -1,0 +1,59 @@
+"""A video file to a smaller one, frame by frame: what `decode` gives, with the times at which it is shown."""
+
+from collections.abc import Iterator
+
+from dit_video.video.decode import sampled
+from dit_video.video.encode import Shown, encode_shown
+from dit_video.video.interlaced import progressive
+from dit_video.video.picture import Pictures
+from dit_video.video.reading import Timed, Video
+
+
+def transcode(
+    encoded: bytes, *, height: int, width: int, average: float | int, fps: float | int | None = None, crf: int
+) -> bytes:
+    """An H.264 mp4 of a file's pictures: upright, in square pixels, resized, 4:2:0 in BT.709, limited range.
+
+    Primaries and transfer are left as they are, as `decode` does, though the file says BT.709. Sound is left out.
+
+    Args:
+      encoded: the file's bytes.
+      height: of the pictures; even.
+      width: of the pictures; even.
+      average: frames a second of the file.
+      fps: sample at this rate: of every time `k / fps` the frame that is shown then. By default every frame keeps its
+        time, however they vary.
+      crf: quality, 0 (best) to 51.
+
+    Raises:
+      DecodeError: not a readable video, or damaged.
+      UserError: an odd height or width.
+    """
+    with Video(encoded) as video:
+        convert = Pictures(video.name, video.sample_aspect, (height, width))
+        frames = progressive(video.frames(), video.name)
+        places = _as_they_are(frames, 1 / average) if fps is None else _at_rate(frames, float(fps))
+        return encode_shown(_pictures(places, convert), float(average if fps is None else fps), crf=crf)
+
+
+_Place = tuple[float, float, Timed]
+"""From when, and for how long, a frame is shown; in seconds."""
+
+
+def _as_they_are(frames: Iterator[Timed], spacing: float) -> Iterator[_Place]:
+    for timed in frames:
+        yield timed.time, timed.seconds or spacing, timed
+
+
+def _at_rate(frames: Iterator[Timed], fps: float) -> Iterator[_Place]:
+    for count, timed in enumerate(sampled(frames, 0.0, fps)):
+        yield count / fps, 1 / fps, timed
+
+
+def _pictures(places: Iterator[_Place], convert: Pictures) -> Iterator[Shown]:
+    last = picture = None
+    for time, seconds, timed in places:
+        if picture is None or timed is not last:
+            picture = convert(timed.frame, timed.time)
+        last = timed
+        yield Shown(time, seconds, picture)
