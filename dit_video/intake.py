@@ -5,7 +5,7 @@ address (`gs://…`) a folder with nothing but `address.json`.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from dit_video.data.ingest import ingest, list_clips
@@ -121,18 +121,27 @@ def _here(folder: Address) -> Path:
     raise UserError(f"{found} is not an ingested data set; make one of clips on this machine with tools/ingest.py")
 
 
-def _ingest(clips: Path, destination: Path) -> None:
-    """Make the data set of a folder of clips, and say on stderr what of it is not used."""
+@contextlib.contextmanager
+def ingest_shown() -> Iterator[Callable[[int, int], None]]:
+    """Gives `ingest` its `progress`: shows on stderr how many clips are read, then written, with the time left."""
     with contextlib.ExitStack() as stack:
-        bars: list[Progress] = []
+        bar: Progress | None = None
+        titles = iter(("reading clips", "writing clips"))
 
         def update(done: int, total: int) -> None:
-            if not bars or done < bars[-1].step:  # inspected, then written
-                title = "writing clips" if bars else "reading clips"
-                bars.append(stack.enter_context(Progress(title, total, unit="clip")))
-            bars[-1].update(done)
+            nonlocal bar
+            if bar is None or done < bar.step:
+                stack.close()
+                bar = stack.enter_context(Progress(next(titles), total, start=done, unit="clip"))
+            bar.update(done)
 
-        report = ingest(clips, destination, progress=update)
+        yield update
+
+
+def _ingest(clips: Path, destination: Path) -> None:
+    """Make the data set of a folder of clips, and say on stderr what of it is not used."""
+    with ingest_shown() as progress:
+        report = ingest(clips, destination, progress=progress)
     for what, found in (
         ("cannot be decoded and are set aside", report.quarantined),
         ("cannot be clips and are left out", report.rejected),

@@ -1,4 +1,4 @@
-"""Links from a run's folder to data sets and latents that lie elsewhere."""
+"""Links from a run's folder to data sets and latents that lie elsewhere, and what is shown of an ingest."""
 
 import dataclasses
 import json
@@ -143,3 +143,16 @@ def test_latents_elsewhere_are_refused_where_none_are_cached_or_others_are_there
     started = Run.create(tmp_path / "uncached", dataclasses.replace(tiny.EXPERIMENT, data=data))
     with pytest.raises(UserError, match="caches no latents"):
         started.keep_latents(tmp_path / "x")
+
+
+def test_both_passes_of_an_ingest_are_shown(capsys):
+    with intake.ingest_shown() as progress:
+        for done in (2, 3, 4):  # two were known from a run before
+            progress(done, 4)
+        for done in (1, 2, 3):
+            progress(done, 3)
+    lines = capsys.readouterr().err.splitlines()
+    first, second = ([line for line in lines if line.startswith(title)] for title in ("reading clips", "writing clips"))
+    assert lines == [*first, *second]
+    assert first[-1].startswith("reading clips 4/4 (100%)")
+    assert second[-1].startswith("writing clips 3/3 (100%)")

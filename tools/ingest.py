@@ -13,11 +13,11 @@ that are over a limit are stored anew, smaller. Started again after a kill, the 
 from typing import Annotated
 
 import tyro
-from tqdm import tqdm
 
 from dit_video.data.ingest import REPORT, IngestConfig, IngestReport, ingest
 from dit_video.data.places import place
 from dit_video.errors import UserError, script
+from dit_video.intake import ingest_shown
 from dit_video.reports.ingest_report import PAGE, write_ingest_report
 
 Source = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
@@ -42,33 +42,11 @@ def main(
         workers: processes that inspect clips, at most; by default one for every core
         beam: build it by Apache Beam with these options, given with "=": --beam="--runner=FlinkRunner --parallelism=64"
     """
-    with _Bars() as bars:
-        report = ingest(source, destination, config=config, progress=bars.update, workers=workers, beam=_beam(beam))
+    with ingest_shown() as progress:
+        report = ingest(source, destination, config=config, progress=progress, workers=workers, beam=_beam(beam))
     if not report.reused or not (place(destination) / PAGE).is_file():
         write_ingest_report(destination)
     _say(destination, report)
-
-
-class _Bars:
-    """One for what is inspected and one for what is written, each with the time left."""
-
-    def __init__(self):
-        self._titles = iter(("inspect", "write"))
-        self._bar: tqdm | None = None
-
-    def __enter__(self) -> "_Bars":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def update(self, done: int, total: int) -> None:
-        if self._bar is None or done < self._bar.n:
-            self.__exit__()
-            # What a journal knew already took no time, and says nothing of the time left.
-            self._bar = tqdm(desc=next(self._titles), unit="clip", total=total, initial=0 if done == 1 else done)
-        self._bar.update(done - self._bar.n)
 
 
 def _beam(options: str | None):

@@ -180,7 +180,7 @@ def test_train_refuses_clips_that_do_not_exist(process, tiny_clips, tmp_path):
     clips.mkdir()
     (clips / "metadata.csv").write_text("file_name,text\nmissing.mp4,a cat\n")
     ended = process("experiments/train.py", ROOT / TINY, "--data", clips, "--workdir", tmp_path / "run")
-    assert_one_line(ended, "1 of them do not exist (missing.mp4)")
+    assert_one_line(ended, "(first: missing.mp4: line 2 names it, but it is not there)")
     assert not (tmp_path / "run").exists()
 
 

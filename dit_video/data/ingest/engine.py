@@ -77,7 +77,7 @@ class IngestConfig:
             raise UserError(f"time_limit is a positive number of seconds, {self.time_limit} was given")
 
     @property
-    def patience(self) -> float:
+    def patience(self) -> float | int:
         """Seconds that a file of few bytes may take."""
         return self.time_limit * (3 if self.reencode.asked else 1)
 

@@ -113,7 +113,7 @@ def test_what_the_screening_leaves_out_is_counted(clips, tmp_path):
     config = IngestConfig(screening=ScreeningConfig(min_seconds=0.3))
     write_clip(clips / "short.mp4", frames=2)
     with (clips / "metadata.csv").open("a") as file:
-        file.write("short.mp4,brief\n")
+        file.write("short.mp4,brief,\n")
     report = ingest(clips, tmp_path / "out", config=config)
     assert (report.files, report.usable_files, report.usable) == (4, 2, 2)
     assert report.dropped_files == ("short.mp4",)
@@ -248,9 +248,12 @@ def test_workers_is_a_number(clips, tmp_path):
     [
         ("file_name,title\na.mp4,x\n", "no column text"),
         ("", "no column file_name and text"),
-        ("file_name,text\na.mp4,x\nm1.mp4,x\nm2.mp4,x\nm3.mp4,x\nm4.mp4,x\n", r"4 of them do not exist \(m1\.mp4.*…\)"),
+        (
+            "file_name,text\nm1.mp4,x\nm2.mp4,x\n",
+            r"none of the 2 entries .*m1\.mp4: line 2 names it, but",
+        ),
         ("file_name,text\n../a.mp4,x\n", "outside the folder"),
-        ("file_name,text\n,x\n", "line 2: file_name is empty"),
+        ("file_name,text\n,x\n", "line 2: names no file: its file_name is empty"),
         ("file_name,text\n", "holds no clips"),
     ],
 )
@@ -262,9 +265,9 @@ def test_metadata_mistakes(clips, tmp_path, metadata, message):
 
 
 def test_not_utf8(clips, tmp_path):
-    (clips / "metadata.csv").write_bytes("file_name,text\na.mp4,été\n".encode("latin-1"))
-    with pytest.raises(UserError, match="not UTF-8"):
-        ingest(clips, tmp_path / "out")
+    (clips / "metadata.csv").write_bytes("file_name,text\na.mp4,été\nc.png,x\n".encode("latin-1"))
+    report = ingest(clips, tmp_path / "out")
+    assert (report.usable, report.rejected) == (1, (("a.mp4", "line 2: its caption is not UTF-8"),))
 
 
 def test_utf8_with_byte_order_mark(clips, tmp_path):
@@ -292,7 +295,7 @@ def test_command(clips, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "3 clips, 8 frames" in done.stdout
     assert (tmp_path / "out" / "REPORT.html").read_text(encoding="utf-8").startswith("<!doctype html>")
-    for bar in ("inspect: 100%", "write: 100%"):
+    for bar in ("reading clips 3/3 (100%)", "writing clips 3/3 (100%)"):
         assert bar in done.stderr
     again = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, check=False)
     assert "was there already" in again.stdout
