@@ -24,7 +24,7 @@ WORST_CRF = {"mp4": 51, "webm": 63}
 TICKS = 360_000
 """of a second, in which `encode_shown` writes times: a whole number for each frame at 23.976, 24, 25, 29.97, 30, 60 …
 fps"""
-_JPEG_QUALITY = "2"
+_JPEG_QUALITY = 2
 """of ffmpeg's 1 (best) to 31"""
 
 ACCURATE = (
@@ -109,7 +109,7 @@ def encode_jpeg(picture: UInt8[np.ndarray, "H W 3"]) -> bytes:
     context = av.CodecContext.create("mjpeg", "w")
     context.height, context.width, context.pix_fmt = *picture.shape[:2], "yuvj444p"
     context.time_base, context.thread_count = Fraction(1, 1), 1
-    context.qmin = context.qmax = int(_JPEG_QUALITY)
+    context.qmin = context.qmax = _JPEG_QUALITY
     context.options = {"flags": "+bitexact"}
     frame = VideoReformatter().reformat(
         next(_rgb(picture[None])),

@@ -49,9 +49,7 @@ class Reencode:
 
     def __post_init__(self) -> None:
         if self.max_pixels is not None and self.max_pixels < 4:
-            raise UserError(
-                f"max_pixels={self.max_pixels} is a number of pixels, 4 at least; leave it out for no limit"
-            )
+            raise UserError(f"max_pixels={self.max_pixels} is a number of pixels from 4 on; leave it out for no limit")
         if self.fps is not None and not 0 < self.fps < float("inf"):
             raise UserError(f"fps={self.fps} is a positive number of frames a second; leave it out for no limit")
         if not 0 <= self.crf <= WORST_CRF["mp4"]:
@@ -98,7 +96,7 @@ def reencode(encoded: bytes, facts: Facts, shots: Sequence[Shot], how: Reencode,
       facts: of it.
       shots: of it; at least one.
       how: the limits.
-      folder: where it is written, under a name of its content; made where it isn't there.
+      folder: where it is written, by a name that the file and the limits make; made where it isn't there.
 
     Raises:
       DecodeError: it cannot be shrunk at its aspect ratio.
@@ -123,7 +121,6 @@ def reencode(encoded: bytes, facts: Facts, shots: Sequence[Shot], how: Reencode,
     known = json.dumps([_VERSION, av.__version__, configs.to_json(how), hashlib.sha256(encoded).hexdigest()])
     name = f"{hashlib.sha256(known.encode()).hexdigest()}.{suffix}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with atomic_path(folder / name) as temporary:
             temporary.write_bytes(content)
     except OSError as error:
