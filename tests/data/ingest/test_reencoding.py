@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import sys
 from pathlib import Path
 
 import av
@@ -135,15 +136,30 @@ def test_it_is_recorded(made):
     assert not (root / "data.ingest").exists()
 
 
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "REPORT.html"}
+
+
 def test_the_same_bytes_however_many_processes(made, tmp_path):
     root, report = made
     again = ingest(root / "clips", tmp_path / "again", config=IngestConfig(reencode=LIMITS), workers=1)
     assert again == report
+    assert files_of(tmp_path / "again") == files_of(root / "data")
 
-    def files(folder: Path) -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "REPORT.html"}
 
-    assert files(tmp_path / "again") == files(root / "data")
+def test_the_same_bytes_by_beam(made, tmp_path, monkeypatch):
+    pytest.importorskip("apache_beam")
+    from apache_beam.options.pipeline_options import PipelineOptions
+    from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+
+    monkeypatch.setattr(sys, "argv", sys.argv[:1])  # Beam reads them
+    root, report = made
+    how = builder.Beam(runner=FnApiRunner(), options=PipelineOptions([]))
+    again = ingest(root / "clips", tmp_path / "again", config=IngestConfig(reencode=LIMITS), beam=how)
+    assert again == report
+    first, second = ClipSource(root / "data"), ClipSource(tmp_path / "again")
+    assert second.infos == first.infos
+    assert [second[index] for index in range(len(second))] == [first[index] for index in range(len(first))]
 
 
 def test_another_option_is_another_data_set(made):
