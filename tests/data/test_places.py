@@ -14,7 +14,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 
-from dit_video.data.builder import Beam
+from dit_video.data.cluster import Beam
 from dit_video.data.ingest import engine, ingest
 from dit_video.data.ingest.journal import Journal
 from dit_video.data.latents import LatentSource

@@ -7,6 +7,12 @@ what needs all facts: duplicates, and the numbers of records. So the result does
 
 All work is done in `DESTINATION.ingest`, beside the destination: a journal of the first pass, which outlives a killed
 run, and the second pass's files, which become the destination by one rename.
+
+A clip may fail for a reason that is not its own: a file that cannot be read or is being written, a disk's error, too
+little memory, too little time. It is tried once more in the run, at its end, with no other beside it. If it fails again
+it is quarantined like a broken one, so that one file does not hold up a million, but counted apart (the report's
+`passing`) and not in the journal, which then stays: `retry` inspects those clips alone, and where one of them can now
+be used makes the data set anew. It isn't done unasked, as a data set that trainings read must not change under them.
 """
 
 import dataclasses
@@ -26,6 +32,7 @@ import tensorflow_datasets as tfds
 
 from dit_video import configs
 from dit_video.data import builder
+from dit_video.data.cluster import Beam
 from dit_video.data.ingest.inspection import Inspected
 from dit_video.data.ingest.journal import Journal
 from dit_video.data.ingest.listing import Format, Listed, Listing, list_clips
@@ -34,14 +41,17 @@ from dit_video.data.ingest.screening import ScreeningConfig
 from dit_video.data.ingest.selection import Selection, select
 from dit_video.data.ingest.workers import Workers, cores, worth
 from dit_video.data.places import Address, Place, place, publish, read_document
+from dit_video.data.reference import ChangedError, Reference
 from dit_video.data.source import INDEX, ClipInfo, write_index
 from dit_video.errors import UserError
 
 WORK = ".ingest"
 """Ends the name of the folder beside the destination."""
 
-_COPIED = re.compile(rf"(clips-.*\.array_record-.*|dataset_info\.json|features\.json|{re.escape(REPORT)})$")
-"""What a copy to a bucket has before its index."""
+_COPIED = re.compile(
+    rf"(clips-.*\.array_record-.*|dataset_info\.json|features\.json|{re.escape(REPORT)}|REPORT\.html)$"
+)
+"""What a copy to a bucket has while it has no index: before it is whole, or when a whole one is being replaced."""
 
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
@@ -63,7 +73,7 @@ class IngestConfig:
     """the steps, all off by default"""
     time_limit: float | int = 120.0
     """Seconds that a file may take to be inspected, and ten times as much more for every gigabyte of it. One that takes
-    longer is quarantined, after a second try."""
+    longer, in a second try too, is quarantined for a reason that may pass: this is not a property of the data set."""
 
     def __post_init__(self) -> None:
         if not 0 < self.time_limit < float("inf"):
@@ -77,7 +87,8 @@ def ingest(
     config: IngestConfig = IngestConfig(),
     progress: Progress | None = None,
     workers: int | None = None,
-    beam: builder.Beam | None = None,
+    beam: Beam | None = None,
+    retry: bool = False,
 ) -> IngestReport:
     """Read every clip of `source`, and write the data set, its index and `report.json` into the folder `destination`.
 
@@ -93,6 +104,8 @@ def ingest(
       progress: called with (done, total) clips that are inspected, and from 0 again with those that are written.
       workers: how many processes inspect clips, at most; by default one for every core. With Beam, ignored.
       beam: inspect and write in a pipeline of Apache Beam, on machines that share the disk of source and destination.
+      retry: if the destination holds the data set but for clips that failed for a reason that may pass, try those
+        again; the data set is replaced if one of them can be used now.
 
     Raises:
       MissingError: no such source.
@@ -107,27 +120,37 @@ def ingest(
     if beam is not None and not isinstance(destination, Path):
         raise UserError(f"{destination} is a bucket; with Beam name a folder on a disk that all its machines share")
     listing = list_clips(source, format=config.format, ucf101_split=config.ucf101_split)
+    if beam is not None:  # whose workers run in folders of their own
+        listing = _absolute(listing)
     fingerprint = _fingerprint(listing, config)
-    if _holds(destination, fingerprint, source):
-        return dataclasses.replace(IngestReport.read(destination), reused=True)
+    before = IngestReport.read(destination) if _holds(destination, fingerprint, source) else None
+    if before is not None and not (retry and before.passing):
+        return dataclasses.replace(before, reused=True)
     work = _work(destination)
     try:
-        with Journal(work, (config.screening, config.time_limit)) as journal:
+        with Journal(work, config.screening) as journal:
             verdicts = _inspect_all(listing.clips, config, journal, progress, workers or cores(), beam)
             chosen = select(listing.clips, verdicts, config.screening)
             if not chosen.infos:
                 shutil.rmtree(work)
                 raise UserError(_nothing(source, listing, verdicts, chosen))
+            passing = sum(verdict.passing for verdict in verdicts)
+            if before is not None and passing >= len(before.passing):
+                return dataclasses.replace(before, reused=True)
             try:
                 _write(work / "data", listing, verdicts, chosen, config, fingerprint, progress, beam)
-                report = IngestReport.read(work / "data")
-                if isinstance(destination, Path):
-                    (work / "data").rename(destination)  # an empty folder there is replaced
-                elif not _holds(place(destination), fingerprint, source):  # seen again, as hours may have passed
-                    publish(work / "data", destination, INDEX)
+                # Hours may have passed: what somebody else has put there by now is not replaced.
+                if _holds(place(destination), fingerprint, source) and before is None:
+                    report = dataclasses.replace(IngestReport.read(destination), reused=True)
+                else:
+                    report = _put(work / "data", destination)
+            except ChangedError as error:
+                journal.forget(clip for clip in listing.clips if clip.path == error.path)
+                raise
             finally:
                 shutil.rmtree(work / "data", ignore_errors=True)
-            shutil.rmtree(work)
+            if not passing:
+                shutil.rmtree(work)
     except BrokenPipeError:
         raise  # of the progress bar
     except OSError as error:
@@ -135,6 +158,29 @@ def ingest(
         raise UserError(
             f"{destination} cannot be written ({error.strerror or error}); {fix} and start the command again"
         ) from error
+    return report
+
+
+def _absolute(listing: Listing) -> Listing:
+    clips = [
+        clip if "://" in clip.path else clip._replace(path=os.fspath(Path(clip.path).absolute()))
+        for clip in listing.clips
+    ]
+    return listing._replace(clips=tuple(clips))
+
+
+def _put(made: Path, destination: Place) -> IngestReport:
+    """Have the destination be what was made, in place of an older one; its report."""
+    report = IngestReport.read(made)
+    if not isinstance(destination, Path):
+        publish(made, destination, INDEX)
+        return report
+    old = made.with_name("old")
+    shutil.rmtree(old, ignore_errors=True)
+    if destination.is_dir() and any(destination.iterdir()):
+        destination.rename(old)
+    made.rename(destination)  # an empty folder there is replaced
+    shutil.rmtree(old, ignore_errors=True)
     return report
 
 
@@ -147,9 +193,9 @@ def _work(destination: Place) -> Path:
 
 
 def _fingerprint(listing: Listing, config: IngestConfig) -> str:
-    """Of names, captions, sizes, splits and settings; not of where the source lies."""
+    """Of names, captions, sizes, splits and screening; not of where the source lies, or how long a clip may take."""
     facts = [(clip.name, clip.captions, clip.size, clip.split) for clip in listing.clips]
-    known = json.dumps([facts, configs.to_json(config.screening), config.time_limit], ensure_ascii=True)
+    known = json.dumps([facts, configs.to_json(config.screening)], ensure_ascii=True)
     return hashlib.sha256(known.encode()).hexdigest()
 
 
@@ -179,25 +225,35 @@ def _inspect_all(
     journal: Journal,
     progress: Progress | None,
     workers: int,
-    how: builder.Beam | None,
+    how: Beam | None,
 ) -> list[Inspected]:
     """The verdict of every clip: from the journal, or else found out and written down there."""
     verdicts = {number: known for number, clip in enumerate(clips) if (known := journal.get(clip)) is not None}
     left = [(number, clip) for number, clip in enumerate(clips) if number not in verdicts]
     if progress is not None:
         progress(len(verdicts), len(clips))
+
+    def keep(number: int, verdict: Inspected) -> None:
+        journal.put(clips[number], verdict)
+        verdicts[number] = verdict
+        if progress is not None:
+            progress(len(verdicts), len(clips))
+
+    again = []
     with Workers(worth(left, workers), config.screening, config.time_limit) as processes:
         if how is None or not left:
             found = processes.inspect(left)
         else:
             from dit_video.data.ingest import beam
 
-            found = beam.inspect(left, journal.folder, how, config.screening, config.time_limit)
+            found = beam.inspect(left, journal, how, config.screening, config.time_limit)
         for number, verdict in found:
-            journal.put(clips[number], verdict)
-            verdicts[number] = verdict
-            if progress is not None:
-                progress(len(verdicts), len(clips))
+            if verdict.passing:
+                again.append((number, clips[number]))
+            else:
+                keep(number, verdict)
+        for number, verdict in processes.inspect_again(again):
+            keep(number, verdict)
     return [verdicts[number] for number in range(len(clips))]
 
 
@@ -216,7 +272,7 @@ def _write(
     config: IngestConfig,
     fingerprint: str,
     progress: Progress | None,
-    beam: builder.Beam | None,
+    beam: Beam | None,
 ) -> None:
     """The data set's files."""
     shutil.rmtree(folder, ignore_errors=True)  # what a killed run had of it
@@ -247,6 +303,7 @@ def _write(
         quarantined=tuple(
             (clip.name, verdict.reason) for clip, verdict in zip(listing.clips, verdicts, strict=True) if verdict.reason
         ),
+        passing=tuple(clip.name for clip, verdict in zip(listing.clips, verdicts, strict=True) if verdict.passing),
         dropped=chosen.dropped,
         dropped_files=chosen.dropped_files,
         rejected=listing.rejected,
@@ -277,7 +334,7 @@ def _record(clip: Listed, verdict: Inspected, infos: Sequence[ClipInfo]) -> dict
     """A record with the file's place for its bytes. Its facts are of the clips that are used of it, together."""
     first, last = infos[0], infos[-1]
     return {
-        "clip": builder.Reference(clip.path, clip.offset, clip.size, verdict.sha256),
+        "clip": Reference(clip.path, clip.offset, clip.size, verdict.sha256),
         "name": clip.name,
         "captions": clip.captions,
         "height": first.height,

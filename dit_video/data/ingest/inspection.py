@@ -1,7 +1,9 @@
 """What is found out about one clip, by reading all of it. Runs in a process that may be lost."""
 
 import dataclasses
+import errno
 import hashlib
+import os
 from typing import Any, NamedTuple
 
 from dit_video.data import builder
@@ -21,6 +23,11 @@ class Inspected(NamedTuple):
     shots: tuple[Shot, ...] = ()
     dropped: tuple[tuple[str, str], ...] = ()
     """(name, reason) of shots that the screening leaves out"""
+    passing: bool = False
+    """Whether the reason may pass, as it is not the clip's own fault: a file that could not be read or was being
+    written, too little memory, too little time. Such a clip is tried again, and its verdict is not kept."""
+    modified: int = -1
+    """When its file was last changed, as of the bytes that were read: `st_mtime_ns`; -1 where it could not be asked."""
 
     @property
     def codec(self) -> str:
@@ -35,7 +42,7 @@ class Inspected(NamedTuple):
     def from_json(value: dict[str, Any]) -> "Inspected":
         """What `to_json` wrote."""
         dropped = tuple((name, reason) for name, reason in value["dropped"])
-        return Inspected(value["reason"], value["sha256"], tuple(map(_shot, value["shots"])), dropped)
+        return Inspected(**{**value, "shots": tuple(map(_shot, value["shots"])), "dropped": dropped})
 
 
 def _shot(fields: dict[str, Any]) -> Shot:
@@ -52,26 +59,44 @@ def _shot(fields: dict[str, Any]) -> Shot:
 def inspect(clip: Listed, config: ScreeningConfig) -> Inspected:
     """Read, decode and screen a clip. What it cannot be used for is its verdict, whatever goes wrong in a decoder.
 
+    The verdict is of the bytes that lay in the file at its `modified`: a file that changes while it is read has none.
+
     Raises:
       UserError: the screening itself cannot work, for any clip.
     """
-    if clip.size > builder.MAX_BYTES:
-        return Inspected(f"{clip.size / 2**30:.1f} GiB in one file, 2 GiB is the limit; cut it into clips")
     try:
+        modified = os.stat(clip.path).st_mtime_ns
+        if clip.size > builder.MAX_BYTES:
+            too_large = f"{clip.size / 2**30:.1f} GiB in one file, 2 GiB is the limit; cut it into clips"
+            return Inspected(too_large, modified=modified)
         encoded = clip.read()
+        changed = os.stat(clip.path).st_mtime_ns != modified
     except OSError as error:
-        return Inspected(f"cannot be read ({error.strerror or error})")
+        return Inspected(f"cannot be read ({error.strerror or error})", passing=True)
+    except MemoryError:
+        return Inspected("needs more memory to read than there is", passing=True)
     if len(encoded) != clip.size:
-        return Inspected(f"changed from {clip.size} to {len(encoded)} bytes since it was listed; leave it alone")
+        size = f"changed from {clip.size} to {len(encoded)} bytes since it was listed; leave it alone"
+        return Inspected(size, passing=True)
+    if changed:
+        return Inspected("changed while it was read; leave it alone", passing=True)
+    return _screened(encoded, clip.name, config)._replace(modified=modified)
+
+
+def _screened(encoded: bytes, name: str, config: ScreeningConfig) -> Inspected:
     try:
-        screened = screen(encoded, clip.name, config)
+        screened = screen(encoded, name, config)
     except DecodeError as error:
-        return Inspected(str(error))
+        return Inspected(str(error), passing=_lacks_memory(error.__cause__))
     except UserError:
         raise
-    except MemoryError:
-        return Inspected("needs more memory to decode than there is")
     except Exception as error:  # a decoder's: clips that no rule foresaw must not end the run
+        if _lacks_memory(error):
+            return Inspected("needs more memory to decode than there is", passing=True)
         message = " ".join(str(error).split())
         return Inspected(f"cannot be decoded ({type(error).__name__}: {message})")
     return Inspected("", hashlib.sha256(encoded).hexdigest(), screened.shots, screened.dropped)
+
+
+def _lacks_memory(error: BaseException | None) -> bool:
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from dit_video.data import builder
+from dit_video.data.cluster import Beam
 from dit_video.data.ingest import IngestConfig, ingest, workers
 from dit_video.data.source import ClipSource
 from dit_video.video import Clip
@@ -26,7 +27,7 @@ def how(monkeypatch):
     from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
     monkeypatch.setattr(sys, "argv", sys.argv[:1])  # Beam reads them
-    return builder.Beam(runner=FnApiRunner(), options=PipelineOptions([]))
+    return Beam(runner=FnApiRunner(), options=PipelineOptions([]))
 
 
 @pytest.fixture

@@ -168,7 +168,7 @@ def test_journal(tmp_path):
     path = tmp_path / "clip"
     path.write_text("x")
     clip = Listed("clip", (), 1, str(path))
-    verdict = Inspected("", "00", (), (("clip#1", "too short"),))
+    verdict = Inspected("", "00", (), (("clip#1", "too short"),), modified=path.stat().st_mtime_ns)
     with journal_of(tmp_path / "work") as journal:
         assert journal.get(clip) is None
         journal.put(clip, verdict)
