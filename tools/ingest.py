@@ -10,6 +10,8 @@ What failed for a reason that may pass (a file that could not be read, too littl
 --retry.
 """
 
+import contextlib
+import io
 import shlex
 from typing import Annotated
 
@@ -88,10 +90,22 @@ def _beam(options: str | None):
     try:
         from apache_beam.options.pipeline_options import PipelineOptions
     except ModuleNotFoundError as error:
-        raise UserError("Apache Beam is not installed; pip install -e '.[beam]'") from error
+        raise UserError(
+            "Apache Beam is not installed; pip install -e '.[beam]' into an environment of its own"
+        ) from error
     from dit_video.data.cluster import Beam
 
-    return Beam(options=PipelineOptions(shlex.split(options)))
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parsed = PipelineOptions(shlex.split(options))
+            parsed.get_all_options()
+    except ValueError as error:
+        raise UserError(f"--beam={options}: {error}; close the quotation") from error
+    except SystemExit as error:  # argparse's, after all that Beam knows
+        reason = said.getvalue().strip().rsplit("error: ", 1)[-1]
+        raise UserError(f"--beam={options}: {reason}; see the options of Beam's runner") from error
+    return Beam(options=parsed)
 
 
 def _say(destination: str, report: IngestReport) -> None:
