@@ -3,8 +3,8 @@
 The machines must see the clips by the paths that they are listed with, and the folder of work: a shared file system.
 Decoders run in processes of their own there too, so that a clip that crashes one is quarantined.
 
-A worker writes every verdict into a part of the journal there, as soon as it is known. So a pipeline that is killed, or
-a bundle that its runner starts again, loses no more than what was being decoded.
+A worker writes every verdict into a part of the journal there, as soon as it is known. So a pipeline that is killed
+loses no more than what was being decoded.
 """
 
 import json

@@ -73,7 +73,7 @@ class IngestConfig:
     """the steps, all off by default"""
     time_limit: float | int = 120.0
     """Seconds that a file may take to be inspected, and ten times as much more for every gigabyte of it. One that takes
-    longer, in a second try too, is quarantined for a reason that may pass: this is not a property of the data set."""
+    longer, in a second try too, is quarantined for a reason that may pass: `retry` may give it more time."""
 
     def __post_init__(self) -> None:
         if not 0 < self.time_limit < float("inf"):
@@ -117,8 +117,8 @@ def ingest(
     destination = place(destination)
     if isinstance(destination, Path):
         destination = destination.resolve()  # a link to a large disk, or `.`
-    if beam is not None and not isinstance(destination, Path):
-        raise UserError(f"{destination} is a bucket; with Beam name a folder on a disk that all its machines share")
+    if beam is not None:
+        _check_for_beam(destination)
     listing = list_clips(source, format=config.format, ucf101_split=config.ucf101_split)
     if beam is not None:  # whose workers run in folders of their own
         listing = _absolute(listing)
@@ -161,6 +161,13 @@ def ingest(
     return report
 
 
+def _check_for_beam(destination: Place) -> None:
+    if not isinstance(destination, Path):
+        raise UserError(f"{destination} is a bucket; with Beam name a folder on a disk that all its machines share")
+    if set("*?[") & set(os.fspath(destination)):
+        raise UserError(f"{destination} has one of * ? [ in it, which Beam takes for a pattern; name another folder")
+
+
 def _absolute(listing: Listing) -> Listing:
     clips = [
         clip if "://" in clip.path else clip._replace(path=os.fspath(Path(clip.path).absolute()))
@@ -176,7 +183,7 @@ def _put(made: Path, destination: Place) -> IngestReport:
         publish(made, destination, INDEX)
         return report
     old = made.with_name("old")
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)  # of a run that was killed here: the journal had all to make it again
     if destination.is_dir() and any(destination.iterdir()):
         destination.rename(old)
     made.rename(destination)  # an empty folder there is replaced
@@ -258,9 +265,13 @@ def _inspect_all(
 
 
 def _nothing(source: str | os.PathLike, listing: Listing, verdicts: Sequence[Inspected], chosen: Selection) -> str:
-    bad = [(clip.name, verdict.reason) for clip, verdict in zip(listing.clips, verdicts, strict=True) if verdict.reason]
-    name, reason = [*bad, *chosen.dropped][0]
-    fix = "use files that a video player opens" if bad else "ask for less"
+    bad = [(clip.name, verdict) for clip, verdict in zip(listing.clips, verdicts, strict=True) if verdict.reason]
+    if bad:
+        name, (reason, *_) = bad[0]
+        fix = "mend that and start the command again" if bad[0][1].passing else "use files that a video player opens"
+    else:
+        name, reason = chosen.dropped[0]
+        fix = "ask for less"
     return f"none of the {len(listing.clips)} clips in {source} can be used (first: {name}: {reason}); {fix}"
 
 
