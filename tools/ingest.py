@@ -7,9 +7,13 @@
 SOURCE is a folder of videos and images with captions beside them or in `metadata.csv`, a list of paths, WebDataset
 tars, UCF-101 or MSR-VTT: see `dit_video.data.ingest.listing`. What can't be used is set aside and listed, with the
 reason, in DESTINATION/report.json; DESTINATION/REPORT.html shows it. Files keep their bytes; with `--reencode` those
-that are over a limit are stored anew, smaller. Started again after a kill, the command continues.
+that are over a limit are stored anew, smaller. Started again after a kill, the command continues. What failed for a
+reason that may pass (a file that could not be read, too little memory or time) is tried again by --retry.
 """
 
+import contextlib
+import io
+import shlex
 from typing import Annotated
 
 import tyro
@@ -32,6 +36,7 @@ def main(
     config: Config = IngestConfig(),  # noqa: B008  # frozen
     workers: int | None = None,
     beam: str | None = None,
+    retry: bool = False,
 ) -> None:
     """Make a data set of clips.
 
@@ -41,9 +46,18 @@ def main(
         config: what is taken
         workers: processes that inspect clips, at most; by default one for every core
         beam: build it by Apache Beam with these options, given with "=": --beam="--runner=FlinkRunner --parallelism=64"
+        retry: try the clips again that failed for a reason that may pass, such as a file that could not be read
     """
     with ingest_shown() as progress:
-        report = ingest(source, destination, config=config, progress=progress, workers=workers, beam=_beam(beam))
+        report = ingest(
+            source,
+            destination,
+            config=config,
+            progress=progress,
+            workers=workers,
+            beam=_beam(beam),
+            retry=retry,
+        )
     if not report.reused or not (place(destination) / PAGE).is_file():
         write_ingest_report(destination)
     _say(destination, report)
@@ -55,10 +69,22 @@ def _beam(options: str | None):
     try:
         from apache_beam.options.pipeline_options import PipelineOptions
     except ModuleNotFoundError as error:
-        raise UserError("Apache Beam is not installed; pip install -e '.[beam]'") from error
-    from dit_video.data.builder import Beam
+        raise UserError(
+            "Apache Beam is not installed; pip install -e '.[beam]' into an environment of its own"
+        ) from error
+    from dit_video.data.cluster import Beam
 
-    return Beam(options=PipelineOptions(options.split()))
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parsed = PipelineOptions(shlex.split(options))
+            parsed.get_all_options()
+    except ValueError as error:
+        raise UserError(f"--beam={options}: {error}; close the quotation") from error
+    except SystemExit as error:  # argparse's, after all that Beam knows
+        reason = said.getvalue().strip().rsplit("error: ", 1)[-1]
+        raise UserError(f"--beam={options}: {reason}; see the options of Beam's runner") from error
+    return Beam(options=parsed)
 
 
 def _say(destination: str, report: IngestReport) -> None:
@@ -76,6 +102,11 @@ def _say(destination: str, report: IngestReport) -> None:
         print(f"set aside: {name}: {reason}")
     if len(pairs) > 10:
         print(f"… {len(pairs)} were set aside: see {destination}/{REPORT}")
+    if report.passing:
+        print(
+            f"{len(report.passing)} of them failed for a reason that may pass, such as {report.passing[0]}; the same "
+            "command with --retry tries those again, and no others"
+        )
     print(f"see {destination}/{PAGE}")
 
 

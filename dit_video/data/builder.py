@@ -8,16 +8,16 @@ through it as *references* (the example with the clip's place instead of its byt
 That holds up to about a million clips on one machine; more are for Beam.
 """
 
+import contextlib
 import dataclasses
 import errno
-import hashlib
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -26,6 +26,8 @@ from tensorflow_datasets.core import writer as tfds_writer
 from tensorflow_datasets.core.utils.shard_utils import ShardConfig, get_shard_boundaries
 from tensorflow_datasets.proto import tf_example_pb2
 
+from dit_video.data.cluster import NOTE, Beam, note_errors, pipeline_errors
+from dit_video.data.reference import Reference
 from dit_video.errors import MissingError, UserError
 
 SPLIT = "train"
@@ -49,42 +51,6 @@ def content() -> tfds.features.Tensor:
 def in_order(splits: Iterable[str]) -> list[str]:
     """Splits as their records are numbered."""
     return sorted(set(splits), key=lambda name: (SPLITS.index(name) if name in SPLITS else len(SPLITS), name))
-
-
-class Reference(NamedTuple):
-    """Where the bytes of a clip lie, and their SHA-256."""
-
-    path: str
-    offset: int | None
-    """in a tar; None for a file of its own"""
-    size: int
-    sha256: str
-
-    def read(self) -> bytes:
-        """The bytes.
-
-        Raises:
-          UserError: they can't be read any more, or are others.
-        """
-        changed = f"{self.path} has changed since it was inspected; leave the source alone and start the command again"
-        try:
-            with epath.Path(self.path).open("rb") as file:
-                if self.offset is not None:
-                    file.seek(self.offset)
-                found = file.read(self.size + (self.offset is None))
-        except OSError as error:
-            raise UserError(f"{changed} ({error.strerror or error})") from error
-        if len(found) != self.size or hashlib.sha256(found).hexdigest() != self.sha256:
-            raise UserError(changed)
-        return found
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Beam:
-    """Apache Beam's runner and options, as TFDS takes them; needs the `[beam]` extra."""
-
-    runner: Any = None
-    options: Any = None
 
 
 # TFDS has no types, and mypy then takes class keywords for those of `object`.
@@ -118,6 +84,11 @@ class Clips(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: i
         self._writer: _Fetching | None = None
         super().__init__(**kwargs)
 
+    @property
+    def failure(self) -> UserError | OSError | None:
+        """Why a record could not be written in this process."""
+        return None if self._writer is None else self._writer.failure
+
     def _info(self) -> tfds.core.DatasetInfo:
         features = tfds.features.FeaturesDict(dict(self._given_features))
         return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
@@ -133,13 +104,9 @@ class Clips(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: i
         return "Read" >> beam.io.ReadFromText(str(path)) | beam.Map(_parse)
 
     def _example_writer(self) -> tfds_writer.ExampleWriter:
-        self._writer = _Fetching(self.info.file_format, None if self._beam else self._count)
+        note = None if self._beam is None else next(iter(self._records.values())).with_name(NOTE)
+        self._writer = _Fetching(self.info.file_format, None if self._beam else self._count, note)
         return self._writer
-
-    @property
-    def failure(self) -> UserError | None:
-        """Why a record's bytes could not be read; not known of those that Beam writes elsewhere."""
-        return None if self._writer is None else self._writer.failure
 
     def _generate_splits(self, dl_manager, download_config):
         """TFDS counts the bytes that went through it, which were references: count those of the files."""
@@ -157,23 +124,31 @@ class Clips(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: i
 class _Fetching(tfds_writer.ExampleWriter):
     """Writes records whose `clip` is a reference, with the bytes that it stands for."""
 
-    def __init__(self, file_format: tfds.core.FileFormat, count: Callable[[int], None] | None):
+    def __init__(self, file_format: tfds.core.FileFormat, count: Callable[[int], None] | None, note: Path | None):
         super().__init__(file_format=file_format)
         self._count = count
+        self._note = note
         self._written = 0
-        self.failure: UserError | None = None
+        self.failure: UserError | OSError | None = None
 
     def write(self, path, examples):
-        super().write(path, ((key, self._whole(example)) for key, example in examples))
+        with contextlib.nullcontext() if self._note is None else note_errors(self._note):
+            try:
+                super().write(path, ((key, self._whole(example)) for key, example in examples))
+            except (UserError, OSError) as error:
+                self.failure = error
+                raise
+            except Exception as error:
+                if (refused := _REFUSED.search(str(error))) is None:
+                    raise
+                number = next((n for n in _FULL if os.strerror(n) == refused[1]), errno.EIO)
+                self.failure = OSError(number, refused[1])
+                raise self.failure from error
 
     def _whole(self, serialized: bytes) -> bytes:
         example = tf_example_pb2.Example.FromString(serialized)
         (reference,) = example.features.feature["clip"].bytes_list.value
-        try:
-            example.features.feature["clip"].bytes_list.value[0] = Reference(*json.loads(reference)).read()
-        except UserError as error:
-            self.failure = error
-            raise
+        example.features.feature["clip"].bytes_list.value[0] = Reference(*json.loads(reference)).read()
         self._written += 1
         if self._count is not None:
             self._count(self._written)
@@ -249,7 +224,8 @@ def write_clips(
       beam: build it by Apache Beam; `folder` must then lie where its workers write, the clips where they read.
 
     Raises:
-      UserError: a clip that has changed since it was inspected.
+      ChangedError: a clip is another one than when it was inspected.
+      UserError: Beam's pipeline failed.
       OSError: the folder cannot be written.
     """
     work = folder.with_name(folder.name + ".tfds")
@@ -264,13 +240,11 @@ def write_clips(
         how = {"beam_runner": beam.runner, "beam_options": beam.options} if beam else {}
         tfds.disable_progress_bar()  # `count` is ours
         try:
-            made.download_and_prepare(download_config=_Download(mean_bytes=mean_bytes, **how))
+            with contextlib.nullcontext() if beam is None else pipeline_errors(work / NOTE):
+                made.download_and_prepare(download_config=_Download(mean_bytes=mean_bytes, **how))
         except Exception as error:
             if made.failure is not None:  # TFDS wraps it in lines of its own
                 raise made.failure from error
-            if refused := _REFUSED.search(str(error)):
-                number = next((n for n in _FULL if os.strerror(n) == refused[1]), errno.EIO)
-                raise OSError(number, refused[1]) from error
             raise
         Path(made.data_dir).rename(folder)
     finally:

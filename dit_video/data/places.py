@@ -149,11 +149,11 @@ def copy_there(source: Path, target: UPath) -> None:
 def publish(folder: Path, destination: UPath, last: str) -> None:
     """Make an address hold a folder's files, `last` copied after all others: with it the copy is whole.
 
-    What lies there is removed first. The caller has looked what it is.
+    What lies there is removed first, of an older copy its `last` before all. The caller has looked what it is.
     """
     with reaching(destination):
         destination.mkdir(parents=True, exist_ok=True)
-        for old in list(destination.iterdir()):
+        for old in sorted(destination.iterdir(), key=lambda path: path.name != last):
             old.unlink()
     for path in sorted(folder.iterdir(), key=lambda path: (path.name == last, path.name)):
         copy_there(path, destination / path.name)

@@ -190,14 +190,16 @@ def _files(report: IngestReport) -> Section:
         element("li", element("i", class_=kind), element("b", readable(count)), f" {_OUTCOMES[kind]}")
         for kind, count in counts.items()
     ]
-    note = None
+    notes = []
+    if report.passing:
+        said = "failed for a reason that may pass: the same command with --retry tries those again."
+        notes.append(element("p", f"{_count(len(report.passing), 'file')} {said}", class_="muted"))
     if report.unlisted:
-        note = element(
-            "p",
-            f"{_count(len(report.unlisted), 'more file')} in the source that its list does not name.",
-            class_="muted",
-        )
-    content = element("div", element("div", *stack, class_="outcome"), element("ul", *legend, class_="outcomes"), note)
+        said = "in the source that its list does not name."
+        notes.append(element("p", f"{_count(len(report.unlisted), 'more file')} {said}", class_="muted"))
+    content = element(
+        "div", element("div", *stack, class_="outcome"), element("ul", *legend, class_="outcomes"), *notes
+    )
     return "files", "Files", content
 
 

@@ -14,7 +14,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 
-from dit_video.data.builder import Beam
+from dit_video.data.cluster import Beam
 from dit_video.data.ingest import engine, ingest
 from dit_video.data.ingest.journal import Journal
 from dit_video.data.latents import LatentSource
@@ -147,6 +147,25 @@ def test_a_copy_that_is_interrupted(clips, tmp_path, bucket, monkeypatch):
 def test_beam_does_not_write_to_buckets(clips, bucket):
     with pytest.raises(UserError, match="all its machines share"):
         ingest(clips, "gs://bucket/data", beam=Beam())
+
+
+def test_beam_takes_some_names_for_patterns(clips, tmp_path):
+    with pytest.raises(UserError, match=r"data\[1\] has one of"):
+        ingest(clips, tmp_path / "data[1]", beam=Beam())
+
+
+def test_of_an_older_copy_the_index_goes_first(tmp_path, bucket, monkeypatch):
+    (tmp_path / "made").mkdir()
+    for name in ("a", INDEX, "z"):
+        (tmp_path / "made" / name).write_text("new")
+        write_text(place("gs://bucket/data") / name, "old")
+    destination, gone = place("gs://bucket/data"), []
+    unlink = type(destination).unlink
+    monkeypatch.setattr(type(destination), "unlink", lambda path: (gone.append(path.name), unlink(path)))
+    publish(tmp_path / "made", destination, INDEX)
+    assert gone[0] == INDEX
+    assert sorted(gone) == ["a", INDEX, "z"]
+    assert {file.getvalue() for file in bucket.values()} == {b"new"}
 
 
 def test_what_came_to_the_destination_meanwhile_stays(clips, bucket, monkeypatch):

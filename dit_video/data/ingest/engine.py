@@ -8,6 +8,12 @@ duplicates, and the numbers of records. So the result doesn't depend on who was 
 
 All work is done in `DESTINATION.ingest`, beside the destination: a journal of the first pass and the files that it
 stored, which outlive a killed run, and the second pass's files, which become the destination by one rename.
+
+A clip may fail for a reason that is not its own: a file that cannot be read or is being written, a disk's error, too
+little memory, too little time. It is tried once more in the run, at its end, with no other beside it. If it fails again
+it is quarantined like a broken one, so that one file does not hold up a million, but counted apart (the report's
+`passing`) and not in the journal, which then stays: `retry` inspects those clips alone, and where one of them can now
+be used makes the data set anew. It isn't done unasked, as a data set that trainings read must not change under them.
 """
 
 import dataclasses
@@ -28,6 +34,7 @@ import tensorflow_datasets as tfds
 
 from dit_video import configs
 from dit_video.data import builder
+from dit_video.data.cluster import Beam
 from dit_video.data.ingest.inspection import Inspected, InspectionConfig
 from dit_video.data.ingest.journal import Journal
 from dit_video.data.ingest.listing import Format, Listed, Listing, list_clips
@@ -37,6 +44,7 @@ from dit_video.data.ingest.screening import ScreeningConfig
 from dit_video.data.ingest.selection import Selection, select
 from dit_video.data.ingest.workers import Workers, cores, worth
 from dit_video.data.places import Address, Place, place, publish, read_document
+from dit_video.data.reference import ChangedError
 from dit_video.data.source import INDEX, ClipInfo, write_index
 from dit_video.errors import UserError
 
@@ -45,8 +53,10 @@ WORK = ".ingest"
 _ANEW = "reencoded"
 """The folder inside of it that holds files that were stored anew."""
 
-_COPIED = re.compile(rf"(clips-.*\.array_record-.*|dataset_info\.json|features\.json|{re.escape(REPORT)})$")
-"""What a copy to a bucket has before its index."""
+_COPIED = re.compile(
+    rf"(clips-.*\.array_record-.*|dataset_info\.json|features\.json|{re.escape(REPORT)}|REPORT\.html)$"
+)
+"""What a copy to a bucket has while it has no index: before it is whole, or when a whole one is being replaced."""
 
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
@@ -70,7 +80,8 @@ class IngestConfig:
     """which files are stored anew; none by default"""
     time_limit: float | int = 120.0
     """Seconds that a file may take to be inspected, and ten times as much more for every gigabyte of it; three times as
-    long where files are stored anew. One that takes longer is quarantined, after a second try."""
+    long where files are stored anew. One that takes longer, in a second try too, is quarantined for a reason that may
+    pass: `retry` may give it more time."""
 
     def __post_init__(self) -> None:
         if not 0 < self.time_limit < float("inf"):
@@ -89,7 +100,8 @@ def ingest(
     config: IngestConfig = IngestConfig(),
     progress: Progress | None = None,
     workers: int | None = None,
-    beam: builder.Beam | None = None,
+    beam: Beam | None = None,
+    retry: bool = False,
 ) -> IngestReport:
     """Read every clip of `source`, and write the data set, its index and `report.json` into the folder `destination`.
 
@@ -105,6 +117,8 @@ def ingest(
       progress: called with (done, total) clips that are inspected, and from 0 again with those that are written.
       workers: how many processes inspect clips, at most; by default one for every core. With Beam, ignored.
       beam: inspect and write in a pipeline of Apache Beam, on machines that share the disk of source and destination.
+      retry: if the destination holds the data set but for clips that failed for a reason that may pass, try those
+        again; the data set is replaced if one of them can be used now.
 
     Raises:
       MissingError: no such source.
@@ -116,30 +130,40 @@ def ingest(
     destination = place(destination)
     if isinstance(destination, Path):
         destination = destination.resolve()  # a link to a large disk, or `.`
-    if beam is not None and not isinstance(destination, Path):
-        raise UserError(f"{destination} is a bucket; with Beam name a folder on a disk that all its machines share")
+    if beam is not None:
+        _check_for_beam(destination)
     listing = list_clips(source, format=config.format, ucf101_split=config.ucf101_split)
+    if beam is not None:  # whose workers run in folders of their own
+        listing = _absolute(listing)
     fingerprint = _fingerprint(listing, config)
-    if _holds(destination, fingerprint, source):
-        return dataclasses.replace(IngestReport.read(destination), reused=True)
+    before = IngestReport.read(destination) if _holds(destination, fingerprint, source) else None
+    if before is not None and not (retry and before.passing):
+        return dataclasses.replace(before, reused=True)
     work = _work(destination)
     try:
-        with Journal(work, (config.screening, config.reencode, config.time_limit)) as journal:
+        with Journal(work, (config.screening, config.reencode)) as journal:
             verdicts = _inspect_all(listing.clips, config, journal, progress, workers or cores(), beam)
             chosen = select(listing.clips, verdicts, config.screening)
             if not chosen.infos:
                 shutil.rmtree(work)
                 raise UserError(_nothing(source, listing, verdicts, chosen))
+            passing = sum(verdict.passing for verdict in verdicts)
+            if before is not None and passing >= len(before.passing):
+                return dataclasses.replace(before, reused=True)
             try:
                 _write(work / "data", listing, verdicts, chosen, config, fingerprint, progress, beam)
-                report = IngestReport.read(work / "data")
-                if isinstance(destination, Path):
-                    (work / "data").rename(destination)  # an empty folder there is replaced
-                elif not _holds(place(destination), fingerprint, source):  # seen again, as hours may have passed
-                    publish(work / "data", destination, INDEX)
+                # Hours may have passed: what somebody else has put there by now is not replaced.
+                if _holds(place(destination), fingerprint, source) and before is None:
+                    report = dataclasses.replace(IngestReport.read(destination), reused=True)
+                else:
+                    report = _put(work / "data", destination)
+            except ChangedError as error:
+                journal.forget(clip for clip in listing.clips if clip.path == error.path)
+                raise
             finally:
                 shutil.rmtree(work / "data", ignore_errors=True)
-            shutil.rmtree(work)
+            if not passing:
+                shutil.rmtree(work)
     except BrokenPipeError:
         raise  # of the progress bar
     except OSError as error:
@@ -147,6 +171,36 @@ def ingest(
         raise UserError(
             f"{destination} cannot be written ({error.strerror or error}); {fix} and start the command again"
         ) from error
+    return report
+
+
+def _check_for_beam(destination: Place) -> None:
+    if not isinstance(destination, Path):
+        raise UserError(f"{destination} is a bucket; with Beam name a folder on a disk that all its machines share")
+    if set("*?[") & set(os.fspath(destination)):
+        raise UserError(f"{destination} has one of * ? [ in it, which Beam takes for a pattern; name another folder")
+
+
+def _absolute(listing: Listing) -> Listing:
+    clips = [
+        clip if "://" in clip.path else clip._replace(path=os.fspath(Path(clip.path).absolute()))
+        for clip in listing.clips
+    ]
+    return listing._replace(clips=tuple(clips))
+
+
+def _put(made: Path, destination: Place) -> IngestReport:
+    """Have the destination be what was made, in place of an older one; its report."""
+    report = IngestReport.read(made)
+    if not isinstance(destination, Path):
+        publish(made, destination, INDEX)
+        return report
+    old = made.with_name("old")
+    shutil.rmtree(old, ignore_errors=True)  # of a run that was killed here: the journal had all to make it again
+    if destination.is_dir() and any(destination.iterdir()):
+        destination.rename(old)
+    made.rename(destination)  # an empty folder there is replaced
+    shutil.rmtree(old, ignore_errors=True)
     return report
 
 
@@ -159,9 +213,9 @@ def _work(destination: Place) -> Path:
 
 
 def _fingerprint(listing: Listing, config: IngestConfig) -> str:
-    """Of names, captions, sizes, splits and settings; not of where the source lies."""
+    """Of names, captions, sizes, splits and screening; not of where the source lies, or how long a clip may take."""
     facts = [(clip.name, clip.captions, clip.size, clip.split) for clip in listing.clips]
-    settings = [configs.to_json(config.screening), config.time_limit]
+    settings = [configs.to_json(config.screening)]
     if config.reencode.asked:
         settings.append(configs.to_json(config.reencode))
     known = json.dumps([facts, *settings], ensure_ascii=True)
@@ -194,7 +248,7 @@ def _inspect_all(
     journal: Journal,
     progress: Progress | None,
     workers: int,
-    how: builder.Beam | None,
+    how: Beam | None,
 ) -> list[Inspected]:
     """The verdict of every clip: from the journal, or else found out and written down there."""
     folder = journal.folder / _ANEW
@@ -207,25 +261,39 @@ def _inspect_all(
     if progress is not None:
         progress(len(verdicts), len(clips))
     steps = InspectionConfig(screening=config.screening, reencode=config.reencode, folder=str(folder))
+
+    def keep(number: int, verdict: Inspected) -> None:
+        journal.put(clips[number], verdict)
+        verdicts[number] = verdict
+        if progress is not None:
+            progress(len(verdicts), len(clips))
+
+    again = []
     with Workers(worth(left, workers), steps, config.patience) as processes:
         if how is None or not left:
             found = processes.inspect(left)
         else:
             from dit_video.data.ingest import beam
 
-            found = beam.inspect(left, journal.folder, how, steps, config.patience)
+            found = beam.inspect(left, journal, how, steps, config.patience)
         for number, verdict in found:
-            journal.put(clips[number], verdict)
-            verdicts[number] = verdict
-            if progress is not None:
-                progress(len(verdicts), len(clips))
+            if verdict.passing:
+                again.append((number, clips[number]))
+            else:
+                keep(number, verdict)
+        for number, verdict in processes.inspect_again(again):
+            keep(number, verdict)
     return [verdicts[number] for number in range(len(clips))]
 
 
 def _nothing(source: str | os.PathLike, listing: Listing, verdicts: Sequence[Inspected], chosen: Selection) -> str:
-    bad = [(clip.name, verdict.reason) for clip, verdict in zip(listing.clips, verdicts, strict=True) if verdict.reason]
-    name, reason = [*bad, *chosen.dropped][0]
-    fix = "use files that a video player opens" if bad else "ask for less"
+    bad = [(clip.name, verdict) for clip, verdict in zip(listing.clips, verdicts, strict=True) if verdict.reason]
+    if bad:
+        name, (reason, *_) = bad[0]
+        fix = "mend that and start the command again" if bad[0][1].passing else "use files that a video player opens"
+    else:
+        name, reason = chosen.dropped[0]
+        fix = "ask for less"
     return f"none of the {len(listing.clips)} clips in {source} can be used (first: {name}: {reason}); {fix}"
 
 
@@ -237,7 +305,7 @@ def _write(
     config: IngestConfig,
     fingerprint: str,
     progress: Progress | None,
-    beam: builder.Beam | None,
+    beam: Beam | None,
 ) -> None:
     """The data set's files."""
     shutil.rmtree(folder, ignore_errors=True)  # what a killed run had of it
@@ -274,6 +342,7 @@ def _write(
         quarantined=tuple(
             (clip.name, verdict.reason) for clip, verdict in zip(listing.clips, verdicts, strict=True) if verdict.reason
         ),
+        passing=tuple(clip.name for clip, verdict in zip(listing.clips, verdicts, strict=True) if verdict.passing),
         dropped=chosen.dropped,
         dropped_files=chosen.dropped_files,
         rejected=listing.rejected,

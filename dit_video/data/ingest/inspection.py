@@ -1,7 +1,9 @@
 """What is found out about one clip, by reading all of it. Runs in a process that may be lost."""
 
 import dataclasses
+import errno
 import hashlib
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +37,11 @@ class Inspected(NamedTuple):
     """(name, reason) of shots that the screening leaves out"""
     stored: Stored | None = None
     """The file that is used in its place; `shots` are of that."""
+    passing: bool = False
+    """Whether the reason may pass, as it is not the clip's own fault: a file that could not be read or was being
+    written, too little memory, too little time. Such a clip is tried again, and its verdict is not kept."""
+    modified: int = -1
+    """When its file was last changed, as of the bytes that were read: `st_mtime_ns`; -1 where it could not be asked."""
 
     @property
     def codec(self) -> str:
@@ -50,7 +57,8 @@ class Inspected(NamedTuple):
         """What `to_json` wrote."""
         dropped = tuple((name, reason) for name, reason in value["dropped"])
         stored = None if value["stored"] is None else Stored(*value["stored"])
-        return Inspected(value["reason"], value["sha256"], tuple(map(_shot, value["shots"])), dropped, stored)
+        changed = {"shots": tuple(map(_shot, value["shots"])), "dropped": dropped, "stored": stored}
+        return Inspected(**{**value, **changed})
 
 
 def _shot(fields: dict[str, Any]) -> Shot:
@@ -68,30 +76,44 @@ def inspect(clip: Listed, config: InspectionConfig) -> Inspected:
     """Read, decode and screen a clip, and store it anew where that is asked for. What it cannot be used for is its
     verdict, whatever goes wrong in a decoder or encoder.
 
+    The verdict is of the bytes that lay in the file at its `modified`: a file that changes while it is read has none.
+
     Raises:
       UserError: the screening itself cannot work, for any clip, or the disk is full.
     """
-    if clip.size > builder.MAX_BYTES:
-        return Inspected(f"{clip.size / 2**30:.1f} GiB in one file, 2 GiB is the limit; cut it into clips")
     try:
+        modified = os.stat(clip.path).st_mtime_ns
+        if clip.size > builder.MAX_BYTES:
+            too_large = f"{clip.size / 2**30:.1f} GiB in one file, 2 GiB is the limit; cut it into clips"
+            return Inspected(too_large, modified=modified)
         encoded = clip.read()
+        changed = os.stat(clip.path).st_mtime_ns != modified
     except OSError as error:
-        return Inspected(f"cannot be read ({error.strerror or error})")
+        return Inspected(f"cannot be read ({error.strerror or error})", passing=True)
+    except MemoryError:
+        return Inspected("needs more memory to read than there is", passing=True)
     if len(encoded) != clip.size:
-        return Inspected(f"changed from {clip.size} to {len(encoded)} bytes since it was listed; leave it alone")
+        size = f"changed from {clip.size} to {len(encoded)} bytes since it was listed; leave it alone"
+        return Inspected(size, passing=True)
+    if changed:
+        return Inspected("changed while it was read; leave it alone", passing=True)
+    return _screened(encoded, clip.name, config)._replace(modified=modified)
+
+
+def _screened(encoded: bytes, name: str, config: InspectionConfig) -> Inspected:
     work = "decode"
     try:
-        screened = screen(encoded, clip.name, config.screening)
+        screened = screen(encoded, name, config.screening)
         verdict = Inspected("", hashlib.sha256(encoded).hexdigest(), screened.shots, screened.dropped)
         work = "re-encode"
         return _stored_anew(encoded, screened, verdict, config)
     except DecodeError as error:
-        return Inspected(str(error))
+        return Inspected(str(error), passing=_lacks_memory(error.__cause__))
     except UserError:
         raise
-    except MemoryError:
-        return Inspected(f"needs more memory to {work} than there is")
     except Exception as error:  # a decoder's: clips that no rule foresaw must not end the run
+        if _lacks_memory(error):
+            return Inspected(f"needs more memory to {work} than there is", passing=True)
         message = " ".join(str(error).split())
         return Inspected(f"cannot be {work}d ({type(error).__name__}: {message})")
 
@@ -104,3 +126,7 @@ def _stored_anew(encoded: bytes, screened: Screened, verdict: Inspected, config:
     if found is None:
         return verdict
     return verdict._replace(shots=found.shots, dropped=(*verdict.dropped, *found.dropped), stored=found.stored)
+
+
+def _lacks_memory(error: BaseException | None) -> bool:
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM

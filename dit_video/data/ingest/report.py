@@ -53,7 +53,9 @@ class IngestReport:
     uncaptioned: int
     """How many of the usable have no caption; they train the unconditional model alone."""
     quarantined: Reasons = ()
-    """Files that could not be decoded and were set aside."""
+    """Files that could not be read or decoded and were set aside."""
+    passing: tuple[str, ...] = ()
+    """The names of those of them whose reason may pass: not the file's fault, but the moment's or the machine's."""
     dropped: Reasons = ()
     """Clips that the screening left out."""
     dropped_files: tuple[str, ...] = ()
@@ -100,7 +102,7 @@ class IngestReport:
         fields = {name: value for name, value in read_document(folder / REPORT).items() if name in known}
         for name in ("quarantined", "dropped", "rejected"):
             fields[name] = tuple((clip, reason) for clip, reason in fields.get(name, ()))
-        for name in ("dropped_files", "unlisted"):
+        for name in ("passing", "dropped_files", "unlisted"):
             fields[name] = tuple(fields.get(name, ()))
         return IngestReport(**fields)
 

@@ -1,8 +1,8 @@
 """Clips inspected by several processes, of which any may be lost at any time.
 
 A process has one clip at a time, so that a lost one (killed by the system, crashed in a decoder, hanging) names its
-clip. That clip is tried once more, after all others and with no other beside it, in a new process; lost again, it is
-quarantined. (`concurrent.futures` has a broken pool instead, and doesn't say by which task.)
+clip. (`concurrent.futures` has a broken pool instead, and doesn't say by which task.) Whoever asks tries that clip once
+more when all others are done, with no other beside it: a decoder that crashes again then is the clip's own fault.
 
 The processes are started as `python -m`, not by `multiprocessing`: that would run the caller's script in each of them
 again, and asks for a guard there.
@@ -48,8 +48,16 @@ def limit_of(clip: Listed, time_limit: float | int) -> float:
     return time_limit * (1 + 10 * clip.size / _GIGABYTE)
 
 
+_CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS)
+"""How a decoder ends its process. Others come from outside: SIGKILL where the machine has no memory left."""
+
+
 class _Lost(Exception):
-    """Why a process was lost."""
+    """Why a process was lost, and whether for a reason that may pass."""
+
+    def __init__(self, reason: str, *, passing: bool = True):
+        super().__init__(reason)
+        self.passing = passing
 
 
 class _Process:
@@ -88,7 +96,8 @@ class _Process:
         chunk = os.read(self.answers.fileno(), 1 << 20)
         if not chunk:
             code = self.process.wait()
-            raise _Lost(f"exit code {code}" if code >= 0 else signal.Signals(-code).name)
+            how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+            raise _Lost(how, passing=code < 0 and -code not in _CRASHES)
         self._buffer += chunk
         if not chunk.endswith(b"\n"):
             return None
@@ -126,22 +135,28 @@ class Workers:
         self._selector.close()
 
     def inspect(self, clips: Iterable[Task]) -> Iterator[tuple[int, Inspected]]:
-        """(number, verdict) of numbered clips, as they become known.
+        """(number, verdict) of numbered clips, as they become known. Of a lost process the reason may always pass.
 
         Raises:
           UserError: the screening cannot work for any clip, or a process cannot be started.
         """
-        again: list[Task] = []
-        for task, answer in self._ask(deque(clips), self._count):
-            if isinstance(answer, _Lost):
-                again.append(task)
-            else:
-                yield task[0], answer
-        for task in again:
+        for (number, _), answer in self._ask(deque(clips), self._count):
+            yield number, Inspected(str(answer), passing=True) if isinstance(answer, _Lost) else answer
+
+    def inspect_again(self, clips: Iterable[Task]) -> Iterator[tuple[int, Inspected]]:
+        """The same of clips that failed for a reason that may pass: one by one, each in a new process.
+
+        Raises:
+          UserError: as `inspect`.
+        """
+        for task in clips:
             self._stop()
             ((_, answer),) = self._ask(deque([task]), 1)
             if isinstance(answer, _Lost):
-                answer = Inspected(f"{answer}, also when tried again alone; remove it or replace it")
+                fix = "" if answer.passing else "; remove it or replace it"
+                answer = Inspected(f"{answer}, also when tried again alone{fix}", passing=answer.passing)
+            elif answer.passing:
+                answer = answer._replace(reason=f"{answer.reason}, also when tried again alone")
             yield task[0], answer
 
     def _ask(self, tasks: deque[Task], count: int) -> Iterator[tuple[Task, Inspected | _Lost]]:
@@ -171,7 +186,8 @@ class Workers:
         try:
             answer = process.read()
         except _Lost as lost:
-            yield from self._lose(process, _Lost(f"ends the process that decodes it ({lost})"))
+            reason = f"ends the process that decodes it ({lost})"
+            yield from self._lose(process, _Lost(reason, passing=lost.passing))
             return
         if answer is None:
             return
@@ -192,7 +208,15 @@ class Workers:
             yield process.task, lost
 
     def _start(self) -> None:
-        process = _Process(self._config)
+        try:
+            process = _Process(self._config)
+        except OSError as error:  # the system's limits, on processes, memory or open files
+            running = len(self._processes)
+            fix = f"use --workers {running}" if running else "end other programs"
+            raise UserError(
+                f"process {running + 1} of {self._count} that inspect clips could not be started "
+                f"({error.strerror or error}); {fix}, or raise the limits that `ulimit -a` shows"
+            ) from error
         self._processes.append(process)
         self._selector.register(process.answers, selectors.EVENT_READ, process)
 

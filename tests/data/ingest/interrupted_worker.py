@@ -1,14 +1,15 @@
 """A worker that writes down what it is given, and is lost where a clip's name says so."""
 
+import errno
 import os
 import signal
 import sys
 import time
 from pathlib import Path
 
-from dit_video.data.ingest import inspection, worker
+from dit_video.data.ingest import Listed, inspection, worker
 
-folder, screen = Path(os.environ["DIT_VIDEO_TEST_LOG"]), inspection.screen
+folder, screen, read = Path(os.environ["DIT_VIDEO_TEST_LOG"]), inspection.screen, Listed.read
 
 
 def screen_or_not(encoded, name, config):
@@ -24,11 +25,26 @@ def screen_or_not(encoded, name, config):
         time.sleep(600)
     if "slow" in name:
         time.sleep(0.3)
+    if "memory" in name and not (folder / "mended").exists():
+        raise MemoryError
     if "raise" in name:
         raise ZeroDivisionError("of a decoder,\nin two lines")
     print(f"a decoder's words about {name}", flush=True)
     return screen(encoded, name, config)
 
 
+def read_or_not(clip):
+    seen, mended = (folder / clip.name).exists(), (folder / "mended").exists()
+    if ("unreadable" in clip.name and not mended) or ("first" in clip.name and not seen):
+        (folder / clip.name).touch()
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    encoded = read(clip)
+    if "rewritten" in clip.name and (not seen or ("always" in clip.name and not mended)):
+        (folder / clip.name).touch()
+        os.utime(clip.path, ns=(0, os.stat(clip.path).st_mtime_ns + 1))
+    return encoded
+
+
 inspection.screen = screen_or_not
+Listed.read = read_or_not
 worker.main()

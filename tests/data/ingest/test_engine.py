@@ -311,6 +311,14 @@ def test_command(clips, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_command_without_beam(clips, tmp_path, script, monkeypatch):
+    monkeypatch.setitem(sys.modules, "apache_beam", None)
+    ended = script("tools/ingest.py", clips, tmp_path / "out", "--beam=--runner=DirectRunner")
+    assert ended.code == 2
+    assert ended.err == "error: Apache Beam is not installed; pip install -e '.[beam]' into an environment of its own\n"
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no real clips beside the checkout")
 def test_real_clips(tmp_path):
     report = ingest(SHARED, tmp_path / "out")

@@ -15,7 +15,7 @@ import pytest
 
 from dit_video.data.ingest import IngestConfig, Listed, ScreeningConfig, ingest, workers
 from dit_video.data.ingest.inspection import Inspected, InspectionConfig
-from dit_video.data.ingest.journal import FILE, Journal
+from dit_video.data.ingest.journal import FILE, PARTS, Journal, Part, read_parts
 from dit_video.data.source import ClipSource
 from dit_video.errors import UserError
 from dit_video.video import Clip
@@ -57,6 +57,7 @@ def test_lost_workers_name_their_clips(tmp_path, log):
     assert "exit code 7" in reasons["d_crash.mp4"]
     assert reasons["e_raise.mp4"] == "cannot be decoded (ZeroDivisionError: of a decoder, in two lines)"
     assert "takes more than 3" in reasons["f_hang.mp4"]
+    assert report.passing == ("b_killed.mp4", "f_hang.mp4")
     inspected = log.read_text().split()
     assert {name: inspected.count(name) for name in names} == {
         name: 2 if any(word in name for word in ("killed", "once", "crash", "hang")) else 1 for name in names
@@ -160,6 +161,37 @@ def test_a_changed_clip_is_inspected_again(tmp_path, log):
     assert sorted(log.read_text().split()) == ["a.mp4", "b.mp4", "b.mp4"]
 
 
+def test_a_clip_of_other_bytes_at_the_same_time_of_change(tmp_path, log):
+    """The journal cannot see it, the second pass does: what was known of it is forgotten, and the next run goes on."""
+    write_clips(tmp_path / "clips", "a.mp4", "b.mp4")
+    path = tmp_path / "clips" / "b.mp4"
+
+    def change(done, total):
+        if done == total:
+            stat, data = path.stat(), bytearray(path.read_bytes())
+            data[-20] ^= 1
+            path.write_bytes(data)
+            os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+    with pytest.raises(UserError, match=r"b\.mp4 has changed since it was inspected"):
+        ingest(tmp_path / "clips", tmp_path / "out", progress=change)
+    report = ingest(tmp_path / "clips", tmp_path / "out")
+    assert report.usable + len(report.quarantined) == 2
+    assert log.read_text().split() == ["a.mp4", "b.mp4", "b.mp4"]
+
+
+def test_a_destination_that_somebody_fills_meanwhile(tmp_path):
+    write_clips(tmp_path / "clips", "a.mp4")
+
+    def fill(done, total):
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "letter.txt").write_text("keep")
+
+    with pytest.raises(UserError, match="not an ingested data set"):
+        ingest(tmp_path / "clips", tmp_path / "out", progress=fill)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["letter.txt"]
+
+
 def journal_of(folder, config=ScreeningConfig()):  # noqa: B008
     return Journal(folder, (config, 1.0))
 
@@ -168,7 +200,7 @@ def test_journal(tmp_path):
     path = tmp_path / "clip"
     path.write_text("x")
     clip = Listed("clip", (), 1, str(path))
-    verdict = Inspected("", "00", (), (("clip#1", "too short"),))
+    verdict = Inspected("", "00", (), (("clip#1", "too short"),), modified=path.stat().st_mtime_ns)
     with journal_of(tmp_path / "work") as journal:
         assert journal.get(clip) is None
         journal.put(clip, verdict)
@@ -185,9 +217,42 @@ def test_journal(tmp_path):
         assert journal.get(clip._replace(name="other")) == verdict
     with journal_of(tmp_path / "work", ScreeningConfig(min_size=8)) as journal:
         assert journal.get(clip) is None
+        journal.put(clip, verdict)
+        journal.forget([clip])
+    with journal_of(tmp_path / "work", ScreeningConfig(min_size=8)) as journal:
+        assert journal.get(clip) is None
     os.utime(path, ns=(1, 1))
     with journal_of(tmp_path / "work") as journal:
         assert journal.get(clip) is None
+        journal.put(clip, verdict._replace(reason="no memory", passing=True, modified=1))
+    with journal_of(tmp_path / "work") as journal:
+        assert journal.get(clip) is None
+        journal.put(clip, verdict._replace(modified=1))
+    with journal_of(tmp_path / "work") as journal:
+        assert journal.get(clip) == verdict._replace(modified=1)
+
+
+def test_parts_of_a_journal(tmp_path):
+    """A worker's lines are read by the run that it works for, and what is kept of them by the next one."""
+    clips = []
+    for name in ("a", "b", "c"):
+        (tmp_path / name).write_text("x")
+        clips.append(Listed(name, (), 1, str(tmp_path / name)))
+    verdicts = [Inspected("", name, modified=(tmp_path / name).stat().st_mtime_ns) for name in ("a", "b")]
+    failed = Inspected("cannot be read", passing=True)
+    with journal_of(tmp_path / "work") as journal:
+        parts = [Part(tmp_path / "work", journal.settings) for _ in range(2)]
+        parts[0].put(clips[0], verdicts[0])
+        parts[1].put(clips[1], failed)
+        assert read_parts(tmp_path / "work", journal.settings, clips) == [verdicts[0], failed, None]
+        parts[0].put(clips[1], verdicts[1])
+    with next((tmp_path / "work" / PARTS).iterdir()).open("ab") as file:
+        file.write(b'{"clip": "torn')
+    with journal_of(tmp_path / "work") as journal:
+        assert [journal.get(clip) for clip in clips] == [*verdicts, None]
+    assert list((tmp_path / "work" / PARTS).iterdir()) == []
+    with journal_of(tmp_path / "work") as journal:
+        assert [journal.get(clip) for clip in clips] == [*verdicts, None]
 
 
 def test_a_verdict_comes_back_from_the_journal_whole(tmp_path):
