@@ -164,7 +164,7 @@ class RowStream:
         """Equal for streams that give equal rows. Together with the step it is the whole state of the data."""
         sizes = np.stack([self.tokens, self.text]).astype("<i8").tobytes()
         constants = (self.shape, self._seed, self.rows_per_epoch, bins.CONSTANTS, ATTEMPTS, SLACK, FORESEEN)
-        options = (self.balance, None if self.draws is None else self.draws.hash)
+        options = (self.balance, balancing.METHOD, None if self.draws is None else self.draws.hash)
         return hashlib.sha256(sizes + repr((constants, options)).encode()).hexdigest()[:16]
 
     def _examples(self, epoch: int) -> Int[np.ndarray, " m"]:

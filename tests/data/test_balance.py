@@ -47,6 +47,30 @@ def test_a_step_that_cannot_be_balanced_row_by_row_is_so_for_fewer_devices():
     assert imbalance(costs[order], batch=8, devices=2).worst == 0
 
 
+@pytest.mark.parametrize("devices", [8, 16, 32])
+@pytest.mark.parametrize("costly", [201, 205, 215])
+def test_no_step_exceeds_the_tolerance_where_costs_jump(costly, devices):
+    """The costly rows fill no whole number of steps, however many devices there are."""
+    draw = np.random.default_rng(costly)
+    costs = np.concatenate([draw.uniform(9.0, 9.8, 1500), draw.uniform(12.4, 12.6, costly), np.full(costly, 16.0)])
+    order = arrange(costs, Balance(cost=Cost(), batch=devices), np.random.default_rng(0), first=3)
+    assert sorted(order.tolist()) == list(range(len(costs)))
+    measured = imbalance(costs[order], batch=devices, devices=devices, first=3)
+    assert measured.above == 0
+    assert measured.worst <= 0.05
+
+
+def test_what_others_can_do_without_may_be_too_costly():
+    """Steps of 8: 14s; 14s and two 12.5s; 12.5s and 10.8s, which lacks two 12.5s. The second step can give one of them
+    for a 10.8. The first takes another 10.8, and its 14 takes the place of the other 12.5."""
+    costs = np.array([14.0] * 14 + [12.5] * 6 + [10.8] * 12)
+    by_cost = imbalance(costs, batch=8, devices=8)
+    assert by_cost.worst > 0.07
+    order = arrange(costs, Balance(cost=Cost(), batch=8), np.random.default_rng(0))
+    assert sorted(order.tolist()) == list(range(32))
+    assert imbalance(costs[order], batch=8, devices=8).worst < 0.05
+
+
 def test_larger_blocks_make_steps_more_alike():
     costs = np.exp(np.random.default_rng(0).normal(0, 0.3, 8000))
     steps = []
