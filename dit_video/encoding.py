@@ -11,13 +11,12 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float32, UInt8
 
 from dit_video import configs, pipeline, pixels
@@ -28,9 +27,8 @@ from dit_video.data.latents import Identity, LatentExample, LeftOut, Storage, id
 from dit_video.data.places import Address, place
 from dit_video.data.sizes import SizeLimits, fit, read_fitted, sampled_frames
 from dit_video.data.source import ClipInfo, ClipSource
-from dit_video.distributed import MeshConfig, batch_sharding, make_mesh
 from dit_video.errors import DecodeError, UserError
-from dit_video.nn import graph_of
+from dit_video.live import CanvasEncoder
 from dit_video.tokens import Grid
 
 EncodeText = Callable[[str], Float32[np.ndarray, "s e"]]
@@ -257,10 +255,7 @@ class _Encoder:
     def __init__(self, clips: ClipSource, encoding: Encoding, plan: EncodingPlan):
         self._clips, self._encoding, self._plan = clips, encoding, plan
         self._sizes = [view.size for view in plan.views]
-        self._graph = graph_of(encoding.autoencoder.make)
-        mesh = make_mesh(MeshConfig(), jax.local_devices())
-        self._devices, self._split = mesh.size, batch_sharding(mesh)
-        self._params = jax.device_put(encoding.params, NamedSharding(mesh, PartitionSpec()))
+        self._encode = CanvasEncoder(encoding.autoencoder, encoding.params, canvas_pixels=encoding.canvas_pixels)
         self._text = None if encoding.encode_text is None else lru_cache(_TEXTS)(encoding.encode_text)
         self._count = {size: len(list(same)) for size, same in itertools.groupby(plan.canvases, lambda one: one.size)}
 
@@ -279,7 +274,7 @@ class _Encoder:
                 current = decoded
                 decoded = self._begin(pool, batches[number + 1]) if number + 1 < len(batches) else {}
                 arrays, reasons = self._drawn(batch, current)
-                latents = encode_canvases(self._graph, self._params, *jax.device_put(arrays, self._split))
+                latents = self._encode(*arrays)
                 if computed is not None:  # what was begun before is taken while this is computed
                     yield from self._cut(*computed)
                 computed = batch, latents, reasons
@@ -289,10 +284,8 @@ class _Encoder:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _rows(self, size: Grid) -> int:
-        """Canvases of one size that are computed together, a multiple of the devices: always as many."""
-        on_device = -(-self._count[size] // self._devices)
-        batches = -(-on_device // max(1, self._encoding.canvas_pixels // size.volume))
-        return self._devices * -(-on_device // batches)
+        """Canvases of one size that are computed together."""
+        return self._encode.together(size, self._count[size])
 
     def _batches(self, canvases: Sequence[int]) -> Iterator[list[Canvas]]:
         chosen = [self._plan.canvases[number] for number in canvases]
@@ -353,12 +346,6 @@ class _Encoder:
                 own = values[row, : grid.t, rows : rows + grid.h, columns : columns + grid.w]
                 text = () if self._text is None else tuple(self._text(caption) for caption in info.captions)
                 yield LatentExample(view.name, info.captions, own, info.name, text)
-
-
-@partial(jax.jit, static_argnums=0)
-def encode_canvases(graph: nnx.GraphDef, params: dict[str, Any], canvases: Array, inside: Array) -> Array:
-    """Latents of uint8 canvases [B T H W 3], of which `inside` [B h w] says what belongs to a clip."""
-    return nnx.merge(graph, params).encode(pixels.to_float(canvases), inside)
 
 
 def _starts(info: ClipInfo, limits: SizeLimits, most: int) -> list[int]:

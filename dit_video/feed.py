@@ -24,6 +24,10 @@ from dit_video.live import LiveEncoder
 from dit_video.text import Tokenizer
 from dit_video.tokens import Grid, token_grid
 
+_BATCHES = 4
+"""Into which a step's clips on one canvas are divided. How many there are varies from step to step, so that the last
+batch is half empty, on average: an eighth of the work."""
+
 Feed = Callable[[int], Batches]
 """Batches from a step on."""
 
@@ -43,7 +47,10 @@ def cached_rows(experiment: Experiment, latents: LatentSource, clips: ClipSource
 def live_rows(experiment: Experiment, autoencoder: dict[str, Any], clips: ClipSource, tokenizer: Tokenizer) -> Feed:
     """Rows of clips from their video files; `autoencoder` are its parameters."""
     config, model, limits = experiment.denoiser, experiment.autoencoder.model, experiment.limits
-    encode = LiveEncoder(model, autoencoder, [fit(info, limits) for info in clips.infos])
+    sizes = [fit(info, limits) for info in clips.infos]
+    tokens = sum(token_grid(latent_grid(size, model.stride), config.dit.patch).volume for size in sizes)
+    steps = tokens / (config.rows.tokens * config.batch / jax.process_count())
+    encode = LiveEncoder(model, autoencoder, sizes, calls=max(1, _BATCHES * steps))
     weights = experiment.data.weights
     mixed = Mixture(sizes=clips.sizes, weights=weights) if weights else None
 

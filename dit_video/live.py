@@ -1,20 +1,59 @@
-"""Clips that are encoded as they are read, for training without a cache of latents."""
+"""The autoencoder over canvases, on all devices of a process; and clips that are encoded as they are read.
 
-from collections.abc import Sequence
+With the latter, a denoiser is trained without a cache of latents.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float32, UInt8
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float32, UInt8
 
+from dit_video import pixels
 from dit_video.autoencoder import AutoencoderConfig, covers, latent_grid
-from dit_video.encoding import encode_canvases
+from dit_video.autoencoder.canvas import PIXELS
+from dit_video.distributed import MeshConfig, batch_sharding, make_mesh
 from dit_video.errors import UserError
 from dit_video.nn import graph_of
 from dit_video.tokens import Grid
 
-_TOGETHER = 4
-"""Canvases of one call: always as many, so that a size compiles once."""
+
+class CanvasEncoder:
+    """The autoencoder over batches of canvases, which are split over the devices of this process.
+
+    Args:
+      autoencoder: its config.
+      params: its parameters.
+      canvas_pixels: what a device works on at once, about: of its canvases, over all their frames.
+    """
+
+    def __init__(self, autoencoder: AutoencoderConfig, params: dict[str, Any], *, canvas_pixels: int = PIXELS):
+        mesh = make_mesh(MeshConfig(), jax.local_devices())
+        self._devices, self._split, self._pixels = mesh.size, batch_sharding(mesh), canvas_pixels
+        self._graph = graph_of(autoencoder.make)
+        self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+
+    def together(self, size: Grid, count: int) -> int:
+        """How many canvases of a size make a batch, of `count` that there are: one number for all batches, so that a
+        size compiles once. It is a multiple of the devices."""
+        on_device = -(-count // self._devices)
+        batches = -(-on_device // max(1, self._pixels // size.volume))
+        return self._devices * -(-on_device // batches)
+
+    def __call__(self, canvases: UInt8[np.ndarray, "B T H W 3"], inside: Bool[np.ndarray, "B h w"]) -> Array:
+        """Latents [B t h w c] of canvases, of which `inside` says what belongs to a clip. They are not waited for."""
+        return _encoded(self._graph, self._params, *jax.device_put((canvases, inside), self._split))
+
+
+@partial(jax.jit, static_argnums=0)
+def _encoded(graph: nnx.GraphDef, params: dict[str, Any], canvases: Array, inside: Array) -> Array:
+    return nnx.merge(graph, params).encode(pixels.to_float(canvases), inside)
 
 
 class LiveEncoder:
@@ -27,13 +66,31 @@ class LiveEncoder:
       autoencoder: its config.
       params: its parameters.
       sizes: of all clips that will come, in frames and pixels.
+      calls: in how many calls these come. Of each canvas, a batch holds what one call has of it on average, or as much
+        as the devices work on at once. What is left free of a call's last batch is computed in vain.
+      canvas_pixels: what a device works on at once, about.
     """
 
-    def __init__(self, autoencoder: AutoencoderConfig, params: dict[str, Any], sizes: Sequence[Grid]):
+    def __init__(
+        self,
+        autoencoder: AutoencoderConfig,
+        params: dict[str, Any],
+        sizes: Sequence[Grid],
+        *,
+        calls: float = 1,
+        canvas_pixels: int = PIXELS,
+    ):
         self.canvases = covers(sizes)
         """The sizes of the canvases, by increasing volume."""
-        self._stride, self._graph = autoencoder.stride, graph_of(autoencoder.make)
-        self._params = jax.device_put(params)
+        self._encode = CanvasEncoder(autoencoder, params, canvas_pixels=canvas_pixels)
+        self._stride = autoencoder.stride
+        counts: Counter[Grid] = Counter()
+        for size, count in Counter(sizes).items():
+            counts[self._canvas(size)] += count
+        self.together = {
+            canvas: self._encode.together(canvas, math.ceil(count / calls)) for canvas, count in counts.items()
+        }
+        """How many canvases of each size make a batch."""
 
     def __call__(self, clips: Sequence[UInt8[np.ndarray, "_ _ _ 3"]]) -> list[Float32[np.ndarray, "_ _ _ c"]]:
         """Latents of the clips, in their order.
@@ -45,11 +102,14 @@ class LiveEncoder:
         for number, clip in enumerate(clips):
             by_canvas.setdefault(self._canvas(Grid(*clip.shape[:3])), []).append(number)
         results: dict[int, np.ndarray] = {}
-        for canvas, members in by_canvas.items():
-            for first in range(0, len(members), _TOGETHER):
-                part = members[first : first + _TOGETHER]
-                latents = self._encoded(canvas, [clips[number] for number in part])
-                results |= zip(part, latents, strict=True)
+        computed: tuple[list[int], Array] | None = None
+        for canvas, part in self._batches(by_canvas):
+            latents = self._encode(*self._drawn(canvas, [clips[number] for number in part]))
+            if computed is not None:  # what was begun before is taken while this is computed
+                results |= self._cut(*computed, clips)
+            computed = part, latents
+        if computed is not None:
+            results |= self._cut(*computed, clips)
         return [results[number] for number in range(len(clips))]
 
     def _canvas(self, size: Grid) -> Grid:
@@ -58,13 +118,26 @@ class LiveEncoder:
                 return canvas
         raise UserError(f"a clip of {size.t}x{size.h}x{size.w} is larger than all that were announced")
 
-    def _encoded(self, canvas: Grid, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
-        drawn = np.zeros((_TOGETHER, *canvas, 3), np.uint8)
-        grid = latent_grid(canvas, self._stride)
-        inside = np.zeros((_TOGETHER, grid.h, grid.w), bool)
-        own = [latent_grid(Grid(*clip.shape[:3]), self._stride) for clip in clips]
-        for row, (clip, size) in enumerate(zip(clips, own, strict=True)):
+    def _batches(self, by_canvas: dict[Grid, list[int]]) -> Iterator[tuple[Grid, list[int]]]:
+        for canvas, members in by_canvas.items():
+            rows = self.together[canvas]
+            yield from ((canvas, members[first : first + rows]) for first in range(0, len(members), rows))
+
+    def _drawn(
+        self, canvas: Grid, clips: Sequence[np.ndarray]
+    ) -> tuple[UInt8[np.ndarray, "B T H W 3"], Bool[np.ndarray, "B h w"]]:
+        rows, grid = self.together[canvas], latent_grid(canvas, self._stride)
+        drawn, inside = np.zeros((rows, *canvas, 3), np.uint8), np.zeros((rows, grid.h, grid.w), bool)
+        for row, clip in enumerate(clips):
+            own = latent_grid(Grid(*clip.shape[:3]), self._stride)
             drawn[row, : len(clip), : clip.shape[1], : clip.shape[2]] = clip
-            inside[row, : size.h, : size.w] = True
-        latents = np.asarray(encode_canvases(self._graph, self._params, drawn, inside), np.float32)
-        return [latents[row, : size.t, : size.h, : size.w] for row, size in enumerate(own)]
+            inside[row, : own.h, : own.w] = True
+        return drawn, inside
+
+    def _cut(self, part: list[int], latents: Array, clips: Sequence[np.ndarray]) -> dict[int, np.ndarray]:
+        values = np.asarray(latents, np.float32)
+        results = {}
+        for row, number in enumerate(part):
+            own = latent_grid(Grid(*clips[number].shape[:3]), self._stride)
+            results[number] = values[row, : own.t, : own.h, : own.w]
+        return results

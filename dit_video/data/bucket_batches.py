@@ -5,14 +5,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import grain
 import numpy as np
-from jaxtyping import Int32, UInt8, UInt32
+from jaxtyping import Int32, UInt8
 
 from dit_video import rng
 from dit_video.data.buckets import Buckets, BucketStream, Memory
-from dit_video.data.loader import Batches, Reading, encoded_ahead, read_ahead
-from dit_video.data.prefetch import ENDLESS
+from dit_video.data.loader import Batches, Pieces, Reading, encoded_ahead
 from dit_video.data.rows import Encode, Tokenize, set_aside, tokenized_captions
 from dit_video.data.sizes import SizeLimits, sampled_fps, sampled_frames
 from dit_video.data.source import ClipInfo, ClipSource
@@ -110,29 +108,29 @@ def bucket_batches(
             "raise the row's text or shorten its caption"
         )
     stream = BucketStream(buckets, seed=reading.seed)
-    every = _DecodedBatches(source, stream, texts, limits, reading)
-    decoded = read_ahead(grain.MapDataset.source(every)[reading.start_step :], reading)
+    clips = _Clips(source, stream, texts, limits, reading)
 
-    def batch(one: _Decoded) -> Rows:
-        latents = encode([clip for clip in one.clips if clip is not None])
-        return _rows(one, latents, token_grid(latent_grid(one.size), patch), patch, channels, text)
+    def batch(clips: list[_Decoded]) -> Rows:
+        latents = encode([clip.frames for clip in clips if clip.frames is not None])
+        return _rows(clips, latents, token_grid(latent_grid(clips[0].size), patch), patch, channels, text)
 
     facts = (stream.hash, source.infos, limits, patch)
     plan = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-    return BucketBatches(*encoded_ahead(decoded, batch), buckets, plan)
+    return BucketBatches(*encoded_ahead(clips, batch, reading), buckets, plan)
 
 
 class _Decoded(NamedTuple):
-    """A batch of clips of one size that are not encoded yet."""
+    """A clip at its bucket's size, not encoded yet."""
 
     size: Grid
-    clips: list[UInt8[np.ndarray, "T H W 3"] | None]
-    texts: list[Int32[np.ndarray, " s"]]
-    ranks: UInt32[np.ndarray, " b"]
+    frames: UInt8[np.ndarray, "T H W 3"] | None
+    """None where it turned out to be damaged"""
+    text: Int32[np.ndarray, " s"]
+    rank: np.uint32
 
 
-class _DecodedBatches:
-    """By step, as Grain reads them."""
+class _Clips(Pieces):
+    """The clips of this host's batches, by step."""
 
     def __init__(
         self,
@@ -143,21 +141,22 @@ class _DecodedBatches:
         reading: Reading,
     ):
         self._source, self._stream, self._texts, self._limits, self._reading = source, stream, texts, limits, reading
+        buckets = stream.buckets.buckets
+        self.most = max(bucket.batch for bucket in buckets) // reading.hosts
+        self.most_bytes = max(3 * bucket.size.volume * bucket.batch for bucket in buckets) / reading.hosts
 
-    def __len__(self) -> int:
-        return ENDLESS
+    def count(self, step: int) -> int:
+        return len(self._batch(step)[1])
 
-    def __getitem__(self, step: int) -> _Decoded:
-        size, examples, ranks = self._stream.batch(step, host=self._reading.host, hosts=self._reading.hosts)
-        pairs = list(zip(examples.tolist(), ranks.tolist(), strict=True))
-        return _Decoded(
-            size,
-            [self._clip(example, rank, size) for example, rank in pairs],
-            [self._text(example, rank) for example, rank in pairs],
-            ranks,
-        )
+    def piece(self, step: int, index: int) -> _Decoded:
+        size, examples, ranks = self._batch(step)
+        example, rank = int(examples[index]), int(ranks[index])
+        return _Decoded(size, self._frames(example, rank, size), self._text(example, rank), ranks[index])
 
-    def _clip(self, example: int, rank: int, size: Grid) -> UInt8[np.ndarray, "T H W 3"] | None:
+    def _batch(self, step: int) -> tuple[Grid, np.ndarray, np.ndarray]:
+        return self._stream.batch(step, host=self._reading.host, hosts=self._reading.hosts)
+
+    def _frames(self, example: int, rank: int, size: Grid) -> UInt8[np.ndarray, "T H W 3"] | None:
         info, generator = self._source.infos[example], rng.host(self._reading.seed, "bucket", rank)
         fps = sampled_fps(info, self._limits)
         start = int(generator.integers(sampled_frames(info, self._limits) - size.t + 1))
@@ -170,7 +169,8 @@ class _DecodedBatches:
         except DecodeError as error:
             set_aside(info.name, error)
             return None
-        return frames[:, top : top + size.h, left : left + size.w]
+        # A copy: the whole frames are not kept.
+        return np.ascontiguousarray(frames[:, top : top + size.h, left : left + size.w])
 
     def _text(self, example: int, rank: int) -> Int32[np.ndarray, " s"]:
         texts = self._texts[example]
@@ -183,22 +183,24 @@ def covering(info: ClipInfo, size: Grid) -> tuple[int, int]:
     return max(size.h, round(info.height * scale)), max(size.w, round(info.width * scale))
 
 
-def _rows(one: _Decoded, latents: list[np.ndarray], grid: Grid, patch: Grid, channels: int, room: int) -> Rows:
+def _rows(
+    clips: Sequence[_Decoded], latents: list[np.ndarray], grid: Grid, patch: Grid, channels: int, room: int
+) -> Rows:
     """One clip a row; `latents` are those of the clips that could be read, `grid` is in tokens."""
-    number = len(one.clips)
-    valid = np.asarray([clip is not None for clip in one.clips])
+    number = len(clips)
+    valid = np.asarray([clip.frames is not None for clip in clips])
     tokens = np.zeros((number, grid.volume, patch.volume * channels), np.float32)
     for index, values in zip(np.flatnonzero(valid), latents, strict=True):
         tokens[index] = patchify(values, patch)
     text, text_segments = np.zeros((2, number, room), np.int32)
-    for row, values in enumerate(one.texts):
-        text[row, : len(values)], text_segments[row, : len(values)] = values, 1
+    for row, clip in enumerate(clips):
+        text[row, : len(clip.text)], text_segments[row, : len(clip.text)] = clip.text, 1
     return Rows(
         tokens=tokens,
         segments=np.ones((number, grid.volume), np.int32),
         coordinates=np.repeat(coordinates(grid)[None], number, axis=0),
         text=text,
         text_segments=text_segments,
-        examples=one.ranks[:, None],
+        examples=np.asarray([[clip.rank] for clip in clips], np.uint32),
         valid=valid[:, None],
     )

@@ -6,6 +6,8 @@ iterator state has an entry for each worker, and doesn't survive a change of the
 """
 
 import abc
+import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -18,7 +20,7 @@ import numpy as np
 from dit_video.data.balance import Balance, Cost
 from dit_video.data.latents import LatentSource
 from dit_video.data.mixture import Mixture
-from dit_video.data.prefetch import prefetch
+from dit_video.data.prefetch import ENDLESS, prefetch
 from dit_video.data.rows import ClipRow, ClipRows, Encode, LatentRows, Layout, Tokenize, encoded_row, latent_grids
 from dit_video.data.sizes import SizeLimits, fit
 from dit_video.data.source import ClipSource
@@ -26,6 +28,11 @@ from dit_video.errors import UserError
 from dit_video.tokens import Grid, Rows, RowShape, token_grid
 
 CACHE_BYTES = 1 << 30
+AHEAD_BYTES = 1 << 29
+_SPARE = 3
+"""Elements that are ready or begun, beyond those that the threads are at."""
+_OF_WORKER = 2
+"""Elements that each worker process has sent and nobody has taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +59,9 @@ class Reading:
     `if __name__ == "__main__"`."""
     cache_bytes: int = CACHE_BYTES
     """memory for patches that were read, over all workers"""
+    ahead_bytes: int = AHEAD_BYTES
+    """Memory for clips that are decoded and wait for the rest of their batch to be encoded, over all threads and
+    workers. Each thread reads a row, or a bucket's clip, whatever its size; the batch that is encoded comes on top."""
     mixture: Mixture | None = None
     """which examples an epoch has; None for each one once"""
     balance: Balance | None = None
@@ -64,6 +74,8 @@ class Reading:
             raise UserError(f"host={self.host} must be one of 0 to {self.hosts - 1}")
         if self.start_step < 0 or self.workers < 0:
             raise UserError(f"start_step={self.start_step} and workers={self.workers} must not be negative")
+        if self.threads < 1 or self.ahead_bytes < 1:
+            raise UserError(f"threads={self.threads} and ahead_bytes={self.ahead_bytes} must be at least 1")
 
 
 class Batches(Iterator[Rows]):
@@ -183,7 +195,8 @@ def encoded_batches(
     Raises:
       UserError: a clip that has no size within the limits, or one larger than a row.
     """
-    grids = [token_grid(latent_grid(fit(info, limits)), patch) for info in source.infos]
+    sizes = [fit(info, limits) for info in source.infos]
+    grids = [token_grid(latent_grid(size), patch) for size in sizes]
     layout = Layout(
         grids,
         [info.captions for info in source.infos],
@@ -194,13 +207,14 @@ def encoded_batches(
         mixture=reading.mixture,
         balance=reading.balance,
     )
-    decoded = read_ahead(_shared(ClipRows(source, layout, limits, seed=reading.seed), reading, list), reading)
+    row_bytes = shape.tokens * max(3 * size.volume / grid.volume for size, grid in zip(sizes, grids, strict=True))
+    decoded = _HostRows(ClipRows(source, layout, limits, seed=reading.seed), reading, row_bytes)
 
     def batch(rows: list[ClipRow]) -> Rows:
         latents = iter(encode([clip for row in rows for clip in row.clips if clip is not None]))
         return _stacked([encoded_row(row, latents, layout, patch, channels=channels) for row in rows])
 
-    return PackedBatches(*encoded_ahead(decoded, batch), layout, reading)
+    return PackedBatches(*encoded_ahead(decoded, batch, reading), layout, reading)
 
 
 def _shared(rows: Any, reading: Reading, batch_of: Callable[[list], Any]) -> grain.MapDataset:
@@ -215,18 +229,84 @@ def read_ahead(batches: grain.MapDataset, reading: Reading) -> grain.DatasetIter
     """In order, by a thread or by the workers; the iterator has a `close`."""
     if not absl.flags.FLAGS.is_parsed():
         absl.flags.FLAGS.mark_as_parsed()  # else Grain's workers raise UnparsedFlagAccessError
-    options = grain.ReadOptions(num_threads=reading.threads, prefetch_buffer_size=reading.threads + 3)
+    options = grain.ReadOptions(num_threads=reading.threads, prefetch_buffer_size=reading.threads + _SPARE)
     ahead = batches.to_iter_dataset(options)
     if reading.workers:
-        ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=reading.workers, per_worker_buffer_size=2))
+        options = grain.MultiprocessingOptions(num_workers=reading.workers, per_worker_buffer_size=_OF_WORKER)
+        ahead = ahead.mp_prefetch(options)
     return iter(ahead)
 
 
+class Pieces(abc.ABC):
+    """Batches of video that are decoded piece by piece: rows, or the clips of a bucket."""
+
+    most: int
+    """pieces of a batch, at most"""
+    most_bytes: float
+    """of a decoded batch"""
+
+    @abc.abstractmethod
+    def count(self, step: int) -> int:
+        """Pieces of this host's part of a batch."""
+
+    @abc.abstractmethod
+    def piece(self, step: int, index: int) -> Any:
+        """One of them, decoded."""
+
+
+class _HostRows(Pieces):
+    """The rows of this host's batches."""
+
+    def __init__(self, rows: ClipRows, reading: Reading, row_bytes: float):
+        self._rows, self._first, self._hosts = rows, reading.host, reading.hosts
+        self.most = reading.batch // reading.hosts
+        self.most_bytes = self.most * row_bytes
+
+    def count(self, step: int) -> int:
+        return self.most
+
+    def piece(self, step: int, index: int) -> ClipRow:
+        return self._rows[(step * self._hosts + self._first) * self.most + index]
+
+
+class _Parts:
+    """The batches, each in as many parts, one after the other: so many pieces are decoded for one part."""
+
+    def __init__(self, pieces: Pieces, parts: int):
+        self._pieces, self._parts = pieces, parts
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, number: int) -> list[Any]:
+        step, part = divmod(number, self._parts)
+        count = self._pieces.count(step)
+        chosen = range(count * part // self._parts, count * (part + 1) // self._parts)
+        return [self._pieces.piece(step, index) for index in chosen]
+
+
+def parts_of(pieces: Pieces, reading: Reading) -> int:
+    """How many parts a batch is decoded in, so that all that wait at a time fit into `ahead_bytes`, if they can."""
+    waiting = max(1, reading.workers) * (reading.threads + _SPARE) + reading.workers * _OF_WORKER
+    return min(pieces.most, max(1, math.ceil(pieces.most_bytes * waiting / reading.ahead_bytes)))
+
+
 def encoded_ahead(
-    decoded: grain.DatasetIterator, batch: Callable[[Any], Rows]
+    pieces: Pieces, batch: Callable[[list[Any]], Rows], reading: Reading
 ) -> tuple[Iterator[Rows], Callable[[], None]]:
-    """Batches of what was decoded, made by a thread of this process, and what ends it and those that decode."""
-    batches = prefetch(map(batch, decoded))
+    """Batches of video, decoded by threads or workers, of whose pieces a thread of this process makes rows.
+
+    Returns:
+      the batches, and what ends the thread and those that decode.
+    """
+    parts = parts_of(pieces, reading)
+    decoded = read_ahead(grain.MapDataset.source(_Parts(pieces, parts))[reading.start_step * parts :], reading)
+
+    def whole() -> Iterator[list[Any]]:
+        while True:
+            yield list(itertools.chain.from_iterable(itertools.islice(decoded, parts)))
+
+    batches = prefetch(map(batch, whole()))
 
     def close() -> None:
         batches.close()

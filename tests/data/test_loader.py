@@ -1,6 +1,7 @@
 """Batches of rows: the same on any number of hosts and workers, from any step."""
 
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from dit_video.data.balance import Balance, Cost
 from dit_video.data.ingest import ingest
 from dit_video.data.latent_files import write_latents
 from dit_video.data.latents import LatentExample, LatentSource
-from dit_video.data.loader import Reading, encoded_batches, packed_batches
+from dit_video.data.loader import Pieces, Reading, encoded_ahead, encoded_batches, packed_batches, parts_of
 from dit_video.data.mixture import Mixture
 from dit_video.data.rows import Layout
 from dit_video.data.sizes import SizeLimits
@@ -40,7 +41,9 @@ def source(tmp_path_factory):
 
 def take(source, count, **options):
     given = {
-        name: options.pop(name) for name in ("start_step", "host", "hosts", "workers", "cache_bytes") if name in options
+        name: options.pop(name)
+        for name in ("start_step", "host", "hosts", "workers", "cache_bytes", "ahead_bytes")
+        if name in options
     }
     reading = Reading(batch=options.pop("batch", 4), seed=options.pop("seed", 0), **given)
     options = {"patch": PATCH, "shape": SHAPE, **options}
@@ -171,6 +174,7 @@ def test_a_data_set_smaller_than_a_batch(source, tmp_path):
         ({"batch": 3, "hosts": 2}, "multiple of hosts=2"),
         ({"host": 2, "hosts": 2}, "host=2"),
         ({"start_step": -1}, "start_step=-1"),
+        ({"cache_bytes": 0, "ahead_bytes": 0}, "ahead_bytes=0"),
         ({"patch": Grid(2, 2, 2)}, "0.mp4: latents of 1x4x4 are not divisible by the patch 2x2x2"),
         ({"shape": RowShape(tokens=8, text=256, segments=4)}, "20 video tokens"),
         ({"shape": RowShape(tokens=64, text=5, segments=4)}, "shorten its caption"),
@@ -280,6 +284,48 @@ def test_a_clip_that_turns_out_damaged_is_masked(clips, monkeypatch):
     assert sum((one.valid & ~other.valid).sum() for one, other in zip(whole, batches, strict=True)) >= 1
     for one, other in zip(whole, batches, strict=True):
         np.testing.assert_array_equal(one.segments, other.segments)
+
+
+def test_rows_are_the_same_in_parts(clips):
+    for batch, expected in zip(
+        encoded(clips, 3, ahead_bytes=1, threads=2, start_step=2), encoded(clips, 5)[2:], strict=True
+    ):
+        assert_equal(batch, expected)
+
+
+class Counted(Pieces):
+    """Batches of six numbers. Counts those that are made and not yet encoded."""
+
+    most, most_bytes = 6, 600
+
+    def __init__(self):
+        self.lock, self.waiting, self.peak = threading.Lock(), 0, 0
+
+    def count(self, step):
+        return 6 if step % 2 else 4
+
+    def piece(self, step, index):
+        with self.lock:
+            self.waiting += 1
+            self.peak = max(self.peak, self.waiting)
+        return 10 * step + index
+
+    def encoded(self, pieces):
+        with self.lock:
+            self.waiting -= len(pieces)
+        return pieces
+
+
+@pytest.mark.parametrize(("ahead_bytes", "parts"), [(100, 6), (500, 6), (1500, 2), (3000, 1)])
+def test_what_waits_is_bounded(ahead_bytes, parts):
+    counted, reading = Counted(), Reading(batch=6, seed=0, threads=2, start_step=3, ahead_bytes=ahead_bytes)
+    assert parts_of(counted, reading) == parts
+    batches, close = encoded_ahead(counted, counted.encoded, reading)
+    for step in range(3, 9):
+        assert next(batches) == [10 * step + index for index in range(counted.count(step))]
+    close()
+    # Of 2 threads 5 elements, each a part of a batch, and the batch that is put together.
+    assert counted.peak <= 5 * 6 // parts + 6
 
 
 def test_errors_of_the_encoder_are_raised(clips):
