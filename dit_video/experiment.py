@@ -1,5 +1,6 @@
 """The config of a run: frozen, complete, and checked across its parts before anything is computed."""
 
+import math
 from dataclasses import dataclass, field
 
 from dit_video.autoencoder import PatchVaeConfig, latent_grid
@@ -129,6 +130,8 @@ class Experiment:
             raise UserError(f"caption_dropout {self.denoiser.caption_dropout} must lie in [0, 1]")
         if not self.autoencoder.kl >= 0:
             raise UserError(f"kl {self.autoencoder.kl} must not be negative")
+        if not all(0 < weight < math.inf for weight in self.data.weights):
+            raise UserError(f"weights={self.data.weights} must be positive; leave out a data set that is not wanted")
         cached = self.data.stretches > 1 or self.data.resolutions or self.data.flips
         if cached and not self.data.cache_latents:
             raise UserError(

@@ -1,6 +1,7 @@
 """What the denoiser's training reads: rows of cached latents, or of clips that are encoded on the way."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,13 +11,14 @@ import numpy as np
 from dit_video.autoencoder import latent_grid
 from dit_video.data.balance import Balance, Cost
 from dit_video.data.bucket_batches import bucket_batches
-from dit_video.data.buckets import plan_buckets
+from dit_video.data.buckets import Buckets, plan_buckets
 from dit_video.data.latents import LatentSource
 from dit_video.data.loader import Batches, Reading, encoded_batches, packed_batches
 from dit_video.data.mixture import Mixture
 from dit_video.data.sizes import fit
 from dit_video.data.source import ClipSource
 from dit_video.data.windows import THREADS
+from dit_video.distributed import make_mesh, row_shards
 from dit_video.dit import DitConfig
 from dit_video.errors import UserError
 from dit_video.experiment import Experiment
@@ -77,22 +79,9 @@ def bucketed(experiment: Experiment, autoencoder: dict[str, Any], clips: ClipSou
       UserError: no buckets in the config, or a size of which not one example fits into the memory.
     """
     config, model, limits = experiment.denoiser, experiment.autoencoder.model, experiment.limits
-    if config.buckets is None:
-        raise UserError("the config has no buckets; give denoiser buckets=BucketConfig(...)")
-
-    def tokens(size: Grid) -> int:
-        return token_grid(latent_grid(size, model.stride), config.dit.patch).volume
-
-    buckets = plan_buckets(
-        np.asarray([fit(info, limits) for info in clips.infos]),
-        config.buckets.memory,
-        budget=config.buckets.budget,
-        count=config.buckets.count,
-        devices=jax.device_count(),
-        most=config.buckets.most,
-        tokens=tokens,
-    )
-    encode = LiveEncoder(model, autoencoder, [bucket.size for bucket in buckets.buckets])
+    buckets, hosts = buckets_of(experiment, clips), jax.process_count()
+    sizes = [bucket.size for bucket in buckets.buckets for _ in range(bucket.batch // hosts)]
+    encode = LiveEncoder(model, autoencoder, sizes)
 
     def feed(start: int) -> Batches:
         return bucket_batches(
@@ -109,6 +98,53 @@ def bucketed(experiment: Experiment, autoencoder: dict[str, Any], clips: ClipSou
         )
 
     return feed
+
+
+def check(experiment: Experiment, clips: ClipSource) -> None:
+    """That the denoiser can be fed from these clips: before the autoencoder is trained, for hours.
+
+    Raises:
+      UserError: rows that do not divide among the devices, a data set without clips to train on, or a size of which not
+        one example fits into the memory.
+    """
+    if experiment.denoiser.buckets is not None:
+        buckets_of(experiment, clips)
+        return
+    if experiment.denoiser.batch % (parts := _parts(experiment)):
+        raise UserError(
+            f"a batch of {experiment.denoiser.batch} rows does not divide among {parts} devices; use a multiple"
+        )
+    if experiment.data.weights:
+        Mixture(sizes=clips.sizes, weights=experiment.data.weights)
+
+
+def buckets_of(experiment: Experiment, clips: ClipSource) -> Buckets:
+    """The buckets of these clips.
+
+    Raises:
+      UserError: no buckets in the config, or a size of which not one example fits into the memory.
+    """
+    config, model, limits = experiment.denoiser, experiment.autoencoder.model, experiment.limits
+    if config.buckets is None:
+        raise UserError("the config has no buckets; give denoiser buckets=BucketConfig(...)")
+
+    def tokens(size: Grid) -> int:
+        return token_grid(latent_grid(size, model.stride), config.dit.patch).volume
+
+    return plan_buckets(
+        np.asarray([fit(info, limits) for info in clips.infos]),
+        config.buckets.memory,
+        budget=config.buckets.budget,
+        count=config.buckets.count,
+        devices=_parts(experiment),
+        most=config.buckets.most,
+        tokens=tokens,
+    )
+
+
+def _parts(experiment: Experiment) -> int:
+    """Into which a batch is divided: among the devices that rows are spread over, and the processes that read."""
+    return math.lcm(row_shards(make_mesh(experiment.mesh)), jax.process_count())
 
 
 def mixture(latents: LatentSource, clips: ClipSource, weights: Sequence[float]) -> Mixture | None:

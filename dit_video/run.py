@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from dit_video import configs, intake, pixels, rng
+from dit_video import configs, feed, intake, pixels, rng
 from dit_video.autoencoder import LinearAutoencoder, fit_linear, start_from_linear
 from dit_video.data.latents import INDEX as LATENTS
 from dit_video.data.latents import LatentSource
@@ -35,7 +35,7 @@ from dit_video.data.places import Address
 from dit_video.data.sizes import fit
 from dit_video.data.source import ClipSource
 from dit_video.data.windows import Stretches, WindowBatches
-from dit_video.distributed import make_mesh, shard_batch, shardings
+from dit_video.distributed import make_mesh, row_shards, shard_batch, shardings
 from dit_video.encoding import (
     Augmentations,
     Encoding,
@@ -47,7 +47,6 @@ from dit_video.encoding import (
 )
 from dit_video.errors import MissingError, UserError
 from dit_video.experiment import Experiment
-from dit_video.feed import bucketed, cached_rows, live_rows
 from dit_video.files import read_json, write_json
 from dit_video.nn import graph_of, init_params, param_shapes
 from dit_video.pipeline import Pipeline, PipelineConfig
@@ -151,6 +150,7 @@ class Run:
         self.clips.select(self.experiment.data.held_out)  # a name that isn't there, before anything is trained
         for info in self.clips.infos:  # before hours are spent on the others
             fit(info, self.experiment.limits)
+        feed.check(self.experiment, self.training_clips)
         return self.export()
 
     def take(self, *clips: Address) -> None:
@@ -261,11 +261,11 @@ class Run:
             seed=experiment.seed,
         )
         if config.buckets is not None:
-            rows = bucketed(experiment, self.train_autoencoder(), self.training_clips, tokenizer)
+            rows = feed.bucketed(experiment, self.train_autoencoder(), self.training_clips, tokenizer)
         elif experiment.data.cache_latents:
-            rows = cached_rows(experiment, self.encode_latents(), self.training_clips, tokenizer)
+            rows = feed.cached_rows(experiment, self.encode_latents(), self.training_clips, tokenizer)
         else:
-            rows = live_rows(experiment, self.train_autoencoder(), self.training_clips, tokenizer)
+            rows = feed.live_rows(experiment, self.train_autoencoder(), self.training_clips, tokenizer)
 
         def batches(start: int) -> Batches:
             opened = rows(start)
@@ -277,7 +277,7 @@ class Run:
 
     def _note_rows(self, batches: Batches) -> None:
         """Write `denoiser/rows.json`, and say what an epoch holds."""
-        summary = batches.summary(devices=jax.device_count())
+        summary = batches.summary(devices=row_shards(make_mesh(self.experiment.mesh)))
         if jax.process_index() == 0:
             write_json(self.folder / "denoiser" / "rows.json", summary)
         unequal = summary.get("imbalance")
@@ -409,7 +409,11 @@ class Run:
 
 
 def _sharded(batches: Any, mesh: jax.sharding.Mesh) -> Iterator[Any]:
-    """Batches on the mesh; closing this ends the threads that read ahead."""
+    """Batches on the mesh; closing this ends the threads that read ahead.
+
+    The loop asks for a batch while the devices are busy with up to two steps before it, and the transfer is only begun
+    here: so batches come to the devices ahead of their steps, without a thread of their own.
+    """
     with contextlib.closing(batches):
         for batch in batches:
             yield shard_batch(batch, mesh)

@@ -9,7 +9,7 @@ import abc
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -112,16 +112,24 @@ class PackedBatches(Batches):
         self.rows_per_epoch: int = layout.stream.rows_per_epoch
         self.padding: float = layout.stream.epoch(0).padding
         """Share of video tokens that are padding."""
+        first = layout.stream.epoch(reading.start_step * reading.batch // self.rows_per_epoch)
+        self.left_out: int = len(first.left_out)
+        """Examples without room in the epoch that is begun with. (Of each later one the log says so.)"""
 
     def __str__(self) -> str:
-        return f"{len(self._layout.grids)} examples in {self.rows_per_epoch} rows an epoch: {self.padding:.1%} padding"
+        return (
+            f"{len(self._layout.grids)} examples in {self.rows_per_epoch} rows an epoch: {self.padding:.1%} padding, "
+            f"{self.left_out} left out"
+        )
 
     def summary(self, *, devices: int) -> dict[str, Any]:
         """What an epoch holds, as JSON: sizes, padding, and how unequal the costs of `devices` devices are.
 
-        `sizes` is how many examples have each grid of tokens, `imbalance` None where an epoch has no whole step.
+        `sizes` is how many examples have each grid of tokens, `imbalance` None where an epoch has no whole step,
+        `sources` what part of it each data set of a mixture is.
         """
         layout, stream, batch = self._layout, self._layout.stream, self._reading.batch
+        shares = None if stream.draws is None else stream.draws.shares(stream.epoch(0).order)
         grids = Counter("x".join(map(str, grid)) for grid in layout.grids)
         cost = Cost() if stream.balance is None else stream.balance.cost
         fits = batch % devices == 0 and stream.rows_per_epoch >= batch
@@ -130,6 +138,8 @@ class PackedBatches(Batches):
             "examples": len(layout.grids),
             "rows_per_epoch": self.rows_per_epoch,
             "padding": round(self.padding, 5),
+            "left_out": self.left_out,
+            "sources": None if shares is None else dict(zip(("examples", "tokens"), _rounded(shares), strict=True)),
             "cost": str(cost),
             "devices": devices,
             "imbalance": asdict(stream.imbalance(batch=batch, devices=devices)) if fits else None,
@@ -313,6 +323,10 @@ def encoded_ahead(
         decoded.close()
 
     return batches, close
+
+
+def _rounded(shares: Iterable[np.ndarray]) -> list[list[float]]:
+    return [share.round(5).tolist() for share in shares]
 
 
 def _stacked(rows: list[Rows]) -> Rows:

@@ -8,7 +8,6 @@ in one. All of it is a function of (seed, epoch).
 import functools
 import hashlib
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -116,19 +115,15 @@ class Draws:
         """The examples of one epoch, source after source; one may come several times."""
         return np.concatenate([self._stretch(source, number) for source in range(len(self._rates))])
 
-    def sources(self, examples: Int[np.ndarray, " m"]) -> Int[np.ndarray, " m"]:
-        """The source of every one of these examples."""
+    def shares(self, examples: Int[np.ndarray, " m"]) -> tuple[Float[np.ndarray, " s"], Float[np.ndarray, " s"]]:
+        """The share of each source in these examples: by number, and by video tokens."""
         if self.mixture.variants is None:
             clips = examples
         else:
             clip_of = np.empty(len(self._examples), np.int64)
             clip_of[self._examples] = np.repeat(np.arange(len(self._counts)), self._counts)
             clips = clip_of[examples]
-        return np.searchsorted(self._bounds, clips, side="right") - 1
-
-    def shares(self, examples: Int[np.ndarray, " m"]) -> tuple[Float[np.ndarray, " s"], Float[np.ndarray, " s"]]:
-        """The share of each source in these examples: by number, and by video tokens."""
-        sources, count = self.sources(examples), len(self.mixture.sizes)
+        sources, count = np.searchsorted(self._bounds, clips, side="right") - 1, len(self.mixture.sizes)
         number = np.bincount(sources, minlength=count)
         tokens = np.bincount(sources, weights=self._tokens[examples], minlength=count)
         return number / number.sum(), tokens / tokens.sum()
@@ -193,12 +188,3 @@ class Draws:
             generator = rng.host(self._seed, "variants", source, count, cycle)
             chosen[among] = np.argsort(generator.random((len(among), count)), axis=1)[:, index]
         return self._examples[self._starts[clips] + chosen]
-
-
-def concatenated(groups: Sequence[Sequence[Sequence[int]]]) -> tuple[tuple[int, ...], ...]:
-    """The variants of several sources, each numbered from 0 on, as those of one mixture."""
-    joined, first = [], 0
-    for source in groups:
-        joined += [tuple(first + example for example in group) for group in source]
-        first += sum(map(len, source))
-    return tuple(joined)

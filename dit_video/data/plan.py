@@ -6,7 +6,9 @@ rows, so the row of any step is known without planning the epochs before it.
 
 import functools
 import hashlib
+import logging
 import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -63,34 +65,6 @@ class RowPlan:
         ]
 
 
-def plan_rows(
-    tokens: Int[np.ndarray, " n"],
-    text: Int[np.ndarray, " n"],
-    shape: RowShape,
-    *,
-    seed: int,
-    epoch: int,
-    names: Sequence[str] | None = None,
-) -> RowPlan:
-    """Shuffle the examples by (seed, epoch) and pack each into one row.
-
-    Args:
-      tokens: video tokens of every example.
-      text: text tokens of every example.
-      shape: the budgets of a row: none of the three is exceeded.
-      seed: of the run.
-      epoch: from 0.
-      names: of the examples, for errors.
-
-    Raises:
-      UserError: no examples, or an example larger than a row.
-    """
-    _check(tokens, text, shape, names)
-    generator = rng.host(seed, "row plan", epoch, 0)
-    rows = bins.fill_rows(np.arange(len(tokens)), tokens, text, shape, generator)
-    return _plan(rows, generator.permutation(len(rows)), tokens, shape)
-
-
 class RowStream:
     """The endless sequence of rows, epoch after epoch, by row number.
 
@@ -100,7 +74,7 @@ class RowStream:
 
     The epochs of a mixture differ in their examples, so the one with the most tokens among the first `FORESEEN`
     decides, with a standard deviation added. Where a later one doesn't fit after all, its emptiest rows are left out:
-    `RowPlan.left_out` names their examples.
+    `RowPlan.left_out` numbers their examples, and the log says how many there are.
 
     Args:
       tokens: video tokens of every example.
@@ -112,7 +86,7 @@ class RowStream:
       balance: how rows are put into steps; None for random order.
 
     Raises:
-      UserError: see `plan_rows` and `Draws`.
+      UserError: no examples, one that is larger than a row, or see `Draws`.
     """
 
     def __init__(
@@ -193,6 +167,10 @@ class RowStream:
                 rows = bins.exchanged(self._first, self.tokens, self.text, generator)
             else:
                 rows, left_out = bins.fullest(rows, self.rows_per_epoch, self.tokens)
+                logging.getLogger(__name__).warning(
+                    "epoch %d leaves %d of its %d examples out, which have no room in its %d rows",
+                    *(epoch, len(left_out), len(self._examples(epoch)), self.rows_per_epoch),
+                )
         rows = bins.split(rows, self.rows_per_epoch)
         if self.balance is None:
             order = generator.permutation(len(rows))
@@ -203,23 +181,32 @@ class RowStream:
 
 
 class _Recent:
-    """The last few values of a function of one number. (`functools.lru_cache` can't be pickled to workers.)"""
+    """The last few values of a function of one number. (`functools.lru_cache` can't be pickled to workers.)
+
+    Several threads may ask; one computes a value, and the others wait for it.
+    """
 
     def __init__(self, function: Callable[[int], RowPlan], *, keep: int = 3):
         self._function, self._keep = function, keep
         self._values: dict[int, RowPlan] = {}
+        self._lock = threading.Lock()
 
     def __call__(self, number: int) -> RowPlan:
-        value = self._values.get(number)
-        if value is None:
-            value = self._function(number)
-            # A new dict, so that a thread that reads the old one is not disturbed.
-            kept = list(self._values.items())[-(self._keep - 1) :]
-            self._values = {**dict(kept), number: value}
-        return value
+        value = self._values.get(number)  # no thread waits for a value that is there
+        if value is not None:
+            return value
+        with self._lock:
+            if number not in self._values:
+                # A new dict: the threads that read without the lock see the old one or the new one.
+                kept = list(self._values.items())[-(self._keep - 1) :]
+                self._values = {**dict(kept), number: self._function(number)}
+            return self._values[number]
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_values": {}}
+        return {"_function": self._function, "_keep": self._keep}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(state["_function"], keep=state["_keep"])  # type: ignore[misc]
 
 
 def _check(tokens: np.ndarray, text: np.ndarray, shape: RowShape, names: Sequence[str] | None) -> None:

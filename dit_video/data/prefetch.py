@@ -3,7 +3,7 @@
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, TypeVar
 
 ENDLESS = 1 << 40
@@ -12,15 +12,12 @@ ENDLESS = 1 << 40
 Value = TypeVar("Value")
 
 
-def prefetch(
-    values: Iterator[Value], *, depth: int = 2, transfer: Callable[[Value], Value] | None = None
-) -> Generator[Value, None, None]:
+def prefetch(values: Iterator[Value], *, depth: int = 2) -> Generator[Value, None, None]:
     """The same values, made ahead by a thread: `depth` of them wait.
 
     Args:
       values: their errors are raised here, in their place.
       depth: how many wait.
-      transfer: applied to each value in the thread, e.g. `jax.device_put`.
     """
     ready: queue.Queue = queue.Queue(maxsize=depth)
     stop = threading.Event()
@@ -34,7 +31,7 @@ def prefetch(
     def work() -> None:
         try:
             for value in values:
-                offer("value", value if transfer is None else transfer(value))
+                offer("value", value)
                 if stop.is_set():
                     return
             offer("end", None)

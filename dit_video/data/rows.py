@@ -7,6 +7,7 @@ clips that are read from video files which stretch of time. All are functions of
 import functools
 import hashlib
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -136,6 +137,7 @@ class LatentRows:
         self._source, self._layout, self._patch, self._room = source, layout, patch, cache_bytes
         self._width = patch.volume * source.channels
         self._patches: dict[int, Float32[np.ndarray, "n p"]] = {}
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return ENDLESS
@@ -145,7 +147,10 @@ class LatentRows:
         return self._layout.pack(members, [self._tokens(member.example) for member in members], self._width)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_patches": {}}
+        return {**self.__dict__, "_patches": {}, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= {**state, "_lock": threading.Lock()}
 
     def _tokens(self, example: int) -> Float32[np.ndarray, "n p"] | None:
         """An example's patches. What was read stays until the memory for it is full."""
@@ -157,9 +162,10 @@ class LatentRows:
                 set_aside(self._layout.names[example], error)
                 return None
             tokens = np.ascontiguousarray(patchify(latents, self._patch))
-            if tokens.nbytes <= self._room:
-                self._room -= tokens.nbytes
-                self._patches[example] = tokens
+            with self._lock:
+                if tokens.nbytes <= self._room and example not in self._patches:
+                    self._room -= tokens.nbytes
+                    self._patches[example] = tokens
         return tokens
 
 

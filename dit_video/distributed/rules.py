@@ -63,6 +63,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(_ROWS))
 
 
+def row_shards(mesh: Mesh) -> int:
+    """Into how many parts a batch's rows are split."""
+    return math.prod(mesh.shape[axis] for axis in _ROWS)
+
+
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
     """Lay a batch (a tree of host arrays whose first axis is rows) out on the mesh.
 
@@ -74,8 +79,7 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     """
     sharding = batch_sharding(mesh)
     processes = jax.process_count()
-    places = math.prod(mesh.shape[axis] for axis in _ROWS)
-    indices = sharding.addressable_devices_indices_map((places,)).values()
+    indices = sharding.addressable_devices_indices_map((row_shards(mesh),)).values()
     local = len({index[0].start for index in indices if index is not None})
     for path, leaf in trees.flatten(batch).items():
         if leaf.shape[0] % local:

@@ -144,6 +144,9 @@ def test_the_summary_counts_sizes_and_costs(source):
     assert 0 <= summary["imbalance"]["mean"] <= summary["imbalance"]["worst"]
     assert summary["cost"] == "28672 * tokens of the row + 128 * sum of squared clip lengths"
     assert batches.summary(devices=3)["imbalance"] is None
+    assert summary["left_out"] == 0
+    assert "0 left out" in str(batches)
+    assert summary["sources"] is None
 
 
 def test_a_mixture_is_drawn_by_weight(source):
@@ -158,6 +161,9 @@ def test_a_mixture_is_drawn_by_weight(source):
         drawn += [patches[part.tobytes()] for part in unpack(rows.tokens[0], rows.segments[0])]
     batches.close()
     assert np.mean(np.asarray(drawn) < 25) == pytest.approx(0.8, abs=0.02)
+    sources = batches.summary(devices=1)["sources"]
+    assert sources["examples"] == pytest.approx([0.8, 0.2], abs=0.001)
+    assert sum(sources["tokens"]) == pytest.approx(1, abs=1e-4)
 
 
 def test_a_data_set_smaller_than_a_batch(source, tmp_path):

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dit_video.data.mixture import Draws, Mixture, concatenated
+from dit_video.data.mixture import Draws, Mixture
 from dit_video.errors import UserError
 
 weights = st.floats(0.1, 10.0)
@@ -26,7 +26,7 @@ def test_shares_by_number_and_without_replacement(given_sources, length, seed, e
     mixture = Mixture(sizes=sizes, weights=by_weight, length=length)
     drawn = [draws(mixture, seed=seed).epoch(epoch) for epoch in range(epochs)]
     everything = np.concatenate(drawn)
-    counts = np.bincount(draws(mixture).sources(everything), minlength=len(sizes))
+    counts = draws(mixture).shares(everything)[0] * len(everything)
     expected = epochs * length * np.asarray(by_weight) / sum(by_weight)
     assert (np.abs(counts - expected) <= 1).all()
     first = 0
@@ -98,10 +98,9 @@ def test_variants_of_clips_are_drawn_independently():
 
 
 def test_variants_of_several_sources():
-    groups = concatenated([[[0, 1], [2]], [[0], [2, 1]]])
-    assert groups == ((0, 1), (2,), (3,), (5, 4))
-    mixed = draws(Mixture(sizes=(2, 2), weights=(1, 1), variants=groups))
-    assert mixed.sources(np.array([1, 2, 3, 4])).tolist() == [0, 0, 1, 1]
+    mixed = draws(Mixture(sizes=(2, 2), weights=(1, 1), variants=((0, 1), (2,), (3,), (5, 4))), tokens=np.ones(6, int))
+    number, tokens = mixed.shares(np.array([1, 2, 2, 3, 4]))
+    assert number.tolist() == tokens.tolist() == [0.6, 0.4]
     assert set(mixed.epoch(0).tolist()) | set(mixed.epoch(1).tolist()) == set(range(6))
 
 

@@ -1,6 +1,7 @@
 """Row plans: every example once, budgets kept, little padding, one plan for all hosts."""
 
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from dit_video.data import plan as plan_module
 from dit_video.data.balance import Balance, Cost, imbalance
 from dit_video.data.mixture import Mixture
-from dit_video.data.plan import RowStream, plan_rows
+from dit_video.data.plan import RowStream
 from dit_video.errors import UserError
 from dit_video.tokens import RowShape
 
@@ -41,10 +42,10 @@ shapes = st.builds(RowShape, tokens=st.integers(50, 120), text=st.integers(20, 6
 @given(sizes=sizes, shape=shapes, seed=st.integers(0, 5), epoch=st.integers(0, 5))
 def test_every_example_once_within_three_budgets(sizes, shape, seed, epoch):
     tokens, text = np.array(sizes).T
-    plan = plan_rows(tokens, text, shape, seed=seed, epoch=epoch)
+    plan = RowStream(tokens, text, shape, seed=seed).epoch(epoch)
     check(plan.rows, tokens, text, shape)
     assert plan.padding == pytest.approx(1 - tokens.sum() / (len(plan) * shape.tokens))
-    again = plan_rows(tokens.copy(), text.copy(), shape, seed=seed, epoch=epoch)
+    again = RowStream(tokens.copy(), text.copy(), shape, seed=seed).epoch(epoch)
     assert again.rows == plan.rows
     assert again.hash == plan.hash
 
@@ -81,19 +82,19 @@ def test_shuffles_that_do_not_fit_use_the_rows_of_epoch_0(monkeypatch):
 def test_padding_below_one_percent(count):
     tokens, text = mix(count)
     stream = RowStream(tokens, text, SHAPE, seed=0)
-    assert plan_rows(tokens, text, SHAPE, seed=0, epoch=0).padding < 0.01
+    assert RowStream(tokens, text, SHAPE, seed=0).epoch(0).padding < 0.01
     assert max(stream.epoch(epoch).padding for epoch in range(3)) < 0.01
 
 
 def test_epochs_and_seeds_differ():
     tokens, text = mix(500)
-    hashes = {plan_rows(tokens, text, SHAPE, seed=s, epoch=e).hash for s in range(3) for e in range(3)}
+    hashes = {RowStream(tokens, text, SHAPE, seed=s).epoch(e).hash for s in range(3) for e in range(3)}
     assert len(hashes) == 9
 
 
 def test_cost_is_the_sum_of_squares():
     tokens, text = mix(300)
-    plan = plan_rows(tokens, text, SHAPE, seed=0, epoch=0)
+    plan = RowStream(tokens, text, SHAPE, seed=0).epoch(0)
     expected = [sum(int(tokens[example]) ** 2 for example in row) / 1e6 for row in plan.rows]
     np.testing.assert_allclose(plan.cost, expected)
 
@@ -174,7 +175,7 @@ def test_no_step_of_2000_clips_waits_for_a_device(kind):
 def test_rows_cost_alike_where_short_clips_can_fill_them():
     tokens = histogram("mixed", 10_000)
     text, shape = np.full(len(tokens), 20), RowShape(tokens=8192, text=16_384, segments=256)
-    cost = plan_rows(tokens, text, shape, seed=0, epoch=0).cost
+    cost = RowStream(tokens, text, shape, seed=0).epoch(0).cost
     order = np.random.default_rng(0).permutation(tokens)
     starts = np.flatnonzero(np.diff(np.cumsum(order) // 8192, prepend=-1))
     at_random = np.add.reduceat(order.astype(float) ** 2, starts)
@@ -186,7 +187,7 @@ def test_rows_cost_alike_where_short_clips_can_fill_them():
 def test_rows_that_text_or_segments_fill_first(tight):
     tokens, text = mix(2000)
     shape = RowShape(**{"tokens": 1024, "text": 1024, "segments": 64} | tight)
-    plan = plan_rows(tokens, text, shape, seed=0, epoch=0)
+    plan = RowStream(tokens, text, shape, seed=0).epoch(0)
     check(plan.rows, tokens, text, shape)
     least = max(tokens.sum() / 1024, text.sum() / shape.text, len(tokens) / shape.segments)
     assert len(plan) < 1.1 * least
@@ -195,7 +196,7 @@ def test_rows_that_text_or_segments_fill_first(tight):
 def test_the_fullest_rows_need_exchanges():
     """Without short clips, longest first leaves gaps: three of five lengths fill a row only with their own kind."""
     tokens = np.random.default_rng(0).choice([512, 682, 1024, 1638, 2730], 5000)
-    plan = plan_rows(tokens, np.ones_like(tokens), RowShape(tokens=8192, text=64, segments=64), seed=0, epoch=0)
+    plan = RowStream(tokens, np.ones_like(tokens), RowShape(tokens=8192, text=64, segments=64), seed=0).epoch(0)
     assert plan.padding < 0.006
 
 
@@ -217,7 +218,7 @@ def test_mixture_draws_the_rows_of_every_epoch():
     assert set(range(1500)) == {e for epoch in range(12) for e in stream.epoch(epoch).order.tolist()}
 
 
-def test_what_has_no_room_in_an_epoch_is_named(monkeypatch):
+def test_what_has_no_room_in_an_epoch_is_named(monkeypatch, caplog):
     tokens, text = mix(300)
     stream = RowStream(tokens, text, SHAPE, seed=0, mixture=Mixture(sizes=(300,)))
     monkeypatch.setattr(stream, "rows_per_epoch", stream.rows_per_epoch - 3)
@@ -225,6 +226,18 @@ def test_what_has_no_room_in_an_epoch_is_named(monkeypatch):
     assert len(plan) == stream.rows_per_epoch
     assert plan.left_out
     assert sorted([*plan.order.tolist(), *plan.left_out]) == list(range(300))
+    assert f"epoch 1 leaves {len(plan.left_out)} of its 300 examples out" in caplog.text
+
+
+def test_an_epoch_is_planned_once_for_all_threads():
+    tokens, text = mix(2000)
+    stream, planned = RowStream(tokens, text, SHAPE, seed=0), []
+    plan_epoch = stream._plans._function
+    stream._plans._function = lambda epoch: planned.append(epoch) or plan_epoch(epoch)
+    with ThreadPoolExecutor(4) as pool:
+        rows = list(pool.map(stream.row, [0, 1, stream.rows_per_epoch, 2, stream.rows_per_epoch + 1, 3] * 4))
+    assert sorted(planned) == [0, 1]
+    np.testing.assert_array_equal(rows[0][0], RowStream(tokens, text, SHAPE, seed=0).row(0)[0])
 
 
 def test_hash_changes_with_every_option(monkeypatch):
@@ -253,9 +266,9 @@ def test_refusals():
     with pytest.raises(
         UserError, match=r"b has 2000 video tokens, .* \(2 examples are too large\); raise the row's tokens"
     ):
-        plan_rows(tokens, text, SHAPE, seed=0, epoch=0, names=["a", "b", "c"])
+        RowStream(tokens, text, SHAPE, seed=0, names=["a", "b", "c"])
     with pytest.raises(UserError, match=r"example 1 has .* \(1 examples are too large\); raise the row's text"):
-        plan_rows(np.array([1, 1]), np.array([1, 1025]), SHAPE, seed=0, epoch=0)
+        RowStream(np.array([1, 1]), np.array([1, 1025]), SHAPE, seed=0).epoch(0)
     with pytest.raises(UserError, match="needs examples"):
         RowStream(np.zeros(0, int), np.zeros(0, int), SHAPE, seed=0)
     with pytest.raises(UserError, match="no tokens"):

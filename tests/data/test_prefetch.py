@@ -14,8 +14,8 @@ def test_prefetch_keeps_order_errors_and_ends():
         yield from range(5)
         raise UserError("broken")
 
-    ahead = prefetch(values(), transfer=lambda value: value * 10)
-    assert [next(ahead) for _ in range(5)] == [0, 10, 20, 30, 40]
+    ahead = prefetch(values())
+    assert [next(ahead) for _ in range(5)] == [0, 1, 2, 3, 4]
     with pytest.raises(UserError, match="broken"):
         next(ahead)
     assert list(prefetch(iter(range(3)))) == [0, 1, 2]
