@@ -77,7 +77,7 @@ class LiveEncoder:
         params: dict[str, Any],
         sizes: Sequence[Grid],
         *,
-        calls: float = 1,
+        calls: float | int = 1,
         canvas_pixels: int = PIXELS,
     ):
         self.canvases = covers(sizes)

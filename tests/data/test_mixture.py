@@ -26,7 +26,7 @@ def test_shares_by_number_and_without_replacement(given_sources, length, seed, e
     mixture = Mixture(sizes=sizes, weights=by_weight, length=length)
     drawn = [draws(mixture, seed=seed).epoch(epoch) for epoch in range(epochs)]
     everything = np.concatenate(drawn)
-    counts = draws(mixture).shares(everything)[0] * len(everything)
+    counts = np.rint(draws(mixture).shares(everything)[0] * len(everything))
     expected = epochs * length * np.asarray(by_weight) / sum(by_weight)
     assert (np.abs(counts - expected) <= 1).all()
     first = 0

@@ -40,11 +40,14 @@ def test_layouts_on_eight_devices():
         import jax, jax.numpy as jnp, numpy as np, optax
         from jax.sharding import PartitionSpec as P
         from dit_video import tree as trees
-        from dit_video.distributed import MeshConfig, ShardingRules, batch_sharding, make_mesh, shard_batch, shardings
+        from dit_video.distributed import MeshConfig, ShardingRules, batch_sharding, make_mesh, row_shards
+        from dit_video.distributed import shard_batch, shardings
         from dit_video.errors import UserError
 
         mesh = make_mesh(MeshConfig(fsdp=4))
         assert dict(mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 1, "context": 1}
+        assert row_shards(mesh) == 8
+        assert row_shards(make_mesh(MeshConfig(fsdp=2, tensor=2))) == 4
         params = {
             "embed": {"kernel": jnp.ones((16, 256)), "bias": jnp.zeros((256,))},
             "blocks": {
