@@ -244,11 +244,6 @@ def finish_latents(destination: Address, encoding: Encoding, plan: EncodingPlan,
     return files.finish(empty_text=None if encoding.encode_text is None else encoding.encode_text(""))
 
 
-def encode_clips(clips: ClipSource, encoding: Encoding, plan: EncodingPlan) -> Iterator[LatentExample | LeftOut]:
-    """The latents of all views, in the plan's order; instead of one that can't be read the reason."""
-    yield from _Encoder(clips, encoding, plan).examples(range(len(plan.canvases)))
-
-
 class _Encoder:
     """The autoencoder over canvases, on all devices of this process, while threads decode the next ones."""
 

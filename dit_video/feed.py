@@ -15,6 +15,7 @@ from dit_video.data.buckets import Buckets, plan_buckets
 from dit_video.data.latents import LatentSource
 from dit_video.data.loader import Batches, Reading, encoded_batches, packed_batches
 from dit_video.data.mixture import Mixture
+from dit_video.data.rows import Encode
 from dit_video.data.sizes import fit
 from dit_video.data.source import ClipSource
 from dit_video.data.windows import THREADS
@@ -46,58 +47,53 @@ def cached_rows(experiment: Experiment, latents: LatentSource, clips: ClipSource
     return feed
 
 
-def live_rows(experiment: Experiment, autoencoder: dict[str, Any], clips: ClipSource, tokenizer: Tokenizer) -> Feed:
-    """Rows of clips from their video files; `autoencoder` are its parameters."""
-    config, model, limits = experiment.denoiser, experiment.autoencoder.model, experiment.limits
-    sizes = [fit(info, limits) for info in clips.infos]
-    tokens = sum(token_grid(latent_grid(size, model.stride), config.dit.patch).volume for size in sizes)
-    steps = tokens / (config.rows.tokens * config.batch / jax.process_count())
-    encode = LiveEncoder(model, autoencoder, sizes, calls=max(1, _BATCHES * steps))
-    weights = experiment.data.weights
+def live(experiment: Experiment, clips: ClipSource, tokenizer: Tokenizer, encode: Encode) -> Feed:
+    """Rows, or the batches of buckets where the config has these, of clips from their video files.
+
+    Args:
+      experiment: of which the denoiser, the limits and the weights are meant.
+      clips: that are trained on.
+      tokenizer: of their captions.
+      encode: `live_encoder` of the same.
+
+    Raises:
+      UserError: a size of which not one example fits into the memory of a bucket's batch.
+    """
+    config, model, weights = experiment.denoiser, experiment.autoencoder.model, experiment.data.weights
+    buckets = None if config.buckets is None else buckets_of(experiment, clips)
     mixed = Mixture(sizes=clips.sizes, weights=weights) if weights else None
 
     def feed(start: int) -> Batches:
-        return encoded_batches(
-            clips,
-            tokenizer,
-            encode,
-            latent_grid=functools.partial(latent_grid, stride=model.stride),
-            channels=model.channels,
-            limits=limits,
-            patch=config.dit.patch,
-            shape=config.rows,
-            reading=_reading(experiment, start, mixed, threads=THREADS),
-        )
+        reading = _reading(experiment, start, mixed, threads=THREADS)
+        common: dict[str, Any] = {
+            "latent_grid": functools.partial(latent_grid, stride=model.stride),
+            "channels": model.channels,
+            "limits": experiment.limits,
+            "patch": config.dit.patch,
+            "reading": reading,
+        }
+        if buckets is None:
+            return encoded_batches(clips, tokenizer, encode, shape=config.rows, **common)
+        text = min(config.rows.text, config.text.max_tokens)
+        return bucket_batches(clips, tokenizer, encode, buckets, text=text, **common)
 
     return feed
 
 
-def bucketed(experiment: Experiment, autoencoder: dict[str, Any], clips: ClipSource, tokenizer: Tokenizer) -> Feed:
-    """Batches of one size each, of clips from their video files; `autoencoder` are its parameters.
+def live_encoder(experiment: Experiment, autoencoder: dict[str, Any], clips: ClipSource) -> LiveEncoder:
+    """What makes latents of clips as they are read; `autoencoder` are its parameters.
 
     Raises:
-      UserError: no buckets in the config, or a size of which not one example fits into the memory.
+      UserError: a size of which not one example fits into the memory of a bucket's batch.
     """
-    config, model, limits = experiment.denoiser, experiment.autoencoder.model, experiment.limits
-    buckets, hosts = buckets_of(experiment, clips), jax.process_count()
-    sizes = [bucket.size for bucket in buckets.buckets for _ in range(bucket.batch // hosts)]
-    encode = LiveEncoder(model, autoencoder, sizes)
-
-    def feed(start: int) -> Batches:
-        return bucket_batches(
-            clips,
-            tokenizer,
-            encode,
-            buckets,
-            latent_grid=functools.partial(latent_grid, stride=model.stride),
-            channels=model.channels,
-            limits=limits,
-            patch=config.dit.patch,
-            text=min(config.rows.text, config.text.max_tokens),
-            reading=_reading(experiment, start, None, threads=THREADS),
-        )
-
-    return feed
+    config, model, hosts = experiment.denoiser, experiment.autoencoder.model, jax.process_count()
+    if config.buckets is not None:
+        buckets = buckets_of(experiment, clips).buckets
+        return LiveEncoder(model, autoencoder, [one.size for one in buckets for _ in range(one.batch // hosts)])
+    sizes = [fit(info, experiment.limits) for info in clips.infos]
+    tokens = sum(token_grid(latent_grid(size, model.stride), config.dit.patch).volume for size in sizes)
+    steps = tokens / (config.rows.tokens * config.batch / hosts)
+    return LiveEncoder(model, autoencoder, sizes, calls=max(1, _BATCHES * steps))
 
 
 def check(experiment: Experiment, clips: ClipSource) -> None:
@@ -110,9 +106,9 @@ def check(experiment: Experiment, clips: ClipSource) -> None:
     if experiment.denoiser.buckets is not None:
         buckets_of(experiment, clips)
         return
-    if experiment.denoiser.batch % (parts := _parts(experiment)):
+    if experiment.denoiser.batch % (among := parts(experiment)):
         raise UserError(
-            f"a batch of {experiment.denoiser.batch} rows does not divide among {parts} devices; use a multiple"
+            f"a batch of {experiment.denoiser.batch} rows does not divide among {among} devices; use a multiple"
         )
     if experiment.data.weights:
         Mixture(sizes=clips.sizes, weights=experiment.data.weights)
@@ -136,13 +132,13 @@ def buckets_of(experiment: Experiment, clips: ClipSource) -> Buckets:
         config.buckets.memory,
         budget=config.buckets.budget,
         count=config.buckets.count,
-        devices=_parts(experiment),
+        devices=parts(experiment),
         most=config.buckets.most,
         tokens=tokens,
     )
 
 
-def _parts(experiment: Experiment) -> int:
+def parts(experiment: Experiment) -> int:
     """Into which a batch is divided: among the devices that rows are spread over, and the processes that read."""
     return math.lcm(row_shards(make_mesh(experiment.mesh)), jax.process_count())
 

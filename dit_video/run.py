@@ -260,12 +260,11 @@ class Run:
             empty_caption=tuple(int(token) for token in tokenizer("")),
             seed=experiment.seed,
         )
-        if config.buckets is not None:
-            rows = feed.bucketed(experiment, self.train_autoencoder(), self.training_clips, tokenizer)
-        elif experiment.data.cache_latents:
+        if experiment.data.cache_latents:
             rows = feed.cached_rows(experiment, self.encode_latents(), self.training_clips, tokenizer)
         else:
-            rows = feed.live_rows(experiment, self.train_autoencoder(), self.training_clips, tokenizer)
+            encode = feed.live_encoder(experiment, self.train_autoencoder(), self.training_clips)
+            rows = feed.live(experiment, self.training_clips, tokenizer, encode)
 
         def batches(start: int) -> Batches:
             opened = rows(start)

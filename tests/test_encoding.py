@@ -17,13 +17,12 @@ from flax import nnx
 
 from dit_video import pixels, rng
 from dit_video.autoencoder import PatchVaeConfig
-from dit_video.data.latents import LatentExample, LatentSource, LeftOut
+from dit_video.data.latents import LatentExample, LatentSource
 from dit_video.data.sizes import SizeLimits, read_fitted
 from dit_video.data.source import ClipInfo, ClipSource
 from dit_video.encoding import (
     Augmentations,
     Encoding,
-    encode_clips,
     encode_latents,
     finish_latents,
     latent_moments,
@@ -74,6 +73,16 @@ def encoding_of(**changes):
     return Encoding(**defaults | changes)
 
 
+def encoded(folder, source, encoding):
+    """The cached latents of all views that could be read, by name."""
+    encode_latents(folder, source, encoding, plan_encoding(source, encoding), identity="a")
+    latents = LatentSource(folder)
+    return {
+        name: LatentExample(name, latents.all_captions[index], latents[index], latents.clips[index])
+        for index, name in enumerate(latents.names)
+    }
+
+
 def alone(source, view):
     """The latents of a view at its native size, encoded by itself."""
     frames = read_fitted(source, view.clip, view.limits, start=view.start).frames
@@ -113,14 +122,14 @@ def test_views_are_stretches_resolutions_and_flips_named_apart():
 
 
 @pytest.mark.parametrize("canvas_pixels", [1, 20_000, 1 << 23])
-def test_every_view_is_encoded_as_it_would_be_alone(canvas_pixels):
+def test_every_view_is_encoded_as_it_would_be_alone(canvas_pixels, tmp_path):
     source = source_of(MIXED)
     encoding = encoding_of(
         canvas_pixels=canvas_pixels, augmentations=Augmentations(stretches=2, resolutions=(300,), flips=True)
     )
     plan = plan_encoding(source, encoding)
     assert plan.programs <= 8
-    examples = {example.name: example for example in encode_clips(source, encoding, plan)}
+    examples = encoded(tmp_path / "l", source, encoding)
     assert len(examples) == len(plan.views) > 3 * len(MIXED)
     for view in plan.views[::7]:
         example = examples[view.name]
@@ -129,7 +138,7 @@ def test_every_view_is_encoded_as_it_would_be_alone(canvas_pixels):
         assert example.captions == ("one", "two, from the left")
 
 
-def test_500_native_sizes_compile_at_most_8_programs():
+def test_500_native_sizes_compile_at_most_8_programs(tmp_path):
     sizes = [Grid(1 if (h + w) % 3 else 3, 4 * h, 4 * w) for h in range(1, 26) for w in range(1, 21)]
     source, encoding = source_of(sizes), encoding_of(limits=dataclasses.replace(LIMITS, max_pixels=10**6))
     assert len(set(sizes)) == 500
@@ -143,16 +152,17 @@ def test_500_native_sizes_compile_at_most_8_programs():
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        examples = list(encode_clips(source, encoding, plan))
+        examples = encoded(tmp_path / "l", source, encoding)
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert 1 <= len(compiled) <= plan.programs <= 8
     assert len(examples) == 500
     assert plan.padding < 0.15
     draw = np.random.default_rng(0)
-    by_name = {example.name: example.latents for example in examples}
     for number in draw.choice(500, 5, replace=False):
-        np.testing.assert_allclose(by_name[plan.views[number].name], alone(source, plan.views[number]), atol=1e-5)
+        np.testing.assert_allclose(
+            examples[plan.views[number].name].latents, alone(source, plan.views[number]), atol=1e-5
+        )
 
 
 def test_files_of_several_processes_are_one_data_set(tmp_path):
@@ -195,16 +205,12 @@ def contents(folder):
 
 def test_a_clip_that_is_damaged_is_left_out_with_its_reason(tmp_path):
     source, encoding = source_of(MIXED), encoding_of()
-    whole = {example.name: example for example in encode_clips(source, encoding, plan_encoding(source, encoding))}
+    whole = encoded(tmp_path / "whole", source, encoding)
     source.contents[2] = b"no clip"
     source.contents[7] = source.contents[0]  # of fewer frames than the index says
     plan = plan_encoding(source, encoding)
-    made = list(encode_clips(source, encoding, plan))
-    assert sorted(one.name for one in made if isinstance(one, LeftOut)) == ["2.png@0", "7.apng@0"]
-    for one in made:
-        if isinstance(one, LatentExample):
-            np.testing.assert_array_equal(one.latents, whole[one.name].latents)
-    encode_latents(tmp_path / "l", source, encoding, plan, identity="a")
+    for name, example in encoded(tmp_path / "l", source, encoding).items():
+        np.testing.assert_array_equal(example.latents, whole[name].latents)
     latents = LatentSource(tmp_path / "l")
     assert len(latents) == len(MIXED) - 2
     assert {one.name for one in latents.left_out} == {"2.png@0", "7.apng@0"}
@@ -303,7 +309,7 @@ def test_batches_are_split_over_the_devices_of_a_process(tmp_path):
     assert run.returncode == 0
     assert output.splitlines()[-1] == "devices 8"
     source, encoding = source_of(MIXED), encoding_of()
-    one = {example.name: example.latents for example in encode_clips(source, encoding, plan_encoding(source, encoding))}
+    one = {name: example.latents for name, example in encoded(tmp_path / "one", source, encoding).items()}
     latents = LatentSource(tmp_path / "l")
     assert sorted(latents.names) == sorted(one)
     for index, name in enumerate(latents.names):

@@ -7,10 +7,11 @@
     python tools/benchmark.py denoiser --set denoiser.dit.width=1024 --set denoiser.dit.heads=16
 
 `denoiser` and `autoencoder` time training steps on random latents and pixels of mixed sizes, packed as in training.
-`data` measures both loaders beside those steps (cached latents, video files), decoding against a bare loop, ingest with
-two processes against one, and the loader's memory. A part whose packages are missing is skipped, and the document says
-so: `denoiser` and `autoencoder` need JAX, Flax and optax alone. Where the quickstart's config cannot be imported for
-that reason, models of about its size are measured, and `setting` is `built in`.
+`data` measures the loaders beside those steps (cached latents; video files; video files that are encoded on the way, as
+rows and in buckets), decoding against a bare loop, ingest with two processes against one, and the loader's memory. A
+part whose packages are missing is skipped, and the document says so: `denoiser` and `autoencoder` need JAX, Flax and
+optax alone. Where the quickstart's config cannot be imported for that reason, models of about its size are measured,
+and `setting` is `built in`.
 """
 
 import argparse
@@ -98,16 +99,18 @@ def measure_data(
 ) -> dict[str, Any]:
     """Everything that needs the packages that read clips."""
     try:
-        from benchmarks import data
+        from benchmarks import data, live
     except ModuleNotFoundError as error:
         return {"skipped": f"{error.name} is not installed"}
     print("an epoch of the loader", file=sys.stderr)
-    found = {"latents": data.measure_latents(setting, denoiser, extent.examples)}
+    figures, denoiser = data.measure_latents(setting, denoiser, extent.examples)
+    found: dict[str, Any] = {"latents": figures}
     print("the loader's memory", file=sys.stderr)
     found["memory"] = data.measure_memory(setting, extent.examples, extent.batches)
     with data.clips_of(clips, 48) as folder:
         print("training from video files", file=sys.stderr)
         found["videos"] = data.measure_videos(setting, autoencoder, folder, extent.steps)
+        found["live"] = live.measure_live(setting, denoiser, folder, extent.steps)
         print("decoding", file=sys.stderr)
         found["decoding"] = data.measure_decoding(setting, folder, extent.rounds)
         print("ingest", file=sys.stderr)

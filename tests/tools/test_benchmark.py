@@ -68,10 +68,17 @@ def test_all_parts_of_a_tiny_experiment(script, tiny, tiny_clips):
     assert data["steps"] > 3
     assert data["step_ms"] > 0
     others = document["data"]
-    assert others.keys() == {"latents", "memory", "videos", "decoding", "ingest"}
+    assert others.keys() == {"latents", "memory", "videos", "live", "decoding", "ingest"}
     assert others["memory"]["bytes"].keys() == {"3", "30"}
     for how in ("kept", "decoded at every use"):
         assert 0 <= others["videos"][how]["waiting_share"] <= 1
+    for way in ("rows", "buckets"):
+        for how in ("encoded", "given"):
+            figures = others["live"][way][how]
+            assert 0 <= figures["waiting_share"] <= 1
+            assert figures["step_ms"] > 0
+            assert figures["bytes"] > 1e6
+            assert figures["encoding_share"] >= 0
     assert others["videos"]["clips"] == others["decoding"]["files"] == len(list_clips(tiny_clips).clips)
     assert others["ingest"]["clips"] == 200
     assert others["decoding"]["ratio"] > 0

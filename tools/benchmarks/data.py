@@ -45,7 +45,7 @@ def clips_of(folder: Path | None, count: int) -> Iterator[Path]:
         yield shapes.write_folder(Path(made) / "clips", count=count, seed=0, sizes=_RENDERED)
 
 
-def measure_latents(setting: Setting, trained: Trained, number: int) -> dict[str, Any]:
+def measure_latents(setting: Setting, trained: Trained, number: int) -> tuple[dict[str, Any], Trained]:
     """An epoch of cached latents through the real loader and the real loop, with a denoiser's compiled step."""
     config, examples = setting.denoiser, enumerate(make_examples(setting, number))
     with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as folder, compilations() as compiled:
@@ -59,7 +59,7 @@ def measure_latents(setting: Setting, trained: Trained, number: int) -> dict[str
         log = MetricsLog(Path(folder) / "metrics.jsonl")
         total: list[int] = []
         with contextlib.closing(batches):
-            loop.run(
+            state = loop.run(
                 trained.step,
                 trained.state,
                 lambda _: map(trained.place, batches),
@@ -69,7 +69,7 @@ def measure_latents(setting: Setting, trained: Trained, number: int) -> dict[str
                 on_step=lambda _done, _state: total.append(compiled()),
             )
         entry = read(log.path)[-1]
-    return {
+    figures = {
         "examples": number,
         "steps": epoch,
         "step_ms": round(1000 * entry["step_seconds"], 3),
@@ -78,6 +78,7 @@ def measure_latents(setting: Setting, trained: Trained, number: int) -> dict[str
         "compilations": total[-1],
         "peak_memory": peak_memory(),
     }
+    return figures, trained._replace(state=state)
 
 
 def measure_videos(setting: Setting, trained: Trained, clips: Path, steps: int) -> dict[str, Any]:
