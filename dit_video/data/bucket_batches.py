@@ -10,7 +10,7 @@ from jaxtyping import Int32, UInt8
 
 from dit_video import rng
 from dit_video.data.buckets import Buckets, BucketStream, Memory
-from dit_video.data.loader import Batches, Pieces, Reading, encoded_ahead
+from dit_video.data.loader import Batches, Pieces, Reading, encoded_ahead, of_part
 from dit_video.data.rows import Encode, Tokenize, set_aside, tokenized_captions
 from dit_video.data.sizes import SizeLimits, sampled_fps, sampled_frames
 from dit_video.data.source import ClipInfo, ClipSource
@@ -145,16 +145,13 @@ class _Clips(Pieces):
         self.most = max(bucket.batch for bucket in buckets) // reading.hosts
         self.most_bytes = max(3 * bucket.size.volume * bucket.batch for bucket in buckets) / reading.hosts
 
-    def count(self, step: int) -> int:
-        return len(self._batch(step)[1])
+    def decoded(self, step: int, part: int, parts: int) -> list[_Decoded]:
+        size, examples, ranks = self._stream.batch(step, host=self._reading.host, hosts=self._reading.hosts)
+        chosen = of_part(len(examples), part, parts)
+        return [self._decoded(int(examples[index]), ranks[index], size) for index in chosen]
 
-    def piece(self, step: int, index: int) -> _Decoded:
-        size, examples, ranks = self._batch(step)
-        example, rank = int(examples[index]), int(ranks[index])
-        return _Decoded(size, self._frames(example, rank, size), self._text(example, rank), ranks[index])
-
-    def _batch(self, step: int) -> tuple[Grid, np.ndarray, np.ndarray]:
-        return self._stream.batch(step, host=self._reading.host, hosts=self._reading.hosts)
+    def _decoded(self, example: int, rank: np.uint32, size: Grid) -> _Decoded:
+        return _Decoded(size, self._frames(example, int(rank), size), self._text(example, int(rank)), rank)
 
     def _frames(self, example: int, rank: int, size: Grid) -> UInt8[np.ndarray, "T H W 3"] | None:
         info, generator = self._source.infos[example], rng.host(self._reading.seed, "bucket", rank)

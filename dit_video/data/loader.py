@@ -242,8 +242,8 @@ def read_ahead(batches: grain.MapDataset, reading: Reading) -> grain.DatasetIter
     options = grain.ReadOptions(num_threads=reading.threads, prefetch_buffer_size=reading.threads + _SPARE)
     ahead = batches.to_iter_dataset(options)
     if reading.workers:
-        options = grain.MultiprocessingOptions(num_workers=reading.workers, per_worker_buffer_size=_OF_WORKER)
-        ahead = ahead.mp_prefetch(options)
+        processes = grain.MultiprocessingOptions(num_workers=reading.workers, per_worker_buffer_size=_OF_WORKER)
+        ahead = ahead.mp_prefetch(processes)
     return iter(ahead)
 
 
@@ -256,31 +256,30 @@ class Pieces(abc.ABC):
     """of a decoded batch"""
 
     @abc.abstractmethod
-    def count(self, step: int) -> int:
-        """Pieces of this host's part of a batch."""
+    def decoded(self, step: int, part: int, parts: int) -> list[Any]:
+        """This host's pieces of a batch, `part` of `parts`: those that `of_part` numbers."""
 
-    @abc.abstractmethod
-    def piece(self, step: int, index: int) -> Any:
-        """One of them, decoded."""
+
+def of_part(count: int, part: int, parts: int) -> range:
+    """Which of `count` pieces one of `parts` nearly equal parts holds."""
+    return range(count * part // parts, count * (part + 1) // parts)
 
 
 class _HostRows(Pieces):
     """The rows of this host's batches."""
 
     def __init__(self, rows: ClipRows, reading: Reading, row_bytes: float):
-        self._rows, self._first, self._hosts = rows, reading.host, reading.hosts
+        self._rows, self._host, self._hosts = rows, reading.host, reading.hosts
         self.most = reading.batch // reading.hosts
         self.most_bytes = self.most * row_bytes
 
-    def count(self, step: int) -> int:
-        return self.most
-
-    def piece(self, step: int, index: int) -> ClipRow:
-        return self._rows[(step * self._hosts + self._first) * self.most + index]
+    def decoded(self, step: int, part: int, parts: int) -> list[ClipRow]:
+        first = (step * self._hosts + self._host) * self.most
+        return [self._rows[first + index] for index in of_part(self.most, part, parts)]
 
 
 class _Parts:
-    """The batches, each in as many parts, one after the other: so many pieces are decoded for one part."""
+    """The parts of all batches, one after the other, by number."""
 
     def __init__(self, pieces: Pieces, parts: int):
         self._pieces, self._parts = pieces, parts
@@ -290,9 +289,7 @@ class _Parts:
 
     def __getitem__(self, number: int) -> list[Any]:
         step, part = divmod(number, self._parts)
-        count = self._pieces.count(step)
-        chosen = range(count * part // self._parts, count * (part + 1) // self._parts)
-        return [self._pieces.piece(step, index) for index in chosen]
+        return self._pieces.decoded(step, part, self._parts)
 
 
 def parts_of(pieces: Pieces, reading: Reading) -> int:

@@ -11,7 +11,7 @@ from dit_video.data.balance import Balance, Cost
 from dit_video.data.ingest import ingest
 from dit_video.data.latent_files import write_latents
 from dit_video.data.latents import LatentExample, LatentSource
-from dit_video.data.loader import Pieces, Reading, encoded_ahead, encoded_batches, packed_batches, parts_of
+from dit_video.data.loader import Pieces, Reading, encoded_ahead, encoded_batches, of_part, packed_batches, parts_of
 from dit_video.data.mixture import Mixture
 from dit_video.data.rows import Layout
 from dit_video.data.sizes import SizeLimits
@@ -310,11 +310,12 @@ class Counted(Pieces):
     def count(self, step):
         return 6 if step % 2 else 4
 
-    def piece(self, step, index):
+    def decoded(self, step, part, parts):
+        pieces = [10 * step + index for index in of_part(self.count(step), part, parts)]
         with self.lock:
-            self.waiting += 1
+            self.waiting += len(pieces)
             self.peak = max(self.peak, self.waiting)
-        return 10 * step + index
+        return pieces
 
     def encoded(self, pieces):
         with self.lock:
