@@ -27,6 +27,10 @@ from jaxtyping import Float, Int
 
 from dit_video.errors import UserError
 
+_CANDIDATES = 1 << 18
+"""Blocks that are looked at for an exchange."""
+_EXCHANGES = 4096
+"""Of an epoch, at most: where costs can't be evened out, a plan does not take minutes."""
 METHOD = 2
 """Goes up with every change of the order that rows are put into: part of a plan's hash."""
 
@@ -200,19 +204,22 @@ def _evened(steps: np.ndarray, loads: np.ndarray, tolerance: float) -> np.ndarra
     cheap ones makes all others wait. So a step of both kinds gives its cheapest block, again and again, for the
     costliest that another step can do without: that step keeps the tolerance.
     """
-    loads = loads.copy()
-
-    def exchange(one: tuple[int, int], other: tuple[int, int]) -> None:
-        steps[one], steps[other] = steps[other].copy(), steps[one].copy()
-        loads[one], loads[other] = loads[other], loads[one]
-
+    loads, left = loads.copy(), _EXCHANGES
+    nearby = max(2, _CANDIDATES // loads.shape[1])
     for step in np.flatnonzero(_exceed(loads, tolerance)).tolist():
+        means = loads.mean(axis=1)
+        # The steps of the nearest costs, this one first.
+        distance = np.where(np.arange(len(means)) == step, -1, np.abs(means - means[step]))
+        among = np.argsort(distance, kind="stable")[:nearby]
         for _ in range(loads.shape[1]):
-            exchanges = _exchanges(loads, step, tolerance) if _exceed(loads[[step]], tolerance).any() else []
-            for one, other in exchanges:
-                exchange(one, other)
+            exchanges = _exchanges(loads[among], tolerance) if left and _exceed(loads[[step]], tolerance).any() else []
+            for (one, block), (other, place) in exchanges:
+                here, there = (among[one], block), (among[other], place)
+                steps[here], steps[there] = steps[there].copy(), steps[here].copy()
+                loads[here], loads[there] = loads[there], loads[here]
             if not exchanges:
                 break
+            left -= 1
     return loads
 
 
@@ -220,29 +227,29 @@ _Place = tuple[int, int]
 """step, block"""
 
 
-def _exchanges(loads: np.ndarray, step: int, tolerance: float) -> list[tuple[_Place, _Place]]:
-    """What brings this step nearer to the tolerance, and keeps it in the others; nothing if nothing does."""
-    cheap, blocks = int(np.argmin(loads[step])), loads.shape[1]
-    cost, most, mean = loads[step, cheap], loads[step].max(), loads[step].mean()
+def _exchanges(loads: np.ndarray, tolerance: float) -> list[tuple[_Place, _Place]]:
+    """What brings step 0 nearer to the tolerance, and keeps it in the others; nothing if nothing does."""
+    cheap, blocks = int(np.argmin(loads[0])), loads.shape[1]
+    cost, most, mean = loads[0, cheap], loads[0].max(), loads[0].mean()
     # Of each block: how far the costliest block would exceed the mean here, with it instead of the cheap one.
     excess = np.maximum(loads, most) / (mean + (loads - cost) / blocks)
     helps = (loads > cost) & (excess < most / mean)
-    helps[step] = False
+    helps[0] = False
     # Its step's costliest without it, and the step's mean with the cheap one in its place.
     two = np.partition(loads, -2, axis=1)[:, -2:]
     others = np.where(loads == two[:, 1:], two[:, :1], two[:, 1:])
     means = loads.mean(axis=1, keepdims=True) + (cost - loads) / blocks
     spared = (others <= (1 + tolerance) * means) & (loads > cost)
-    spared[step] = False
+    spared[0] = False
     if (helps & spared).any():
-        return [((step, cheap), _least(excess, helps & spared))]
+        return [((0, cheap), _least(excess, helps & spared))]
     if not spared.any():
         return []
     # All that others can do without is too costly here. It may take the place of a cheaper one among its like.
     costly = _least(loads, spared)
     helps[costly[0]] = False
     helps &= two[:, 1:] >= loads[costly]
-    return [((step, cheap), costly), ((step, cheap), _least(excess, helps))] if helps.any() else []
+    return [((0, cheap), costly), ((0, cheap), _least(excess, helps))] if helps.any() else []
 
 
 def _exceed(loads: np.ndarray, tolerance: float) -> np.ndarray:

@@ -53,7 +53,8 @@ def measure_live(setting: Setting, trained: Trained, clips: Path, steps: int) ->
     """How long steps take, what part of that they wait, and how much of the time the encoder is at work.
 
     `encoded` is training as it is. `given` are the same clips with zeros for latents, which cost nothing: what steps
-    wait then, they wait for data. The autoencoder is an untrained one, which costs the same.
+    wait then, they wait for data. The autoencoder is an untrained one, which costs the same. `bytes` is all that the
+    process holds in the end.
     """
     data = replace(setting.data, cache_latents=False, weights=(), stretches=1, resolutions=(), flips=False)
     rows = replace(setting, data=data, denoiser=replace(setting.denoiser, buckets=None))
