@@ -12,7 +12,6 @@ import pytest
 import dit_video
 from dit_video import configs, feed, run
 from dit_video import tree as trees
-from dit_video.data import shapes
 from dit_video.data.bucket_batches import BucketConfig
 from dit_video.data.buckets import Memory
 from dit_video.data.latents import LatentSource
@@ -272,7 +271,6 @@ def test_what_cannot_be_decoded_is_set_aside_and_counted_and_the_run_goes_on(tin
 
 
 def test_a_clip_that_is_too_small_ends_the_run_before_it_trains(tiny, clips, tmp_path):
-    from dit_video.data import shapes
 
     name = sorted((clips / "clips").glob("*.png"))[0]
     small = shapes.example(0, seed=1, sizes=(Grid(1, 8, 16),))
@@ -393,42 +391,6 @@ def test_a_run_in_buckets(tiny, tiny_run, tiny_clips, tmp_path, capsys):
     assert "0 dropped" in capsys.readouterr().err
     entries = logging.read(tmp_path / "run" / "denoiser" / "metrics.jsonl")
     assert all(entry["padding"] == 0 for entry in entries)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"buckets": BucketConfig(memory=Memory(fixed=1, per_token=10), budget=12)},
-            "takes .* bytes, the budget is 12",
-        ),
-        ({"batch": 3}, "a batch of 3 rows does not divide among 2 devices"),
-    ],
-)
-def test_what_the_denoiser_cannot_be_fed_with_is_refused_before_any_training(
-    tiny, tiny_clips, tmp_path, monkeypatch, changes, message
-):
-    data = dataclasses.replace(tiny.EXPERIMENT.data, cache_latents=False)
-    denoiser = dataclasses.replace(tiny.EXPERIMENT.denoiser, **changes)
-    monkeypatch.setattr(feed, "row_shards", lambda mesh: 2 if "batch" in changes else 1)
-    with pytest.raises(UserError, match=message):
-        Run.create(tmp_path / "run", dataclasses.replace(tiny.EXPERIMENT, data=data, denoiser=denoiser)).train(
-            tiny_clips
-        )
-    assert not (tmp_path / "run" / "autoencoder").exists()
-
-
-def test_a_data_set_without_training_clips_is_refused_before_any_training(tiny, tiny_clips, tmp_path):
-    for name in ("one", "two"):
-        shutil.copytree(tiny_clips, tmp_path / name)
-    every = tuple(f"two/{shapes.file_name(index, seed=0, sizes=tiny.SIZES)}" for index in range(tiny.COUNT))
-    data = dataclasses.replace(tiny.EXPERIMENT.data, held_out=every, weights=(1.0, 3.0))
-    started = Run.create(tmp_path / "run", dataclasses.replace(tiny.EXPERIMENT, data=data))
-    with pytest.raises(UserError, match="sources with at least one clip each"):
-        started.train(tmp_path / "one", tmp_path / "two")
-    assert not (tmp_path / "run" / "autoencoder").exists()
-    with pytest.raises(UserError, match="must be positive"):
-        dataclasses.replace(tiny.EXPERIMENT, data=dataclasses.replace(data, weights=(1.0, 0.0)))
 
 
 def test_a_checkpoint_is_not_continued_on_other_data(tiny, tiny_run, tmp_path):
