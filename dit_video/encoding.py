@@ -33,8 +33,8 @@ from dit_video.tokens import Grid
 
 EncodeText = Callable[[str], Float32[np.ndarray, "s e"]]
 """A caption to its embedding: real tokens only."""
-_TEXTS = 4096
-"""Embeddings that are kept, as the views of a clip and the clips of a class share their captions."""
+_TEXTS = 64
+"""Embeddings that are kept, as the views of a clip and the clips of a class share their captions. One may take 8 MB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,9 @@ class Encoding:
     limits: SizeLimits
     augmentations: Augmentations = field(default_factory=Augmentations)
     encode_text: EncodeText | None = None
-    """of an encoder that isn't trained with the denoiser; its identity is the part `text` of the latents' identity"""
+    """of an encoder that isn't trained with the denoiser"""
+    text_identity: str = ""
+    """of that encoder: the part `text` of the latents' identity"""
     storage: Storage = "bfloat16"
     canvas_pixels: int = PIXELS
     """of a canvas over its frames, about: what a device works on at once"""
@@ -172,7 +174,8 @@ def plan_encoding(clips: ClipSource, encoding: Encoding) -> EncodingPlan:
 
 def latent_identity(encoding: Encoding, clips: ClipSource) -> dict[str, Any]:
     """What the latents of these clips depend on, and the denoiser's training asks of them."""
-    return {
+    text = {"text": encoding.text_identity} if encoding.text_identity else {}
+    return text | {
         "autoencoder": pipeline.identity(encoding.autoencoder, encoding.params),
         "limits": configs.to_json(encoding.limits),
         "augmentations": configs.to_json(encoding.augmentations),

@@ -13,7 +13,7 @@ from dit_video.dit import DitConfig
 from dit_video.errors import UserError
 from dit_video.evaluation.kinds import CaptionEvaluation, Evaluation
 from dit_video.generation import Sampling
-from dit_video.text import ByteEncoderConfig
+from dit_video.text import ByteEncoderConfig, TextConfig
 from dit_video.tokens import Grid, RowShape
 from dit_video.training.optimizer import OptimizerConfig, learning_rates
 
@@ -62,10 +62,10 @@ class AutoencoderTraining:
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiserTraining:
-    """A denoiser, its text encoder, and how they are trained together."""
+    """A denoiser, its text encoder, and how they are trained together, unless the encoder is a frozen one."""
 
     dit: DitConfig
-    text: ByteEncoderConfig
+    text: TextConfig
     rows: RowShape
     batch: int
     """rows of a step"""
@@ -166,7 +166,7 @@ class Experiment:
                 f"a caption may have {denoiser.text.max_tokens} tokens, a row has room for {denoiser.rows.text}; "
                 f"set text max_tokens={denoiser.rows.text} or less"
             )
-        if rest := denoiser.rows.text % denoiser.text.patch:
+        if isinstance(denoiser.text, ByteEncoderConfig) and (rest := denoiser.rows.text % denoiser.text.patch):
             raise UserError(
                 f"a row's text of {denoiser.rows.text} tokens is not divisible by the text encoder's patch of "
                 f"{denoiser.text.patch} bytes; set rows text={denoiser.rows.text - rest}"

@@ -18,6 +18,7 @@ from dit_video.data.mixture import Mixture
 from dit_video.data.rows import Encode
 from dit_video.data.sizes import fit
 from dit_video.data.source import ClipSource
+from dit_video.data.texts import CachedTexts, EmbeddedTexts, Texts, TokenizedTexts, different_captions
 from dit_video.data.windows import THREADS
 from dit_video.distributed import make_mesh, row_shards
 from dit_video.dit import DitConfig
@@ -25,7 +26,9 @@ from dit_video.errors import UserError
 from dit_video.experiment import Experiment
 from dit_video.live import LiveEncoder
 from dit_video.text import Tokenizer
+from dit_video.text_encoder import FrozenEncoder
 from dit_video.tokens import Grid, token_grid
+from dit_video.training.logging import Progress
 
 _BATCHES = 4
 """Into which a step's clips on one canvas are divided. How many there are varies from step to step, so that the last
@@ -35,25 +38,25 @@ Feed = Callable[[int], Batches]
 """Batches from a step on."""
 
 
-def cached_rows(experiment: Experiment, latents: LatentSource, clips: ClipSource, tokenizer: Tokenizer) -> Feed:
-    """Rows of the latents of these clips."""
+def cached_rows(experiment: Experiment, latents: LatentSource, clips: ClipSource, texts: Texts) -> Feed:
+    """Rows of the latents of these clips; `texts` are those of the latents."""
     config = experiment.denoiser
     mixed = mixture(latents, clips, experiment.data.weights)
 
     def feed(start: int) -> Batches:
         reading = _reading(experiment, start, mixed, threads=1)
-        return packed_batches(latents, tokenizer, patch=config.dit.patch, shape=config.rows, reading=reading)
+        return packed_batches(latents, texts, patch=config.dit.patch, shape=config.rows, reading=reading)
 
     return feed
 
 
-def live(experiment: Experiment, clips: ClipSource, tokenizer: Tokenizer, encode: Encode) -> Feed:
+def live(experiment: Experiment, clips: ClipSource, texts: Texts, encode: Encode) -> Feed:
     """Rows, or the batches of buckets where the config has these, of clips from their video files.
 
     Args:
       experiment: of which the denoiser, the limits and the weights are meant.
       clips: that are trained on.
-      tokenizer: of their captions.
+      texts: their captions.
       encode: `live_encoder` of the same.
 
     Raises:
@@ -73,9 +76,9 @@ def live(experiment: Experiment, clips: ClipSource, tokenizer: Tokenizer, encode
             "reading": reading,
         }
         if buckets is None:
-            return encoded_batches(clips, tokenizer, encode, shape=config.rows, **common)
-        text = min(config.rows.text, config.text.max_tokens)
-        return bucket_batches(clips, tokenizer, encode, buckets, text=text, **common)
+            return encoded_batches(clips, texts, encode, shape=config.rows, **common)
+        room = min(config.rows.text, config.text.max_tokens)
+        return bucket_batches(clips, texts, encode, buckets, text=room, **common)
 
     return feed
 
@@ -141,6 +144,28 @@ def buckets_of(experiment: Experiment, clips: ClipSource) -> Buckets:
 def parts(experiment: Experiment) -> int:
     """Into which a batch is divided: among the devices that rows are spread over, and the processes that read."""
     return math.lcm(row_shards(make_mesh(experiment.mesh)), jax.process_count())
+
+
+def texts_of(
+    tokenizer: Tokenizer | FrozenEncoder, captions: Sequence[tuple[str, ...]], *, cached: LatentSource | None = None
+) -> Texts:
+    """What rows hold of the captions of every example; of a frozen encoder what is `cached` beside their latents.
+
+    Raises:
+      UserError: the latents were encoded without the captions, or embeddings are of another width.
+    """
+    if not isinstance(tokenizer, FrozenEncoder):
+        return TokenizedTexts(captions, tokenizer)
+    if cached is not None:
+        texts = CachedTexts(cached)
+        if texts.width != tokenizer.config.width:
+            raise UserError(
+                f"{cached.folder} holds embeddings of width {texts.width}, the config says {tokenizer.config.width}; "
+                f"set text width={texts.width} and dit context_width={texts.width}"
+            )
+        return texts
+    with Progress("embedding captions", len(different_captions(captions)), unit="caption") as progress:
+        return EmbeddedTexts(captions, tokenizer.many, identity=tokenizer.identity, progress=progress.update)
 
 
 def mixture(latents: LatentSource, clips: ClipSource, weights: Sequence[float]) -> Mixture | None:

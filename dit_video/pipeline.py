@@ -28,7 +28,8 @@ from dit_video.evaluation.kinds import CaptionEvaluation, Evaluation
 from dit_video.files import atomic_path, read_json, write_json
 from dit_video.generation import Denoiser, LatentRequest, Sampling, initial_noise, sample_latents
 from dit_video.nn import graph_of, param_shapes
-from dit_video.text import TextEncoderConfig
+from dit_video.text import TextConfig
+from dit_video.text_encoder import moved, open_tokenizer
 from dit_video.tokens import Grid, RowShape, token_grid
 from dit_video.tree import flatten
 from dit_video.tree import size as count
@@ -50,7 +51,8 @@ class PipelineConfig:
 
     autoencoder: AutoencoderConfig
     dit: DitConfig
-    text: TextEncoderConfig
+    text: TextConfig
+    """of a frozen encoder with its folder and identity: its weights are no part of the pipeline"""
     process: RectifiedFlow
     rows: RowShape
     """of the rows that the denoiser was trained on"""
@@ -88,7 +90,7 @@ class Pipeline:
             dit=graph_of(config.dit.make),
             text=graph_of(config.text.make),
             params=denoiser,
-            tokenizer=config.text.tokenizer(),
+            tokenizer=open_tokenizer(config.text),
             process=config.process,
             patch=config.dit.patch,
         )
@@ -213,6 +215,15 @@ class Pipeline:
             save_weights(temporary / _DENOISER, self._denoiser.params, dtype=jnp.dtype(dtype))
             write_json(temporary / CONFIG, {"format": FORMAT, "config": configs.to_json(self.config)})
 
+    def with_text_encoder(self, folder: str | Path) -> "Pipeline":
+        """The same pipeline, whose frozen text encoder lies in another folder now.
+
+        Raises:
+          UserError: the text encoder was trained with the denoiser.
+        """
+        config = replace(self.config, text=moved(self.config.text, folder))
+        return Pipeline(config, autoencoder=self._autoencoder, denoiser=self._denoiser.params)
+
     def sampling(
         self, *, steps: int | None = None, guidance: float | int | None = None, sampler: str | None = None
     ) -> Sampling:
@@ -287,12 +298,17 @@ class Pipeline:
         return [clips[index] for index in range(len(latents))]
 
 
-def load_pipeline(folder: str | Path) -> Pipeline:
+def load_pipeline(folder: str | Path, *, text_encoder: str | Path | None = None) -> Pipeline:
     """Read a pipeline folder.
+
+    Args:
+      folder: of the pipeline.
+      text_encoder: where its frozen text encoder lies, if not where the pipeline says.
+        It is opened at the first prompt.
 
     Raises:
       MissingError: no such folder, or one that holds no pipeline.
-      UserError: one of another version, or whose weights are not those of its config.
+      UserError: one of another version, whose weights are not those of its config, or whose text encoder is not frozen.
     """
     folder = Path(folder)
     document = read_json(folder / CONFIG)
@@ -303,11 +319,12 @@ def load_pipeline(folder: str | Path) -> Pipeline:
     if not isinstance(config, PipelineConfig):
         raise UserError(f"{folder / CONFIG} holds no pipeline's config; export it again")
     denoiser = {"dit": param_shapes(config.dit.make), "text": param_shapes(config.text.make)}
-    return Pipeline(
+    pipeline = Pipeline(
         config,
         autoencoder=load_weights(folder / _AUTOENCODER, like=param_shapes(config.autoencoder.make)),
         denoiser=load_weights(folder / _DENOISER, like=denoiser),
     )
+    return pipeline if text_encoder is None else pipeline.with_text_encoder(text_encoder)
 
 
 def _grid(size: Any) -> Grid:

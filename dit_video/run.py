@@ -6,6 +6,8 @@ from their checkpoints. So a run that was interrupted is continued by running th
     experiment.json           the resolved config
     data/                     the ingested clips, or a link to them (see `intake`); of several data sets one folder each
     autoencoder/              checkpoints, metrics.jsonl, weights.safetensors
+    text_encoder.json         the identity of a frozen text encoder
+    texts/                    its embeddings of the captions, where latents are not cached
     latents/                  what the denoiser is trained on, or a link to it
     denoiser/                 checkpoints, metrics.jsonl, rows.json (what an epoch holds)
     pipeline/                 the result: what `dit_video.load` reads
@@ -50,6 +52,8 @@ from dit_video.experiment import Experiment
 from dit_video.files import read_json, write_json
 from dit_video.nn import graph_of, init_params, param_shapes
 from dit_video.pipeline import Pipeline, PipelineConfig
+from dit_video.text import FrozenTextConfig, Tokenizer
+from dit_video.text_encoder import FrozenEncoder, check_width, open_tokenizer
 from dit_video.training import loop
 from dit_video.training.autoencoder import AutoencoderLoss
 from dit_video.training.checkpoint import Checkpoints
@@ -151,6 +155,8 @@ class Run:
         for info in self.clips.infos:  # before hours are spent on the others
             fit(info, self.experiment.limits)
         feed.check(self.experiment, self.training_clips)
+        if isinstance(text := self.experiment.denoiser.text, FrozenTextConfig) and not self._text_encoder.is_file():
+            check_width(text)  # as early; once the encoder is known the run goes on without its folder
         return self.export()
 
     def take(self, *clips: Address) -> None:
@@ -240,31 +246,37 @@ class Run:
 
     def encoding(self) -> Encoding:
         """What turns clips into this run's latents, after training the autoencoder if that isn't trained yet."""
-        data = self.experiment.data
+        data, text = self.experiment.data, self._tokenizer()
+        frozen = text if isinstance(text, FrozenEncoder) else None
         return Encoding(
             autoencoder=self.experiment.autoencoder.model,
             params=self.train_autoencoder(),
             limits=self.experiment.limits,
             augmentations=Augmentations(stretches=data.stretches, resolutions=data.resolutions, flips=data.flips),
+            encode_text=frozen,
+            text_identity="" if frozen is None else frozen.identity,
         )
 
     def train_denoiser(self) -> dict[str, Any]:
         """The averaged parameters of the trained denoiser and text encoder: `{"dit": ..., "text": ...}`."""
         config, experiment = self.experiment.denoiser, self.experiment
-        tokenizer = config.text.tokenizer()
+        if experiment.data.cache_latents:
+            latents = self.encode_latents()
+            texts = feed.texts_of(self._tokenizer(), latents.all_captions, cached=latents)
+            rows = feed.cached_rows(experiment, latents, self.training_clips, texts)
+        else:
+            captions = [info.captions for info in self.training_clips.infos]
+            texts = feed.texts_of(self._tokenizer(cache=self.folder / "texts"), captions)
+            encode = feed.live_encoder(experiment, self.train_autoencoder(), self.training_clips)
+            rows = feed.live(experiment, self.training_clips, texts, encode)
         loss = DenoiserLoss(
             dit=graph_of(config.dit.make),
             text=graph_of(config.text.make),
             objective=config.objective,
             caption_dropout=config.caption_dropout,
-            empty_caption=tuple(int(token) for token in tokenizer("")),
+            empty_caption=texts.empty,
             seed=experiment.seed,
         )
-        if experiment.data.cache_latents:
-            rows = feed.cached_rows(experiment, self.encode_latents(), self.training_clips, tokenizer)
-        else:
-            encode = feed.live_encoder(experiment, self.train_autoencoder(), self.training_clips)
-            rows = feed.live(experiment, self.training_clips, tokenizer, encode)
 
         def batches(start: int) -> Batches:
             opened = rows(start)
@@ -273,6 +285,14 @@ class Run:
 
         state = self._train("denoiser", self._init_denoiser, loss, batches)
         return jax.device_get(state.ema)
+
+    def _tokenizer(self, *, cache: Path | None = None) -> Tokenizer | FrozenEncoder:
+        """Of the text encoder. The identity of a frozen one is kept, to know it without its weights."""
+        return open_tokenizer(self.experiment.denoiser.text, kept=self._text_encoder, cache=cache)
+
+    @property
+    def _text_encoder(self) -> Path:
+        return self.folder / "text_encoder.json"
 
     def _note_rows(self, batches: Batches) -> None:
         """Write `denoiser/rows.json`, and say what an epoch holds."""
@@ -284,9 +304,8 @@ class Run:
 
     def export(self) -> Pipeline:
         """Write `pipeline/`, after training what is not trained yet: the autoencoder, on its latents the denoiser."""
-        pipeline = Pipeline(
-            self.pipeline_config(), autoencoder=self.train_autoencoder(), denoiser=self.train_denoiser()
-        )
+        autoencoder, denoiser = self.train_autoencoder(), self.train_denoiser()
+        pipeline = Pipeline(self.pipeline_config(), autoencoder=autoencoder, denoiser=denoiser)
         if not (self.folder / "pipeline").is_dir():
             pipeline.save(self.folder / "pipeline")
         return pipeline
@@ -314,10 +333,11 @@ class Run:
         rates = [info.fps for info in infos if info.frames > 1] or [info.fps for info in infos]
         fps = float(np.median(rates)) if experiment.data.fps is None else experiment.data.fps
         sizes = [fit(info, experiment.limits) for info in infos]
+        encoder = self._tokenizer()
         return PipelineConfig(
             autoencoder=experiment.autoencoder.model,
             dit=experiment.denoiser.dit,
-            text=experiment.denoiser.text,
+            text=encoder.pinned if isinstance(encoder, FrozenEncoder) else experiment.denoiser.text,
             process=experiment.denoiser.objective.process,
             rows=experiment.denoiser.rows,
             batch=experiment.denoiser.batch,

@@ -30,6 +30,7 @@ def main(
     steps: int | None = None,
     guidance: float | None = None,
     sampler: str | None = None,
+    text_encoder: Path | None = None,
 ) -> None:
     """Sample one prompt into a file, or a list of prompts into a folder.
 
@@ -44,6 +45,7 @@ def main(
         steps: of the sampler.
         guidance: how strongly the prompt is followed; 1 is not at all stronger than it was trained.
         sampler: euler or heun.
+        text_encoder: where the model's frozen text encoder lies, if that has moved.
     """
     if (prompt is None) == (prompts is None):
         raise UserError("give either --prompt TEXT or --prompts FILE")
@@ -51,7 +53,7 @@ def main(
         if size is not None or seed is not None or negative:
             raise UserError("--size, --seed and --negative go with --prompt; in a file of prompts each has its own")
         requests = measure.read_requests(prompts)
-        pipeline = dit_video.load(run)
+        pipeline = dit_video.load(run, text_encoder=text_encoder)
         with Progress("sampling", len(requests), unit="clip") as progress:
             measure.write_samples(
                 pipeline, requests, out, progress=progress.update, steps=steps, guidance=guidance, sampler=sampler
@@ -61,7 +63,7 @@ def main(
     if out.suffix.lower().removeprefix(".") not in FORMATS:
         raise UserError(f"{out} has no suffix of a known format; use one of .{', .'.join(FORMATS)}")
     grid = None if size is None else parse_size(size)
-    pipeline = dit_video.load(run)
+    pipeline = dit_video.load(run, text_encoder=text_encoder)
     clip = pipeline.generate(
         str(prompt), size=grid, seed=seed or 0, negative=negative, steps=steps, guidance=guidance, sampler=sampler
     )

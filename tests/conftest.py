@@ -72,9 +72,9 @@ def _quick_compilation() -> Iterator[None]:
         jax.config.update("jax_disable_most_optimizations", before)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def quick_compilation() -> Iterator[None]:
-    """For `pytestmark = pytest.mark.usefixtures("quick_compilation")`."""
+    """For `pytestmark = pytest.mark.usefixtures("quick_compilation")`; fixtures of a module are made under it too."""
     with _quick_compilation():
         yield
 

@@ -1,6 +1,12 @@
-"""What stands for a tokenizer and an autoencoder, where only their sizes and places matter."""
+"""What stands for a tokenizer, a frozen text encoder and an autoencoder, where only sizes and places matter."""
+
+import hashlib
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+
+from dit_video import text, text_encoder
 
 
 def tokenize(caption: str) -> np.ndarray:
@@ -16,3 +22,39 @@ def pooled(clips):
         .astype(np.float32)
         for clip in clips
     ]
+
+
+def use_embedder(patch):
+    """Open the stand-in instead of a pretrained encoder; returns a list of those that were opened."""
+    opened = []
+
+    def load(folder, **options):
+        opened.append(Embedder(folder, **options))
+        return opened[-1]
+
+    patch.setattr(text_encoder, "load_embedder", load)
+    patch.setattr(text_encoder, "text_encoder_config", lambda _folder: SimpleNamespace(width=Embedder.width))
+    return opened
+
+
+class Embedder(text.Embedder):
+    """Stands for a frozen text encoder: a vector for each word and one for the end, whatever the words beside it."""
+
+    width = 8
+
+    def __init__(self, folder, *, max_tokens=512, dtype="float32", cache=None):
+        self.seed = (Path(folder) / "seed.txt").read_text()
+        self.identity = hashlib.sha256(f"{self.seed} {max_tokens} {dtype}".encode()).hexdigest()[:16]
+        self.max_tokens, self.cache = max_tokens, cache
+        self.asked = []
+
+    def __call__(self, text):
+        return self.many([text])[0]
+
+    def many(self, texts):
+        self.asked += texts
+        return [np.stack([self.vector(word) for word in [*text.split(), ""][-self.max_tokens :]]) for text in texts]
+
+    def vector(self, word):
+        seed = hashlib.sha256(f"{self.seed} {word}".encode()).digest()[:8]
+        return np.random.default_rng(list(seed)).standard_normal(self.width, np.float32)

@@ -12,7 +12,20 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "dit_video"
 
 LEVELS = {
-    4: {"pipeline", "loading", "experiment", "intake", "encoding", "live", "feed", "run", "measure", "reports", "web"},
+    4: {
+        "pipeline",
+        "loading",
+        "experiment",
+        "intake",
+        "encoding",
+        "live",
+        "feed",
+        "run",
+        "text_encoder",
+        "measure",
+        "reports",
+        "web",
+    },
     3: {"training", "generation", "evaluation"},
     2: {"distributed", "weights"},
     1: {"video", "data", "autoencoder", "text", "dit", "features", "conditioning", "diffusion"},

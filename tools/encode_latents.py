@@ -9,6 +9,9 @@ its held-out clips are left out, and its training looks for latents in `RUN/late
 Each process encodes on all of its devices and makes every n-th file; a file that is there is not made again, so that a
 process that was killed is started again with the same command. The process that finishes last writes the index;
 `--finish` writes it, too.
+
+With a frozen text encoder, that of the run's or pipeline's config or `--text-encoder FOLDER`, the embeddings of all
+captions are stored beside the latents.
 """
 
 from dataclasses import dataclass, replace
@@ -29,9 +32,12 @@ from dit_video.intake import lies, taken
 from dit_video.nn import param_shapes
 from dit_video.pipeline import load_pipeline
 from dit_video.run import CONFIG, Run
+from dit_video.text import FrozenTextConfig
+from dit_video.text_encoder import FrozenEncoder
 from dit_video.tokens import Grid
 from dit_video.training.logging import Progress
 from dit_video.weights import load as load_weights
+from dit_video.weights import load_embedder
 
 Model = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_PIPELINE")]
 Clips = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
@@ -72,6 +78,8 @@ def main(
     storage: Storage = "bfloat16",
     views_per_file: int = 512,
     canvas_pixels: int | None = None,
+    text_encoder: Path | None = None,
+    max_text_tokens: int | None = None,
 ) -> None:
     """Encode a data set of clips with a trained autoencoder.
 
@@ -86,6 +94,8 @@ def main(
         storage: how values are stored
         views_per_file: what a process that is killed loses at most
         canvas_pixels: what a device works on at once, in pixels over all frames
+        text_encoder: the folder of a T5 or UMT5, in place of the config's own encoder
+        max_text_tokens: a longer caption is cut; as in the config, or 512
     """
     if (shard is None) != (shards is None):
         raise UserError(f"shard={shard} and shards={shards} are given together, or neither")
@@ -93,6 +103,7 @@ def main(
     count = jax.process_count() if shards is None else shards
     target = lies(place(destination))
     encoding, clips = (_of_run if (model / CONFIG).is_file() else _of_pipeline)(model, data, views)
+    encoding = _with_text(encoding, text_encoder, max_text_tokens)
     stamp = latent_identity(encoding, clips)
     encoding = replace(encoding, storage=storage, views_per_file=views_per_file)
     if canvas_pixels is not None:
@@ -135,6 +146,7 @@ def _of_pipeline(folder: Path, data: str, views: Views) -> tuple[Encoding, ClipS
     config = load_pipeline(folder).config
     chosen = views.over(Data(max_pixels=config.size.h * config.size.w, max_frames=config.size.t, fps=config.fps))
     stride, patch = config.autoencoder.stride, config.dit.patch
+    text = FrozenEncoder(config.text) if isinstance(config.text, FrozenTextConfig) else None
     encoding = Encoding(
         autoencoder=config.autoencoder,
         params=load_weights(folder / "autoencoder.safetensors", like=param_shapes(config.autoencoder.make)),
@@ -145,8 +157,25 @@ def _of_pipeline(folder: Path, data: str, views: Views) -> tuple[Encoding, ClipS
             fps=chosen.fps,
         ),
         augmentations=Augmentations(stretches=chosen.stretches, resolutions=chosen.resolutions, flips=chosen.flips),
+        encode_text=text,
+        text_identity="" if text is None else text.identity,
     )
     return encoding, taken(data)
+
+
+def _with_text(encoding: Encoding, folder: Path | None, max_tokens: int | None) -> Encoding:
+    """With the text encoder that was asked for."""
+    if folder is None:
+        if max_tokens is not None:
+            raise UserError(f"--max-text-tokens {max_tokens} goes with --text-encoder; give both, or neither")
+        return encoding
+    own = encoding.encode_text.config if isinstance(encoding.encode_text, FrozenEncoder) else None
+    embedder = load_embedder(
+        folder,
+        max_tokens=max_tokens or (512 if own is None else own.max_tokens),
+        dtype="float32" if own is None else own.dtype,
+    )
+    return replace(encoding, encode_text=embedder, text_identity=embedder.identity)
 
 
 def _say(latents: LatentSource) -> None:

@@ -1,16 +1,20 @@
 """Captions that are dropped in training, so that one model is conditional and unconditional (arXiv 2207.12598)."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, Shaped
 
 from dit_video.arrays import AnyArray
 from dit_video.tokens import positions, to_tokens
 
 
 def drop_captions(
-    text: Int[AnyArray, "B S"], segments: Int[AnyArray, "B S"], drop: Bool[Array, "B G"], *, empty: tuple[int, ...]
-) -> tuple[Int[Array, "B S"], Int[Array, "B S"]]:
-    """Replace the captions of the dropped segments by the empty caption, whose tokens are `empty`.
+    text: Shaped[AnyArray, "B S *E"],
+    segments: Int[AnyArray, "B S"],
+    drop: Bool[Array, "B G"],
+    *,
+    empty: Shaped[AnyArray, "s *E"],
+) -> tuple[Shaped[Array, "B S *E"], Int[Array, "B S"]]:
+    """Replace the captions of the dropped segments by the empty caption `empty`: tokens, or embeddings of width `E`.
 
     A dropped caption's first tokens become those of the empty one, its others become padding: exactly what the
     unconditional branch of guidance is given. A caption has at least as many tokens as the empty one.
@@ -18,5 +22,7 @@ def drop_captions(
     dropped = to_tokens(drop, segments) & (segments > 0)
     index = positions(segments)
     kept = index < len(empty)
-    replacement = jnp.where(kept, jnp.asarray(empty, text.dtype)[jnp.minimum(index, len(empty) - 1)], 0)
-    return jnp.where(dropped, replacement, text), jnp.where(dropped & ~kept, 0, segments)
+    replacement = jnp.asarray(empty, text.dtype)[jnp.minimum(index, len(empty) - 1)]
+    shape = (*segments.shape, *(1,) * (text.ndim - 2))
+    left = jnp.where(kept.reshape(shape), replacement, 0)
+    return jnp.where(dropped.reshape(shape), left, text), jnp.where(dropped & ~kept, 0, segments)

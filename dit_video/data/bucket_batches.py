@@ -6,16 +6,17 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int32, UInt8
+from jaxtyping import UInt8
 
 from dit_video import rng
 from dit_video.data.buckets import Buckets, BucketStream, Memory
 from dit_video.data.loader import Batches, Pieces, Reading, encoded_ahead, of_part
-from dit_video.data.rows import Encode, Tokenize, set_aside, tokenized_captions
+from dit_video.data.rows import Encode, read_text, set_aside
 from dit_video.data.sizes import SizeLimits, sampled_fps, sampled_frames
 from dit_video.data.source import ClipInfo, ClipSource
+from dit_video.data.texts import Text, Texts
 from dit_video.errors import DecodeError, UserError
-from dit_video.tokens import Grid, Rows, coordinates, patchify, token_grid
+from dit_video.tokens import Grid, Item, Rows, RowShape, coordinates, pack, patchify, token_grid
 from dit_video.video import decode
 
 
@@ -69,7 +70,7 @@ class BucketBatches(Batches):
 
 def bucket_batches(
     source: ClipSource,
-    tokenize: Tokenize,
+    texts: Texts,
     encode: Encode,
     buckets: Buckets,
     *,
@@ -87,7 +88,7 @@ def bucket_batches(
 
     Args:
       source: the clips.
-      tokenize: caption to text tokens.
+      texts: their captions.
       encode: clips to latents.
       buckets: `plan_buckets` of the clips' sizes; its batches are over all hosts, and `reading.batch` is not used.
       latent_grid: the size of a clip's latents.
@@ -100,23 +101,40 @@ def bucket_batches(
     Raises:
       UserError: a caption longer than `text`.
     """
-    texts = tokenized_captions([info.captions for info in source.infos], tokenize)
-    longest, index = max((max(map(len, each)), -number) for number, each in enumerate(texts))
+    longest, index = max((max(lengths), -number) for number, lengths in enumerate(texts.lengths))
     if longest > text:
         raise UserError(
             f"{source.infos[-index].name} has {longest} text tokens, a row has room for {text}; "
             "raise the row's text or shorten its caption"
         )
     stream = BucketStream(buckets, seed=reading.seed)
-    clips = _Clips(source, stream, texts, limits, reading)
+    clips = _Clips(source, stream, limits, reading)
 
     def batch(clips: list[_Decoded]) -> Rows:
-        latents = encode([clip.frames for clip in clips if clip.frames is not None])
-        return _rows(clips, latents, token_grid(latent_grid(clips[0].size), patch), patch, channels, text)
+        # Texts are read here, as they need not be picklable: those that decode may be other processes.
+        drawn = [_drawn(texts, source.infos, clip, seed=reading.seed) for clip in clips]
+        frames = [None if words is None else clip.frames for clip, words in zip(clips, drawn, strict=True)]
+        latents = iter(encode([one for one in frames if one is not None]))
+        tokens = [None if one is None else patchify(next(latents), patch) for one in frames]
+        grid, width = token_grid(latent_grid(clips[0].size), patch), patch.volume * channels
+        shape = RowShape(tokens=grid.volume, text=text, segments=1)
+        rows = []
+        for clip, values, words in zip(clips, tokens, drawn, strict=True):
+            item = Item(
+                np.zeros((grid.volume, width), np.float32) if values is None else values,
+                coordinates(grid),
+                texts.empty if words is None else words,
+                clip.rank,
+            )
+            row = pack([item], shape, width=width, text_width=texts.width)
+            row.valid[0] = values is not None
+            rows.append(row)
+        return Rows(*map(np.stack, zip(*rows, strict=True)))
 
-    facts = (stream.hash, source.infos, limits, patch)
-    plan = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-    return BucketBatches(*encoded_ahead(clips, batch, reading), buckets, plan)
+    plan = hashlib.sha256(repr((stream.hash, source.infos, limits, patch)).encode())
+    for facts in texts.facts():
+        plan.update(facts)
+    return BucketBatches(*encoded_ahead(clips, batch, reading), buckets, plan.hexdigest()[:16])
 
 
 class _Decoded(NamedTuple):
@@ -125,22 +143,16 @@ class _Decoded(NamedTuple):
     size: Grid
     frames: UInt8[np.ndarray, "T H W 3"] | None
     """None where it turned out to be damaged"""
-    text: Int32[np.ndarray, " s"]
-    rank: np.uint32
+    example: int
+    rank: int
+    """its running number"""
 
 
 class _Clips(Pieces):
     """The clips of this host's batches, by step."""
 
-    def __init__(
-        self,
-        source: ClipSource,
-        stream: BucketStream,
-        texts: Sequence[tuple[np.ndarray, ...]],
-        limits: SizeLimits,
-        reading: Reading,
-    ):
-        self._source, self._stream, self._texts, self._limits, self._reading = source, stream, texts, limits, reading
+    def __init__(self, source: ClipSource, stream: BucketStream, limits: SizeLimits, reading: Reading):
+        self._source, self._stream, self._limits, self._reading = source, stream, limits, reading
         buckets = stream.buckets.buckets
         self.most = max(bucket.batch for bucket in buckets) // reading.hosts
         self.most_bytes = max(3 * bucket.size.volume * bucket.batch for bucket in buckets) / reading.hosts
@@ -148,10 +160,8 @@ class _Clips(Pieces):
     def decoded(self, step: int, part: int, parts: int) -> list[_Decoded]:
         size, examples, ranks = self._stream.batch(step, host=self._reading.host, hosts=self._reading.hosts)
         chosen = of_part(len(examples), part, parts)
-        return [self._decoded(int(examples[index]), ranks[index], size) for index in chosen]
-
-    def _decoded(self, example: int, rank: np.uint32, size: Grid) -> _Decoded:
-        return _Decoded(size, self._frames(example, int(rank), size), self._text(example, int(rank)), rank)
+        pairs = [(int(examples[index]), int(ranks[index])) for index in chosen]
+        return [_Decoded(size, self._frames(*pair, size), *pair) for pair in pairs]
 
     def _frames(self, example: int, rank: int, size: Grid) -> UInt8[np.ndarray, "T H W 3"] | None:
         info, generator = self._source.infos[example], rng.host(self._reading.seed, "bucket", rank)
@@ -169,10 +179,6 @@ class _Clips(Pieces):
         # A copy: the whole frames are not kept.
         return np.ascontiguousarray(frames[:, top : top + size.h, left : left + size.w])
 
-    def _text(self, example: int, rank: int) -> Int32[np.ndarray, " s"]:
-        texts = self._texts[example]
-        return texts[rng.host(self._reading.seed, "caption", rank).integers(len(texts))]
-
 
 def covering(info: ClipInfo, size: Grid) -> tuple[int, int]:
     """The least height and width of the clip's own shape that cover a size."""
@@ -180,24 +186,7 @@ def covering(info: ClipInfo, size: Grid) -> tuple[int, int]:
     return max(size.h, round(info.height * scale)), max(size.w, round(info.width * scale))
 
 
-def _rows(
-    clips: Sequence[_Decoded], latents: list[np.ndarray], grid: Grid, patch: Grid, channels: int, room: int
-) -> Rows:
-    """One clip a row; `latents` are those of the clips that could be read, `grid` is in tokens."""
-    number = len(clips)
-    valid = np.asarray([clip.frames is not None for clip in clips])
-    tokens = np.zeros((number, grid.volume, patch.volume * channels), np.float32)
-    for index, values in zip(np.flatnonzero(valid), latents, strict=True):
-        tokens[index] = patchify(values, patch)
-    text, text_segments = np.zeros((2, number, room), np.int32)
-    for row, clip in enumerate(clips):
-        text[row, : len(clip.text)], text_segments[row, : len(clip.text)] = clip.text, 1
-    return Rows(
-        tokens=tokens,
-        segments=np.ones((number, grid.volume), np.int32),
-        coordinates=np.repeat(coordinates(grid)[None], number, axis=0),
-        text=text,
-        text_segments=text_segments,
-        examples=np.asarray([[clip.rank] for clip in clips], np.uint32),
-        valid=valid[:, None],
-    )
+def _drawn(texts: Texts, infos: Sequence[ClipInfo], clip: _Decoded, *, seed: int) -> Text | None:
+    """One of the clip's captions; None where it is damaged."""
+    caption = rng.host(seed, "caption", clip.rank).integers(len(texts.lengths[clip.example]))
+    return read_text(texts, clip.example, int(caption), infos[clip.example].name)

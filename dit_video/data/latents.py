@@ -110,6 +110,7 @@ class LatentSource:
         self._dtype = DTYPES[index["dtype"]]
         self._version = identity_hash(index) if is_remote(self.folder) else ""
         self._records: Sequence[dict[str, Any]] | None = None
+        self._read: tuple[int, dict[str, Any]] | None = None
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -129,19 +130,25 @@ class LatentSource:
         """The embedding of one caption of an example.
 
         Raises:
+          DecodeError: its record is damaged.
           UserError: the example has no such caption, or the data set no embeddings.
         """
         lengths = self.text_lengths[index]
         if not 0 <= caption < len(lengths):
             raise UserError(f"{self.names[index]} has {len(lengths)} embedded captions, number {caption} was asked for")
-        rows = self._values(index, "text").reshape(sum(lengths), self.text_width)
-        return rows[sum(lengths[:caption]) : sum(lengths[: caption + 1])]
+        values, shape = self._values(index, "text"), (sum(lengths), self.text_width)
+        if values.size != math.prod(shape):
+            raise DecodeError(f"the texts of {self.names[index]} have {values.size} values, not {math.prod(shape)}")
+        return values.reshape(shape)[sum(lengths[:caption]) : sum(lengths[: caption + 1])]
 
     def _values(self, index: int, field: str) -> Float32[np.ndarray, " n"]:
         if self._records is None:  # outside of the try: a data set that can't be opened is no fault of an example
             self._records = shards.open_anywhere(self.folder, cache=self._cache, version=self._version)
         try:
-            stored = self._records[index][field]
+            read = self._read
+            if read is None or read[0] != index:  # latents and text are mostly asked for one after the other
+                self._read = read = index, self._records[index]
+            stored = read[1][field]
             return little_endian(np.frombuffer(stored, self._dtype)).astype(np.float32)
         except (OSError, UserError):  # of a file that can't be copied here
             raise
@@ -149,7 +156,7 @@ class LatentSource:
             raise DecodeError(f"the record of {self.names[index]} is damaged ({error}); encode it again") from error
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_records": None}
+        return {**self.__dict__, "_records": None, "_read": None}
 
 
 def check_identity(folder: Address, found: Identity, wanted: Identity) -> None:
@@ -176,6 +183,8 @@ def little_endian(values: np.ndarray) -> np.ndarray:
 
 
 def _named(identity: Any) -> str:
+    if identity is None:
+        return "none"
     if isinstance(identity, str):
         return identity if len(identity) <= 64 else f"{identity[:48]}… ({identity_hash(identity)})"
     text = json.dumps(identity, sort_keys=True)

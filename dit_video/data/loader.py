@@ -21,9 +21,10 @@ from dit_video.data.balance import Balance, Cost
 from dit_video.data.latents import LatentSource
 from dit_video.data.mixture import Mixture
 from dit_video.data.prefetch import ENDLESS, prefetch
-from dit_video.data.rows import ClipRow, ClipRows, Encode, LatentRows, Layout, Tokenize, encoded_row, latent_grids
+from dit_video.data.rows import ClipRow, ClipRows, Encode, LatentRows, Layout, encoded_row, latent_grids
 from dit_video.data.sizes import SizeLimits, fit
 from dit_video.data.source import ClipSource
+from dit_video.data.texts import Texts
 from dit_video.errors import UserError
 from dit_video.tokens import Grid, Rows, RowShape, token_grid
 
@@ -148,13 +149,13 @@ class PackedBatches(Batches):
 
 
 def packed_batches(
-    source: LatentSource, tokenize: Tokenize, *, patch: Grid, shape: RowShape, reading: Reading
+    source: LatentSource, texts: Texts, *, patch: Grid, shape: RowShape, reading: Reading
 ) -> PackedBatches:
     """Batches of rows from cached latents, read ahead.
 
     Args:
       source: the latents.
-      tokenize: caption to text tokens.
+      texts: their captions.
       patch: of the denoiser, in latents.
       shape: the budgets of a row.
       reading: which batches.
@@ -164,8 +165,7 @@ def packed_batches(
     """
     layout = Layout(
         latent_grids(source, patch),
-        source.all_captions,
-        tokenize,
+        texts,
         shape=shape,
         seed=reading.seed,
         names=source.names,
@@ -179,7 +179,7 @@ def packed_batches(
 
 def encoded_batches(
     source: ClipSource,
-    tokenize: Tokenize,
+    texts: Texts,
     encode: Encode,
     *,
     latent_grid: Callable[[Grid], Grid],
@@ -193,7 +193,7 @@ def encoded_batches(
 
     Args:
       source: the clips.
-      tokenize: caption to text tokens.
+      texts: their captions.
       encode: clips of any sizes to latents, e.g. on the device.
       latent_grid: the size of a clip's latents.
       channels: of the latents.
@@ -209,8 +209,7 @@ def encoded_batches(
     grids = [token_grid(latent_grid(size), patch) for size in sizes]
     layout = Layout(
         grids,
-        [info.captions for info in source.infos],
-        tokenize,
+        texts,
         shape=shape,
         seed=reading.seed,
         names=[info.name for info in source.infos],

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int32, UInt8
+from jaxtyping import Float32, UInt8
 
 from dit_video import rng
 from dit_video.data.balance import Balance
@@ -22,10 +22,10 @@ from dit_video.data.plan import RowStream
 from dit_video.data.prefetch import ENDLESS
 from dit_video.data.sizes import SizeLimits, fit, read_fitted, sampled_frames
 from dit_video.data.source import ClipSource
+from dit_video.data.texts import Text, Texts
 from dit_video.errors import DecodeError, UserError
 from dit_video.tokens import Grid, Item, Rows, RowShape, coordinates, pack, patchify, token_grid
 
-Tokenize = Callable[[str], Int32[np.ndarray, " s"]]
 Encode = Callable[[Sequence[UInt8[np.ndarray, "T H W 3"]]], list[Float32[np.ndarray, "t h w c"]]]
 """Clips of any sizes to their latents."""
 
@@ -37,8 +37,8 @@ class Member(NamedTuple):
     rank: int
     """its running number in the plan"""
     epoch: int
-    text: Int32[np.ndarray, " s"]
-    """of the caption that this epoch draws"""
+    caption: int
+    """the number of the one that this epoch draws"""
 
 
 class Layout:
@@ -48,8 +48,7 @@ class Layout:
 
     Args:
       grids: of every example, in tokens.
-      captions: of every example; none is the empty caption.
-      tokenize: caption to text tokens. It is called here, once for each caption: it need not be picklable.
+      texts: the captions of every example; those that are drawn are read when a row is packed.
       shape: the budgets of a row.
       seed: of the run.
       names: of the examples, for errors.
@@ -63,8 +62,7 @@ class Layout:
     def __init__(
         self,
         grids: Sequence[Grid],
-        captions: Sequence[tuple[str, ...]],
-        tokenize: Tokenize,
+        texts: Texts,
         *,
         shape: RowShape,
         seed: int,
@@ -72,21 +70,19 @@ class Layout:
         mixture: Mixture | None = None,
         balance: Balance | None = None,
     ):
-        self.grids, self.shape, self.names, self._seed = grids, shape, names, seed
-        self._text = tokenized_captions(captions, tokenize)
+        self.grids, self.texts, self.shape, self.names, self._seed = grids, texts, shape, names, seed
         self.stream = RowStream(
             np.asarray([grid.volume for grid in grids], np.int64),
-            np.asarray([max(map(len, texts)) for texts in self._text], np.int64),
+            np.asarray([max(lengths) for lengths in texts.lengths], np.int64),
             shape,
             seed=seed,
             names=names,
             mixture=mixture,
             balance=balance,
         )
-
         told = hashlib.sha256(repr((self.stream.hash, tuple(names), tuple(grids))).encode())
-        for texts in self._text:
-            told.update(b"".join(values.astype("<i4").tobytes() + b"|" for values in texts))
+        for facts in texts.facts():
+            told.update(facts)
         self.hash: str = told.hexdigest()[:16]
         """Of the plan, the examples' names, sizes and texts."""
 
@@ -100,34 +96,27 @@ class Layout:
         ]
 
     def pack(self, members: Sequence[Member], tokens: Sequence[Float32[np.ndarray, "_ p"] | None], width: int) -> Rows:
-        """One row. Members without tokens keep their place, and do not count in the loss."""
-        items = [
-            Item(
-                np.zeros((self.grids[member.example].volume, width), np.float32) if values is None else values,
-                _coordinates(self.grids[member.example]),
-                member.text,
-                member.rank,
+        """One row. Members without tokens or text keep their place, and do not count in the loss."""
+        items, valid = [], []
+        for member, values in zip(members, tokens, strict=True):
+            grid = self.grids[member.example]
+            text = read_text(self.texts, member.example, member.caption, self.names[member.example])
+            valid.append(values is not None and text is not None)
+            items.append(
+                Item(
+                    np.zeros((grid.volume, width), np.float32) if values is None else values,
+                    _coordinates(grid),
+                    self.texts.empty if text is None else text,
+                    member.rank,
+                )
             )
-            for member, values in zip(members, tokens, strict=True)
-        ]
-        row = pack(items, self.shape, width=width)
-        row.valid[: len(tokens)] = [values is not None for values in tokens]
+        row = pack(items, self.shape, width=width, text_width=self.texts.width)
+        row.valid[: len(valid)] = valid
         return row
 
-    def _caption(self, example: int, epoch: int) -> Int32[np.ndarray, " s"]:
-        texts = self._text[example]
-        if len(texts) == 1:
-            return texts[0]
-        return texts[rng.host(self._seed, "caption", epoch, example).integers(len(texts))]
-
-
-def tokenized_captions(
-    captions: Sequence[tuple[str, ...]], tokenize: Tokenize
-) -> list[tuple[Int32[np.ndarray, " _"], ...]]:
-    """Of every example, each different caption tokenised once; no caption is the empty one."""
-    different = dict.fromkeys(caption for of_example in captions for caption in of_example or ("",))
-    tokenized = {caption: np.asarray(tokenize(caption), np.int32).reshape(-1) for caption in different}
-    return [tuple(tokenized[caption] for caption in of_example or ("",)) for of_example in captions]
+    def _caption(self, example: int, epoch: int) -> int:
+        count = len(self.texts.lengths[example])
+        return 0 if count == 1 else int(rng.host(self._seed, "caption", epoch, example).integers(count))
 
 
 class LatentRows:
@@ -223,6 +212,15 @@ def _named(name: str, function: Callable, *arguments: Any) -> Any:
         return function(*arguments)
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
+
+
+def read_text(texts: Texts, example: int, caption: int, name: str) -> Text | None:
+    """One caption of an example; None, and a warning that names the example, where its record is damaged."""
+    try:
+        return texts.read(example, caption)
+    except DecodeError as error:
+        set_aside(name, error)
+        return None
 
 
 def set_aside(name: str, error: UserError) -> None:

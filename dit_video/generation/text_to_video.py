@@ -5,7 +5,7 @@ scale of guidance. Another number of steps, or of rows, is compiled anew, and so
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from dit_video.diffusion import Euler, RectifiedFlow, Sampler, classifier_free, 
 from dit_video.dit import packed_denoise
 from dit_video.errors import UserError
 from dit_video.rng import key
-from dit_video.text import Tokenizer
+from dit_video.text import TextTokens, Tokenizer
 from dit_video.tokens import (
     Grid,
     Item,
@@ -92,11 +92,13 @@ def sample_latents(
       UserError: a size that the patch does not divide, or a prompt longer than a row's text.
     """
     grids = [token_grid(Grid(*request.noise.shape[:3]), denoiser.patch) for request in requests]
+    prompts = dict.fromkeys(text for request in requests for text in (request.prompt, request.negative))
+    texts = {text: denoiser.tokenizer(text) for text in prompts}
     results: dict[int, Float32[np.ndarray, "t h w c"]] = {}
-    for group_shape, packed in _plan(denoiser, requests, grids, shape).items():
+    for group_shape, packed in _plan(requests, grids, texts, shape).items():
         for start in range(0, len(packed), rows):
             part = packed[start : start + rows]
-            sampled = _sample_rows(denoiser, part, requests, grids, sampling, group_shape, rows)
+            sampled = _sample_rows(denoiser, part, requests, grids, texts, sampling, group_shape, rows)
             for members, latents in zip(part, sampled, strict=True):
                 for index, tokens in zip(members, latents, strict=True):
                     results[index] = unpatchify(tokens, grids[index], denoiser.patch)
@@ -104,12 +106,10 @@ def sample_latents(
 
 
 def _plan(
-    denoiser: Denoiser, requests: Sequence[LatentRequest], grids: Sequence[Grid], shape: RowShape
+    requests: Sequence[LatentRequest], grids: Sequence[Grid], texts: Mapping[str, TextTokens], shape: RowShape
 ) -> dict[RowShape, list[list[int]]]:
     """Rows of request numbers by row shape: first fit of the largest first."""
-    text = [
-        max(len(denoiser.tokenizer(request.prompt)), len(denoiser.tokenizer(request.negative))) for request in requests
-    ]
+    text = [max(len(texts[request.prompt]), len(texts[request.negative])) for request in requests]
     plan: dict[RowShape, list[list[int]]] = {}
     used: list[list[int]] = []
     for index in sorted(range(len(requests)), key=lambda index: -grids[index].volume):
@@ -140,6 +140,7 @@ def _sample_rows(
     members: Sequence[Sequence[int]],
     requests: Sequence[LatentRequest],
     grids: Sequence[Grid],
+    texts: Mapping[str, TextTokens],
     sampling: Sampling,
     shape: RowShape,
     rows: int,
@@ -152,16 +153,17 @@ def _sample_rows(
                 Item(
                     patchify(requests[index].noise, denoiser.patch),
                     coordinates(grids[index]),
-                    denoiser.tokenizer(prompt_of(requests[index])),
+                    texts[prompt_of(requests[index])],
                     index,
                 )
                 for index in row
             ]
             for row in members
         ]
-        width = items[0][0].tokens.shape[1]
-        full = [pack(row, shape, width=width) for row in items]
-        full += [empty_row(shape, width=width)] * (rows - len(full))
+        first = items[0][0]
+        widths = {"width": first.tokens.shape[1], "text_width": first.text.shape[1] if first.text.ndim == 2 else 0}
+        full = [pack(row, shape, **widths) for row in items]
+        full += [empty_row(shape, **widths)] * (rows - len(full))
         return Rows(*map(np.stack, zip(*full, strict=True)))
 
     conditional, unconditional = packed(lambda request: request.prompt), packed(lambda request: request.negative)

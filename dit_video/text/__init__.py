@@ -2,9 +2,13 @@
 
 from dit_video.text.bytes import ByteEncoder, ByteEncoderConfig, ByteTokenizer
 from dit_video.text.embedder import Embedder
-from dit_video.text.interface import Context, TextEncoder, TextEncoderConfig, Tokenizer
+from dit_video.text.frozen import FrozenText, FrozenTextConfig
+from dit_video.text.interface import Context, TextEncoder, TextEncoderConfig, TextTokens, Tokenizer
 from dit_video.text.t5 import T5Config, T5Encoder
 from dit_video.text.tokenizer import PretrainedTokenizer, clean, holds_tokenizer
+
+TextConfig = ByteEncoderConfig | FrozenTextConfig
+"""The encoders that a denoiser is trained with."""
 
 __all__ = [
     "ByteEncoder",
@@ -12,11 +16,15 @@ __all__ = [
     "ByteTokenizer",
     "Context",
     "Embedder",
+    "FrozenText",
+    "FrozenTextConfig",
     "PretrainedTokenizer",
     "T5Config",
     "T5Encoder",
+    "TextConfig",
     "TextEncoder",
     "TextEncoderConfig",
+    "TextTokens",
     "Tokenizer",
     "clean",
     "holds_tokenizer",

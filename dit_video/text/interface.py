@@ -1,14 +1,20 @@
-"""What a text encoder is to the rest: a tokenizer on the host, a module on packed rows of tokens."""
+"""What a text encoder is to the rest: a tokenizer on the host, a module on packed rows of tokens.
+
+Of one that is trained with the denoiser the tokens are ids, and the module is all of the encoder. A frozen one has done
+its work on the host: its tokens are embeddings, and the module hands them on.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Float, Float32, Int, Int32, Shaped
 
-Tokenizer = Callable[[str], Int32[np.ndarray, " s"]]
-"""A caption to token ids. The empty caption gives at least one token: it is what an unconditional sample is given."""
+TextTokens = Int32[np.ndarray, " s"] | Float32[np.ndarray, "s E"]
+"""Of one caption, without padding: ids, or embeddings."""
+Tokenizer = Callable[[str], TextTokens]
+"""A caption to its tokens. The empty caption gives at least one: it is what an unconditional sample is given."""
 
 
 class Context(NamedTuple):
@@ -21,14 +27,14 @@ class Context(NamedTuple):
 
 @runtime_checkable
 class TextEncoder(Protocol):
-    """Packed token ids to context."""
+    """Packed tokens to context."""
 
-    def __call__(self, ids: Int[Array, "B S"], segments: Int[Array, "B S"]) -> Context: ...
+    def __call__(self, tokens: Shaped[Array, "B S *E"], segments: Int[Array, "B S"], /) -> Context: ...
 
 
 @runtime_checkable
 class TextEncoderConfig(Protocol):
-    """The config of an encoder: makes its two halves, and knows its width and limit."""
+    """The config of an encoder: makes its module, and knows its width and limit."""
 
     @property
     def width(self) -> int:
@@ -41,5 +47,3 @@ class TextEncoderConfig(Protocol):
         ...
 
     def make(self, rngs: nnx.Rngs) -> nnx.Module: ...
-
-    def tokenizer(self) -> Tokenizer: ...

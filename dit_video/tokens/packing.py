@@ -33,7 +33,8 @@ class Item(NamedTuple):
 
     tokens: Float32[np.ndarray, "n p"]
     coordinates: Float32[np.ndarray, "n 3"]
-    text: Int32[np.ndarray, " s"]
+    text: Int32[np.ndarray, " s"] | Float32[np.ndarray, "s E"]
+    """token ids, or embeddings of a text encoder that is not trained"""
     example: int
     """Identity of the example for randomness: its rank in the epoch's plan, or a sample's number."""
 
@@ -44,7 +45,8 @@ class Rows(NamedTuple):
     tokens: Float[AnyArray, "*B N p"]
     segments: Int[AnyArray, "*B N"]
     coordinates: Float[AnyArray, "*B N 3"]
-    text: Int[AnyArray, "*B S"]
+    text: Int[AnyArray, "*B S"] | Float[AnyArray, "*B S E"]
+    """token ids, or embeddings"""
     text_segments: Int[AnyArray, "*B S"]
     examples: UInt32[AnyArray, "*B G"]
     """The example of segment g+1; meaningless where `valid` is false."""
@@ -52,8 +54,14 @@ class Rows(NamedTuple):
     """Which segments exist and count in the loss."""
 
 
-def pack(items: Sequence[Item], shape: RowShape, *, width: int) -> Rows:
-    """One row (no batch axis) with `items` in order; `width` is the number of values of a token.
+def pack(items: Sequence[Item], shape: RowShape, *, width: int, text_width: int = 0) -> Rows:
+    """One row (no batch axis) with `items` in order.
+
+    Args:
+      items: what the row is to hold.
+      shape: what it has room for.
+      width: values of a video token.
+      text_width: values of a text token's embedding; 0 where texts are token ids.
 
     Raises:
       UserError: the items do not fit the row.
@@ -69,7 +77,7 @@ def pack(items: Sequence[Item], shape: RowShape, *, width: int) -> Rows:
                 f"a row has room for {getattr(shape, name)} {name}, {getattr(used, name)} were given; "
                 f"raise the row's {name} or give it fewer clips"
             )
-    row = empty_row(shape, width=width)
+    row = empty_row(shape, width=width, text_width=text_width)
     start = text_start = 0
     for index, item in enumerate(items):
         stop, text_stop = start + len(item.tokens), text_start + len(item.text)
@@ -84,13 +92,13 @@ def pack(items: Sequence[Item], shape: RowShape, *, width: int) -> Rows:
     return row
 
 
-def empty_row(shape: RowShape, *, width: int) -> Rows:
-    """A row of padding alone."""
+def empty_row(shape: RowShape, *, width: int, text_width: int = 0) -> Rows:
+    """A row of padding alone; arguments are as for `pack`."""
     return Rows(
         tokens=np.zeros((shape.tokens, width), np.float32),
         segments=np.zeros((shape.tokens,), np.int32),
         coordinates=np.zeros((shape.tokens, 3), np.float32),
-        text=np.zeros((shape.text,), np.int32),
+        text=np.zeros((shape.text, text_width), np.float32) if text_width else np.zeros((shape.text,), np.int32),
         text_segments=np.zeros((shape.text,), np.int32),
         examples=np.zeros((shape.segments,), np.uint32),
         valid=np.zeros((shape.segments,), bool),

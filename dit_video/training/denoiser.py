@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from dit_video.conditioning import drop_captions
 from dit_video.diffusion import FlowMatching, low_discrepancy
@@ -19,15 +20,16 @@ class DenoiserLoss:
     """Mean over the clips of a batch of each clip's mean squared error.
 
     The metrics are `padding`, the share of tokens that are no clip's, and `masked`, the share of clips that could not
-    be read and do not count. Parameters are `{"dit": ..., "text": ...}`: the text encoder is trained with the denoiser.
+    be read and do not count. Parameters are `{"dit": ..., "text": ...}`: the text encoder is trained with the denoiser,
+    unless it is a frozen one, which has none: then rows hold its embeddings.
     """
 
     dit: nnx.GraphDef
     text: nnx.GraphDef
     objective: FlowMatching
     caption_dropout: float
-    empty_caption: tuple[int, ...]
-    """the tokens of an empty caption"""
+    empty_caption: Shaped[np.ndarray, "s *E"]
+    """the tokens of an empty caption, or their embeddings"""
     seed: int
 
     def __call__(self, params, rows: Rows, step: Array) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:

@@ -6,8 +6,8 @@ from dit_video.conditioning import drop_captions
 from dit_video.text import ByteTokenizer
 
 TOKENIZE = ByteTokenizer(32, 4)
-EMPTY = tuple(int(token) for token in TOKENIZE(""))
-DROP = jax.jit(drop_captions, static_argnames="empty")
+EMPTY = TOKENIZE("")
+DROP = jax.jit(drop_captions)
 CAPTIONS = ["a red ball", "", "a blue box moves"]
 
 
@@ -59,6 +59,18 @@ def test_rows_are_dropped_apart():
 
 def test_an_empty_caption_of_several_tokens():
     text, segments = jnp.arange(10, 22)[None], jnp.asarray([[1] * 6 + [2] * 6])
-    found = DROP(text, segments, jnp.asarray([[False, True]]), empty=(7, 8, 9))
+    found = DROP(text, segments, jnp.asarray([[False, True]]), empty=jnp.asarray([7, 8, 9]))
     assert found[0][0].tolist() == [*range(10, 16), 7, 8, 9, 0, 0, 0]
     assert found[1][0].tolist() == [1] * 6 + [2] * 3 + [0] * 3
+
+
+def test_embeddings_are_dropped_as_token_ids_are():
+    table = np.random.default_rng(0).normal(size=(300, 6)).astype(np.float32)
+    text, segments = row(CAPTIONS)
+    embedded = jnp.where(segments[..., None] > 0, table[text], 0)
+    for drop in ([True, False, True], [False, True, False]):
+        ids, expected = DROP(text, segments, jnp.asarray([drop]), empty=EMPTY)
+        found, found_segments = DROP(embedded, segments, jnp.asarray([drop]), empty=table[EMPTY])
+        np.testing.assert_array_equal(found_segments, expected)
+        np.testing.assert_array_equal(found, np.where(expected[..., None] > 0, table[ids], 0))
+        assert found.dtype == np.float32

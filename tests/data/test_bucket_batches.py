@@ -10,9 +10,10 @@ from dit_video.data.ingest import ingest
 from dit_video.data.loader import Reading
 from dit_video.data.sizes import SizeLimits, fit
 from dit_video.data.source import ClipInfo, ClipSource
+from dit_video.data.texts import EmbeddedTexts, TokenizedTexts
 from dit_video.errors import UserError
 from dit_video.tokens import Grid, coordinates, token_grid, unpatchify
-from stand_ins import pooled, tokenize
+from stand_ins import Embedder, pooled, tokenize
 
 PATCH = Grid(1, 2, 2)
 LIMITS = SizeLimits(max_pixels=32 * 48, max_frames=9, multiple=Grid(4, 16, 16))
@@ -44,10 +45,10 @@ def buckets(clips):
     )
 
 
-def taken(clips, buckets, count, encode=pooled, **reading):
+def taken(clips, buckets, count, encode=pooled, texts=None, **reading):
     batches = bucket_batches(
         clips,
-        tokenize,
+        texts or TokenizedTexts([info.captions for info in clips.infos], tokenize),
         encode,
         buckets,
         latent_grid=latents_of,
@@ -113,6 +114,25 @@ def test_resumed_and_shared_batches_are_the_same(clips, buckets):
                 np.testing.assert_array_equal(getattr(resumed[step - 4], name), values)
 
 
+def test_embeddings_stand_where_token_ids_do(clips, buckets, tmp_path):
+    (tmp_path / "seed.txt").write_text("1")
+    embedder, captions = Embedder(tmp_path), [info.captions for info in clips.infos]
+    ids, plain = taken(clips, buckets, 4)
+    # Its encoder can't be pickled to the workers, which don't need it.
+    texts = EmbeddedTexts(captions, lambda many: embedder.many(many), identity="t")
+    found, batches = taken(clips, buckets, 4, texts=texts, workers=1)
+    for rows, expected in zip(found, ids, strict=True):
+        np.testing.assert_array_equal(rows.tokens, expected.tokens)
+        assert rows.text.shape == (*expected.text.shape, 8)
+        for text, segments, words in zip(rows.text, rows.text_segments, expected.text, strict=True):
+            caption = bytes((words[words > 0] - 3).astype(np.uint8)).decode()
+            np.testing.assert_array_equal(text[segments == 1], embedder(caption))
+            assert not text[segments == 0].any()
+    assert batches.hash != plain.hash
+    other = EmbeddedTexts(captions, embedder.many, identity="u")
+    assert taken(clips, buckets, 0, texts=other)[1].hash != batches.hash
+
+
 def test_a_damaged_clip_is_masked(clips, buckets, monkeypatch):
     whole = taken(clips, buckets, 12)[0]
     damaged, read = clips.infos[5].name, ClipSource.__getitem__
@@ -149,7 +169,7 @@ def test_refusals(clips, buckets):
     with pytest.raises(UserError, match="text tokens, a row has room for 4"):
         bucket_batches(
             clips,
-            tokenize,
+            TokenizedTexts([info.captions for info in clips.infos], tokenize),
             pooled,
             buckets,
             latent_grid=latents_of,

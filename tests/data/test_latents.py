@@ -60,7 +60,7 @@ def test_another_identity_is_refused(tmp_path):
     assert len(set(found)) == 2
     with pytest.raises(UserError, match="latents of text encoder-1, encoder-2 was asked for"):
         LatentSource(tmp_path / "m", identity=long | {"text": "encoder-2"})
-    with pytest.raises(UserError, match="latents of other null, x was asked for"):
+    with pytest.raises(UserError, match="latents of other none, x was asked for"):
         LatentSource(tmp_path / "m", identity=long | {"other": "x"})
 
 

@@ -16,6 +16,7 @@ from dit_video.data.mixture import Mixture
 from dit_video.data.rows import Layout
 from dit_video.data.sizes import SizeLimits
 from dit_video.data.source import ClipSource
+from dit_video.data.texts import TokenizedTexts
 from dit_video.errors import DecodeError, UserError
 from dit_video.tokens import Grid, RowShape, coordinates, patchify, unpack
 from stand_ins import pooled, tokenize
@@ -39,6 +40,10 @@ def source(tmp_path_factory):
     return LatentSource(folder)
 
 
+def texts_of(source):
+    return TokenizedTexts(source.all_captions, tokenize)
+
+
 def take(source, count, **options):
     given = {
         name: options.pop(name)
@@ -47,7 +52,8 @@ def take(source, count, **options):
     }
     reading = Reading(batch=options.pop("batch", 4), seed=options.pop("seed", 0), **given)
     options = {"patch": PATCH, "shape": SHAPE, **options}
-    batches = packed_batches(source, options.pop("tokenize", tokenize), reading=reading, **options)
+    texts = TokenizedTexts(source.all_captions, options.pop("tokenize", tokenize))
+    batches = packed_batches(source, texts, reading=reading, **options)
     taken = [next(batches) for _ in range(count)]
     batches.close()
     return taken
@@ -65,7 +71,7 @@ def assert_equal(one, two):
 
 
 def test_batches_hold_the_examples(source):
-    batches = packed_batches(source, tokenize, patch=PATCH, shape=SHAPE, reading=Reading(batch=4, seed=0))
+    batches = packed_batches(source, texts_of(source), patch=PATCH, shape=SHAPE, reading=Reading(batch=4, seed=0))
     seen = {}
     for _ in range(2 * batches.rows_per_epoch // 4 + 1):
         rows = next(batches)
@@ -107,7 +113,7 @@ def test_workers_give_the_same_batches(source):
     closure = lambda caption: counted.append(caption) or tokenize(caption)  # noqa: E731 (it can't be pickled)
     for batch, same in zip(take(source, 4, workers=2, tokenize=closure), expected, strict=False):
         assert_equal(batch, same)
-    assert sorted(counted) == sorted(set(source.captions))
+    assert sorted(counted) == sorted({"", *source.captions})
     shares = [take(source, 3, workers=workers, host=host, hosts=2, start_step=5) for host, workers in ((0, 0), (1, 2))]
     for step in range(3):
         assert_equal(joined([share[step] for share in shares]), expected[5 + step])
@@ -122,7 +128,7 @@ def test_resumes_at_any_step(source):
 
 def test_seed_and_plan_hash(source):
     first, again, other = (
-        packed_batches(source, tokenize, patch=PATCH, shape=SHAPE, reading=Reading(batch=4, seed=seed))
+        packed_batches(source, texts_of(source), patch=PATCH, shape=SHAPE, reading=Reading(batch=4, seed=seed))
         for seed in (0, 0, 1)
     )
     assert first.hash == again.hash != other.hash
@@ -133,7 +139,7 @@ def test_seed_and_plan_hash(source):
 def test_the_summary_counts_sizes_and_costs(source):
     balance = Balance(cost=Cost.of_width(32), batch=4)
     batches = packed_batches(
-        source, tokenize, patch=PATCH, shape=SHAPE, reading=Reading(batch=4, seed=0, balance=balance)
+        source, texts_of(source), patch=PATCH, shape=SHAPE, reading=Reading(batch=4, seed=0, balance=balance)
     )
     summary = json.loads(json.dumps(batches.summary(devices=2)))
     batches.close()
@@ -152,7 +158,7 @@ def test_the_summary_counts_sizes_and_costs(source):
 def test_a_mixture_is_drawn_by_weight(source):
     mixture = Mixture(sizes=(25, 25), weights=(4, 1), length=50)
     batches = packed_batches(
-        source, tokenize, patch=PATCH, shape=SHAPE, reading=Reading(batch=1, seed=0, mixture=mixture)
+        source, texts_of(source), patch=PATCH, shape=SHAPE, reading=Reading(batch=1, seed=0, mixture=mixture)
     )
     patches = {patchify(source[i], PATCH).tobytes(): i for i in range(50)}
     drawn = []
@@ -193,19 +199,19 @@ def test_refusals(source, options, message):
 
 def test_captions_are_drawn_by_epoch():
     captions = [("a", "bb", "ccc"), ("d",), ()] * 4
-    layout = Layout(
-        [Grid(1, 2, 2)] * 12, captions, tokenize, shape=SHAPE, seed=0, names=[str(index) for index in range(12)]
-    )
+    texts = TokenizedTexts(captions, tokenize)
+    layout = Layout([Grid(1, 2, 2)] * 12, texts, shape=SHAPE, seed=0, names=[str(index) for index in range(12)])
     drawn = {example: [] for example in range(12)}
     for number in range(40 * layout.stream.rows_per_epoch):
         for member in layout.members(number):
-            drawn[member.example].append(bytes(member.text.astype(np.uint8) - 3).decode())
+            text = texts.read(member.example, member.caption)
+            drawn[member.example].append(bytes(text.astype(np.uint8) - 3).decode())
     for example, texts in drawn.items():
         assert len(texts) == 40
         assert set(texts) == set(captions[example] or ("",))
     assert drawn[0] != drawn[3]
     again = layout.members(7)
-    assert [member.text.tolist() for member in layout.members(7)] == [member.text.tolist() for member in again]
+    assert [member.caption for member in layout.members(7)] == [member.caption for member in again]
 
 
 def test_a_damaged_example_keeps_its_place_and_does_not_count(source, monkeypatch, caplog):
@@ -250,7 +256,7 @@ def clips(tmp_path_factory):
 def encoded(clips, count, encode=pooled, **reading):
     batches = encoded_batches(
         clips,
-        tokenize,
+        TokenizedTexts([info.captions for info in clips.infos], tokenize),
         encode,
         latent_grid=lambda size: Grid(1 + size.t // 4, size.h // 8, size.w // 8),
         channels=3,

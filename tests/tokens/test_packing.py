@@ -58,6 +58,20 @@ def test_a_row_that_is_exactly_full():
     assert row.valid.all()
 
 
+def test_embeddings_lie_where_token_ids_do():
+    table = np.random.default_rng(0).normal(size=(99, 5)).astype(np.float32)
+    ids = pack(ITEMS, SHAPE, width=WIDTH)
+    embedded = [one._replace(text=table[one.text]) for one in ITEMS]
+    row = pack(embedded, SHAPE, width=WIDTH, text_width=5)
+    np.testing.assert_array_equal(row.text, np.where(ids.text_segments[:, None] > 0, table[ids.text], 0))
+    assert row.text.dtype == np.float32
+    for name in ("tokens", "segments", "text_segments", "examples", "valid"):
+        np.testing.assert_array_equal(getattr(row, name), getattr(ids, name))
+    assert empty_row(SHAPE, width=WIDTH, text_width=5).text.shape == (10, 5)
+    with pytest.raises(UserError, match="room for 7 text, 8 were given"):
+        pack(embedded, RowShape(tokens=20, text=7, segments=3), width=WIDTH, text_width=5)
+
+
 def test_an_empty_row_is_a_row_of_no_items():
     for left, right in zip(pack([], SHAPE, width=WIDTH), empty_row(SHAPE, width=WIDTH), strict=True):
         assert left.dtype == right.dtype

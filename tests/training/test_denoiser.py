@@ -1,6 +1,7 @@
 """The loss from random parameters: of a fresh denoiser, which predicts zero, no identity says anything."""
 
 import copy
+import dataclasses
 import os
 import subprocess
 import sys
@@ -15,8 +16,8 @@ import pytest
 from dit_video import rng
 from dit_video.diffusion import FlowMatching
 from dit_video.dit import DitConfig
-from dit_video.nn import graph_of
-from dit_video.text import ByteEncoderConfig
+from dit_video.nn import graph_of, init_params
+from dit_video.text import ByteEncoderConfig, FrozenTextConfig
 from dit_video.tokens import Grid, Item, Rows, RowShape, coordinates, pack
 from dit_video.training.denoiser import DenoiserLoss, packed_noise
 from dit_video.tree import flatten
@@ -32,7 +33,7 @@ LOSS = DenoiserLoss(
     text=graph_of(TEXT.make),
     objective=FlowMatching(),
     caption_dropout=0.5,
-    empty_caption=tuple(int(token) for token in TOKENIZE("")),
+    empty_caption=TOKENIZE(""),
     seed=3,
 )
 
@@ -82,6 +83,41 @@ def test_an_example_has_the_same_loss_wherever_and_with_whatever_it_is_packed():
         assert np.abs(gradient).max() > 1e-4, f"{path} has no gradient: the comparison would say nothing"
     for rows in (batch([A, B], [C]), batch([C], [A, B]), batch([B, A], [C]), batch([C, B, A], [])):
         assert_close(run(rows), expected)
+
+
+# --- a frozen text encoder: rows hold embeddings --------------------------------------------------------------------
+
+FROZEN = FrozenTextConfig(folder="nowhere", width=8, max_tokens=16)
+TABLE = np.random.default_rng(7).normal(size=(300, 8)).astype(np.float32)
+FROZEN_LOSS = dataclasses.replace(LOSS, text=graph_of(FROZEN.make), empty_caption=TABLE[TOKENIZE("")])
+
+
+@jax.jit
+def run_frozen(params, rows):
+    """The loss and its gradients, at step 2."""
+    return jax.value_and_grad(lambda params: FROZEN_LOSS(params, rows, jnp.asarray(2))[0])(params)
+
+
+def embedded(*rows) -> Rows:
+    packed = (pack([one._replace(text=TABLE[one.text]) for one in row], SHAPE, width=4, text_width=8) for row in rows)
+    return Rows(*map(np.stack, zip(*packed, strict=True)))
+
+
+def test_embeddings_have_the_same_loss_wherever_they_are_packed():
+    params = {"dit": PARAMS["dit"], "text": init_params(FROZEN.make, rng.key(0, "text"))}
+    assert params["text"] == {}
+    alone = [run_frozen(params, embedded([one], [])) for one in (A, B, C)]
+    assert len({round(float(value), 4) for value, _ in alone}) == 3
+    for path, gradient in flatten(mean(alone)[1]).items():
+        assert np.abs(gradient).max() > 1e-4, f"{path} has no gradient: the comparison would say nothing"
+    for rows in (embedded([A, B], [C]), embedded([C], [B, A]), embedded([C, B, A], [])):
+        assert_close(run_frozen(params, rows), mean(alone))
+    other = A._replace(text=TOKENIZE("dot ball"))
+    assert run_frozen(params, embedded([other], []))[0] != alone[0][0]
+    # What is padding says nothing.
+    rows = embedded([A, B], [C])
+    loud = rows._replace(text=np.where(rows.text_segments[..., None] == 0, 30, rows.text).astype(np.float32))
+    np.testing.assert_array_equal(run_frozen(params, loud)[0], run_frozen(params, rows)[0])
 
 
 def test_examples_are_told_apart():

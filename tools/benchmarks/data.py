@@ -25,6 +25,7 @@ from dit_video.data.latents import LatentExample, LatentSource
 from dit_video.data.loader import Reading, packed_batches
 from dit_video.data.sizes import SizeLimits, fit, sampled_frames
 from dit_video.data.source import ClipSource
+from dit_video.data.texts import TokenizedTexts
 from dit_video.data.windows import CACHE_BYTES, THREADS, Stretches, WindowBatches
 from dit_video.tokens import Grid
 from dit_video.training import loop
@@ -51,9 +52,10 @@ def measure_latents(setting: Setting, trained: Trained, number: int) -> tuple[di
     with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as folder, compilations() as compiled:
         encoded = (LatentExample(str(index), one.caption, values_of(setting, index, one)) for index, one in examples)
         write_latents(Path(folder) / "latents", encoded, identity="benchmark")
-        source, tokenizer = LatentSource(Path(folder) / "latents"), config.text.tokenizer()
+        source = LatentSource(Path(folder) / "latents")
         reading = Reading(batch=config.batch, seed=0)
-        batches = packed_batches(source, tokenizer, patch=config.dit.patch, shape=config.rows, reading=reading)
+        texts = TokenizedTexts(source.all_captions, config.text.tokenizer())
+        batches = packed_batches(source, texts, patch=config.dit.patch, shape=config.rows, reading=reading)
         epoch = -(-batches.rows_per_epoch // config.batch)
         last = int(trained.state.step) + epoch
         log = MetricsLog(Path(folder) / "metrics.jsonl")
@@ -185,9 +187,10 @@ def measure_memory(setting: Setting, number: int, batches: int) -> dict[str, Any
     with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as folder:
         encoded = (LatentExample(str(index), one.caption, values_of(setting, index, one)) for index, one in examples)
         write_latents(Path(folder) / "latents", encoded, identity="benchmark")
+        source = LatentSource(Path(folder) / "latents")
         loader = packed_batches(
-            LatentSource(Path(folder) / "latents"),
-            config.text.tokenizer(),
+            source,
+            TokenizedTexts(source.all_captions, config.text.tokenizer()),
             patch=config.dit.patch,
             shape=config.rows,
             reading=Reading(batch=config.batch, seed=0),

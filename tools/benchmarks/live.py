@@ -21,6 +21,7 @@ from dit_video.data.buckets import Memory
 from dit_video.data.ingest import ingest
 from dit_video.data.rows import Encode
 from dit_video.data.source import ClipSource
+from dit_video.data.texts import TokenizedTexts
 from dit_video.nn import init_params
 from dit_video.tokens import Grid
 from dit_video.training import loop
@@ -85,7 +86,8 @@ def _train(
 ) -> tuple[dict[str, Any], Trained]:
     """Twice the steps: in the first half what is new is compiled, the second one is measured."""
     first, spent = int(trained.state.step), [0.0]
-    batches = feed.live(experiment, source, experiment.denoiser.text.tokenizer(), encode)(0)
+    texts = TokenizedTexts([info.captions for info in source.infos], experiment.denoiser.text.tokenizer())
+    batches = feed.live(experiment, source, texts, encode)(0)
 
     def note(done: int, _state: Any) -> None:
         if done == first + steps:

@@ -1,0 +1,38 @@
+"""The frozen encoder's half on the device: it hands embeddings on."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dit_video import configs, rng
+from dit_video.errors import UserError
+from dit_video.nn import graph_of, init_params, param_shapes
+from dit_video.text import FrozenTextConfig, TextEncoder, TextEncoderConfig
+
+CONFIG = FrozenTextConfig(folder="encoders/umt5", width=6, max_tokens=9, dtype="bfloat16", identity="abc")
+
+
+def test_embeddings_are_the_context():
+    values = np.random.default_rng(0).normal(size=(2, 5, 6)).astype(np.float32)
+    segments = np.asarray([[1, 1, 2, 0, 0], [1, 2, 2, 2, 3]], np.int32)
+    params = init_params(CONFIG.make, rng.key(0, "text"))
+    assert params == param_shapes(CONFIG.make) == {}
+    encoder = nnx.merge(graph_of(CONFIG.make), params)
+    context = encoder(jnp.asarray(values), jnp.asarray(segments))
+    np.testing.assert_array_equal(context.values, values)
+    np.testing.assert_array_equal(context.segments, segments)
+    assert isinstance(encoder, TextEncoder)
+    assert isinstance(CONFIG, TextEncoderConfig)
+
+
+def test_it_comes_back_from_json():
+    assert configs.from_json(json.loads(json.dumps(configs.to_json(CONFIG)))) == CONFIG
+
+
+@pytest.mark.parametrize("wrong", [{"folder": ""}, {"width": 0}, {"max_tokens": 0}])
+def test_refusals(wrong):
+    with pytest.raises(UserError, match="needs a folder, and a width and max_tokens of at least 1"):
+        FrozenTextConfig(**{"folder": "f", "width": 8, "max_tokens": 4} | wrong)
