@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from dit_video.autoencoder import PatchVaeConfig, latent_grid
+from dit_video.autoencoder import AutoencoderObjective, PatchVaeConfig, latent_grid
 from dit_video.data.bucket_batches import BucketConfig
 from dit_video.data.sizes import SizeLimits
 from dit_video.data.windows import WindowConfig
@@ -55,8 +55,7 @@ class AutoencoderTraining:
     """shapes of the training batches; steps take them in turn"""
     optimizer: OptimizerConfig
     steps: int
-    kl: float = 1e-4
-    """weight of the latents' divergence from a standard normal, in nats a latent position"""
+    loss: AutoencoderObjective = field(default_factory=AutoencoderObjective)
     ema_decay: float = 0.99
 
 
@@ -128,8 +127,6 @@ class Experiment:
                 raise UserError(f"ema_decay {training.ema_decay} must lie in [0, 1)")
         if not 0 <= self.denoiser.caption_dropout <= 1:
             raise UserError(f"caption_dropout {self.denoiser.caption_dropout} must lie in [0, 1]")
-        if not self.autoencoder.kl >= 0:
-            raise UserError(f"kl {self.autoencoder.kl} must not be negative")
         if not all(0 < weight < math.inf for weight in self.data.weights):
             raise UserError(f"weights={self.data.weights} must be positive; leave out a data set that is not wanted")
         cached = self.data.stretches > 1 or self.data.resolutions or self.data.flips

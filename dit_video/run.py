@@ -207,7 +207,7 @@ class Run:
         state = self._train(
             "autoencoder",
             init,
-            AutoencoderLoss(graph=graph, kl=config.kl, seed=experiment.seed),
+            AutoencoderLoss(graph=graph, objective=config.loss, seed=experiment.seed),
             lambda start: self._windows(stretches, start, "autoencoder"),
         )
         params = jax.device_get(state.ema)

@@ -64,7 +64,6 @@ DISAGREEMENTS = [
     ("denoiser.caption_dropout", 1.5, "caption_dropout 1.5 must lie in [0, 1]"),
     ("denoiser.caption_dropout", float("nan"), "must lie in [0, 1]"),
     ("denoiser.ema_decay", 1.0, "ema_decay 1.0 must lie in [0, 1)"),
-    ("autoencoder.kl", -1.0, "must not be negative"),
     ("log_every", 0, "log_every must be at least 1"),
     ("save_every", -5, "save_every must be at least 1"),
     ("seed", -1, "not -1"),

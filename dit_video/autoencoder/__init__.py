@@ -3,6 +3,7 @@
 from dit_video.autoencoder.canvas import Canvas, Place, arrange, covers, occupied, padding
 from dit_video.autoencoder.interface import Autoencoder, AutoencoderConfig, clip_grid, latent_grid
 from dit_video.autoencoder.linear import LinearAutoencoder, fit_linear
+from dit_video.autoencoder.objective import AutoencoderObjective
 from dit_video.autoencoder.patch_vae import (
     PatchVae,
     PatchVaeConfig,
@@ -18,6 +19,7 @@ from dit_video.autoencoder.vae import CausalVae, CausalVaeConfig
 __all__ = [
     "Autoencoder",
     "AutoencoderConfig",
+    "AutoencoderObjective",
     "Canvas",
     "CausalVae",
     "CausalVaeConfig",

@@ -1,6 +1,7 @@
 """One training step, for any loss."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,26 +11,54 @@ from jaxtyping import Array, Float, PyTree
 from dit_video.training.ema import update_ema
 from dit_video.training.state import TrainState
 
-Loss = Callable[[PyTree, PyTree, Array], tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]
-"""`loss(params, batch, step) -> (mean loss, figures to log)`"""
+Loss = Callable[..., tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]
+"""`loss(params, batch, step) -> (mean loss, figures to log)`; the constants of a step are further arguments"""
 Step = Callable[[TrainState, PyTree], tuple[TrainState, dict[str, Float[Array, ""]]]]
 
 
-def make_step(loss: Loss, optimizer: optax.GradientTransformation, *, ema_decay: float) -> Step:
-    """`step(state, batch) -> (state, figures)`, jitted; the state is donated."""
+def make_step(
+    loss: Loss, optimizer: optax.GradientTransformation, *, ema_decay: float, constants: tuple[PyTree, ...] = ()
+) -> Step:
+    """`step(state, batch) -> (state, figures)`, jitted; the state is donated.
 
-    def step(state, batch):
-        (value, figures), gradients = jax.value_and_grad(loss, has_aux=True)(state.params, batch, state.step)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        figures = {"loss": value, "gradient_norm": optax.tree.norm(gradients), **figures}
-        following = TrainState(
-            step=state.step + 1,
-            params=params,
-            ema=update_ema(state.ema, params, state.step, decay=ema_decay),
-            opt_state=opt_state,
-            extra=state.extra,
+    Args:
+      loss: what is minimised.
+      optimizer: of the parameters.
+      ema_decay: of their moving average.
+      constants: arrays that the loss is given too, such as the weights of a network that judges. (What a loss holds
+        itself becomes a part of the program, which weights would make large.)
+    """
+
+    def step(state, batch, *constants):
+        (value, figures), gradients = jax.value_and_grad(loss, has_aux=True)(
+            state.params, batch, state.step, *constants
         )
-        return following, jax.tree.map(lambda figure: figure.astype(jnp.float32), figures)
+        figures = {"loss": value, "gradient_norm": optax.tree.norm(gradients), **figures}
+        return following(state, gradients, optimizer, ema_decay=ema_decay), float_figures(figures)
 
-    return jax.jit(step, donate_argnums=0)
+    return with_constants(jax.jit(step, donate_argnums=0), constants)
+
+
+def following(
+    state: TrainState, gradients: PyTree, optimizer: optax.GradientTransformation, *, ema_decay: float
+) -> TrainState:
+    """The state after one update by these gradients."""
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(
+        step=state.step + 1,
+        params=params,
+        ema=update_ema(state.ema, params, state.step, decay=ema_decay),
+        opt_state=opt_state,
+        extra=state.extra,
+    )
+
+
+def float_figures(figures: dict[str, Array]) -> dict[str, Float[Array, ""]]:
+    """As they are logged."""
+    return {name: figure.astype(jnp.float32) for name, figure in figures.items()}
+
+
+def with_constants(step: Callable[..., Any], constants: tuple[PyTree, ...]) -> Step:
+    """A jitted step whose last arguments are these."""
+    return (lambda state, batch: step(state, batch, *constants)) if constants else step

@@ -8,7 +8,7 @@ reconstructed and reported. Frames of up to 96×128 pixels at 8 a second, clips 
 real scenes: this config shows that the whole chain runs on real input, and it is where to start from.
 """
 
-from dit_video.autoencoder import PatchVaeConfig
+from dit_video.autoencoder import AutoencoderObjective, PatchVaeConfig
 from dit_video.data.windows import WindowConfig
 from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
 from dit_video.dit import DitConfig
@@ -32,7 +32,7 @@ EXPERIMENT = Experiment(
         windows=(WindowConfig(size=Grid(9, 48, 80), batch=8), WindowConfig(size=Grid(9, 80, 48), batch=8)),
         optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup=30),
         steps=600,
-        kl=1e-6,
+        loss=AutoencoderObjective.pixels(kl=1e-6),
     ),
     denoiser=DenoiserTraining(
         dit=DitConfig(channels=16, context_width=96, patch=Grid(1, 2, 2), width=192, layers=6, heads=4),

@@ -3,7 +3,7 @@
 python experiments/quickstart.py
 """
 
-from dit_video.autoencoder import PatchVaeConfig
+from dit_video.autoencoder import AutoencoderObjective, PatchVaeConfig
 from dit_video.data import shapes
 from dit_video.data.windows import WindowConfig
 from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
@@ -46,7 +46,7 @@ def experiment(seed: int = 0, *, brief: bool = False) -> Experiment:
             ),
             optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup=30),
             steps=autoencoder_steps,
-            kl=1e-4,
+            loss=AutoencoderObjective.pixels(kl=1e-4),
         ),
         denoiser=DenoiserTraining(
             dit=DitConfig(channels=8, context_width=64, patch=Grid(1, 2, 2), width=176, layers=4, heads=4),

@@ -6,7 +6,7 @@ CLIPS is made by `dit_video.data.shapes.write_folder` with `COUNT`, `SIZES` and 
 nothing.
 """
 
-from dit_video.autoencoder import PatchVaeConfig
+from dit_video.autoencoder import AutoencoderObjective, PatchVaeConfig
 from dit_video.data import shapes
 from dit_video.data.windows import WindowConfig
 from dit_video.dit import DitConfig
@@ -37,6 +37,7 @@ def experiment(seed: int = 0, *, brief: bool = False) -> Experiment:
             windows=(WindowConfig(size=Grid(5, 16, 16), batch=4),),
             optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup=2),
             steps=8,
+            loss=AutoencoderObjective.pixels(),
         ),
         denoiser=DenoiserTraining(
             dit=DitConfig(channels=4, context_width=16, patch=Grid(1, 2, 2), width=24, layers=1, heads=2),

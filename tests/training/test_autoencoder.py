@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dit_video.autoencoder import PatchVaeConfig
+from dit_video.autoencoder import AutoencoderObjective, PatchVaeConfig
 from dit_video.nn import graph_of
+from dit_video.rng import key
 from dit_video.tokens import Grid
 from dit_video.training.autoencoder import AutoencoderLoss
 from dit_video.training.optimizer import OptimizerConfig, make_optimizer
@@ -23,9 +24,13 @@ PARAMS = rough_params(CONFIG.make)
 
 @jax.jit
 def _run(params, clips, step, kl):
-    loss = AutoencoderLoss(graph=GRAPH, kl=0.0, seed=1)
-    object.__setattr__(loss, "kl", kl)  # traced, so that one program serves every weight
-    return loss(params, clips, step)
+    objective = AutoencoderObjective.pixels()
+    object.__setattr__(objective, "kl", kl)  # traced, so that one program serves every weight
+    return AutoencoderLoss(graph=GRAPH, objective=objective, seed=1)(params, clips, step)
+
+
+def loss_of(objective):
+    return AutoencoderLoss(graph=GRAPH, objective=objective, seed=1)
 
 
 def run(clips=CLIPS, step=0, kl=0.0):
@@ -70,7 +75,7 @@ def test_a_batch_of_one_is_a_batch():
 
 def test_a_few_steps_on_one_batch_reconstruct_it_better():
     optimizer = make_optimizer(OptimizerConfig(learning_rate=3e-3, warmup=0), steps=60)
-    step = make_step(AutoencoderLoss(graph=GRAPH, kl=1e-4, seed=1), optimizer, ema_decay=0.9)
+    step = make_step(loss_of(AutoencoderObjective.pixels(kl=1e-4)), optimizer, ema_decay=0.9)
     state = new_state(lambda key: PARAMS, optimizer, jax.random.key(0))
     smooth = np.broadcast_to(np.arange(0, 240, 40, dtype=np.uint8)[None, None, None, :, None], CLIPS.shape).copy()
     first = None
@@ -78,3 +83,37 @@ def test_a_few_steps_on_one_batch_reconstruct_it_better():
         state, figures = step(state, smooth)
         first = first or float(figures["psnr"])
     assert figures["psnr"] > first + 8
+
+
+def test_the_objective_of_pixels_is_bit_for_bit_the_sum_that_measured_runs_were_trained_with():
+    def before(params, clips, step):
+        pixels = clips.astype(jnp.float32) / 127.5 - 1
+        model = nnx.merge(GRAPH, params)
+        posterior = model.posterior(pixels)
+        random = jax.random.fold_in(key(1, "latents"), step)
+        error = model.reconstruct(posterior.sample(jax.random.normal(random, posterior.mean.shape))) - pixels
+        squared, absolute = jnp.square(error).mean(axis=(1, 2, 3, 4)), jnp.abs(error).mean(axis=(1, 2, 3, 4))
+        kl = posterior.kl()
+        return (squared + 0.1 * absolute + 1e-4 * kl).mean(), {"mse": squared.mean(), "kl": kl.mean()}
+
+    now = loss_of(AutoencoderObjective.pixels(kl=1e-4))
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=3e-3, warmup=0), steps=60)
+    states, figures = {}, {}
+    for name, loss in (("before", before), ("now", now)):
+        step = make_step(loss, optimizer, ema_decay=0.9)
+        states[name] = new_state(lambda key: jax.tree.map(jnp.copy, PARAMS), optimizer, jax.random.key(0))
+        for _ in range(3):
+            states[name], figures[name] = step(states[name], CLIPS)
+    for name in ("loss", "mse", "kl", "gradient_norm"):
+        assert figures["now"][name] == figures["before"][name]
+    jax.tree.map(np.testing.assert_array_equal, states["now"], states["before"])
+
+
+def test_the_parts_of_the_default_objective_are_logged_and_add_up():
+    objective = AutoencoderObjective(kl=1e-3)
+    value, figures = jax.jit(loss_of(objective))(PARAMS, CLIPS, jnp.asarray(0))
+    parts = ("absolute", "pyramid", "frequency", "temporal", "kl")
+    assert figures.keys() == {*parts, "mse", "psnr"}
+    total = sum(getattr(objective, name) * float(figures[name]) for name in parts)
+    assert value == pytest.approx(total, rel=1e-5)
+    assert all(figures[name] > 0 for name in parts)

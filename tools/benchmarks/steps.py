@@ -127,7 +127,7 @@ def measure_denoiser(setting: Setting, steps: int, number: int) -> tuple[dict[st
 def measure_autoencoder(setting: Setting, steps: int) -> tuple[dict[str, Any], Trained]:
     """The autoencoder's training step on windows of pixels; its tokens are latent positions."""
     config, model, window = setting.autoencoder, setting.autoencoder.model, setting.autoencoder.windows[0]
-    loss = AutoencoderLoss(graph=graph_of(model.make), kl=1e-4, seed=0)
+    loss = AutoencoderLoss(graph=graph_of(model.make), objective=config.loss, seed=0)
     trained = trainable(setting, functools.partial(init_params, model.make), loss, config.optimizer)
     generator = rng.host(0, "benchmark windows")
     batches = [generator.integers(0, 256, (window.batch, *window.size, 3), dtype=np.uint8) for _ in range(2)]
