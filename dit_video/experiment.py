@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from dit_video.autoencoder import AutoencoderObjective, PatchVaeConfig, latent_grid
+from dit_video.autoencoder import AutoencoderObjective, CausalVaeConfig, PatchVaeConfig, latent_grid
 from dit_video.data.bucket_batches import BucketConfig
 from dit_video.data.sizes import SizeLimits
 from dit_video.data.windows import WindowConfig
@@ -50,7 +50,7 @@ class Data:
 class AutoencoderTraining:
     """An autoencoder and how it is trained."""
 
-    model: PatchVaeConfig
+    model: PatchVaeConfig | CausalVaeConfig
     windows: tuple[WindowConfig, ...]
     """shapes of the training batches; steps take them in turn"""
     optimizer: OptimizerConfig
@@ -105,9 +105,6 @@ class Experiment:
     def _check_numbers(self) -> None:
         positive = {
             "autoencoder steps": self.autoencoder.steps,
-            "autoencoder channels": self.autoencoder.model.channels,
-            "autoencoder width": self.autoencoder.model.width,
-            "autoencoder stride": min(self.autoencoder.model.stride),
             "denoiser steps": self.denoiser.steps,
             "denoiser batch": self.denoiser.batch,
             "denoiser layers": self.denoiser.dit.layers,
@@ -125,6 +122,12 @@ class Experiment:
             learning_rates(training.optimizer, steps=training.steps)
             if not 0 <= training.ema_decay < 1:
                 raise UserError(f"ema_decay {training.ema_decay} must lie in [0, 1)")
+        adversarial = self.autoencoder.loss.adversarial
+        if adversarial is not None and adversarial.start >= self.autoencoder.steps:
+            raise UserError(
+                f"adversarial training starts at step {adversarial.start}, the autoencoder is trained for "
+                f"{self.autoencoder.steps}; start earlier, or leave it out"
+            )
         if not 0 <= self.denoiser.caption_dropout <= 1:
             raise UserError(f"caption_dropout {self.denoiser.caption_dropout} must lie in [0, 1]")
         if not all(0 < weight < math.inf for weight in self.data.weights):
@@ -185,6 +188,13 @@ class Experiment:
                 latent_grid(size, model.stride)
             except UserError as error:
                 raise UserError(f"{name} does not fit the autoencoder: {error}") from error
+        adversarial = self.autoencoder.loss.adversarial
+        smallest = min(min(window.size[1:]) for window in self.autoencoder.windows)
+        if adversarial is not None and smallest < 2**adversarial.layers:
+            raise UserError(
+                f"a discriminator of {adversarial.layers} layers needs windows of {2**adversarial.layers} pixels or "
+                f"more, one has {smallest}; use fewer layers or larger windows"
+            )
         limits = self.limits
         for window in self.autoencoder.windows:
             t, h, w = window.size

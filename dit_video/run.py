@@ -18,7 +18,7 @@ import functools
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,10 +26,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, PyTree
 
 from dit_video import configs, feed, intake, pixels, rng
-from dit_video.autoencoder import LinearAutoencoder, fit_linear, start_from_linear
+from dit_video.autoencoder import LinearAutoencoder, PatchVaeConfig, fit_linear, start_from_linear
 from dit_video.data.latents import INDEX as LATENTS
 from dit_video.data.latents import LatentSource
 from dit_video.data.loader import Batches
@@ -37,7 +38,7 @@ from dit_video.data.places import Address
 from dit_video.data.sizes import fit
 from dit_video.data.source import ClipSource
 from dit_video.data.windows import Stretches, WindowBatches
-from dit_video.distributed import make_mesh, row_shards, shard_batch, shardings
+from dit_video.distributed import make_mesh, row_shards
 from dit_video.encoding import (
     Augmentations,
     Encoding,
@@ -54,13 +55,14 @@ from dit_video.nn import graph_of, init_params, param_shapes
 from dit_video.pipeline import Pipeline, PipelineConfig
 from dit_video.text import FrozenTextConfig, Tokenizer
 from dit_video.text_encoder import FrozenEncoder, check_width, open_tokenizer
-from dit_video.training import loop
+from dit_video.training import loop, trainer
+from dit_video.training.adversarial import AdversarialState, init_adversarial, make_adversarial_step
 from dit_video.training.autoencoder import AutoencoderLoss
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.denoiser import DenoiserLoss
-from dit_video.training.logging import MetricsLog, Progress, remark
+from dit_video.training.logging import Progress, remark
 from dit_video.training.optimizer import make_optimizer
-from dit_video.training.state import TrainState, new_state, state_shapes
+from dit_video.training.state import TrainState, init_state, state_shapes
 from dit_video.training.step import Loss, make_step
 from dit_video.weights import load as load_weights
 from dit_video.weights import save as save_weights
@@ -198,21 +200,18 @@ class Run:
         graph = graph_of(config.model.make)
         continues = Checkpoints(path.parent / "checkpoints").latest() is not None
         stretches = Stretches(self.training_clips, experiment.limits)
-        linear = None if continues else self._linear_start(stretches)
+        starts_linear = isinstance(config.model, PatchVaeConfig) and not continues
+        linear = self._linear_start(stretches) if starts_linear else None
 
         def init(key: Array) -> dict[str, Any]:
             params = init_params(config.model.make, key)
             return params if linear is None else start_from_linear(params, linear)
 
-        state = self._train(
-            "autoencoder",
-            init,
-            AutoencoderLoss(graph=graph, objective=config.loss, seed=experiment.seed),
-            lambda start: self._windows(stretches, start, "autoencoder"),
-        )
+        loss = AutoencoderLoss(graph=graph, objective=config.loss, seed=experiment.seed)
+        state = self._train("autoencoder", init, loss, functools.partial(self._training_windows, stretches))
         params = jax.device_get(state.ema)
-        with contextlib.closing(self._windows(stretches, 0, "latent moments")) as batches:
-            mean, std = latent_moments(graph, params, itertools.islice(batches, _MOMENT_BATCHES))
+        with contextlib.closing(self._windows(stretches, 0, "latent moments")) as windows:
+            mean, std = latent_moments(graph, params, itertools.islice(windows, _MOMENT_BATCHES))
         params["normalizer"] = {"mean": mean, "std": std}
         save_weights(path, params)
         return params
@@ -367,43 +366,52 @@ class Run:
         init: Callable[[Array], dict[str, Any]],
         loss: Loss,
         batches: Callable[[int], Batches | WindowBatches],
-    ) -> TrainState:
+        *,
+        constants: tuple[PyTree, ...] = (),
+    ) -> TrainState | AdversarialState:
         """Train one of the two models from its newest checkpoint, or from `init`.
+
+        Args:
+          constants: further arguments of the loss.
 
         Raises:
           UserError: the data are others than those that the checkpoint was trained on.
         """
         experiment = self.experiment
         config = experiment.autoencoder if name == "autoencoder" else experiment.denoiser
+        adversarial = loss.objective.adversarial if isinstance(loss, AutoencoderLoss) else None
         mesh = make_mesh(experiment.mesh)
-        layout = functools.partial(shardings, mesh=mesh)
         optimizer = make_optimizer(config.optimizer, steps=config.steps)
-        checkpoints = Checkpoints(self.folder / name / "checkpoints")
-        meta: dict[str, Any] = {}
-        if checkpoints.latest() is None:
-            state = new_state(init, optimizer, rng.key(experiment.seed, name), shardings=layout)
-        else:
-            state, meta = checkpoints.restore(state_shapes(init, optimizer, shardings=layout))
-        if int(state.step) >= config.steps:
-            return state
-        data = batches(int(state.step))
-        if meta.get("plan", data.hash) != data.hash:
-            data.close()
-            raise UserError(
-                f"the data of {self.folder} are not those of its checkpoint at step {int(state.step)} (plan "
-                f"{meta['plan']}, now {data.hash}); put them back, or start another run"
+        everywhere = jax.device_put(constants, NamedSharding(mesh, PartitionSpec()))
+
+        def begin(key: Array) -> TrainState | AdversarialState:
+            state = init_state(init(key), optimizer)
+            if adversarial is None:
+                return state
+            return init_adversarial(state, adversarial, rng.key(experiment.seed, "discriminator"))
+
+        if isinstance(loss, AutoencoderLoss) and adversarial is not None:
+            step = make_adversarial_step(
+                loss,
+                optimizer,
+                adversarial,
+                ema_decay=config.ema_decay,
+                last_layer=experiment.autoencoder.model.last_layer,
+                constants=everywhere,
             )
-        return loop.run(
-            make_step(loss, optimizer, ema_decay=config.ema_decay),
-            state,
-            lambda _: _sharded(data, mesh),
+        else:
+            step = make_step(loss, optimizer, ema_decay=config.ema_decay, constants=everywhere)
+        return trainer.train(
+            self.folder / name,
+            begin,
+            step,
+            batches,
             config=loop.LoopConfig(
                 steps=config.steps, log_every=experiment.log_every, save_every=experiment.save_every
             ),
-            checkpoints=checkpoints,
-            log=MetricsLog(self.folder / name / "metrics.jsonl"),
+            mesh=mesh,
+            random_key=rng.key(experiment.seed, name),
             title=f"training the {name}",
-            meta={"plan": data.hash},
         )
 
     def _windows(self, stretches: Stretches, start: int, purpose: str) -> WindowBatches:
@@ -417,25 +425,19 @@ class Run:
             hosts=jax.process_count(),
         )
 
+    def _training_windows(self, stretches: Stretches, start: int) -> WindowBatches:
+        """What the autoencoder is trained on from step `start` on; says which clips are left out."""
+        opened = self._windows(stretches, start, "autoencoder")
+        if opened.left_out:
+            remark(f"{len(opened.left_out)} clips have no room for a window of the autoencoder's training")
+        return opened
+
     def _linear_start(self, stretches: Stretches) -> LinearAutoencoder:
         """Where the autoencoder's training starts."""
         model = self.experiment.autoencoder.model
         with contextlib.closing(self._windows(stretches, 0, "linear start")) as batches:
-            if batches.left_out:
-                remark(f"{len(batches.left_out)} clips have no room for a window of the autoencoder's training")
             first = itertools.islice(batches, _LINEAR_BATCHES)
             return fit_linear(map(pixels.to_float, first), stride=model.stride, channels=model.channels)
-
-
-def _sharded(batches: Any, mesh: jax.sharding.Mesh) -> Iterator[Any]:
-    """Batches on the mesh; closing this ends the threads that read ahead.
-
-    The loop asks for a batch while the devices are busy with up to two steps before it, and the transfer is only begun
-    here: so batches come to the devices ahead of their steps, without a thread of their own.
-    """
-    with contextlib.closing(batches):
-        for batch in batches:
-            yield shard_batch(batch, mesh)
 
 
 def _difference(old: Any, new: Any, path: str = "") -> str:

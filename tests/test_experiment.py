@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from dit_video import configs
-from dit_video.autoencoder import PatchVaeConfig
+from dit_video.autoencoder import Adversarial, PatchVaeConfig
 from dit_video.data.windows import WindowConfig
 from dit_video.distributed import MeshConfig
 from dit_video.dit import DitConfig
@@ -64,6 +64,8 @@ DISAGREEMENTS = [
     ("denoiser.caption_dropout", 1.5, "caption_dropout 1.5 must lie in [0, 1]"),
     ("denoiser.caption_dropout", float("nan"), "must lie in [0, 1]"),
     ("denoiser.ema_decay", 1.0, "ema_decay 1.0 must lie in [0, 1)"),
+    ("autoencoder.loss.adversarial", Adversarial(start=8), "starts at step 8, the autoencoder is trained for 8"),
+    ("autoencoder.loss.adversarial", Adversarial(layers=5), "windows of 32 pixels or more, one has 16"),
     ("log_every", 0, "log_every must be at least 1"),
     ("save_every", -5, "save_every must be at least 1"),
     ("seed", -1, "not -1"),
@@ -89,6 +91,7 @@ def test_parts_that_disagree_are_refused(tiny, path, value, message):
         (lambda: DitConfig(channels=4, context_width=8, width=12, heads=4), "even numbers"),
         (lambda: ByteEncoderConfig(width=18, heads=4), "divisible by its 4 heads"),
         (lambda: ByteEncoderConfig(max_tokens=30), "divisible by the patch of 4 bytes"),
+        (lambda: PatchVaeConfig(width=0), "must be at least 1"),
         (lambda: WindowConfig(size=Grid(0, 16, 16), batch=1), "at least 1"),
         (lambda: WindowConfig(size=Grid(1, 16, 16), batch=0), "at least 1"),
         (lambda: OptimizerConfig(learning_rate=0.0), "positive learning rate"),

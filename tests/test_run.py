@@ -183,7 +183,7 @@ def test_the_linear_start_is_fitted_once_by_a_new_run_alone(tiny_run, copy, monk
     name = "autoencoder/weights.safetensors"
     assert (copy / name).read_bytes() == (tiny_run / name).read_bytes()
     shutil.rmtree(copy / "autoencoder")
-    monkeypatch.setattr(Run, "_train", lambda _run, _name, init, *_: init(run.rng.key(0, "x")) and 1 / 0)
+    monkeypatch.setattr(Run, "_train", lambda _run, _name, init, *_, **__: init(run.rng.key(0, "x")) and 1 / 0)
     with pytest.raises(ZeroDivisionError):
         Run.open(copy).train_autoencoder()
     assert fitted == [1]
@@ -317,7 +317,7 @@ def test_window_shapes_take_turns_and_continue_at_any_step(two_windows):
 
 
 def test_clips_without_room_for_any_window_are_told(two_windows, capsys):
-    two_windows._linear_start(Stretches(two_windows.training_clips, two_windows.experiment.limits))
+    two_windows._training_windows(Stretches(two_windows.training_clips, two_windows.experiment.limits), 0).close()
     images = sum(info.frames == 1 for info in two_windows.training_clips.infos)
     assert images
     assert f"{images} clips have no room for a window" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Clips to latents and back."""
 
+from dit_video.autoencoder.adversarial import R1, Adversarial, LeCam
 from dit_video.autoencoder.canvas import Canvas, Place, arrange, covers, occupied, padding
 from dit_video.autoencoder.interface import Autoencoder, AutoencoderConfig, clip_grid, latent_grid
 from dit_video.autoencoder.linear import LinearAutoencoder, fit_linear
@@ -17,12 +18,15 @@ from dit_video.autoencoder.tiling import Tiles
 from dit_video.autoencoder.vae import CausalVae, CausalVaeConfig
 
 __all__ = [
+    "R1",
+    "Adversarial",
     "Autoencoder",
     "AutoencoderConfig",
     "AutoencoderObjective",
     "Canvas",
     "CausalVae",
     "CausalVaeConfig",
+    "LeCam",
     "LinearAutoencoder",
     "Normalizer",
     "PatchVae",

@@ -46,6 +46,11 @@ class AutoencoderConfig(Protocol):
     @property
     def channels(self) -> int: ...
 
+    @property
+    def last_layer(self) -> str:
+        """Path of the parameter that makes the pixels: the decoder's last kernel."""
+        ...
+
     def make(self, rngs: nnx.Rngs) -> nnx.Module: ...
 
 

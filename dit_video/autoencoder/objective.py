@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from jaxtyping import Array, Float
 
 from dit_video.autoencoder import losses
+from dit_video.autoencoder.adversarial import Adversarial
 from dit_video.errors import UserError
 
 Judge = Callable[[Float[Array, "B T H W 3"], Float[Array, "B T H W 3"]], Float[Array, " B"]]
@@ -47,6 +48,8 @@ class AutoencoderObjective:
     """the file of its weights; see `dit_video.weights.load_lpips` for how it is made"""
     kl: float = 1e-6
     """of the latents' divergence from a standard normal, in nats a latent position"""
+    adversarial: Adversarial | None = None
+    """the discriminator that the autoencoder is trained against, if any"""
 
     def __post_init__(self):
         parts = (*_OF_ERROR, "lpips")

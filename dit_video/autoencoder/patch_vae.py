@@ -17,19 +17,35 @@ from jaxtyping import Array, Bool, Float, Int
 from dit_video.autoencoder.linear import LinearAutoencoder
 from dit_video.autoencoder.patches import from_patches, to_patches
 from dit_video.autoencoder.posterior import Normalizer, Posterior
+from dit_video.errors import UserError
 from dit_video.nn import CausalConv, Linear, Memory, RmsNorm
 from dit_video.tokens import Grid
 
 
 @dataclass(frozen=True, kw_only=True)
 class PatchVaeConfig:
-    """A causal VAE on patches."""
+    """A causal VAE on patches.
+
+    Raises:
+      UserError: a size below 1.
+    """
 
     stride: Grid = Grid(4, 8, 8)
     channels: int = 16
     width: int = 96
     blocks: int = 3
     """residual blocks in the encoder, and as many in the decoder"""
+
+    def __post_init__(self):
+        if min(*self.stride, self.channels, self.width) < 1 or self.blocks < 0:
+            raise UserError(
+                f"stride {tuple(self.stride)}, channels {self.channels} and width {self.width} must be at least 1, and "
+                f"blocks {self.blocks} not negative"
+            )
+
+    @property
+    def last_layer(self) -> str:
+        return "decoder_out/kernel"
 
     def make(self, rngs: nnx.Rngs) -> "PatchVae":
         return PatchVae(self, rngs=rngs)

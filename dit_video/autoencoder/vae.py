@@ -107,6 +107,10 @@ class CausalVaeConfig:
         t, h, w = (math.prod(factors[axis] for factors in self.factors) for axis in range(3))
         return Grid(t, h * self.patch, w * self.patch)
 
+    @property
+    def last_layer(self) -> str:
+        return "decoder/conv_out/kernel"
+
     def widths(self, base: int) -> tuple[int, ...]:
         """Channels of every level."""
         return tuple(base * multiplier for multiplier in self.multipliers)

@@ -70,11 +70,11 @@ def with_past(
 
 
 class CausalConv(nnx.Module):
-    """A 3-D convolution of odd spatial kernel, zero-padded in space.
+    """A 3-D convolution, zero-padded in space: of odd kernel, or with `stride` 2 of a size from 2 on.
 
     In time it is padded with the clip's first frame (`past="first"`: an image is then the same as a still video), or
-    with zeros. With `stride` 2 height and width are halved, the padding being below and to the right alone, as Stable
-    Diffusion's autoencoder has it.
+    with zeros. With `stride` 2 height and width are halved; the padding of a kernel of 3 is then below and to the right
+    alone, as Stable Diffusion's autoencoder has it, that of a kernel of 4 on both sides.
 
     `form` chooses how it is computed: `offsets` as one 2-D convolution for each time offset, summed; `stacked` as one
     2-D convolution over the offsets as channels; `native` as a 3-D convolution, whose backward pass is 2.4 times slower
@@ -156,4 +156,5 @@ class CausalConv(nnx.Module):
         )
 
     def _padding(self, kernel: tuple[int, ...]) -> list[tuple[int, int]]:
-        return [(size // 2, size // 2) if self.stride == 1 else (0, size // 2) for size in kernel]
+        left = [size - self.stride for size in kernel]  # how much larger than a step it is
+        return [(size // 2, size - size // 2) if size > 0 else (0, 0) for size in left]

@@ -51,11 +51,7 @@ def new_state(
       shardings: from the state's shapes to its layout; None leaves it to JAX.
     """
 
-    def make(key):
-        return init_state(init(key), optimizer)
-
-    layout = None if shardings is None else shardings(jax.eval_shape(make, random_key))
-    return jax.jit(make, out_shardings=layout)(random_key)
+    return make_on_devices(lambda key: init_state(init(key), optimizer), random_key, shardings=shardings)
 
 
 def state_shapes(
@@ -65,7 +61,22 @@ def state_shapes(
     shardings: Callable[[PyTree], PyTree] | None = None,
 ) -> PyTree:
     """Shapes, dtypes and layout of the state: what a checkpoint is restored into."""
-    shapes = jax.eval_shape(lambda: init_state(init(jax.random.key(0)), optimizer))
+    return shapes_on_devices(lambda key: init_state(init(key), optimizer), shardings=shardings)
+
+
+def make_on_devices(
+    make: Callable[[Array], PyTree], random_key: Array, *, shardings: Callable[[PyTree], PyTree] | None = None
+) -> Any:
+    """`make(random_key)`, any state, where each device computes its own shard."""
+    layout = None if shardings is None else shardings(jax.eval_shape(make, random_key))
+    return jax.jit(make, out_shardings=layout)(random_key)
+
+
+def shapes_on_devices(
+    make: Callable[[Array], PyTree], *, shardings: Callable[[PyTree], PyTree] | None = None
+) -> PyTree:
+    """Shapes, dtypes and layout of any state that `make` makes of a key."""
+    shapes = jax.eval_shape(make, jax.random.key(0))
     if shardings is None:
         return shapes
     return jax.tree.map(

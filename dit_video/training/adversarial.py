@@ -1,0 +1,199 @@
+"""Training an autoencoder and a discriminator against each other: one state, one step.
+
+The autoencoder's gradient has a single backward pass: reconstruction and discriminator are differentiated down to the
+decoded pixels, where they are added. What the adaptive weight needs, the gradients of the last layer's kernel, are the
+first part of that pass, for each of the two alone; the compiler drops what lies beyond.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from flax.struct import dataclass
+from jaxtyping import Array, Float, PyTree
+
+from dit_video.autoencoder.adversarial import R1, Adversarial, LeCam, adaptive_weight, betrayed, judged, lecam, r1
+from dit_video.nn import graph_of, init_params
+from dit_video.training.autoencoder import AutoencoderLoss, Figures
+from dit_video.training.state import TrainState
+from dit_video.training.step import Step, float_figures, following, with_constants
+from dit_video.tree import flatten
+
+_CLIP = 1.0
+_BETAS = (0.5, 0.9)
+"""Of Adam: little momentum, as the other player moves too (CompVis/taming-transformers)."""
+_FIGURES = ("against", "adversarial_weight", "discriminator", "penalty", "verdict_real", "verdict_decoded")
+
+
+@dataclass
+class DiscriminatorState:
+    """What a discriminator carries from step to step."""
+
+    params: dict[str, Any]
+    opt_state: PyTree
+    means: dict[str, Any]
+    """LeCam's running means of the verdicts on original and decoded clips"""
+
+
+@dataclass
+class AdversarialState:
+    """Both players. Checkpoints hold them together, so that a run goes on exactly."""
+
+    model: TrainState
+    discriminator: DiscriminatorState
+
+    @property
+    def step(self) -> Any:
+        return self.model.step
+
+    @property
+    def ema(self) -> dict[str, Any]:
+        return self.model.ema
+
+
+def init_adversarial(model: TrainState, config: Adversarial, key: Array) -> AdversarialState:
+    """A new discriminator beside the state of a model. Traceable."""
+    params = init_params(config.make, key)
+    means = {"real": jnp.zeros(()), "decoded": jnp.zeros(())} if isinstance(config.regulariser, LeCam) else {}
+    return AdversarialState(
+        model=model,
+        discriminator=DiscriminatorState(params=params, opt_state=_optimizer(config).init(params), means=means),
+    )
+
+
+def make_adversarial_step(
+    loss: AutoencoderLoss,
+    optimizer: optax.GradientTransformation,
+    config: Adversarial,
+    *,
+    ema_decay: float,
+    last_layer: str,
+    constants: tuple[PyTree, ...] = (),
+) -> Step:
+    """`step(state, clips) -> (state, figures)` for an `AdversarialState`, jitted; the state is donated.
+
+    Both players move at once, from where both stood before the step. Before `config.start` the discriminator rests, and
+    the step is that of `make_step`. The figures are those of the loss, `against` (the autoencoder's loss against the
+    discriminator), `adversarial_weight` (the adaptive one times the config's), `discriminator` (its hinge loss),
+    `penalty` (the regulariser's part of what it minimises), `verdict_real` and `verdict_decoded` (mean verdicts); they
+    are 0 before `config.start`.
+
+    Args:
+      loss: of the autoencoder.
+      optimizer: of the autoencoder.
+      config: of the discriminator.
+      ema_decay: of the moving average of the autoencoder's parameters.
+      last_layer: path of the kernel that makes the pixels.
+      constants: further arguments of the loss; see `make_step`.
+    """
+    play = functools.partial(_play, config, graph_of(config.make), _optimizer(config))
+
+    def step(state, clips, *constants):
+        model, pixels = state.model, loss.pixels(clips)
+
+        def decode(params):
+            decoded = loss.decode(params, pixels, model.step)
+            return (decoded.pixels, decoded.bottleneck.mean()), decoded.figures
+
+        def compare(decoded):
+            value, figures = loss.compare(decoded, pixels, *constants)
+            return value.mean(), figures
+
+        (decoded, bottleneck), pull_back, figures = jax.vjp(decode, model.params, has_aux=True)
+        (value, compared), wanted = jax.value_and_grad(compare, has_aux=True)(decoded)
+
+        def at_last_layer(gradient):
+            (gradients,) = pull_back((gradient, jnp.zeros_like(bottleneck)))
+            return flatten(gradients)[last_layer]
+
+        discriminator, against, played = play(state.discriminator, decoded, pixels, wanted, at_last_layer, model.step)
+        (gradients,) = pull_back((wanted + against, jnp.ones_like(bottleneck)))
+        figures = {
+            "loss": value + bottleneck + played["adversarial_weight"] * played["against"],
+            "gradient_norm": optax.tree.norm(gradients),
+            **figures,
+            **compared,
+            **played,
+        }
+        model = following(model, gradients, optimizer, ema_decay=ema_decay)
+        return AdversarialState(model=model, discriminator=discriminator), float_figures(figures)
+
+    return with_constants(jax.jit(step, donate_argnums=0), constants)
+
+
+def _play(
+    config: Adversarial,
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    state: DiscriminatorState,
+    decoded: Float[Array, "B T H W 3"],
+    pixels: Float[Array, "B T H W 3"],
+    wanted: Float[Array, "B T H W 3"],
+    at_last_layer: Callable[[Array], Array],
+    step: Array,
+) -> tuple[DiscriminatorState, Float[Array, "B T H W 3"], Figures]:
+    """The discriminator's move, the weighted gradient of the decoded pixels against it, and figures."""
+
+    def judge(params, clips):
+        return nnx.merge(graph, params)(clips)
+
+    def move():
+        against, gradient = jax.value_and_grad(lambda clips: betrayed(judge(state.params, clips)).mean())(decoded)
+        weight = config.weight * adaptive_weight(at_last_layer(wanted), at_last_layer(gradient))
+        own = functools.partial(_own_loss, config, judge, state.means, decoded, pixels, step)
+        (_, figures), gradients = jax.value_and_grad(own, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        moved = DiscriminatorState(
+            params=optax.apply_updates(state.params, updates),
+            opt_state=opt_state,
+            means=_moved_means(config, state.means, figures),
+        )
+        return moved, weight * gradient, {"against": against, "adversarial_weight": weight, **figures}
+
+    def rest():
+        return state, jnp.zeros_like(decoded), {name: jnp.zeros(()) for name in _FIGURES}
+
+    return jax.lax.cond(step >= config.start, move, rest)
+
+
+def _own_loss(
+    config: Adversarial,
+    judge: Callable[[PyTree, Array], Array],
+    means: dict[str, Array],
+    decoded: Array,
+    pixels: Array,
+    step: Array,
+    params: PyTree,
+) -> tuple[Float[Array, ""], Figures]:
+    """What the discriminator minimises."""
+    real, fake = judge(params, pixels), judge(params, decoded)
+    match config.regulariser:
+        case LeCam(weight=weight):
+            penalty = weight * lecam(real, fake, real_mean=means["real"], decoded_mean=means["decoded"]).mean()
+        case R1(weight=weight, every=every):
+            penalty = jax.lax.cond(
+                step % every == 0,
+                lambda: 0.5 * weight * every * r1(functools.partial(judge, params), pixels).mean(),
+                lambda: jnp.zeros(()),
+            )
+        case None:
+            penalty = jnp.zeros(())
+    value = judged(real, fake).mean()
+    figures = {"discriminator": value, "penalty": penalty, "verdict_real": real.mean(), "verdict_decoded": fake.mean()}
+    return value + penalty, figures
+
+
+def _moved_means(config: Adversarial, means: dict[str, Array], figures: Figures) -> dict[str, Array]:
+    if not isinstance(config.regulariser, LeCam):
+        return means
+    decay = config.regulariser.decay
+    return {name: decay * mean + (1 - decay) * figures[f"verdict_{name}"] for name, mean in means.items()}
+
+
+def _optimizer(config: Adversarial) -> optax.GradientTransformation:
+    b1, b2 = _BETAS
+    return optax.chain(optax.clip_by_global_norm(_CLIP), optax.adam(config.learning_rate, b1=b1, b2=b2))
