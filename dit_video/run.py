@@ -26,8 +26,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from dit_video import configs, feed, intake, pixels, rng
 from dit_video.autoencoder import LinearAutoencoder, PatchVaeConfig, fit_linear, start_from_linear
@@ -56,14 +55,14 @@ from dit_video.pipeline import Pipeline, PipelineConfig
 from dit_video.text import FrozenTextConfig, Tokenizer
 from dit_video.text_encoder import FrozenEncoder, check_width, open_tokenizer
 from dit_video.training import loop, trainer
-from dit_video.training.adversarial import AdversarialState, init_adversarial, make_adversarial_step
+from dit_video.training.adversarial import AdversarialState, Rival
 from dit_video.training.autoencoder import AutoencoderLoss
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.denoiser import DenoiserLoss
 from dit_video.training.logging import Progress, remark
 from dit_video.training.optimizer import make_optimizer
-from dit_video.training.state import TrainState, init_state, state_shapes
-from dit_video.training.step import Loss, make_step
+from dit_video.training.state import TrainState, state_shapes
+from dit_video.training.step import Loss
 from dit_video.weights import load as load_weights
 from dit_video.weights import save as save_weights
 
@@ -208,7 +207,13 @@ class Run:
             return params if linear is None else start_from_linear(params, linear)
 
         loss = AutoencoderLoss(graph=graph, objective=config.loss, seed=experiment.seed)
-        state = self._train("autoencoder", init, loss, functools.partial(self._training_windows, stretches))
+        rival = config.loss.adversarial and Rival(
+            config=config.loss.adversarial,
+            last_layer=config.model.last_layer,
+            random_key=rng.key(experiment.seed, "discriminator"),
+        )
+        batches = functools.partial(self._training_windows, stretches)
+        state = self._train("autoencoder", init, loss, batches, rival=rival)
         params = jax.device_get(state.ema)
         with contextlib.closing(self._windows(stretches, 0, "latent moments")) as windows:
             mean, std = latent_moments(graph, params, itertools.islice(windows, _MOMENT_BATCHES))
@@ -366,53 +371,30 @@ class Run:
         init: Callable[[Array], dict[str, Any]],
         loss: Loss,
         batches: Callable[[int], Batches | WindowBatches],
-        *,
-        constants: tuple[PyTree, ...] = (),
+        **given: Any,
     ) -> TrainState | AdversarialState:
-        """Train one of the two models from its newest checkpoint, or from `init`.
-
-        Args:
-          constants: further arguments of the loss.
+        """Train one of the two models from its newest checkpoint, or from `init`; `given` is of `Training`.
 
         Raises:
           UserError: the data are others than those that the checkpoint was trained on.
         """
         experiment = self.experiment
         config = experiment.autoencoder if name == "autoencoder" else experiment.denoiser
-        adversarial = loss.objective.adversarial if isinstance(loss, AutoencoderLoss) else None
-        mesh = make_mesh(experiment.mesh)
-        optimizer = make_optimizer(config.optimizer, steps=config.steps)
-        everywhere = jax.device_put(constants, NamedSharding(mesh, PartitionSpec()))
-
-        def begin(key: Array) -> TrainState | AdversarialState:
-            state = init_state(init(key), optimizer)
-            if adversarial is None:
-                return state
-            return init_adversarial(state, adversarial, rng.key(experiment.seed, "discriminator"))
-
-        if isinstance(loss, AutoencoderLoss) and adversarial is not None:
-            step = make_adversarial_step(
-                loss,
-                optimizer,
-                adversarial,
-                ema_decay=config.ema_decay,
-                last_layer=experiment.autoencoder.model.last_layer,
-                constants=everywhere,
-            )
-        else:
-            step = make_step(loss, optimizer, ema_decay=config.ema_decay, constants=everywhere)
-        return trainer.train(
-            self.folder / name,
-            begin,
-            step,
-            batches,
+        training = trainer.Training(
+            folder=self.folder / name,
+            title=f"training the {name}",
+            init=init,
+            random_key=rng.key(experiment.seed, name),
+            loss=loss,
+            optimizer=make_optimizer(config.optimizer, steps=config.steps),
+            ema_decay=config.ema_decay,
             config=loop.LoopConfig(
                 steps=config.steps, log_every=experiment.log_every, save_every=experiment.save_every
             ),
-            mesh=mesh,
-            random_key=rng.key(experiment.seed, name),
-            title=f"training the {name}",
+            mesh=make_mesh(experiment.mesh),
+            **given,
         )
+        return training.run(batches)
 
     def _windows(self, stretches: Stretches, start: int, purpose: str) -> WindowBatches:
         """Batches of the window shapes in turn, from step `start` on. Each purpose has windows of its own."""
