@@ -49,6 +49,7 @@ from dit_video.encoding import (
 )
 from dit_video.errors import MissingError, UserError
 from dit_video.experiment import Experiment
+from dit_video.features import Lpips
 from dit_video.files import read_json, write_json
 from dit_video.nn import graph_of, init_params, param_shapes
 from dit_video.pipeline import Pipeline, PipelineConfig
@@ -64,6 +65,7 @@ from dit_video.training.optimizer import make_optimizer
 from dit_video.training.state import TrainState, state_shapes
 from dit_video.training.step import Loss
 from dit_video.weights import load as load_weights
+from dit_video.weights import load_lpips
 from dit_video.weights import save as save_weights
 
 FORMAT = 1
@@ -196,7 +198,10 @@ class Run:
         path = self.folder / "autoencoder" / "weights.safetensors"
         if path.is_file():
             return load_weights(path, like=param_shapes(config.model.make))
-        graph = graph_of(config.model.make)
+        graph, file = graph_of(config.model.make), config.loss.lpips_weights
+        judge = None if file is None else graph_of(lambda rngs: Lpips(rngs=rngs))
+        loss = AutoencoderLoss(graph=graph, objective=config.loss, seed=experiment.seed, judge=judge)
+        constants = () if file is None else (load_lpips(file),)
         continues = Checkpoints(path.parent / "checkpoints").latest() is not None
         stretches = Stretches(self.training_clips, experiment.limits)
         starts_linear = isinstance(config.model, PatchVaeConfig) and not continues
@@ -206,14 +211,13 @@ class Run:
             params = init_params(config.model.make, key)
             return params if linear is None else start_from_linear(params, linear)
 
-        loss = AutoencoderLoss(graph=graph, objective=config.loss, seed=experiment.seed)
         rival = config.loss.adversarial and Rival(
             config=config.loss.adversarial,
             last_layer=config.model.last_layer,
             random_key=rng.key(experiment.seed, "discriminator"),
         )
         batches = functools.partial(self._training_windows, stretches)
-        state = self._train("autoencoder", init, loss, batches, rival=rival)
+        state = self._train("autoencoder", init, loss, batches, rival=rival, constants=constants)
         params = jax.device_get(state.ema)
         with contextlib.closing(self._windows(stretches, 0, "latent moments")) as windows:
             mean, std = latent_moments(graph, params, itertools.islice(windows, _MOMENT_BATCHES))
