@@ -184,7 +184,16 @@ class Pipeline:
         return np.asarray(_encode(self._graph, self._autoencoder, pixels.to_float(clip.frames)[None]))[0]
 
     def decode(self, latents: Float32[np.ndarray, "t h w c"], *, caption: str = "") -> Clip:
-        """The clip of normalised latents."""
+        """The clip of normalised latents.
+
+        Raises:
+          UserError: latents of another number of channels, or that are not finite.
+        """
+        channels, shape = self.config.autoencoder.channels, np.shape(latents)
+        if len(shape) != 4 or shape[-1] != channels:
+            raise UserError(f"latents are [t h w {channels}] for this autoencoder, {list(shape)} were given")
+        if not np.isfinite(latents).all():
+            raise UserError("the latents hold NaN or infinity; what made them is broken")
         frames = np.asarray(_decode(self._graph, self._autoencoder, np.asarray(latents, np.float32)[None]))[0]
         return Clip(frames=pixels.to_uint8(frames), fps=self.config.fps, caption=caption)
 
