@@ -47,7 +47,7 @@ class CanvasEncoder:
         return self._devices * -(-on_device // batches)
 
     def __call__(self, canvases: UInt8[np.ndarray, "B T H W 3"], inside: Int32[np.ndarray, "B h w"]) -> Array:
-        """Latents [B t h w c] of canvases, of which `inside` says what belongs to which clip. They are not waited for."""
+        """Latents [B t h w c] of canvases, of which `inside` says whose each position is. They are not waited for."""
         return _encoded(self._graph, self._params, *jax.device_put((canvases, inside), self._split))
 
 
