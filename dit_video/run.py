@@ -30,6 +30,7 @@ from jaxtyping import Array
 
 from dit_video import configs, feed, intake, pixels, rng
 from dit_video.autoencoder import LinearAutoencoder, fit_linear, start_from_linear
+from dit_video.codec import Codec
 from dit_video.data.latents import INDEX as LATENTS
 from dit_video.data.latents import LatentSource
 from dit_video.data.loader import Batches
@@ -67,6 +68,8 @@ from dit_video.weights import save as save_weights
 
 FORMAT = 1
 CONFIG = "experiment.json"
+_LINEAR_VALUES = 4096
+"""of a patch, at most, where principal components are computed: their matrix has the square of it"""
 _LINEAR_BATCHES, _MOMENT_BATCHES = 32, 64
 """Batches of training windows that the linear start, and the latents' mean and deviation, are measured on."""
 
@@ -148,6 +151,15 @@ class Run:
           UserError: clips that can't be used, or that do not fit the config; other latents than before.
           KeyboardInterrupt: after a signal, the state being saved.
         """
+        self.prepare(*clips, latents=latents)
+        return self.export()
+
+    def prepare(self, *clips: Address, latents: Address | None = None) -> None:
+        """Take the clips, and refuse what would fail later, before anything is trained; arguments are as for `train`.
+
+        Raises:
+          UserError: clips that can't be used, or that do not fit the config; other latents than before.
+        """
         if latents is not None:
             self.keep_latents(latents)
         self.take(*clips)
@@ -157,7 +169,6 @@ class Run:
         feed.check(self.experiment, self.training_clips)
         if isinstance(text := self.experiment.denoiser.text, FrozenTextConfig) and not self._text_encoder.is_file():
             check_width(text)  # as early; once the encoder is known the run goes on without its folder
-        return self.export()
 
     def take(self, *clips: Address) -> None:
         """Ingest folders of clips, and link to data sets that are ingested already; see `intake.take`."""
@@ -198,7 +209,7 @@ class Run:
         graph = graph_of(config.model.make)
         continues = Checkpoints(path.parent / "checkpoints").latest() is not None
         stretches = Stretches(self.training_clips, experiment.limits)
-        linear = None if continues else self._linear_start(stretches)
+        linear = None if continues else self._linear(stretches)
 
         def init(key: Array) -> dict[str, Any]:
             params = init_params(config.model.make, key)
@@ -417,14 +428,33 @@ class Run:
             hosts=jax.process_count(),
         )
 
-    def _linear_start(self, stretches: Stretches) -> LinearAutoencoder:
-        """Where the autoencoder's training starts."""
+    def codec(self) -> Codec:
+        """The autoencoder, trained if it isn't yet."""
+        return Codec(self.experiment.autoencoder.model, self.train_autoencoder())
+
+    def linear_baseline(self) -> LinearAutoencoder | None:
+        """The best linear autoencoder of as many latent values, fitted on the training clips: what ours has to beat.
+
+        None where a patch has too many values for it.
+        """
         model = self.experiment.autoencoder.model
+        if 3 * model.stride.volume > _LINEAR_VALUES:
+            return None
+        return self._linear(Stretches(self.training_clips, self.experiment.limits))
+
+    def _linear(self, stretches: Stretches) -> LinearAutoencoder:
+        """Principal components of the training clips, which are kept in the run's folder."""
+        model = self.experiment.autoencoder.model
+        path = self.folder / "autoencoder" / "linear.safetensors"
+        if path.is_file():
+            return LinearAutoencoder(**load_weights(path))
         with contextlib.closing(self._windows(stretches, 0, "linear start")) as batches:
             if batches.left_out:
                 remark(f"{len(batches.left_out)} clips have no room for a window of the autoencoder's training")
             first = itertools.islice(batches, _LINEAR_BATCHES)
-            return fit_linear(map(pixels.to_float, first), stride=model.stride, channels=model.channels)
+            fitted = fit_linear(map(pixels.to_float, first), stride=model.stride, channels=model.channels)
+        save_weights(path, fitted._asdict())
+        return fitted
 
 
 def _sharded(batches: Any, mesh: jax.sharding.Mesh) -> Iterator[Any]:
