@@ -14,13 +14,13 @@ from configs import clips
 from dit_video.autoencoder import PatchVaeConfig
 from dit_video.data.windows import WindowConfig
 from dit_video.experiment import AutoencoderTraining, Data
-from dit_video.tokens import Grid
+from dit_video.tokens import Grid, RowShape
 from dit_video.training.optimizer import OptimizerConfig
 
 EXPERIMENT = replace(
     clips.EXPERIMENT,
     name="autoencoder",
-    data=Data(max_pixels=192 * 256, max_frames=17),
+    data=Data(max_pixels=192 * 256, max_frames=17, fps=8.0, stretches=4),
     autoencoder=AutoencoderTraining(
         model=PatchVaeConfig(stride=Grid(4, 8, 8), channels=16, width=192, blocks=7),
         windows=(WindowConfig(size=Grid(9, 64, 64), batch=8, augment=True),),
@@ -29,4 +29,5 @@ EXPERIMENT = replace(
         kl=1e-6,
         ema_decay=0.995,
     ),
+    denoiser=replace(clips.EXPERIMENT.denoiser, rows=RowShape(tokens=960, text=512, segments=8)),
 )
