@@ -10,9 +10,10 @@
 `denoiser` and `autoencoder` time training steps on random latents and pixels of mixed sizes, packed as in training.
 `data` measures the loaders beside those steps (cached latents; video files; video files that are encoded on the way, as
 rows and in buckets), decoding against a bare loop, ingest with two processes against one, and the loader's memory.
-`--peers` times the convolutional autoencoder beside diffusers' on the same weights. A part whose packages are missing is
-skipped, and the document says so: `denoiser` and `autoencoder` need JAX, Flax and optax alone. Where the quickstart's
-config cannot be imported for that reason, models of about its size are measured, and `setting` is `built in`.
+`--peers` times the convolutional autoencoder beside diffusers' on the same weights. A part whose packages are missing
+is skipped, and the document says so: `denoiser` and `autoencoder` need JAX, Flax and optax alone. Where the
+quickstart's config cannot be imported for that reason, models of about its size are measured, and `setting` is
+`built in`.
 """
 
 import argparse
