@@ -30,6 +30,7 @@ from jaxtyping import Array
 
 from dit_video import configs, feed, intake, pixels, rng
 from dit_video.autoencoder import LinearAutoencoder, PatchVaeConfig, fit_linear, start_from_linear
+from dit_video.codec import Codec
 from dit_video.data.latents import INDEX as LATENTS
 from dit_video.data.latents import LatentSource
 from dit_video.data.loader import Batches
@@ -49,7 +50,6 @@ from dit_video.encoding import (
 )
 from dit_video.errors import MissingError, UserError
 from dit_video.experiment import Experiment
-from dit_video.features import Lpips
 from dit_video.files import read_json, write_json
 from dit_video.nn import graph_of, init_params, param_shapes
 from dit_video.pipeline import Pipeline, PipelineConfig
@@ -65,11 +65,13 @@ from dit_video.training.optimizer import make_optimizer
 from dit_video.training.state import TrainState, state_shapes
 from dit_video.training.step import Loss
 from dit_video.weights import load as load_weights
-from dit_video.weights import load_lpips
+from dit_video.weights import open_lpips
 from dit_video.weights import save as save_weights
 
 FORMAT = 1
 CONFIG = "experiment.json"
+_LINEAR_VALUES = 4096
+"""of a patch, at most, where principal components are computed: their matrix has the square of it"""
 _LINEAR_BATCHES, _MOMENT_BATCHES = 32, 64
 """Batches of training windows that the linear start, and the latents' mean and deviation, are measured on."""
 
@@ -94,7 +96,7 @@ class Run:
         run = Run(folder=folder, experiment=experiment, command=" ".join(["python", *sys.argv]))
         if (folder / CONFIG).is_file():
             existing = Run.open(folder)
-            difference = _difference(configs.to_json(existing.experiment), configs.to_json(experiment))
+            difference = configs.difference(configs.to_json(existing.experiment), configs.to_json(experiment))
             if not difference:
                 return existing
             if (folder / "autoencoder").exists():
@@ -151,6 +153,15 @@ class Run:
           UserError: clips that can't be used, or that do not fit the config; other latents than before.
           KeyboardInterrupt: after a signal, the state being saved.
         """
+        self.prepare(*clips, latents=latents)
+        return self.export()
+
+    def prepare(self, *clips: Address, latents: Address | None = None) -> None:
+        """Take the clips, and refuse what would fail later, before anything is trained; arguments are as for `train`.
+
+        Raises:
+          UserError: clips that can't be used, or that do not fit the config; other latents than before.
+        """
         if latents is not None:
             self.keep_latents(latents)
         self.take(*clips)
@@ -160,7 +171,6 @@ class Run:
         feed.check(self.experiment, self.training_clips)
         if isinstance(text := self.experiment.denoiser.text, FrozenTextConfig) and not self._text_encoder.is_file():
             check_width(text)  # as early; once the encoder is known the run goes on without its folder
-        return self.export()
 
     def take(self, *clips: Address) -> None:
         """Ingest folders of clips, and link to data sets that are ingested already; see `intake.take`."""
@@ -198,14 +208,12 @@ class Run:
         path = self.folder / "autoencoder" / "weights.safetensors"
         if path.is_file():
             return load_weights(path, like=param_shapes(config.model.make))
-        graph, file = graph_of(config.model.make), config.loss.lpips_weights
-        judge = None if file is None else graph_of(lambda rngs: Lpips(rngs=rngs))
+        graph = graph_of(config.model.make)
+        judge, constants = open_lpips(config.loss.lpips_weights)
         loss = AutoencoderLoss(graph=graph, objective=config.loss, seed=experiment.seed, judge=judge)
-        constants = () if file is None else (load_lpips(file),)
         continues = Checkpoints(path.parent / "checkpoints").latest() is not None
         stretches = Stretches(self.training_clips, experiment.limits)
-        starts_linear = isinstance(config.model, PatchVaeConfig) and not continues
-        linear = self._linear_start(stretches) if starts_linear else None
+        linear = self._linear(stretches) if isinstance(config.model, PatchVaeConfig) and not continues else None
 
         def init(key: Array) -> dict[str, Any]:
             params = init_params(config.model.make, key)
@@ -216,7 +224,7 @@ class Run:
             last_layer=config.model.last_layer,
             random_key=rng.key(experiment.seed, "discriminator"),
         )
-        batches = functools.partial(self._training_windows, stretches)
+        batches = functools.partial(self._windows, stretches, purpose="autoencoder")
         state = self._train("autoencoder", init, loss, batches, rival=rival, constants=constants)
         params = jax.device_get(state.ema)
         with contextlib.closing(self._windows(stretches, 0, "latent moments")) as windows:
@@ -384,7 +392,7 @@ class Run:
         """
         experiment = self.experiment
         config = experiment.autoencoder if name == "autoencoder" else experiment.denoiser
-        training = trainer.Training(
+        return trainer.Training(
             folder=self.folder / name,
             title=f"training the {name}",
             init=init,
@@ -397,12 +405,11 @@ class Run:
             ),
             mesh=make_mesh(experiment.mesh),
             **given,
-        )
-        return training.run(batches)
+        ).run(batches)
 
     def _windows(self, stretches: Stretches, start: int, purpose: str) -> WindowBatches:
         """Batches of the window shapes in turn, from step `start` on. Each purpose has windows of its own."""
-        return WindowBatches(
+        opened = WindowBatches(
             stretches,
             self.experiment.autoencoder.windows,
             seed=int(rng.host(self.experiment.seed, purpose).integers(2**31)),
@@ -410,27 +417,32 @@ class Run:
             host=jax.process_index(),
             hosts=jax.process_count(),
         )
-
-    def _training_windows(self, stretches: Stretches, start: int) -> WindowBatches:
-        """What the autoencoder is trained on from step `start` on; says which clips are left out."""
-        opened = self._windows(stretches, start, "autoencoder")
-        if opened.left_out:
+        if purpose == "autoencoder" and opened.left_out:
             remark(f"{len(opened.left_out)} clips have no room for a window of the autoencoder's training")
         return opened
 
-    def _linear_start(self, stretches: Stretches) -> LinearAutoencoder:
-        """Where the autoencoder's training starts."""
+    def codec(self) -> Codec:
+        """The autoencoder, trained if it isn't yet."""
+        return Codec(self.experiment.autoencoder.model, self.train_autoencoder())
+
+    def linear_baseline(self) -> LinearAutoencoder | None:
+        """The best linear autoencoder of as many latent values, fitted on the training clips: what ours has to beat.
+
+        None where a patch has too many values for it.
+        """
         model = self.experiment.autoencoder.model
+        if 3 * model.stride.volume > _LINEAR_VALUES:
+            return None
+        return self._linear(Stretches(self.training_clips, self.experiment.limits))
+
+    def _linear(self, stretches: Stretches) -> LinearAutoencoder:
+        """Principal components of the training clips, which are kept in the run's folder."""
+        model = self.experiment.autoencoder.model
+        path = self.folder / "autoencoder" / "linear.safetensors"
+        if path.is_file():
+            return LinearAutoencoder(**load_weights(path))
         with contextlib.closing(self._windows(stretches, 0, "linear start")) as batches:
             first = itertools.islice(batches, _LINEAR_BATCHES)
-            return fit_linear(map(pixels.to_float, first), stride=model.stride, channels=model.channels)
-
-
-def _difference(old: Any, new: Any, path: str = "") -> str:
-    """The first place where two JSON values differ, in words; empty where they are equal."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in (*old, *(name for name in new if name not in old)):
-            if found := _difference(old.get(name), new.get(name), f"{path}.{name}" if path else name):
-                return found
-        return ""
-    return "" if old == new else f"{path} is {old!r} there and {new!r} here"
+            fitted = fit_linear(map(pixels.to_float, first), stride=model.stride, channels=model.channels)
+        save_weights(path, fitted._asdict())
+        return fitted

@@ -12,6 +12,7 @@ import pytest
 import dit_video
 from dit_video import configs, feed, run
 from dit_video import tree as trees
+from dit_video.data import shapes
 from dit_video.data.bucket_batches import BucketConfig
 from dit_video.data.buckets import Memory
 from dit_video.data.latents import LatentSource
@@ -300,8 +301,8 @@ def test_a_held_out_clip_that_does_not_exist_is_named(tiny, tiny_clips, tmp_path
 @pytest.fixture
 def two_windows(tiny, tiny_run):
     """The run with windows of two shapes, for a look at its batches."""
-    shapes = (WindowConfig(size=Grid(5, 16, 16), batch=2), WindowConfig(size=Grid(9, 16, 32), batch=1))
-    autoencoder = dataclasses.replace(tiny.EXPERIMENT.autoencoder, windows=shapes)
+    windows = (WindowConfig(size=Grid(5, 16, 16), batch=2), WindowConfig(size=Grid(9, 16, 32), batch=1))
+    autoencoder = dataclasses.replace(tiny.EXPERIMENT.autoencoder, windows=windows)
     return Run(folder=tiny_run, experiment=dataclasses.replace(tiny.EXPERIMENT, autoencoder=autoencoder), command="")
 
 
@@ -317,7 +318,8 @@ def test_window_shapes_take_turns_and_continue_at_any_step(two_windows):
 
 
 def test_clips_without_room_for_any_window_are_told(two_windows, capsys):
-    two_windows._training_windows(Stretches(two_windows.training_clips, two_windows.experiment.limits), 0).close()
+    stretches = Stretches(two_windows.training_clips, two_windows.experiment.limits)
+    two_windows._windows(stretches, 0, "autoencoder").close()
     images = sum(info.frames == 1 for info in two_windows.training_clips.infos)
     assert images
     assert f"{images} clips have no room for a window" in capsys.readouterr().err
