@@ -18,6 +18,7 @@ _SMALLEST = 2
 """Pixels of the shorter side below which a pyramid isn't continued."""
 _PIXELS = (1, 2, 3, 4)
 """The axes of a clip's values."""
+_product = functools.partial(jnp.einsum, precision="highest")
 
 
 def absolute(error: Float[Array, "B T H W C"]) -> Float[Array, " B"]:
@@ -49,18 +50,24 @@ def pyramid(error: Float[Array, "B T H W C"], *, levels: int = 5) -> Float[Array
     for _ in range(levels - 1):
         if min(level.shape[2:4]) < _SMALLEST:
             break
-        blurred = _blurred(_blurred(level, axis=2), axis=3)
+        rows, columns = _blur(level.shape[2]), _blur(level.shape[3])
+        blurred = _product("bthwc,gh->btgwc", _product("bthwc,vw->bthvc", level, columns), rows)
         value = value + absolute(level - blurred)
         level = blurred[:, :, ::2, ::2]
     return value + absolute(level)
 
 
-def _blurred(x: Float[Array, "B T H W C"], *, axis: int) -> Float[Array, "B T H W C"]:
-    """Along one axis, beyond whose ends its first and last values go on."""
-    reach = len(_TAPS) // 2
-    padded = jnp.pad(x, [(reach, reach) if dim == axis else (0, 0) for dim in range(x.ndim)], mode="edge")
-    shifted = [jax.lax.slice_in_dim(padded, start, start + x.shape[axis], axis=axis) for start in range(len(_TAPS))]
-    return functools.reduce(jnp.add, [tap * part for tap, part in zip(_TAPS, shifted, strict=True)])
+@functools.cache
+def _blur(size: int) -> np.ndarray:
+    """The filter as a matrix, beyond whose ends the first and last values go on.
+
+    As products with matrices transforms compile and run several times as fast on CPU as shifted sums do, accelerators
+    are made for them, and they are divided over devices.
+    """
+    matrix = np.zeros((size, size), np.float32)
+    for offset, tap in enumerate(_TAPS, -(len(_TAPS) // 2)):
+        np.add.at(matrix, (np.arange(size), np.clip(np.arange(size) + offset, 0, size - 1)), tap)
+    return matrix
 
 
 def frequency(error: Float[Array, "B T H W C"], *, focus: float = 1.0) -> Float[Array, " B"]:
@@ -69,15 +76,14 @@ def frequency(error: Float[Array, "B T H W C"], *, focus: float = 1.0) -> Float[
         mean w |F|²,    F = orthonormal 2-D Fourier transform of a channel of e,    w = (|F| / max |F|)^focus
 
     without a gradient through `w` (arXiv 2012.12821, eq. 8 and 9). With `focus` 0 it is the squared error, after
-    Parseval. The transform is computed as products with matrices: unlike a fast one these are divided over devices.
+    Parseval. A fast transform would not be divided over devices: XLA gathers what it is applied to.
     """
     height, width = error.shape[2:4]
     columns_cos, columns_sin = _waves(width, width // 2 + 1)  # the others are their conjugates
     rows_cos, rows_sin = _waves(height, height)
-    product = functools.partial(jnp.einsum, precision="highest")
-    real = product("bthwc,wk->bthkc", error, columns_cos)
-    imaginary = -product("bthwc,wk->bthkc", error, columns_sin)
-    along_rows = functools.partial(product, "bthkc,hl->btlkc")
+    real = _product("bthwc,wk->bthkc", error, columns_cos)
+    imaginary = -_product("bthwc,wk->bthkc", error, columns_sin)
+    along_rows = functools.partial(_product, "bthkc,hl->btlkc")
     power = jnp.square(along_rows(real, rows_cos) + along_rows(imaginary, rows_sin)) + jnp.square(
         along_rows(imaginary, rows_cos) - along_rows(real, rows_sin)
     )

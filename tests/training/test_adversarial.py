@@ -82,10 +82,9 @@ def test_before_the_start_the_discriminator_rests_and_the_autoencoder_learns_as_
     alone, step = init_state(jax.tree.map(jnp.array, PARAMS), SGD), make_step(LOSS, SGD, ema_decay=0.9)
     for number in range(2):
         alone, expected = step(alone, CLIPS)
-        for name in expected:
-            assert figures[number][name] == pytest.approx(float(expected[name]), rel=1e-5)
+        assert {name: figures[number][name] for name in expected} == {n: float(v) for n, v in expected.items()}
         assert figures[number]["against"] == figures[number]["adversarial_weight"] == 0
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), states[2].model, alone)
+    jax.tree.map(np.testing.assert_array_equal, states[2].model, jax.device_get(alone))
 
 
 def test_the_step_descends_the_weighted_sum(played):
@@ -193,7 +192,7 @@ def test_other_data_than_those_of_the_checkpoint_are_refused(tmp_path, monkeypat
 
 
 ON_EIGHT_DEVICES = """
-    import functools, importlib.util, sys
+    import dataclasses, functools, importlib.util, sys
     import jax, numpy as np
     from jax.sharding import PartitionSpec
     from dit_video.distributed import MeshConfig, ShardingRules, make_mesh, shard_batch, shardings
@@ -203,19 +202,21 @@ ON_EIGHT_DEVICES = """
     here = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(here)
 
+    config = dataclasses.replace(here.LECAM, start=0)
+
     def losses(mesh):
         layout = functools.partial(shardings, mesh=mesh, rules=ShardingRules(minimum=64))
-        state = make_on_devices(lambda key: here.begin(here.LECAM), jax.random.key(0), shardings=layout)
+        state = make_on_devices(lambda key: here.begin(config), jax.random.key(0), shardings=layout)
         split = [not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.discriminator)]
         clips, found = shard_batch(np.concatenate([here.CLIPS] * 4), mesh), []
-        for _ in range(4):
-            state, figures = here.step_of(here.LECAM)(state, clips)
+        for _ in range(3):
+            state, figures = here.step_of(config)(state, clips)
             found.append([float(figures[name]) for name in ("loss", "discriminator", "penalty", "adversarial_weight")])
         return np.array(found), sum(split)
 
     assert jax.device_count() == 8
     expected, split = losses(make_mesh(MeshConfig(), jax.devices()[:1]))
-    assert split == 0 and expected[3, 2] > 0
+    assert split == 0 and expected[2, 2] > 0
     found, split = losses(make_mesh(MeshConfig(data=2, fsdp=4)))
     assert split >= 4, split
     np.testing.assert_allclose(found, expected, rtol=1e-4)
