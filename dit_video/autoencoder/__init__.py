@@ -2,6 +2,8 @@
 
 from dit_video.autoencoder.adversarial import R1, Adversarial, LeCam
 from dit_video.autoencoder.canvas import Canvas, Place, arrange, covers, occupied, padding
+from dit_video.autoencoder.image_blocks import ImageLevels
+from dit_video.autoencoder.image_vae import ImageVae, ImageVaeConfig
 from dit_video.autoencoder.interface import Autoencoder, AutoencoderConfig, clip_grid, latent_grid
 from dit_video.autoencoder.linear import LinearAutoencoder, fit_linear
 from dit_video.autoencoder.objective import AutoencoderObjective
@@ -26,6 +28,9 @@ __all__ = [
     "Canvas",
     "CausalVae",
     "CausalVaeConfig",
+    "ImageLevels",
+    "ImageVae",
+    "ImageVaeConfig",
     "LeCam",
     "LinearAutoencoder",
     "Normalizer",
