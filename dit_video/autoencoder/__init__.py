@@ -4,6 +4,7 @@ from dit_video.autoencoder.adversarial import R1, Adversarial, LeCam
 from dit_video.autoencoder.canvas import Canvas, Place, arrange, covers, occupied, padding
 from dit_video.autoencoder.image_blocks import ImageLevels
 from dit_video.autoencoder.image_vae import ImageVae, ImageVaeConfig
+from dit_video.autoencoder.inflate import InflatedConfig, inflate
 from dit_video.autoencoder.interface import Autoencoder, AutoencoderConfig, clip_grid, latent_grid
 from dit_video.autoencoder.linear import LinearAutoencoder, fit_linear
 from dit_video.autoencoder.objective import AutoencoderObjective
@@ -31,6 +32,7 @@ __all__ = [
     "ImageLevels",
     "ImageVae",
     "ImageVaeConfig",
+    "InflatedConfig",
     "LeCam",
     "LinearAutoencoder",
     "Normalizer",
@@ -47,6 +49,7 @@ __all__ = [
     "encode_stream",
     "fit_linear",
     "from_patches",
+    "inflate",
     "latent_grid",
     "occupied",
     "padding",

@@ -171,6 +171,7 @@ class ImageDecoder(nnx.Module):
     """
 
     def __init__(self, levels: ImageLevels, channels: int, norm: MakeNorm, *, rngs: nnx.Rngs):
+        self.config = levels
         widths, dtype = levels.widths[::-1], levels.dtype
         self.conv_in = CausalConv(channels, widths[0], (1, 3, 3), dtype=dtype, rngs=rngs)
         self.middle = _Middle(levels, norm, rngs=rngs)

@@ -53,6 +53,10 @@ class ImageVaeConfig:
         """Pixels for one latent along (t, h, w)."""
         return self.levels.stride
 
+    @property
+    def last_layer(self) -> str:
+        return "decoder/conv_out/kernel"
+
     def make(self, rngs: nnx.Rngs) -> "ImageVae":
         return ImageVae(self, rngs=rngs)
 
