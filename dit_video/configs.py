@@ -73,6 +73,16 @@ def from_json(value: Any) -> Any:
     return cls(**values)
 
 
+def difference(old: Any, new: Any, path: str = "") -> str:
+    """The first place where two JSON values differ, in words; empty where they are equal."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in (*old, *(name for name in new if name not in old)):
+            if found := difference(old.get(name), new.get(name), f"{path}.{name}" if path else name):
+                return found
+        return ""
+    return "" if old == new else f"{path} is {old!r} there and {new!r} here"
+
+
 def _home(cls: type) -> str:
     """The module that a class is known by: the outermost package that exports it, its own if none does."""
     parts = cls.__module__.split(".")

@@ -3,7 +3,14 @@
 import math
 from dataclasses import dataclass, field
 
-from dit_video.autoencoder import AutoencoderObjective, CausalVaeConfig, PatchVaeConfig, latent_grid
+from dit_video.autoencoder import (
+    AutoencoderObjective,
+    CausalVaeConfig,
+    ImageVaeConfig,
+    InflatedConfig,
+    PatchVaeConfig,
+    latent_grid,
+)
 from dit_video.data.bucket_batches import BucketConfig
 from dit_video.data.sizes import SizeLimits
 from dit_video.data.windows import WindowConfig
@@ -50,13 +57,16 @@ class Data:
 class AutoencoderTraining:
     """An autoencoder and how it is trained."""
 
-    model: PatchVaeConfig | CausalVaeConfig
+    model: PatchVaeConfig | CausalVaeConfig | ImageVaeConfig | InflatedConfig
     windows: tuple[WindowConfig, ...]
     """shapes of the training batches; steps take them in turn"""
     optimizer: OptimizerConfig
     steps: int
     loss: AutoencoderObjective = field(default_factory=AutoencoderObjective)
     ema_decay: float = 0.99
+    start: str | None = None
+    """A folder of weights in diffusers' layout that training starts from: of this model, or of the image autoencoder
+    that it inflates. Where `normalizer` is not trained, the latents keep their mean and deviation."""
 
 
 @dataclass(frozen=True, kw_only=True)

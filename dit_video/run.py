@@ -53,6 +53,7 @@ from dit_video.experiment import Experiment
 from dit_video.files import read_json, write_json
 from dit_video.nn import graph_of, init_params, param_shapes
 from dit_video.pipeline import Pipeline, PipelineConfig
+from dit_video.starting import given_params
 from dit_video.text import FrozenTextConfig, Tokenizer
 from dit_video.text_encoder import FrozenEncoder, check_width, open_tokenizer
 from dit_video.training import loop, trainer
@@ -93,7 +94,7 @@ class Run:
         run = Run(folder=folder, experiment=experiment, command=" ".join(["python", *sys.argv]))
         if (folder / CONFIG).is_file():
             existing = Run.open(folder)
-            difference = _difference(configs.to_json(existing.experiment), configs.to_json(experiment))
+            difference = configs.difference(configs.to_json(existing.experiment), configs.to_json(experiment))
             if not difference:
                 return existing
             if (folder / "autoencoder").exists():
@@ -192,7 +193,10 @@ class Run:
         return self.clips.select(held_out) if held_out else self.clips.split("validation")
 
     def train_autoencoder(self) -> dict[str, Any]:
-        """The averaged parameters of the trained autoencoder, with its latents' mean and deviation measured."""
+        """The averaged parameters of the trained autoencoder, with its latents' mean and deviation measured.
+
+        Where the config does not train `normalizer`, these stay as they were.
+        """
         config, experiment = self.experiment.autoencoder, self.experiment
         path = self.folder / "autoencoder" / "weights.safetensors"
         if path.is_file():
@@ -200,6 +204,7 @@ class Run:
         graph = graph_of(config.model.make)
         continues = Checkpoints(path.parent / "checkpoints").latest() is not None
         stretches = Stretches(self.training_clips, experiment.limits)
+        start = None if continues else given_params(config, rng.key(experiment.seed, "inflation"))
         starts_linear = isinstance(config.model, PatchVaeConfig) and not continues
         linear = self._linear_start(stretches) if starts_linear else None
 
@@ -207,12 +212,13 @@ class Run:
             params = init_params(config.model.make, key)
             return params if linear is None else start_from_linear(params, linear)
 
-        loss = AutoencoderLoss(graph=graph, objective=config.loss, seed=experiment.seed)
-        state = self._train("autoencoder", init, loss, functools.partial(self._training_windows, stretches))
+        loss = AutoencoderLoss(graph=graph, objective=config.loss, seed=experiment.seed, optimizer=config.optimizer)
+        state = self._train("autoencoder", init, loss, functools.partial(self._training_windows, stretches), start)
         params = jax.device_get(state.ema)
-        with contextlib.closing(self._windows(stretches, 0, "latent moments")) as windows:
-            mean, std = latent_moments(graph, params, itertools.islice(windows, _MOMENT_BATCHES))
-        params["normalizer"] = {"mean": mean, "std": std}
+        if config.optimizer.trains("normalizer/mean"):
+            with contextlib.closing(self._windows(stretches, 0, "latent moments")) as batches:
+                mean, std = latent_moments(graph, params, itertools.islice(batches, _MOMENT_BATCHES))
+            params["normalizer"] = {"mean": mean, "std": std}
         save_weights(path, params)
         return params
 
@@ -366,12 +372,14 @@ class Run:
         init: Callable[[Array], dict[str, Any]],
         loss: Loss,
         batches: Callable[[int], Batches | WindowBatches],
+        start: dict[str, Any] | None = None,
         *,
         constants: tuple[PyTree, ...] = (),
     ) -> TrainState | AdversarialState:
-        """Train one of the two models from its newest checkpoint, or from `init`.
+        """Train one of the two models from its newest checkpoint, from `start`, or from `init`.
 
         Args:
+          start: parameters to begin with.
           constants: further arguments of the loss.
 
         Raises:
@@ -384,8 +392,8 @@ class Run:
         optimizer = make_optimizer(config.optimizer, steps=config.steps)
         everywhere = jax.device_put(constants, NamedSharding(mesh, PartitionSpec()))
 
-        def begin(key: Array) -> TrainState | AdversarialState:
-            state = init_state(init(key), optimizer)
+        def begin(key: Array, *given: dict[str, Any]) -> TrainState | AdversarialState:
+            state = init_state(given[0] if given else init(key), optimizer)
             if adversarial is None:
                 return state
             return init_adversarial(state, adversarial, rng.key(experiment.seed, "discriminator"))
@@ -412,6 +420,7 @@ class Run:
             mesh=mesh,
             random_key=rng.key(experiment.seed, name),
             title=f"training the {name}",
+            given=() if start is None else (start,),
         )
 
     def _windows(self, stretches: Stretches, start: int, purpose: str) -> WindowBatches:
@@ -438,13 +447,3 @@ class Run:
         with contextlib.closing(self._windows(stretches, 0, "linear start")) as batches:
             first = itertools.islice(batches, _LINEAR_BATCHES)
             return fit_linear(map(pixels.to_float, first), stride=model.stride, channels=model.channels)
-
-
-def _difference(old: Any, new: Any, path: str = "") -> str:
-    """The first place where two JSON values differ, in words; empty where they are equal."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in (*old, *(name for name in new if name not in old)):
-            if found := _difference(old.get(name), new.get(name), f"{path}.{name}" if path else name):
-                return found
-        return ""
-    return "" if old == new else f"{path} is {old!r} there and {new!r} here"

@@ -21,6 +21,7 @@ LEVELS = {
         "live",
         "feed",
         "run",
+        "starting",
         "text_encoder",
         "measure",
         "reports",

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, UInt8
 
 from dit_video.autoencoder import AutoencoderObjective
 from dit_video.rng import key
+from dit_video.training.optimizer import OptimizerConfig, hold_still
 
 Figures = dict[str, Float[Array, ""]]
 
@@ -32,6 +33,8 @@ class AutoencoderLoss:
     seed: int
     judge: nnx.GraphDef | None = None
     """of LPIPS, whose parameters every call is given"""
+    optimizer: OptimizerConfig | None = None
+    """the loss is constant in the parameters that it does not train"""
 
     def __call__(
         self, params, clips: UInt8[Array, "B T H W 3"], step: Array, judge: Any = None
@@ -53,7 +56,7 @@ class AutoencoderLoss:
 
     def decode(self, params, pixels: Float[Array, "B T H W 3"], step: Array) -> Decoded:
         """Clips through the latents, which are drawn from their posterior."""
-        model = nnx.merge(self.graph, params)
+        model = nnx.merge(self.graph, params if self.optimizer is None else hold_still(self.optimizer, params))
         posterior = model.posterior(pixels)
         random = jax.random.fold_in(key(self.seed, "latents"), step)
         latents = posterior.sample(jax.random.normal(random, posterior.mean.shape))

@@ -65,11 +65,14 @@ def state_shapes(
 
 
 def make_on_devices(
-    make: Callable[[Array], PyTree], random_key: Array, *, shardings: Callable[[PyTree], PyTree] | None = None
+    make: Callable[..., PyTree],
+    random_key: Array,
+    *given: PyTree,
+    shardings: Callable[[PyTree], PyTree] | None = None,
 ) -> Any:
-    """`make(random_key)`, any state, where each device computes its own shard."""
-    layout = None if shardings is None else shardings(jax.eval_shape(make, random_key))
-    return jax.jit(make, out_shardings=layout)(random_key)
+    """`make(random_key, *given)`, any state, where each device computes its own shard."""
+    layout = None if shardings is None else shardings(jax.eval_shape(make, random_key, *given))
+    return jax.jit(make, out_shardings=layout)(random_key, *given)
 
 
 def shapes_on_devices(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from dit_video.distributed import shard_batch, shardings
 from dit_video.errors import UserError
@@ -36,7 +36,7 @@ class Batches(Protocol):
 
 def train(
     folder: Path,
-    begin: Callable[[Array], Any],
+    begin: Callable[..., Any],
     step: Step,
     batches: Callable[[int], Batches],
     *,
@@ -44,18 +44,21 @@ def train(
     mesh: jax.sharding.Mesh,
     random_key: Array,
     title: str,
+    given: tuple[PyTree, ...] = (),
 ) -> Any:
     """The state after `config.steps` steps, with its checkpoints and log in `folder`.
 
     Args:
       folder: of this training alone.
-      begin: the state of step 0 from a random key; traceable.
+      begin: the state of step 0 from a random key (and from what is given); traceable. A state of the same shapes comes
+        from the key alone.
       step: what `make_step` gives for such a state.
       batches: from a step on.
       config: how long, and how often it logs and saves.
       mesh: what state and batches are laid out on.
       random_key: for `begin`.
       title: of its progress.
+      given: weights for `begin`. (What it holds itself becomes a part of the program, which weights would make large.)
 
     Raises:
       UserError: the data are others than those that the checkpoint was trained on.
@@ -64,7 +67,7 @@ def train(
     checkpoints = Checkpoints(folder / "checkpoints")
     meta: dict[str, Any] = {}
     if checkpoints.latest() is None:
-        state = make_on_devices(begin, random_key, shardings=layout)
+        state = make_on_devices(begin, random_key, *given, shardings=layout)
     else:
         state, meta = checkpoints.restore(shapes_on_devices(begin, shardings=layout))
     if int(state.step) >= config.steps:

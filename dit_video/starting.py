@@ -1,0 +1,42 @@
+"""Given weights that an autoencoder's training starts from."""
+
+from typing import Any
+
+from jaxtyping import Array
+
+from dit_video import configs
+from dit_video.autoencoder import InflatedConfig, inflate
+from dit_video.errors import UserError
+from dit_video.experiment import AutoencoderTraining
+from dit_video.weights import load_autoencoder
+
+_OF_TRAINING = ("bfloat16", "std")
+"""Fields of configs that weights do not depend on, so that their files do not hold them."""
+
+
+def given_params(training: AutoencoderTraining, key: Array) -> dict[str, Any] | None:
+    """The parameters of `training.model` out of the folder `training.start`; None where there is none.
+
+    An image autoencoder's are inflated where the model is an inflated one; `key` is for its temporal layers.
+
+    Raises:
+      MissingError: no such folder, or files that it lacks.
+      UserError: a folder whose weights can't be read, or are of another autoencoder.
+    """
+    if training.start is None:
+        return None
+    config, params = load_autoencoder(training.start)
+    model = training.model
+    wanted = model.image if isinstance(model, InflatedConfig) else model
+    if difference := configs.difference(_kept(configs.to_json(config)), _kept(configs.to_json(wanted))):
+        raise UserError(f"{training.start} holds another autoencoder than the config's: {difference}")
+    if not isinstance(model, InflatedConfig):
+        return params
+    return inflate(wanted, params, key, span=model.span)[1]
+
+
+def _kept(config: Any) -> Any:
+    """A config as JSON, without what only training knows."""
+    if not isinstance(config, dict):
+        return config
+    return {name: _kept(value) for name, value in config.items() if name not in _OF_TRAINING}
