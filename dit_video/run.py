@@ -26,8 +26,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from dit_video import configs, feed, intake, pixels, rng
 from dit_video.autoencoder import LinearAutoencoder, PatchVaeConfig, fit_linear, start_from_linear
@@ -50,6 +49,7 @@ from dit_video.encoding import (
 )
 from dit_video.errors import MissingError, UserError
 from dit_video.experiment import Experiment
+from dit_video.features import Lpips
 from dit_video.files import read_json, write_json
 from dit_video.nn import graph_of, init_params, param_shapes
 from dit_video.pipeline import Pipeline, PipelineConfig
@@ -57,15 +57,16 @@ from dit_video.starting import given_params
 from dit_video.text import FrozenTextConfig, Tokenizer
 from dit_video.text_encoder import FrozenEncoder, check_width, open_tokenizer
 from dit_video.training import loop, trainer
-from dit_video.training.adversarial import AdversarialState, init_adversarial, make_adversarial_step
+from dit_video.training.adversarial import AdversarialState, Rival
 from dit_video.training.autoencoder import AutoencoderLoss
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.denoiser import DenoiserLoss
 from dit_video.training.logging import Progress, remark
 from dit_video.training.optimizer import make_optimizer
-from dit_video.training.state import TrainState, init_state, state_shapes
-from dit_video.training.step import Loss, make_step
+from dit_video.training.state import TrainState, state_shapes
+from dit_video.training.step import Loss
 from dit_video.weights import load as load_weights
+from dit_video.weights import load_lpips
 from dit_video.weights import save as save_weights
 
 FORMAT = 1
@@ -201,7 +202,12 @@ class Run:
         path = self.folder / "autoencoder" / "weights.safetensors"
         if path.is_file():
             return load_weights(path, like=param_shapes(config.model.make))
-        graph = graph_of(config.model.make)
+        graph, file = graph_of(config.model.make), config.loss.lpips_weights
+        judge = None if file is None else graph_of(lambda rngs: Lpips(rngs=rngs))
+        loss = AutoencoderLoss(
+            graph=graph, objective=config.loss, seed=experiment.seed, judge=judge, optimizer=config.optimizer
+        )
+        constants = () if file is None else (load_lpips(file),)
         continues = Checkpoints(path.parent / "checkpoints").latest() is not None
         stretches = Stretches(self.training_clips, experiment.limits)
         start = None if continues else given_params(config, rng.key(experiment.seed, "inflation"))
@@ -212,12 +218,17 @@ class Run:
             params = init_params(config.model.make, key)
             return params if linear is None else start_from_linear(params, linear)
 
-        loss = AutoencoderLoss(graph=graph, objective=config.loss, seed=experiment.seed, optimizer=config.optimizer)
-        state = self._train("autoencoder", init, loss, functools.partial(self._training_windows, stretches), start)
+        rival = config.loss.adversarial and Rival(
+            config=config.loss.adversarial,
+            last_layer=config.model.last_layer,
+            random_key=rng.key(experiment.seed, "discriminator"),
+        )
+        batches = functools.partial(self._training_windows, stretches)
+        state = self._train("autoencoder", init, loss, batches, rival=rival, constants=constants, start=start)
         params = jax.device_get(state.ema)
         if config.optimizer.trains("normalizer/mean"):
-            with contextlib.closing(self._windows(stretches, 0, "latent moments")) as batches:
-                mean, std = latent_moments(graph, params, itertools.islice(batches, _MOMENT_BATCHES))
+            with contextlib.closing(self._windows(stretches, 0, "latent moments")) as windows:
+                mean, std = latent_moments(graph, params, itertools.islice(windows, _MOMENT_BATCHES))
             params["normalizer"] = {"mean": mean, "std": std}
         save_weights(path, params)
         return params
@@ -372,56 +383,30 @@ class Run:
         init: Callable[[Array], dict[str, Any]],
         loss: Loss,
         batches: Callable[[int], Batches | WindowBatches],
-        start: dict[str, Any] | None = None,
-        *,
-        constants: tuple[PyTree, ...] = (),
+        **given: Any,
     ) -> TrainState | AdversarialState:
-        """Train one of the two models from its newest checkpoint, from `start`, or from `init`.
-
-        Args:
-          start: parameters to begin with.
-          constants: further arguments of the loss.
+        """Train one of the two models from its newest checkpoint, or from `init`; `given` is of `Training`.
 
         Raises:
           UserError: the data are others than those that the checkpoint was trained on.
         """
         experiment = self.experiment
         config = experiment.autoencoder if name == "autoencoder" else experiment.denoiser
-        adversarial = loss.objective.adversarial if isinstance(loss, AutoencoderLoss) else None
-        mesh = make_mesh(experiment.mesh)
-        optimizer = make_optimizer(config.optimizer, steps=config.steps)
-        everywhere = jax.device_put(constants, NamedSharding(mesh, PartitionSpec()))
-
-        def begin(key: Array, *given: dict[str, Any]) -> TrainState | AdversarialState:
-            state = init_state(given[0] if given else init(key), optimizer)
-            if adversarial is None:
-                return state
-            return init_adversarial(state, adversarial, rng.key(experiment.seed, "discriminator"))
-
-        if isinstance(loss, AutoencoderLoss) and adversarial is not None:
-            step = make_adversarial_step(
-                loss,
-                optimizer,
-                adversarial,
-                ema_decay=config.ema_decay,
-                last_layer=experiment.autoencoder.model.last_layer,
-                constants=everywhere,
-            )
-        else:
-            step = make_step(loss, optimizer, ema_decay=config.ema_decay, constants=everywhere)
-        return trainer.train(
-            self.folder / name,
-            begin,
-            step,
-            batches,
+        training = trainer.Training(
+            folder=self.folder / name,
+            title=f"training the {name}",
+            init=init,
+            random_key=rng.key(experiment.seed, name),
+            loss=loss,
+            optimizer=make_optimizer(config.optimizer, steps=config.steps),
+            ema_decay=config.ema_decay,
             config=loop.LoopConfig(
                 steps=config.steps, log_every=experiment.log_every, save_every=experiment.save_every
             ),
-            mesh=mesh,
-            random_key=rng.key(experiment.seed, name),
-            title=f"training the {name}",
-            given=() if start is None else (start,),
+            mesh=make_mesh(experiment.mesh),
+            **given,
         )
+        return training.run(batches)
 
     def _windows(self, stretches: Stretches, start: int, purpose: str) -> WindowBatches:
         """Batches of the window shapes in turn, from step `start` on. Each purpose has windows of its own."""

@@ -19,7 +19,7 @@ from dit_video.data.windows import Stretches, WindowConfig
 from dit_video.errors import MissingError, UserError
 from dit_video.run import Run
 from dit_video.tokens import Grid
-from dit_video.training import logging
+from dit_video.training import logging, trainer
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.weights import load as load_weights
 
@@ -102,7 +102,7 @@ STAGES = {"autoencoder": ("autoencoder", "latents", "denoiser", "pipeline"), "de
 
 def interrupt(monkeypatch, *, at, how):
     """The run is interrupted at call `at` of its step: by Ctrl-C, or as if it were killed, with nothing saved."""
-    real = run.make_step
+    real = trainer.make_step
 
     def make_step(*arguments, **keywords):
         step, calls = real(*arguments, **keywords), itertools.count(1)
@@ -116,7 +116,7 @@ def interrupt(monkeypatch, *, at, how):
 
         return interrupted
 
-    monkeypatch.setattr(run, "make_step", make_step)
+    monkeypatch.setattr(trainer, "make_step", make_step)
 
 
 def begin(copy, tiny_clips, monkeypatch, *, stage, at, how):
