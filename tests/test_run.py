@@ -12,6 +12,7 @@ import pytest
 import dit_video
 from dit_video import configs, feed, run
 from dit_video import tree as trees
+from dit_video.data import shapes
 from dit_video.data.bucket_batches import BucketConfig
 from dit_video.data.buckets import Memory
 from dit_video.data.latents import LatentSource
@@ -300,8 +301,8 @@ def test_a_held_out_clip_that_does_not_exist_is_named(tiny, tiny_clips, tmp_path
 @pytest.fixture
 def two_windows(tiny, tiny_run):
     """The run with windows of two shapes, for a look at its batches."""
-    shapes = (WindowConfig(size=Grid(5, 16, 16), batch=2), WindowConfig(size=Grid(9, 16, 32), batch=1))
-    autoencoder = dataclasses.replace(tiny.EXPERIMENT.autoencoder, windows=shapes)
+    windows = (WindowConfig(size=Grid(5, 16, 16), batch=2), WindowConfig(size=Grid(9, 16, 32), batch=1))
+    autoencoder = dataclasses.replace(tiny.EXPERIMENT.autoencoder, windows=windows)
     return Run(folder=tiny_run, experiment=dataclasses.replace(tiny.EXPERIMENT, autoencoder=autoencoder), command="")
 
 
