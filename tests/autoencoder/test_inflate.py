@@ -95,6 +95,14 @@ def test_no_frame_sees_those_that_follow_it(rough):
     assert (np.abs(left[:, 3:] - right[:, 3:]).max(axis=(0, 2, 3, 4)) > 1e-3).all()
 
 
+def test_each_temporal_layer_learns_from_the_start(inflated):
+    config, params = inflated
+    gradients = flatten(jax.grad(lambda params: call(config, "decode", params, LATENTS).std())(params))
+    last = [path for path in gradients if "/temporal/" in path and path.endswith("conv_out/kernel")]
+    assert config.last_layer in last
+    assert all(np.abs(gradients[path]).max() > 1e-6 for path in last)
+
+
 def test_what_it_is(inflated):
     config, params = inflated
     assert (config.stride, config.channels) == (Grid(1, 2, 2), 3)
