@@ -30,13 +30,17 @@ class SpatialNorm(nnx.Module):
         """`norm` is of features of `width`, the latents have `channels`."""
         self.norm = norm
         self.scale = Linear(channels, width, init="zero", rngs=rngs)
-        self.scale.bias[...] = jnp.ones((width,), jnp.float32)
+        self.scale.bias = nnx.Param(jnp.ones((width,), jnp.float32))
         self.shift = Linear(channels, width, init="zero", rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T H W D"], guide: Guide) -> Float[Array, "B T H W D"]:
+        return self.modulated(self.norm(x), guide)
+
+    def modulated(self, x: Float[Array, "B T H W D"], guide: Guide) -> Float[Array, "B T H W D"]:
+        """Features that are normed already."""
         # The maps are of single positions, so they are computed at the latents' resolution, which is the coarsest.
         scale, shift = (_spread(part(guide.latents), x.shape, guide.begins) for part in (self.scale, self.shift))
-        return (self.norm(x) * scale + shift).astype(x.dtype)
+        return (x * scale + shift).astype(x.dtype)
 
 
 def _spread(latents: Float[Array, "B t h w D"], shape: tuple[int, ...], begins: bool) -> Float[Array, "B T H W D"]:

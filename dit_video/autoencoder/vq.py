@@ -15,8 +15,18 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dit_video.arrays import AnyArray
 from dit_video.autoencoder.blocks import Places
+from dit_video.autoencoder.image_blocks import (
+    Beside,
+    FrameNorm,
+    ImageDecoder,
+    ImageEncoder,
+    ImageLevels,
+    MakeNorm,
+    frame_norms,
+)
+from dit_video.autoencoder.image_vae import ImageVaeConfig
 from dit_video.autoencoder.interface import chunk_grid
-from dit_video.autoencoder.modulation import Guide
+from dit_video.autoencoder.modulation import Guide, SpatialNorm
 from dit_video.autoencoder.posterior import Normalizer
 from dit_video.autoencoder.quantize import Codebook, CodebookConfig, Quantized
 from dit_video.autoencoder.vae import CausalVaeConfig, Decoder, Encoder
@@ -30,18 +40,31 @@ class VqConfig:
     """A vector-quantised autoencoder.
 
     Raises:
-      UserError: a network with a variance, or modulated norms with codes of another width than the network's latents.
+      UserError: a network with a variance, or without the linear maps beside the codebook.
     """
 
-    network: CausalVaeConfig = field(default_factory=CausalVaeConfig)
+    network: CausalVaeConfig | ImageVaeConfig = field(default_factory=CausalVaeConfig)
     """whose encoder and decoder it has; its `channels` are what the linear maps beside the codebook go from and to"""
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
     modulated: bool = False
     """whether the codes modulate the decoder's norms (MoVQ)"""
 
     def __post_init__(self):
-        if self.network.std is not None:
-            raise UserError(f"codes have no variance, the network was given std={self.network.std}; leave it out")
+        match self.network:
+            case CausalVaeConfig(std=float(std)):
+                raise UserError(f"codes have no variance, the network was given std={std}; leave it out")
+            case ImageVaeConfig(moments=False) | ImageVaeConfig(latents=False):
+                raise UserError("linear maps lie beside the codebook; leave moments=False and latents=False out")
+
+    @classmethod
+    def kandinsky(cls) -> "VqConfig":
+        """The MoVQ of Kandinsky 2: 8×8 pixels to one of 16,384 codes of 4 values, 68 M parameters."""
+        levels = ImageLevels(widths=(128, 256, 256, 512), attention=(3,))
+        return cls(
+            network=ImageVaeConfig(channels=4, levels=levels),
+            codebook=CodebookConfig(codes=16384, width=4),
+            modulated=True,
+        )
 
     @property
     def stride(self) -> Grid:
@@ -63,12 +86,19 @@ class VqAutoencoder(nnx.Module):
     def __init__(self, config: VqConfig, *, rngs: nnx.Rngs):
         self.config = config
         network, width = config.network, config.codebook.width
-        guided = width if config.modulated else None
-        self.encoder = Encoder(network, network.channels, rngs=rngs)
+        self.encoder: ImageEncoder | Encoder
+        self.decoder: ImageDecoder | Decoder
+        match network:
+            case ImageVaeConfig(levels=levels):
+                norms = _modulated_norms(levels, width) if config.modulated else frame_norms(levels)
+                self.encoder = ImageEncoder(levels, network.channels, rngs=rngs)
+                self.decoder = ImageDecoder(levels, network.channels, norms, rngs=rngs)
+            case CausalVaeConfig():
+                self.encoder = Encoder(network, network.channels, rngs=rngs)
+                self.decoder = Decoder(network, guided=width if config.modulated else None, rngs=rngs)
         self.to_codes = Linear(network.channels, width, rngs=rngs)
         self.codebook = Codebook(config.codebook, rngs=rngs)
         self.from_codes = Linear(width, network.channels, rngs=rngs)
-        self.decoder = Decoder(network, guided=guided, rngs=rngs)
         self.normalizer = Normalizer(width)
 
     def latents(
@@ -80,7 +110,10 @@ class VqAutoencoder(nnx.Module):
         """Before the codebook and before normalisation. See `encode` for the arguments."""
         chunk_grid(Grid(*pixels.shape[1:4]), self.config.stride, begins=memory is None or memory.begins)
         places = None if inside is None else Places(inside.astype(jnp.int32))
-        features = self.encoder(pixels, memory, places)
+        if isinstance(self.encoder, ImageEncoder):
+            features = self.encoder(pixels, places)
+        else:
+            features = self.encoder(pixels, memory, places)
         return self.codebook.comparable(self.to_codes(features.astype(jnp.float32)))
 
     def quantized(self, pixels: Float[Array, "B T H W 3"]) -> Quantized:
@@ -89,8 +122,11 @@ class VqAutoencoder(nnx.Module):
 
     def reconstruct(self, codes: Float[Array, "B t h w c"], memory: Memory | None = None) -> Float[Array, "B T H W 3"]:
         """Pixels from codes, or from latents that are neither normalised nor quantised."""
+        x = self.from_codes(codes)
+        if isinstance(self.decoder, ImageDecoder):
+            return self.decoder(x, Beside(latents=codes, memory=memory)).astype(jnp.float32)
         guide = Guide(codes, memory is None or memory.begins) if self.config.modulated else None
-        return self.decoder(self.from_codes(codes), memory, guide).astype(jnp.float32)
+        return self.decoder(x, memory, guide).astype(jnp.float32)
 
     def encode(
         self,
@@ -134,3 +170,16 @@ class VqAutoencoder(nnx.Module):
           UserError: indices out of range.
         """
         return self.reconstruct(self.codebook.look_up(indices), memory)
+
+
+class _FrameSpatialNorm(SpatialNorm):
+    """A group norm over each frame, modulated by the frame's latents."""
+
+    def __call__(self, x: Float[Array, "B t h w D"], beside: Beside) -> Float[Array, "B t h w D"]:  # type: ignore[override]
+        assert beside.latents is not None
+        return self.modulated(self.norm(x, beside), Guide(beside.latents))
+
+
+def _modulated_norms(levels: ImageLevels, channels: int) -> MakeNorm:
+    """Norms of an image decoder that latents of so many channels modulate."""
+    return lambda width, rngs: _FrameSpatialNorm(FrameNorm(width, levels.groups), width, channels, rngs=rngs)

@@ -14,6 +14,8 @@ from dit_video.autoencoder import (
     AutoencoderConfig,
     CausalVaeConfig,
     CodebookConfig,
+    ImageLevels,
+    ImageVaeConfig,
     VqAutoencoder,
     VqConfig,
     decode_stream,
@@ -21,14 +23,17 @@ from dit_video.autoencoder import (
 )
 from dit_video.autoencoder.modulation import Guide, SpatialNorm
 from dit_video.errors import UserError
-from dit_video.nn import RmsNorm, graph_of, init_params
+from dit_video.nn import RmsNorm, graph_of, init_params, param_shapes
 from dit_video.tokens import Grid
+from dit_video.tree import flatten, size
 from rough import rough_params
 
 VIDEO = CausalVaeConfig(channels=5, width=4, multipliers=(1, 2), factors=(Grid(2, 2, 2),), blocks=1)
+IMAGE = ImageVaeConfig(channels=6, levels=ImageLevels(widths=(4, 8), blocks=1, groups=2, attention=(1,)))
 BOOK = CodebookConfig(codes=32, width=3)
 CONFIGS = {
     "video": VqConfig(network=VIDEO, codebook=BOOK, modulated=True),
+    "image": VqConfig(network=IMAGE, codebook=BOOK, modulated=True),
     "spherical": VqConfig(network=VIDEO, codebook=CodebookConfig(codes=32, width=3, spherical=True)),
 }
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -82,9 +87,9 @@ def test_an_index_out_of_range():
         model.decode_indices(np.full((1, 1, 2, 3), 32))
 
 
-@pytest.mark.parametrize("chunk", [1, 3])
-def test_streams_are_the_whole(chunk):
-    config, params, _, latents, decoded = setting("video")
+@pytest.mark.parametrize(("name", "chunk"), [("video", 1), ("video", 3), ("image", 2)])
+def test_streams_are_the_whole(name, chunk):
+    config, params, _, latents, decoded = setting(name)
     encoded = list(encode_stream(config, params, [FRAMES[:, :4], FRAMES[:, 4:]], chunk=chunk))
     np.testing.assert_allclose(np.concatenate(encoded, axis=1), latents, atol=1e-5)
     frames = np.concatenate(list(decode_stream(config, params, np.asarray(latents), chunk=chunk)), axis=1)
@@ -93,8 +98,9 @@ def test_streams_are_the_whole(chunk):
     assert (difference > 0).mean() < 0.01
 
 
-def test_clips_on_a_canvas_do_not_see_each_other():
-    config, params, clip, latents, _ = setting("video")
+@pytest.mark.parametrize("name", ["video", "image"])
+def test_clips_on_a_canvas_do_not_see_each_other(name):
+    config, params, clip, latents, _ = setting(name)
     canvas = jnp.concatenate([clip[:1], jnp.full((1, 7, 4, 2, 3), -1.0), clip[1:]], axis=3)
     inside = jnp.asarray([[[1, 1, 1, 0, 2, 2, 2]] * 2], jnp.int32)
     together = call(config, "encode", params, canvas, inside)
@@ -118,12 +124,16 @@ def test_latents_modulate_the_frames_and_places_that_they_stand_for():
     np.testing.assert_allclose(norm(x[:, 1:], Guide(latents[:, 1:], begins=False)), whole[:, 1:], atol=1e-6)
 
 
-def test_codes_modulate_the_decoder_alone():
-    config, _, _, _, _ = setting("video")
-    paths = [path for path, _ in nnx.to_flat_state(nnx.state(nnx.eval_shape(lambda: config.make(nnx.Rngs(0)))))]
-    modulated = {path[0] for path in paths if path[-3:-1] == ("shift",) or "shift" in path}
-    assert modulated == {"decoder"}
-    assert sum("shift" in path for path in paths) == 2 * (2 * (2 + 2 + 2) + 1 + 1)  # kernel and bias of every norm
+@pytest.mark.parametrize(("name", "norms"), [("video", 2 * 6 + 2), ("image", 2 * 6 + 2 + 2)])
+def test_codes_modulate_all_norms_of_the_decoder_alone(name, norms):
+    """Two norms in each of 6 residual blocks, one in each attention, and the last."""
+    paths = [path.split("/") for path in flatten(param_shapes(CONFIGS[name].make)) if path.endswith("shift/kernel")]
+    assert {path[0] for path in paths} == {"decoder"}
+    assert len(paths) == norms
+
+
+def test_the_size_of_kandinskys():
+    assert round(size(param_shapes(VqConfig.kandinsky().make)) / 1e6) == 68
 
 
 def test_a_fresh_autoencoder_is_finite_and_its_codes_differ():
@@ -139,9 +149,11 @@ def test_a_config_survives_json():
     assert configs.from_json(configs.to_json(config)) == config
 
 
-def test_a_network_with_a_variance():
+def test_networks_that_do_not_fit():
     with pytest.raises(UserError, match=r"codes have no variance, the network was given std=0\.1"):
         VqConfig(network=CausalVaeConfig(std=0.1))
+    with pytest.raises(UserError, match="linear maps lie beside the codebook"):
+        VqConfig(network=ImageVaeConfig.flux())
 
 
 def test_sizes_that_do_not_fit():
