@@ -70,7 +70,7 @@ class Codebook(nnx.Module):
         """Latents to the nearest codes."""
         latents = self.comparable(latents.astype(jnp.float32))
         indices = self.nearest(latents)
-        chosen = self.comparable(self.codes[...])[indices]
+        chosen = self._vectors()[indices]
         axes = (1, 2, 3, 4)
         return Quantized(
             latents=latents,
@@ -82,7 +82,7 @@ class Codebook(nnx.Module):
 
     def nearest(self, latents: Float[Array, "B t h w c"]) -> Int[Array, "B t h w"]:
         """The indices of the codes nearest to latents."""
-        latents, codes = self.comparable(latents), self.comparable(self.codes[...])
+        latents, codes = self.comparable(latents), self._vectors()
         return nearest(jax.lax.stop_gradient(latents), jax.lax.stop_gradient(codes))
 
     def look_up(self, indices: Int[AnyArray, "B t h w"]) -> Float[Array, "B t h w c"]:
@@ -101,7 +101,10 @@ class Codebook(nnx.Module):
                 )
         # NumPy's negative indices, which count from the end, are out of range here.
         found = jnp.where(indices < 0, self.config.codes, indices)
-        return jnp.take(self.comparable(self.codes[...]), found, axis=0, mode="fill", fill_value=jnp.nan)
+        return jnp.take(self._vectors(), found, axis=0, mode="fill", fill_value=jnp.nan)
+
+    def _vectors(self) -> Float[Array, "n c"]:
+        return self.comparable(jnp.asarray(self.codes[...]))
 
     def comparable(self, vectors: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
         """Vectors as they are compared."""
