@@ -76,6 +76,10 @@ class VqConfig:
         """Of the latents: the codes' width."""
         return self.codebook.width
 
+    @property
+    def last_layer(self) -> str:
+        return self.network.last_layer
+
     def make(self, rngs: nnx.Rngs) -> "VqAutoencoder":
         return VqAutoencoder(self, rngs=rngs)
 

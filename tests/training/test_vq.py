@@ -35,6 +35,7 @@ from dit_video.training.step import StatefulLoss, make_step
 from dit_video.training.vq import VqLoss
 from dit_video.tree import flatten
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = Path(__file__).resolve().parents[2]
 BOOK = CodebookConfig(codes=16, width=4)
 NETWORK = ImageVaeConfig(channels=8, levels=ImageLevels(widths=(8, 16), blocks=1, groups=4, middle_attention=False))
@@ -106,7 +107,6 @@ def test_a_codebook_far_away_comes_back_and_is_used(averaged):
     check_comes_back(train(GRADIENTS, 40)[1])
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_small_movq_learns_rendered_shapes():
     _, history = train(AVERAGES, 40, make=VqConfig(network=NETWORK, codebook=BOOK, modulated=True).make)
     check_comes_back(history)
