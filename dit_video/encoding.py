@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float32, UInt8
+from jaxtyping import Array, Float32, Int32, UInt8
 
 from dit_video import configs, pipeline, pixels
 from dit_video.autoencoder import AutoencoderConfig, Canvas, arrange, latent_grid, occupied, padding
@@ -309,12 +309,12 @@ class _Encoder:
 
     def _drawn(
         self, batch: Sequence[Canvas], decoded: dict[int, Future]
-    ) -> tuple[tuple[UInt8[np.ndarray, "B T H W 3"], Bool[np.ndarray, "B h w"]], dict[int, LeftOut]]:
+    ) -> tuple[tuple[UInt8[np.ndarray, "B T H W 3"], Int32[np.ndarray, "B h w"]], dict[int, LeftOut]]:
         """The canvases with their clips, which of their latents are a clip's, and the clips that could not be read."""
         size, stride = batch[0].size, self._encoding.autoencoder.stride
         rows = self._rows(size)
         canvases = np.zeros((rows, *size, 3), np.uint8)
-        inside = np.zeros((rows, size.h // stride.h, size.w // stride.w), bool)
+        inside = np.zeros((rows, size.h // stride.h, size.w // stride.w), np.int32)
         reasons = {}
         for row, canvas in enumerate(batch):
             inside[row] = occupied(canvas, self._sizes, stride)

@@ -39,7 +39,7 @@ def script(main: Callable[..., None]) -> Callable[..., None]:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
-            print("\ninterrupted: the same command continues where this one stopped", file=sys.stderr)
+            print("\ninterrupted: started again, the same command does what is left", file=sys.stderr)
             sys.stderr.flush()
             sys.exit(130)
         except BrokenPipeError:

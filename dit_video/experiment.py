@@ -19,6 +19,7 @@ from dit_video.distributed import MeshConfig
 from dit_video.dit import DitConfig
 from dit_video.errors import UserError
 from dit_video.evaluation.kinds import CaptionEvaluation, Evaluation
+from dit_video.features.lpips import SMALLEST as LPIPS_SMALLEST
 from dit_video.generation import Sampling
 from dit_video.text import ByteEncoderConfig, TextConfig
 from dit_video.tokens import Grid, RowShape
@@ -205,6 +206,8 @@ class Experiment:
                 f"a discriminator of {adversarial.layers} layers needs windows of {2**adversarial.layers} pixels or "
                 f"more, one has {smallest}; use fewer layers or larger windows"
             )
+        if self.autoencoder.loss.lpips and smallest < LPIPS_SMALLEST:
+            raise UserError(f"LPIPS needs windows of {LPIPS_SMALLEST} pixels or more, one has {smallest}")
         limits = self.limits
         for window in self.autoencoder.windows:
             t, h, w = window.size

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float32, UInt8
+from jaxtyping import Array, Float32, Int32, UInt8
 
 from dit_video import pixels
 from dit_video.autoencoder import AutoencoderConfig, covers, latent_grid
@@ -46,8 +46,8 @@ class CanvasEncoder:
         batches = -(-on_device // max(1, self._pixels // size.volume))
         return self._devices * -(-on_device // batches)
 
-    def __call__(self, canvases: UInt8[np.ndarray, "B T H W 3"], inside: Bool[np.ndarray, "B h w"]) -> Array:
-        """Latents [B t h w c] of canvases, of which `inside` says what belongs to a clip. They are not waited for."""
+    def __call__(self, canvases: UInt8[np.ndarray, "B T H W 3"], inside: Int32[np.ndarray, "B h w"]) -> Array:
+        """Latents [B t h w c] of canvases, of which `inside` says whose each position is. They are not waited for."""
         return _encoded(self._graph, self._params, *jax.device_put((canvases, inside), self._split))
 
 
@@ -125,13 +125,13 @@ class LiveEncoder:
 
     def _drawn(
         self, canvas: Grid, clips: Sequence[np.ndarray]
-    ) -> tuple[UInt8[np.ndarray, "B T H W 3"], Bool[np.ndarray, "B h w"]]:
+    ) -> tuple[UInt8[np.ndarray, "B T H W 3"], Int32[np.ndarray, "B h w"]]:
         rows, grid = self.together[canvas], latent_grid(canvas, self._stride)
-        drawn, inside = np.zeros((rows, *canvas, 3), np.uint8), np.zeros((rows, grid.h, grid.w), bool)
+        drawn, inside = np.zeros((rows, *canvas, 3), np.uint8), np.zeros((rows, grid.h, grid.w), np.int32)
         for row, clip in enumerate(clips):
             own = latent_grid(Grid(*clip.shape[:3]), self._stride)
             drawn[row, : len(clip), : clip.shape[1], : clip.shape[2]] = clip
-            inside[row, : own.h, : own.w] = True
+            inside[row, : own.h, : own.w] = 1
         return drawn, inside
 
     def _cut(self, part: list[int], latents: Array, clips: Sequence[np.ndarray]) -> dict[int, np.ndarray]:

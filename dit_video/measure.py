@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dit_video import rng
+from dit_video.autoencoder import LinearAutoencoder
+from dit_video.codec import Codec
 from dit_video.data import shapes
 from dit_video.data.sizes import SizeLimits, fit, read_fitted
 from dit_video.data.source import ClipInfo, ClipSource
@@ -37,6 +39,9 @@ class Reconstructed(NamedTuple):
     psnr: float
     """dB"""
     ssim: float
+    linear: Clip | None = None
+    """what the best linear autoencoder of as many latent values makes of it, fitted on the training clips"""
+    linear_psnr: float | None = None
 
 
 class Sampled(NamedTuple):
@@ -80,9 +85,8 @@ def evaluate(pipeline: Pipeline, folder: str | Path, *, seed: int, run: Run | No
     judged = isinstance(pipeline.config.evaluation, ShapesEvaluation)
     asked = _asked(pipeline.config.evaluation, run, seed)
     metrics: dict[str, Any] = {"parameters": pipeline.parameter_counts()}
-    reconstructions: list[Reconstructed] = []
-    if run is not None and len(run.held_out_clips):
-        reconstructions = reconstruct(pipeline, run.held_out_clips, run.experiment.limits)
+    reconstructions = [] if run is None else _reconstructed(pipeline.codec, run)
+    if reconstructions:
         metrics["reconstruction"] = _reconstruction_figures(reconstructions)
     began = time.perf_counter()
     with Progress("sampling", len(asked), unit="clip") as progress:
@@ -104,6 +108,31 @@ def evaluate(pipeline: Pipeline, folder: str | Path, *, seed: int, run: Run | No
     return Measured(metrics, reconstructions, samples, [seen for _, seen in asked], verdicts)
 
 
+def evaluate_autoencoder(run: Run, folder: str | Path) -> Measured:
+    """Reconstruct the held-out clips of a run whose autoencoder alone is trained, and write `metrics.json`.
+
+    Raises:
+      UserError: no clips are held out.
+    """
+    codec = run.codec()
+    reconstructions = _reconstructed(codec, run)
+    if not reconstructions:
+        raise UserError("no clips are held out to be reconstructed; name some with --data.held-out")
+    metrics = {
+        "parameters": {"autoencoder": codec.parameter_count()},
+        "reconstruction": _reconstruction_figures(reconstructions),
+    }
+    write_json(Path(folder) / "metrics.json", metrics)
+    return Measured(metrics, reconstructions, [], [], [])
+
+
+def _reconstructed(codec: Codec, run: Run) -> list[Reconstructed]:
+    """The held-out clips of a run, if there are any, beside what is best that is linear."""
+    if not len(run.held_out_clips):
+        return []
+    return reconstruct(codec, run.held_out_clips, run.experiment.limits, linear=run.linear_baseline())
+
+
 def _asked(evaluation: Evaluation, run: Run | None, seed: int) -> list[tuple[Request, bool]]:
     """What is sampled, and whether clips of that caption were trained on."""
     if isinstance(evaluation, ShapesEvaluation):
@@ -122,11 +151,11 @@ def _asked(evaluation: Evaluation, run: Run | None, seed: int) -> list[tuple[Req
 
 def _reconstruction_figures(reconstructions: Sequence[Reconstructed]) -> dict[str, Any]:
     each = {one.name: {"psnr": _finite(one.psnr), "ssim": one.ssim} for one in reconstructions}
-    return {
-        "psnr": float(np.mean([entry["psnr"] for entry in each.values()])),
-        "ssim": float(np.mean([entry["ssim"] for entry in each.values()])),
-        "clips": each,
-    }
+    for one in reconstructions:
+        if one.linear_psnr is not None:
+            each[one.name]["linear_psnr"] = _finite(one.linear_psnr)
+    names = next(iter(each.values()))
+    return {name: float(np.mean([entry[name] for entry in each.values()])) for name in names} | {"clips": each}
 
 
 def _finite(value: float) -> float:
@@ -134,14 +163,25 @@ def _finite(value: float) -> float:
     return min(value, 100.0)
 
 
-def reconstruct(pipeline: Pipeline, clips: ClipSource, limits: SizeLimits) -> list[Reconstructed]:
-    """The start of every clip, at its training size, encoded and decoded."""
+def reconstruct(
+    codec: Codec, clips: ClipSource, limits: SizeLimits, *, linear: LinearAutoencoder | None = None
+) -> list[Reconstructed]:
+    """The start of every clip, at its training size, encoded and decoded; by a linear autoencoder too, if given."""
     results = []
     for index, info in enumerate(clips.infos):
         original = read_fitted(clips, index, limits)
-        decoded = pipeline.reconstruct(original)
-        quality = psnr(original.frames, decoded.frames), ssim(original.frames, decoded.frames)
-        results.append(Reconstructed(info.name, original, decoded, *quality))
+        decoded = codec.reconstruct(original)
+        one = Reconstructed(
+            info.name,
+            original,
+            decoded,
+            psnr(original.frames, decoded.frames),
+            ssim(original.frames, decoded.frames),
+        )
+        if linear is not None:
+            frames = linear.reconstruct_clip(original.frames, codec.config.stride)
+            one = one._replace(linear=replace(original, frames=frames), linear_psnr=psnr(original.frames, frames))
+        results.append(one)
     return results
 
 

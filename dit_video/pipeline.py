@@ -4,7 +4,6 @@ A pipeline folder holds `pipeline.json` (the configs), `autoencoder.safetensors`
 and nothing of the training state.
 """
 
-import functools
 import hashlib
 import operator
 from collections.abc import Sequence
@@ -12,14 +11,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Float32
 
-from dit_video import configs, pixels
+from dit_video import configs
 from dit_video.autoencoder import AutoencoderConfig, latent_grid
+from dit_video.codec import Codec
 from dit_video.diffusion import RectifiedFlow
 from dit_video.diffusion import sampler as sampler_of
 from dit_video.dit import DitConfig
@@ -84,8 +82,8 @@ class Pipeline:
     def __init__(self, config: PipelineConfig, *, autoencoder: dict[str, Any], denoiser: dict[str, Any]):
         """`autoencoder` and `denoiser` are parameters: nested dictionaries of arrays."""
         self.config = config
-        self._autoencoder = autoencoder
-        self._graph = graph_of(config.autoencoder.make)
+        self.codec = Codec(config.autoencoder, autoencoder)
+        """the autoencoder"""
         self._denoiser = Denoiser(
             dit=graph_of(config.dit.make),
             text=graph_of(config.text.make),
@@ -180,21 +178,19 @@ class Pipeline:
         Raises:
           UserError: a size that does not fit.
         """
-        latent_grid(Grid(*clip.frames.shape[:3]), self.config.autoencoder.stride)
-        return np.asarray(_encode(self._graph, self._autoencoder, pixels.to_float(clip.frames)[None]))[0]
+        return self.codec.encode(clip)
 
     def decode(self, latents: Float32[np.ndarray, "t h w c"], *, caption: str = "") -> Clip:
         """The clip of normalised latents."""
-        frames = np.asarray(_decode(self._graph, self._autoencoder, np.asarray(latents, np.float32)[None]))[0]
-        return Clip(frames=pixels.to_uint8(frames), fps=self.config.fps, caption=caption)
+        return self.codec.decode(latents, fps=self.config.fps, caption=caption)
 
     def reconstruct(self, clip: Clip) -> Clip:
         """A clip as the autoencoder sees it."""
-        return replace(self.decode(self.encode(clip), caption=clip.caption), fps=clip.fps)
+        return self.codec.reconstruct(clip)
 
     def parameter_counts(self) -> dict[str, int]:
         """How many parameters each part has."""
-        return {"autoencoder": count(self._autoencoder)} | {
+        return {"autoencoder": self.codec.parameter_count()} | {
             name: count(part) for name, part in self._denoiser.params.items()
         }
 
@@ -211,7 +207,7 @@ class Pipeline:
             raise UserError(f"{folder} exists and holds no pipeline; name a folder that does not exist")
         with atomic_path(folder) as temporary:
             temporary.mkdir()
-            save_weights(temporary / _AUTOENCODER, self._autoencoder, dtype=jnp.dtype(dtype))
+            save_weights(temporary / _AUTOENCODER, self.codec.params, dtype=jnp.dtype(dtype))
             save_weights(temporary / _DENOISER, self._denoiser.params, dtype=jnp.dtype(dtype))
             write_json(temporary / CONFIG, {"format": FORMAT, "config": configs.to_json(self.config)})
 
@@ -222,7 +218,7 @@ class Pipeline:
           UserError: the text encoder was trained with the denoiser.
         """
         config = replace(self.config, text=moved(self.config.text, folder))
-        return Pipeline(config, autoencoder=self._autoencoder, denoiser=self._denoiser.params)
+        return Pipeline(config, autoencoder=self.codec.params, denoiser=self._denoiser.params)
 
     def sampling(
         self, *, steps: int | None = None, guidance: float | int | None = None, sampler: str | None = None
@@ -292,8 +288,7 @@ class Pipeline:
             for start in range(0, len(members), batch):
                 part = members[start : start + batch]
                 stacked = np.stack([latents[index] for index in part] + [latents[part[-1]]] * (batch - len(part)))
-                frames = pixels.to_uint8(np.asarray(_decode(self._graph, self._autoencoder, stacked)))
-                for index, decoded in zip(part, frames, strict=False):
+                for index, decoded in zip(part, self.codec.decode_many(stacked), strict=False):
                     clips[index] = Clip(frames=decoded, fps=self.config.fps, caption=requests[index].prompt)
         return [clips[index] for index in range(len(latents))]
 
@@ -348,13 +343,3 @@ def identity(config: AutoencoderConfig, params: dict[str, Any]) -> str:
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()[:16]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(graph, params, clips):
-    return nnx.merge(graph, params).encode(clips)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _decode(graph, params, latents):
-    return nnx.merge(graph, params).decode(latents)

@@ -26,11 +26,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from dit_video import configs, feed, intake, pixels, rng
 from dit_video.autoencoder import LinearAutoencoder, PatchVaeConfig, fit_linear, start_from_linear
+from dit_video.codec import Codec
 from dit_video.data.latents import INDEX as LATENTS
 from dit_video.data.latents import LatentSource
 from dit_video.data.loader import Batches
@@ -53,23 +53,24 @@ from dit_video.experiment import Experiment
 from dit_video.files import read_json, write_json
 from dit_video.nn import graph_of, init_params, param_shapes
 from dit_video.pipeline import Pipeline, PipelineConfig
-from dit_video.starting import given_params
+from dit_video.starting import given_params, loss_parts
 from dit_video.text import FrozenTextConfig, Tokenizer
 from dit_video.text_encoder import FrozenEncoder, check_width, open_tokenizer
 from dit_video.training import loop, trainer
-from dit_video.training.adversarial import AdversarialState, init_adversarial, make_adversarial_step
-from dit_video.training.autoencoder import AutoencoderLoss
+from dit_video.training.adversarial import AdversarialState
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.denoiser import DenoiserLoss
 from dit_video.training.logging import Progress, remark
 from dit_video.training.optimizer import make_optimizer
-from dit_video.training.state import TrainState, init_state, state_shapes
-from dit_video.training.step import Loss, make_step
+from dit_video.training.state import TrainState, state_shapes
+from dit_video.training.step import Loss
 from dit_video.weights import load as load_weights
 from dit_video.weights import save as save_weights
 
 FORMAT = 1
 CONFIG = "experiment.json"
+_LINEAR_VALUES = 4096
+"""of a patch, at most, where principal components are computed: their matrix has the square of it"""
 _LINEAR_BATCHES, _MOMENT_BATCHES = 32, 64
 """Batches of training windows that the linear start, and the latents' mean and deviation, are measured on."""
 
@@ -151,6 +152,15 @@ class Run:
           UserError: clips that can't be used, or that do not fit the config; other latents than before.
           KeyboardInterrupt: after a signal, the state being saved.
         """
+        self.prepare(*clips, latents=latents)
+        return self.export()
+
+    def prepare(self, *clips: Address, latents: Address | None = None) -> None:
+        """Take the clips, and refuse what would fail later, before anything is trained; arguments are as for `train`.
+
+        Raises:
+          UserError: clips that can't be used, or that do not fit the config; other latents than before.
+        """
         if latents is not None:
             self.keep_latents(latents)
         self.take(*clips)
@@ -160,7 +170,6 @@ class Run:
         feed.check(self.experiment, self.training_clips)
         if isinstance(text := self.experiment.denoiser.text, FrozenTextConfig) and not self._text_encoder.is_file():
             check_width(text)  # as early; once the encoder is known the run goes on without its folder
-        return self.export()
 
     def take(self, *clips: Address) -> None:
         """Ingest folders of clips, and link to data sets that are ingested already; see `intake.take`."""
@@ -201,23 +210,23 @@ class Run:
         path = self.folder / "autoencoder" / "weights.safetensors"
         if path.is_file():
             return load_weights(path, like=param_shapes(config.model.make))
-        graph = graph_of(config.model.make)
+        graph, parts = graph_of(config.model.make), loss_parts(config, experiment.seed)
         continues = Checkpoints(path.parent / "checkpoints").latest() is not None
         stretches = Stretches(self.training_clips, experiment.limits)
         start = None if continues else given_params(config, rng.key(experiment.seed, "inflation"))
         starts_linear = isinstance(config.model, PatchVaeConfig) and not continues
-        linear = self._linear_start(stretches) if starts_linear else None
+        linear = self._linear(stretches) if starts_linear else None
 
         def init(key: Array) -> dict[str, Any]:
             params = init_params(config.model.make, key)
             return params if linear is None else start_from_linear(params, linear)
 
-        loss = AutoencoderLoss(graph=graph, objective=config.loss, seed=experiment.seed, optimizer=config.optimizer)
-        state = self._train("autoencoder", init, loss, functools.partial(self._training_windows, stretches), start)
+        batches = functools.partial(self._training_windows, stretches)
+        state = self._train("autoencoder", init, parts.pop("loss"), batches, start=start, **parts)
         params = jax.device_get(state.ema)
         if config.optimizer.trains("normalizer/mean"):
-            with contextlib.closing(self._windows(stretches, 0, "latent moments")) as batches:
-                mean, std = latent_moments(graph, params, itertools.islice(batches, _MOMENT_BATCHES))
+            with contextlib.closing(self._windows(stretches, 0, "latent moments")) as windows:
+                mean, std = latent_moments(graph, params, itertools.islice(windows, _MOMENT_BATCHES))
             params["normalizer"] = {"mean": mean, "std": std}
         save_weights(path, params)
         return params
@@ -372,56 +381,30 @@ class Run:
         init: Callable[[Array], dict[str, Any]],
         loss: Loss,
         batches: Callable[[int], Batches | WindowBatches],
-        start: dict[str, Any] | None = None,
-        *,
-        constants: tuple[PyTree, ...] = (),
+        **given: Any,
     ) -> TrainState | AdversarialState:
-        """Train one of the two models from its newest checkpoint, from `start`, or from `init`.
-
-        Args:
-          start: parameters to begin with.
-          constants: further arguments of the loss.
+        """Train one of the two models from its newest checkpoint, or from `init`; `given` is of `Training`.
 
         Raises:
           UserError: the data are others than those that the checkpoint was trained on.
         """
         experiment = self.experiment
         config = experiment.autoencoder if name == "autoencoder" else experiment.denoiser
-        adversarial = loss.objective.adversarial if isinstance(loss, AutoencoderLoss) else None
-        mesh = make_mesh(experiment.mesh)
-        optimizer = make_optimizer(config.optimizer, steps=config.steps)
-        everywhere = jax.device_put(constants, NamedSharding(mesh, PartitionSpec()))
-
-        def begin(key: Array, *given: dict[str, Any]) -> TrainState | AdversarialState:
-            state = init_state(given[0] if given else init(key), optimizer)
-            if adversarial is None:
-                return state
-            return init_adversarial(state, adversarial, rng.key(experiment.seed, "discriminator"))
-
-        if isinstance(loss, AutoencoderLoss) and adversarial is not None:
-            step = make_adversarial_step(
-                loss,
-                optimizer,
-                adversarial,
-                ema_decay=config.ema_decay,
-                last_layer=experiment.autoencoder.model.last_layer,
-                constants=everywhere,
-            )
-        else:
-            step = make_step(loss, optimizer, ema_decay=config.ema_decay, constants=everywhere)
-        return trainer.train(
-            self.folder / name,
-            begin,
-            step,
-            batches,
+        training = trainer.Training(
+            folder=self.folder / name,
+            title=f"training the {name}",
+            init=init,
+            random_key=rng.key(experiment.seed, name),
+            loss=loss,
+            optimizer=make_optimizer(config.optimizer, steps=config.steps),
+            ema_decay=config.ema_decay,
             config=loop.LoopConfig(
                 steps=config.steps, log_every=experiment.log_every, save_every=experiment.save_every
             ),
-            mesh=mesh,
-            random_key=rng.key(experiment.seed, name),
-            title=f"training the {name}",
-            given=() if start is None else (start,),
+            mesh=make_mesh(experiment.mesh),
+            **given,
         )
+        return training.run(batches)
 
     def _windows(self, stretches: Stretches, start: int, purpose: str) -> WindowBatches:
         """Batches of the window shapes in turn, from step `start` on. Each purpose has windows of its own."""
@@ -441,9 +424,28 @@ class Run:
             remark(f"{len(opened.left_out)} clips have no room for a window of the autoencoder's training")
         return opened
 
-    def _linear_start(self, stretches: Stretches) -> LinearAutoencoder:
-        """Where the autoencoder's training starts."""
+    def codec(self) -> Codec:
+        """The autoencoder, trained if it isn't yet."""
+        return Codec(self.experiment.autoencoder.model, self.train_autoencoder())
+
+    def linear_baseline(self) -> LinearAutoencoder | None:
+        """The best linear autoencoder of as many latent values, fitted on the training clips: what ours has to beat.
+
+        None where a patch has too many values for it.
+        """
         model = self.experiment.autoencoder.model
+        if 3 * model.stride.volume > _LINEAR_VALUES:
+            return None
+        return self._linear(Stretches(self.training_clips, self.experiment.limits))
+
+    def _linear(self, stretches: Stretches) -> LinearAutoencoder:
+        """Principal components of the training clips, which are kept in the run's folder."""
+        model = self.experiment.autoencoder.model
+        path = self.folder / "autoencoder" / "linear.safetensors"
+        if path.is_file():
+            return LinearAutoencoder(**load_weights(path))
         with contextlib.closing(self._windows(stretches, 0, "linear start")) as batches:
             first = itertools.islice(batches, _LINEAR_BATCHES)
-            return fit_linear(map(pixels.to_float, first), stride=model.stride, channels=model.channels)
+            fitted = fit_linear(map(pixels.to_float, first), stride=model.stride, channels=model.channels)
+        save_weights(path, fitted._asdict())
+        return fitted

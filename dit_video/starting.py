@@ -1,14 +1,18 @@
-"""Given weights that an autoencoder's training starts from."""
+"""What the training of an autoencoder starts with: its loss, and the weights that it was given."""
 
 from typing import Any
 
 from jaxtyping import Array
 
-from dit_video import configs
+from dit_video import configs, rng
 from dit_video.autoencoder import InflatedConfig, inflate
 from dit_video.errors import UserError
 from dit_video.experiment import AutoencoderTraining
-from dit_video.weights import load_autoencoder
+from dit_video.features import Lpips
+from dit_video.nn import graph_of
+from dit_video.training.adversarial import Rival
+from dit_video.training.autoencoder import AutoencoderLoss
+from dit_video.weights import load_autoencoder, load_lpips
 
 _OF_TRAINING = ("bfloat16", "std")
 """Fields of configs that weights do not depend on, so that their files do not hold them."""
@@ -33,6 +37,29 @@ def given_params(training: AutoencoderTraining, key: Array) -> dict[str, Any] | 
     if not isinstance(model, InflatedConfig):
         return params
     return inflate(wanted, params, key, span=model.span)[1]
+
+
+def loss_parts(training: AutoencoderTraining, seed: int) -> dict[str, Any]:
+    """The loss of an autoencoder's training, with its judge and its rival: arguments of `Training`.
+
+    Raises:
+      MissingError: no such file of LPIPS's weights.
+      UserError: a file that holds others.
+    """
+    objective, file = training.loss, training.loss.lpips_weights
+    loss = AutoencoderLoss(
+        graph=graph_of(training.model.make),
+        objective=objective,
+        seed=seed,
+        judge=None if file is None else graph_of(lambda rngs: Lpips(rngs=rngs)),
+        optimizer=training.optimizer,
+    )
+    rival = objective.adversarial and Rival(
+        config=objective.adversarial,
+        last_layer=training.model.last_layer,
+        random_key=rng.key(seed, "discriminator"),
+    )
+    return {"loss": loss, "constants": () if file is None else (load_lpips(file),), "rival": rival}
 
 
 def _kept(config: Any) -> Any:

@@ -5,7 +5,8 @@
 CLIPS holds video files of any size and length, with a `metadata.csv` (`file_name,text`), or is a data set that
 `tools/ingest.py` made, which may lie at an address (`gs://…`), as the latents may: `--latents gs://…`. Any scalar of
 the config can be set on the command line: `--denoiser.steps 2000`; `--help` after the config lists them. Interrupted,
-the same command continues where it was.
+the same command continues where it was. With `--autoencoder-only` it stops when the autoencoder is trained and reports
+that; the same command without it goes on from there.
 """
 
 import importlib.util
@@ -14,14 +15,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
 from dit_video import configs, intake, measure
 from dit_video.errors import MissingError, UserError, script
 from dit_video.experiment import Experiment
-from dit_video.reports.run_report import report_run
+from dit_video.reports.run_report import report_autoencoder, report_run
 from dit_video.run import Run
 
 
@@ -36,6 +37,8 @@ class Arguments:
     """where cached latents are, or are to be written: a folder or gs://…; WORKDIR/latents by default"""
     workdir: Path | None = None
     """the run's folder; runs/NAME by default"""
+    autoencoder_only: bool = False
+    """stop when the autoencoder is trained, and report what it makes of the held-out clips; without it, go on"""
 
 
 def main() -> None:
@@ -53,16 +56,32 @@ def main() -> None:
         config=(tyro.conf.AvoidSubcommands,),
     )
     workdir = arguments.workdir or Path("runs") / arguments.experiment.name
-    train(arguments.experiment, arguments.data, workdir, latents=arguments.latents)
-
-
-def train(experiment: Experiment, data: Sequence[str], workdir: Path, *, latents: str | None = None) -> None:
-    """Train, sample and report."""
-    began = time.perf_counter()
-    if not data:
+    if not arguments.data:
         raise UserError("--data names no folder; give one or more: --data CLIPS")
-    intake.check(data)  # before a run is made of it
-    run = Run.create(workdir, experiment)
+    intake.check(arguments.data)  # before a run is made of it
+    began = time.perf_counter()
+    run = Run.create(workdir, arguments.experiment)
+    if arguments.autoencoder_only:
+        metrics = train_autoencoder(run, arguments.data)
+    else:
+        metrics = train(run, arguments.data, latents=arguments.latents)
+    if quality := metrics.get("reconstruction"):
+        linear = f"; linear {quality['linear_psnr']:.1f} dB" if "linear_psnr" in quality else ""
+        print(f"reconstruction of held-out clips: {quality['psnr']:.1f} dB, SSIM {quality['ssim']:.3f}{linear}")
+    print(f"{(time.perf_counter() - began) / 60:.1f} minutes; look at {workdir / 'report.html'}")
+
+
+def train_autoencoder(run: Run, data: Sequence[str]) -> dict[str, Any]:
+    """Train the autoencoder alone and report it; returns the figures."""
+    run.prepare(*data)
+    measured = measure.evaluate_autoencoder(run, run.folder)
+    report_autoencoder(run.folder / "report.html", run, measured)
+    return measured.metrics
+
+
+def train(run: Run, data: Sequence[str], *, latents: str | None = None) -> dict[str, Any]:
+    """Train, sample and report; returns the figures."""
+    experiment, workdir = run.experiment, run.folder
     pipeline = run.train(*data, latents=latents)
     measured = measure.evaluate(pipeline, workdir, seed=experiment.seed, run=run)
     report_run(
@@ -73,9 +92,7 @@ def train(experiment: Experiment, data: Sequence[str], workdir: Path, *, latents
         source=workdir,
         config=configs.to_json(experiment),
     )
-    if quality := measured.metrics.get("reconstruction"):
-        print(f"reconstruction of held-out clips: {quality['psnr']:.1f} dB, SSIM {quality['ssim']:.3f}")
-    print(f"{(time.perf_counter() - began) / 60:.1f} minutes; look at {workdir / 'report.html'}")
+    return measured.metrics
 
 
 def load_experiment(path: Path) -> Experiment:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from dit_video import configs
-from dit_video.autoencoder import Adversarial, PatchVaeConfig
+from dit_video.autoencoder import Adversarial, AutoencoderObjective, PatchVaeConfig
 from dit_video.data.windows import WindowConfig
 from dit_video.distributed import MeshConfig
 from dit_video.dit import DitConfig
@@ -79,6 +79,13 @@ def test_parts_that_disagree_are_refused(tiny, path, value, message):
         changed(tiny.EXPERIMENT, path, value)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_windows_that_lpips_cannot_see_are_refused(tiny):
+    judged = AutoencoderObjective(lpips=0.5, lpips_weights="lpips.safetensors")
+    experiment = changed(tiny.EXPERIMENT, "autoencoder.loss", judged)
+    with pytest.raises(UserError, match="LPIPS needs windows of 16 pixels or more, one has 8"):
+        changed(experiment, "autoencoder.windows", (WindowConfig(size=Grid(5, 8, 16), batch=4),))
 
 
 @pytest.mark.parametrize(

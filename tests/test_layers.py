@@ -18,6 +18,7 @@ LEVELS = {
         "experiment",
         "intake",
         "encoding",
+        "codec",
         "live",
         "feed",
         "run",

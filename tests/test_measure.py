@@ -217,7 +217,7 @@ def test_an_evaluation_of_shapes(tiny_pipeline, tiny_run, held_out, tmp_path, mo
 
 def test_an_evaluation_by_captions(tiny_pipeline, tiny_run, tmp_path):
     config = replace(tiny_pipeline.config, evaluation=CaptionEvaluation(trained=3, held_out=2))
-    pipeline = Pipeline(config, autoencoder=tiny_pipeline._autoencoder, denoiser=tiny_pipeline._denoiser.params)
+    pipeline = Pipeline(config, autoencoder=tiny_pipeline.codec.params, denoiser=tiny_pipeline._denoiser.params)
     run = Run.open(tiny_run)
     measured = measure.evaluate(pipeline, tmp_path, seed=0, run=run)
     prompts = [sample.entry["prompt"] for sample in measured.samples]

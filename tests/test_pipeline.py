@@ -25,7 +25,7 @@ def pipeline(tiny_pipeline):
         lambda path, leaf: leaf + 0.3 * np.random.default_rng(len(path)).standard_normal(leaf.shape).astype(leaf.dtype),
         tiny_pipeline._denoiser.params,
     )
-    return Pipeline(tiny_pipeline.config, autoencoder=tiny_pipeline._autoencoder, denoiser=denoiser)
+    return Pipeline(tiny_pipeline.config, autoencoder=tiny_pipeline.codec.params, denoiser=denoiser)
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +199,7 @@ def test_float32_files_come_back_bit_for_bit(pipeline, latents, tmp_path):
     assert loaded.config == pipeline.config
     for mine, theirs in (
         (pipeline._denoiser.params, loaded._denoiser.params),
-        (pipeline._autoencoder, loaded._autoencoder),
+        (pipeline.codec.params, loaded.codec.params),
     ):
         mine, theirs = trees.flatten(mine), trees.flatten(theirs)
         assert mine.keys() == theirs.keys()
@@ -250,7 +250,7 @@ def test_parameters_are_counted_by_part(tiny_pipeline):
 
 
 def test_the_identity_of_an_autoencoder_is_its_config_and_weights(tiny_pipeline):
-    config, params = tiny_pipeline.config.autoencoder, tiny_pipeline._autoencoder
+    config, params = tiny_pipeline.config.autoencoder, tiny_pipeline.codec.params
     mark = identity(config, params)
     assert identity(config, {**params}) == mark
     assert identity(replace(config, width=16), params) != mark

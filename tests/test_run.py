@@ -12,6 +12,7 @@ import pytest
 import dit_video
 from dit_video import configs, feed, run
 from dit_video import tree as trees
+from dit_video.data import shapes
 from dit_video.data.bucket_batches import BucketConfig
 from dit_video.data.buckets import Memory
 from dit_video.data.latents import LatentSource
@@ -19,7 +20,7 @@ from dit_video.data.windows import Stretches, WindowConfig
 from dit_video.errors import MissingError, UserError
 from dit_video.run import Run
 from dit_video.tokens import Grid
-from dit_video.training import logging
+from dit_video.training import logging, trainer
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.weights import load as load_weights
 
@@ -102,7 +103,7 @@ STAGES = {"autoencoder": ("autoencoder", "latents", "denoiser", "pipeline"), "de
 
 def interrupt(monkeypatch, *, at, how):
     """The run is interrupted at call `at` of its step: by Ctrl-C, or as if it were killed, with nothing saved."""
-    real = run.make_step
+    real = trainer.make_step
 
     def make_step(*arguments, **keywords):
         step, calls = real(*arguments, **keywords), itertools.count(1)
@@ -116,7 +117,7 @@ def interrupt(monkeypatch, *, at, how):
 
         return interrupted
 
-    monkeypatch.setattr(run, "make_step", make_step)
+    monkeypatch.setattr(trainer, "make_step", make_step)
 
 
 def begin(copy, tiny_clips, monkeypatch, *, stage, at, how):
@@ -300,8 +301,8 @@ def test_a_held_out_clip_that_does_not_exist_is_named(tiny, tiny_clips, tmp_path
 @pytest.fixture
 def two_windows(tiny, tiny_run):
     """The run with windows of two shapes, for a look at its batches."""
-    shapes = (WindowConfig(size=Grid(5, 16, 16), batch=2), WindowConfig(size=Grid(9, 16, 32), batch=1))
-    autoencoder = dataclasses.replace(tiny.EXPERIMENT.autoencoder, windows=shapes)
+    windows = (WindowConfig(size=Grid(5, 16, 16), batch=2), WindowConfig(size=Grid(9, 16, 32), batch=1))
+    autoencoder = dataclasses.replace(tiny.EXPERIMENT.autoencoder, windows=windows)
     return Run(folder=tiny_run, experiment=dataclasses.replace(tiny.EXPERIMENT, autoencoder=autoencoder), command="")
 
 

@@ -4,14 +4,16 @@
     python tools/benchmark.py denoiser autoencoder               # some parts
     python tools/benchmark.py data --clips CLIPS                 # with one's own clips instead of rendered ones
     python tools/benchmark.py --config experiments/configs/clips.py --steps 50
+    python tools/benchmark.py autoencoder --peers                # beside diffusers, where that and torch are installed
     python tools/benchmark.py denoiser --set denoiser.dit.width=1024 --set denoiser.dit.heads=16
 
 `denoiser` and `autoencoder` time training steps on random latents and pixels of mixed sizes, packed as in training.
 `data` measures the loaders beside those steps (cached latents; video files; video files that are encoded on the way, as
-rows and in buckets), decoding against a bare loop, ingest with two processes against one, and the loader's memory. A
-part whose packages are missing is skipped, and the document says so: `denoiser` and `autoencoder` need JAX, Flax and
-optax alone. Where the quickstart's config cannot be imported for that reason, models of about its size are measured,
-and `setting` is `built in`.
+rows and in buckets), decoding against a bare loop, ingest with two processes against one, and the loader's memory.
+`--peers` times the convolutional autoencoder beside diffusers' on the same weights. A part whose packages are missing
+is skipped, and the document says so: `denoiser` and `autoencoder` need JAX, Flax and optax alone. Where the
+quickstart's config cannot be imported for that reason, models of about its size are measured, and `setting` is
+`built in`.
 """
 
 import argparse
@@ -75,7 +77,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def benchmark(setting: Setting, parts: Sequence[str], extent: Extent, clips: Path | None) -> dict[str, Any]:
+def benchmark(
+    setting: Setting, parts: Sequence[str], extent: Extent, clips: Path | None, *, peers: bool
+) -> dict[str, Any]:
     """The whole document."""
     document: dict[str, Any] = {"machine": machine(), "setting": setting.name}
     denoiser = autoencoder = None
@@ -91,7 +95,19 @@ def benchmark(setting: Setting, parts: Sequence[str], extent: Extent, clips: Pat
             # One for all sizes, prompts and steps, whichever way the rows come.
             both = document["denoiser"]["compilations"] + document["data"]["latents"]["compilations"]
             document["packed_step_compilations"] = both
+    if peers and autoencoder is not None:
+        document["autoencoder"]["peers"] = measure_peers(extent.rounds)
     return document
+
+
+def measure_peers(rounds: int) -> dict[str, Any]:
+    """Other projects' models on the same weights."""
+    try:
+        from benchmarks import peers
+    except ModuleNotFoundError as error:
+        return {"skipped": f"{error.name} is not installed"}
+    print("autoencoders beside diffusers'", file=sys.stderr)
+    return {"AutoencoderKLWan": peers.measure_against_diffusers(rounds)}
 
 
 def measure_data(
@@ -128,6 +144,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of what is compared in turn")
     parser.add_argument("--batches", type=int, default=10_000, help="over which the loader's memory is watched")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change the setting")
+    parser.add_argument("--peers", action="store_true", help="time other projects' autoencoders, too")
     arguments = parser.parse_args()
     if unknown := [part for part in arguments.parts if part not in PARTS]:
         raise UserError(f"there is no part {unknown[0]!r}; use {', '.join(PARTS)}")
@@ -144,7 +161,8 @@ def main() -> None:
         except (SyntaxError, ValueError):
             value = text
         setting = changed(setting, name, value)
-    print(json.dumps(benchmark(setting, arguments.parts or PARTS, extent, arguments.clips), indent=2))
+    found = benchmark(setting, arguments.parts or PARTS, extent, arguments.clips, peers=arguments.peers)
+    print(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":

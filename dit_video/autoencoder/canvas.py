@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Int32
 
 from dit_video.errors import UserError
 from dit_video.tokens import Grid
@@ -116,12 +116,12 @@ def covers(sizes: Sequence[Grid], *, programs: int = PROGRAMS) -> list[Grid]:
     return sorted((Grid(*size) for size in left), key=lambda size: (size.volume, size))
 
 
-def occupied(canvas: Canvas, sizes: Sequence[Grid], stride: Grid) -> Bool[np.ndarray, "h w"]:
-    """Which latent positions of a canvas belong to a clip."""
-    result = np.zeros((canvas.size.h // stride.h, canvas.size.w // stride.w), bool)
-    for clip, row, column in canvas.places:
+def occupied(canvas: Canvas, sizes: Sequence[Grid], stride: Grid) -> Int32[np.ndarray, "h w"]:
+    """Which of a canvas's clips each latent position belongs to: 1, 2, … in the order of its places; 0 is none."""
+    result = np.zeros((canvas.size.h // stride.h, canvas.size.w // stride.w), np.int32)
+    for number, (clip, row, column) in enumerate(canvas.places, 1):
         top, left = row // stride.h, column // stride.w
-        result[top : top + sizes[clip].h // stride.h, left : left + sizes[clip].w // stride.w] = True
+        result[top : top + sizes[clip].h // stride.h, left : left + sizes[clip].w // stride.w] = number
     return result
 
 

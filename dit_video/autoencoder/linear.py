@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, UInt8
 
-from dit_video.autoencoder.patches import to_patches
+from dit_video import pixels
+from dit_video.autoencoder.patches import from_patches, to_patches
 from dit_video.errors import UserError
 from dit_video.tokens import Grid
 
@@ -26,6 +27,11 @@ class LinearAutoencoder(NamedTuple):
         """The nearest patches that `c` numbers each can express."""
         return (patches - self.mean) @ self.basis @ self.basis.T + self.mean
 
+    def reconstruct_clip(self, frames: UInt8[np.ndarray, "T H W 3"], stride: Grid) -> UInt8[np.ndarray, "T H W 3"]:
+        """The nearest clip, of the stride that it was fitted for."""
+        patches = to_patches(pixels.to_float(frames)[None], stride)
+        return pixels.to_uint8(from_patches(self.reconstruct(patches), stride)[0])
+
 
 def fit_linear(
     batches: Iterable[Float32[np.ndarray, "B T H W 3"]], *, stride: Grid, channels: int
@@ -41,8 +47,8 @@ def fit_linear(
             f"{channels} channels are more than the {values} values of a patch; use at most {values}, or a wider stride"
         )
     count, total, products = 0, np.zeros(values), np.zeros((values, values))
-    for pixels in batches:
-        patches = np.asarray(to_patches(pixels, stride), np.float64).reshape(-1, values)
+    for clips in batches:
+        patches = np.asarray(to_patches(clips, stride), np.float64).reshape(-1, values)
         count, total, products = count + len(patches), total + patches.sum(axis=0), products + patches.T @ patches
     if not count:
         raise UserError("principal components of no clips were asked for; give at least one clip")

@@ -37,6 +37,9 @@ class WindowConfig:
     """frames, height and width of a window, in pixels"""
     batch: int
     """windows a step"""
+    augment: bool = False
+    """Whether windows are, at random, mirrored, reversed in time, shrunk to half from twice the size, and given other
+    colours: where the training clips show few scenes, and others are to be coded too."""
 
     def __post_init__(self):
         if min(self.size) < 1 or self.batch < 1:
@@ -137,12 +140,14 @@ class Windows:
                 set_aside(self._stretches.source.infos[clip].name, error)
         else:
             raise UserError(f"{_ATTEMPTS} clips in a row can't be decoded; ingest the clips again")
-        t, h, w = (
-            int(generator.integers(have - want + 1))
-            for have, want in zip(frames.shape[:3], self._config.size, strict=True)
-        )
         size = self._config.size
-        return frames[t : t + size.t, h : h + size.h, w : w + size.w]
+        zoom = int(self._config.augment and generator.integers(2)) + 1
+        if frames.shape[1] < zoom * size.h or frames.shape[2] < zoom * size.w:
+            zoom = 1
+        size = Grid(size.t, zoom * size.h, zoom * size.w)
+        t, h, w = (int(generator.integers(have - want + 1)) for have, want in zip(frames.shape[:3], size, strict=True))
+        window = frames[t : t + size.t, h : h + size.h, w : w + size.w]
+        return _augmented(window, zoom, generator) if self._config.augment else window
 
     def _clip_at(self, position: int) -> int:
         epoch, index = divmod(position, len(self.clips))
@@ -216,6 +221,18 @@ class _InTurn:
     def __getitem__(self, step: int) -> UInt8[np.ndarray, "B T H W 3"]:
         number, shape = divmod(step, len(self._windows))
         return self._windows[shape][number]
+
+
+def _augmented(
+    window: UInt8[np.ndarray, "T H W 3"], zoom: int, generator: np.random.Generator
+) -> UInt8[np.ndarray, "T h w 3"]:
+    """A window shrunk by `zoom`, forwards or backwards, mirrored or not, with its colours exchanged or inverted."""
+    if zoom > 1:
+        cells = window.reshape(len(window), window.shape[1] // zoom, zoom, window.shape[2] // zoom, zoom, 3)
+        window = np.rint(cells.mean(axis=(2, 4), dtype=np.float32)).astype(np.uint8)
+    reverse, mirror, invert = generator.integers(2, size=3)
+    window = window[:: -1 if reverse else 1, :, :: -1 if mirror else 1, generator.permutation(3)]
+    return 255 - window if invert else window
 
 
 def _fit_or_none(source: ClipSource, index: int, limits: SizeLimits) -> Grid | None:

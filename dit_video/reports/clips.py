@@ -47,14 +47,16 @@ def common_scale(clips: Sequence[Clip]) -> int | float:
     return min(_SIDE / short, _LONGEST / longest)
 
 
-def side_by_side(left: Clip, right: Clip) -> tuple[Clip, float, float]:
-    """Both in one clip, so that they cannot run out of step, and where the gap between them starts and ends (0..1)."""
-    width = left.width
+def side_by_side(first: Clip, *others: Clip) -> tuple[Clip, list[tuple[float, float]]]:
+    """All in one clip, so that they cannot run out of step, and where each gap between them starts and ends (0..1)."""
+    width = first.width
     gap = 2 * max(1, width // 32)
-    space = np.zeros((*left.frames.shape[:2], gap, 3), np.uint8)
-    frames = np.concatenate([left.frames, space, right.frames], axis=2)
-    whole = 2 * width + gap
-    return Clip(frames=frames, fps=left.fps, caption=left.caption), width / whole, (width + gap) / whole
+    space = np.zeros((*first.frames.shape[:2], gap, 3), np.uint8)
+    parts = [first.frames, *(part for other in others for part in (space, other.frames))]
+    whole = width + len(others) * (width + gap)
+    starts = [(width + number * (width + gap)) / whole for number in range(len(others))]
+    joined = Clip(frames=np.concatenate(parts, axis=2), fps=first.fps, caption=first.caption)
+    return joined, [(start, start + gap / whole) for start in starts]
 
 
 def _uri(kind: str, data: bytes) -> str:

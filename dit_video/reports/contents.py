@@ -50,13 +50,17 @@ class Reconstruction:
     ssim: int | float | None = None
     name: str = ""
     """the original's caption, unless it is given"""
+    linear: Clip | None = None
+    """what the best linear autoencoder of as many latent values makes of it"""
+    linear_psnr: int | float | None = None
 
     def __post_init__(self) -> None:
-        if self.original.frames.shape != self.decoded.frames.shape:
-            raise UserError(
-                f"a reconstruction has its original's size, {self.original.frames.shape} [T H W 3], and this one is "
-                f"{self.decoded.frames.shape}; compare before resizing"
-            )
+        for made in (self.decoded, self.linear):
+            if made is not None and self.original.frames.shape != made.frames.shape:
+                raise UserError(
+                    f"a reconstruction has its original's size, {self.original.frames.shape} [T H W 3], and this one "
+                    f"is {made.frames.shape}; compare before resizing"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -177,20 +177,25 @@ def _answer(attribute: str, good: bool) -> str:
 def _reconstructions(items: Sequence[Reconstruction]) -> Section | None:
     if not items:
         return None
-    pairs = [clips.side_by_side(item.original, item.decoded) for item in items]
-    scale = clips.common_scale([pair for pair, _, _ in pairs])
+    shown = [[item.original, item.decoded, *([] if item.linear is None else [item.linear])] for item in items]
+    pairs = [clips.side_by_side(*parts) for parts in shown]
+    scale = clips.common_scale([pair for pair, _ in pairs])
     cards = []
-    for item, (pair, start, stop) in zip(items, pairs, strict=True):
+    for item, (pair, gaps) in zip(items, pairs, strict=True):
         name = item.name or item.original.caption
         label = f"{name}: original and reconstruction".removeprefix(": ")
-        gap = element("span", class_="gap", style=f"left:{100 * start:.2f}%;right:{100 - 100 * stop:.2f}%")
+        spaces = [
+            element("span", class_="gap", style=f"left:{100 * start:.2f}%;right:{100 - 100 * stop:.2f}%")
+            for start, stop in gaps
+        ]
         quality = [element("b", _decibel(item.psnr)), " dB PSNR"]
         quality += [" · ", element("b", f"{item.ssim:.3f}"), " SSIM"] if item.ssim is not None else []
+        quality += [" · linear ", _decibel(item.linear_psnr), " dB"] if item.linear_psnr is not None else []
         height, width = item.original.height, item.original.width
         cards.append(
             element(
                 "figure",
-                element("div", clips.embed(pair, label, scale=scale), gap, class_="frame"),
+                element("div", clips.embed(pair, label, scale=scale), *spaces, class_="frame"),
                 element(
                     "figcaption",
                     element("span", name, class_="prompt") if name else None,
@@ -201,7 +206,10 @@ def _reconstructions(items: Sequence[Reconstruction]) -> Section | None:
                 style=f"--w:{round(pair.width * scale)}px",
             )
         )
-    note = element("p", "Left the original, right what the autoencoder makes of it.", class_="muted")
+    told = "Left the original, right what the autoencoder makes of it."
+    if any(item.linear is not None for item in items):
+        told = "From left to right: the original, what the autoencoder makes of it, and the best linear autoencoder."
+    note = element("p", told, class_="muted")
     return _section(
         "reconstructions", "Reconstructions", note, element("div", *cards, class_="grid"), count=str(len(items))
     )

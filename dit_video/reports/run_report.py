@@ -13,6 +13,7 @@ from dit_video.measure import Measured
 from dit_video.pipeline import Pipeline
 from dit_video.reports.contents import Chart, Command, Curve, Figure, Reconstruction, Report, Sample
 from dit_video.reports.report import write_report
+from dit_video.run import Run
 from dit_video.training.logging import read
 
 _SHOWN = 12
@@ -51,16 +52,44 @@ def report_run(
         summary=summary,
         figures=_figures(measured.metrics, minutes),
         samples=_samples(measured),
-        reconstructions=tuple(
-            Reconstruction(original=one.original, decoded=one.decoded, psnr=one.psnr, ssim=one.ssim, name=one.name)
-            for one in measured.reconstructions[:_SHOWN]
-        ),
+        reconstructions=_reconstructions(measured),
         charts=_charts(source),
         metrics=measured.metrics,
         config=configs.to_json(pipeline.config) if config is None else config,
         commands=_commands(pipeline, source),
     )
     write_report(path, report)
+
+
+def report_autoencoder(path: str | Path, run: Run, measured: Measured) -> None:
+    """Write the page of a run whose autoencoder alone is trained."""
+    experiment = run.experiment
+    count = measured.metrics["parameters"]["autoencoder"]
+    report = Report(
+        title=f"{experiment.name}: the autoencoder",
+        summary=f"{count / 1e6:.2f} million parameters, made by: {run.command} (seed {experiment.seed}).",
+        figures=_figures(measured.metrics, None),
+        reconstructions=_reconstructions(measured),
+        charts=_charts(run.folder),
+        metrics=measured.metrics,
+        config=configs.to_json(experiment),
+    )
+    write_report(path, report)
+
+
+def _reconstructions(measured: Measured) -> tuple[Reconstruction, ...]:
+    return tuple(
+        Reconstruction(
+            original=one.original,
+            decoded=one.decoded,
+            psnr=one.psnr,
+            ssim=one.ssim,
+            name=one.name,
+            linear=one.linear,
+            linear_psnr=one.linear_psnr,
+        )
+        for one in measured.reconstructions[:_SHOWN]
+    )
 
 
 def _figures(metrics: Mapping[str, Any], minutes: float | None) -> tuple[Figure, ...]:
@@ -78,6 +107,8 @@ def _figures(metrics: Mapping[str, Any], minutes: float | None) -> tuple[Figure,
             figures.append(Figure(label="variety", value=f"{spread:.0%}", note=note))
     if quality := metrics.get("reconstruction"):
         note = f"SSIM {quality['ssim']:.3f}, clips not trained on"
+        if "linear_psnr" in quality:
+            note += f"; the best linear autoencoder: {quality['linear_psnr']:.1f} dB"
         figures.append(Figure(label="reconstruction", value=f"{quality['psnr']:.1f} dB", note=note))
     if minutes is not None:
         figures.append(Figure(label="whole run", value=f"{minutes:.1f} min", note="from nothing to this page"))

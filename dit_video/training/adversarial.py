@@ -5,6 +5,7 @@ decoded pixels, where they are added. What the adaptive weight needs, the gradie
 first part of that pass, for each of the two alone; the compiler drops what lies beyond.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -55,23 +56,31 @@ class AdversarialState:
         return self.model.ema
 
 
-def init_adversarial(model: TrainState, config: Adversarial, key: Array) -> AdversarialState:
-    """A new discriminator beside the state of a model. Traceable."""
-    params = init_params(config.make, key)
-    means = {"real": jnp.zeros(()), "decoded": jnp.zeros(())} if isinstance(config.regulariser, LeCam) else {}
-    return AdversarialState(
-        model=model,
-        discriminator=DiscriminatorState(params=params, opt_state=_optimizer(config).init(params), means=means),
-    )
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rival:
+    """The discriminator that an autoencoder is trained against."""
+
+    config: Adversarial
+    last_layer: str
+    """path of the autoencoder's parameter that makes the pixels"""
+    random_key: Array
+    """for its own first parameters"""
+
+    def join(self, model: TrainState) -> AdversarialState:
+        """A new discriminator beside the state of an autoencoder. Traceable."""
+        params = init_params(self.config.make, self.random_key)
+        lecam = isinstance(self.config.regulariser, LeCam)
+        means = {"real": jnp.zeros(()), "decoded": jnp.zeros(())} if lecam else {}
+        own = DiscriminatorState(params=params, opt_state=_optimizer(self.config).init(params), means=means)
+        return AdversarialState(model=model, discriminator=own)
 
 
 def make_adversarial_step(
     loss: AutoencoderLoss,
     optimizer: optax.GradientTransformation,
-    config: Adversarial,
+    rival: Rival,
     *,
     ema_decay: float,
-    last_layer: str,
     constants: tuple[PyTree, ...] = (),
 ) -> Step:
     """`step(state, clips) -> (state, figures)` for an `AdversarialState`, jitted; the state is donated.
@@ -85,11 +94,11 @@ def make_adversarial_step(
     Args:
       loss: of the autoencoder.
       optimizer: of the autoencoder.
-      config: of the discriminator.
+      rival: the discriminator.
       ema_decay: of the moving average of the autoencoder's parameters.
-      last_layer: path of the kernel that makes the pixels.
       constants: further arguments of the loss; see `make_step`.
     """
+    config = rival.config
     play = functools.partial(_play, config, graph_of(config.make), _optimizer(config))
 
     def step(state, clips, *constants):
@@ -108,7 +117,7 @@ def make_adversarial_step(
 
         def at_last_layer(gradient):
             (gradients,) = pull_back((gradient, jnp.zeros_like(bottleneck)))
-            return flatten(gradients)[last_layer]
+            return flatten(gradients)[rival.last_layer]
 
         discriminator, against, played = play(state.discriminator, decoded, pixels, wanted, at_last_layer, model.step)
         (gradients,) = pull_back((wanted + against, jnp.ones_like(bottleneck)))

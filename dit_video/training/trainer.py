@@ -3,19 +3,24 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from dit_video.distributed import shard_batch, shardings
 from dit_video.errors import UserError
 from dit_video.training import loop
+from dit_video.training.adversarial import AdversarialState, Rival, make_adversarial_step
+from dit_video.training.autoencoder import AutoencoderLoss
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.logging import MetricsLog
-from dit_video.training.state import make_on_devices, shapes_on_devices
-from dit_video.training.step import Step
+from dit_video.training.state import TrainState, init_state, make_on_devices, shapes_on_devices
+from dit_video.training.step import Loss, Step, make_step
 
 
 @runtime_checkable
@@ -34,64 +39,85 @@ class Batches(Protocol):
     def close(self) -> None: ...
 
 
-def train(
-    folder: Path,
-    begin: Callable[..., Any],
-    step: Step,
-    batches: Callable[[int], Batches],
-    *,
-    config: loop.LoopConfig,
-    mesh: jax.sharding.Mesh,
-    random_key: Array,
-    title: str,
-    given: tuple[PyTree, ...] = (),
-) -> Any:
-    """The state after `config.steps` steps, with its checkpoints and log in `folder`.
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What is trained, and how."""
 
-    Args:
-      folder: of this training alone.
-      begin: the state of step 0 from a random key (and from what is given); traceable. A state of the same shapes comes
-        from the key alone.
-      step: what `make_step` gives for such a state.
-      batches: from a step on.
-      config: how long, and how often it logs and saves.
-      mesh: what state and batches are laid out on.
-      random_key: for `begin`.
-      title: of its progress.
-      given: weights for `begin`. (What it holds itself becomes a part of the program, which weights would make large.)
+    folder: Path
+    """of its checkpoints and log"""
+    title: str
+    """of its progress"""
+    init: Callable[[Array], dict[str, Any]]
+    """parameters from a random key; traceable"""
+    random_key: Array
+    """for `init`"""
+    start: dict[str, Any] | None = None
+    """Parameters that a new training begins with, instead of `init`'s. (What `init` holds itself becomes a part of the
+    program, which weights would make large.)"""
+    loss: Loss
+    constants: tuple[PyTree, ...] = ()
+    """arrays that the loss is given too; see `make_step`"""
+    optimizer: optax.GradientTransformation
+    ema_decay: float
+    rival: Rival | None = None
+    """what an autoencoder is trained against"""
+    config: loop.LoopConfig
+    mesh: Mesh
+    """what state and batches are laid out on"""
 
-    Raises:
-      UserError: the data are others than those that the checkpoint was trained on.
-    """
-    layout = functools.partial(shardings, mesh=mesh)
-    checkpoints = Checkpoints(folder / "checkpoints")
-    meta: dict[str, Any] = {}
-    if checkpoints.latest() is None:
-        state = make_on_devices(begin, random_key, *given, shardings=layout)
-    else:
-        state, meta = checkpoints.restore(shapes_on_devices(begin, shardings=layout))
-    if int(state.step) >= config.steps:
-        return state
-    data = batches(int(state.step))
-    if meta.get("plan", data.hash) != data.hash:
-        data.close()
-        raise UserError(
-            f"the data of {folder.parent} are not those of its checkpoint at step {int(state.step)} (plan "
-            f"{meta['plan']}, now {data.hash}); put them back, or start another run"
+    def run(self, batches: Callable[[int], Batches]) -> TrainState | AdversarialState:
+        """The state after `config.steps` steps.
+
+        Args:
+          batches: from a step on.
+
+        Raises:
+          UserError: the data are others than those that the checkpoint was trained on.
+        """
+        layout = functools.partial(shardings, mesh=self.mesh)
+        checkpoints = Checkpoints(self.folder / "checkpoints")
+        meta: dict[str, Any] = {}
+        if checkpoints.latest() is None:
+            given = () if self.start is None else (self.start,)
+            state = make_on_devices(self._begin, self.random_key, *given, shardings=layout)
+        else:
+            state, meta = checkpoints.restore(shapes_on_devices(self._begin, shardings=layout))
+        if int(state.step) >= self.config.steps:
+            return state
+        data = batches(int(state.step))
+        if meta.get("plan", data.hash) != data.hash:
+            data.close()
+            raise UserError(
+                f"the data of {self.folder.parent} are not those of its checkpoint at step {int(state.step)} (plan "
+                f"{meta['plan']}, now {data.hash}); put them back, or start another run"
+            )
+        return loop.run(
+            self._step(),
+            state,
+            lambda _: _sharded(data, self.mesh),
+            config=self.config,
+            checkpoints=checkpoints,
+            log=MetricsLog(self.folder / "metrics.jsonl"),
+            title=self.title,
+            meta={"plan": data.hash},
         )
-    return loop.run(
-        step,
-        state,
-        lambda _: _sharded(data, mesh),
-        config=config,
-        checkpoints=checkpoints,
-        log=MetricsLog(folder / "metrics.jsonl"),
-        title=title,
-        meta={"plan": data.hash},
-    )
+
+    def _begin(self, key: Array, *given: dict[str, Any]) -> TrainState | AdversarialState:
+        state = init_state(given[0] if given else self.init(key), self.optimizer)
+        return state if self.rival is None else self.rival.join(state)
+
+    def _step(self) -> Step:
+        everywhere = jax.device_put(self.constants, NamedSharding(self.mesh, PartitionSpec()))
+        if self.rival is None:
+            return make_step(self.loss, self.optimizer, ema_decay=self.ema_decay, constants=everywhere)
+        if not isinstance(self.loss, AutoencoderLoss):
+            raise TypeError(f"only an autoencoder is trained against a rival, not {type(self.loss).__name__}")
+        return make_adversarial_step(
+            self.loss, self.optimizer, self.rival, ema_decay=self.ema_decay, constants=everywhere
+        )
 
 
-def _sharded(batches: Batches, mesh: jax.sharding.Mesh) -> Iterator[Any]:
+def _sharded(batches: Batches, mesh: Mesh) -> Iterator[Any]:
     """Batches on the mesh; closing this ends the threads that read ahead.
 
     The loop asks for a batch while the devices are busy with up to two steps before it, and the transfer is only begun

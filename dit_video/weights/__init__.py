@@ -2,6 +2,7 @@
 
 from dit_video.weights.autoencoders import load_autoencoder, save_autoencoder
 from dit_video.weights.folders import TensorFolder
+from dit_video.weights.lpips import load_lpips
 from dit_video.weights.safetensors import load, load_metadata, save
 from dit_video.weights.text_encoders import (
     LoadedEncoder,
@@ -17,6 +18,7 @@ __all__ = [
     "load",
     "load_autoencoder",
     "load_embedder",
+    "load_lpips",
     "load_metadata",
     "load_text_encoder",
     "save",

@@ -57,7 +57,12 @@ def test_every_clip_lies_on_one_canvas_apart_from_the_others(sizes, pixels, prog
             taken[top : top + h + 1, left : left + w + 1] += 1  # with the gap below and beside it
         assert taken.max() == 1
         area = sum(sizes[place.clip].h * sizes[place.clip].w for place in canvas.places)
-        assert occupied(canvas, sizes, STRIDE).sum() == area // (STRIDE.h * STRIDE.w)
+        owners = occupied(canvas, sizes, STRIDE)
+        assert (owners > 0).sum() == area // (STRIDE.h * STRIDE.w)
+        for number, (clip, row, column) in enumerate(canvas.places, 1):
+            _, h, w = latent_grid(sizes[clip], STRIDE)
+            top, left = row // STRIDE.h, column // STRIDE.w
+            assert (owners[top : top + h, left : left + w] == number).all()
 
 
 @pytest.mark.usefixtures("quick_compilation")

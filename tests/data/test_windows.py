@@ -155,3 +155,32 @@ def test_refusals(source):
         Windows(Stretches(source, LIMITS), WindowConfig(size=Grid(17, 16, 16), batch=1), seed=0)
     with pytest.raises(UserError, match="at least 1"):
         WindowConfig(size=Grid(1, 16, 16), batch=0)
+
+
+def test_augmented_windows_are_views_of_clips(source):
+    config = WindowConfig(size=Grid(5, 16, 16), batch=3, augment=True)
+    plain = {0, 1, 2, 5}
+    reversed_, mirrored, exchanged, zoomed = set(), set(), set(), set()
+    for batch in take(source, 40, configs=(config,)):
+        for window in batch.astype(int):
+            red, green, blue = (window[..., channel] for channel in range(3))
+            inverted = min(red.min(), green.min(), blue.min()) > 100
+            shown = 255 - window if inverted else window
+            # Which channel is which: one is constant, one follows time, one width.
+            of_clip = next(c for c in range(3) if np.ptp(shown[..., c]) == 0 and shown[0, 0, 0, c] in plain)
+            of_width = next(c for c in range(3) if np.abs(np.diff(shown[0, 0, :, c])).min() > 0)
+            of_time = 3 - of_clip - of_width
+            times, columns = np.diff(shown[:, 0, 0, of_time]), np.diff(shown[0, 0, :, of_width])
+            assert set(times.tolist()) in ({1}, {-1})
+            reversed_.add(int(times[0]))
+            mirrored.add(bool(columns[0] < 0))
+            zoomed.add(int(np.abs(columns).max()))
+            exchanged.add((of_clip, of_time, of_width, inverted))
+    assert reversed_ == {1, -1}
+    assert mirrored == {True, False}
+    assert zoomed == {1, 2}
+    assert len(exchanged) == 12
+    for resumed, batch in zip(
+        take(source, 2, start_step=2, configs=(config,)), take(source, 4, configs=(config,))[2:], strict=True
+    ):
+        np.testing.assert_array_equal(resumed, batch)

@@ -84,7 +84,7 @@ def test_a_pipeline_without_a_run_has_no_curves(tiny_run, tiny_pipeline, measure
 
 def test_nobody_judges_captions(tiny_run, tiny_pipeline, measured, tmp_path):
     config = replace(tiny_pipeline.config, evaluation=CaptionEvaluation())
-    pipeline = Pipeline(config, autoencoder=tiny_pipeline._autoencoder, denoiser=tiny_pipeline._denoiser.params)
+    pipeline = Pipeline(config, autoencoder=tiny_pipeline.codec.params, denoiser=tiny_pipeline._denoiser.params)
     clip = Clip(measured.samples[0].clip.frames, 8, "a dog, which is no shape")
     metrics = {name: value for name, value in measured.metrics.items() if name != "prompt_following"}
     captions = Measured(metrics, [], [Sampled(entry(clip, "0.mp4", 1), clip)], [False], [])

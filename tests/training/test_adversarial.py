@@ -14,7 +14,6 @@ import optax
 import pytest
 from flax import nnx
 
-from dit_video import rng
 from dit_video import tree as trees
 from dit_video.autoencoder import R1, Adversarial, AutoencoderObjective, LeCam, PatchVaeConfig
 from dit_video.autoencoder.adversarial import adaptive_weight, betrayed
@@ -23,11 +22,12 @@ from dit_video.errors import UserError
 from dit_video.nn import graph_of
 from dit_video.tokens import Grid
 from dit_video.training import logging, trainer
-from dit_video.training.adversarial import init_adversarial, make_adversarial_step
+from dit_video.training.adversarial import Rival, make_adversarial_step
 from dit_video.training.autoencoder import AutoencoderLoss
 from dit_video.training.loop import LoopConfig
 from dit_video.training.state import init_state
 from dit_video.training.step import make_step
+from dit_video.training.trainer import Training
 from rough import rough_params
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -41,14 +41,17 @@ SGD = optax.sgd(1e-2)
 LECAM = Adversarial(weight=0.5, start=2, width=4, layers=1, learning_rate=1e-2, regulariser=LeCam(weight=0.1))
 
 
-def begin(config, optimizer=SGD):
-    params = jax.tree.map(jnp.array, PARAMS)
-    return init_adversarial(init_state(params, optimizer), config, jax.random.key(3))
+def rival(config):
+    return Rival(config=config, last_layer=CONFIG.last_layer, random_key=jax.random.key(3))
+
+
+def begin(config):
+    return rival(config).join(init_state(jax.tree.map(jnp.array, PARAMS), SGD))
 
 
 @functools.cache
 def step_of(config):
-    return make_adversarial_step(LOSS, SGD, config, ema_decay=0.9, last_layer=CONFIG.last_layer)
+    return make_adversarial_step(LOSS, SGD, rival(config), ema_decay=0.9)
 
 
 def run(config, steps):
@@ -147,20 +150,24 @@ class Repeated:
         pass
 
 
-def train(folder, steps, batches=Repeated, mesh=None):
-    return trainer.train(
-        folder,
-        lambda key: init_adversarial(init_state(PARAMS, SGD), LECAM, key),
-        step_of(LECAM),
-        lambda start: batches(),
-        config=LoopConfig(steps=steps, log_every=1, save_every=2),
-        mesh=mesh or make_mesh(MeshConfig(), jax.devices()[:1]),
-        random_key=rng.key(0, "discriminator"),
+def train(folder, steps, batches=Repeated):
+    training = Training(
+        folder=folder,
         title="training",
+        init=lambda key: PARAMS,
+        random_key=jax.random.key(0),
+        loss=LOSS,
+        optimizer=SGD,
+        ema_decay=0.9,
+        rival=rival(LECAM),
+        config=LoopConfig(steps=steps, log_every=1, save_every=2),
+        mesh=make_mesh(MeshConfig(), jax.devices()[:1]),
     )
+    return training.run(lambda start: batches())
 
 
-def test_an_interrupted_game_ends_bit_for_bit_as_the_uninterrupted_one(tmp_path):
+def test_an_interrupted_game_ends_bit_for_bit_as_the_uninterrupted_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "make_adversarial_step", lambda *_, **__: step_of(LECAM))  # compiled already
     whole = train(tmp_path / "whole", 6)
     for steps in (3, 5, 6):  # before the start of the game, within it
         parts = train(tmp_path / "parts", steps)
@@ -174,7 +181,9 @@ def test_an_interrupted_game_ends_bit_for_bit_as_the_uninterrupted_one(tmp_path)
     assert len(figures[0]) == 6
 
 
-def test_other_data_than_those_of_the_checkpoint_are_refused(tmp_path):
+def test_other_data_than_those_of_the_checkpoint_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "make_adversarial_step", lambda *_, **__: step_of(LECAM))
+
     class Others(Repeated):
         hash = "others"
 

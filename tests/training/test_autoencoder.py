@@ -1,3 +1,6 @@
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +8,8 @@ import pytest
 from flax import nnx
 
 from dit_video.autoencoder import AutoencoderObjective, PatchVaeConfig
-from dit_video.nn import graph_of
+from dit_video.features import Lpips
+from dit_video.nn import graph_of, init_params
 from dit_video.rng import key
 from dit_video.tokens import Grid
 from dit_video.training.autoencoder import AutoencoderLoss
@@ -117,3 +121,21 @@ def test_the_parts_of_the_default_objective_are_logged_and_add_up():
     total = sum(getattr(objective, name) * float(figures[name]) for name in parts)
     assert value == pytest.approx(total, rel=1e-5)
     assert all(figures[name] > 0 for name in parts)
+
+
+def test_lpips_counts_with_weights_that_are_arguments_of_the_program():
+    judge = functools.partial(Lpips, widths=(2, 2, 2, 2, 2))
+    weights = init_params(lambda rngs: judge(rngs=rngs), jax.random.key(1))
+    objective = dataclasses.replace(AutoencoderObjective.pixels(), lpips=0.5, lpips_weights="lpips.safetensors")
+    loss = AutoencoderLoss(graph=GRAPH, objective=objective, seed=1, judge=graph_of(lambda rngs: judge(rngs=rngs)))
+    clips = jnp.asarray(np.random.default_rng(1).integers(0, 256, (2, 1, 16, 16, 3), np.uint8))
+    value, figures = jax.jit(loss)(PARAMS, clips, jnp.asarray(0), weights)
+    plain = figures["mse"] + 0.1 * figures["absolute"] + objective.kl * figures["kl"]
+    assert figures["lpips"] > 0
+    assert value == pytest.approx(float(plain + 0.5 * figures["lpips"]), rel=1e-5)
+    assert (jax.jit(loss)(PARAMS, clips, jnp.asarray(0), jax.tree.map(jnp.zeros_like, weights))[1]["lpips"]) == 0
+
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=3e-3, warmup=0), steps=60)
+    step = make_step(loss, optimizer, ema_decay=0.9, constants=(weights,))
+    state = new_state(lambda key: jax.tree.map(jnp.copy, PARAMS), optimizer, jax.random.key(0))
+    assert step(state, clips)[1]["loss"] == pytest.approx(float(value), rel=1e-5)

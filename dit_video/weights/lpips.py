@@ -1,0 +1,60 @@
+"""The parameters of LPIPS, from the package `lpips`."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from dit_video.errors import MissingError, UserError
+from dit_video.features import Lpips
+from dit_video.features.lpips import STAGES
+from dit_video.nn import param_shapes
+from dit_video.weights.exchange import Foreign, read_foreign
+from dit_video.weights.safetensors import refuse
+
+COMMAND = (
+    'python -c "import lpips, safetensors.torch as s; '
+    "s.save_file({n: v for n, v in lpips.LPIPS(net='vgg').state_dict().items() if 'lins.' not in n}, "
+    "'lpips.safetensors')\""
+)
+_SUFFIX = ".safetensors"
+
+
+def load_lpips(path: str | os.PathLike) -> dict[str, Any]:
+    """The parameters of `Lpips` from a file of the weights of `lpips.LPIPS(net="vgg")`, by that package's names.
+
+    Where `lpips` is installed (`pip install lpips torchvision`; it downloads VGG16's weights), this makes the file:
+
+        python -c "import lpips, safetensors.torch as s; s.save_file({n: v for n, v in
+            lpips.LPIPS(net='vgg').state_dict().items() if 'lins.' not in n}, 'lpips.safetensors')"
+
+    (`lins` are the linear layers once more, by a second name, which safetensors refuses.)
+
+    Raises:
+      MissingError: no such file.
+      UserError: a pickled or corrupt file, or tensors that are missing, unexpected or of another shape.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MissingError(f"no such file of LPIPS weights: {path}; where lpips is installed, make it with: {COMMAND}")
+    refuse(path)
+    if path.suffix != _SUFFIX:
+        raise UserError(f"{path} is no {_SUFFIX} file; make one where lpips is installed with: {COMMAND}")
+    ignored = ("scaling_layer.shift", "scaling_layer.scale")  # constants
+    return read_foreign(
+        path.parent, path.stem, lpips_names(), param_shapes(lambda rngs: Lpips(rngs=rngs)), ignored=ignored
+    )
+
+
+def lpips_names() -> dict[str, Foreign]:
+    """Where `lpips` keeps each parameter. It numbers VGG16's layers as torchvision does, activations and pools too."""
+    names: dict[str, Foreign] = {}
+    layer = 0
+    for stage, convolutions in enumerate(STAGES):
+        layer += 1 if stage else 0  # the pool
+        for convolution in range(convolutions):
+            ours, theirs = f"stages/{stage}/{convolution}", f"net.slice{stage + 1}.{layer}"
+            names[f"{ours}/kernel"] = Foreign(f"{theirs}.weight", "o i h w -> 1 h w i o")
+            names[f"{ours}/bias"] = Foreign(f"{theirs}.bias")
+            layer += 2
+        names[f"weights/{stage}"] = Foreign(f"lin{stage}.model.1.weight", "1 d 1 1 -> d")
+    return names

@@ -1,0 +1,122 @@
+"""Autoencoders beside diffusers' `AutoencoderKLWan` on the same weights and inputs, in one process, in turn.
+
+torch takes as many threads as there are cores. Each round times the two one after the other, in alternating order; the
+ratio is that of the medians.
+"""
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+from diffusers import AutoencoderKLWan
+from flax import nnx
+
+from dit_video.nn import graph_of
+from dit_video.weights import load_autoencoder
+
+CLIP, TRAINED = (1, 17, 128, 128, 3), (2, 9, 64, 64, 3)
+WIDTHS = (32, 96)
+"""Channels of the first level: a laptop's model, and Wan 2.1's."""
+_RATE = 1e-4
+
+
+def measure_against_diffusers(rounds: int) -> dict[str, Any]:
+    """Encode, decode and a training step, by the width of the model."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "clip": "x".join(map(str, CLIP)),
+        "trained_on": "x".join(map(str, TRAINED)),
+    } | {f"width {width}": _of_width(width, rounds) for width in WIDTHS}
+
+
+def _of_width(width: int, rounds: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    theirs = AutoencoderKLWan(base_dim=width).eval()
+    with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as folder:
+        theirs.save_pretrained(folder)
+        config, params = load_autoencoder(Path(folder))
+    graph, params = graph_of(config.make), jax.device_put(params)
+    encode = jax.jit(lambda params, clip: nnx.merge(graph, params).posterior(clip).mean)
+    decode = jax.jit(lambda params, latents: nnx.merge(graph, params).reconstruct(latents))
+    clip = np.random.default_rng(0).uniform(-1, 1, CLIP).astype(np.float32)
+    theirs_clip = torch.from_numpy(clip).permute(0, 4, 1, 2, 3).contiguous()
+    with torch.no_grad():
+        theirs_latents = theirs.encode(theirs_clip).latent_dist.mean
+        decoded = theirs.decode(theirs_latents).sample.permute(0, 2, 3, 4, 1).numpy()
+        latents = np.ascontiguousarray(theirs_latents.permute(0, 2, 3, 4, 1).numpy())
+        figures: dict[str, Any] = {
+            "difference": {
+                "latents": float(np.abs(encode(params, clip) - latents).max()),
+                "pixels": float(np.abs(np.clip(decode(params, latents), -1, 1) - decoded).max()),
+            },
+            "encode": _in_turn(
+                lambda: jax.block_until_ready(encode(params, clip)), lambda: theirs.encode(theirs_clip), rounds
+            ),
+            "decode": _in_turn(
+                lambda: jax.block_until_ready(decode(params, latents)), lambda: theirs.decode(theirs_latents), rounds
+            ),
+        }
+    return figures | {"training step": _in_turn(_our_step(graph, params), _their_step(theirs), rounds)}
+
+
+def _our_step(graph: nnx.GraphDef, params: Any) -> Callable[[], None]:
+    """Forward, backward and AdamW of the mean squared error; the state stays where it is."""
+    trained = {name: part for name, part in params.items() if name != "normalizer"}
+    optimizer = optax.adamw(_RATE)
+    clip = jnp.asarray(np.random.default_rng(1).uniform(-1, 1, TRAINED), jnp.float32)
+
+    def error(trained: Any) -> jax.Array:
+        model = nnx.merge(graph, trained | {"normalizer": params["normalizer"]})
+        return jnp.square(model.reconstruct(model.posterior(clip).mean) - clip).mean()
+
+    @jax.jit
+    def step(trained: Any, state: Any) -> tuple[Any, Any]:
+        updates, state = optimizer.update(jax.grad(error)(trained), state, trained)
+        return optax.apply_updates(trained, updates), state
+
+    state = jax.jit(optimizer.init)(trained)
+    return lambda: jax.block_until_ready(step(trained, state))
+
+
+def _their_step(model: AutoencoderKLWan) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE)
+    pixels = np.random.default_rng(1).uniform(-1, 1, TRAINED).astype(np.float32)
+    clip = torch.from_numpy(pixels).permute(0, 4, 1, 2, 3).contiguous()
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        decoded = model.decode(model.encode(clip).latent_dist.mean).sample
+        (decoded - clip).square().mean().backward()
+        optimizer.step()
+
+    return step
+
+
+def _in_turn(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int) -> dict[str, Any]:
+    """Seconds of both, after one call of each that is not counted."""
+    seconds: dict[str, list[float]] = {"ours": [], "diffusers": []}
+    both = (("ours", ours), ("diffusers", theirs))
+    for number in range(rounds + 1):
+        for name, call in both if number % 2 else both[::-1]:
+            began = time.perf_counter()
+            call()
+            if number:
+                seconds[name].append(time.perf_counter() - began)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "ours_seconds": round(medians["ours"], 3),
+        "diffusers_seconds": round(medians["diffusers"], 3),
+        "ratio": round(medians["ours"] / medians["diffusers"], 3),
+        "rounds": rounds,
+    }
