@@ -65,12 +65,16 @@ class AutoencoderLoss:
 
     def decode(self, params, pixels: Float[Array, "B T H W 3"], step: Array) -> Decoded:
         """Clips through the latents, which are drawn from their posterior."""
-        model = nnx.merge(self.graph, params if self.optimizer is None else hold_still(self.optimizer, params))
+        model = nnx.merge(self.graph, self.held(params))
         posterior = model.posterior(pixels)
         random = jax.random.fold_in(key(self.seed, "latents"), step)
         latents = posterior.sample(jax.random.normal(random, posterior.mean.shape))
         kl = posterior.kl()
         return Decoded(model.reconstruct(latents), self.objective.kl * kl, {"kl": kl.mean()})
+
+    def held(self, params):
+        """The parameters, constant where they are not trained."""
+        return params if self.optimizer is None else hold_still(self.optimizer, params)
 
     def compare(
         self, decoded: Float[Array, "B T H W 3"], pixels: Float[Array, "B T H W 3"], judge: Any = None

@@ -41,20 +41,27 @@ class CodebookLearning:
     """of the moving averages that the codes are; None learns the codes by gradient"""
     smoothing: float = 1e-5
     restart_after: int | None = 100
-    """steps that a code may go unused; None leaves it where it is. A codebook starts as if it had been unused for as
-    long: what the first batch does not use is put among its latents."""
+    """steps that a code may go unused; None leaves it where it is"""
+    commitment: float = 0.25
+    """weight of the mean squared distance that draws the latents to the codes"""
 
     def __post_init__(self):
         if self.decay is not None and not 0 <= self.decay < 1:
             raise UserError(f"a codebook's decay {self.decay} must lie in [0, 1); None learns the codes by gradient")
+        if not self.commitment >= 0:
+            raise UserError(f"commitment {self.commitment} must not be negative")
         if not self.smoothing > 0:
             raise UserError(f"a codebook's smoothing {self.smoothing} must be positive")
         if self.restart_after is not None and self.restart_after < 1:
             raise UserError(f"restart_after={self.restart_after} must be at least 1 step; None restarts no code")
 
-    def start(self, codes: Float[Array, "n c"]) -> dict[str, Array]:
-        """What a new run keeps beside its codes."""
-        moments = {"ages": jnp.full(len(codes), self.restart_after or 0, jnp.int32)}
+    def start(self, codes: Float[Array, "n c"], *, fresh: bool = True) -> dict[str, Array]:
+        """What a new run keeps beside its codes.
+
+        A fresh codebook starts as if it had gone unused for long: what the first batch does not use is put among its
+        latents. One that was learned already stays where it is.
+        """
+        moments = {"ages": jnp.full(len(codes), (self.restart_after or 0) if fresh else 0, jnp.int32)}
         if self.decay is not None:
             moments |= {"counts": jnp.ones(len(codes), jnp.float32), "sums": jnp.array(codes, jnp.float32)}
         return moments

@@ -29,7 +29,7 @@ Start = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def init_state(
-    params: dict[str, Any], optimizer: optax.GradientTransformation, start: Start | None = None
+    params: dict[str, Any], optimizer: optax.GradientTransformation, extra: dict[str, Any] | None = None
 ) -> TrainState:
     """The state before the first step; the average starts at the parameters. Traceable."""
     return TrainState(
@@ -37,7 +37,7 @@ def init_state(
         params=params,
         ema=jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), params),
         opt_state=optimizer.init(params),
-        extra={} if start is None else start(params),
+        extra=extra or {},
     )
 
 
@@ -59,7 +59,7 @@ def new_state(
       shardings: from the state's shapes to its layout; None leaves it to JAX.
     """
 
-    return make_on_devices(lambda key: init_state(init(key), optimizer, start), random_key, shardings=shardings)
+    return make_on_devices(_make(init, optimizer, start), random_key, shardings=shardings)
 
 
 def state_shapes(
@@ -70,7 +70,17 @@ def state_shapes(
     shardings: Callable[[PyTree], PyTree] | None = None,
 ) -> PyTree:
     """Shapes, dtypes and layout of the state: what a checkpoint is restored into."""
-    return shapes_on_devices(lambda key: init_state(init(key), optimizer, start), shardings=shardings)
+    return shapes_on_devices(_make(init, optimizer, start), shardings=shardings)
+
+
+def _make(
+    init: Callable[[Array], dict[str, Any]], optimizer: optax.GradientTransformation, start: Start | None
+) -> Callable[[Array], TrainState]:
+    def make(key: Array) -> TrainState:
+        params = init(key)
+        return init_state(params, optimizer, None if start is None else start(params))
+
+    return make
 
 
 def make_on_devices(

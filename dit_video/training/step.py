@@ -19,8 +19,8 @@ Loss = Callable[..., tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]
 class StatefulLoss(Protocol):
     """A loss beside which a step updates what no gradient reaches: `TrainState.extra`, and parameters with it."""
 
-    def start(self, params: dict[str, Any]) -> dict[str, Any]:
-        """What `extra` is before the first step."""
+    def start(self, params: dict[str, Any], *, fresh: bool = True) -> dict[str, Any]:
+        """What `extra` is before the first step; `fresh` parameters are of no training before."""
         ...
 
     def observed(
@@ -66,10 +66,8 @@ def make_step(
         )
         figures = {"loss": value, "gradient_norm": optax.tree.norm(gradients), **figures}
         state = following(state, gradients, optimizer, ema_decay=ema_decay)
-        if isinstance(loss, StatefulLoss):
-            state, learned = loss.after(state, seen)
-            figures |= learned
-        return state, float_figures(figures)
+        state, learned = noted(loss, state, seen)
+        return state, float_figures(figures | learned)
 
     return with_constants(jax.jit(step, donate_argnums=0), constants)
 
@@ -87,6 +85,11 @@ def following(
         opt_state=opt_state,
         extra=state.extra,
     )
+
+
+def noted(loss: Loss | StatefulLoss, state: TrainState, seen: Any) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    """The state after what the loss does beside the gradients, and its figures; most losses do nothing."""
+    return loss.after(state, seen) if isinstance(loss, StatefulLoss) else (state, {})
 
 
 def float_figures(figures: dict[str, Array]) -> dict[str, Float[Array, ""]]:

@@ -22,15 +22,13 @@ class VqLoss(AutoencoderLoss):
     """
 
     learning: CodebookLearning = field(default_factory=CodebookLearning)
-    commitment: float = 0.25
-    """weight of the mean squared distance, which draws the latents to the codes; where codes are learned by gradient
-    it draws them to the latents with weight 1"""
+    """where its codes are learned by gradient, the distance that draws them to the latents has weight 1"""
 
     def decode(self, params, pixels: Float[Array, "B T H W 3"], step: Array) -> Decoded:
         """Clips through their codes."""
-        model = nnx.merge(self.graph, params)
+        model = nnx.merge(self.graph, self.held(params))
         quantized = model.quantized(pixels)
-        cost = self.commitment * quantized.commitment
+        cost = self.learning.commitment * quantized.commitment
         if self.learning.decay is None:
             cost = cost + quantized.attraction
         return Decoded(
@@ -40,9 +38,9 @@ class VqLoss(AutoencoderLoss):
             seen=jax.lax.stop_gradient((quantized.latents, quantized.indices)),
         )
 
-    def start(self, params: dict[str, Any]) -> dict[str, Any]:
+    def start(self, params: dict[str, Any], *, fresh: bool = True) -> dict[str, Any]:
         """What is kept of the codebook from step to step."""
-        return {"codebook": self.learning.start(params["codebook"]["codes"])}
+        return {"codebook": self._followed.start(params["codebook"]["codes"], fresh=fresh)}
 
     def after(self, state: TrainState, seen: Any) -> tuple[TrainState, Figures]:
         """The state with the codebook that follows the latents `seen`, and how well it is used."""
@@ -50,9 +48,9 @@ class VqLoss(AutoencoderLoss):
         # As in the step that made the state: its count is one more now.
         random = jax.random.fold_in(key(self.seed, "codebook"), state.step - 1)
         moments = state.extra["codebook"]
-        learned = self.learning.follow(state.params["codebook"]["codes"], moments, latents, indices, random)
+        learned = self._followed.follow(state.params["codebook"]["codes"], moments, latents, indices, random)
         # Codes that are averages need no average of their own, and that of two places of a code is no code.
-        own = learned.restarted[:, None] if self.learning.decay is None else True
+        own = learned.restarted[:, None] if self._followed.decay is None else True
         averaged = jnp.where(own, learned.codes, state.ema["codebook"]["codes"])
         return (
             replace(
@@ -63,3 +61,10 @@ class VqLoss(AutoencoderLoss):
             ),
             learned.figures,
         )
+
+    @property
+    def _followed(self) -> CodebookLearning:
+        """Codes that are not trained stay where they are, and how they are used is still told."""
+        if self.optimizer is None or self.optimizer.trains("codebook/codes"):
+            return self.learning
+        return replace(self.learning, decay=None, restart_after=None)

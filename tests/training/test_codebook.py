@@ -81,6 +81,13 @@ def test_a_new_codebook_starts_at_the_first_latents():
     assert (other.codes != found.codes).any()
 
 
+def test_a_learned_codebook_stays_where_it_is():
+    learning = CodebookLearning(decay=None)
+    found = follow(learning, moments=learning.start(CODES, fresh=False))
+    np.testing.assert_array_equal(found.codes, CODES)
+    assert found.figures["restarts"] == 0
+
+
 def test_more_codes_than_latents():
     learning = CodebookLearning(restart_after=1)
     codes = jnp.full((9, 2), 50.0)
@@ -107,6 +114,7 @@ def test_figures():
     ("options", "message"),
     [
         ({"decay": 1.0}, r"decay 1\.0 must lie in \[0, 1\)"),
+        ({"commitment": -1.0}, r"commitment -1\.0 must not be negative"),
         ({"smoothing": 0.0}, "smoothing .* must be positive"),
         ({"restart_after": 0}, "restart_after=0 must be at least 1"),
     ],

@@ -15,6 +15,7 @@ from einops import rearrange
 from flax import nnx
 
 from dit_video.autoencoder import (
+    Adversarial,
     AutoencoderObjective,
     Codebook,
     CodebookConfig,
@@ -26,6 +27,7 @@ from dit_video.autoencoder import (
 from dit_video.data import shapes
 from dit_video.nn import Linear, graph_of, init_params
 from dit_video.tokens import Grid
+from dit_video.training.adversarial import Rival, make_adversarial_step
 from dit_video.training.autoencoder import AutoencoderLoss
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.codebook import CodebookLearning
@@ -143,6 +145,35 @@ def test_a_loss_without_a_codebook_keeps_no_state():
     assert isinstance(loss_of(AVERAGES), StatefulLoss)
     graph = graph_of(PatchVaeConfig().make)
     assert not isinstance(AutoencoderLoss(graph=graph, objective=AutoencoderObjective.pixels(), seed=0), StatefulLoss)
+
+
+def test_codes_that_are_not_trained_stay_and_their_use_is_told():
+    frozen = OptimizerConfig(learning_rate=3e-3, warmup=5, frozen=("codebook",))
+    loss = VqLoss(
+        graph=graph_of(Patches), objective=AutoencoderObjective.pixels(), seed=3, learning=AVERAGES, optimizer=frozen
+    )
+    optimizer = make_optimizer(frozen, steps=80)
+    state = new_state(init, optimizer, jax.random.key(0), start=loss.start)
+    codes = np.asarray(state.params["codebook"]["codes"])
+    state, figures = make_step(loss, optimizer, ema_decay=0.9)(state, CLIPS)
+    np.testing.assert_array_equal(state.params["codebook"]["codes"], codes)
+    np.testing.assert_allclose(state.ema["codebook"]["codes"], codes, rtol=1e-6)
+    assert figures["usage"] == 1 / 16
+    assert "restarts" not in figures
+
+
+def test_against_a_discriminator_the_codebook_is_learned_alike():
+    loss, step = setting(AVERAGES)
+    rival = Rival(
+        config=Adversarial(start=0, width=4, layers=1), last_layer="from_codes/kernel", random_key=jax.random.key(1)
+    )
+    state = new_state(init, OPTIMIZER, jax.random.key(0), start=loss.start)
+    both, figures = make_adversarial_step(loss, OPTIMIZER, rival, ema_decay=0.9)(rival.join(state), CLIPS)
+    assert figures["adversarial_weight"] != 0
+    assert figures["restarts"] == 15
+    alone, _ = step(new_state(init, OPTIMIZER, jax.random.key(0), start=loss.start), CLIPS)
+    np.testing.assert_allclose(both.model.params["codebook"]["codes"], alone.params["codebook"]["codes"], rtol=1e-5)
+    assert both.model.extra["codebook"]["ages"].max() == 0
 
 
 def test_the_figures_are_the_parts_of_the_loss():
