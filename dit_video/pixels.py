@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
 from dit_video.arrays import SameArray
+from dit_video.errors import UserError
 
 
 def to_float(frames: UInt8[SameArray, "*batch H W 3"]) -> Float32[SameArray, "*batch H W 3"]:
@@ -15,7 +16,13 @@ def to_float(frames: UInt8[SameArray, "*batch H W 3"]) -> Float32[SameArray, "*b
 
 
 def to_uint8(pixels: Float[np.ndarray, "*batch H W 3"]) -> UInt8[np.ndarray, "*batch H W 3"]:
-    """[-1, 1] to 0..255, rounded to nearest and clipped."""
+    """[-1, 1] to 0..255, rounded to nearest and clipped.
+
+    Raises:
+      UserError: a value that is no number.
+    """
+    if count := int(np.isnan(pixels).sum()):
+        raise UserError(f"{count} of {pixels.size} pixel values are NaN; what made them is broken, or was given NaN")
     return np.clip(np.rint((np.asarray(pixels, np.float32) + 1) * 127.5), 0, 255).astype(np.uint8)
 
 

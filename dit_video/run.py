@@ -214,8 +214,7 @@ class Run:
         continues = Checkpoints(path.parent / "checkpoints").latest() is not None
         stretches = Stretches(self.training_clips, experiment.limits)
         start = None if continues else given_params(config, rng.key(experiment.seed, "inflation"))
-        starts_linear = isinstance(config.model, PatchVaeConfig) and not continues
-        linear = self._linear(stretches) if starts_linear else None
+        linear = self._linear(stretches) if isinstance(config.model, PatchVaeConfig) and not continues else None
 
         def init(key: Array) -> dict[str, Any]:
             params = init_params(config.model.make, key)

@@ -290,6 +290,11 @@ def test_pixels_out_of_range_are_clipped():
     assert pixels.to_uint8(values).tolist() == [[[0, 128, 255]]]
 
 
+def test_pixels_that_are_no_numbers_are_no_picture():
+    with pytest.raises(UserError, match="1 of 3 pixel values are NaN"):
+        pixels.to_uint8(np.array([[[0.0, np.nan, 1.0]]], np.float32))
+
+
 def test_resize_keeps_a_constant_and_the_same_size():
     frames = np.full((2, 8, 6, 3), 77, np.uint8)
     assert pixels.resize(frames, 8, 6) is frames

@@ -190,6 +190,18 @@ def test_a_clip_that_does_not_fit_the_stride_is_not_encoded(pipeline):
         pipeline.encode(dit_video.Clip(np.zeros((4, 16, 16, 3), np.uint8), 8))
 
 
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda latents: np.where(np.arange(4) == 2, np.nan, latents), "hold NaN or infinity"),
+        (lambda latents: latents[..., :3], r"\[t h w 4\] for this autoencoder, \[2, 2, 2, 3\] were given"),
+    ],
+)
+def test_latents_that_are_no_latents_are_not_decoded(pipeline, spoil, message):
+    with pytest.raises(UserError, match=message):
+        pipeline.decode(spoil(np.zeros((2, 2, 2, 4), np.float32)).astype(np.float32))
+
+
 # Files.
 
 

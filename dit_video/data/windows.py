@@ -1,4 +1,8 @@
-"""Batches of one shape for training the autoencoder: random windows of clips, in time and space."""
+"""Batches of one shape for training the autoencoder: random windows of clips, in time and space.
+
+Windows are uint8, as they are decoded, so that no pixel can be NaN or out of range. A clip that cannot be decoded is
+set aside by its name, and another one takes its place.
+"""
 
 import hashlib
 import os

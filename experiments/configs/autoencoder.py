@@ -11,7 +11,7 @@ denoiser of `clips.py` is trained on its latents.
 from dataclasses import replace
 
 from configs import clips
-from dit_video.autoencoder import PatchVaeConfig
+from dit_video.autoencoder import AutoencoderObjective, PatchVaeConfig
 from dit_video.data.windows import WindowConfig
 from dit_video.experiment import AutoencoderTraining, Data
 from dit_video.tokens import Grid, RowShape
@@ -26,7 +26,7 @@ EXPERIMENT = replace(
         windows=(WindowConfig(size=Grid(9, 64, 64), batch=8, augment=True),),
         optimizer=OptimizerConfig(kind="muon", learning_rate=2e-3, schedule="cosine", warmup=50),
         steps=4000,
-        kl=1e-6,
+        loss=AutoencoderObjective.pixels(kl=1e-6),
         ema_decay=0.995,
     ),
     denoiser=replace(clips.EXPERIMENT.denoiser, rows=RowShape(tokens=960, text=512, segments=8)),
