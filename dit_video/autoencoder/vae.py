@@ -27,13 +27,10 @@ from dit_video.autoencoder.blocks import (
 )
 from dit_video.autoencoder.interface import chunk_grid
 from dit_video.autoencoder.modulation import Guide
-from dit_video.autoencoder.posterior import Normalizer, Posterior
+from dit_video.autoencoder.posterior import Normalizer, Posterior, check_std
 from dit_video.errors import UserError
 from dit_video.nn import CausalConv, Linear, Memory
 from dit_video.tokens import Grid
-
-_LOG_VARIANCE = (-30.0, 20.0)
-"""The bounds that the open models have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +60,7 @@ class CausalVaeConfig:
     """whether a path without parameters lies beside each level"""
     std: float | None = None
     """The latents' standard deviation in training, fixed; None learns one for each (the usual VAE). 0 is a plain
-    autoencoder, whose latents have noise of 3e-7 at most: train it without a divergence."""
+    autoencoder, whose latents have noise of about 3e-7: train it without a divergence."""
     bfloat16: bool = False
     """whether products are computed in bfloat16; parameters, norms and sums stay float32"""
 
@@ -81,8 +78,7 @@ class CausalVaeConfig:
         halved = self.widths(self.decoder_width or self.width)[1:]
         if not self.shortcuts and any(width % 2 for width in halved):
             raise UserError(f"without shortcuts the decoder halves its widths {halved}, which must be even")
-        if self.std is not None and not self.std >= 0:
-            raise UserError(f"std {self.std} must not be negative; None learns it")
+        check_std(self.std)
         self._check_shortcuts()
 
     def _check_shortcuts(self) -> None:
@@ -151,10 +147,7 @@ class CausalVae(nnx.Module):
         chunk_grid(Grid(*pixels.shape[1:4]), self.config.stride, begins=memory is None or memory.begins)
         places = None if inside is None else Places(inside.astype(jnp.int32))
         moments = self.moments(self.encoder(pixels, memory, places).astype(jnp.float32))
-        mean, log_variance = jnp.split(moments, 2, axis=-1)
-        if self.config.std is not None:
-            log_variance = jnp.full_like(mean, 2 * math.log(self.config.std) if self.config.std else -math.inf)
-        return Posterior(mean, jnp.clip(log_variance, *_LOG_VARIANCE))
+        return Posterior.of_moments(moments, self.config.std)
 
     def reconstruct(
         self, latents: Float[Array, "B t h w c"], memory: Memory | None = None

@@ -50,11 +50,11 @@ class VqConfig:
     """whether the codes modulate the decoder's norms (MoVQ)"""
 
     def __post_init__(self):
-        match self.network:
-            case CausalVaeConfig(std=float(std)):
-                raise UserError(f"codes have no variance, the network was given std={std}; leave it out")
-            case ImageVaeConfig(moments=False) | ImageVaeConfig(latents=False):
-                raise UserError("linear maps lie beside the codebook; leave moments=False and latents=False out")
+        network = self.network
+        if network.std is not None:
+            raise UserError(f"codes have no variance, the network was given std={network.std}; leave it out")
+        if isinstance(network, ImageVaeConfig) and not (network.moments and network.latents):
+            raise UserError("linear maps lie beside the codebook; leave moments=False and latents=False out")
 
     @classmethod
     def kandinsky(cls) -> "VqConfig":

@@ -152,6 +152,8 @@ def test_a_config_survives_json():
 def test_networks_that_do_not_fit():
     with pytest.raises(UserError, match=r"codes have no variance, the network was given std=0\.1"):
         VqConfig(network=CausalVaeConfig(std=0.1))
+    with pytest.raises(UserError, match="the network was given std=0"):
+        VqConfig(network=ImageVaeConfig(std=0.0))
     with pytest.raises(UserError, match="linear maps lie beside the codebook"):
         VqConfig(network=ImageVaeConfig.flux())
 
