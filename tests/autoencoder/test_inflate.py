@@ -17,10 +17,12 @@ from dit_video.autoencoder import (
     InflatedConfig,
     PatchVaeConfig,
     decode_stream,
+    encode_stream,
     inflate,
 )
 from dit_video.errors import UserError
 from dit_video.nn import graph_of, param_shapes
+from dit_video.pixels import to_float
 from dit_video.tokens import Grid
 from dit_video.tree import flatten
 from rough import rough_params
@@ -81,6 +83,8 @@ def test_streams_are_the_whole(rough, chunk):
     whole = np.asarray(call(config, "decode", params, LATENTS))
     frames = np.concatenate(list(decode_stream(config, params, LATENTS, chunk=chunk)), axis=1)
     assert np.abs(frames / 127.5 - 1 - np.clip(whole, -1, 1)).max() < 1.01 / 127.5
+    latents = np.concatenate(list(encode_stream(config, params, [frames], chunk=chunk)), axis=1)
+    np.testing.assert_allclose(latents, call(config, "encode", params, to_float(frames)), atol=1e-5)
     # Else it would be no test of the layers in time.
     alone = np.concatenate([call(config, "decode", params, LATENTS[:, t : t + 1]) for t in range(5)], axis=1)
     assert np.abs(alone[:, 1:] - whole[:, 1:]).max() > 0.1
@@ -93,6 +97,14 @@ def test_no_frame_sees_those_that_follow_it(rough):
     left, right = (np.asarray(call(config, "decode", params, latents)) for latents in (LATENTS, changed))
     np.testing.assert_allclose(left[:, :3], right[:, :3], atol=1e-6)
     assert (np.abs(left[:, 3:] - right[:, 3:]).max(axis=(0, 2, 3, 4)) > 1e-3).all()
+
+
+def test_each_temporal_layer_learns_from_the_start(inflated):
+    config, params = inflated
+    gradients = flatten(jax.grad(lambda params: call(config, "decode", params, LATENTS).std())(params))
+    last = [path for path in gradients if "/temporal/" in path and path.endswith("conv_out/kernel")]
+    assert config.last_layer in last
+    assert all(np.abs(gradients[path]).max() > 1e-6 for path in last)
 
 
 def test_what_it_is(inflated):
