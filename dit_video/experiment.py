@@ -9,6 +9,7 @@ from dit_video.autoencoder import (
     ImageVaeConfig,
     InflatedConfig,
     PatchVaeConfig,
+    VqConfig,
     latent_grid,
 )
 from dit_video.data.bucket_batches import BucketConfig
@@ -23,6 +24,7 @@ from dit_video.features.lpips import SMALLEST as LPIPS_SMALLEST
 from dit_video.generation import Sampling
 from dit_video.text import ByteEncoderConfig, TextConfig
 from dit_video.tokens import Grid, RowShape
+from dit_video.training.codebook import CodebookLearning
 from dit_video.training.optimizer import OptimizerConfig, learning_rates
 
 
@@ -58,12 +60,14 @@ class Data:
 class AutoencoderTraining:
     """An autoencoder and how it is trained."""
 
-    model: PatchVaeConfig | CausalVaeConfig | ImageVaeConfig | InflatedConfig
+    model: PatchVaeConfig | CausalVaeConfig | ImageVaeConfig | InflatedConfig | VqConfig
     windows: tuple[WindowConfig, ...]
     """shapes of the training batches; steps take them in turn"""
     optimizer: OptimizerConfig
     steps: int
     loss: AutoencoderObjective = field(default_factory=AutoencoderObjective)
+    codebook: CodebookLearning = field(default_factory=CodebookLearning)
+    """how the codes are learned, where the latents are codes"""
     ema_decay: float = 0.99
     start: str | None = None
     """A folder of weights in diffusers' layout that training starts from: of this model, or of the image autoencoder

@@ -5,13 +5,14 @@ from typing import Any
 from jaxtyping import Array
 
 from dit_video import configs, rng
-from dit_video.autoencoder import InflatedConfig, inflate
+from dit_video.autoencoder import InflatedConfig, VqConfig, inflate
 from dit_video.errors import UserError
 from dit_video.experiment import AutoencoderTraining
 from dit_video.features import Lpips
 from dit_video.nn import graph_of
 from dit_video.training.adversarial import Rival
 from dit_video.training.autoencoder import AutoencoderLoss
+from dit_video.training.vq import VqLoss
 from dit_video.weights import load_autoencoder, load_lpips
 
 _OF_TRAINING = ("bfloat16", "std")
@@ -47,13 +48,17 @@ def loss_parts(training: AutoencoderTraining, seed: int) -> dict[str, Any]:
       UserError: a file that holds others.
     """
     objective, file = training.loss, training.loss.lpips_weights
-    loss = AutoencoderLoss(
-        graph=graph_of(training.model.make),
-        objective=objective,
-        seed=seed,
-        judge=None if file is None else graph_of(lambda rngs: Lpips(rngs=rngs)),
-        optimizer=training.optimizer,
-    )
+    arguments: dict[str, Any] = {
+        "graph": graph_of(training.model.make),
+        "objective": objective,
+        "seed": seed,
+        "judge": None if file is None else graph_of(lambda rngs: Lpips(rngs=rngs)),
+        "optimizer": training.optimizer,
+    }
+    if isinstance(training.model, VqConfig):
+        loss: AutoencoderLoss = VqLoss(learning=training.codebook, **arguments)
+    else:
+        loss = AutoencoderLoss(**arguments)
     rival = objective.adversarial and Rival(
         config=objective.adversarial,
         last_layer=training.model.last_layer,

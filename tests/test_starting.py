@@ -1,12 +1,21 @@
 """Weights that a training starts from: of the same autoencoder, or of the image one that it inflates."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
 import pytest
 
-from dit_video.autoencoder import CausalVaeConfig, ImageLevels, ImageVaeConfig, InflatedConfig, PatchVaeConfig
+from dit_video.autoencoder import (
+    CausalVaeConfig,
+    CodebookConfig,
+    ImageLevels,
+    ImageVaeConfig,
+    InflatedConfig,
+    PatchVaeConfig,
+    VqConfig,
+)
 from dit_video.data.windows import WindowConfig
 from dit_video.errors import MissingError, UserError
 from dit_video.experiment import AutoencoderTraining
@@ -103,3 +112,30 @@ def test_a_run_inflates_and_trains_the_temporal_layers_alone(folder, tiny, tiny_
     again = dataclasses.replace(again, experiment=dataclasses.replace(experiment, autoencoder=elsewhere))
     for path, value in flatten(again.train_autoencoder()).items():
         np.testing.assert_array_equal(value, trained[path])
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["fresh", "given"])
+def test_a_codebook_starts_among_the_latents_unless_it_is_given(given, tiny, tiny_clips, tmp_path, quick_compilation):
+    model = VqConfig(network=IMAGE, codebook=CodebookConfig(codes=64, width=4))
+    parameters = rough_params(model.make)
+    if given:
+        save_autoencoder(tmp_path / "given", model, parameters)
+    experiment = dataclasses.replace(
+        tiny.EXPERIMENT,
+        autoencoder=dataclasses.replace(
+            training(model, tmp_path / "given" if given else None),
+            windows=(WindowConfig(size=Grid(1, 16, 16), batch=4),),
+            optimizer=OptimizerConfig(learning_rate=1e-3, warmup=1),
+        ),
+        denoiser=dataclasses.replace(tiny.EXPERIMENT.denoiser, rows=RowShape(tokens=512, text=96, segments=3)),
+        log_every=1,
+    )
+    run = Run.create(tmp_path / "run", experiment)
+    run.take(tiny_clips)
+    trained = run.train_autoencoder()
+    log = [json.loads(line) for line in (run.folder / "autoencoder" / "metrics.jsonl").read_text().splitlines()]
+    assert len(log) == 4
+    assert all(0 < entry["usage"] <= 1 and entry["perplexity"] >= 1 for entry in log)
+    assert (log[0]["restarts"] == 0) == given
+    unmoved = np.isclose(trained["codebook"]["codes"], parameters["codebook"]["codes"], rtol=1e-3).all(axis=-1)
+    assert (unmoved.mean() > 0.3) == given  # most codes are not used by so few images

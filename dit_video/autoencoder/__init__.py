@@ -16,9 +16,11 @@ from dit_video.autoencoder.patch_vae import (
     to_patches,
 )
 from dit_video.autoencoder.posterior import Normalizer, Posterior
+from dit_video.autoencoder.quantize import Codebook, CodebookConfig, Quantized
 from dit_video.autoencoder.streaming import TilingError, decode_stream, encode_stream, tiling_error
 from dit_video.autoencoder.tiling import Tiles
 from dit_video.autoencoder.vae import CausalVae, CausalVaeConfig
+from dit_video.autoencoder.vq import VqAutoencoder, VqConfig
 
 __all__ = [
     "R1",
@@ -29,6 +31,8 @@ __all__ = [
     "Canvas",
     "CausalVae",
     "CausalVaeConfig",
+    "Codebook",
+    "CodebookConfig",
     "ImageLevels",
     "ImageVae",
     "ImageVaeConfig",
@@ -40,8 +44,11 @@ __all__ = [
     "PatchVaeConfig",
     "Place",
     "Posterior",
+    "Quantized",
     "Tiles",
     "TilingError",
+    "VqAutoencoder",
+    "VqConfig",
     "arrange",
     "clip_grid",
     "covers",

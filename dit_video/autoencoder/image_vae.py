@@ -9,13 +9,10 @@ from jaxtyping import Array, Bool, Float, Int
 from dit_video.autoencoder.blocks import Places
 from dit_video.autoencoder.image_blocks import Beside, ImageDecoder, ImageEncoder, ImageLevels, frame_norms
 from dit_video.autoencoder.interface import chunk_grid
-from dit_video.autoencoder.posterior import Normalizer, Posterior
+from dit_video.autoencoder.posterior import Normalizer, Posterior, check_std
 from dit_video.errors import UserError
 from dit_video.nn import Linear, Memory
 from dit_video.tokens import Grid
-
-_LOG_VARIANCE = (-30.0, 20.0)
-"""The bounds that the open models have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +20,7 @@ class ImageVaeConfig:
     """A VAE of images by its levels. Clips of any length are coded frame by frame: the temporal stride is 1.
 
     Raises:
-      UserError: no channels.
+      UserError: no channels, or a negative deviation.
     """
 
     channels: int = 4
@@ -33,10 +30,14 @@ class ImageVaeConfig:
     """whether a linear map follows the encoder"""
     latents: bool = True
     """whether a linear map goes before the decoder"""
+    std: float | None = None
+    """The latents' standard deviation in training, fixed; None learns one for each (the usual VAE). 0 is a plain
+    autoencoder, whose latents have noise of about 3e-7: train it without a divergence."""
 
     def __post_init__(self):
         if self.channels < 1:
             raise UserError(f"latents need at least 1 channel, not {self.channels}")
+        check_std(self.std)
 
     @classmethod
     def stable_diffusion(cls) -> "ImageVaeConfig":
@@ -84,8 +85,7 @@ class ImageVae(nnx.Module):
         places = None if inside is None else Places(inside.astype(jnp.int32))
         moments = self.encoder(pixels, places).astype(jnp.float32)
         moments = moments if self.moments is None else self.moments(moments)
-        mean, log_variance = jnp.split(moments, 2, axis=-1)
-        return Posterior(mean, jnp.clip(log_variance, *_LOG_VARIANCE))
+        return Posterior.of_moments(moments, self.config.std)
 
     def reconstruct(
         self, latents: Float[Array, "B t h w c"], memory: Memory | None = None

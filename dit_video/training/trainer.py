@@ -20,7 +20,7 @@ from dit_video.training.autoencoder import AutoencoderLoss
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.logging import MetricsLog
 from dit_video.training.state import TrainState, init_state, make_on_devices, shapes_on_devices
-from dit_video.training.step import Loss, Step, make_step
+from dit_video.training.step import Loss, StatefulLoss, Step, make_step
 
 
 @runtime_checkable
@@ -54,7 +54,7 @@ class Training:
     start: dict[str, Any] | None = None
     """Parameters that a new training begins with, instead of `init`'s. (What `init` holds itself becomes a part of the
     program, which weights would make large.)"""
-    loss: Loss
+    loss: Loss | StatefulLoss
     constants: tuple[PyTree, ...] = ()
     """arrays that the loss is given too; see `make_step`"""
     optimizer: optax.GradientTransformation
@@ -103,7 +103,9 @@ class Training:
         )
 
     def _begin(self, key: Array, *given: dict[str, Any]) -> TrainState | AdversarialState:
-        state = init_state(given[0] if given else self.init(key), self.optimizer)
+        params = given[0] if given else self.init(key)
+        extra = self.loss.start(params, fresh=not given) if isinstance(self.loss, StatefulLoss) else None
+        state = init_state(params, self.optimizer, extra)
         return state if self.rival is None else self.rival.join(state)
 
     def _step(self) -> Step:

@@ -5,13 +5,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dit_video.autoencoder import AutoencoderConfig, CausalVaeConfig, ImageVaeConfig
+from dit_video.autoencoder import AutoencoderConfig, CausalVaeConfig, ImageVaeConfig, VqConfig
 from dit_video.errors import UserError
-from dit_video.weights import diffusers, image_vae, wan
+from dit_video.weights import diffusers, image_vae, vq, wan
 from dit_video.weights.exchange import SHARD_BYTES
 
 _Loaded = tuple[AutoencoderConfig, dict[str, Any]]
-_KINDS: dict[str, Callable[[Path, dict[str, Any]], _Loaded]] = {wan.CLASS: wan.load, image_vae.CLASS: image_vae.load}
+_KINDS: dict[str, Callable[[Path, dict[str, Any]], _Loaded]] = {
+    wan.CLASS: wan.load,
+    image_vae.CLASS: image_vae.load,
+    vq.CLASS: vq.load,
+}
 
 
 def load_autoencoder(folder: str | os.PathLike) -> _Loaded:
@@ -44,5 +48,7 @@ def save_autoencoder(
             wan.save(folder, config, params, shard_bytes=shard_bytes)
         case ImageVaeConfig():
             image_vae.save(folder, config, params, shard_bytes=shard_bytes)
+        case VqConfig():
+            vq.save(folder, config, params, shard_bytes=shard_bytes)
         case _:
             raise UserError(f"diffusers has no class for {type(config).__name__}; it can write {', '.join(_KINDS)}")

@@ -62,7 +62,7 @@ def load(folder: Path, document: dict[str, Any]) -> tuple[ImageVaeConfig, dict[s
     shapes = param_shapes(config.make)
     del shapes["normalizer"]
     params = diffusers.read(folder, as_found(folder, _names(config)), shapes)
-    return config, params | {"normalizer": _normalizer(folder, given)}
+    return config, params | {"normalizer": normalizer_of(folder, given, config.channels)}
 
 
 def save(
@@ -75,7 +75,7 @@ def save(
         "latent_channels": config.channels,
         "use_quant_conv": config.moments,
         "use_post_quant_conv": config.latents,
-        **_scales(params["normalizer"]),
+        **scales_of(params["normalizer"]),
     }
     diffusers.write(folder, document, _names(config), params, shard_bytes=shard_bytes)
 
@@ -210,12 +210,12 @@ def _attention(ours: str, theirs: str, norm: NormNames) -> dict[str, Foreign]:
     return names
 
 
-def _normalizer(folder: Path, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def normalizer_of(folder: Path, given: Mapping[str, Any], channels: int) -> dict[str, np.ndarray]:
     """Mean and deviation of each channel: diffusion sees `(latents - mean) * scaling_factor / std`.
 
     Either the mean is one for all channels (`shift_factor`) and there is no `std`, or both have a value for each.
     """
-    channels, scale = given["latent_channels"], given["scaling_factor"]
+    scale = given["scaling_factor"]
     mean, std, shift = given["latents_mean"], given["latents_std"], given["shift_factor"]
     if (mean is None) != (std is None) or (mean is not None and shift is not None):
         raise UserError(
@@ -233,8 +233,8 @@ def _normalizer(folder: Path, given: Mapping[str, Any]) -> dict[str, np.ndarray]
     return {"mean": mean.astype(np.float32), "std": std.astype(np.float32)}
 
 
-def _scales(normalizer: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `_normalizer`: the shortest decimals that give the same float32 back."""
+def scales_of(normalizer: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `normalizer_of`: the shortest decimals that give the same float32 back."""
     mean, std = (np.asarray(normalizer[name], np.float32) for name in ("mean", "std"))
     if len(np.unique(mean)) > 1 or len(np.unique(std)) > 1:
         values = {"latents_mean": mean, "latents_std": std}

@@ -1,6 +1,7 @@
 """The VAE of images from random parameters: sizes, frames apart, canvases, configs. Equality with diffusers' is held
 in tests/weights/test_parity.py."""
 
+import dataclasses
 import functools
 
 import jax
@@ -77,6 +78,19 @@ def test_latents_are_normalised(params):
     latents, normal = (np.asarray(call("encode", values, pixels)) for values in (plain, params))
     np.testing.assert_allclose(normal, (latents - normalizer["mean"]) / normalizer["std"], atol=1e-5)
     np.testing.assert_allclose(call("decode", params, normal), call("decode", plain, latents), atol=1e-4)
+
+
+def test_a_fixed_variance_and_none(params):
+    images = clip(1, 4, 6)
+    learned = call("posterior", params, images)
+    for std in (0.3, 0.0):
+        posterior = call("posterior", params, images, config=dataclasses.replace(CONFIG, std=std))
+        np.testing.assert_allclose(posterior.mean, learned.mean, atol=1e-6)
+        noise = jnp.ones_like(posterior.mean)
+        np.testing.assert_allclose(posterior.sample(noise) - posterior.mean, std, atol=1e-5)
+        assert np.isfinite(posterior.kl()).all()
+    with pytest.raises(UserError, match=r"std -1\.0 must not be negative"):
+        ImageVaeConfig(std=-1.0)
 
 
 def test_bfloat16_is_close_and_float32_outside(params):
