@@ -9,6 +9,7 @@ from jaxtyping import Float32, UInt8
 
 from dit_video.autoencoder import AutoencoderConfig, Tiles, decode_stream, encode_stream, latent_grid
 from dit_video.autoencoder.streaming import Layout
+from dit_video.errors import UserError
 from dit_video.tokens import Grid
 from dit_video.tree import size as count
 from dit_video.video import Clip
@@ -52,7 +53,16 @@ class Codec:
         return np.concatenate(list(parts), axis=1)[0]
 
     def decode(self, latents: Float32[np.ndarray, "t h w c"], *, fps: float, caption: str = "") -> Clip:
-        """The clip of normalised latents."""
+        """The clip of normalised latents.
+
+        Raises:
+          UserError: latents of another number of channels, or that are not finite.
+        """
+        channels, shape = self.config.channels, np.shape(latents)
+        if len(shape) != 4 or shape[-1] != channels:
+            raise UserError(f"latents are [t h w {channels}] for this autoencoder, {list(shape)} were given")
+        if not np.isfinite(latents).all():
+            raise UserError("the latents hold NaN or infinity; what made them is broken")
         return Clip(frames=self.decode_many(latents[None])[0], fps=fps, caption=caption)
 
     def decode_many(self, latents: Float32[np.ndarray, "B t h w c"]) -> UInt8[np.ndarray, "B T H W 3"]:

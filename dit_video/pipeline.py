@@ -186,12 +186,7 @@ class Pipeline:
         Raises:
           UserError: latents of another number of channels, or that are not finite.
         """
-        channels, shape = self.config.autoencoder.channels, np.shape(latents)
-        if len(shape) != 4 or shape[-1] != channels:
-            raise UserError(f"latents are [t h w {channels}] for this autoencoder, {list(shape)} were given")
-        if not np.isfinite(latents).all():
-            raise UserError("the latents hold NaN or infinity; what made them is broken")
-        return self.codec.decode(np.asarray(latents, np.float32), fps=self.config.fps, caption=caption)
+        return self.codec.decode(latents, fps=self.config.fps, caption=caption)
 
     def reconstruct(self, clip: Clip) -> Clip:
         """A clip as the autoencoder sees it."""

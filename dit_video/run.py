@@ -220,7 +220,7 @@ class Run:
             params = init_params(config.model.make, key)
             return params if linear is None else start_from_linear(params, linear)
 
-        batches = functools.partial(self._training_windows, stretches)
+        batches = functools.partial(self._windows, stretches, purpose="autoencoder")
         state = self._train("autoencoder", init, parts.pop("loss"), batches, start=start, **parts)
         params = jax.device_get(state.ema)
         if config.optimizer.trains("normalizer/mean"):
@@ -389,7 +389,7 @@ class Run:
         """
         experiment = self.experiment
         config = experiment.autoencoder if name == "autoencoder" else experiment.denoiser
-        training = trainer.Training(
+        return trainer.Training(
             folder=self.folder / name,
             title=f"training the {name}",
             init=init,
@@ -402,12 +402,11 @@ class Run:
             ),
             mesh=make_mesh(experiment.mesh),
             **given,
-        )
-        return training.run(batches)
+        ).run(batches)
 
     def _windows(self, stretches: Stretches, start: int, purpose: str) -> WindowBatches:
         """Batches of the window shapes in turn, from step `start` on. Each purpose has windows of its own."""
-        return WindowBatches(
+        opened = WindowBatches(
             stretches,
             self.experiment.autoencoder.windows,
             seed=int(rng.host(self.experiment.seed, purpose).integers(2**31)),
@@ -415,11 +414,7 @@ class Run:
             host=jax.process_index(),
             hosts=jax.process_count(),
         )
-
-    def _training_windows(self, stretches: Stretches, start: int) -> WindowBatches:
-        """What the autoencoder is trained on from step `start` on; says which clips are left out."""
-        opened = self._windows(stretches, start, "autoencoder")
-        if opened.left_out:
+        if purpose == "autoencoder" and opened.left_out:
             remark(f"{len(opened.left_out)} clips have no room for a window of the autoencoder's training")
         return opened
 

@@ -318,7 +318,8 @@ def test_window_shapes_take_turns_and_continue_at_any_step(two_windows):
 
 
 def test_clips_without_room_for_any_window_are_told(two_windows, capsys):
-    two_windows._training_windows(Stretches(two_windows.training_clips, two_windows.experiment.limits), 0).close()
+    stretches = Stretches(two_windows.training_clips, two_windows.experiment.limits)
+    two_windows._windows(stretches, 0, "autoencoder").close()
     images = sum(info.frames == 1 for info in two_windows.training_clips.infos)
     assert images
     assert f"{images} clips have no room for a window" in capsys.readouterr().err

@@ -4,10 +4,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from flax import nnx
+
 from dit_video.errors import MissingError, UserError
 from dit_video.features import Lpips
 from dit_video.features.lpips import STAGES
-from dit_video.nn import param_shapes
+from dit_video.nn import graph_of, param_shapes
 from dit_video.weights.exchange import Foreign, read_foreign
 from dit_video.weights.safetensors import refuse
 
@@ -17,6 +19,18 @@ COMMAND = (
     "'lpips.safetensors')\""
 )
 _SUFFIX = ".safetensors"
+
+
+def open_lpips(path: str | os.PathLike | None) -> tuple[nnx.GraphDef | None, tuple[dict[str, Any], ...]]:
+    """The structure of `Lpips` and, in a tuple, its parameters from a file; none of both without a path.
+
+    Raises:
+      MissingError, UserError: as `load_lpips`.
+    """
+    if path is None:
+        return None, ()
+    params = load_lpips(path)
+    return graph_of(lambda rngs: Lpips(rngs=rngs)), (params,)
 
 
 def load_lpips(path: str | os.PathLike) -> dict[str, Any]:

@@ -1,0 +1,58 @@
+"""An autoencoder of Wan 2.1's size, 4×8×8 pixels to 16 channels, from raw clips. A plan: not trained here.
+
+    python experiments/train.py experiments/configs/autoencoder_4x8x8.py --data DATA --workdir runs/4x8x8
+
+on 8 accelerators of 80 GB, a clip each. Videos at two lengths and three aspect ratios, every fifth step images; the
+default objective, and against a discriminator in the second half. Better with LPIPS (`--autoencoder.loss.lpips 0.5
+--autoencoder.loss.lpips-weights FILE`, see `dit_video.weights.load_lpips`).
+
+Of the shapes and XLA's count of the lowered step, for one clip of 17×256×256:
+
+    parameters                          126.9 M, and 5.5 M of the discriminator
+    a step without, with discriminator  45.3, 45.7 TFLOP (15.1 forward)
+    kept for the backward pass          46.7 GB, nothing being computed again (3.7 GB for an image)
+    state                               2.1 GB: parameters, their average, Adam's moments, the discriminator's
+
+200,000 steps are about 5×10^19 FLOP.
+"""
+
+from dit_video.autoencoder import Adversarial, AutoencoderObjective, CausalVaeConfig, LeCam
+from dit_video.data.windows import WindowConfig
+from dit_video.dit import DitConfig
+from dit_video.experiment import AutoencoderTraining, Data, DenoiserTraining, Experiment
+from dit_video.text import ByteEncoderConfig
+from dit_video.tokens import Grid, RowShape
+from dit_video.training.optimizer import OptimizerConfig
+
+BATCH = 8
+
+EXPERIMENT = Experiment(
+    name="autoencoder-4x8x8",
+    data=Data(max_pixels=256 * 256, max_frames=17, fps=16.0, stretches=4),
+    autoencoder=AutoencoderTraining(
+        model=CausalVaeConfig(bfloat16=True),
+        windows=(
+            WindowConfig(size=Grid(17, 256, 256), batch=BATCH),
+            WindowConfig(size=Grid(17, 192, 320), batch=BATCH),
+            WindowConfig(size=Grid(17, 320, 192), batch=BATCH),
+            WindowConfig(size=Grid(9, 256, 256), batch=BATCH),
+            WindowConfig(size=Grid(1, 256, 256), batch=4 * BATCH),
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-4, warmup=1000, b1=0.9, b2=0.95),
+        steps=200_000,
+        loss=AutoencoderObjective(
+            kl=1e-6,
+            adversarial=Adversarial(start=100_000, regulariser=LeCam()),
+        ),
+        ema_decay=0.999,
+    ),
+    denoiser=DenoiserTraining(
+        dit=DitConfig(channels=16, context_width=512, width=768, layers=12, heads=12),
+        text=ByteEncoderConfig(width=512, layers=6, max_tokens=256),
+        rows=RowShape(tokens=2560, text=2048, segments=16),
+        batch=16,
+        optimizer=OptimizerConfig(learning_rate=2e-4, warmup=1000),
+        steps=200_000,
+        ema_decay=0.9999,
+    ),
+)
