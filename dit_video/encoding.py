@@ -358,12 +358,13 @@ def latent_moments(
     """Mean and standard deviation of each latent channel, before normalisation, over batches of clips."""
 
     @jax.jit
-    def means(params, batch):
-        return nnx.merge(autoencoder, params).posterior(pixels.to_float(batch)).mean
+    def encoded(params, batch):
+        model = nnx.merge(autoencoder, params)
+        return model.normalizer.restore(model.encode(pixels.to_float(batch)))
 
     total, squares, count = np.float64(0), np.float64(0), 0
     for batch in batches:
-        latents = np.asarray(means(params, batch), np.float64)
+        latents = np.asarray(encoded(params, batch), np.float64)
         axes = tuple(range(latents.ndim - 1))
         total, squares = total + latents.sum(axes), squares + np.square(latents).sum(axes)
         count += latents[..., 0].size

@@ -3,7 +3,15 @@
 import math
 from dataclasses import dataclass, field
 
-from dit_video.autoencoder import AutoencoderObjective, CausalVaeConfig, PatchVaeConfig, latent_grid
+from dit_video.autoencoder import (
+    AutoencoderObjective,
+    CausalVaeConfig,
+    ImageVaeConfig,
+    InflatedConfig,
+    PatchVaeConfig,
+    VqConfig,
+    latent_grid,
+)
 from dit_video.data.bucket_batches import BucketConfig
 from dit_video.data.sizes import SizeLimits
 from dit_video.data.windows import WindowConfig
@@ -16,6 +24,7 @@ from dit_video.features.lpips import SMALLEST as LPIPS_SMALLEST
 from dit_video.generation import Sampling
 from dit_video.text import ByteEncoderConfig, TextConfig
 from dit_video.tokens import Grid, RowShape
+from dit_video.training.codebook import CodebookLearning
 from dit_video.training.optimizer import OptimizerConfig, learning_rates
 
 
@@ -51,13 +60,18 @@ class Data:
 class AutoencoderTraining:
     """An autoencoder and how it is trained."""
 
-    model: PatchVaeConfig | CausalVaeConfig
+    model: PatchVaeConfig | CausalVaeConfig | ImageVaeConfig | InflatedConfig | VqConfig
     windows: tuple[WindowConfig, ...]
     """shapes of the training batches; steps take them in turn"""
     optimizer: OptimizerConfig
     steps: int
     loss: AutoencoderObjective = field(default_factory=AutoencoderObjective)
+    codebook: CodebookLearning = field(default_factory=CodebookLearning)
+    """how the codes are learned, where the latents are codes"""
     ema_decay: float = 0.99
+    start: str | None = None
+    """A folder of weights in diffusers' layout that training starts from: of this model, or of the image autoencoder
+    that it inflates. Where `normalizer` is not trained, the latents keep their mean and deviation."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,11 +53,11 @@ from dit_video.experiment import Experiment
 from dit_video.files import read_json, write_json
 from dit_video.nn import graph_of, init_params, param_shapes
 from dit_video.pipeline import Pipeline, PipelineConfig
+from dit_video.starting import given_params, loss_parts
 from dit_video.text import FrozenTextConfig, Tokenizer
 from dit_video.text_encoder import FrozenEncoder, check_width, open_tokenizer
 from dit_video.training import loop, trainer
-from dit_video.training.adversarial import AdversarialState, Rival
-from dit_video.training.autoencoder import AutoencoderLoss
+from dit_video.training.adversarial import AdversarialState
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.denoiser import DenoiserLoss
 from dit_video.training.logging import Progress, remark
@@ -65,7 +65,6 @@ from dit_video.training.optimizer import make_optimizer
 from dit_video.training.state import TrainState, state_shapes
 from dit_video.training.step import Loss
 from dit_video.weights import load as load_weights
-from dit_video.weights import open_lpips
 from dit_video.weights import save as save_weights
 
 FORMAT = 1
@@ -203,33 +202,31 @@ class Run:
         return self.clips.select(held_out) if held_out else self.clips.split("validation")
 
     def train_autoencoder(self) -> dict[str, Any]:
-        """The averaged parameters of the trained autoencoder, with its latents' mean and deviation measured."""
+        """The averaged parameters of the trained autoencoder, with its latents' mean and deviation measured.
+
+        Where the config does not train `normalizer`, these stay as they were.
+        """
         config, experiment = self.experiment.autoencoder, self.experiment
         path = self.folder / "autoencoder" / "weights.safetensors"
         if path.is_file():
             return load_weights(path, like=param_shapes(config.model.make))
-        graph = graph_of(config.model.make)
-        judge, constants = open_lpips(config.loss.lpips_weights)
-        loss = AutoencoderLoss(graph=graph, objective=config.loss, seed=experiment.seed, judge=judge)
+        graph, parts = graph_of(config.model.make), loss_parts(config, experiment.seed)
         continues = Checkpoints(path.parent / "checkpoints").latest() is not None
         stretches = Stretches(self.training_clips, experiment.limits)
+        start = None if continues else given_params(config, rng.key(experiment.seed, "inflation"))
         linear = self._linear(stretches) if isinstance(config.model, PatchVaeConfig) and not continues else None
 
         def init(key: Array) -> dict[str, Any]:
             params = init_params(config.model.make, key)
             return params if linear is None else start_from_linear(params, linear)
 
-        rival = config.loss.adversarial and Rival(
-            config=config.loss.adversarial,
-            last_layer=config.model.last_layer,
-            random_key=rng.key(experiment.seed, "discriminator"),
-        )
         batches = functools.partial(self._windows, stretches, purpose="autoencoder")
-        state = self._train("autoencoder", init, loss, batches, rival=rival, constants=constants)
+        state = self._train("autoencoder", init, parts.pop("loss"), batches, start=start, **parts)
         params = jax.device_get(state.ema)
-        with contextlib.closing(self._windows(stretches, 0, "latent moments")) as windows:
-            mean, std = latent_moments(graph, params, itertools.islice(windows, _MOMENT_BATCHES))
-        params["normalizer"] = {"mean": mean, "std": std}
+        if config.optimizer.trains("normalizer/mean"):
+            with contextlib.closing(self._windows(stretches, 0, "latent moments")) as windows:
+                mean, std = latent_moments(graph, params, itertools.islice(windows, _MOMENT_BATCHES))
+            params["normalizer"] = {"mean": mean, "std": std}
         save_weights(path, params)
         return params
 

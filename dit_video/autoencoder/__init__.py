@@ -2,6 +2,9 @@
 
 from dit_video.autoencoder.adversarial import R1, Adversarial, LeCam
 from dit_video.autoencoder.canvas import Canvas, Place, arrange, covers, occupied, padding
+from dit_video.autoencoder.image_blocks import ImageLevels
+from dit_video.autoencoder.image_vae import ImageVae, ImageVaeConfig
+from dit_video.autoencoder.inflate import InflatedConfig, inflate
 from dit_video.autoencoder.interface import Autoencoder, AutoencoderConfig, clip_grid, latent_grid
 from dit_video.autoencoder.linear import LinearAutoencoder, fit_linear
 from dit_video.autoencoder.objective import AutoencoderObjective
@@ -13,9 +16,11 @@ from dit_video.autoencoder.patch_vae import (
     to_patches,
 )
 from dit_video.autoencoder.posterior import Normalizer, Posterior
+from dit_video.autoencoder.quantize import Codebook, CodebookConfig, Quantized
 from dit_video.autoencoder.streaming import TilingError, decode_stream, encode_stream, tiling_error
 from dit_video.autoencoder.tiling import Tiles
 from dit_video.autoencoder.vae import CausalVae, CausalVaeConfig
+from dit_video.autoencoder.vq import VqAutoencoder, VqConfig
 
 __all__ = [
     "R1",
@@ -26,6 +31,12 @@ __all__ = [
     "Canvas",
     "CausalVae",
     "CausalVaeConfig",
+    "Codebook",
+    "CodebookConfig",
+    "ImageLevels",
+    "ImageVae",
+    "ImageVaeConfig",
+    "InflatedConfig",
     "LeCam",
     "LinearAutoencoder",
     "Normalizer",
@@ -33,8 +44,11 @@ __all__ = [
     "PatchVaeConfig",
     "Place",
     "Posterior",
+    "Quantized",
     "Tiles",
     "TilingError",
+    "VqAutoencoder",
+    "VqConfig",
     "arrange",
     "clip_grid",
     "covers",
@@ -42,6 +56,7 @@ __all__ = [
     "encode_stream",
     "fit_linear",
     "from_patches",
+    "inflate",
     "latent_grid",
     "occupied",
     "padding",

@@ -17,6 +17,7 @@ from einops import rearrange, repeat
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from dit_video.autoencoder.modulation import Guide, SpatialNorm
 from dit_video.nn import CausalConv, Linear, Memory, RmsNorm, make_attention
 from dit_video.tokens import Grid
 
@@ -43,35 +44,60 @@ def _alone(x: Array, places: Places | None) -> Array:
     return x if places is None else places.alone(x)
 
 
+def make_norm(width: int, guided: int | None, rngs: nnx.Rngs) -> nnx.Module:
+    """A norm by the root mean square; one that latents of `guided` channels modulate, if that is given."""
+    norm = RmsNorm(width, eps=_EPSILON)
+    return norm if guided is None else SpatialNorm(norm, width, guided, rngs=rngs)
+
+
+def normed(norm: nnx.Module, x: Float[Array, "B t h w D"], guide: Guide | None) -> Float[Array, "B t h w D"]:
+    """What `make_norm` made, applied."""
+    return norm(x) if guide is None else norm(x, guide)
+
+
 class ResidualBlock(nnx.Module):
     """Twice norm, SiLU and a 3×3×3 convolution, beside the identity or a projection."""
 
-    def __init__(self, width_in: int, width_out: int, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
-        self.norm_in, self.norm_out = RmsNorm(width_in, eps=_EPSILON), RmsNorm(width_out, eps=_EPSILON)
+    def __init__(
+        self,
+        width_in: int,
+        width_out: int,
+        *,
+        guided: int | None = None,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.norm_in, self.norm_out = make_norm(width_in, guided, rngs), make_norm(width_out, guided, rngs)
         self.conv_in = CausalConv(width_in, width_out, (3, 3, 3), past="zero", dtype=dtype, rngs=rngs)
         self.conv_out = CausalConv(width_out, width_out, (3, 3, 3), past="zero", dtype=dtype, rngs=rngs)
         self.shortcut = None if width_in == width_out else Linear(width_in, width_out, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B t h w i"], memory: Memory | None = None, places: Places | None = None
+        self,
+        x: Float[Array, "B t h w i"],
+        memory: Memory | None = None,
+        places: Places | None = None,
+        guide: Guide | None = None,
     ) -> Float[Array, "B t h w o"]:
-        y = self.conv_in(_alone(jax.nn.silu(self.norm_in(x)), places), memory)
-        y = self.conv_out(_alone(jax.nn.silu(self.norm_out(y)), places), memory)
+        y = self.conv_in(_alone(jax.nn.silu(normed(self.norm_in, x, guide)), places), memory)
+        y = self.conv_out(_alone(jax.nn.silu(normed(self.norm_out, y, guide)), places), memory)
         return y + (x if self.shortcut is None else self.shortcut(x))
 
 
 class FrameAttention(nnx.Module):
     """Attention of one head among the positions of a frame, beside the identity."""
 
-    def __init__(self, width: int, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
-        self.norm = RmsNorm(width, eps=_EPSILON)
+    def __init__(self, width: int, *, guided: int | None = None, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+        self.norm = make_norm(width, guided, rngs)
         self.qkv = Linear(width, 3 * width, dtype=dtype, rngs=rngs)
         self.out = Linear(width, width, dtype=dtype, rngs=rngs)
         self.attention = make_attention()
 
-    def __call__(self, x: Float[Array, "B t h w D"], places: Places | None = None) -> Float[Array, "B t h w D"]:
+    def __call__(
+        self, x: Float[Array, "B t h w D"], places: Places | None = None, guide: Guide | None = None
+    ) -> Float[Array, "B t h w D"]:
         frames = x.shape[1]
-        tokens = rearrange(self.norm(x), "B t h w D -> (B t) (h w) 1 D")
+        tokens = rearrange(normed(self.norm, x, guide), "B t h w D -> (B t) (h w) 1 D")
         q, k, v = jnp.split(self.qkv(tokens), 3, axis=-1)
         if places is None:
             segments = jnp.ones(q.shape[:2], jnp.int32)

@@ -1,10 +1,16 @@
 """What an encoder says of latents, and the scale that the rest of the system sees them in."""
 
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
+
+from dit_video.errors import UserError
+
+_LOG_VARIANCE = (-30.0, 20.0)
+"""The bounds that the open models have."""
 
 
 class Posterior(NamedTuple):
@@ -12,6 +18,14 @@ class Posterior(NamedTuple):
 
     mean: Float[Array, "B t h w c"]
     log_variance: Float[Array, "B t h w c"]
+
+    @classmethod
+    def of_moments(cls, moments: Float[Array, "B t h w _"], std: float | None) -> "Posterior":
+        """From mean and logarithm of the variance, one after the other, and a fixed deviation if there is one."""
+        mean, log_variance = jnp.split(moments, 2, axis=-1)
+        if std is not None:
+            log_variance = jnp.full_like(mean, 2 * math.log(std) if std else -math.inf)
+        return cls(mean, jnp.clip(log_variance, *_LOG_VARIANCE))
 
     def sample(self, noise: Float[Array, "B t h w c"]) -> Float[Array, "B t h w c"]:
         """Latents from standard normal noise."""
@@ -35,3 +49,13 @@ class Normalizer(nnx.Module):
 
     def restore(self, latents: Float[Array, "B t h w c"]) -> Float[Array, "B t h w c"]:
         return latents * self.std[...] + self.mean[...]
+
+
+def check_std(std: float | None) -> None:
+    """Refuse a deviation that is none.
+
+    Raises:
+      UserError: a negative one.
+    """
+    if std is not None and not 0 <= std < math.inf:
+        raise UserError(f"std {std} must not be negative; None learns it")

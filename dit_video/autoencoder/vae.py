@@ -14,16 +14,23 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from dit_video.autoencoder.blocks import Down, FrameAttention, Places, ResidualBlock, Up, averaged, repeated
+from dit_video.autoencoder.blocks import (
+    Down,
+    FrameAttention,
+    Places,
+    ResidualBlock,
+    Up,
+    averaged,
+    make_norm,
+    normed,
+    repeated,
+)
 from dit_video.autoencoder.interface import chunk_grid
-from dit_video.autoencoder.posterior import Normalizer, Posterior
+from dit_video.autoencoder.modulation import Guide
+from dit_video.autoencoder.posterior import Normalizer, Posterior, check_std
 from dit_video.errors import UserError
-from dit_video.nn import CausalConv, Linear, Memory, RmsNorm
+from dit_video.nn import CausalConv, Linear, Memory
 from dit_video.tokens import Grid
-
-_EPSILON = 1e-12
-_LOG_VARIANCE = (-30.0, 20.0)
-"""The bounds that the open models have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +59,8 @@ class CausalVaeConfig:
     shortcuts: bool = False
     """whether a path without parameters lies beside each level"""
     std: float | None = None
-    """The latents' standard deviation in training, fixed; None learns one for each (the usual VAE)."""
+    """The latents' standard deviation in training, fixed; None learns one for each (the usual VAE). 0 is a plain
+    autoencoder, whose latents have noise of about 3e-7: train it without a divergence."""
     bfloat16: bool = False
     """whether products are computed in bfloat16; parameters, norms and sums stay float32"""
 
@@ -70,8 +78,7 @@ class CausalVaeConfig:
         halved = self.widths(self.decoder_width or self.width)[1:]
         if not self.shortcuts and any(width % 2 for width in halved):
             raise UserError(f"without shortcuts the decoder halves its widths {halved}, which must be even")
-        if self.std is not None and not self.std > 0:
-            raise UserError(f"std {self.std} must be positive; None learns it")
+        check_std(self.std)
         self._check_shortcuts()
 
     def _check_shortcuts(self) -> None:
@@ -125,7 +132,7 @@ class CausalVae(nnx.Module):
     def __init__(self, config: CausalVaeConfig, *, rngs: nnx.Rngs):
         self.config = config
         channels = config.channels
-        self.encoder, self.decoder = Encoder(config, rngs=rngs), Decoder(config, rngs=rngs)
+        self.encoder, self.decoder = Encoder(config, 2 * channels, rngs=rngs), Decoder(config, rngs=rngs)
         self.moments = Linear(2 * channels, 2 * channels, rngs=rngs)
         self.latents = Linear(channels, channels, rngs=rngs)
         self.normalizer = Normalizer(channels)
@@ -140,10 +147,7 @@ class CausalVae(nnx.Module):
         chunk_grid(Grid(*pixels.shape[1:4]), self.config.stride, begins=memory is None or memory.begins)
         places = None if inside is None else Places(inside.astype(jnp.int32))
         moments = self.moments(self.encoder(pixels, memory, places).astype(jnp.float32))
-        mean, log_variance = jnp.split(moments, 2, axis=-1)
-        if self.config.std is not None:
-            log_variance = jnp.full_like(mean, 2 * math.log(self.config.std))
-        return Posterior(mean, jnp.clip(log_variance, *_LOG_VARIANCE))
+        return Posterior.of_moments(moments, self.config.std)
 
     def reconstruct(
         self, latents: Float[Array, "B t h w c"], memory: Memory | None = None
@@ -177,9 +181,9 @@ class CausalVae(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Pixels to the two moments of latents."""
+    """Pixels to so many features for each latent."""
 
-    def __init__(self, config: CausalVaeConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: CausalVaeConfig, features: int, *, rngs: nnx.Rngs):
         self.config, dtype = config, _dtype(config)
         widths = config.widths(config.width)
         self.conv_in = CausalConv(3 * config.patch**2, config.width, (3, 3, 3), past="zero", dtype=dtype, rngs=rngs)
@@ -192,8 +196,8 @@ class Encoder(nnx.Module):
             ]
         )
         self.middle = _Middle(widths[-1], dtype=dtype, rngs=rngs)
-        self.norm = RmsNorm(widths[-1], eps=_EPSILON)
-        self.conv_out = CausalConv(widths[-1], 2 * config.channels, (3, 3, 3), past="zero", dtype=dtype, rngs=rngs)
+        self.norm = make_norm(widths[-1], None, rngs)
+        self.conv_out = CausalConv(widths[-1], features, (3, 3, 3), past="zero", dtype=dtype, rngs=rngs)
 
     def __call__(
         self, pixels: Float[Array, "B T H W 3"], memory: Memory | None = None, places: Places | None = None
@@ -208,26 +212,28 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Latents to pixels."""
+    """Latents to pixels; with `guided` channels of latents its norms are modulated by them."""
 
-    def __init__(self, config: CausalVaeConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: CausalVaeConfig, *, guided: int | None = None, rngs: nnx.Rngs):
         self.config, dtype = config, _dtype(config)
         widths = config.widths(config.decoder_width or config.width)[::-1]
         self.conv_in = CausalConv(config.channels, widths[0], (3, 3, 3), past="zero", dtype=dtype, rngs=rngs)
-        self.middle = _Middle(widths[0], dtype=dtype, rngs=rngs)
+        self.middle = _Middle(widths[0], guided=guided, dtype=dtype, rngs=rngs)
         levels, before = [], widths[0]
         for width, factors in zip(widths, (*config.factors[::-1], None), strict=True):
-            levels.append(_UpLevel(before, width, factors, config, rngs=rngs))
+            levels.append(_UpLevel(before, width, factors, config, guided=guided, rngs=rngs))
             before = width if config.shortcuts else width // 2
         self.levels = nnx.List(levels)
-        self.norm = RmsNorm(widths[-1], eps=_EPSILON)
+        self.norm = make_norm(widths[-1], guided, rngs)
         self.conv_out = CausalConv(widths[-1], 3 * config.patch**2, (3, 3, 3), past="zero", dtype=dtype, rngs=rngs)
 
-    def __call__(self, latents: Float[Array, "B t h w c"], memory: Memory | None = None) -> Float[Array, "B T H W 3"]:
-        x = self.middle(self.conv_in(latents, memory), memory)
+    def __call__(
+        self, latents: Float[Array, "B t h w c"], memory: Memory | None = None, guide: Guide | None = None
+    ) -> Float[Array, "B T H W 3"]:
+        x = self.middle(self.conv_in(latents, memory), memory, guide=guide)
         for level in self.levels:
-            x = level(x, memory)
-        x = self.conv_out(jax.nn.silu(self.norm(x)), memory)
+            x = level(x, memory, guide)
+        x = self.conv_out(jax.nn.silu(normed(self.norm, x, guide)), memory)
         side = self.config.patch
         return rearrange(x, "B T h w (C b a) -> B T (h a) (w b) C", a=side, b=side)
 
@@ -258,18 +264,31 @@ class _DownLevel(nnx.Module):
 class _UpLevel(nnx.Module):
     """Residual blocks, then the change to the next resolution; the last level has none."""
 
-    def __init__(self, width_in: int, width_out: int, factors: Grid | None, config: CausalVaeConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width_in: int,
+        width_out: int,
+        factors: Grid | None,
+        config: CausalVaeConfig,
+        *,
+        guided: int | None,
+        rngs: nnx.Rngs,
+    ):
         dtype = _dtype(config)
         self.width, self.factors, self.shortcuts = width_out, factors, config.shortcuts
         widths = (width_in, *[width_out] * (config.blocks + 1))
-        self.blocks = nnx.List([ResidualBlock(*pair, dtype=dtype, rngs=rngs) for pair in itertools.pairwise(widths)])
+        self.blocks = nnx.List(
+            [ResidualBlock(*pair, guided=guided, dtype=dtype, rngs=rngs) for pair in itertools.pairwise(widths)]
+        )
         narrow = width_out if config.shortcuts else width_out // 2
         self.up = None if factors is None else Up(width_out, narrow, factors, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B t h w i"], memory: Memory | None) -> Float[Array, "B T H W o"]:
+    def __call__(
+        self, x: Float[Array, "B t h w i"], memory: Memory | None, guide: Guide | None
+    ) -> Float[Array, "B T H W o"]:
         y = x
         for block in self.blocks:
-            y = block(y, memory)
+            y = block(y, memory, guide=guide)
         if self.up is None or self.factors is None:
             return y
         y = self.up(y, memory)
@@ -279,16 +298,20 @@ class _UpLevel(nnx.Module):
 
 
 class _Middle(nnx.Module):
-    def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.before = ResidualBlock(width, width, dtype=dtype, rngs=rngs)
-        self.attention = FrameAttention(width, dtype=dtype, rngs=rngs)
-        self.after = ResidualBlock(width, width, dtype=dtype, rngs=rngs)
+    def __init__(self, width: int, *, guided: int | None = None, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.before = ResidualBlock(width, width, guided=guided, dtype=dtype, rngs=rngs)
+        self.attention = FrameAttention(width, guided=guided, dtype=dtype, rngs=rngs)
+        self.after = ResidualBlock(width, width, guided=guided, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B t h w D"], memory: Memory | None, places: Places | None = None
+        self,
+        x: Float[Array, "B t h w D"],
+        memory: Memory | None,
+        places: Places | None = None,
+        guide: Guide | None = None,
     ) -> Float[Array, "B t h w D"]:
-        x = self.attention(self.before(x, memory, places), places)
-        return self.after(x, memory, places)
+        x = self.attention(self.before(x, memory, places, guide), places, guide)
+        return self.after(x, memory, places, guide)
 
 
 def _dtype(config: CausalVaeConfig) -> jnp.dtype:

@@ -6,7 +6,7 @@ from dit_video.nn.conv import CausalConv, Form, Memory, Past, with_past
 from dit_video.nn.embeddings import sinusoidal
 from dit_video.nn.linear import Linear
 from dit_video.nn.modulation import modulate
-from dit_video.nn.norms import LayerNorm, RmsNorm, layer_norm
+from dit_video.nn.norms import GroupNorm, LayerNorm, RmsNorm, layer_norm
 from dit_video.nn.stack import Remat, apply_stack, make_stack
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Backend",
     "CausalConv",
     "Form",
+    "GroupNorm",
     "LayerNorm",
     "Linear",
     "Make",

@@ -21,7 +21,7 @@ from dit_video.autoencoder.adversarial import R1, Adversarial, LeCam, adaptive_w
 from dit_video.nn import graph_of, init_params
 from dit_video.training.autoencoder import AutoencoderLoss, Figures
 from dit_video.training.state import TrainState
-from dit_video.training.step import Step, float_figures, following, make_step, with_constants
+from dit_video.training.step import Step, float_figures, following, make_step, noted, with_constants
 from dit_video.tree import flatten
 
 _CLIP = 1.0
@@ -110,13 +110,13 @@ def make_adversarial_step(
 
         def decode(params):
             decoded = loss.decode(params, pixels, model.step)
-            return (decoded.pixels, decoded.bottleneck.mean()), decoded.figures
+            return (decoded.pixels, decoded.bottleneck.mean()), (decoded.figures, decoded.seen)
 
         def compare(decoded):
             value, figures = loss.compare(decoded, pixels, *constants)
             return value.mean(), figures
 
-        (decoded, bottleneck), pull_back, figures = jax.vjp(decode, model.params, has_aux=True)
+        (decoded, bottleneck), pull_back, (figures, seen) = jax.vjp(decode, model.params, has_aux=True)
         (value, compared), wanted = jax.value_and_grad(compare, has_aux=True)(decoded)
 
         def at_last_layer(gradient):
@@ -133,7 +133,8 @@ def make_adversarial_step(
             **played,
         }
         model = following(model, gradients, optimizer, ema_decay=ema_decay)
-        return AdversarialState(model=model, discriminator=discriminator), float_figures(figures)
+        model, learned = noted(loss, model, seen)
+        return AdversarialState(model=model, discriminator=discriminator), float_figures(figures | learned)
 
     together = with_constants(jax.jit(step, donate_argnums=0), constants)
 

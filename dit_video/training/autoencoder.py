@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, UInt8
 
 from dit_video.autoencoder import AutoencoderObjective
 from dit_video.rng import key
+from dit_video.training.optimizer import OptimizerConfig, hold_still
 
 Figures = dict[str, Float[Array, ""]]
 
@@ -21,6 +22,8 @@ class Decoded(NamedTuple):
     bottleneck: Float[Array, " B"]
     """what the latents cost"""
     figures: Figures
+    seen: Any = None
+    """what a step takes note of beside the gradients"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +35,8 @@ class AutoencoderLoss:
     seed: int
     judge: nnx.GraphDef | None = None
     """of LPIPS, whose parameters every call is given"""
+    optimizer: OptimizerConfig | None = None
+    """the loss is constant in the parameters that it does not train"""
 
     def __call__(
         self, params, clips: UInt8[Array, "B T H W 3"], step: Array, judge: Any = None
@@ -41,10 +46,17 @@ class AutoencoderLoss:
         Args:
           judge: the parameters of LPIPS, where the objective has it.
         """
+        value, (figures, _) = self.observed(params, clips, step, judge)
+        return value, figures
+
+    def observed(
+        self, params, clips: UInt8[Array, "B T H W 3"], step: Array, judge: Any = None
+    ) -> tuple[Float[Array, ""], tuple[Figures, Any]]:
+        """The same, and what a step takes note of."""
         pixels = self.pixels(clips)
         decoded = self.decode(params, pixels, step)
         value, figures = self.compare(decoded.pixels, pixels, judge)
-        return (value + decoded.bottleneck).mean(), decoded.figures | figures
+        return (value + decoded.bottleneck).mean(), (decoded.figures | figures, decoded.seen)
 
     @staticmethod
     def pixels(clips: UInt8[Array, "B T H W 3"]) -> Float[Array, "B T H W 3"]:
@@ -53,12 +65,16 @@ class AutoencoderLoss:
 
     def decode(self, params, pixels: Float[Array, "B T H W 3"], step: Array) -> Decoded:
         """Clips through the latents, which are drawn from their posterior."""
-        model = nnx.merge(self.graph, params)
+        model = nnx.merge(self.graph, self.held(params))
         posterior = model.posterior(pixels)
         random = jax.random.fold_in(key(self.seed, "latents"), step)
         latents = posterior.sample(jax.random.normal(random, posterior.mean.shape))
         kl = posterior.kl()
         return Decoded(model.reconstruct(latents), self.objective.kl * kl, {"kl": kl.mean()})
+
+    def held(self, params):
+        """The parameters, constant where they are not trained."""
+        return params if self.optimizer is None else hold_still(self.optimizer, params)
 
     def compare(
         self, decoded: Float[Array, "B T H W 3"], pixels: Float[Array, "B T H W 3"], judge: Any = None

@@ -6,6 +6,9 @@ from jaxtyping import Array, Int, PyTree
 
 
 def update_ema(ema: PyTree, params: PyTree, step: Int[Array, ""], *, decay: float) -> PyTree:
-    """`d ema + (1 - d) params` with `d = min(decay, (1 + step) / (10 + step))`, so that early steps count less."""
+    """`d ema + (1 - d) params` with `d = min(decay, (1 + step) / (10 + step))`, so that early steps count less.
+
+    Computed so that the average of what does not move does not move either, not by a bit.
+    """
     warm = jnp.minimum(decay, (1 + step) / (10 + step)).astype(jnp.float32)
-    return jax.tree.map(lambda mean, value: warm * mean + (1 - warm) * value.astype(jnp.float32), ema, params)
+    return jax.tree.map(lambda mean, value: mean + (1 - warm) * (value.astype(jnp.float32) - mean), ema, params)

@@ -1,9 +1,13 @@
 """Optimizers from configs."""
 
+import difflib
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
@@ -13,14 +17,14 @@ from dit_video.tree import flatten, map_with_path
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW or Muon with warmup, a schedule, global clipping and frozen paths.
+    """AdamW or Muon with warmup, a schedule and global clipping, of all parameters or of some.
 
     Muon orthogonalises the updates of the matrices inside the blocks and brings them to one root mean square, by
     default about that of AdamW (arXiv 2502.16982, eq. 4); all other parameters get AdamW with Nesterov momentum at the
     same learning rate.
 
     Raises:
-      UserError: values out of range.
+      UserError: values out of range, or patterns that are no regular expressions.
     """
 
     kind: Literal["adamw", "muon"] = "adamw"
@@ -34,8 +38,10 @@ class OptimizerConfig:
     b2: float = 0.99
     weight_decay: float = 0.0
     clip: float = 1.0
+    trainable: tuple[str, ...] = ()
+    """Regular expressions, found anywhere in the paths of the parameters that are trained; without any all are."""
     frozen: tuple[str, ...] = ()
-    """regular expressions on parameter paths that are not trained"""
+    """and of those that are not"""
 
     def __post_init__(self):
         if not self.learning_rate > 0 or self.warmup < 0:
@@ -48,6 +54,16 @@ class OptimizerConfig:
                 f"an optimizer needs b1 and b2 in [0, 1), weight_decay >= 0 and clip > 0; got b1={self.b1}, "
                 f"b2={self.b2}, weight_decay={self.weight_decay}, clip={self.clip}"
             )
+        for pattern in (*self.trainable, *self.frozen):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"{pattern!r} is no regular expression for parameter paths: {error}") from error
+
+    def trains(self, path: str) -> bool:
+        """Whether the parameter of this path is trained."""
+        chosen = not self.trainable or any(re.search(pattern, path) for pattern in self.trainable)
+        return chosen and not any(re.search(pattern, path) for pattern in self.frozen)
 
 
 def learning_rates(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
@@ -75,7 +91,8 @@ def make_optimizer(config: OptimizerConfig, *, steps: int) -> optax.GradientTran
     """The optax transformation of a config, for a run of `steps` steps.
 
     Raises:
-      UserError: a run that is not longer than its warmup; at its `init`, a frozen path that no parameter has.
+      UserError: a run that is not longer than its warmup; at its `init`, a trainable or frozen path that no parameter
+        has.
     """
     rates = learning_rates(config, steps=steps)
     match config.kind:
@@ -92,21 +109,42 @@ def make_optimizer(config: OptimizerConfig, *, steps: int) -> optax.GradientTran
                 consistent_rms=config.matrix_scale,
             )
     chain = optax.chain(optax.clip_by_global_norm(config.clip), main)
-    if not config.frozen:
+    if not (config.trainable or config.frozen):
         return chain
-    return optax.partition({"train": chain, "frozen": optax.set_to_zero()}, lambda params: _labels(config, params))
+    return optax.partition({"train": chain, "frozen": _STILL}, lambda params: _labels(config, params))
+
+
+def hold_still(config: OptimizerConfig, params: PyTree) -> PyTree:
+    """Parameters for a loss that is constant in those that are not trained: no gradients of them are computed."""
+    return map_with_path(lambda path, leaf: leaf if config.trains(path) else jax.lax.stop_gradient(leaf), params)
+
+
+# Not 0: a parameter of -0 would become 0.
+_STILL = optax.stateless(lambda updates, _: jax.tree.map(lambda leaf: jnp.full_like(leaf, -0.0), updates))
 
 
 def _labels(config: OptimizerConfig, params: PyTree) -> PyTree:
     """`frozen` or `train` for every parameter."""
-    for pattern in config.frozen:
-        if not any(re.search(pattern, path) for path in flatten(params)):
-            raise UserError(f"frozen path {pattern!r} is no parameter's; use one of {', '.join(flatten(params))}")
+    paths = list(flatten(params))
+    for kind, patterns in (("trainable", config.trainable), ("frozen", config.frozen)):
+        for pattern in patterns:
+            if not any(re.search(pattern, path) for path in paths):
+                raise UserError(f"{kind} path {pattern!r} is no parameter's; close are {_close(pattern, paths)}")
+    return map_with_path(lambda path, _: "train" if config.trains(path) else "frozen", params)
 
-    def label(path: str, _: Array) -> str:
-        return "frozen" if any(re.search(pattern, path) for pattern in config.frozen) else "train"
 
-    return map_with_path(label, params)
+def _close(pattern: str, paths: Iterable[str]) -> str:
+    """Paths, and beginnings and ends of them, that look like a pattern."""
+    word = re.sub(r"[^\w/]", "", pattern).strip("/")
+    parts = {part for path in paths for part in (path, *_parts(path))}
+    return ", ".join(difflib.get_close_matches(word, sorted(parts), n=3, cutoff=0.0))
+
+
+def _parts(path: str) -> Iterator[str]:
+    names = path.split("/")
+    for cut in range(1, len(names)):
+        yield "/".join(names[:cut])
+        yield "/".join(names[cut:])
 
 
 def _matrices(params: PyTree) -> PyTree:

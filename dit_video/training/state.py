@@ -24,14 +24,20 @@ class TrainState:
     """what else a step updates (codebooks, running moments)"""
 
 
-def init_state(params: dict[str, Any], optimizer: optax.GradientTransformation) -> TrainState:
+Start = Callable[[dict[str, Any]], dict[str, Any]]
+"""What `extra` of a new state is, from its parameters."""
+
+
+def init_state(
+    params: dict[str, Any], optimizer: optax.GradientTransformation, extra: dict[str, Any] | None = None
+) -> TrainState:
     """The state before the first step; the average starts at the parameters. Traceable."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         ema=jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), params),
         opt_state=optimizer.init(params),
-        extra={},
+        extra=extra or {},
     )
 
 
@@ -40,6 +46,7 @@ def new_state(
     optimizer: optax.GradientTransformation,
     random_key: Array,
     *,
+    start: Start | None = None,
     shardings: Callable[[PyTree], PyTree] | None = None,
 ) -> TrainState:
     """The state of a new run, made on the devices themselves: each computes its own shard.
@@ -48,28 +55,43 @@ def new_state(
       init: parameters from a random key.
       optimizer: whose state is made beside them.
       random_key: for `init`.
+      start: of what the step updates beside the parameters (`StatefulLoss.start`); None for nothing.
       shardings: from the state's shapes to its layout; None leaves it to JAX.
     """
 
-    return make_on_devices(lambda key: init_state(init(key), optimizer), random_key, shardings=shardings)
+    return make_on_devices(_make(init, optimizer, start), random_key, shardings=shardings)
 
 
 def state_shapes(
     init: Callable[[Array], dict[str, Any]],
     optimizer: optax.GradientTransformation,
     *,
+    start: Start | None = None,
     shardings: Callable[[PyTree], PyTree] | None = None,
 ) -> PyTree:
     """Shapes, dtypes and layout of the state: what a checkpoint is restored into."""
-    return shapes_on_devices(lambda key: init_state(init(key), optimizer), shardings=shardings)
+    return shapes_on_devices(_make(init, optimizer, start), shardings=shardings)
+
+
+def _make(
+    init: Callable[[Array], dict[str, Any]], optimizer: optax.GradientTransformation, start: Start | None
+) -> Callable[[Array], TrainState]:
+    def make(key: Array) -> TrainState:
+        params = init(key)
+        return init_state(params, optimizer, None if start is None else start(params))
+
+    return make
 
 
 def make_on_devices(
-    make: Callable[[Array], PyTree], random_key: Array, *, shardings: Callable[[PyTree], PyTree] | None = None
+    make: Callable[..., PyTree],
+    random_key: Array,
+    *given: PyTree,
+    shardings: Callable[[PyTree], PyTree] | None = None,
 ) -> Any:
-    """`make(random_key)`, any state, where each device computes its own shard."""
-    layout = None if shardings is None else shardings(jax.eval_shape(make, random_key))
-    return jax.jit(make, out_shardings=layout)(random_key)
+    """`make(random_key, *given)`, any state, where each device computes its own shard."""
+    layout = None if shardings is None else shardings(jax.eval_shape(make, random_key, *given))
+    return jax.jit(make, out_shardings=layout)(random_key, *given)
 
 
 def shapes_on_devices(

@@ -1,7 +1,7 @@
 """One training step, for any loss."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,36 @@ from dit_video.training.state import TrainState
 
 Loss = Callable[..., tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]
 """`loss(params, batch, step) -> (mean loss, figures to log)`; the constants of a step are further arguments"""
+
+
+@runtime_checkable
+class StatefulLoss(Protocol):
+    """A loss beside which a step updates what no gradient reaches: `TrainState.extra`, and parameters with it."""
+
+    def start(self, params: dict[str, Any], *, fresh: bool = True) -> dict[str, Any]:
+        """What `extra` is before the first step; `fresh` parameters are of no training before."""
+        ...
+
+    def observed(
+        self, params: PyTree, batch: PyTree, step: Array, *constants: PyTree
+    ) -> tuple[Float[Array, ""], tuple[dict[str, Float[Array, ""]], Any]]:
+        """The mean loss, the figures to log, and what `after` is to see of the batch."""
+        ...
+
+    def after(self, state: TrainState, seen: Any) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+        """The state that follows a step, whose gradients are applied already, and figures to log."""
+        ...
+
+
 Step = Callable[[TrainState, PyTree], tuple[TrainState, dict[str, Float[Array, ""]]]]
 
 
 def make_step(
-    loss: Loss, optimizer: optax.GradientTransformation, *, ema_decay: float, constants: tuple[PyTree, ...] = ()
+    loss: Loss | StatefulLoss,
+    optimizer: optax.GradientTransformation,
+    *,
+    ema_decay: float,
+    constants: tuple[PyTree, ...] = (),
 ) -> Step:
     """`step(state, batch) -> (state, figures)`, jitted; the state is donated.
 
@@ -29,12 +54,20 @@ def make_step(
         itself becomes a part of the program, which weights would make large.)
     """
 
+    def observed(params, batch, step, *constants):
+        if isinstance(loss, StatefulLoss):
+            return loss.observed(params, batch, step, *constants)
+        value, figures = loss(params, batch, step, *constants)
+        return value, (figures, None)
+
     def step(state, batch, *constants):
-        (value, figures), gradients = jax.value_and_grad(loss, has_aux=True)(
+        (value, (figures, seen)), gradients = jax.value_and_grad(observed, has_aux=True)(
             state.params, batch, state.step, *constants
         )
         figures = {"loss": value, "gradient_norm": optax.tree.norm(gradients), **figures}
-        return following(state, gradients, optimizer, ema_decay=ema_decay), float_figures(figures)
+        state = following(state, gradients, optimizer, ema_decay=ema_decay)
+        state, learned = noted(loss, state, seen)
+        return state, float_figures(figures | learned)
 
     return with_constants(jax.jit(step, donate_argnums=0), constants)
 
@@ -52,6 +85,11 @@ def following(
         opt_state=opt_state,
         extra=state.extra,
     )
+
+
+def noted(loss: Loss | StatefulLoss, state: TrainState, seen: Any) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    """The state after what the loss does beside the gradients, and its figures; most losses do nothing."""
+    return loss.after(state, seen) if isinstance(loss, StatefulLoss) else (state, {})
 
 
 def float_figures(figures: dict[str, Array]) -> dict[str, Float[Array, ""]]:

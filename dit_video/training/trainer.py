@@ -20,7 +20,7 @@ from dit_video.training.autoencoder import AutoencoderLoss
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.logging import MetricsLog
 from dit_video.training.state import TrainState, init_state, make_on_devices, shapes_on_devices
-from dit_video.training.step import Loss, Step, make_step
+from dit_video.training.step import Loss, StatefulLoss, Step, make_step
 
 
 @runtime_checkable
@@ -51,7 +51,10 @@ class Training:
     """parameters from a random key; traceable"""
     random_key: Array
     """for `init`"""
-    loss: Loss
+    start: dict[str, Any] | None = None
+    """Parameters that a new training begins with, instead of `init`'s. (What `init` holds itself becomes a part of the
+    program, which weights would make large.)"""
+    loss: Loss | StatefulLoss
     constants: tuple[PyTree, ...] = ()
     """arrays that the loss is given too; see `make_step`"""
     optimizer: optax.GradientTransformation
@@ -75,7 +78,8 @@ class Training:
         checkpoints = Checkpoints(self.folder / "checkpoints")
         meta: dict[str, Any] = {}
         if checkpoints.latest() is None:
-            state = make_on_devices(self._begin, self.random_key, shardings=layout)
+            given = () if self.start is None else (self.start,)
+            state = make_on_devices(self._begin, self.random_key, *given, shardings=layout)
         else:
             state, meta = checkpoints.restore(shapes_on_devices(self._begin, shardings=layout))
         if int(state.step) >= self.config.steps:
@@ -98,8 +102,10 @@ class Training:
             meta={"plan": data.hash},
         )
 
-    def _begin(self, key: Array) -> TrainState | AdversarialState:
-        state = init_state(self.init(key), self.optimizer)
+    def _begin(self, key: Array, *given: dict[str, Any]) -> TrainState | AdversarialState:
+        params = given[0] if given else self.init(key)
+        extra = self.loss.start(params, fresh=not given) if isinstance(self.loss, StatefulLoss) else None
+        state = init_state(params, self.optimizer, extra)
         return state if self.rival is None else self.rival.join(state)
 
     def _step(self) -> Step:

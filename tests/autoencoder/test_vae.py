@@ -143,6 +143,15 @@ def test_a_fixed_variance():
     np.testing.assert_allclose(np.exp(0.5 * posterior.log_variance), 0.3, rtol=1e-6)
 
 
+def test_no_variance_is_a_plain_autoencoder():
+    config, params, clip, _, _ = setting("plain")
+    plain = dataclasses.replace(config, std=0.0)
+    posterior = nnx.merge(graph_of(plain.make), params).posterior(jnp.asarray(clip[:1, :1]))
+    noise = jnp.ones_like(posterior.mean)
+    np.testing.assert_allclose(posterior.sample(noise), posterior.mean, atol=1e-6)
+    assert np.isfinite(posterior.kl()).all()
+
+
 def test_a_config_survives_json():
     written = configs.to_json(SHORTCUTS)
     assert written["type"] == "dit_video.autoencoder:CausalVaeConfig"
@@ -158,7 +167,7 @@ def test_a_config_survives_json():
         ({"factors": (Grid(1, 2, 2), Grid(4, 2, 2))}, "must be 1 or 2"),
         ({"factors": (Grid(1, 2, 2), Grid(2, 2, 1))}, "equal in height and width"),
         ({"channels": 0}, "at least 1"),
-        ({"std": 0.0}, "must be positive"),
+        ({"std": -0.1}, "must not be negative"),
         ({"shortcuts": True, "multipliers": (1, 2, 3)}, "does not divide"),
         ({"width": 3, "multipliers": (1, 2, 1)}, "must be even"),
     ],

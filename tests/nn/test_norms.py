@@ -1,8 +1,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from dit_video.nn import LayerNorm, RmsNorm, layer_norm
+from dit_video.errors import UserError
+from dit_video.nn import GroupNorm, LayerNorm, RmsNorm, layer_norm
 
 X = np.random.default_rng(0).normal(3.0, 2.0, size=(2, 3, 32)).astype(np.float32)
 
@@ -52,3 +54,28 @@ def test_a_constant_input_has_finite_values_and_gradients():
             out, gradient = run(jnp.full((8,), value))
             assert np.isfinite(out)
             assert np.isfinite(gradient).all()
+
+
+def test_group_norm_is_of_each_frame_and_group():
+    layer = GroupNorm(6, 2, eps=0.0)
+    x = np.random.default_rng(1).normal(2.0, 3.0, size=(2, 3, 4, 5, 6)).astype(np.float32)
+    groups = x.reshape(2, 3, 20, 2, 3)
+    expected = (groups - groups.mean((2, 4), keepdims=True)) / groups.std((2, 4), keepdims=True)
+    np.testing.assert_allclose(layer(jnp.asarray(x)), expected.reshape(x.shape), atol=1e-5)
+    layer.scale[...], layer.shift[...] = jnp.arange(6.0), jnp.arange(6.0, 12.0)
+    expected = expected.reshape(x.shape) * np.arange(6) + np.arange(6, 12)
+    np.testing.assert_allclose(layer(jnp.asarray(x)), expected, atol=3e-5)
+
+
+def test_group_norm_of_segments_is_that_of_each_alone():
+    layer = GroupNorm(4, 2)
+    x = jnp.asarray(np.random.default_rng(2).normal(2.0, 3.0, size=(1, 2, 8, 12, 4)), jnp.float32)
+    segments = jnp.asarray([[[1, 1, 0, 2, 2, 2]] * 3 + [[0] * 6]])  # a cell is 2x2 pixels
+    together = layer(x, segments)
+    np.testing.assert_allclose(together[:, :, :6, :4], layer(x[:, :, :6, :4]), atol=1e-5)
+    np.testing.assert_allclose(together[:, :, :6, 6:], layer(x[:, :, :6, 6:]), atol=1e-5)
+
+
+def test_group_norm_of_groups_that_do_not_divide():
+    with pytest.raises(UserError, match="6 channels are not divisible by 4 groups"):
+        GroupNorm(6, 4)

@@ -16,6 +16,7 @@ from dit_video.training.autoencoder import AutoencoderLoss
 from dit_video.training.optimizer import OptimizerConfig, make_optimizer
 from dit_video.training.state import new_state
 from dit_video.training.step import make_step
+from dit_video.tree import flatten
 from rough import rough_params
 
 CONFIG = PatchVaeConfig(stride=Grid(2, 2, 2), channels=3, width=8, blocks=1)
@@ -111,6 +112,14 @@ def test_the_objective_of_pixels_is_bit_for_bit_the_sum_that_measured_runs_were_
     for name in ("loss", "mse", "kl", "gradient_norm"):
         assert figures["now"][name] == figures["before"][name]
     jax.tree.map(np.testing.assert_array_equal, states["now"], states["before"])
+
+
+def test_what_is_not_trained_has_no_gradient():
+    config = OptimizerConfig(trainable=("^decoder",))
+    loss = AutoencoderLoss(graph=GRAPH, objective=AutoencoderObjective.pixels(), seed=1, optimizer=config)
+    gradients = flatten(jax.jit(jax.grad(loss, has_aux=True))(PARAMS, CLIPS, jnp.asarray(0))[0])
+    for path, gradient in gradients.items():
+        assert bool(gradient.any()) == path.startswith("decoder"), path
 
 
 def test_the_parts_of_the_default_objective_are_logged_and_add_up():

@@ -8,7 +8,7 @@ import pytest
 
 from dit_video import configs
 from dit_video.errors import UserError
-from dit_video.training.optimizer import OptimizerConfig, learning_rates, make_optimizer
+from dit_video.training.optimizer import OptimizerConfig, hold_still, learning_rates, make_optimizer
 from dit_video.tree import flatten, map_with_path
 
 DRAW = np.random.default_rng(0)
@@ -168,9 +168,46 @@ def test_frozen_gradients_do_not_count_in_the_clipped_norm():
         np.testing.assert_array_equal(found[path], expected[path])
 
 
-def test_a_frozen_path_that_no_parameter_has():
-    with pytest.raises(UserError, match=r"frozen path '\^txet/' is no parameter's; use one of .*embed/kernel"):
-        make_optimizer(OptimizerConfig(frozen=("^txet/",)), steps=1000).init(PARAMS)
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_only_trainable_paths_move(kind):
+    config = OptimizerConfig(kind=kind, warmup=0, weight_decay=0.1, trainable=("qkv/", "^head"), frozen=("bias$",))
+    for path, update in updates_of(config).items():
+        assert bool(update.any()) == (path in ("blocks/qkv/kernel", "head/kernel")), path
+    state = make_optimizer(config, steps=1000).init(PARAMS)
+    size = sum(leaf.size for leaf in jax.tree.leaves(state))
+    trained = 2 * 8 * 24 + 8 * 4
+    # Two moments of AdamW, one of Muon's matrix; and counters.
+    assert size - (2 * trained if kind == "adamw" else trained + 8 * 4) in range(8)
+
+
+def test_what_is_frozen_keeps_every_bit():
+    optimizer = make_optimizer(OptimizerConfig(warmup=0, trainable=("w",)), steps=1000)
+    params = {"still": jnp.asarray([-0.0, 0.0, 1e-30, jnp.pi]), "w": jnp.ones(1)}
+    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)
+    after = optax.apply_updates(params, updates)
+    assert np.asarray(after["still"]).tobytes() == np.asarray(params["still"]).tobytes()
+    assert after["w"] != params["w"]
+
+
+def test_frozen_parameters_get_no_gradient():
+    config = OptimizerConfig(trainable=("w",))
+    gradient = jax.grad(lambda params: sum(x.sum() for x in hold_still(config, params).values()))
+    found = gradient({"still": jnp.ones(2), "w": jnp.ones(2)})
+    np.testing.assert_array_equal(found["still"], 0)
+    np.testing.assert_array_equal(found["w"], 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"frozen": ("^txet/",)}, r"frozen path '\^txet/' is no parameter's; close are text"),
+        ({"trainable": ("text/block/",)}, r"trainable path 'text/block/' is no parameter's; close are text/blocks,"),
+    ],
+)
+def test_a_path_that_no_parameter_has(options, message):
+    with pytest.raises(UserError, match=message) as error:
+        make_optimizer(OptimizerConfig(**options), steps=1000).init(PARAMS)
+    assert "\n" not in str(error.value)
 
 
 def test_tiny_updates_of_float32_parameters_do_not_vanish():
@@ -198,6 +235,7 @@ def test_tiny_updates_of_float32_parameters_do_not_vanish():
         ({"learning_rate": 0.0}, "positive learning rate"),
         ({"learning_rate": float("nan")}, "learning_rate=nan"),
         ({"warmup": -1}, "warmup=-1"),
+        ({"trainable": ("(",)}, "'\\(' is no regular expression"),
         ({"b1": 1.0}, r"b1 and b2 in \[0, 1\)"),
         ({"b2": -0.1}, "b2=-0.1"),
         ({"weight_decay": -1.0}, "weight_decay=-1.0"),
