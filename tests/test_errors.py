@@ -62,7 +62,7 @@ def test_a_ctrl_c_that_falls_into_a_finalizer_still_stops_the_script(capsys):
     assert ended.value.code == 130
     assert not waited
     assert sys.unraisablehook is before
-    assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted: the same command continues")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted: started again, the same command")
 
 
 @pytest.mark.usefixtures("interruptible")
