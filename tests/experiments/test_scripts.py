@@ -334,7 +334,7 @@ def interrupted(command, run, stage, *, step, environment):
     finally:
         process.kill()
     assert process.returncode == 130, err
-    assert "interrupted: the same command continues" in err
+    assert "interrupted: started again, the same command" in err
     assert "Traceback" not in err
 
 
