@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dit_video import rng
-from dit_video.autoencoder import PatchVaeConfig, latent_grid
+from dit_video.autoencoder import AutoencoderObjective, PatchVaeConfig, latent_grid
 from dit_video.data.plan import RowStream
 from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
 from dit_video.distributed import MeshConfig
@@ -35,11 +35,12 @@ BUILT_IN = SimpleNamespace(
         model=PatchVaeConfig(stride=Grid(4, 8, 8), channels=8, width=72, blocks=2),
         windows=(SimpleNamespace(size=Grid(17, 32, 32), batch=16),),
         optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup=30),
+        loss=AutoencoderObjective.pixels(kl=1e-4),
     ),
     denoiser=SimpleNamespace(
         dit=DitConfig(channels=8, context_width=64, patch=Grid(1, 2, 2), width=176, layers=4, heads=4),
         text=ByteEncoderConfig(width=64, layers=1, max_tokens=64),
-        rows=RowShape(tokens=120, text=208, segments=12),
+        rows=RowShape(tokens=120, text=224, segments=12),
         batch=8,
         optimizer=OptimizerConfig(
             kind="muon", learning_rate=3e-3, matrix_scale=0.5, schedule="wsd", warmup=50, b2=0.99
