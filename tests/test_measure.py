@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 
 from dit_video import measure
+from dit_video.codec import Codec
 from dit_video.data import shapes
 from dit_video.errors import MissingError, UserError
 from dit_video.evaluation.kinds import CaptionEvaluation
 from dit_video.evaluation.shapes import prompt_following
 from dit_video.measure import Sampled
 from dit_video.pipeline import Pipeline, Request
+from dit_video.reports.run_report import report_autoencoder
 from dit_video.run import Run
 from dit_video.tokens import Grid
 from dit_video.video import decode
@@ -172,7 +174,7 @@ def test_lists_of_prompts_that_are_none(tmp_path, content, message):
 
 
 def test_reconstructions_are_of_the_held_out_clips_at_their_training_sizes(tiny_pipeline, held_out, limits):
-    results = measure.reconstruct(tiny_pipeline, held_out, limits)
+    results = measure.reconstruct(tiny_pipeline.codec, held_out, limits)
     assert [one.name for one in results] == [info.name for info in held_out.infos]
     for one, info in zip(results, held_out.infos, strict=True):
         assert one.original.frames.shape == one.decoded.frames.shape == (info.frames, info.height, info.width, 3)
@@ -181,13 +183,37 @@ def test_reconstructions_are_of_the_held_out_clips_at_their_training_sizes(tiny_
 
 
 def test_the_psnr_of_equal_clips_is_written_as_100_db(tiny_pipeline, held_out, limits, monkeypatch):
-    monkeypatch.setattr(Pipeline, "reconstruct", lambda _, clip: clip)
-    results = measure.reconstruct(tiny_pipeline, held_out, limits)
+    monkeypatch.setattr(Codec, "reconstruct", lambda _, clip: clip)
+    results = measure.reconstruct(tiny_pipeline.codec, held_out, limits)
     assert all(math.isinf(one.psnr) for one in results)
     figures = measure._reconstruction_figures(results)
     assert figures["psnr"] == 100.0
     assert figures["ssim"] == pytest.approx(1.0)
     assert json.loads(json.dumps(figures, allow_nan=False)) == figures
+
+
+def test_the_best_linear_autoencoder_stands_beside(tiny_pipeline, tiny_run, held_out, limits):
+    run = Run.open(tiny_run)
+    linear = run.linear_baseline()
+    assert linear.basis.shape[1] == tiny_pipeline.config.autoencoder.channels
+    results = measure.reconstruct(tiny_pipeline.codec, held_out, limits, linear=linear)
+    figures = measure._reconstruction_figures(results)
+    assert figures["linear_psnr"] == pytest.approx(np.mean([one.linear_psnr for one in results]))
+    for one in results:
+        assert one.linear.frames.shape == one.original.frames.shape
+        assert one.linear_psnr == measure.psnr(one.original.frames, one.linear.frames)
+        assert 10 < one.linear_psnr < 60
+
+
+def test_an_autoencoder_alone_is_measured_and_reported(tiny_run, held_out, tmp_path):
+    run = Run.open(tiny_run)
+    measured = measure.evaluate_autoencoder(run, tmp_path)
+    assert measured.metrics["reconstruction"]["clips"].keys() == {info.name for info in held_out.infos}
+    assert json.loads((tmp_path / "metrics.json").read_text()) == measured.metrics
+    report_autoencoder(tmp_path / "report.html", run, measured)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "the best linear autoencoder" in page
+    assert page.count("dB PSNR") == len(held_out)
 
 
 def test_the_judge_finds_rendered_samples_right():
