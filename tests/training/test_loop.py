@@ -253,16 +253,18 @@ def test_a_loader_killed_by_the_same_signal_still_saves(tmp_path):
 
 
 def test_a_second_signal_stops_at_once(tmp_path):
+    waited = []
+
     def on_step(done: int, _state: Any) -> None:
         if done == 3:
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(5)
+            time.sleep(60)
+            waited.append(done)
 
-    began = time.perf_counter()
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, LoopConfig(steps=9), on_step=on_step)
-    assert time.perf_counter() - began < 4
+    assert not waited
     assert Checkpoints(tmp_path / "checkpoints").latest() is None
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
