@@ -31,6 +31,7 @@ def convolutional(tiny):
     return replace(tiny.EXPERIMENT, autoencoder=autoencoder, denoiser=denoiser, log_every=1)
 
 
+@pytest.mark.slow
 def test_any_autoencoder_is_trained_against_a_discriminator(convolutional, tiny_clips, tmp_path):
     run = Run.create(tmp_path / "run", convolutional)
     run.take(tiny_clips)

@@ -30,6 +30,7 @@ def quickstart(load_file):
     return load_file(ROOT / "experiments" / "configs" / "quickstart.py").EXPERIMENT
 
 
+@pytest.mark.slow
 def test_all_parts_of_a_tiny_experiment(script, tiny, tiny_clips):
     command = ["--config", TINY, "--clips", tiny_clips, "--steps", 3, "--examples", 40, "--rounds", 1, "--batches", 30]
     ended = script("tools/benchmark.py", *command)
