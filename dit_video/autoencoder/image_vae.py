@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dit_video.autoencoder.blocks import Places
 from dit_video.autoencoder.image_blocks import Beside, ImageDecoder, ImageEncoder, ImageLevels, frame_norms
 from dit_video.autoencoder.interface import chunk_grid
-from dit_video.autoencoder.posterior import Normalizer, Posterior, check_std
+from dit_video.autoencoder.posterior import Normalizer, Posterior, Vae, check_std
 from dit_video.errors import UserError
 from dit_video.nn import Linear, Memory
 from dit_video.tokens import Grid
@@ -62,7 +62,7 @@ class ImageVaeConfig:
         return ImageVae(self, rngs=rngs)
 
 
-class ImageVae(nnx.Module):
+class ImageVae(Vae):
     """Pixels in [-1, 1] to normalised latents and back."""
 
     def __init__(self, config: ImageVaeConfig, *, rngs: nnx.Rngs):
@@ -93,26 +93,3 @@ class ImageVae(nnx.Module):
         """Pixels from latents that are not normalised."""
         x = latents if self.latents is None else self.latents(latents)
         return self.decoder(x, Beside(memory=memory)).astype(jnp.float32)
-
-    def encode(
-        self,
-        pixels: Float[Array, "B T H W 3"],
-        inside: Bool[Array, "B h w"] | Int[Array, "B h w"] | None = None,
-        memory: Memory | None = None,
-    ) -> Float[Array, "B t h w c"]:
-        """Normalised latents: the posterior's mean.
-
-        Args:
-          pixels: clips, canvases that several clips share (see `dit_video.autoencoder.canvas`), or a chunk of them.
-          inside: of a canvas, which clip each latent position belongs to; 0 is none. Clips, one position or more apart,
-            do not see each other: they get the latents that they get alone.
-          memory: of the chunk before.
-
-        Raises:
-          UserError: a size that does not fit the stride.
-        """
-        return self.normalizer.normalize(self.posterior(pixels, inside, memory).mean)
-
-    def decode(self, latents: Float[Array, "B t h w c"], memory: Memory | None = None) -> Float[Array, "B T H W 3"]:
-        """Pixels, about in [-1, 1], from normalised latents: of a clip, or of a chunk of one."""
-        return self.reconstruct(self.normalizer.restore(latents), memory)

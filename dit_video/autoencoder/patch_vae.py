@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dit_video.autoencoder.linear import LinearAutoencoder
 from dit_video.autoencoder.patches import from_patches, to_patches
-from dit_video.autoencoder.posterior import Normalizer, Posterior
+from dit_video.autoencoder.posterior import Normalizer, Posterior, Vae
 from dit_video.errors import UserError
 from dit_video.nn import CausalConv, Linear, Memory, RmsNorm
 from dit_video.tokens import Grid
@@ -51,7 +51,7 @@ class PatchVaeConfig:
         return PatchVae(self, rngs=rngs)
 
 
-class PatchVae(nnx.Module):
+class PatchVae(Vae):
     """Pixels in [-1, 1] to normalised latents and back."""
 
     def __init__(self, config: PatchVaeConfig, *, rngs: nnx.Rngs):
@@ -90,30 +90,6 @@ class PatchVae(nnx.Module):
             x = block(x, memory)
         patches = self.linear.decode(latents) + self.decoder_out(x)
         return from_patches(patches, self.config.stride, begins=memory is None or memory.begins)
-
-    def encode(
-        self,
-        pixels: Float[Array, "B T H W 3"],
-        inside: Int[Array, "B h w"] | Bool[Array, "B h w"] | None = None,
-        memory: Memory | None = None,
-    ) -> Float[Array, "B t h w c"]:
-        """Normalised latents: the posterior's mean.
-
-        Args:
-          pixels: clips, canvases that several clips share (see `dit_video.autoencoder.canvas`), or a chunk of them:
-            1 + k * temporal stride frames of a clip's start, then multiples of the temporal stride.
-          inside: which latent positions belong to a clip, those that are not 0; None for all. Clips on a canvas, one
-            position or more apart, do not see each other: they get the latents that they get alone.
-          memory: of the chunk before.
-
-        Raises:
-          UserError: a size that does not fit the stride.
-        """
-        return self.normalizer.normalize(self.posterior(pixels, inside, memory).mean)
-
-    def decode(self, latents: Float[Array, "B t h w c"], memory: Memory | None = None) -> Float[Array, "B T H W 3"]:
-        """Pixels, about in [-1, 1], from normalised latents: of a clip, or of a chunk of one."""
-        return self.reconstruct(self.normalizer.restore(latents), memory)
 
 
 class _LinearPath(nnx.Module):

@@ -1,13 +1,15 @@
 """What an encoder says of latents, and the scale that the rest of the system sees them in."""
 
+import abc
 import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from dit_video.errors import UserError
+from dit_video.nn import Memory
 
 _LOG_VARIANCE = (-30.0, 20.0)
 """The bounds that the open models have."""
@@ -59,3 +61,48 @@ def check_std(std: float | None) -> None:
     """
     if std is not None and not 0 <= std < math.inf:
         raise UserError(f"std {std} must not be negative; None learns it")
+
+
+class Vae(nnx.Module):
+    """An autoencoder by its posterior: normalised latents are the posterior's mean."""
+
+    normalizer: Normalizer
+
+    @abc.abstractmethod
+    def posterior(
+        self,
+        pixels: Float[Array, "B T H W 3"],
+        inside: Bool[Array, "B h w"] | Int[Array, "B h w"] | None = None,
+        memory: Memory | None = None,
+    ) -> Posterior:
+        """The distribution of latents, before normalisation. See `encode` for the arguments."""
+
+    @abc.abstractmethod
+    def reconstruct(
+        self, latents: Float[Array, "B t h w c"], memory: Memory | None = None
+    ) -> Float[Array, "B T H W 3"]:
+        """Pixels from latents that are not normalised."""
+
+    def encode(
+        self,
+        pixels: Float[Array, "B T H W 3"],
+        inside: Bool[Array, "B h w"] | Int[Array, "B h w"] | None = None,
+        memory: Memory | None = None,
+    ) -> Float[Array, "B t h w c"]:
+        """Normalised latents.
+
+        Args:
+          pixels: clips, canvases that several clips share (see `dit_video.autoencoder.canvas`), or a chunk of them:
+            1 + k * temporal stride frames of a clip's start, then multiples of the temporal stride.
+          inside: of a canvas, which clip each latent position belongs to; 0 is none. Clips, one position or more apart,
+            do not see each other: they get the latents that they get alone.
+          memory: of the chunk before.
+
+        Raises:
+          UserError: a size that does not fit the stride.
+        """
+        return self.normalizer.normalize(self.posterior(pixels, inside, memory).mean)
+
+    def decode(self, latents: Float[Array, "B t h w c"], memory: Memory | None = None) -> Float[Array, "B T H W 3"]:
+        """Pixels, about in [-1, 1], from normalised latents: of a clip, or of a chunk of one."""
+        return self.reconstruct(self.normalizer.restore(latents), memory)

@@ -27,7 +27,7 @@ from dit_video.autoencoder.blocks import (
 )
 from dit_video.autoencoder.interface import chunk_grid
 from dit_video.autoencoder.modulation import Guide
-from dit_video.autoencoder.posterior import Normalizer, Posterior, check_std
+from dit_video.autoencoder.posterior import Normalizer, Posterior, Vae, check_std
 from dit_video.errors import UserError
 from dit_video.nn import CausalConv, Linear, Memory
 from dit_video.tokens import Grid
@@ -126,7 +126,7 @@ class CausalVaeConfig:
         return CausalVae(self, rngs=rngs)
 
 
-class CausalVae(nnx.Module):
+class CausalVae(Vae):
     """Pixels in [-1, 1] to normalised latents and back; clips whole, or chunk by chunk with a `Memory`."""
 
     def __init__(self, config: CausalVaeConfig, *, rngs: nnx.Rngs):
@@ -154,30 +154,6 @@ class CausalVae(nnx.Module):
     ) -> Float[Array, "B T H W 3"]:
         """Pixels from latents that are not normalised."""
         return self.decoder(self.latents(latents), memory).astype(jnp.float32)
-
-    def encode(
-        self,
-        pixels: Float[Array, "B T H W 3"],
-        inside: Bool[Array, "B h w"] | Int[Array, "B h w"] | None = None,
-        memory: Memory | None = None,
-    ) -> Float[Array, "B t h w c"]:
-        """Normalised latents: the posterior's mean.
-
-        Args:
-          pixels: clips, canvases that several clips share (see `dit_video.autoencoder.canvas`), or a chunk of them:
-            1 + k * temporal stride frames of a clip's start, then multiples of the temporal stride.
-          inside: of a canvas, which clip each latent position belongs to; 0 is none. Clips, one position or more apart,
-            do not see each other: they get the latents that they get alone.
-          memory: of the chunk before.
-
-        Raises:
-          UserError: a size that does not fit the stride.
-        """
-        return self.normalizer.normalize(self.posterior(pixels, inside, memory).mean)
-
-    def decode(self, latents: Float[Array, "B t h w c"], memory: Memory | None = None) -> Float[Array, "B T H W 3"]:
-        """Pixels, about in [-1, 1], from normalised latents: of a clip, or of a chunk of one."""
-        return self.reconstruct(self.normalizer.restore(latents), memory)
 
 
 class Encoder(nnx.Module):
