@@ -2,10 +2,8 @@
 
 import dataclasses
 import functools
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,6 +11,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from devices import check_on_eight_devices
 from dit_video import pixels
 from dit_video.autoencoder import (
     CausalVaeConfig,
@@ -216,18 +215,7 @@ print("done")
 
 
 def test_height_over_eight_devices():
-    root = Path(__file__).parents[2]
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")]),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", ON_EIGHT_DEVICES], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "done" in done.stdout
+    check_on_eight_devices(ON_EIGHT_DEVICES, flags="")
 
 
 def test_height_that_the_devices_do_not_divide():

@@ -1,11 +1,6 @@
 """A tiny autoencoder and a tinier discriminator, on two windows of four frames."""
 
 import functools
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
+from devices import check_on_eight_devices
 from dit_video import tree as trees
 from dit_video.autoencoder import R1, Adversarial, AutoencoderObjective, LeCam, PatchVaeConfig
 from dit_video.autoencoder.adversarial import adaptive_weight, betrayed
@@ -32,7 +28,6 @@ from rough import rough_params
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIG = PatchVaeConfig(stride=Grid(2, 2, 2), channels=3, width=8, blocks=1)
 CLIPS = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 8, 3), np.uint8)
 PARAMS = rough_params(CONFIG.make)
@@ -225,18 +220,4 @@ ON_EIGHT_DEVICES = """
 
 
 def test_on_eight_devices_both_players_are_divided_and_play_as_on_one():
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(ON_EIGHT_DEVICES), __file__],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "done" in done.stdout
+    check_on_eight_devices(ON_EIGHT_DEVICES, __file__)

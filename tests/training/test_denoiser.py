@@ -2,17 +2,13 @@
 
 import copy
 import dataclasses
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from devices import check_on_eight_devices
 from dit_video import rng
 from dit_video.diffusion import FlowMatching
 from dit_video.dit import DitConfig
@@ -23,7 +19,6 @@ from dit_video.training.denoiser import DenoiserLoss, packed_noise
 from dit_video.tree import flatten
 from rough import rough_params
 
-ROOT = Path(__file__).parents[2]
 TEXT = ByteEncoderConfig(width=8, layers=1, heads=1, max_tokens=16)
 DIT = DitConfig(channels=1, context_width=8, patch=Grid(1, 2, 2), width=12, layers=1, heads=1, mlp_ratio=2.0)
 TOKENIZE = TEXT.tokenizer()
@@ -260,18 +255,4 @@ ON_EIGHT_DEVICES = """
 
 
 def test_eight_devices_have_the_losses_of_one():
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(ON_EIGHT_DEVICES), __file__],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "done" in done.stdout
+    check_on_eight_devices(ON_EIGHT_DEVICES, __file__)

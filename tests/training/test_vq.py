@@ -1,11 +1,6 @@
 """Training autoencoders whose latents are codes: on rendered shapes, resumed, and on eight devices."""
 
 import functools
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +9,7 @@ import pytest
 from einops import rearrange
 from flax import nnx
 
+from devices import check_on_eight_devices
 from dit_video.autoencoder import (
     Adversarial,
     AutoencoderObjective,
@@ -38,7 +34,6 @@ from dit_video.training.vq import VqLoss
 from dit_video.tree import flatten
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-ROOT = Path(__file__).resolve().parents[2]
 BOOK = CodebookConfig(codes=16, width=4)
 NETWORK = ImageVaeConfig(channels=8, levels=ImageLevels(widths=(8, 16), blocks=1, groups=4, middle_attention=False))
 CLIPS = np.stack([shapes.example(index, seed=0, sizes=(Grid(1, 16, 16),)).frames for index in range(8)])
@@ -217,16 +212,9 @@ ON_EIGHT_DEVICES = """
     np.testing.assert_allclose(same, history, rtol=1e-4)
     for path, leaf in expected.items():
         np.testing.assert_allclose(found[path], leaf, rtol=1e-3, atol=1e-4, err_msg=path)
+    print("done")
 """
 
 
 def test_eight_devices_have_the_codebook_of_one():
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-    }
-    command = [sys.executable, "-c", textwrap.dedent(ON_EIGHT_DEVICES), __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    check_on_eight_devices(ON_EIGHT_DEVICES, __file__)
