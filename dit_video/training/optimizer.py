@@ -1,8 +1,9 @@
 """Optimizers from configs."""
 
 import difflib
+import functools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,7 +20,7 @@ from dit_video.tree import flatten, map_with_path
 class OptimizerConfig:
     """AdamW or Muon with warmup, a schedule and global clipping, of all parameters or of some.
 
-    Muon orthogonalises the updates of the matrices inside the blocks and brings them to one root mean square, by
+    Muon orthogonalises the updates of `matrices` and of convolutions, and brings them to one root mean square, by
     default about that of AdamW (arXiv 2502.16982, eq. 4); all other parameters get AdamW with Nesterov momentum at the
     same learning rate.
 
@@ -34,6 +35,9 @@ class OptimizerConfig:
     warmup: int = 100
     matrix_scale: float = 0.2
     """root mean square of Muon's update of a matrix, in learning rates"""
+    matrices: tuple[str, ...] = ("blocks/",)
+    """Regular expressions, found anywhere in the paths of the linear maps whose kernels are Muon's. Those of
+    convolutions always are."""
     b1: float = 0.9
     b2: float = 0.99
     weight_decay: float = 0.0
@@ -54,7 +58,7 @@ class OptimizerConfig:
                 f"an optimizer needs b1 and b2 in [0, 1), weight_decay >= 0 and clip > 0; got b1={self.b1}, "
                 f"b2={self.b2}, weight_decay={self.weight_decay}, clip={self.clip}"
             )
-        for pattern in (*self.trainable, *self.frozen):
+        for pattern in (*self.trainable, *self.frozen, *self.matrices):
             try:
                 re.compile(pattern)
             except re.error as error:
@@ -105,7 +109,7 @@ def make_optimizer(config: OptimizerConfig, *, steps: int) -> optax.GradientTran
                 adam_b1=config.b1,
                 adam_b2=config.b2,
                 adam_weight_decay=config.weight_decay,
-                muon_weight_dimension_numbers=_matrices,
+                muon_weight_dimension_numbers=functools.partial(_matrices, config.matrices),
                 consistent_rms=config.matrix_scale,
             )
     chain = optax.chain(optax.clip_by_global_norm(config.clip), main)
@@ -147,11 +151,14 @@ def _parts(path: str) -> Iterator[str]:
         yield "/".join(names[cut:])
 
 
-def _matrices(params: PyTree) -> PyTree:
-    """Which parameters Muon updates: the kernels of linear maps inside the blocks, stacked or not."""
-    axes = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+def _matrices(patterns: Sequence[str], params: PyTree) -> PyTree:
+    """How Muon sees the parameters that it updates: a convolution's kernel `[t h w i o]` maps what it sees to `o`."""
 
     def choose(path: str, leaf: Array) -> optax.contrib.MuonDimensionNumbers | None:
-        return axes if re.search(r"blocks/.*kernel$", path) and leaf.ndim <= 3 else None
+        if leaf.ndim == 5 and path.endswith("kernel"):
+            return optax.contrib.MuonDimensionNumbers(reduction_axis=(-5, -4, -3, -2), output_axis=-1)
+        if leaf.ndim <= 3 and path.endswith("kernel") and any(re.search(pattern, path) for pattern in patterns):
+            return optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+        return None
 
     return map_with_path(choose, params)

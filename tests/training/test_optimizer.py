@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -151,6 +152,25 @@ def test_layers_of_a_stack_are_orthogonalised_one_by_one():
         )
         alone = updates_of(MUON, [gradients], params)["blocks/qkv/kernel"]
         np.testing.assert_allclose(stacked[layer], alone, rtol=1e-3, atol=1e-6)
+
+
+def test_muon_takes_a_convolution_for_the_matrix_from_what_it_sees():
+    gradient = np.random.default_rng(0).normal(size=(3, 2, 2, 4, 6)).astype(np.float32)
+    found = updates_of(MUON, [tree({"conv/kernel": gradient})], tree({"conv/kernel": np.zeros_like(gradient)}))
+    matrix = np.asarray(found["conv/kernel"]).reshape(-1, 6)
+    singular = np.linalg.svd(matrix, compute_uv=False)
+    assert singular.min() > 0.5 * singular.max()
+    left, _, right = np.linalg.svd(gradient.reshape(-1, 6), full_matrices=False)
+    cosine = -(matrix * (left @ right)).sum() / np.linalg.norm(matrix) / np.linalg.norm(left @ right)
+    assert cosine > 0.95  # the nearest orthogonal matrix, but for what five iterations leave
+
+
+def test_muon_takes_the_matrices_that_it_is_told_to():
+    chosen = updates_of(dataclasses.replace(MUON, matrices=("qkv",)))
+    plain, usual = updates_of(dataclasses.replace(MUON, matrices=())), updates_of(MUON)
+    for path in MATRICES:
+        expected = usual if "qkv" in path else plain
+        np.testing.assert_allclose(chosen[path], expected[path], rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
