@@ -6,8 +6,9 @@ latent resolution. A linear path beside the network can start at the principal c
 starts where the best linear autoencoder ends.
 """
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,12 +36,23 @@ class PatchVaeConfig:
     width: int = 96
     blocks: int = 3
     """residual blocks in the encoder, and as many in the decoder"""
+    preactivated: bool = False
+    """Whether blocks are convolutions alone, each after its activation (arXiv 1603.05027), and what the network adds to
+    its linear path starts small. Steps are then a fifth cheaper, and each gains more: the choice for training in
+    minutes from principal components."""
+    start_std: float = 0.05
+    """Standard deviation of the latents' noise at the start: what the decoder can't see through doesn't get better. In
+    the units of all latents' root mean square, of which the finest have less than a tenth."""
 
     def __post_init__(self):
         if min(*self.stride, self.channels, self.width) < 1 or self.blocks < 0:
             raise UserError(
                 f"stride {tuple(self.stride)}, channels {self.channels} and width {self.width} must be at least 1, and "
                 f"blocks {self.blocks} not negative"
+            )
+        if not 0.0025 <= self.start_std <= 2.7:
+            raise UserError(
+                f"start_std {self.start_std} is outside of the posterior's standard deviations, 0.0025 to 2.7"
             )
 
     @property
@@ -60,10 +72,12 @@ class PatchVae(Vae):
         self.linear = _LinearPath(values, channels, rngs=rngs)
         self.normalizer = Normalizer(channels)
         self.encoder_in = Linear(values, width, rngs=rngs)
-        self.encoder = nnx.List([_Block(width, rngs=rngs) for _ in range(config.blocks)])
+        block = _PreactivatedBlock if config.preactivated else _Block
+        self.gains = _PREACTIVATED_GAINS if config.preactivated else _Gains()
+        self.encoder = nnx.List([block(width, rngs=rngs) for _ in range(config.blocks)])
         self.encoder_out = Linear(width, 2 * channels, init="zero", rngs=rngs)
         self.decoder_in = Linear(channels, width, rngs=rngs)
-        self.decoder = nnx.List([_Block(width, rngs=rngs) for _ in range(config.blocks)])
+        self.decoder = nnx.List([block(width, rngs=rngs) for _ in range(config.blocks)])
         self.decoder_out = Linear(width, values, init="zero", rngs=rngs)
 
     def posterior(
@@ -77,9 +91,9 @@ class PatchVae(Vae):
         x = self.encoder_in(patches)
         for block in self.encoder:
             x = block(x, memory, inside)
-        mean, log_variance = jnp.split(self.encoder_out(x), 2, axis=-1)
-        # Starts at a standard deviation of 0.05: noise that the decoder can learn to see through.
-        return Posterior(self.linear.encode(patches) + mean, jnp.clip(log_variance - 6.0, -12.0, 2.0))
+        mean, log_variance = jnp.split(self.gains.latents * self.encoder_out(x), 2, axis=-1)
+        start = 2 * math.log(self.config.start_std)
+        return Posterior(self.linear.encode(patches) + mean, jnp.clip(log_variance + start, -12.0, 2.0))
 
     def reconstruct(
         self, latents: Float[Array, "B t h w c"], memory: Memory | None = None
@@ -88,8 +102,19 @@ class PatchVae(Vae):
         x = self.decoder_in(latents)
         for block in self.decoder:
             x = block(x, memory)
-        patches = self.linear.decode(latents) + self.decoder_out(x)
+        patches = self.linear.decode(latents) + self.gains.patches * self.decoder_out(x)
         return from_patches(patches, self.config.stride, begins=memory is None or memory.begins)
+
+
+class _Gains(NamedTuple):
+    """What the network's outputs are multiplied by before they are added to the linear path's."""
+
+    latents: float = 1.0
+    patches: float = 1.0
+
+
+# What the principal components leave is a tenth of the pixels: a step of Adam or Muon should change as little.
+_PREACTIVATED_GAINS = _Gains(latents=0.3, patches=0.1)
 
 
 class _LinearPath(nnx.Module):
@@ -132,8 +157,28 @@ class _Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "B t h w D"], memory: Memory | None = None, inside: Array | None = None
     ) -> Float[Array, "B t h w D"]:
-        y = self.norm_space(x)
-        if inside is not None:  # zeros are what the convolution sees beyond a clip's border
-            y = jnp.where(inside[:, None, :, :, None] != 0, y, 0)
-        x = x + self.mix(jax.nn.silu(self.space(y)))
+        x = x + self.mix(jax.nn.silu(self.space(_masked(self.norm_space(x), inside))))
         return x + self.out(jax.nn.silu(self.time(self.norm_time(x), memory)))
+
+
+class _PreactivatedBlock(nnx.Module):
+    """Space, then time: two activations, each followed by a causal convolution, each residual."""
+
+    gain = 0.3
+    """of a convolution, so that a fresh stack of blocks is close to the identity"""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        self.norm = RmsNorm(width)
+        self.space = CausalConv(width, width, (1, 3, 3), rngs=rngs)
+        self.time = CausalConv(width, width, (3, 1, 1), rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B t h w D"], memory: Memory | None = None, inside: Array | None = None
+    ) -> Float[Array, "B t h w D"]:
+        x = x + self.gain * self.space(_masked(jax.nn.silu(self.norm(x)), inside))
+        return x + self.gain * self.time(jax.nn.silu(x), memory)
+
+
+def _masked(x: Float[Array, "B t h w D"], inside: Array | None) -> Float[Array, "B t h w D"]:
+    """Zeros beyond a clip's border, as the convolution has them."""
+    return x if inside is None else jnp.where(inside[:, None, :, :, None] != 0, x, 0)

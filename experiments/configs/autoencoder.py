@@ -5,8 +5,17 @@
 
 It starts at the principal components of the training clips' patches, the best linear autoencoder of as many numbers,
 and learns what is beyond them; the report says by how much, clip by clip. Without `--autoencoder-only` a small denoiser
-is trained on its latents. Its full length was not run yet; after a shorter run of 200 steps four clips of other scenes
-were 0.3 dB above the principal components.
+is trained on its latents.
+
+Measured on 17 real clips, four of other scenes held out, all at 17 frames of up to 192×256; 32 minutes with other jobs
+beside it, 3.1 steps a second alone:
+
+    dB                     linear  learned
+    car-detection            39.6     43.2
+    big_buck_bunny_rope      25.0     27.7
+    crystal                  31.3     33.0
+    rabbit320                30.2     31.5
+    mean                     31.5     33.8
 """
 
 from dit_video.autoencoder import AutoencoderObjective, PatchVaeConfig
@@ -21,13 +30,24 @@ from dit_video.training.optimizer import OptimizerConfig
 
 EXPERIMENT = Experiment(
     name="autoencoder",
-    data=Data(max_pixels=192 * 256, max_frames=17, fps=8.0, stretches=4),
+    data=Data(max_pixels=192 * 256, max_frames=17, stretches=4),
     autoencoder=AutoencoderTraining(
-        model=PatchVaeConfig(stride=Grid(4, 8, 8), channels=16, width=192, blocks=7),
-        windows=(WindowConfig(size=Grid(9, 64, 64), batch=8, augment=True),),
-        optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup=50),
-        steps=4000,
-        loss=AutoencoderObjective.pixels(kl=1e-6),
+        model=PatchVaeConfig(stride=Grid(4, 8, 8), channels=16, width=192, blocks=3, preactivated=True, start_std=0.01),
+        windows=(
+            WindowConfig(size=Grid(9, 64, 64), batch=8, augment=True),
+            WindowConfig(size=Grid(17, 64, 64), batch=5, augment=True),
+        ),
+        optimizer=OptimizerConfig(
+            kind="muon",
+            learning_rate=2e-3,
+            matrix_scale=0.5,
+            matrices=("coder",),
+            b2=0.95,
+            schedule="cosine",
+            warmup=30,
+        ),
+        steps=4800,
+        loss=AutoencoderObjective(squared=1.0, absolute=0.0, pyramid=0.0, frequency=0.0, temporal=0.0),
         ema_decay=0.995,
     ),
     denoiser=DenoiserTraining(

@@ -31,6 +31,7 @@ from rough import rough_params
 
 CONFIGS = {
     "patches": PatchVaeConfig(stride=Grid(2, 4, 4), channels=3, width=8, blocks=1),
+    "preactivated patches": PatchVaeConfig(stride=Grid(2, 4, 4), channels=3, width=8, blocks=1, preactivated=True),
     "levels": CausalVaeConfig(
         channels=3, width=4, multipliers=(1, 2, 2), factors=(Grid(1, 2, 2), Grid(2, 2, 2)), blocks=1
     ),
