@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from dit_video.autoencoder.interface import chunk_grid
 from dit_video.autoencoder.modulation import Guide, SpatialNorm
 from dit_video.nn import CausalConv, Linear, Memory, RmsNorm, make_attention
 from dit_video.tokens import Grid
@@ -38,6 +39,21 @@ class Places(NamedTuple):
         """The clips' numbers at the resolution of some features."""
         rows, columns = x.shape[2] // self.clips.shape[1], x.shape[3] // self.clips.shape[2]
         return jnp.repeat(jnp.repeat(self.clips, rows, axis=1), columns, axis=2)
+
+
+def placed(
+    pixels: Float[Array, "B T H W 3"],
+    stride: Grid,
+    inside: Int[Array, "B h w"] | Bool[Array, "B h w"] | None,
+    memory: Memory | None,
+) -> Places | None:
+    """Which clip each latent position of a canvas belongs to; None where clips have no canvas.
+
+    Raises:
+      UserError: pixels of a clip, or of a chunk of one, that do not fit the stride.
+    """
+    chunk_grid(Grid(*pixels.shape[1:4]), stride, begins=memory is None or memory.begins)
+    return None if inside is None else Places(inside.astype(jnp.int32))
 
 
 def _alone(x: Array, places: Places | None) -> Array:

@@ -6,9 +6,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from dit_video.autoencoder.blocks import Places
+from dit_video.autoencoder.blocks import placed
 from dit_video.autoencoder.image_blocks import Beside, ImageDecoder, ImageEncoder, ImageLevels, frame_norms
-from dit_video.autoencoder.interface import chunk_grid
 from dit_video.autoencoder.posterior import Normalizer, Posterior, Vae, check_std
 from dit_video.errors import UserError
 from dit_video.nn import Linear, Memory
@@ -81,8 +80,7 @@ class ImageVae(Vae):
         memory: Memory | None = None,
     ) -> Posterior:
         """The distribution of latents, before normalisation. See `encode` for the arguments."""
-        chunk_grid(Grid(*pixels.shape[1:4]), self.config.stride, begins=memory is None or memory.begins)
-        places = None if inside is None else Places(inside.astype(jnp.int32))
+        places = placed(pixels, self.config.stride, inside, memory)
         moments = self.encoder(pixels, places).astype(jnp.float32)
         moments = moments if self.moments is None else self.moments(moments)
         return Posterior.of_moments(moments, self.config.std)

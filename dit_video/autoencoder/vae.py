@@ -23,13 +23,13 @@ from dit_video.autoencoder.blocks import (
     averaged,
     make_norm,
     normed,
+    placed,
     repeated,
 )
-from dit_video.autoencoder.interface import chunk_grid
 from dit_video.autoencoder.modulation import Guide
 from dit_video.autoencoder.posterior import Normalizer, Posterior, Vae, check_std
 from dit_video.errors import UserError
-from dit_video.nn import CausalConv, Linear, Memory
+from dit_video.nn import CausalConv, Linear, Memory, rematerialised
 from dit_video.tokens import Grid
 
 
@@ -63,6 +63,8 @@ class CausalVaeConfig:
     autoencoder, whose latents have noise of about 3e-7: train it without a divergence."""
     bfloat16: bool = False
     """whether products are computed in bfloat16; parameters, norms and sums stay float32"""
+    remat: bool = False
+    """whether residual blocks are computed again in the backward pass, which then keeps their inputs alone"""
 
     def __post_init__(self):
         if len(self.factors) != len(self.multipliers) - 1:
@@ -144,8 +146,7 @@ class CausalVae(Vae):
         memory: Memory | None = None,
     ) -> Posterior:
         """The distribution of latents, before normalisation. See `encode` for the arguments."""
-        chunk_grid(Grid(*pixels.shape[1:4]), self.config.stride, begins=memory is None or memory.begins)
-        places = None if inside is None else Places(inside.astype(jnp.int32))
+        places = placed(pixels, self.config.stride, inside, memory)
         moments = self.moments(self.encoder(pixels, memory, places).astype(jnp.float32))
         return Posterior.of_moments(moments, self.config.std)
 
@@ -219,7 +220,8 @@ class _DownLevel(nnx.Module):
 
     def __init__(self, width_in: int, width_out: int, factors: Grid | None, config: CausalVaeConfig, *, rngs: nnx.Rngs):
         dtype = _dtype(config)
-        self.width, self.factors, self.shortcuts = width_out, factors, config.shortcuts
+        self.width, self.factors = width_out, factors
+        self.shortcuts, self.remat = config.shortcuts, config.remat
         widths = (width_in, *[width_out] * config.blocks)
         self.blocks = nnx.List([ResidualBlock(*pair, dtype=dtype, rngs=rngs) for pair in itertools.pairwise(widths)])
         self.down = None if factors is None else Down(width_out, factors, dtype=dtype, rngs=rngs)
@@ -229,7 +231,7 @@ class _DownLevel(nnx.Module):
     ) -> Float[Array, "B t h w o"]:
         y = x
         for block in self.blocks:
-            y = block(y, memory, places)
+            y = _through(block, y, memory, places, remat=self.remat)
         if self.down is not None:
             y = self.down(y, memory, places)
         if not self.shortcuts:
@@ -251,7 +253,8 @@ class _UpLevel(nnx.Module):
         rngs: nnx.Rngs,
     ):
         dtype = _dtype(config)
-        self.width, self.factors, self.shortcuts = width_out, factors, config.shortcuts
+        self.width, self.factors = width_out, factors
+        self.shortcuts, self.remat = config.shortcuts, config.remat
         widths = (width_in, *[width_out] * (config.blocks + 1))
         self.blocks = nnx.List(
             [ResidualBlock(*pair, guided=guided, dtype=dtype, rngs=rngs) for pair in itertools.pairwise(widths)]
@@ -264,7 +267,7 @@ class _UpLevel(nnx.Module):
     ) -> Float[Array, "B T H W o"]:
         y = x
         for block in self.blocks:
-            y = block(y, memory, guide=guide)
+            y = _through(block, y, memory, guide=guide, remat=self.remat)
         if self.up is None or self.factors is None:
             return y
         y = self.up(y, memory)
@@ -288,6 +291,21 @@ class _Middle(nnx.Module):
     ) -> Float[Array, "B t h w D"]:
         x = self.attention(self.before(x, memory, places, guide), places, guide)
         return self.after(x, memory, places, guide)
+
+
+def _through(
+    block: ResidualBlock,
+    x: Float[Array, "B t h w i"],
+    memory: Memory | None,
+    places: Places | None = None,
+    guide: Guide | None = None,
+    *,
+    remat: bool,
+) -> Float[Array, "B t h w o"]:
+    """A block's output; with `remat` and without a memory, which training does not have, kept is `x` alone."""
+    if not remat or memory is not None:
+        return block(x, memory, places, guide)
+    return rematerialised(lambda block, x: block(x, None, places, guide), block, x)
 
 
 def _dtype(config: CausalVaeConfig) -> jnp.dtype:

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dit_video.arrays import AnyArray
-from dit_video.autoencoder.blocks import Places
+from dit_video.autoencoder.blocks import placed
 from dit_video.autoencoder.image_blocks import (
     Beside,
     FrameNorm,
@@ -25,7 +25,6 @@ from dit_video.autoencoder.image_blocks import (
     frame_norms,
 )
 from dit_video.autoencoder.image_vae import ImageVaeConfig
-from dit_video.autoencoder.interface import chunk_grid
 from dit_video.autoencoder.modulation import Guide, SpatialNorm
 from dit_video.autoencoder.posterior import Normalizer
 from dit_video.autoencoder.quantize import Codebook, CodebookConfig, Quantized
@@ -112,8 +111,7 @@ class VqAutoencoder(nnx.Module):
         memory: Memory | None = None,
     ) -> Float[Array, "B t h w c"]:
         """Before the codebook and before normalisation. See `encode` for the arguments."""
-        chunk_grid(Grid(*pixels.shape[1:4]), self.config.stride, begins=memory is None or memory.begins)
-        places = None if inside is None else Places(inside.astype(jnp.int32))
+        places = placed(pixels, self.config.stride, inside, memory)
         if isinstance(self.encoder, ImageEncoder):
             features = self.encoder(pixels, places)
         else:
@@ -138,18 +136,7 @@ class VqAutoencoder(nnx.Module):
         inside: Bool[Array, "B h w"] | Int[Array, "B h w"] | None = None,
         memory: Memory | None = None,
     ) -> Float[Array, "B t h w c"]:
-        """Normalised latents, not quantised.
-
-        Args:
-          pixels: clips, canvases that several clips share (see `dit_video.autoencoder.canvas`), or a chunk of them:
-            1 + k * temporal stride frames of a clip's start, then multiples of the temporal stride.
-          inside: of a canvas, which clip each latent position belongs to; 0 is none. Clips, one position or more apart,
-            do not see each other: they get the latents that they get alone.
-          memory: of the chunk before.
-
-        Raises:
-          UserError: a size that does not fit the stride.
-        """
+        """Normalised latents, not quantised. See `dit_video.autoencoder.posterior.Vae.encode` for the arguments."""
         return self.normalizer.normalize(self.latents(pixels, inside, memory))
 
     def decode(self, latents: Float[Array, "B t h w c"], memory: Memory | None = None) -> Float[Array, "B T H W 3"]:

@@ -7,7 +7,7 @@ from dit_video.nn.embeddings import sinusoidal
 from dit_video.nn.linear import Linear
 from dit_video.nn.modulation import modulate
 from dit_video.nn.norms import GroupNorm, LayerNorm, RmsNorm, layer_norm
-from dit_video.nn.stack import Remat, apply_stack, make_stack
+from dit_video.nn.stack import Remat, apply_stack, make_stack, rematerialised
 
 __all__ = [
     "Attention",
@@ -30,6 +30,7 @@ __all__ = [
     "make_stack",
     "modulate",
     "param_shapes",
+    "rematerialised",
     "sinusoidal",
     "with_past",
 ]

@@ -31,3 +31,12 @@ def apply_stack(stack: nnx.Module, x: Array, *context: PyTree, remat: Remat = "n
     if remat == "full":
         body = jax.checkpoint(body, prevent_cse=False)
     return jax.lax.scan(body, x, stacked, unroll=unroll)[0]
+
+
+def rematerialised(call: Callable[[nnx.Module, Array], Array], layer: nnx.Module, x: Array) -> Array:
+    """`call(layer, x)`, computed again in the backward pass, for which `x` and the parameters alone are kept.
+
+    The CPU's compiler finds the two computations equal and keeps the first: there it saves nothing.
+    """
+    graph, params = nnx.split(layer)
+    return jax.checkpoint(lambda params, x: call(nnx.merge(graph, params), x))(params, x)

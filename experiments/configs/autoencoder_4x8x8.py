@@ -9,8 +9,8 @@ default objective, and against a discriminator in the second half. Better with L
 Of the shapes and XLA's count of the lowered step, for one clip of 17×256×256:
 
     parameters                          126.9 M, and 5.5 M of the discriminator
-    a step without, with discriminator  45.3, 45.7 TFLOP (15.1 forward)
-    kept for the backward pass          46.7 GB, nothing being computed again (3.7 GB for an image)
+    a step without, with discriminator  45.3, 45.7 TFLOP (15.1 forward, of which most is computed twice)
+    kept for the backward pass          6.5 GB, residual blocks being computed again (46.7 without; an image 0.9, 3.7)
     state                               2.1 GB: parameters, their average, Adam's moments, the discriminator's
 
 200,000 steps are about 5×10^19 FLOP.
@@ -30,7 +30,7 @@ EXPERIMENT = Experiment(
     name="autoencoder-4x8x8",
     data=Data(max_pixels=256 * 256, max_frames=17, fps=16.0, stretches=4),
     autoencoder=AutoencoderTraining(
-        model=CausalVaeConfig(bfloat16=True),
+        model=CausalVaeConfig(bfloat16=True, remat=True),
         windows=(
             WindowConfig(size=Grid(17, 256, 256), batch=BATCH),
             WindowConfig(size=Grid(17, 192, 320), batch=BATCH),

@@ -14,7 +14,7 @@ from dit_video.autoencoder import CausalVaeConfig
 from dit_video.errors import UserError
 from dit_video.nn import Memory, graph_of, param_shapes
 from dit_video.tokens import Grid
-from dit_video.tree import size
+from dit_video.tree import flatten, size
 from rough import rough_params
 
 PLAIN = CausalVaeConfig(channels=4, width=4, multipliers=(1, 2, 2), factors=(Grid(1, 2, 2), Grid(2, 2, 2)), blocks=1)
@@ -134,6 +134,28 @@ def test_bfloat16_is_near():
     near, _ = call(dataclasses.replace(config, bfloat16=True), "encode", params, None, clip)
     assert near.dtype == jnp.float32
     assert 0 < np.abs(near - latents).max() < 0.1 * np.abs(latents).max()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_rematerialisation_keeps_less_and_changes_no_gradient(name):
+    config, params, clip, *_ = setting(name)
+
+    def error(config):
+        def of_params(params):
+            model = nnx.merge(graph_of(config.make), params)
+            return jnp.square(model.decode(model.encode(jnp.asarray(clip))) - clip).mean()
+
+        return of_params
+
+    def kept(config):  # by the backward pass, beside the parameters
+        shapes = jax.eval_shape(lambda params: jax.vjp(error(config), params)[1], params)
+        return sum(leaf.size for leaf in jax.tree.leaves(shapes)) - size(params)
+
+    again = dataclasses.replace(config, remat=True)
+    assert kept(again) < 0.6 * kept(config)
+    expected, found = (flatten(jax.jit(jax.grad(error(one)))(params)) for one in (config, again))
+    for path, gradient in expected.items():
+        np.testing.assert_allclose(found[path], gradient, rtol=1e-4, atol=1e-6, err_msg=path)
 
 
 def test_a_fixed_variance():
