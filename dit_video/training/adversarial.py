@@ -86,8 +86,8 @@ def make_adversarial_step(
     """`step(state, clips) -> (state, figures)` for an `AdversarialState`, which is donated.
 
     Both players move at once, from where both stood before the step. Before `config.start` the discriminator rests, and
-    the step is that of `make_step`: two programs, between which the host chooses. (Convolutions in a branch of one
-    program take 11 times as long on XLA's CPU, measured.)
+    the step is that of `make_step`; R1 has a part in every so many steps. The host chooses among the programs of these
+    steps. (Convolutions in a branch of one program take 11 times as long on XLA's CPU, measured.)
 
     The figures are those of the loss, `against` (the autoencoder's loss against the discriminator),
     `adversarial_weight` (the adaptive one times the config's), `discriminator` (its hinge loss), `penalty` (the
@@ -101,73 +101,111 @@ def make_adversarial_step(
       ema_decay: of the moving average of the autoencoder's parameters.
       constants: further arguments of the loss; see `make_step`.
     """
-    config = rival.config
+    config, count, rest = rival.config, HostCount(), jnp.zeros(())
     alone = make_step(loss, optimizer, ema_decay=ema_decay, constants=constants)
-    move = functools.partial(_move, config, graph_of(config.make), _optimizer(config))
+    play = functools.partial(_play, loss, optimizer, rival, ema_decay)
+    programs = {
+        penalised: with_constants(jax.jit(functools.partial(play, penalised), donate_argnums=0), constants)
+        for penalised in (False, True)
+    }
 
-    def step(state, clips, *constants):
-        model, pixels = state.model, loss.pixels(clips)
+    def step(state: AdversarialState, clips: Any) -> tuple[AdversarialState, Figures]:
+        number = count(state.step)
+        if number >= config.start:
+            state, figures = programs[_is_penalised(config, number)](state, clips)
+        else:
+            model, figures = alone(state.model, clips)
+            state = AdversarialState(model=model, discriminator=state.discriminator)
+            figures |= dict.fromkeys(_FIGURES, rest)
+        count.advance(state.step)
+        return state, figures
 
-        def decode(params):
-            decoded = loss.decode(params, pixels, model.step)
-            return (decoded.pixels, decoded.bottleneck.mean()), (decoded.figures, decoded.seen)
+    return step
 
-        def compare(decoded):
-            value, figures = loss.compare(decoded, pixels, *constants)
-            return value.mean(), figures
 
-        (decoded, bottleneck), pull_back, (figures, seen) = jax.vjp(decode, model.params, has_aux=True)
-        (value, compared), wanted = jax.value_and_grad(compare, has_aux=True)(decoded)
+class HostCount:
+    """A state's step on the host: read from the device once, then counted while each state is the one before's."""
 
-        def at_last_layer(gradient):
-            (gradients,) = pull_back((gradient, jnp.zeros_like(bottleneck)))
-            return flatten(gradients)[rival.last_layer]
+    def __init__(self):
+        self._newest: Any = None
+        self._number = 0
 
-        discriminator, against, played = move(state.discriminator, decoded, pixels, wanted, at_last_layer, model.step)
-        (gradients,) = pull_back((wanted + against, jnp.ones_like(bottleneck)))
-        figures = {
-            "loss": value + bottleneck + played["adversarial_weight"] * played["against"],
-            "gradient_norm": optax.tree.norm(gradients),
-            **figures,
-            **compared,
-            **played,
-        }
-        model = following(model, gradients, optimizer, ema_decay=ema_decay)
-        model, learned = noted(loss, model, seen)
-        return AdversarialState(model=model, discriminator=discriminator), float_figures(figures | learned)
+    def __call__(self, step: Any) -> int:
+        if step is not self._newest:
+            self._number = int(step)
+        return self._number
 
-    together = with_constants(jax.jit(step, donate_argnums=0), constants)
+    def advance(self, step: Any) -> None:
+        self._newest = step
+        self._number += 1
 
-    rest = jnp.zeros(())
 
-    def choose(state, clips):
-        if config.start == 0 or int(state.step) >= config.start:
-            return together(state, clips)
-        model, figures = alone(state.model, clips)
-        return AdversarialState(model=model, discriminator=state.discriminator), figures | dict.fromkeys(_FIGURES, rest)
+def _is_penalised(config: Adversarial, step: int) -> bool:
+    return not isinstance(config.regulariser, R1) or step % config.regulariser.every == 0
 
-    return choose
+
+def _play(
+    loss: AutoencoderLoss,
+    optimizer: optax.GradientTransformation,
+    rival: Rival,
+    ema_decay: float,
+    penalised: bool,
+    state: AdversarialState,
+    clips: Any,
+    *constants: PyTree,
+) -> tuple[AdversarialState, Figures]:
+    """A step of both players."""
+    config, model, pixels = rival.config, state.model, loss.pixels(clips)
+
+    def decode(params):
+        decoded = loss.decode(params, pixels, model.step)
+        return (decoded.pixels, decoded.bottleneck.mean()), (decoded.figures, decoded.seen)
+
+    def compare(decoded):
+        value, figures = loss.compare(decoded, pixels, *constants)
+        return value.mean(), figures
+
+    (decoded, bottleneck), pull_back, (figures, seen) = jax.vjp(decode, model.params, has_aux=True)
+    (value, compared), wanted = jax.value_and_grad(compare, has_aux=True)(decoded)
+
+    def at_last_layer(gradient):
+        (gradients,) = pull_back((gradient, jnp.zeros_like(bottleneck)))
+        return flatten(gradients)[rival.last_layer]
+
+    discriminator, against, played = _move(
+        config, state.discriminator, decoded, pixels, wanted, at_last_layer, penalised
+    )
+    (gradients,) = pull_back((wanted + against, jnp.ones_like(bottleneck)))
+    figures = {
+        "loss": value + bottleneck + played["adversarial_weight"] * played["against"],
+        "gradient_norm": optax.tree.norm(gradients),
+        **figures,
+        **compared,
+        **played,
+    }
+    model = following(model, gradients, optimizer, ema_decay=ema_decay)
+    model, learned = noted(loss, model, seen)
+    return AdversarialState(model=model, discriminator=discriminator), float_figures(figures | learned)
 
 
 def _move(
     config: Adversarial,
-    graph: nnx.GraphDef,
-    optimizer: optax.GradientTransformation,
     state: DiscriminatorState,
     decoded: Float[Array, "B T H W 3"],
     pixels: Float[Array, "B T H W 3"],
     wanted: Float[Array, "B T H W 3"],
     at_last_layer: Callable[[Array], Array],
-    step: Array,
+    penalised: bool,
 ) -> tuple[DiscriminatorState, Float[Array, "B T H W 3"], Figures]:
     """The discriminator's move, the weighted gradient of the decoded pixels against it, and figures."""
+    graph, optimizer = graph_of(config.make), _optimizer(config)
 
     def judge(params, clips):
         return nnx.merge(graph, params)(clips)
 
     against, gradient = jax.value_and_grad(lambda clips: betrayed(judge(state.params, clips)).mean())(decoded)
     weight = config.weight * adaptive_weight(at_last_layer(wanted), at_last_layer(gradient))
-    own = functools.partial(_own_loss, config, judge, state.means, decoded, pixels, step)
+    own = functools.partial(_own_loss, config, judge, state.means, decoded, pixels, penalised)
     (_, figures), gradients = jax.value_and_grad(own, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     moved = DiscriminatorState(
@@ -184,7 +222,7 @@ def _own_loss(
     means: dict[str, Array],
     decoded: Array,
     pixels: Array,
-    step: Array,
+    penalised: bool,
     params: PyTree,
 ) -> tuple[Float[Array, ""], Figures]:
     """What the discriminator minimises."""
@@ -192,13 +230,9 @@ def _own_loss(
     match config.regulariser:
         case LeCam(weight=weight):
             penalty = weight * lecam(real, fake, real_mean=means["real"], decoded_mean=means["decoded"]).mean()
-        case R1(weight=weight, every=every):
-            penalty = jax.lax.cond(
-                step % every == 0,
-                lambda: 0.5 * weight * every * r1(functools.partial(judge, params), pixels).mean(),
-                lambda: jnp.zeros(()),
-            )
-        case None:
+        case R1(weight=weight, every=every) if penalised:
+            penalty = 0.5 * weight * every * r1(functools.partial(judge, params), pixels).mean()
+        case _:
             penalty = jnp.zeros(())
     value = judged(real, fake).mean()
     figures = {"discriminator": value, "penalty": penalty, "verdict_real": real.mean(), "verdict_decoded": fake.mean()}

@@ -1,6 +1,7 @@
 """A tiny autoencoder and a tinier discriminator, on two windows of four frames."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from dit_video.errors import UserError
 from dit_video.nn import graph_of
 from dit_video.tokens import Grid
 from dit_video.training import logging, trainer
-from dit_video.training.adversarial import Rival, make_adversarial_step
+from dit_video.training.adversarial import HostCount, Rival, make_adversarial_step
 from dit_video.training.autoencoder import AutoencoderLoss
 from dit_video.training.loop import LoopConfig
 from dit_video.training.state import init_state
@@ -127,6 +128,24 @@ def test_the_discriminator_learns_to_tell_them_apart_with_r1_on_every_kth_step()
     assert figures[-1]["discriminator"] < 0.7 * figures[0]["discriminator"]
     assert [found["penalty"] > 0 for found in figures] == [step % 3 == 0 for step in range(25)]
     assert states[0].discriminator.means == {}
+
+
+def test_the_device_is_asked_for_its_step_only_where_states_do_not_follow_each_other():
+    class Step:
+        def __init__(self, number):
+            self.number, self.asked = number, 0
+
+        def __int__(self):
+            self.asked += 1
+            return self.number
+
+    count, steps = HostCount(), [Step(number) for number in (7, 8, 9)]
+    for step, after in itertools.pairwise(steps):
+        assert count(step) == step.number
+        count.advance(after)
+    assert [step.asked for step in steps] == [1, 0, 0]
+    restored = Step(3)
+    assert count(restored) == 3
 
 
 class Repeated:
