@@ -6,6 +6,7 @@ ratio is that of the medians.
 
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -61,13 +62,20 @@ def _of_width(width: int, rounds: int) -> dict[str, Any]:
                 "pixels": float(np.abs(np.clip(decode(params, latents), -1, 1) - decoded).max()),
             },
             "encode": _in_turn(
-                lambda: jax.block_until_ready(encode(params, clip)), lambda: theirs.encode(theirs_clip), rounds
+                f"width {width}, encode",
+                lambda: jax.block_until_ready(encode(params, clip)),
+                lambda: theirs.encode(theirs_clip),
+                rounds,
             ),
             "decode": _in_turn(
-                lambda: jax.block_until_ready(decode(params, latents)), lambda: theirs.decode(theirs_latents), rounds
+                f"width {width}, decode",
+                lambda: jax.block_until_ready(decode(params, latents)),
+                lambda: theirs.decode(theirs_latents),
+                rounds,
             ),
         }
-    return figures | {"training step": _in_turn(_our_step(graph, params), _their_step(theirs), rounds)}
+    steps = _our_step(graph, params), _their_step(theirs)
+    return figures | {"training step": _in_turn(f"width {width}, training step", *steps, rounds)}
 
 
 def _our_step(graph: nnx.GraphDef, params: Any) -> Callable[[], None]:
@@ -103,8 +111,8 @@ def _their_step(model: AutoencoderKLWan) -> Callable[[], None]:
     return step
 
 
-def _in_turn(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int) -> dict[str, Any]:
-    """Seconds of both, after one call of each that is not counted."""
+def _in_turn(what: str, ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int) -> dict[str, Any]:
+    """Seconds of both, after one call of each that is not counted; a line of them on stderr."""
     seconds: dict[str, list[float]] = {"ours": [], "diffusers": []}
     both = (("ours", ours), ("diffusers", theirs))
     for number in range(rounds + 1):
@@ -114,6 +122,7 @@ def _in_turn(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int) ->
             if number:
                 seconds[name].append(time.perf_counter() - began)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
+    print(f"{what}: {medians['ours']:.3f} s, diffusers {medians['diffusers']:.3f} s", file=sys.stderr, flush=True)
     return {
         "ours_seconds": round(medians["ours"], 3),
         "diffusers_seconds": round(medians["diffusers"], 3),
