@@ -7,7 +7,7 @@ It starts at the principal components of the training clips' patches, the best l
 and learns what is beyond them; the report says by how much, clip by clip. Without `--autoencoder-only` a small denoiser
 is trained on its latents.
 
-Measured on 17 real clips, four of other scenes held out, all at 17 frames of up to 192×256; 32 minutes with other jobs
+Measured on 17 real clips, four of other scenes held out, all at 17 frames of up to 192×256; 33 minutes with other jobs
 beside it, 3.1 steps a second alone:
 
     dB                     linear  learned
