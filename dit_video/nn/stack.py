@@ -1,13 +1,15 @@
 """A stack of equal layers, their parameters stacked along a first axis `L`."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, TypeVar
 
 import jax
 from flax import nnx
 from jaxtyping import Array, PyTree
 
 Remat = Literal["none", "full"]
+Carried = TypeVar("Carried")
+"""what goes from layer to layer: an array, or a tree of arrays"""
 
 
 def make_stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, *, rngs: nnx.Rngs) -> nnx.Module:
@@ -15,7 +17,7 @@ def make_stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, *, rngs: nnx
     return nnx.vmap(make)(rngs.split(layers))
 
 
-def apply_stack(stack: nnx.Module, x: Array, *context: PyTree, remat: Remat = "none") -> Array:
+def apply_stack(stack: nnx.Module, x: Carried, *context: PyTree, remat: Remat = "none") -> Carried:
     """`x` through all layers in order: `x = layer(x, *context)`.
 
     GPUs and TPUs run a scan, whose compile time does not grow with depth; on CPU the loop is unrolled, which is

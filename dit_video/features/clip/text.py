@@ -1,0 +1,80 @@
+"""The text tower of CLIP (arXiv 2103.00020)."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dit_video.errors import UserError
+from dit_video.features.clip.layers import ClipLayer, ClipTower, States, make_projection
+from dit_video.nn import LayerNorm, apply_stack, make_stack
+
+_MISTAKEN_END = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipTextConfig(ClipTower):
+    """The shape of a text tower; `weights.load_clip_text` reads one from a folder."""
+
+    vocabulary: int = 49408
+    positions: int = 77
+    """the most tokens of a text, those of start and end included"""
+    end_token: int = 49407
+    """The id that a text is pooled at. Folders of before July 2023 say 2 by mistake: it stands for a text's largest id,
+    which is the end token's in their vocabularies."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_sizes("vocabulary", "positions")
+
+    def make(self, rngs: nnx.Rngs) -> "ClipText":
+        return ClipText(self, rngs=rngs)
+
+
+class TextFeatures(NamedTuple):
+    """What the text tower makes of texts."""
+
+    values: Float[Array, "B S E"]
+    """of every token, after the last norm: what a denoiser attends to"""
+    before: Float[Array, "B S E"]
+    """the penultimate hidden states: what the last layer was given, without a norm"""
+    pooled: Float[Array, "B E"]
+    """the end token's among `values`"""
+    projected: Float[Array, "B P"] | None
+    """`pooled` in the space that images share; None where the tower has no map into it"""
+
+
+class ClipText(nnx.Module):
+    """Token ids to features, one text a row; each token sees itself and those before it."""
+
+    def __init__(self, config: ClipTextConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.vocabulary, config.width)))
+        self.position = nnx.Param(0.01 * jax.random.normal(rngs.params(), (config.positions, config.width)))
+        self.blocks = make_stack(lambda r: ClipLayer(config, rngs=r), config.layers, rngs=rngs)
+        self.norm = LayerNorm(config.width, eps=config.eps)
+        self.projection = make_projection(config, rngs=rngs)
+
+    def __call__(self, ids: Int[Array, "B S"], mask: Int[Array, "B S"]) -> TextFeatures:
+        """`mask` is 0 where padding stands, which no token sees. A text stands at the positions of its row.
+
+        Raises:
+          UserError: rows of more tokens than there are positions.
+        """
+        length = ids.shape[1]
+        if length > self.config.positions:
+            raise UserError(f"CLIP's text tower reads up to {self.config.positions} tokens, not {length}; cut the text")
+        x = self.embedding[...][ids].astype(jnp.float32) + self.position[...][:length]
+        seen = jnp.tril(jnp.ones((length, length), bool)) & (mask != 0)[:, None, :]
+        states = apply_stack(self.blocks, States(last=x, before=x), seen)
+        values = self.norm(states.last)
+        pooled = jnp.take_along_axis(values, self._end(ids)[:, None, None], axis=1)[:, 0]
+        return TextFeatures(values, states.before, pooled, None if self.projection is None else self.projection(pooled))
+
+    def _end(self, ids: Int[Array, "B S"]) -> Int[Array, " B"]:
+        """Where each text has its first end token: texts may be padded with more of them."""
+        end = self.config.end_token
+        return jnp.argmax(ids if end == _MISTAKEN_END else ids == end, axis=1)

@@ -1,0 +1,48 @@
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dit_video.errors import UserError
+from dit_video.features import ClipImages, FrameEncoder
+from dit_video.features.clip import prepare
+from dit_video.nn import graph_of
+from rough import rough_params
+from tiny_clip import VISION
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+IMAGES = ClipImages(resize=12, crop=(12, 12))
+PARAMS = rough_params(VISION.make)
+FRAMES = np.random.default_rng(0).integers(0, 256, (7, 20, 31, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """Of all frames at once."""
+    return nnx.merge(graph_of(VISION.make), PARAMS)(jnp.asarray(prepare(FRAMES, IMAGES)))
+
+
+@pytest.mark.parametrize(("part", "shape"), [("values", (10, 12)), ("before", (10, 12)), ("projected", (6,))])
+def test_batches_give_each_frame_s_features(expected, part, shape):
+    encode = FrameEncoder(VISION, PARAMS, IMAGES, part=part, batch=3)
+    found = encode(FRAMES)  # two batches and a single frame
+    assert found.shape == (7, *shape)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, getattr(expected, part), atol=1e-5)
+    np.testing.assert_allclose(encode(FRAMES[:2]), getattr(expected, part)[:2], atol=1e-5)  # is filled up
+
+
+def test_what_does_not_fit():
+    with pytest.raises(UserError, match="reads 12x12, images are cropped to"):
+        FrameEncoder(VISION, PARAMS, ClipImages())
+    with pytest.raises(UserError, match="has no projection; use part='pooled'"):
+        FrameEncoder(dataclasses.replace(VISION, projection=None), PARAMS, IMAGES)
+    with pytest.raises(UserError, match="at least one frame, not 0"):
+        FrameEncoder(VISION, PARAMS, IMAGES, batch=0)
+    with pytest.raises(UserError, match="reads images of 12x12, not 12x18"):
+        FrameEncoder(VISION, PARAMS, ClipImages(resize=12, crop=None))(FRAMES)
+    with pytest.raises(UserError, match="a clip of no frames"):
+        FrameEncoder(VISION, PARAMS, IMAGES)(FRAMES[:0])
