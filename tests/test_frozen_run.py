@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import dit_video
+import tiny_clip
 from dit_video import configs
 from dit_video.data.latents import LatentSource
 from dit_video.data.source import ClipSource
@@ -17,6 +18,7 @@ from dit_video.run import Run
 from dit_video.text import FrozenTextConfig
 from dit_video.tokens import Grid
 from dit_video.training import logging
+from dit_video.weights import load_embedder
 from stand_ins import Embedder, use_embedder
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "opened")
@@ -190,6 +192,19 @@ def test_the_tool_stores_embeddings(tiny, tiny_run, encoder, tmp_path, script, m
     refused = script(tool, tiny_run, data, tmp_path / "m", "--max-text-tokens", 3)
     assert refused.code == 2
     assert "goes with --text-encoder" in refused.err
+
+
+@pytest.mark.filterwarnings("ignore:a text of")
+def test_the_tool_stores_embeddings_of_a_clip(tiny_run, tmp_path, script):
+    tiny_clip.write_clip(tmp_path / "clip")
+    tiny_clip.write_tokenizer(tmp_path / "clip")
+    data = (tiny_run / "data").resolve()
+    done = script("tools/encode_latents.py", tiny_run, data, tmp_path / "l", "--text-encoder", tmp_path / "clip")
+    assert done.code == 0, done.err
+    embedder, latents = load_embedder(tmp_path / "clip"), LatentSource(tmp_path / "l")
+    assert latents.identity["text"] == embedder.identity
+    assert max(max(lengths, default=0) for lengths in latents.text_lengths) == tiny_clip.TEXT.positions
+    np.testing.assert_allclose(latents.text(0), embedder(latents.captions[0]), rtol=2**-8, atol=2**-8)
 
 
 def test_the_tool_makes_what_a_run_with_a_frozen_encoder_asks_for(frozen_run, copy, tmp_path, script, opened):

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+import tiny_clip
 from dit_video.errors import UserError
 from dit_video.text import ByteEncoderConfig, ByteTokenizer, FrozenTextConfig
 from dit_video.text_encoder import FrozenEncoder, check_width, moved, open_tokenizer
@@ -66,6 +67,17 @@ def test_a_t5_in_its_folder(tmp_path):
     (tmp_path / "t5" / "model.safetensors").unlink()
     with pytest.raises(UserError, match=f"embeddings of width {TINY_T5.width}, the config says 8; set text width="):
         check_width(dataclasses.replace(config, width=8))
+
+
+def test_a_clip_in_its_folder(tmp_path):
+    tiny_clip.write_clip(tmp_path)
+    tiny_clip.write_tokenizer(tmp_path)
+    config = FrozenTextConfig(folder=str(tmp_path), width=tiny_clip.TEXT.width, max_tokens=12)
+    check_width(config)
+    encoder = FrozenEncoder(config)
+    np.testing.assert_array_equal(encoder("red ball"), load_embedder(tmp_path)("red ball"))
+    with pytest.raises(UserError, match="has positions for 12 tokens, not for 512; use max_tokens=12"):
+        FrozenEncoder(dataclasses.replace(config, max_tokens=512))("red ball")
 
 
 def test_the_identity_is_kept_in_a_file(config, tmp_path):

@@ -94,8 +94,8 @@ def main(
         storage: how values are stored
         views_per_file: what a process that is killed loses at most
         canvas_pixels: what a device works on at once, in pixels over all frames
-        text_encoder: the folder of a T5 or UMT5, in place of the config's own encoder
-        max_text_tokens: a longer caption is cut; as in the config, or 512
+        text_encoder: the folder of a T5, UMT5 or CLIP, in place of the config's own encoder
+        max_text_tokens: a longer caption is cut; as in the config, or the encoder's most, or 512
     """
     if (shard is None) != (shards is None):
         raise UserError(f"shard={shard} and shards={shards} are given together, or neither")
@@ -172,7 +172,7 @@ def _with_text(encoding: Encoding, folder: Path | None, max_tokens: int | None) 
     own = encoding.encode_text.config if isinstance(encoding.encode_text, FrozenEncoder) else None
     embedder = load_embedder(
         folder,
-        max_tokens=max_tokens or (512 if own is None else own.max_tokens),
+        max_tokens=max_tokens or (None if own is None else own.max_tokens),
         dtype="float32" if own is None else own.dtype,
     )
     return replace(encoding, encode_text=embedder, text_identity=embedder.identity)

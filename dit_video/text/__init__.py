@@ -1,21 +1,23 @@
 """Tokenizers and text encoders."""
 
 from dit_video.text.bytes import ByteEncoder, ByteEncoderConfig, ByteTokenizer
-from dit_video.text.embedder import Embedder
+from dit_video.text.embedder import Embedder, EncoderConfig
 from dit_video.text.frozen import FrozenText, FrozenTextConfig
 from dit_video.text.interface import Context, TextEncoder, TextEncoderConfig, TextTokens, Tokenizer
 from dit_video.text.t5 import T5Config, T5Encoder
-from dit_video.text.tokenizer import PretrainedTokenizer, clean, holds_tokenizer
+from dit_video.text.tokenizer import TOKENIZER_FILES, PretrainedTokenizer, clean, holds_tokenizer
 
 TextConfig = ByteEncoderConfig | FrozenTextConfig
 """The encoders that a denoiser is trained with."""
 
 __all__ = [
+    "TOKENIZER_FILES",
     "ByteEncoder",
     "ByteEncoderConfig",
     "ByteTokenizer",
     "Context",
     "Embedder",
+    "EncoderConfig",
     "FrozenText",
     "FrozenTextConfig",
     "PretrainedTokenizer",

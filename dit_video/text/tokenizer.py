@@ -13,12 +13,13 @@ from jaxtyping import Int32
 
 from dit_video.errors import MissingError, UserError
 
-_FILES = ("tokenizer.json", "spiece.model")
-"""one of them holds the vocabulary"""
+_FILES = (("tokenizer.json",), ("spiece.model",), ("vocab.json", "merges.txt"))
+"""that hold the vocabulary: one of these, or both of the last (CLIP's)"""
+TOKENIZER_FILES = "tokenizer.json, spiece.model, or vocab.json and merges.txt"
 
 
 class PretrainedTokenizer:
-    """A tokenizer of `transformers` from a local folder; no padding, the end token last.
+    """A tokenizer of `transformers` from a local folder; no padding, the end token last, CLIP's start token first.
 
     Letters that spell a special token, such as `</s>`, are read as that token, as in `transformers`' own pipelines.
     """
@@ -34,8 +35,9 @@ class PretrainedTokenizer:
         if max_tokens < 2:
             raise UserError(f"max_tokens {max_tokens} leaves no room for a token and the end token; use 2 or more")
         if not holds_tokenizer(folder):
-            raise MissingError(f"{folder} holds no tokenizer ({' or '.join(_FILES)}); copy the model's own files there")
-        if not (folder / _FILES[0]).is_file() and not importlib.util.find_spec("sentencepiece"):
+            raise MissingError(f"{folder} holds no tokenizer ({TOKENIZER_FILES}); copy the model's own files there")
+        alone = not (folder / "tokenizer.json").is_file() and (folder / "spiece.model").is_file()
+        if alone and not importlib.util.find_spec("sentencepiece"):
             raise UserError(
                 f"{folder} has spiece.model alone, which needs a library to be read: pip install sentencepiece, or "
                 "copy the model's tokenizer.json there too"
@@ -59,7 +61,7 @@ class PretrainedTokenizer:
         self.largest_id = max(self._tokenizer.get_vocab().values())
 
     def __call__(self, text: str) -> Int32[np.ndarray, " s"]:
-        """The ids of a text and the end token. A text of more than `max_tokens` loses its end, with a warning."""
+        """The ids of a text and its end. A text of more than `max_tokens` loses its end, with a warning."""
         ids = self._tokenizer(text, verbose=False)["input_ids"]
         if len(ids) > self.max_tokens:
             warnings.warn(
@@ -74,7 +76,7 @@ class PretrainedTokenizer:
 
 def holds_tokenizer(folder: str | os.PathLike) -> bool:
     """Whether a folder has the files that a `PretrainedTokenizer` is read from."""
-    return any((Path(folder) / name).is_file() for name in _FILES)
+    return any(all((Path(folder) / name).is_file() for name in names) for names in _FILES)
 
 
 def clean(text: str) -> str:

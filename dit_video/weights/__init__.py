@@ -1,22 +1,34 @@
 """Weights as files: safetensors, never pickle."""
 
 from dit_video.weights.autoencoders import load_autoencoder, save_autoencoder
+from dit_video.weights.clip import (
+    LoadedClip,
+    clip_text_config,
+    clip_vision_config,
+    load_clip,
+    load_clip_text,
+    load_clip_vision,
+    save_clip,
+)
+from dit_video.weights.clip_images import load_clip_images, save_clip_images
+from dit_video.weights.embedders import load_embedder, text_encoder_config
 from dit_video.weights.folders import TensorFolder
 from dit_video.weights.lpips import load_lpips, open_lpips
 from dit_video.weights.safetensors import load, load_metadata, save
-from dit_video.weights.text_encoders import (
-    LoadedEncoder,
-    load_embedder,
-    load_text_encoder,
-    save_text_encoder,
-    text_encoder_config,
-)
+from dit_video.weights.text_encoders import LoadedEncoder, load_text_encoder, save_text_encoder, t5_config
 
 __all__ = [
+    "LoadedClip",
     "LoadedEncoder",
     "TensorFolder",
+    "clip_text_config",
+    "clip_vision_config",
     "load",
     "load_autoencoder",
+    "load_clip",
+    "load_clip_images",
+    "load_clip_text",
+    "load_clip_vision",
     "load_embedder",
     "load_lpips",
     "load_metadata",
@@ -24,6 +36,9 @@ __all__ = [
     "open_lpips",
     "save",
     "save_autoencoder",
+    "save_clip",
+    "save_clip_images",
     "save_text_encoder",
+    "t5_config",
     "text_encoder_config",
 ]

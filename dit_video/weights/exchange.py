@@ -66,7 +66,7 @@ def read_foreign(
       UserError: pickled or corrupt files, or tensors that are missing, unexpected or of another shape.
     """
     wanted = trees.flatten(like)
-    shapes = {names[path].name: _shape(names[path], leaf.shape) for path, leaf in wanted.items()}
+    shapes = {names[path].name: their_shape(names[path], leaf.shape) for path, leaf in wanted.items()}
     with TensorFolder(folder, stem=stem) as tensors:
         found = {name: shape for name, shape in tensors.shapes.items() if name not in ignored}
         ours.match(Path(folder), found, shapes)
@@ -119,6 +119,6 @@ def write_foreign(
         (folder / f"{stem}.safetensors").unlink(missing_ok=True)  # an earlier one, which would be read before the index
 
 
-def _shape(foreign: Foreign, shape: tuple[int, ...]) -> tuple[int, ...]:
+def their_shape(foreign: Foreign, shape: tuple[int, ...]) -> tuple[int, ...]:
     """What shape their tensor must have."""
     return foreign.to_theirs(np.broadcast_to(np.zeros((), np.int8), shape)).shape

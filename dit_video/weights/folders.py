@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -76,6 +76,39 @@ class TensorFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._open.close()
+
+
+def model_folder(folder: str | os.PathLike, part: str) -> Path:
+    """The folder itself, or a pipeline's `part`, such as its `text_encoder`."""
+    folder = Path(folder)
+    inner = folder / part
+    return inner if not (folder / "config.json").is_file() and inner.is_dir() else folder
+
+
+def transformers_config(path: Path, what: str, kinds: Collection[str]) -> tuple[str, Any]:
+    """The model type and the config of a `config.json`; what it leaves out is what `transformers` takes.
+
+    Args:
+      path: of the file.
+      what: what is looked for, in the plural, for the message.
+      kinds: the model types that are known.
+
+    Raises:
+      MissingError: no such file.
+      UserError: another model type, or values that are none of its config's.
+    """
+    values = read_json(path)
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    if not isinstance(kind, str) or kind not in kinds:
+        raise UserError(f"{path} has model_type {kind!r}; the {what} known are {', '.join(kinds)}")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import AutoConfig
+
+    try:
+        return kind, AutoConfig.for_model(**values)
+    except Exception as error:  # its validation raises errors of several libraries
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path} is no config of a {kind} model ({reason}); copy or download it again") from error
 
 
 def _listed(folder: Path, stem: str) -> Mapping[Path, set[str] | None]:

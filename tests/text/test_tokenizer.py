@@ -5,11 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import tiny_clip
 from dit_video.errors import MissingError, UserError
 from dit_video.text import PretrainedTokenizer, clean, holds_tokenizer
 from tiny_t5 import WORDS, write_tokenizer
 
-REAL = Path(__file__).resolve().parents[3] / "shared" / "tokenizers" / "t5"
+REAL = Path(__file__).resolve().parents[3] / "shared" / "tokenizers"
+needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the shared tokenizers are not here")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,9 @@ def test_identity_is_of_the_rules(folder, tmp_path):
 def test_absent_and_damaged_files(folder, tmp_path):
     assert holds_tokenizer(folder)
     assert not holds_tokenizer(tmp_path)
-    with pytest.raises(MissingError, match=r"holds no tokenizer \(tokenizer.json or spiece.model\)"):
+    with pytest.raises(
+        MissingError, match=r"holds no tokenizer \(tokenizer.json, spiece.model, or vocab.json and merges.txt\)"
+    ):
         PretrainedTokenizer(tmp_path, max_tokens=8)
     for name, content in (("tokenizer.json", "{"), ("spiece.model", "nothing")):
         bad = tmp_path / name[:3]
@@ -83,15 +87,44 @@ def test_absent_and_damaged_files(folder, tmp_path):
         PretrainedTokenizer(folder, max_tokens=1)
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="the shared tokenizers are not here")
-def test_the_real_vocabulary():
-    tokenizer = PretrainedTokenizer(REAL, max_tokens=512)
+@needs_real
+def test_the_real_vocabulary_of_t5():
+    tokenizer = PretrainedTokenizer(REAL / "t5", max_tokens=512)
     # What the T5 paper's own tokenizer gives.
     assert tokenizer("Studies have been shown that owning a dog is good for you").tolist() == [
         *(6536, 43, 118, 2008, 24, 293, 53, 3, 9, 1782, 19, 207, 21, 25),
         1,
     ]
     assert tokenizer.largest_id == 32099
+
+
+@needs_real
+def test_the_real_vocabulary_of_clip():
+    tokenizer = PretrainedTokenizer(REAL / "clip", max_tokens=77)
+    # What CLIP's own tokenizer gives.
+    assert tokenizer("A photo  of a CAT").tolist() == [49406, 320, 1125, 539, 320, 2368, 49407]
+    assert tokenizer("hello world!").tolist() == [49406, 3306, 1002, 256, 49407]
+    assert tokenizer("").tolist() == [49406, 49407]
+    assert tokenizer.largest_id == 49407
+    with pytest.warns(UserWarning, match="a text of 102 tokens is cut to 77: 'dog dog") as caught:
+        ids = tokenizer("dog " * 100)
+    assert len(caught) == 1
+    assert ids.tolist() == [49406, *[1929] * 75, 49407]
+
+
+def test_vocabulary_and_merges_in_two_files(tmp_path):
+    tiny_clip.write_tokenizer(tmp_path)
+    tokenizer = PretrainedTokenizer(tmp_path, max_tokens=12)
+    start, end = tiny_clip.START, tiny_clip.END
+    assert tokenizer("").tolist() == [start, end]
+    words = [tokenizer(word).tolist() for word in tiny_clip.WORDS]
+    assert all(len(ids) == 3 and ids[0] == start and ids[2] == end for ids in words)
+    assert len({ids[1] for ids in words}) == len(words)
+    assert tokenizer("Red  ab").tolist() == [start, words[0][1], 0, 27, end]  # "a", and "b" as the last letter
+    (tmp_path / "merges.txt").unlink()
+    assert not holds_tokenizer(tmp_path)
+    with pytest.raises(MissingError, match="holds no tokenizer"):
+        PretrainedTokenizer(tmp_path, max_tokens=12)
 
 
 @pytest.mark.parametrize(

@@ -13,19 +13,18 @@ import safetensors.numpy
 from dit_video.errors import MissingError, UserError
 from dit_video.nn import param_shapes
 from dit_video.tree import flatten, size
-from dit_video.weights import load_embedder, load_text_encoder, save_text_encoder, text_encoder_config
+from dit_video.weights import load_text_encoder, save_text_encoder, t5_config
 from rough import rough_params
-from tiny_t5 import CONFIG, change_json, write_encoder, write_tokenizer
+from tiny_t5 import CONFIG, change_json, write_encoder
 
 SHARED = dataclasses.replace(CONFIG, activation="relu", position_bias="shared")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A folder with an encoder and its tokenizer. Read only."""
+    """A folder with an encoder. Read only."""
     folder = tmp_path_factory.mktemp("model")
     write_encoder(folder)
-    write_tokenizer(folder)
     return folder
 
 
@@ -156,11 +155,11 @@ def test_one_error_names_all_kinds_of_difference(copied):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "clip_text_model"}, "model_type 'clip_text_model'; the text encoders known are t5, umt5"),
+        ({"model_type": "clip_text_model"}, "model_type 'clip_text_model'; the T5 encoders known are t5, umt5"),
         ({"model_type": None}, "model_type None"),
         ({"feed_forward_proj": "gated-silu"}, "feed_forward_proj 'gated-silu'; gated-gelu and relu are known"),
-        ({"feed_forward_proj": "a-b-c"}, "is no config of a umt5 encoder"),
-        ({"d_model": "wide"}, "is no config of a umt5 encoder"),
+        ({"feed_forward_proj": "a-b-c"}, "is no config of a umt5 model"),
+        ({"d_model": "wide"}, "is no config of a umt5 model"),
         ({"num_heads": 0}, "at least 1, not heads 0"),
     ],
 )
@@ -202,7 +201,7 @@ def test_the_encoder_of_wan(tmp_path):
     values |= {"relative_attention_num_buckets": 32, "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
     values |= {"transformers_version": "4.48.0.dev0", "tokenizer_class": "T5Tokenizer", "_name_or_path": "umt5-xxl"}
     (tmp_path / "config.json").write_text(json.dumps(values))
-    config = text_encoder_config(tmp_path)
+    config = t5_config(tmp_path)
     assert (config.activation, config.position_bias, config.max_distance, config.eps) == (
         "gated-gelu",
         "each layer",
@@ -212,46 +211,6 @@ def test_the_encoder_of_wan(tmp_path):
     assert size(param_shapes(config.make)) == 5_680_910_336
 
 
-# --- embedders ------------------------------------------------------------------------------------------------------
-
-
-def test_an_embedder_of_a_folder(model, tmp_path):
-    embed = load_embedder(model, max_tokens=16, cache=tmp_path)
-    assert (embed.width, embed.max_tokens) == (16, 16)
-    assert embed("red ball").shape == (3, 16)
-    assert [path.name for path in tmp_path.iterdir()] == [embed.identity]
-
-
-def test_an_embedder_of_a_pipeline(model, tmp_path):
-    shutil.copytree(model, tmp_path / "text_encoder", ignore=shutil.ignore_patterns("tokenizer*"))
-    with pytest.raises(MissingError, match=r"no tokenizer.json or spiece.model in .*text_encoder or .*tokenizer"):
-        load_embedder(tmp_path / "text_encoder")
-    write_tokenizer(tmp_path / "tokenizer")
-    inner, outer, alone = map(load_embedder, (tmp_path / "text_encoder", tmp_path, model))
-    assert inner.identity == outer.identity == alone.identity
-    np.testing.assert_array_equal(inner("red ball"), alone("red ball"))
-
-
-def test_identity_is_of_all_that_an_embedding_depends_on(model, copied):
-    identities = [
-        load_embedder(model).identity,
-        load_embedder(model, max_tokens=16).identity,
-        load_embedder(model, dtype="bfloat16").identity,
-    ]
-    change_json(copied / "config.json", relative_attention_max_distance=13)
-    identities.append(load_embedder(copied).identity)
-    write_encoder(copied, seed=1)
-    identities.append(load_embedder(copied).identity)
-    write_encoder(copied)
-    assert load_embedder(copied).identity == identities[0]
-    (copied / "tokenizer.json").write_text((copied / "tokenizer.json").read_text().replace("▁ball", "▁bowl"))
-    identities.append(load_embedder(copied).identity)
-    assert len(set(identities)) == len(identities)
-
-
-def test_folders_that_hold_no_encoder(tmp_path):
+def test_a_folder_that_holds_no_encoder(tmp_path):
     with pytest.raises(MissingError, match=r"no such file: .*config.json"):
         load_text_encoder(tmp_path)
-    write_tokenizer(tmp_path)
-    with pytest.raises(MissingError, match=r"no such file: .*config.json"):
-        load_embedder(tmp_path)

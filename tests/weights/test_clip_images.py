@@ -1,0 +1,75 @@
+import json
+
+import pytest
+
+from dit_video.errors import MissingError, UserError
+from dit_video.features import ClipImages
+from dit_video.weights import load_clip_images, save_clip_images
+
+# As openai/clip-vit-large-patch14 and Wan 2.1 have it.
+OLD = {"crop_size": 224, "do_center_crop": True, "do_normalize": True, "do_resize": True, "resample": 3, "size": 224}
+OLD |= {"feature_extractor_type": "CLIPFeatureExtractor"}
+NEW = {"image_processor_type": "CLIPImageProcessor", "rescale_factor": 0.00392156862745098, "do_rescale": True}
+NEW |= {"crop_size": {"height": 224, "width": 224}, "size": {"shortest_edge": 224}, "do_convert_rgb": True}
+
+
+def write(folder, values, name="preprocessor_config.json"):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("values", [OLD, NEW], ids=["old", "new"])
+def test_published_settings(tmp_path, values):
+    write(tmp_path, values)
+    assert load_clip_images(tmp_path) == ClipImages()
+
+
+def test_places(tmp_path):
+    write(tmp_path / "image_processor", NEW | {"size": {"shortest_edge": 30}})
+    write(tmp_path / "other", {"image_processor": NEW, "processor_class": "CLIPProcessor"}, "processor_config.json")
+    (tmp_path / "image_encoder").mkdir()
+    assert load_clip_images(tmp_path) == load_clip_images(tmp_path / "image_encoder") == ClipImages(resize=30)
+    assert load_clip_images(tmp_path / "other") == ClipImages()
+    with pytest.raises(MissingError, match=r"has no preprocessor_config.json, nor has image_processor or feature"):
+        load_clip_images(tmp_path / "image_encoder" / "deeper")
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        ClipImages(),
+        ClipImages(resize=(30, 40), crop=None, mean=(0.5, 0.25, 0.1), std=(0.5, 0.5, 0.3)),
+        ClipImages(resize=None, crop=(20, 30)),
+    ],
+)
+def test_a_round_trip(tmp_path, images):
+    save_clip_images(tmp_path / "new", images)
+    assert load_clip_images(tmp_path / "new") == images
+
+
+def test_without_scaled_colours(tmp_path):
+    write(tmp_path, NEW | {"do_normalize": False, "do_resize": False, "do_center_crop": False})
+    found = load_clip_images(tmp_path)
+    assert found == ClipImages(resize=None, crop=None, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_processor_type": "SiglipImageProcessor"}, "SiglipImageProcessor; those known here are CLIPImagePro"),
+        ({"image_processor_type": None}, "class None; those known"),
+        ({"resample": 2}, r"resample 2; only 3 \(bicubic\)"),
+        ({"do_rescale": False}, "do_rescale False"),
+        ({"rescale_factor": 1 / 127.5}, "rescale_factor 0.0078"),
+        ({"size": {"longest_edge": 30}}, "size {'longest_edge': 30}; a height and a width"),
+        ({"size": {"shortest_edge": 30, "longest_edge": 50}}, "a height and a width are known, or the shortest_edge"),
+        ({"crop_size": {"shortest_edge": 30}}, "crop_size"),
+        ({"image_mean": [0.5]}, r"a mean or a deviation of \[0.5\]"),
+        ({"image_std": [0.5, 0, 0.5]}, "must be above 0"),
+    ],
+)
+def test_settings_that_are_not_known(tmp_path, change, message):
+    write(tmp_path, NEW | change)
+    with pytest.raises(UserError, match=message) as caught:
+        load_clip_images(tmp_path)
+    assert "\n" not in str(caught.value)
