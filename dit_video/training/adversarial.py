@@ -109,7 +109,7 @@ def make_adversarial_step(
         for penalised in (False, True)
     }
 
-    def step(state: AdversarialState, clips: Any) -> tuple[AdversarialState, Figures]:
+    def step(state, clips):
         number = count(state.step)
         if number >= config.start:
             state, figures = programs[_is_penalised(config, number)](state, clips)
