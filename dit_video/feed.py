@@ -202,5 +202,4 @@ def _reading(experiment: Experiment, start: int, mixed: Mixture | None, *, threa
 
 
 def _cost(dit: DitConfig) -> Cost:
-    """Six D² of attention and cross attention, and the two matrices of the MLP."""
-    return Cost.of_width(dit.width, matrices=6 + 2 * dit.mlp_ratio)
+    return Cost.of_width(dit.width, matrices=dit.matrices)

@@ -1,5 +1,25 @@
 """Denoisers."""
 
-from dit_video.dit.model import Dit, DitConfig, packed_denoise
+from dit_video.dit.conditioning import ClassLabels, CrossAttention, Given, JointAttention, NoContext, PooledContext
+from dit_video.dit.config import DitConfig
+from dit_video.dit.denoise import packed_denoise
+from dit_video.dit.model import Dit
+from dit_video.dit.positions import EndDistances, Factorised, SineCosine
+from dit_video.dit.wan import WanDit, WanDitConfig
 
-__all__ = ["Dit", "DitConfig", "packed_denoise"]
+__all__ = [
+    "ClassLabels",
+    "CrossAttention",
+    "Dit",
+    "DitConfig",
+    "EndDistances",
+    "Factorised",
+    "Given",
+    "JointAttention",
+    "NoContext",
+    "PooledContext",
+    "SineCosine",
+    "WanDit",
+    "WanDitConfig",
+    "packed_denoise",
+]

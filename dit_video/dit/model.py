@@ -1,83 +1,32 @@
 """The spacetime diffusion transformer over packed rows.
 
-Blocks as in DiT (arXiv 2212.09748) with text by cross-attention as in PixArt (arXiv 2310.00426); the modulation is
-projected once and shared, each block adding its own table, as in Wan 2.1.
+Blocks as in DiT (arXiv 2212.09748) with text by cross-attention as in PixArt (arXiv 2310.00426), if the config says
+nothing else; the modulation is projected once and shared, each block adding its own table, as in Wan 2.1.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dit_video.arrays import AnyArray
-from dit_video.errors import UserError
-from dit_video.nn import (
-    Attention,
-    Backend,
-    Linear,
-    Remat,
-    RmsNorm,
-    apply_stack,
-    layer_norm,
-    make_attention,
-    make_stack,
-    modulate,
-    sinusoidal,
-)
-from dit_video.tokens import Grid, Rotary3d, rotary_angles, rotate, segment_max, segment_mean, to_tokens
+from dit_video.dit.blocks import make_block, spread
+from dit_video.dit.conditioning import CrossAttention, Given, JointAttention
+from dit_video.dit.config import DitConfig
+from dit_video.nn import Linear, apply_stack, make_stack, modulate, sinusoidal
+from dit_video.tokens import Rotary3d, rotary_angles, segment_mean, to_tokens
 
-_TIME_SCALE = 1000.0
+TIME_SCALE = 1000.0
 """Diffusion time runs over [0, 1]; sinusoidal embeddings are made for steps of about one."""
 
-_POSITION_WIDTH = 32
-"""of the sines and cosines of one distance"""
 
+class _Sequence(NamedTuple):
+    """A row's tokens, with the registers of every segment behind them."""
 
-@dataclass(frozen=True, kw_only=True)
-class DitConfig:
-    """A denoiser's shape.
-
-    Raises:
-      UserError: heads that do not divide the width, or a rotary split that does not add up to the head width.
-    """
-
-    channels: int
-    """latent channels"""
-    context_width: int
-    """width of the text encoder (E)"""
-    patch: Grid = Grid(1, 2, 2)
-    width: int = 384
-    layers: int = 6
-    heads: int = 6
-    mlp_ratio: float = 4.0
-    rotary: Rotary3d | None = None
-    """None: `Rotary3d.even` of the head width"""
-    absolute_position: Literal["sinusoidal", "none"] = "sinusoidal"
-    """Rotary positions are relative: from noise alone, attention cannot tell where in the clip a token lies. This adds
-    each token's distance to both ends of its clip, along each axis."""
-    attention: Backend = "auto"
-    dtype: str = "float32"
-    """of the matrix products; norms, modulation and the residual stream are float32"""
-    remat: Remat = "none"
-
-    def __post_init__(self):
-        if self.heads < 1 or self.width % self.heads:
-            raise UserError(f"width {self.width} must be divisible by its {self.heads} heads, at least 1")
-        rotary = Rotary3d.even(self.width // self.heads) if self.rotary is None else self.rotary
-        rotary.check(self.width // self.heads)
-        object.__setattr__(self, "rotary", rotary)
-
-    @property
-    def token_width(self) -> int:
-        """Values of one token (p)."""
-        return self.patch.volume * self.channels
-
-    def make(self, rngs: nnx.Rngs) -> "Dit":
-        return Dit(self, rngs=rngs)
+    x: Float[Array, "B N D"]
+    segments: Int[Array, "B N"]
+    coordinates: Float[Array, "B N 3"]
+    token_time: Float[Array, "B N"] | None
 
 
 class Dit(nnx.Module):
@@ -87,15 +36,26 @@ class Dit(nnx.Module):
         self.config = config
         width, dtype = config.width, jnp.dtype(config.dtype)
         self.embed = Linear(config.token_width, width, dtype=dtype, rngs=rngs)
-        if config.absolute_position == "sinusoidal":
-            self.position = Linear(6 * _POSITION_WIDTH, width, dtype=dtype, rngs=rngs)
+        if config.absolute_position is not None:
+            self.position = config.absolute_position.make(width, dtype=dtype, rngs=rngs)
         self.time_in, self.time_out = Linear(256, width, rngs=rngs), Linear(width, width, rngs=rngs)
-        self.context_in = Linear(config.context_width, width, dtype=dtype, rngs=rngs)
-        self.context_pooled = Linear(config.context_width, width, rngs=rngs)
-        self.modulation = Linear(width, 6 * width, init="zero", rngs=rngs)
-        self.blocks = make_stack(lambda r: Block(config, rngs=r), config.layers, rngs=rngs)
+        if isinstance(config.context, CrossAttention | JointAttention):
+            self.context_in = Linear(config.context_width, width, dtype=dtype, rngs=rngs)
+        if config.context.pooled:
+            self.context_pooled = Linear(config.context_width, width, rngs=rngs)
+        if config.modulation == "shared":
+            self.modulation = Linear(width, 6 * width, init="zero", rngs=rngs)
+        self.blocks = make_stack(lambda r: make_block(config, rngs=r), config.layers, rngs=rngs)
         self.head_modulation = Linear(width, 2 * width, init="zero", rngs=rngs)
         self.head = Linear(width, config.token_width, init="zero", rngs=rngs)
+        normal = nnx.initializers.normal(0.02)
+        if config.given_channels:
+            # From zero: a model that is given more than it was trained with begins as it was.
+            self.given = Linear(config.given_width, width, bias=False, init="zero", dtype=dtype, rngs=rngs)
+        if config.registers:
+            self.registers = nnx.Param(normal(rngs.params(), (config.registers, width), jnp.float32))
+        if config.labels is not None:
+            self.labels = nnx.Param(normal(rngs.params(), (config.labels.classes + 1, width), jnp.float32))
 
     def __call__(
         self,
@@ -104,122 +64,116 @@ class Dit(nnx.Module):
         *,
         segments: Int[Array, "B N"],
         coordinates: Float[Array, "B N 3"],
-        context: Float[Array, "B S E"],
-        context_segments: Int[Array, "B S"],
+        context: Float[Array, "B S E"] | None,
+        context_segments: Int[Array, "B S"] | None,
+        given: Given = Given(),
     ) -> Float[Array, "B N p"]:
-        """Predict from noisy tokens at one diffusion time per segment (0 = data, 1 = noise)."""
-        condition = self.condition(time, context, context_segments)
-        modulation = self.modulation(condition).reshape(*condition.shape[:2], 6, -1)
-        assert self.config.rotary is not None  # the config fills it in
-        angles = rotary_angles(coordinates, self.config.rotary)
-        x = self.embed(noisy)
-        if self.config.absolute_position == "sinusoidal":
-            x = x + self.position(_distances(coordinates, segments, count=time.shape[1]))
-        x = apply_stack(
-            self.blocks,
-            x.astype(jnp.float32),
-            to_tokens(modulation, segments),
-            angles,
-            segments,
-            self.context_in(context),
-            context_segments,
-            remat=self.config.remat,
-        )
-        shift, scale = jnp.split(to_tokens(self.head_modulation(condition), segments), 2, axis=-1)
-        return self.head(modulate(x, shift, scale))
+        """Predict from noisy tokens at one diffusion time per segment (0 = data, 1 = noise).
 
-    def condition(
+        Raises:
+          UserError: something is given that the config does not ask for, or the other way round.
+        """
+        given.check(*self._wanted())
+        still = self._still(context, context_segments, given.labels, count=time.shape[1])
+        of_segments = of_tokens = nnx.silu(self._time(time) + still)
+        row = self._sequence(noisy, time, segments, coordinates, given)
+        if row.token_time is not None:
+            of_tokens = nnx.silu(self._time(row.token_time) + to_tokens(still, row.segments))
+        x = self._through_blocks(row, of_segments, of_tokens, context, context_segments)
+        shift_scale = self.head_modulation(of_tokens)
+        if row.token_time is None:
+            shift_scale = to_tokens(shift_scale, segments)
+        shift, scale = jnp.split(shift_scale[:, : noisy.shape[1]], 2, axis=-1)
+        return self.head(modulate(x[:, : noisy.shape[1]], shift, scale))
+
+    def _wanted(self) -> list[str]:
+        config = self.config
+        wanted = {
+            "token_time": config.time == "token",
+            "latents": config.given_channels > 0,
+            "labels": config.labels is not None,
+        }
+        return [name for name, needed in wanted.items() if needed]
+
+    def _time(self, time: Float[Array, "*batch"]) -> Float[Array, "*batch D"]:
+        return self.time_out(nnx.silu(self.time_in(sinusoidal(TIME_SCALE * time, 256))))
+
+    def _still(
         self,
+        context: Float[Array, "B S E"] | None,
+        context_segments: Int[Array, "B S"] | None,
+        labels: Int[Array, "B G"] | None,
+        *,
+        count: int,
+    ) -> Float[Array, "B G D"] | Float[Array, ""]:
+        """What modulates a segment whatever the time: the mean of its context, and its class."""
+        still: Array = jnp.zeros(())
+        if self.config.context.pooled:
+            assert context is not None
+            assert context_segments is not None
+            still = self.context_pooled(segment_mean(context.astype(jnp.float32), context_segments, count=count))
+        if labels is not None:
+            still = still + self.labels[...][labels]
+        return still
+
+    def _sequence(
+        self,
+        noisy: Float[Array, "B N p"],
         time: Float[Array, "B G"],
-        context: Float[Array, "B S E"],
-        context_segments: Int[Array, "B S"],
-    ) -> Float[Array, "B G D"]:
-        """What modulates a segment: its time and the mean of its context."""
-        embedded = self.time_out(nnx.silu(self.time_in(sinusoidal(_TIME_SCALE * time, 256))))
-        pooled = segment_mean(context.astype(jnp.float32), context_segments, count=time.shape[1])
-        return nnx.silu(embedded + self.context_pooled(pooled))
-
-
-def _distances(
-    coordinates: Float[Array, "B N 3"], segments: Int[Array, "B N"], *, count: int
-) -> Float[Array, "B N position"]:
-    """Sines and cosines of the distances to the first and to the last token of the segment along each axis."""
-    extent = jnp.stack([segment_max(coordinates[..., axis], segments, count=count) for axis in range(3)], axis=-1)
-    both = jnp.concatenate([coordinates, to_tokens(extent, segments) - coordinates], axis=-1)
-    return sinusoidal(both, _POSITION_WIDTH, period=100.0).reshape(*both.shape[:2], -1)
-
-
-def packed_denoise(
-    dit: Dit,
-    *,
-    segments: Int[AnyArray, "B N"],
-    coordinates: Float[AnyArray, "B N 3"],
-    context: Float[Array, "B S E"],
-    context_segments: Int[Array, "B S"],
-    count: int,
-) -> Callable[[Float[Array, "B N p"], Float[Array, "B N"]], Float[Array, "B N p"]]:
-    """`denoise(noisy, time)` of rows with up to `count` segments; all tokens of a segment have one time."""
-    segments, coordinates = jnp.asarray(segments), jnp.asarray(coordinates)
-
-    def denoise(noisy, time):
-        return dit(
-            noisy,
-            segment_max(time, segments, count=count),
-            segments=segments,
-            coordinates=coordinates,
-            context=context,
-            context_segments=context_segments,
-        )
-
-    return denoise
-
-
-class Block(nnx.Module):
-    """Self-attention among a segment's tokens, cross-attention to its context, and a gelu MLP."""
-
-    def __init__(self, config: DitConfig, *, rngs: nnx.Rngs):
-        width, dtype = config.width, jnp.dtype(config.dtype)
-        hidden = int(width * config.mlp_ratio)
-        self.heads = config.heads
-        self.attention: Attention = make_attention(config.attention)
-        self.table = nnx.Param(jnp.zeros((6, width), jnp.float32))
-        self.qkv = Linear(width, 3 * width, dtype=dtype, rngs=rngs)
-        self.query_norm, self.key_norm = RmsNorm(width // config.heads), RmsNorm(width // config.heads)
-        self.out = Linear(width, width, dtype=dtype, rngs=rngs)
-        self.cross_query = Linear(width, width, dtype=dtype, rngs=rngs)
-        self.cross_key_value = Linear(width, 2 * width, dtype=dtype, rngs=rngs)
-        self.cross_query_norm, self.cross_key_norm = RmsNorm(width // config.heads), RmsNorm(width // config.heads)
-        self.cross_out = Linear(width, width, init="zero", dtype=dtype, rngs=rngs)
-        self.up = Linear(width, hidden, dtype=dtype, rngs=rngs)
-        self.down = Linear(hidden, width, dtype=dtype, rngs=rngs)
-
-    def __call__(
-        self,
-        x: Float[Array, "B N D"],
-        modulation: Float[Array, "B N 6 D"],
-        angles: Float[Array, "B N half"],
         segments: Int[Array, "B N"],
-        context: Float[Array, "B S D"],
-        context_segments: Int[Array, "B S"],
-    ) -> Float[Array, "B N D"]:
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (
-            modulation[:, :, index] + self.table[...][index] for index in range(6)
+        coordinates: Float[Array, "B N 3"],
+        given: Given,
+    ) -> _Sequence:
+        config = self.config
+        x = self.embed(noisy)
+        if given.latents is not None:
+            x = x + self.given(given.latents)
+        if config.absolute_position is not None:
+            features = config.absolute_position.features(coordinates, segments, count=time.shape[1], width=config.width)
+            x = x + (features if self.position is None else self.position(features))
+        row = _Sequence(x.astype(jnp.float32), segments, coordinates, given.token_time)
+        if not config.registers:
+            return row
+        rows, count = time.shape
+        ids = jnp.tile(jnp.repeat(jnp.arange(1, count + 1, dtype=segments.dtype), config.registers), (rows, 1))
+        registers = _Sequence(
+            jnp.tile(self.registers[...], (rows, count, 1)),
+            ids,
+            jnp.zeros((*ids.shape, 3), coordinates.dtype),
+            None if given.token_time is None else to_tokens(time, ids),
         )
-        x = x + gate * self._self_attention(modulate(x, shift, scale), angles, segments)
-        x = x + self._cross_attention(layer_norm(x), segments, context, context_segments)
-        hidden = jax.nn.gelu(self.up(modulate(x, mlp_shift, mlp_scale)), approximate=True)
-        return x + mlp_gate * self.down(hidden).astype(jnp.float32)
+        joined = [jnp.concatenate(pair, axis=1) for pair in zip(row[:3], registers[:3], strict=True)]
+        if registers.token_time is None:
+            return _Sequence(*joined, None)
+        return _Sequence(*joined, jnp.concatenate([given.token_time, registers.token_time], axis=1))
 
-    def _self_attention(self, x, angles, segments):
-        qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.heads, -1)
-        q = rotate(self.query_norm(qkv[:, :, 0]), angles)
-        k = rotate(self.key_norm(qkv[:, :, 1]), angles)
-        mixed = self.attention(q, k, qkv[:, :, 2], q_segments=segments, kv_segments=segments)
-        return self.out(mixed.reshape(x.shape)).astype(jnp.float32)
+    def _through_blocks(
+        self,
+        row: _Sequence,
+        of_segments: Float[Array, "B G D"],
+        of_tokens: Float[Array, "B M D"],
+        context: Float[Array, "B S E"] | None,
+        context_segments: Int[Array, "B S"] | None,
+    ) -> Float[Array, "B T D"]:
+        """All tokens after the last block, those of a joint context at the end."""
+        config = self.config
+        angles = rotary_angles(row.coordinates, config.rotary) if isinstance(config.rotary, Rotary3d) else None
+        modulation = self._modulation(of_tokens, row.segments, per_token=row.token_time is not None)
+        x, third = row.x, None
+        if isinstance(config.context, CrossAttention):
+            third = self.context_in(context)
+        elif isinstance(config.context, JointAttention):
+            x = jnp.concatenate([x, self.context_in(context).astype(jnp.float32)], axis=1)
+            third = self._modulation(of_segments, context_segments, per_token=False)
+        return apply_stack(
+            self.blocks, x, modulation, angles, row.segments, third, context_segments, remat=config.remat
+        )
 
-    def _cross_attention(self, x, segments, context, context_segments):
-        q = self.cross_query_norm(self.cross_query(x).reshape(*x.shape[:2], self.heads, -1))
-        key_value = self.cross_key_value(context).reshape(*context.shape[:2], 2, self.heads, -1)
-        k = self.cross_key_norm(key_value[:, :, 0])
-        mixed = self.attention(q, k, key_value[:, :, 1], q_segments=segments, kv_segments=context_segments)
-        return self.cross_out(mixed.reshape(x.shape)).astype(jnp.float32)
+    def _modulation(
+        self, condition: Float[Array, "B M D"], segments: Int[Array, "B N"], *, per_token: bool
+    ) -> Float[Array, "B N 6 D"] | Float[Array, "B M D"]:
+        """The shared one of every token; or the condition, which each block projects for itself."""
+        if self.config.modulation == "own":
+            return condition
+        projected = self.modulation(condition).reshape(*condition.shape[:2], 6, -1)
+        return spread(projected, segments, per_token=per_token)

@@ -14,7 +14,7 @@ from dit_video.tokens.packing import (
     unpack,
 )
 from dit_video.tokens.patchify import Grid, patchify, token_grid, unpatchify
-from dit_video.tokens.rotary import Rotary3d, rotary_angles, rotate
+from dit_video.tokens.rotary import Rotary3d, even_split, rotary_angles, rotate
 
 __all__ = [
     "Grid",
@@ -24,6 +24,7 @@ __all__ = [
     "Rows",
     "coordinates",
     "empty_row",
+    "even_split",
     "pack",
     "patchify",
     "positions",

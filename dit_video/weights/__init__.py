@@ -11,6 +11,7 @@ from dit_video.weights.clip import (
     save_clip,
 )
 from dit_video.weights.clip_images import load_clip_images, save_clip_images
+from dit_video.weights.denoisers import load_denoiser, save_denoiser
 from dit_video.weights.embedders import load_embedder, text_encoder_config
 from dit_video.weights.folders import TensorFolder
 from dit_video.weights.lpips import load_lpips, open_lpips
@@ -29,6 +30,7 @@ __all__ = [
     "load_clip_images",
     "load_clip_text",
     "load_clip_vision",
+    "load_denoiser",
     "load_embedder",
     "load_lpips",
     "load_metadata",
@@ -38,6 +40,7 @@ __all__ = [
     "save_autoencoder",
     "save_clip",
     "save_clip_images",
+    "save_denoiser",
     "save_text_encoder",
     "t5_config",
     "text_encoder_config",

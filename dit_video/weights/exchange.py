@@ -6,7 +6,7 @@ libraries write them.
 """
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import numpy as np
 from einops import rearrange
 
 from dit_video import tree as trees
+from dit_video.errors import UserError
 from dit_video.files import write_json
 from dit_video.weights import safetensors as ours
 from dit_video.weights.folders import TensorFolder
@@ -25,17 +26,29 @@ class Foreign(NamedTuple):
     """Where a parameter lies in another project's files."""
 
     name: str
+    """for a stack of layers with `{}` in the place of a layer's number"""
     pattern: str = ""
     """an einops pattern from theirs to ours, such as `o i -> i o`; empty where the layouts are the same"""
+    sizes: tuple[tuple[str, int], ...] = ()
+    """of axes that the pattern splits or joins, where the arrays don't tell"""
+    layers: int | None = None
+    """how many layers our parameter has along its first axis, each a tensor of theirs; None: it is one tensor"""
+
+    @property
+    def names(self) -> list[str]:
+        """of their tensors, in order"""
+        return [self.name] if self.layers is None else [self.name.format(layer) for layer in range(self.layers)]
 
     def to_ours(self, array: np.ndarray) -> np.ndarray:
-        return rearrange(array, self.pattern) if self.pattern else array
+        """One of their tensors in our layout."""
+        return rearrange(array, self.pattern, **dict(self.sizes)) if self.pattern else array
 
     def to_theirs(self, array: np.ndarray) -> np.ndarray:
+        """The inverse: of a stack, one layer."""
         if not self.pattern:
             return array
         theirs, ours = self.pattern.split("->")
-        return rearrange(array, f"{ours} -> {theirs}")
+        return rearrange(array, f"{ours} -> {theirs}", **dict(self.sizes))
 
 
 Names = Mapping[str, Foreign]
@@ -50,6 +63,7 @@ def read_foreign(
     *,
     ignored: Collection[str] = (),
     dtype: Any = np.float32,
+    place: Callable[[str, np.ndarray], Any] = lambda path, array: array,
 ) -> Any:
     """Our parameters from another project's folder, tensor by tensor.
 
@@ -60,23 +74,50 @@ def read_foreign(
       like: our parameters' shapes: a tree of `jax.ShapeDtypeStruct`, whose structure the result has.
       ignored: their tensors that are of no use here; all others must be mapped.
       dtype: floating tensors are cast to it; None keeps the file's.
+      place: what becomes of a parameter as soon as it is read, by its path: it may be laid out on devices, so that the
+        host never holds all of them.
 
     Raises:
       MissingError: no such folder, or no such file in it.
       UserError: pickled or corrupt files, or tensors that are missing, unexpected or of another shape.
     """
-    wanted = trees.flatten(like)
-    shapes = {names[path].name: their_shape(names[path], leaf.shape) for path, leaf in wanted.items()}
+    shapes = {
+        name: their_shape(names[path], leaf.shape)
+        for path, leaf in trees.flatten(like).items()
+        for name in names[path].names
+    }
     with TensorFolder(folder, stem=stem) as tensors:
         found = {name: shape for name, shape in tensors.shapes.items() if name not in ignored}
         ours.match(Path(folder), found, shapes)
 
-        def read(path: str, _: Any) -> np.ndarray:
-            foreign = names[path]
-            array = tensors.read(foreign.name)
-            return np.ascontiguousarray(foreign.to_ours(array.astype(ours.stored(array.dtype, dtype), copy=False)))
+        def read(name: str, foreign: Foreign) -> np.ndarray:
+            array = tensors.read(name)
+            return foreign.to_ours(array.astype(ours.stored(array.dtype, dtype), copy=False))
 
-        return trees.map_with_path(read, like)
+        def parameter(path: str, leaf: Any) -> Any:
+            foreign = names[path]
+            if foreign.layers is None:
+                return place(path, np.ascontiguousarray(read(foreign.name, foreign)))
+            return place(path, _stacked(Path(folder), foreign.names, leaf.shape, lambda name: read(name, foreign)))
+
+        return trees.map_with_path(parameter, like)
+
+
+def _stacked(folder: Path, names: list[str], shape: tuple[int, ...], read: Callable[[str], np.ndarray]) -> np.ndarray:
+    """All layers in one array, each read into its place: memory never holds them twice."""
+    whole: np.ndarray | None = None
+    for index, name in enumerate(names):
+        layer = read(name)
+        if whole is None:
+            whole = np.empty(shape, layer.dtype)
+        if layer.dtype != whole.dtype:
+            raise UserError(
+                f"{folder}: {name} is {layer.dtype} and {names[0]} {whole.dtype}, layers must have one dtype; "
+                "read them as float32"
+            )
+        whole[index] = layer
+    assert whole is not None
+    return whole
 
 
 def write_foreign(
@@ -94,7 +135,11 @@ def write_foreign(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    leaves = {names[path].name: (names[path], leaf) for path, leaf in trees.flatten(params).items()}
+    leaves = {
+        name: (names[path], leaf if names[path].layers is None else leaf[layer])
+        for path, leaf in trees.flatten(params).items()
+        for layer, name in enumerate(names[path].names)
+    }
     shards: list[list[str]] = [[]]
     used = 0
     for name in sorted(leaves):
@@ -120,5 +165,6 @@ def write_foreign(
 
 
 def their_shape(foreign: Foreign, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """What shape their tensor must have."""
-    return foreign.to_theirs(np.broadcast_to(np.zeros((), np.int8), shape)).shape
+    """What shape their tensor must have, for a stack each of theirs."""
+    one = shape if foreign.layers is None else shape[1:]
+    return foreign.to_theirs(np.broadcast_to(np.zeros((), np.int8), one)).shape

@@ -91,7 +91,7 @@ def changed(value: Any, path: str, new: Any) -> Any:
         raise UserError(f"there is no {name!r} to set; use one of {', '.join(fields)}")
     old = fields[name]
     new = changed(old, rest, new) if rest else Grid(*new) if isinstance(old, Grid) else new
-    follows = {"rotary": None} if isinstance(value, DitConfig) and name in ("width", "heads") else {}
+    follows = {"rotary": "even"} if isinstance(value, DitConfig) and name in ("width", "heads") else {}
     return type(value)(**fields | {name: new} | follows)
 
 

@@ -1,0 +1,44 @@
+"""A model on packed rows as the one function that diffusion knows."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dit_video.arrays import AnyArray
+from dit_video.dit.conditioning import Given
+from dit_video.dit.model import Dit
+from dit_video.dit.wan import WanDit
+from dit_video.tokens import segment_max
+
+
+def packed_denoise(
+    dit: Dit | WanDit,
+    *,
+    segments: Int[AnyArray, "B N"],
+    coordinates: Float[AnyArray, "B N 3"],
+    context: Float[Array, "B S E"] | None,
+    context_segments: Int[Array, "B S"] | None,
+    count: int,
+    given: Given = Given(),
+) -> Callable[[Float[Array, "B N p"], Float[Array, "B N"]], Float[Array, "B N p"]]:
+    """`denoise(noisy, time)` of rows with up to `count` segments.
+
+    All tokens of a segment have one time, but for a model with a time per token; that one's segments count as being
+    at the largest time of their tokens, what is known being at 0.
+    """
+    segments, coordinates = jnp.asarray(segments), jnp.asarray(coordinates)
+
+    def denoise(noisy, time):
+        per_token = {"token_time": time} if dit.config.time == "token" else {}
+        return dit(
+            noisy,
+            segment_max(time, segments, count=count),
+            segments=segments,
+            coordinates=coordinates,
+            context=context,
+            context_segments=context_segments,
+            given=given._replace(**per_token),
+        )
+
+    return denoise

@@ -1,0 +1,218 @@
+"""Every option of a denoiser keeps what holds for the default: packed is unpacked, and segments are apart."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dit_video.dit import (
+    ClassLabels,
+    CrossAttention,
+    DitConfig,
+    Factorised,
+    Given,
+    JointAttention,
+    NoContext,
+    PooledContext,
+    SineCosine,
+    WanDitConfig,
+    packed_denoise,
+)
+from dit_video.errors import UserError
+from dit_video.nn import graph_of, init_params, param_shapes
+from dit_video.tokens import Rotary3d
+from dit_video.tree import flatten
+from packed_rows import (
+    CLASSES,
+    FIRST,
+    IMAGE_WIDTH,
+    SECOND,
+    SEGMENTS,
+    TEXT_WIDTH,
+    assert_packed_is_unpacked,
+    assert_segments_are_apart,
+    batch,
+    predict,
+    run,
+)
+from rough import rough_params
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+CONFIG = DitConfig(channels=2, context_width=TEXT_WIDTH, width=24, layers=2, heads=2, mlp_ratio=2.0)
+WAN = WanDitConfig(
+    channels=2, context_width=TEXT_WIDTH, text_length=5, width=24, hidden_width=40, layers=2, heads=2, time_width=32
+)
+OPTIONS = {
+    "sine-cosine": {"absolute_position": SineCosine(), "rotary": "none"},
+    "factorised": {"absolute_position": Factorised(sizes=(3, 4, 5)), "rotary": "none"},
+    "rotary": {
+        "rotary": Rotary3d(split=(2, 6, 4), scale=(0.5, 1.0, 1.0), stretch=(1.0, 2.0, 2.0)),
+        "absolute_position": None,
+    },
+    "joint": {"context": JointAttention()},
+    "pooled": {"context": PooledContext()},
+    "not pooled": {"context": CrossAttention(pooled=False)},
+    "own modulation": {"modulation": "own"},
+    "parallel": {"order": "parallel", "mlp": "swiglu", "bias": False},
+    "full norm": {"qk_norm": "full"},
+    "no norm": {"qk_norm": "none"},
+    "registers": {"registers": 2},
+    "labels": {"labels": ClassLabels(classes=CLASSES)},
+    "token time": {"time": "token", "given_channels": 3},
+    "most": {
+        "context": JointAttention(pooled=False),
+        "order": "parallel",
+        "modulation": "own",
+        "time": "token",
+        "given_channels": 3,
+        "registers": 1,
+        "labels": ClassLabels(classes=CLASSES),
+    },
+}
+WANS = {
+    "wan": {},
+    "wan with images": {"given_channels": 3, "image_width": IMAGE_WIDTH, "image_positions": 4},
+    "wan with a time per token": {"time": "token"},
+}
+CONFIGS = {name: dataclasses.replace(CONFIG, **fields) for name, fields in OPTIONS.items()}
+CONFIGS |= {name: dataclasses.replace(WAN, **fields) for name, fields in WANS.items()}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_is_unpacked_and_segments_are_apart(name):
+    config = CONFIGS[name]
+    params = rough_params(config.make)
+    assert_packed_is_unpacked(params, config)
+    assert_segments_are_apart(params, config)
+
+
+def test_class_labels_alone():
+    config = dataclasses.replace(
+        CONFIG, context=NoContext(), context_width=0, labels=ClassLabels(classes=CLASSES), time="token"
+    )
+    params = rough_params(config.make)
+    assert not any(path.startswith("context") or "cross" in path for path in flatten(params))
+    given = batch((0, 1), ())
+    predicted = jax.jit(lambda given: predict(params, given, config))
+    before = predicted(given)
+    np.testing.assert_array_equal(predicted(given._replace(context=5 - given.context)), before)
+    after = predicted(given._replace(labels=given.labels.at[0, 0].set(CLASSES)))
+    assert np.abs(after[0, FIRST] - before[0, FIRST]).max() > 1e-3
+    np.testing.assert_array_equal(after[0, SECOND], before[0, SECOND])
+
+
+@pytest.mark.parametrize("name", ["joint", "own modulation", "parallel", "registers"])
+def test_fresh_denoisers_predict_zero(name):
+    config = CONFIGS[name]
+    fresh = init_params(config.make, jax.random.key(0))
+    assert not run(fresh, batch((0, 1), ()), config)[0].any()
+
+
+def test_more_that_is_given_begins_as_the_identity():
+    """A denoiser's parameters serve for one that is given latents too, if what is new starts as it is made."""
+    config = dataclasses.replace(CONFIG, given_channels=3)
+    old = rough_params(CONFIG.make)
+    new = init_params(config.make, jax.random.key(0))
+    assert flatten(new).keys() - flatten(old).keys() == {"given/kernel"}
+    given = batch((0, 1), ())
+    expected = run(old, given, CONFIG)[0]
+    np.testing.assert_array_equal(run(old | {"given": new["given"]}, given, config)[0], expected)
+
+
+@pytest.mark.parametrize("name", ["token time", "wan with a time per token"])
+def test_one_time_for_all_tokens_is_the_time_of_the_segment(name):
+    config = CONFIGS[name]
+    params = rough_params(config.make)
+    given = batch((0, 1), ())
+    same = given._replace(token_time=jnp.where(given.segments == 1, given.time[:, :1], given.time[:, 1:2]))
+    single = dataclasses.replace(config, time="segment")
+    np.testing.assert_allclose(predict(params, same, config)[0, :14], predict(params, same, single)[0, :14], atol=1e-5)
+    assert np.abs(predict(params, given, config) - predict(params, same, config))[0, FIRST].max() > 1e-3
+
+
+def test_denoise_gives_every_token_its_time():
+    config = CONFIGS["wan with a time per token"]
+    params = rough_params(config.make)
+    given = batch((0, 1), ())
+    denoise = packed_denoise(
+        nnx.merge(graph_of(config.make), params),
+        segments=given.segments,
+        coordinates=given.coordinates,
+        context=given.context,
+        context_segments=given.context_segments,
+        count=SEGMENTS,
+    )
+    expected = predict(params, given, config)
+    np.testing.assert_allclose(denoise(given.noisy, given.token_time)[0, :14], expected[0, :14], atol=1e-5)
+
+
+def test_wans_texts_are_padded_with_zeros_that_are_seen():
+    """Zeros in the place of padding change nothing; a longer padding does."""
+    params = rough_params(WAN.make)
+    given = batch((1,))
+    segments = given.context_segments.at[0, 2:5].set(1)
+    explicit = given._replace(context=given.context.at[0, 2:5].set(0), context_segments=segments)
+    expected = predict(params, given, WAN)
+    np.testing.assert_allclose(predict(params, explicit, WAN)[0, :6], expected[0, :6], atol=1e-5)
+    longer = predict(params, given, dataclasses.replace(WAN, text_length=9))
+    assert np.abs(longer - expected)[0, :6].max() > 1e-3
+
+
+def test_a_text_longer_than_wans_padding_is_not_cut_in_silence():
+    params = rough_params(WAN.make)
+    found = predict(params, batch((0, 1), ()), dataclasses.replace(WAN, text_length=2))
+    assert np.isnan(found[0, FIRST]).all()
+    assert np.isfinite(found[0, SECOND]).all()
+
+
+def test_what_is_given_is_what_the_config_says():
+    params = rough_params(CONFIG.make)
+    model, given = nnx.merge(graph_of(CONFIG.make), params), batch((0, 1), ())
+    rows = {
+        "segments": given.segments,
+        "coordinates": given.coordinates,
+        "context": given.context,
+        "context_segments": given.context_segments,
+    }
+    with pytest.raises(UserError, match="does not take labels"):
+        model(given.noisy, given.time, **rows, given=Given(labels=given.labels))
+    wan = CONFIGS["wan with images"]
+    model = nnx.merge(graph_of(wan.make), rough_params(wan.make))
+    with pytest.raises(UserError, match="needs latents"):
+        model(given.noisy, given.time, **rows)
+
+
+def test_parameters_of_options():
+    def paths(name):
+        return flatten(param_shapes(CONFIGS[name].make)).keys()
+
+    assert not any(path.endswith("_norm/scale") for path in paths("no norm"))
+    assert "blocks/gate/kernel" in paths("parallel")
+    assert not any(path.startswith("blocks") and path.endswith("bias") for path in paths("parallel"))
+    assert {"blocks/video/own/kernel", "blocks/context/own/kernel"} <= paths("most")
+    assert param_shapes(CONFIGS["full norm"].make)["blocks"]["query_norm"]["scale"].shape == (2, 24)
+
+
+def test_interpolated_positions_are_those_of_a_smaller_clip():
+    stretched = dataclasses.replace(
+        CONFIG, absolute_position=None, rotary=Rotary3d(split=(4, 4, 4), scale=(0.5, 0.25, 1.0))
+    )
+    plain = dataclasses.replace(stretched, rotary="even")
+    params, given = rough_params(plain.make), batch((0, 1), ())
+    larger = given._replace(coordinates=given.coordinates * jnp.asarray([2.0, 4.0, 1.0]))
+    np.testing.assert_allclose(
+        predict(params, larger, stretched)[0, :14], predict(params, given, plain)[0, :14], atol=1e-5
+    )
+
+
+def test_factorised_positions_are_fractions_of_the_clip():
+    config = CONFIGS["factorised"]
+    params, given = rough_params(config.make), batch((0, 1), ())
+    larger = given._replace(coordinates=7 * given.coordinates)
+    np.testing.assert_allclose(
+        predict(params, larger, config)[0, :14], predict(params, given, config)[0, :14], atol=1e-5
+    )
