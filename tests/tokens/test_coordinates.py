@@ -21,3 +21,10 @@ def test_an_image_has_time_zero():
     assert found.shape == (24, 3)
     assert not found[:, 0].any()
     assert found.max(axis=0).tolist() == [0, 3, 5]
+
+
+def test_steps_such_as_seconds():
+    found = coordinates(Grid(3, 1, 2), step=(4 / 24, 1.0, 0.5))
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(np.unique(found[:, 0]), [0, 1 / 6, 1 / 3], rtol=1e-6)
+    assert np.unique(found[:, 2]).tolist() == [0, 0.5]

@@ -73,3 +73,24 @@ def test_a_split_that_does_not_fit(split, width):
         Rotary3d(split=split).check(width)
     with pytest.raises(UserError, match="head width 7"):
         Rotary3d.even(7).check(7)
+
+
+def test_scale_interpolates_between_positions():
+    half = Rotary3d(split=ROTARY.split, theta=ROTARY.theta, scale=(0.5, 1.0, 0.25))
+    found = rotary_angles(AT * jnp.asarray([2.0, 1.0, 4.0]), half)
+    np.testing.assert_allclose(found, rotary_angles(AT, ROTARY), rtol=1e-6)
+
+
+def test_stretch_slows_the_slowest_pair_and_leaves_the_fastest():
+    longer = Rotary3d(split=ROTARY.split, theta=ROTARY.theta, stretch=(4.0, 1.0, 3.0))
+    before, after = rotary_angles(AT, ROTARY), rotary_angles(AT, longer)
+    np.testing.assert_allclose(after[:, 0], before[:, 0], rtol=1e-6)
+    np.testing.assert_allclose(after[:, 1], before[:, 1] / 4, rtol=1e-5)
+    np.testing.assert_array_equal(after[:, 2:5], before[:, 2:5])
+    np.testing.assert_array_equal(after[:, 5], before[:, 5])  # the only pair of its axis
+
+
+@pytest.mark.parametrize("fields", [{"scale": (1.0, 0.0, 1.0)}, {"stretch": (1.0, 1.0, -2.0)}])
+def test_what_turns_nothing_or_backwards(fields):
+    with pytest.raises(UserError, match="must be positive"):
+        Rotary3d(split=(4, 4, 4), **fields)
