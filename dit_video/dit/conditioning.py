@@ -1,7 +1,7 @@
 """What a denoiser is told besides the noisy tokens, and by which way."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from jaxtyping import Array, Float, Int
 
@@ -28,14 +28,14 @@ class JointAttention:
 class PooledContext:
     """The context's mean modulates the blocks, and nothing else is seen of it (DiT, arXiv 2212.09748)."""
 
-    pooled: bool = True
+    pooled: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoContext:
     """None: for class labels alone, or unconditional models."""
 
-    pooled: bool = False
+    pooled: ClassVar[bool] = False
 
 
 Context = CrossAttention | JointAttention | PooledContext | NoContext

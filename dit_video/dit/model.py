@@ -74,11 +74,11 @@ class Dit(nnx.Module):
           UserError: something is given that the config does not ask for, or the other way round.
         """
         given.check(*self._wanted())
-        still = self._still(context, context_segments, given.labels, count=time.shape[1])
-        of_segments = of_tokens = nnx.silu(self._time(time) + still)
+        steady = self._steady(time.shape, context, context_segments, given.labels)
+        of_segments = of_tokens = nnx.silu(self._time(time) + steady)
         row = self._sequence(noisy, time, segments, coordinates, given)
         if row.token_time is not None:
-            of_tokens = nnx.silu(self._time(row.token_time) + to_tokens(still, row.segments))
+            of_tokens = nnx.silu(self._time(row.token_time) + to_tokens(steady, row.segments))
         x = self._through_blocks(row, of_segments, of_tokens, context, context_segments)
         shift_scale = self.head_modulation(of_tokens)
         if row.token_time is None:
@@ -98,23 +98,25 @@ class Dit(nnx.Module):
     def _time(self, time: Float[Array, "*batch"]) -> Float[Array, "*batch D"]:
         return self.time_out(nnx.silu(self.time_in(sinusoidal(TIME_SCALE * time, 256))))
 
-    def _still(
+    def _steady(
         self,
+        shape: tuple[int, int],
         context: Float[Array, "B S E"] | None,
         context_segments: Int[Array, "B S"] | None,
         labels: Int[Array, "B G"] | None,
-        *,
-        count: int,
-    ) -> Float[Array, "B G D"] | Float[Array, ""]:
-        """What modulates a segment whatever the time: the mean of its context, and its class."""
-        still: Array = jnp.zeros(())
+    ) -> Float[Array, "B G D"]:
+        """What modulates a segment whatever the time: the mean of its context, and its class.
+
+        `shape` is (B, G). A class that there isn't gives NaN.
+        """
+        steady: Array = jnp.zeros((*shape, self.config.width), jnp.float32)
         if self.config.context.pooled:
             assert context is not None
             assert context_segments is not None
-            still = self.context_pooled(segment_mean(context.astype(jnp.float32), context_segments, count=count))
+            steady = self.context_pooled(segment_mean(context.astype(jnp.float32), context_segments, count=shape[1]))
         if labels is not None:
-            still = still + self.labels[...][labels]
-        return still
+            steady = steady + self.labels[...].at[labels].get(mode="fill", fill_value=jnp.nan)
+        return steady
 
     def _sequence(
         self,

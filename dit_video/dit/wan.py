@@ -239,7 +239,9 @@ class ImageTokens(nnx.Module):
 
     def __call__(self, tokens: Float[Array, "B I F"], segments: Int[Array, "B I"]) -> Float[Array, "B I D"]:
         if self.positions is not None:
-            tokens = tokens + self.positions[...][positions(segments)]
+            # More tokens than there are positions give NaN; padding may be longer.
+            at = jnp.where(segments > 0, positions(segments), 0)
+            tokens = tokens + self.positions[...].at[at].get(mode="fill", fill_value=jnp.nan)
         return self.norm_out(self.down(jax.nn.gelu(self.up(self.norm_in(tokens)), approximate=False)))
 
 

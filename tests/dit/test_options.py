@@ -103,6 +103,10 @@ def test_class_labels_alone():
     after = predicted(given._replace(labels=given.labels.at[0, 0].set(CLASSES)))
     assert np.abs(after[0, FIRST] - before[0, FIRST]).max() > 1e-3
     np.testing.assert_array_equal(after[0, SECOND], before[0, SECOND])
+    none = predicted(given._replace(labels=given.labels.at[0, 0].set(CLASSES + 1)))
+    assert np.isnan(none[0, FIRST]).all()
+    unlabelled = dataclasses.replace(config, labels=None)
+    assert np.isfinite(predict(rough_params(unlabelled.make), given, unlabelled)).all()
 
 
 @pytest.mark.parametrize("name", ["joint", "own modulation", "parallel", "registers"])
