@@ -98,6 +98,7 @@ def _row(numbers: tuple[int, ...]) -> Batch:
     return found
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def predict(params, batch: Batch, config) -> Array:
     return nnx.merge(graph_of(config.make), params)(
         batch.noisy,

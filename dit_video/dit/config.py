@@ -70,8 +70,8 @@ class DitConfig:
         if isinstance(self.absolute_position, str):
             named = EndDistances() if self.absolute_position == "sinusoidal" else None
             object.__setattr__(self, "absolute_position", named)
-        if self.absolute_position is not None:
-            self.absolute_position.check(self.width)
+        if self.added_position is not None:
+            self.added_position.check(self.width)
         for name in ("given_channels", "registers"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must be 0 or more, not {getattr(self, name)}")
@@ -85,6 +85,12 @@ class DitConfig:
     def token_width(self) -> int:
         """Values of one token (p)."""
         return self.patch.volume * self.channels
+
+    @property
+    def added_position(self) -> AbsolutePosition | None:
+        """`absolute_position`, under whatever name it was given."""
+        assert not isinstance(self.absolute_position, str)  # names are replaced above
+        return self.absolute_position
 
     @property
     def given_width(self) -> int:

@@ -36,8 +36,8 @@ class Dit(nnx.Module):
         self.config = config
         width, dtype = config.width, jnp.dtype(config.dtype)
         self.embed = Linear(config.token_width, width, dtype=dtype, rngs=rngs)
-        if config.absolute_position is not None:
-            self.position = config.absolute_position.make(width, dtype=dtype, rngs=rngs)
+        if config.added_position is not None:
+            self.position = config.added_position.make(width, dtype=dtype, rngs=rngs)
         self.time_in, self.time_out = Linear(256, width, rngs=rngs), Linear(width, width, rngs=rngs)
         if isinstance(config.context, CrossAttention | JointAttention):
             self.context_in = Linear(config.context_width, width, dtype=dtype, rngs=rngs)
@@ -74,7 +74,7 @@ class Dit(nnx.Module):
           UserError: something is given that the config does not ask for, or the other way round.
         """
         given.check(*self._wanted())
-        steady = self._steady(time.shape, context, context_segments, given.labels)
+        steady = self._steady((time.shape[0], time.shape[1]), context, context_segments, given.labels)
         of_segments = of_tokens = nnx.silu(self._time(time) + steady)
         row = self._sequence(noisy, time, segments, coordinates, given)
         if row.token_time is not None:
@@ -130,24 +130,28 @@ class Dit(nnx.Module):
         x = self.embed(noisy)
         if given.latents is not None:
             x = x + self.given(given.latents)
-        if config.absolute_position is not None:
-            features = config.absolute_position.features(coordinates, segments, count=time.shape[1], width=config.width)
+        count = time.shape[1]
+        if config.added_position is not None:
+            features = config.added_position.features(coordinates, segments, count=count, width=config.width)
             x = x + (features if self.position is None else self.position(features))
         row = _Sequence(x.astype(jnp.float32), segments, coordinates, given.token_time)
-        if not config.registers:
-            return row
+        return self._with_registers(row, time) if config.registers else row
+
+    def _with_registers(self, row: _Sequence, time: Float[Array, "B G"]) -> _Sequence:
+        """Those of every segment, at its time and turned by no position."""
         rows, count = time.shape
-        ids = jnp.tile(jnp.repeat(jnp.arange(1, count + 1, dtype=segments.dtype), config.registers), (rows, 1))
-        registers = _Sequence(
-            jnp.tile(self.registers[...], (rows, count, 1)),
-            ids,
-            jnp.zeros((*ids.shape, 3), coordinates.dtype),
-            None if given.token_time is None else to_tokens(time, ids),
+        ids = jnp.repeat(jnp.arange(1, count + 1, dtype=row.segments.dtype), self.config.registers)
+        ids = jnp.tile(ids, (rows, 1))
+        nowhere = jnp.zeros((*ids.shape, 3), row.coordinates.dtype)
+        token_time = row.token_time
+        if token_time is not None:
+            token_time = jnp.concatenate([token_time, to_tokens(time, ids)], axis=1)
+        return _Sequence(
+            jnp.concatenate([row.x, jnp.tile(self.registers[...], (rows, count, 1))], axis=1),
+            jnp.concatenate([row.segments, ids], axis=1),
+            jnp.concatenate([row.coordinates, nowhere], axis=1),
+            token_time,
         )
-        joined = [jnp.concatenate(pair, axis=1) for pair in zip(row[:3], registers[:3], strict=True)]
-        if registers.token_time is None:
-            return _Sequence(*joined, None)
-        return _Sequence(*joined, jnp.concatenate([given.token_time, registers.token_time], axis=1))
 
     def _through_blocks(
         self,
@@ -162,11 +166,13 @@ class Dit(nnx.Module):
         angles = rotary_angles(row.coordinates, config.rotary) if isinstance(config.rotary, Rotary3d) else None
         modulation = self._modulation(of_tokens, row.segments, per_token=row.token_time is not None)
         x, third = row.x, None
-        if isinstance(config.context, CrossAttention):
+        if isinstance(config.context, CrossAttention | JointAttention):
+            assert context is not None
+            assert context_segments is not None
             third = self.context_in(context)
-        elif isinstance(config.context, JointAttention):
-            x = jnp.concatenate([x, self.context_in(context).astype(jnp.float32)], axis=1)
-            third = self._modulation(of_segments, context_segments, per_token=False)
+            if isinstance(config.context, JointAttention):
+                x = jnp.concatenate([x, third.astype(jnp.float32)], axis=1)
+                third = self._modulation(of_segments, context_segments, per_token=False)
         return apply_stack(
             self.blocks, x, modulation, angles, row.segments, third, context_segments, remat=config.remat
         )

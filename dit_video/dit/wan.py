@@ -117,8 +117,8 @@ class WanDitConfig:
     @classmethod
     def ti2v_5b(cls, **fields: Any) -> "WanDitConfig":
         """Wan 2.2 TI2V 5B."""
-        shape = {"channels": 48, "width": 3072, "hidden_width": 14336, "layers": 30, "heads": 24, "time": "token"}
-        return cls(**shape | fields)
+        shape = {"channels": 48, "width": 3072, "hidden_width": 14336, "layers": 30, "heads": 24}
+        return cls(**shape | {"time": "token"} | fields)
 
 
 class WanDit(nnx.Module):
@@ -166,6 +166,8 @@ class WanDit(nnx.Module):
         text, fits = self._text(context, context_segments, count=time.shape[1])
         image = None
         if self.image is not None:
+            assert given.image is not None  # as checked
+            assert given.image_segments is not None
             image = (self.image(given.image, given.image_segments), given.image_segments)
         x = apply_stack(
             self.blocks,

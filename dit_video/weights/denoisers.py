@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dit_video.dit import WanDitConfig
+from dit_video.dit import DitConfig, WanDitConfig
 from dit_video.errors import UserError
 from dit_video.weights import diffusers, wan_transformer
 from dit_video.weights.exchange import SHARD_BYTES
@@ -43,7 +43,7 @@ def load_denoiser(
 
 def save_denoiser(
     folder: str | os.PathLike,
-    config: WanDitConfig,
+    config: DitConfig | WanDitConfig,
     params: dict[str, Any],
     *,
     layout: Layout = "diffusers",
