@@ -41,8 +41,8 @@ class DitConfig:
     """RMS norm of queries and keys: over each head, or over the full width before it is divided into heads"""
     order: Literal["sequential", "parallel"] = "sequential"
     """whether a block's attention and MLP follow each other, or are computed of the same input (arXiv 2302.05442)"""
-    rotary: Rotary3d | Literal["even", "none"] = "even"
-    """`even`: `Rotary3d.even` of the head width"""
+    rotary: Rotary3d | Literal["even", "none"] | None = "even"
+    """`even`, or None as files of earlier versions may have it: `Rotary3d.even` of the head width"""
     absolute_position: AbsolutePosition | Literal["sinusoidal", "none"] | None = EndDistances()
     """what is added to the tokens; `sinusoidal` and `none` are earlier names of `EndDistances()` and None"""
     context: Context = CrossAttention()
@@ -63,7 +63,7 @@ class DitConfig:
     def __post_init__(self):
         if self.heads < 1 or self.width % self.heads:
             raise UserError(f"width {self.width} must be divisible by its {self.heads} heads, at least 1")
-        if self.rotary == "even":
+        if self.rotary is None or self.rotary == "even":
             object.__setattr__(self, "rotary", Rotary3d.even(self.width // self.heads))
         if isinstance(self.rotary, Rotary3d):
             self.rotary.check(self.width // self.heads)

@@ -40,6 +40,7 @@ def test_what_is_filled_in():
 
 def test_names_of_earlier_versions():
     assert made(absolute_position="sinusoidal") == made()
+    assert made(rotary=None) == made()
     assert made(absolute_position="none") == made(absolute_position=None)
 
 
