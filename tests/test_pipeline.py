@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 import dit_video
+from dit_video import configs
 from dit_video import tree as trees
-from dit_video.diffusion import Euler, Heun
+from dit_video.diffusion import Euler, Heun, UniPc, UniPcGrid
 from dit_video.errors import UserError
 from dit_video.generation import text_to_video
 from dit_video.pipeline import Pipeline, Request, identity
@@ -97,10 +98,13 @@ def test_latents_have_the_stride_s_size_and_decode_to_the_clip(pipeline, latents
 def test_samplers_by_name(pipeline, latents):
     assert isinstance(pipeline.config.sampling.solver, Euler)
     np.testing.assert_array_equal(pipeline.generate(PROMPT, size=SMALL, sampler="euler", output="latents"), latents)
-    heun = pipeline.generate(PROMPT, size=SMALL, sampler="heun", output="latents")
-    assert np.abs(heun - latents).max() > 1e-3
+    for other in ("heun", "unipc"):
+        changed = pipeline.generate(PROMPT, size=SMALL, sampler=other, output="latents")
+        assert np.abs(changed - latents).max() > 1e-3
     chosen = pipeline.sampling(steps=7, guidance=3, sampler="heun")
     assert (chosen.steps, chosen.guidance, chosen.solver) == (7, 3.0, Heun())
+    kept = replace(chosen, solver=UniPc(order=3, uncorrected=(0,)), grid=UniPcGrid())
+    assert configs.from_json(configs.to_json(kept)) == kept
 
 
 MIXED = [

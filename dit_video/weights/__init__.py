@@ -15,11 +15,13 @@ from dit_video.weights.embedders import load_embedder, text_encoder_config
 from dit_video.weights.folders import TensorFolder
 from dit_video.weights.lpips import load_lpips, open_lpips
 from dit_video.weights.safetensors import load, load_metadata, save
+from dit_video.weights.scheduler import Schedule, load_scheduler
 from dit_video.weights.text_encoders import LoadedEncoder, load_text_encoder, save_text_encoder, t5_config
 
 __all__ = [
     "LoadedClip",
     "LoadedEncoder",
+    "Schedule",
     "TensorFolder",
     "clip_text_config",
     "clip_vision_config",
@@ -32,6 +34,7 @@ __all__ = [
     "load_embedder",
     "load_lpips",
     "load_metadata",
+    "load_scheduler",
     "load_text_encoder",
     "open_lpips",
     "save",
