@@ -192,6 +192,11 @@ class Pipeline:
         """A clip as the autoencoder sees it."""
         return self.codec.reconstruct(clip)
 
+    @property
+    def denoiser_params(self) -> dict[str, Any]:
+        """`{"dit": ..., "text": ...}`"""
+        return self._denoiser.params
+
     def parameter_counts(self) -> dict[str, int]:
         """How many parameters each part has."""
         return {"autoencoder": self.codec.parameter_count()} | {
