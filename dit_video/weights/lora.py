@@ -108,13 +108,13 @@ def load_lora(
         of another shape), or one of a kind that is not known here (DoRA).
     """
     file = _file(Path(path))
-    arrays = ours.load(file, dtype=dtype)
+    arrays = ours.load(file, dtype=None)
     shapes = {name: tuple(leaf.shape) for name, leaf in trees.flatten(params).items()}
     found = _parsed(file, arrays, shapes, modules)
     settings = _settings(file)
     parts = collections.defaultdict(list)
     for name, tensors in found.items():
-        a, b = arrays[tensors["a"]].T, arrays[tensors["b"]].T
+        a, b = (_cast(arrays[tensors[factor]].T, dtype) for factor in "ab")
         alpha = float(arrays[tensors["alpha"]].reshape(())) if "alpha" in tensors else None
         module = modules[name]
         parts[module.path].append(_Part(module, a, b, settings.scale(name, rank=a.shape[1], alpha=alpha)))
@@ -154,12 +154,12 @@ def save_lora(
     for name, part in _divided(leaves, modules):
         rank = part.a.shape[1]
         full = f"lora_unet_{name.replace('.', '_')}" if style == "kohya" else f"{_PREFIX[style]}{name}"
-        tensors |= {f"{full}.{first}.weight": part.a.T, f"{full}.{second}.weight": part.b.T}
+        tensors |= {f"{full}.{first}.weight": _cast(part.a.T, dtype), f"{full}.{second}.weight": _cast(part.b.T, dtype)}
         alphas[name] = rank, part.scale * rank
         if style != "diffusers":
             tensors[f"{full}.alpha"] = np.asarray(part.scale * rank, np.float32)
     header = {_HEADER: _packed(alphas)} if style == "diffusers" else {}
-    ours.save(path, tensors, metadata={"format": "pt", **header}, dtype=dtype)
+    ours.save(path, tensors, metadata={"format": "pt", **header})
 
 
 _PREFIX: dict[Style, str] = {"diffusers": "transformer.", "comfyui": "diffusion_model."}
@@ -191,6 +191,11 @@ class _Settings(NamedTuple):
         return 1.0 if alpha is None else float(alpha) / (math.sqrt(rank) if self.by_root else rank)
 
 
+def _cast(array: np.ndarray, dtype: Any) -> np.ndarray:
+    """A factor; alphas keep their precision."""
+    return array.astype(ours.stored(array.dtype, dtype), copy=False)
+
+
 def _file(path: Path) -> Path:
     """The file that is meant by a path."""
     return next((path / name for name in _FILES if (path / name).is_file()), path)
@@ -203,6 +208,8 @@ def _settings(file: Path) -> _Settings:
         given = {} if text is None else json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{file} has a header that is not valid JSON ({error}); write it again") from error
+    if not isinstance(given, dict):
+        raise UserError(f"{file} has a header whose {_HEADER} is no JSON object; write it again")
     given = {name.split(".", 1)[-1]: value for name, value in given.items()}
     if not given and file.name == _FILES[0] and (file.parent / "adapter_config.json").is_file():
         given = read_json(file.parent / "adapter_config.json")
