@@ -275,53 +275,54 @@ def test_a_peft_adapter_gives_equal_outputs(tmp_path):
 
 
 LAYERS = 2
-IN_DIFFUSERS = {"to_q": "attn1.to_q", "to_o": "attn2.to_out.0", "up": "ffn.net.0.proj"}
-IN_WAN = {"to_q": "self_attn.q", "to_o": "cross_attn.o", "up": "ffn.0"}
+ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o"}
+NAMES = {f"attn1.{theirs}": f"self_attn.{wans}" for theirs, wans in ATTENTION.items()}
+NAMES |= {f"attn2.{theirs}": f"cross_attn.{wans}" for theirs, wans in ATTENTION.items()}
+NAMES |= {"ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2"}
+"""diffusers' names of the maps in a block of Wan, and Wan's own"""
+WIDTHS = {"ffn.net.0.proj": (12, 16), "ffn.net.2": (16, 12)}
 WAN = {
     "blocks": {
-        name: {"kernel": np.zeros((LAYERS, 12, 12 if name != "up" else 16), np.float32)} for name in IN_DIFFUSERS
+        name.replace(".", "_"): {"kernel": np.zeros((LAYERS, *WIDTHS.get(name, (12, 12))), np.float32)}
+        for name in NAMES
     }
 }
 
 
-def wan_modules(names):
-    return numbered({f"blocks/{ours}/kernel": f"blocks.{{}}.{theirs}" for ours, theirs in names.items()}, WAN)
+def wan_modules(style):
+    names = {theirs: theirs if style == "diffusers" else wans for theirs, wans in NAMES.items()}
+    paths = {f"blocks/{theirs.replace('.', '_')}/kernel": f"blocks.{{}}.{name}" for theirs, name in names.items()}
+    return numbered(paths, WAN)
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("style", ["diffusers", "comfyui", "kohya"])
 def test_diffusers_reads_what_is_written_here(tmp_path, style):
-    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
-    pytest.importorskip("peft")
+    diffusers, _ = pytest.importorskip("diffusers"), pytest.importorskip("peft")
     transformer = diffusers.WanTransformer3DModel(
         patch_size=(1, 2, 2), num_attention_heads=1, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8,
         freq_dim=8, ffn_dim=16, num_layers=LAYERS,
     )  # fmt: skip
-    noise = np.random.default_rng(1)
-    lora = {}
-    for name, leaf in (("to_q", WAN["blocks"]["to_q"]), ("to_o", WAN["blocks"]["to_o"]), ("up", WAN["blocks"]["up"])):
-        rank, (layers, features_in, features_out) = 2 if name != "up" else 3, leaf["kernel"].shape
-        lora[name] = {
+    noise, lora = np.random.default_rng(1), {}
+    for name, leaf in WAN["blocks"].items():
+        layers, features_in, features_out = leaf["kernel"].shape
+        rank, scale = (3, 0.5) if name.startswith("ffn") else (2, 2.0)
+        factors = {
             "a": noise.normal(size=(layers, features_in, rank)).astype(np.float32),
             "b": noise.normal(size=(layers, rank, features_out)).astype(np.float32),
-            "scale": np.full(layers, 2.0 if name != "up" else 0.5),
         }
-    lora = {"blocks": {name: {"kernel": value} for name, value in lora.items()}}
-    file = tmp_path / "pytorch_lora_weights.safetensors"
-    save_lora(file, lora, wan_modules(IN_DIFFUSERS if style == "diffusers" else IN_WAN), style=style)
-    before = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}
-    if style == "kohya":  # which diffusers takes with all modules of a block only
-        return_to = load_lora(file, WAN, wan_modules(IN_WAN))
-        for path, leaf in flatten(lora).items():
-            np.testing.assert_array_equal(flatten(return_to)[path], leaf)
-        return
+        lora[name] = {"kernel": factors | {"scale": np.full(layers, scale)}}
+    lora = {"blocks": lora}
+    save_lora(tmp_path / "pytorch_lora_weights.safetensors", lora, wan_modules(style), style=style)
+    for path, leaf in flatten(load_lora(tmp_path, WAN, wan_modules(style))).items():
+        np.testing.assert_array_equal(leaf, flatten(lora)[path], err_msg=path)
+
+    before = {name: tensor.clone().numpy() for name, tensor in transformer.state_dict().items()}
     state, metadata = diffusers.WanPipeline.lora_state_dict(str(tmp_path), return_lora_metadata=True)
     diffusers.WanPipeline.load_lora_into_transformer(state, transformer, metadata=metadata)
     transformer.fuse_lora()
     transformer.unload_lora()
-    after = transformer.state_dict()
-    expected = merge_lora(WAN, lora)
-    for name, place in wan_modules(IN_DIFFUSERS).items():
-        change = (after[f"{name}.weight"] - before[f"{name}.weight"]).numpy()
-        np.testing.assert_allclose(change.T, flatten(expected)[place.path][place.layer], atol=2e-5, err_msg=name)
-        assert torch.is_tensor(after[f"{name}.weight"])
+    after, expected = transformer.state_dict(), flatten(merge_lora(WAN, lora))
+    for name, place in wan_modules("diffusers").items():
+        change = after[f"{name}.weight"].numpy() - before[f"{name}.weight"]
+        np.testing.assert_allclose(change.T, expected[place.path][place.layer], atol=2e-5, err_msg=name)
