@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from jaxtyping import Array, Float
 
-from dit_video.arrays import AnyArray
+from dit_video.arrays import SameArray
 from dit_video.errors import UserError
 
 
@@ -28,7 +28,7 @@ class RectifiedFlow:
         if not self.shift > 0:
             raise UserError(f"shift {self.shift} must be positive; 1 leaves times as they are")
 
-    def shifted(self, time: Float[AnyArray, "*shape"]) -> Float[AnyArray, "*shape"]:
+    def shifted(self, time: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:
         """$t'$ of the class docstring."""
         return self.shift * time / (1 + (self.shift - 1) * time)
 

@@ -165,10 +165,11 @@ def _weights(kind: str, h: Float[Array, ""], ratios: Sequence[Float[Array, ""]])
         term = term / -h - 1 / factorial
         moments.append(factorial * term)
     weights = []
-    for node in range(len(ratios)):
+    for node in ratios:
         powers = [jnp.ones_like(h)]  # of the polynomial, the lowest first
-        for other in (ratios[k] for k in range(len(ratios)) if k != node):
-            longer, scale = zip([0.0, *powers], [*powers, 0.0], strict=True), ratios[node] - other
+        for other in (ratio for ratio in ratios if ratio is not node):
+            zero, scale = jnp.zeros_like(h), node - other
+            longer = zip([zero, *powers], [*powers, zero], strict=True)
             powers = [(shifted - other * same) / scale for shifted, same in longer]
-        weights.append(sum(power * moment for power, moment in zip(powers, moments, strict=True)))
+        weights.append(jnp.stack([power * moment for power, moment in zip(powers, moments, strict=True)]).sum(axis=0))
     return weights

@@ -266,10 +266,10 @@ def _module(name: str, modules: Modules, flat: Mapping[str, str]) -> str | None:
         if name.startswith(prefix):
             return flat.get(name.removeprefix(prefix))
     while name not in modules:
-        prefix = next((prefix for prefix in _DOTTED if name.startswith(prefix)), None)
-        if prefix is None:
+        shorter = next((name.removeprefix(prefix) for prefix in _DOTTED if name.startswith(prefix)), None)
+        if shorter is None:
             return None
-        name = name.removeprefix(prefix)
+        name = shorter
     return name
 
 
@@ -320,9 +320,8 @@ def _divided(leaves: Mapping[str, np.ndarray], modules: Modules) -> Iterator[tup
 
 def _packed(alphas: Mapping[str, tuple[int, float]]) -> str:
     """The header that diffusers hands to PEFT's `LoraConfig`: the commonest rank and alpha, and what differs."""
-    ranks = collections.Counter(rank for rank, _ in alphas.values())
-    usual = collections.Counter(alpha for _, alpha in alphas.values())
-    rank, alpha = (max(counts, key=counts.__getitem__, default=1) for counts in (ranks, usual))
+    ranks, usual = [rank for rank, _ in alphas.values()], [alpha for _, alpha in alphas.values()]
+    rank, alpha = max(ranks, key=ranks.count, default=1), max(usual, key=usual.count, default=1)
     config = {
         "r": rank,
         "lora_alpha": alpha,

@@ -67,11 +67,9 @@ _NO_EFFECT = _Field(None)
 
 
 def _unipc(given: Mapping[str, Any]) -> Schedule:
-    # Three names of older solvers mean `bh2` there.
-    kind = "bh1" if given["solver_type"] == "bh1" else "bh2"
     solver = UniPc(
         order=given["solver_order"],
-        kind=kind,
+        kind="bh1" if given["solver_type"] == "bh1" else "bh2",  # three names of older solvers mean `bh2` there
         lower_order_final=given["lower_order_final"],
         uncorrected=tuple(given["disable_corrector"]),
     )
