@@ -22,6 +22,7 @@ from dit_video.errors import UserError
 from dit_video.evaluation.kinds import CaptionEvaluation, Evaluation
 from dit_video.features.lpips import SMALLEST as LPIPS_SMALLEST
 from dit_video.generation import Sampling
+from dit_video.nn import LoraConfig
 from dit_video.text import ByteEncoderConfig, TextConfig
 from dit_video.tokens import Grid, RowShape
 from dit_video.training.codebook import CodebookLearning
@@ -91,6 +92,10 @@ class DenoiserTraining:
     objective: FlowMatching = field(default_factory=FlowMatching)
     caption_dropout: float = 0.1
     ema_decay: float = 0.999
+    start: str | None = None
+    """folder of a pipeline, or of a run, that has the weights which training starts from"""
+    lora: LoraConfig | None = None
+    """Instead of the weights, adapters to those of `start` are trained; paths begin with `dit/` and `text/`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +148,8 @@ class Experiment:
                 f"adversarial training starts at step {adversarial.start}, the autoencoder is trained for "
                 f"{self.autoencoder.steps}; start earlier, or leave it out"
             )
+        if self.denoiser.lora is not None and self.denoiser.start is None:
+            raise UserError("LoRA adapts weights that are there: name their folder as the denoiser's start")
         if not 0 <= self.denoiser.caption_dropout <= 1:
             raise UserError(f"caption_dropout {self.denoiser.caption_dropout} must lie in [0, 1]")
         if not all(0 < weight < math.inf for weight in self.data.weights):

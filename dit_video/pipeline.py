@@ -145,7 +145,7 @@ class Pipeline:
           guidance: how strongly the prompt is followed at the cost of variety; 1 is none.
           negative: what guidance leads away from, instead of from no prompt at all.
           seed: the same seed, size and model give the same clip.
-          sampler: `euler` or `heun`.
+          sampler: `euler`, `heun` or `unipc`.
           noise: the starting point instead of the seed's, standard normal `[t h w c]` of the latents' size.
           output: `clip`, or `latents` for normalised latents `[t h w c]`.
 
@@ -191,6 +191,11 @@ class Pipeline:
     def reconstruct(self, clip: Clip) -> Clip:
         """A clip as the autoencoder sees it."""
         return self.codec.reconstruct(clip)
+
+    @property
+    def denoiser_params(self) -> dict[str, Any]:
+        """`{"dit": ..., "text": ...}`"""
+        return self._denoiser.params
 
     def parameter_counts(self) -> dict[str, int]:
         """How many parameters each part has."""

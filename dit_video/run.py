@@ -10,6 +10,7 @@ from their checkpoints. So a run that was interrupted is continued by running th
     texts/                    its embeddings of the captions, where latents are not cached
     latents/                  what the denoiser is trained on, or a link to it
     denoiser/                 checkpoints, metrics.jsonl, rows.json (what an epoch holds)
+    adapter.safetensors       the trained adapter, where one is trained
     pipeline/                 the result: what `dit_video.load` reads
 """
 
@@ -53,7 +54,7 @@ from dit_video.experiment import Experiment
 from dit_video.files import read_json, write_json
 from dit_video.nn import graph_of, init_params, param_shapes
 from dit_video.pipeline import Pipeline, PipelineConfig
-from dit_video.starting import given_params, loss_parts
+from dit_video.starting import TrainedDenoiser, given_params, loss_parts, trained_denoiser
 from dit_video.text import FrozenTextConfig, Tokenizer
 from dit_video.text_encoder import FrozenEncoder, check_width, open_tokenizer
 from dit_video.training import loop, trainer
@@ -65,6 +66,7 @@ from dit_video.training.optimizer import make_optimizer
 from dit_video.training.state import TrainState, state_shapes
 from dit_video.training.step import Loss
 from dit_video.weights import load as load_weights
+from dit_video.weights import own_modules, save_lora
 from dit_video.weights import save as save_weights
 
 FORMAT = 1
@@ -296,8 +298,12 @@ class Run:
             self._note_rows(opened)
             return opened
 
-        state = self._train("denoiser", self._init_denoiser, loss, batches)
-        return jax.device_get(state.ema)
+        trained = self._trained_denoiser()
+        state = self._train("denoiser", trained.init, trained.loss(loss), batches, **trained.arguments())
+        averaged = jax.device_get(state.ema)
+        if (adapter := trained.adapter(averaged)) is not None:
+            save_lora(self.folder / "adapter.safetensors", adapter, own_modules(trained.params or {}))
+        return trained.whole(averaged)
 
     def _tokenizer(self, *, cache: Path | None = None) -> Tokenizer | FrozenEncoder:
         """Of the text encoder. The identity of a frozen one is kept, to know it without its weights."""
@@ -333,12 +339,10 @@ class Run:
         checkpoints = Checkpoints(self.folder / "denoiser" / "checkpoints")
         if checkpoints.latest() is None:
             raise UserError(f"{self.folder} has no checkpoint of its denoiser yet; continue it with: {self.command}")
-        state, _ = checkpoints.restore(
-            state_shapes(self._init_denoiser, make_optimizer(config.optimizer, steps=config.steps))
-        )
-        return Pipeline(
-            self.pipeline_config(), autoencoder=self.train_autoencoder(), denoiser=jax.device_get(state.ema)
-        )
+        trained = self._trained_denoiser()
+        state, _ = checkpoints.restore(state_shapes(trained.init, make_optimizer(config.optimizer, steps=config.steps)))
+        denoiser = trained.whole(jax.device_get(state.ema))
+        return Pipeline(self.pipeline_config(), autoencoder=self.train_autoencoder(), denoiser=denoiser)
 
     def pipeline_config(self) -> PipelineConfig:
         """What the pipeline of this run is made of."""
@@ -367,12 +371,10 @@ class Run:
             },
         )
 
-    def _init_denoiser(self, key: Array) -> dict[str, Any]:
-        config = self.experiment.denoiser
-        return {
-            "dit": init_params(config.dit.make, jax.random.fold_in(key, 0)),
-            "text": init_params(config.text.make, jax.random.fold_in(key, 1)),
-        }
+    def _trained_denoiser(self) -> TrainedDenoiser:
+        folder = self.folder / "denoiser"
+        continues = Checkpoints(folder / "checkpoints").latest() is not None
+        return trained_denoiser(self.experiment.denoiser, folder, continues=continues)
 
     def _train(
         self,

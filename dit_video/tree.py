@@ -1,6 +1,8 @@
 """Nested dictionaries of arrays, addressed by paths such as `blocks/attention/query/kernel`."""
 
-from collections.abc import Callable, Mapping
+import difflib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -35,3 +37,17 @@ def map_with_path(function: Callable[[str, Any], Any], tree: Any) -> Any:
 def size(tree: Any) -> int:
     """The number of values in all leaves."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+
+
+def closest(pattern: str, paths: Iterable[str]) -> str:
+    """Paths, and beginnings and ends of them, that look like a pattern: what a mistaken one may have meant."""
+    word = re.sub(r"[^\w/]", "", pattern).strip("/")
+    parts = {part for path in paths for part in (path, *_parts(path))}
+    return ", ".join(difflib.get_close_matches(word, sorted(parts), n=3, cutoff=0.0))
+
+
+def _parts(path: str) -> Iterator[str]:
+    names = path.split("/")
+    for cut in range(1, len(names)):
+        yield "/".join(names[:cut])
+        yield "/".join(names[cut:])

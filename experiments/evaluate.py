@@ -32,7 +32,7 @@ def main(
         seed: of the samples.
         steps: of the sampler, instead of the run's.
         guidance: instead of the run's; 1 is none.
-        sampler: euler or heun, instead of the run's.
+        sampler: euler, heun or unipc, instead of the run's.
     """
     pipeline = dit_video.load(run)
     trained = Run.open(run) if (run / CONFIG).is_file() else None

@@ -44,7 +44,7 @@ def main(
         negative: what guidance leads away from.
         steps: of the sampler.
         guidance: how strongly the prompt is followed; 1 is not at all stronger than it was trained.
-        sampler: euler or heun.
+        sampler: euler, heun or unipc.
         text_encoder: where the model's frozen text encoder lies, if that has moved.
     """
     if (prompt is None) == (prompts is None):

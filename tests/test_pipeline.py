@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 import dit_video
+from dit_video import configs
 from dit_video import tree as trees
-from dit_video.diffusion import Euler, Heun
+from dit_video.diffusion import Euler, Heun, UniPc, UniPcGrid
 from dit_video.errors import UserError
 from dit_video.generation import text_to_video
 from dit_video.pipeline import Pipeline, Request, identity
@@ -99,8 +100,16 @@ def test_samplers_by_name(pipeline, latents):
     np.testing.assert_array_equal(pipeline.generate(PROMPT, size=SMALL, sampler="euler", output="latents"), latents)
     heun = pipeline.generate(PROMPT, size=SMALL, sampler="heun", output="latents")
     assert np.abs(heun - latents).max() > 1e-3
+    # In two steps, both of first order, UniPC is Euler: what is corrected has no step left to matter in.
+    unipc = [pipeline.generate(PROMPT, size=SMALL, sampler="unipc", steps=n, output="latents") for n in (2, 4)]
+    np.testing.assert_allclose(unipc[0], latents, rtol=1e-4, atol=1e-3)
+    assert np.abs(unipc[1] - latents).max() > 1e-2
+    four = pipeline.generate(PROMPT, size=SMALL, sampler="euler", steps=4, output="latents")
+    assert np.abs(unipc[1] - four).max() > 1e-3
     chosen = pipeline.sampling(steps=7, guidance=3, sampler="heun")
     assert (chosen.steps, chosen.guidance, chosen.solver) == (7, 3.0, Heun())
+    kept = replace(chosen, solver=UniPc(order=3, uncorrected=(0,)), grid=UniPcGrid())
+    assert configs.from_json(configs.to_json(kept)) == kept
 
 
 MIXED = [

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from jaxtyping import Array, Float
 
+from dit_video.arrays import SameArray
 from dit_video.errors import UserError
 
 
@@ -27,15 +28,23 @@ class RectifiedFlow:
         if not self.shift > 0:
             raise UserError(f"shift {self.shift} must be positive; 1 leaves times as they are")
 
-    def shifted(self, time: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    def shifted(self, time: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:
         """$t'$ of the class docstring."""
         return self.shift * time / (1 + (self.shift - 1) * time)
+
+    def alpha(self, time: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """How much of the data is in $x_t$."""
+        return 1 - time
+
+    def sigma(self, time: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """How much of the noise is in $x_t$."""
+        return time
 
     def add_noise(
         self, data: Float[Array, "*shape"], noise: Float[Array, "*shape"], time: Float[Array, "*time"]
     ) -> Float[Array, "*shape"]:
         """$x_t$. `time` broadcasts against the data."""
-        return (1 - time) * data + time * noise
+        return self.alpha(time) * data + self.sigma(time) * noise
 
     def target(self, data: Float[Array, "*shape"], noise: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """The velocity that the model is to predict."""

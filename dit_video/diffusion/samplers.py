@@ -1,7 +1,7 @@
 """From noise to data: ODE solvers, and the loop that runs one.
 
-A solver exports `init(noisy) -> state` and `step(denoise, process, state, time, following) -> state`; a state's `x` is
-the sample at its time. The loop is one `lax.scan`: compiled once for a shape, whatever the times.
+A solver exports `init(noisy, steps=…) -> state` and `step(denoise, process, state, time, following) -> state`; a
+state's `x` is the sample at its time. The loop is one `lax.scan`: compiled once for a shape, whatever the times.
 """
 
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from dit_video.diffusion.objective import Denoise
 from dit_video.diffusion.process import RectifiedFlow
+from dit_video.diffusion.unipc import UniPc
 from dit_video.errors import UserError
 
 
@@ -26,7 +27,7 @@ class SolverState(NamedTuple):
 class Euler:
     """First order: one evaluation a step."""
 
-    def init(self, noisy: Float[Array, "*shape"]) -> SolverState:
+    def init(self, noisy: Float[Array, "*shape"], *, steps: int) -> SolverState:
         return SolverState(noisy)
 
     def step(
@@ -45,7 +46,7 @@ class Euler:
 class Heun:
     """Second order: the slope averaged over both ends of the step; two evaluations a step."""
 
-    def init(self, noisy: Float[Array, "*shape"]) -> SolverState:
+    def init(self, noisy: Float[Array, "*shape"], *, steps: int) -> SolverState:
         return SolverState(noisy)
 
     def step(
@@ -62,8 +63,8 @@ class Heun:
         return SolverState(state.x + (following - time) * (slope + denoise(proposal, following)) / 2)
 
 
-Sampler = Euler | Heun
-SAMPLERS: dict[str, Sampler] = {"euler": Euler(), "heun": Heun()}
+Sampler = Euler | Heun | UniPc
+SAMPLERS: dict[str, Sampler] = {"euler": Euler(), "heun": Heun(), "unipc": UniPc()}
 
 
 def sampler(name: str) -> Sampler:
@@ -77,17 +78,6 @@ def sampler(name: str) -> Sampler:
     return SAMPLERS[name]
 
 
-def time_grid(process: RectifiedFlow, steps: int) -> Float[Array, " {steps}+1"]:
-    """Times from 1 (noise) to 0 (data), evenly spaced and then shifted as in training.
-
-    Raises:
-      UserError: less than one step.
-    """
-    if steps < 1:
-        raise UserError(f"sampling takes at least 1 step, not {steps}")
-    return process.shifted(jnp.linspace(1.0, 0.0, steps + 1))
-
-
 def sample(
     denoise: Denoise,
     noise: Float[Array, "*shape"],
@@ -95,11 +85,29 @@ def sample(
     *,
     process: RectifiedFlow,
     solver: Sampler,
+    told: Float[Array, " times"] | None = None,
 ) -> Float[Array, "*shape"]:
-    """Run `solver` over the intervals of `times`, from noise to data. `denoise` is given the time as a scalar."""
+    """Run `solver` over the intervals of `times`, from noise to data. `denoise` is given the time as a scalar.
+
+    Args:
+      denoise: the model.
+      noise: where to start.
+      times: falling; see `grids`.
+      process: what the model was trained on.
+      solver: of the flow.
+      told: what the model is given as its time at each of `times`, where that is something else.
+    """
+    if told is not None:
+        denoise = _told(denoise, times, told)
 
     def step(state, interval):
         return solver.step(denoise, process, state, interval[0], interval[1]), None
 
-    state, _ = jax.lax.scan(step, solver.init(noise), jnp.stack([times[:-1], times[1:]], axis=1))
+    start = solver.init(noise, steps=times.shape[0] - 1)
+    state, _ = jax.lax.scan(step, start, jnp.stack([times[:-1], times[1:]], axis=1))
     return state.x
+
+
+def _told(denoise: Denoise, times: Float[Array, " times"], told: Float[Array, " times"]) -> Denoise:
+    """`denoise`, given another time; solvers evaluate it at the grid's times alone."""
+    return lambda noisy, time: denoise(noisy, told[jnp.argmin(jnp.abs(times - time), axis=0)])

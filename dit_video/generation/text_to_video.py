@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
-from dit_video.diffusion import Euler, RectifiedFlow, Sampler, classifier_free, sample, time_grid
+from dit_video.diffusion import Euler, Even, RectifiedFlow, Sampler, SampleTimes, TimeGrid, classifier_free, sample
 from dit_video.dit import packed_denoise
 from dit_video.errors import UserError
 from dit_video.rng import key
@@ -47,6 +47,7 @@ class Sampling:
     guidance: float = 2.0
     """classifier-free guidance; 1 is none"""
     solver: Sampler = Euler()
+    grid: TimeGrid = Even()
 
     def __post_init__(self):
         if self.steps < 1:
@@ -168,7 +169,7 @@ def _sample_rows(
 
     conditional, unconditional = packed(lambda request: request.prompt), packed(lambda request: request.negative)
     program = _program(denoiser.dit, denoiser.text, denoiser.process, sampling.solver, sampling.guidance != 1.0)
-    times = time_grid(denoiser.process, sampling.steps)
+    times = sampling.grid(denoiser.process, sampling.steps)
     tokens = np.asarray(program(denoiser.params, conditional, unconditional, times, sampling.guidance))
     return [unpack(tokens[number], np.asarray(conditional.segments[number])) for number in range(len(members))]
 
@@ -178,7 +179,7 @@ def _program(dit: nnx.GraphDef, text: nnx.GraphDef, process: RectifiedFlow, solv
     """The jitted sampler of packed rows."""
 
     @jax.jit
-    def program(params, conditional: Rows, unconditional: Rows, times, guidance) -> Float[Array, "B N p"]:
+    def program(params, conditional: Rows, unconditional: Rows, grid: SampleTimes, guidance) -> Float[Array, "B N p"]:
         def branch(rows: Rows):
             context = nnx.merge(text, params["text"])(rows.text, rows.text_segments)
             denoise = packed_denoise(
@@ -194,6 +195,7 @@ def _program(dit: nnx.GraphDef, text: nnx.GraphDef, process: RectifiedFlow, solv
         denoise = branch(conditional)
         if guided:
             denoise = classifier_free(denoise, branch(unconditional), guidance)
-        return sample(denoise, jnp.asarray(conditional.tokens), times, process=process, solver=solver)
+        noise = jnp.asarray(conditional.tokens)
+        return sample(denoise, noise, grid.times, process=process, solver=solver, told=grid.told)
 
     return program

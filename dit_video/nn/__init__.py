@@ -5,6 +5,7 @@ from dit_video.nn.container import Make, graph_of, init_params, param_shapes
 from dit_video.nn.conv import CausalConv, Form, Memory, Past, with_past
 from dit_video.nn.embeddings import sinusoidal
 from dit_video.nn.linear import Linear
+from dit_video.nn.lora import LoraConfig, LowRank, attach_lora, init_lora, merge_lora, scaled
 from dit_video.nn.modulation import modulate
 from dit_video.nn.norms import GroupNorm, LayerNorm, RmsNorm, layer_norm
 from dit_video.nn.stack import Remat, apply_stack, make_stack, rematerialised
@@ -17,20 +18,26 @@ __all__ = [
     "GroupNorm",
     "LayerNorm",
     "Linear",
+    "LoraConfig",
+    "LowRank",
     "Make",
     "Memory",
     "Past",
     "Remat",
     "RmsNorm",
     "apply_stack",
+    "attach_lora",
     "graph_of",
+    "init_lora",
     "init_params",
     "layer_norm",
     "make_attention",
     "make_stack",
+    "merge_lora",
     "modulate",
     "param_shapes",
     "rematerialised",
+    "scaled",
     "sinusoidal",
     "with_past",
 ]

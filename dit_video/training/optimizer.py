@@ -1,9 +1,8 @@
 """Optimizers from configs."""
 
-import difflib
 import functools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +12,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from dit_video.errors import UserError
-from dit_video.tree import flatten, map_with_path
+from dit_video.tree import closest, flatten, map_with_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,22 +132,8 @@ def _labels(config: OptimizerConfig, params: PyTree) -> PyTree:
     for kind, patterns in (("trainable", config.trainable), ("frozen", config.frozen)):
         for pattern in patterns:
             if not any(re.search(pattern, path) for path in paths):
-                raise UserError(f"{kind} path {pattern!r} is no parameter's; close are {_close(pattern, paths)}")
+                raise UserError(f"{kind} path {pattern!r} is no parameter's; close are {closest(pattern, paths)}")
     return map_with_path(lambda path, _: "train" if config.trains(path) else "frozen", params)
-
-
-def _close(pattern: str, paths: Iterable[str]) -> str:
-    """Paths, and beginnings and ends of them, that look like a pattern."""
-    word = re.sub(r"[^\w/]", "", pattern).strip("/")
-    parts = {part for path in paths for part in (path, *_parts(path))}
-    return ", ".join(difflib.get_close_matches(word, sorted(parts), n=3, cutoff=0.0))
-
-
-def _parts(path: str) -> Iterator[str]:
-    names = path.split("/")
-    for cut in range(1, len(names)):
-        yield "/".join(names[:cut])
-        yield "/".join(names[cut:])
 
 
 def _matrices(patterns: Sequence[str], params: PyTree) -> PyTree:

@@ -57,6 +57,9 @@ class Training:
     loss: Loss | StatefulLoss
     constants: tuple[PyTree, ...] = ()
     """arrays that the loss is given too; see `make_step`"""
+    frozen: dict[str, Any] | None = None
+    """Parameters that are not trained, of which the trained ones are adapters: the last argument of the loss. They are
+    laid out as parameters are, while constants lie whole on every device."""
     optimizer: optax.GradientTransformation
     ema_decay: float
     rival: Rival | None = None
@@ -111,6 +114,8 @@ class Training:
     def _step(self) -> Step:
         everywhere = jax.device_put(self.constants, NamedSharding(self.mesh, PartitionSpec()))
         if self.rival is None:
+            if self.frozen is not None:
+                everywhere = (*everywhere, jax.device_put(self.frozen, shardings(self.frozen, self.mesh)))
             return make_step(self.loss, self.optimizer, ema_decay=self.ema_decay, constants=everywhere)
         if not isinstance(self.loss, AutoencoderLoss):
             raise TypeError(f"only an autoencoder is trained against a rival, not {type(self.loss).__name__}")

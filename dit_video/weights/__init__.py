@@ -14,13 +14,18 @@ from dit_video.weights.clip_images import load_clip_images, save_clip_images
 from dit_video.weights.denoisers import load_denoiser, save_denoiser
 from dit_video.weights.embedders import load_embedder, text_encoder_config
 from dit_video.weights.folders import TensorFolder
+from dit_video.weights.lora import Module, Modules, load_lora, numbered, own_modules, save_lora
 from dit_video.weights.lpips import load_lpips, open_lpips
 from dit_video.weights.safetensors import load, load_metadata, save
+from dit_video.weights.scheduler import Schedule, load_scheduler
 from dit_video.weights.text_encoders import LoadedEncoder, load_text_encoder, save_text_encoder, t5_config
 
 __all__ = [
     "LoadedClip",
     "LoadedEncoder",
+    "Module",
+    "Modules",
+    "Schedule",
     "TensorFolder",
     "clip_text_config",
     "clip_vision_config",
@@ -32,15 +37,23 @@ __all__ = [
     "load_clip_vision",
     "load_denoiser",
     "load_embedder",
+    "load_lora",
     "load_lpips",
     "load_metadata",
+    "load_scheduler",
     "load_text_encoder",
+    "numbered",
     "open_lpips",
+    "own_modules",
     "save",
     "save_autoencoder",
     "save_clip",
     "save_clip_images",
+<<<<<<< HEAD
     "save_denoiser",
+=======
+    "save_lora",
+>>>>>>> a37b34d73b63dd47618e9eac1f63b8186c52343d
     "save_text_encoder",
     "t5_config",
     "text_encoder_config",

@@ -170,11 +170,11 @@ def match(path: Path, given: dict[str, tuple[int, ...]], wanted: dict[str, tuple
     ]
     kinds = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
     if any(kinds.values()):
-        parts = [f"{len(found)} {kind} ({_listing(found)})" for kind, found in kinds.items() if found]
+        parts = [f"{len(found)} {kind} ({listing(found)})" for kind, found in kinds.items() if found]
         raise UserError(f"{path} does not fit the model, tensors: {'; '.join(parts)}; use the config it was made with")
 
 
-def _listing(names: list[str]) -> str:
+def listing(names: list[str]) -> str:
     more = [f"… {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
     return ", ".join(names[:_SHOWN] + more)
 

@@ -25,7 +25,7 @@ def test_euler_equals_flow_match_euler(shift, steps):
 
     ours = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
     theirs = torch.from_numpy(ours.copy())
-    state = Euler().init(jnp.asarray(ours))
+    state = Euler().init(jnp.asarray(ours), steps=steps)
     for index, timestep in enumerate(scheduler.timesteps):
         sigma = float(scheduler.sigmas[index])
         prediction = torch.from_numpy(velocity(theirs.numpy(), sigma).astype(np.float32))

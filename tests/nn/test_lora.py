@@ -1,0 +1,158 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dit_video import rng
+from dit_video.errors import UserError
+from dit_video.nn import (
+    Linear,
+    LoraConfig,
+    apply_stack,
+    attach_lora,
+    graph_of,
+    init_lora,
+    init_params,
+    make_stack,
+    merge_lora,
+    param_shapes,
+    scaled,
+)
+from dit_video.tree import flatten, map_with_path
+
+
+class Net(nnx.Module):
+    """A linear map, and three of a stack."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.embed = Linear(4, 6, rngs=rngs)
+        self.blocks = make_stack(lambda r: Linear(6, 6, rngs=r), 3, rngs=rngs)
+
+    def __call__(self, x):
+        return apply_stack(self.blocks, self.embed(x))
+
+
+GRAPH, PARAMS = graph_of(Net), init_params(Net, rng.key(0, "net"))
+X = jnp.asarray(np.random.default_rng(0).normal(size=(5, 4)), jnp.float32)
+CONFIG = LoraConfig(rank=2, alpha=3.0, targets=("kernel$",))
+
+
+@jax.jit
+def run(params):
+    return nnx.merge(GRAPH, params)(X)
+
+
+def adapter(seed, config=CONFIG):
+    """One that changes something: as after training."""
+    fresh = init_lora(PARAMS, config, rng.key(seed, "lora"))
+    noise = np.random.default_rng(seed)
+    return scaled(map_with_path(lambda _, leaf: leaf + 0.3 * noise.normal(size=leaf.shape), fresh), config.scale)
+
+
+def assert_trees_close(found, expected, atol):
+    assert flatten(found).keys() == flatten(expected).keys()
+    for path, leaf in flatten(expected).items():
+        np.testing.assert_allclose(flatten(found)[path], leaf, atol=atol, err_msg=path)
+
+
+def test_a_fresh_adapter_has_the_targets_shapes_and_changes_nothing():
+    fresh = init_lora(param_shapes(Net), CONFIG, rng.key(1, "lora"))
+    assert {path: leaf.shape for path, leaf in flatten(fresh).items()} == {
+        "embed/kernel/a": (4, 2),
+        "embed/kernel/b": (2, 6),
+        "blocks/kernel/a": (3, 6, 2),
+        "blocks/kernel/b": (3, 2, 6),
+    }
+    for change in (merge_lora, attach_lora):
+        np.testing.assert_array_equal(run(change(PARAMS, scaled(fresh, 7.0))), run(PARAMS))
+    a = np.asarray(init_lora(param_shapes(Net), LoraConfig(rank=4000), rng.key(1, "lora"))["blocks"]["kernel"]["a"])
+    assert a.std() == pytest.approx((1 / (3 * 6)) ** 0.5, rel=0.02)  # as PEFT's: uniform in 1 / sqrt(i)
+    assert len(np.unique(a)) > 0.9 * a.size
+
+
+def test_merged_is_the_sum_and_attached_the_same():
+    lora = adapter(2)
+    merged = merge_lora(PARAMS, lora, 0.5)
+    for layer in range(3):
+        change = np.asarray(lora["blocks"]["kernel"]["a"][layer]) @ np.asarray(lora["blocks"]["kernel"]["b"][layer])
+        expected = np.asarray(PARAMS["blocks"]["kernel"][layer]) + 0.5 * 3.0 / 2 * change
+        np.testing.assert_allclose(merged["blocks"]["kernel"][layer], expected, atol=1e-6)
+    assert np.abs(run(merged) - run(PARAMS)).max() > 0.1
+    np.testing.assert_allclose(run(attach_lora(PARAMS, lora, 0.5)), run(merged), rtol=1e-5, atol=2e-6)
+
+
+def test_two_stacked_are_the_sum_with_their_weights():
+    first, second = adapter(3), adapter(4, LoraConfig(rank=3, alpha=1.0, targets=("blocks/kernel$",)))
+    both = merge_lora(merge_lora(PARAMS, first, 0.7), second, -1.3)
+    changes = [jax.tree.map(lambda x, y: x - y, merge_lora(PARAMS, one), PARAMS) for one in (first, second)]
+    expected = jax.tree.map(lambda p, x, y: p + 0.7 * x - 1.3 * y, PARAMS, *changes)
+    assert_trees_close(both, expected, atol=2e-6)
+    np.testing.assert_allclose(
+        run(attach_lora(attach_lora(PARAMS, first, 0.7), second, -1.3)), run(both), rtol=1e-5, atol=1e-5
+    )
+    np.testing.assert_array_equal(run(merge_lora(PARAMS, first, 0.0)), run(PARAMS))
+
+
+def test_gradients_are_those_of_the_merged_kernels_and_reach_targets_alone():
+    config = LoraConfig(rank=2, alpha=3.0, targets=("blocks/kernel$",))
+    lora = adapter(5, config)
+    factors = {"blocks": {"kernel": {name: lora["blocks"]["kernel"][name] for name in ("a", "b")}}}
+
+    def loss(change):
+        return lambda factors: jnp.square(run(change(PARAMS, scaled(factors, config.scale)))).sum()
+
+    found = jax.grad(loss(attach_lora))(factors)
+    assert set(flatten(found)) == {"blocks/kernel/a", "blocks/kernel/b"}
+    for path, leaf in flatten(jax.grad(loss(merge_lora))(factors)).items():
+        assert np.abs(leaf).max() > 1e-2
+        np.testing.assert_allclose(flatten(found)[path], leaf, rtol=1e-4, atol=1e-4 * np.abs(leaf).max())
+
+
+def test_kernels_keep_their_dtype():
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
+    merged = merge_lora(half, adapter(6))
+    assert {leaf.dtype for leaf in jax.tree.leaves(merged)} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize(
+    ("targets", "words"),
+    [
+        (("blokcs/kernel",), "'blokcs/kernel' is no parameter's path; close are .*blocks/kernel"),
+        (("blocks",), r"blocks/bias \[3, 6\] is not the kernel of a linear map"),
+    ],
+)
+def test_targets_that_cannot_be(targets, words):
+    with pytest.raises(UserError, match=words):
+        init_lora(PARAMS, LoraConfig(targets=targets), rng.key(0, "lora"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rank": 0}, "rank from 1 on and a positive alpha; got rank=0"),
+        ({"alpha": 0.0}, "positive alpha"),
+        ({"targets": ()}, "needs the paths of kernels"),
+        ({"targets": ("(",)}, "is no regular expression"),
+    ],
+)
+def test_configs_that_cannot_be(changes, words):
+    with pytest.raises(UserError, match=words):
+        LoraConfig(**changes)
+
+
+@pytest.mark.parametrize("change", [merge_lora, attach_lora])
+def test_an_adapter_of_another_model(change):
+    lora = adapter(7)
+    with pytest.raises(UserError, match=r"lacks kernels of the adapter: embed/kernel$"):
+        change({"blocks": PARAMS["blocks"]}, lora)
+    wide = {**PARAMS, "embed": {"kernel": jnp.zeros((4, 8)), "bias": jnp.zeros(8)}}
+    with pytest.raises(UserError, match=r"factors of embed/kernel are \[4, 2\] and \[2, 6\], its kernel is \[4, 8\]"):
+        change(wide, lora)
+
+
+def test_parts_of_an_adapted_kernel_cannot_be_taken():
+    attached = attach_lora(PARAMS, adapter(8))["embed"]["kernel"]
+    assert attached[...] is attached
+    with pytest.raises(TypeError, match="merge the adapter"):
+        attached[:, :2]

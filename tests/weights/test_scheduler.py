@@ -1,0 +1,128 @@
+"""A folder's scheduler; that its steps are diffusers' own is held by the parity tests at the end."""
+
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dit_video.diffusion import Euler, FlowMatchGrid, RectifiedFlow, UniPc, UniPcGrid
+from dit_video.errors import MissingError, UserError
+from dit_video.weights import Schedule, load_scheduler
+
+# The scheduler of Wan 2.1's folders, without what is at its default.
+WAN = {
+    "_class_name": "UniPCMultistepScheduler",
+    "_diffusers_version": "0.33.0",
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "flow_shift": 3.0,
+}
+
+
+def load(folder, document):
+    (folder / "scheduler_config.json").write_text(json.dumps(document))
+    return load_scheduler(folder)
+
+
+def test_wans(tmp_path):
+    assert load(tmp_path, WAN) == Schedule(UniPc(), RectifiedFlow(shift=3.0), UniPcGrid())
+    changed = WAN | {"solver_order": 3, "solver_type": "bh1", "lower_order_final": False, "disable_corrector": [0, 1]}
+    assert load(tmp_path, changed).solver == UniPc(order=3, kind="bh1", lower_order_final=False, uncorrected=(0, 1))
+
+
+def test_flow_matching(tmp_path):
+    found = load(tmp_path, {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 5})
+    assert found == Schedule(Euler(), RectifiedFlow(shift=5.0), FlowMatchGrid())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"_class_name": "DDIMScheduler"}, "DDIMScheduler; known here: UniPCMultistepScheduler, FlowMatchEuler"),
+        ({"warp": 2}, "sets warp; of UniPCMultistepScheduler these are known here: num_train_timesteps, solver_order"),
+        ({"prediction_type": "epsilon"}, "prediction_type='epsilon'; known here is 'flow_prediction'"),
+        ({"use_flow_sigmas": False}, "use_flow_sigmas=False; known here is True"),
+        ({"use_karras_sigmas": True}, "use_karras_sigmas=True"),
+        ({"solver_order": 4}, "solver_order=4; known here is 1 or 2 or 3"),
+        ({"final_sigmas_type": "sigma_min"}, "final_sigmas_type='sigma_min'"),
+        ({"predict_x0": False}, "predict_x0=False"),
+        ({"flow_shift": "wide"}, "flow_shift='wide'; it is a positive number"),
+        ({"flow_shift": 0}, "flow_shift=0; it is a positive number"),
+    ],
+)
+def test_what_is_not_known(tmp_path, changes, words):
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, WAN | changes)
+    assert words in str(caught.value)
+
+
+def test_what_is_not_set_is_as_diffusers_has_it(tmp_path):
+    with pytest.raises(UserError, match="prediction_type='epsilon'"):  # their default, which no flow has
+        load(tmp_path, {name: value for name, value in WAN.items() if name != "prediction_type"})
+
+
+def test_no_scheduler(tmp_path):
+    with pytest.raises(MissingError, match="no such file"):
+        load_scheduler(tmp_path)
+
+
+# --- against diffusers ----------------------------------------------------------------------------------------------
+
+STEPS, SHIFTS = (4, 10, 25), (1.0, 3.0, 5.0)
+NOISE = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
+
+
+def compare(folder, scheduler, steps):
+    """A toy denoiser's way through both, step for step. (The last of diffusers' `bh1`, infinity times 0, is NaN.)"""
+    import torch
+
+    scheduler.set_timesteps(steps)
+    scheduler.save_config(folder)
+    found = load_scheduler(folder)
+    grid = found.grid(found.process, steps)
+    np.testing.assert_allclose(np.asarray(grid.times), scheduler.sigmas.numpy(), atol=1e-7)
+    told = np.asarray(grid.told[:-1]) * scheduler.config.num_train_timesteps
+    np.testing.assert_allclose(told, scheduler.timesteps.numpy(), rtol=2e-7)
+
+    step = jax.jit(
+        lambda state, time, following: found.solver.step(
+            lambda x, t: jnp.sin(3 * x) + t * x, found.process, state, time, following
+        )
+    )
+    ours, theirs = found.solver.init(jnp.asarray(NOISE), steps=steps), torch.from_numpy(NOISE.copy())
+    for index, timestep in enumerate(scheduler.timesteps):
+        prediction = torch.sin(3 * theirs) + scheduler.sigmas[index] * theirs
+        theirs = scheduler.step(prediction, timestep, theirs).prev_sample
+        ours = step(ours, grid.times[index], grid.times[index + 1])
+        if getattr(found.solver, "kind", "") == "bh1" and index == steps - 1:
+            assert theirs.isnan().all()
+            assert jnp.isfinite(ours.x).all()
+        else:
+            np.testing.assert_allclose(np.asarray(ours.x), theirs.numpy(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("kind", ["bh1", "bh2"])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_unipc_equals_diffusers_step_for_step(tmp_path, order, kind):
+    diffusers = pytest.importorskip("diffusers")
+    for steps, shift in itertools.product(STEPS, SHIFTS):
+        scheduler = diffusers.UniPCMultistepScheduler(
+            solver_order=order,
+            solver_type=kind,
+            prediction_type="flow_prediction",
+            use_flow_sigmas=True,
+            flow_shift=shift,
+            disable_corrector=[2] if steps == 10 else [],
+        )
+        compare(tmp_path, scheduler, steps)
+
+
+@pytest.mark.parity
+def test_flow_matching_equals_diffusers_step_for_step(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    for steps, shift in itertools.product(STEPS, SHIFTS):
+        compare(tmp_path, diffusers.FlowMatchEulerDiscreteScheduler(shift=shift), steps)
