@@ -10,6 +10,8 @@ tokens have anything to do with each other follows from the extremes of their bo
 axis, so packing is part of the same comparison. Id 0 is padding: it sees nothing, is seen by nobody, and gets zeros.
 """
 
+import functools
+import operator
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -197,13 +199,14 @@ def _axes(pattern: Pattern, segments: Int[Array, "B N"], indices: Int[Array, "B 
 
 def visible(seen: Sight) -> Bool[Array, "B N M"]:
     """The dense mask."""
-    # Box by box and axis by axis: two-dimensional comparisons that XLA fuses into what uses the mask.
-    mask = None
-    for box in range(seen.low.shape[-2]):
-        inside = None
-        for axis in range(seen.at.shape[-1]):
-            at = seen.at[:, None, :, axis]
-            between = (seen.low[:, :, None, box, axis] <= at) & (at <= seen.high[:, :, None, box, axis])
-            inside = between if inside is None else inside & between
-        mask = inside if mask is None else mask | inside
-    return mask
+    # Box by box and axis by axis: two-dimensional comparisons, which XLA fuses into what uses the mask.
+    boxes = (
+        functools.reduce(operator.and_, (_between(seen, box, axis) for axis in range(seen.at.shape[-1])))
+        for box in range(seen.low.shape[-2])
+    )
+    return functools.reduce(operator.or_, boxes)
+
+
+def _between(seen: Sight, box: int, axis: int) -> Bool[Array, "B N M"]:
+    at = seen.at[:, None, :, axis]
+    return (seen.low[:, :, None, box, axis] <= at) & (at <= seen.high[:, :, None, box, axis])

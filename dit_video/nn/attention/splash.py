@@ -84,28 +84,26 @@ class Splash:
         size, key_size = (min(self.block, number + -number % _LANES) for number in (length, k.shape[1]))
         heads = [jnp.moveaxis(padded(x, by), 2, 1) for x, by in ((q, size), (k, key_size), (v, key_size))]
         of_tokens = padded(ids, size, _NO_QUERY), padded(key_ids, key_size, _NO_KEY), padded(ends, size)
-        mixed = jax.lax.map(lambda row: self._row(*row, size, key_size), (*heads, *of_tokens))
+        mixed = jax.lax.map(lambda row: self._row(row[:3], row[3:], size, key_size), (*heads, *of_tokens))
         return jnp.moveaxis(mixed, 1, 2)[:, :length]
 
     def _row(
         self,
-        q: Float[Array, "K N d"],
-        k: Float[Array, "K M d"],
-        v: Float[Array, "K M d"],
-        ids: Int[Array, " N"],
-        key_ids: Int[Array, " M"],
-        ends: Int[Array, " N"],
+        heads: tuple[Float[Array, "K N d"], Float[Array, "K M d"], Float[Array, "K M d"]],
+        of_tokens: tuple[Int[Array, " N"], Int[Array, " M"], Int[Array, " N"]],
         size: int,
         key_size: int,
     ) -> Float[Array, "K N d"]:
+        """`heads` are queries, keys and values; `of_tokens` are ids of queries and keys, and ends of stretches."""
         # Imported here: half a second, of use only where there is a TPU.
         from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds, splash_attention_kernel
 
+        ids, key_ids, ends = of_tokens
         prefix = self.pattern.reach == "prefix"
         hit = _meeting(ids, key_ids, ends if prefix else None, size, key_size)
         # A block of queries that sees nothing still visits one block of keys: the kernel divides by what it summed.
         visited = hit | (~hit.any(axis=1, keepdims=True) & (jnp.arange(hit.shape[1]) == 0))
-        kernel = splash_attention_kernel.SplashAttentionKernel(
+        kernel: Any = splash_attention_kernel.SplashAttentionKernel(
             _table(visited, ends if prefix else None, axis=1),
             _table(visited, ends if prefix else None, axis=1),
             _table(hit, ends if prefix else None, axis=0),
@@ -127,7 +125,7 @@ class Splash:
             mask_function=_before_the_end if prefix else None,
             interpret=self.interpret,
         )
-        return kernel(q, k, v, SegmentIds(ids, key_ids))
+        return kernel(*heads, SegmentIds(ids, key_ids))
 
 
 def _before_the_end(end: Array, place: Array) -> Array:
@@ -158,6 +156,7 @@ def _table(hit: Bool[Array, "n m"], ends: Int[Array, " N"] | None, *, axis: int)
     hand: the next that is computed, or the last one again, so that nothing is fetched in vain."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info
 
+    table: Any = splash_attention_mask_info.MaskInfo
     number = hit.shape[axis]
     places = jax.lax.broadcasted_iota(jnp.int32, hit.shape, axis)
     upcoming = jax.lax.cummin(jnp.where(hit, places, number), axis=axis, reverse=True)
@@ -165,7 +164,7 @@ def _table(hit: Bool[Array, "n m"], ends: Int[Array, " N"] | None, *, axis: int)
     following = jnp.where(upcoming == number, last, upcoming)
     # Tables lie in scalar memory, which is small.
     small = next(kind for kind in (jnp.int8, jnp.int16, jnp.int32) if number <= jnp.iinfo(kind).max)
-    return splash_attention_mask_info.MaskInfo(
+    return table(
         data_next=following.astype(small)[None],
         mask_next=None,
         block_mask=hit.astype(jnp.int8)[None],
