@@ -36,7 +36,7 @@ class Chunked:
     """
 
     pattern: Pattern = Full()
-    chunk: int = 512
+    chunk: int = 256
 
     def __post_init__(self):
         if self.chunk < 1:

@@ -17,7 +17,7 @@ from dit_video.nn.attention.splash import Splash
 Backend = Literal["auto", "dense", "chunked", "splash", "cudnn", "tokamax"]
 
 
-def make_attention(backend: Backend = "auto", *, pattern: Pattern = Full(), chunk: int = 512) -> Attention:
+def make_attention(backend: Backend = "auto", *, pattern: Pattern = Full(), chunk: int = 256) -> Attention:
     """The attention function of a backend.
 
     | backend | where | patterns | skips blocks | memory |
@@ -28,7 +28,7 @@ def make_attention(backend: Backend = "auto", *, pattern: Pattern = Full(), chun
     | `cudnn` | GPU, 16 bits | all | no | quadratic (mask) |
     | `tokamax` | GPU, if installed | of one stretch | yes | linear |
 
-    `auto` takes `dense` for rows of up to `2 * chunk` tokens and `chunked` above, on every platform: a kernel is for
+    `auto` takes `dense` for rows of up to `4 * chunk` tokens and `chunked` above, on every platform: a kernel is for
     those to name who have measured it. Patterns of one stretch are `Full`, `SpaceOnly`, `TimeOnly`, `CausalFrames`, and
     a `SlidingWindow` of radius 0. `chunk` is the block of `chunked`; the kernels have their own.
 
@@ -41,7 +41,7 @@ def make_attention(backend: Backend = "auto", *, pattern: Pattern = Full(), chun
         case "chunked":
             return Chunked(pattern=pattern, chunk=chunk)
         case "auto":
-            return Auto(limit=2 * chunk, short=Dense(pattern=pattern), long=Chunked(pattern=pattern, chunk=chunk))
+            return Auto(limit=4 * chunk, short=Dense(pattern=pattern), long=Chunked(pattern=pattern, chunk=chunk))
         case "splash":
             return Splash(pattern=pattern)
         case "cudnn":

@@ -242,7 +242,7 @@ def test_foreign_blocks_are_not_computed():
 def test_backends_by_name():
     assert make_attention("dense") == Dense()
     assert make_attention("chunked", chunk=64) == Chunked(chunk=64)
-    assert make_attention("auto", chunk=64) == Auto(limit=128, short=Dense(), long=Chunked(chunk=64))
+    assert make_attention("auto", chunk=64) == Auto(limit=256, short=Dense(), long=Chunked(chunk=64))
     assert make_attention() == make_attention("auto")
     assert make_attention("splash", pattern=TimeOnly()) == Splash(pattern=TimeOnly())
     assert make_attention("cudnn", pattern=SparseCausal()) == Cudnn(pattern=SparseCausal())
