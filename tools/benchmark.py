@@ -26,7 +26,6 @@ import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +123,14 @@ def measure_attention(extent: Extent, *, peers: bool) -> dict[str, Any]:
     """Our own beside dense ones, and torch's where that is installed."""
     from benchmarks import attention
 
-    return attention.measure(extent.tokens, extent.rounds, peers=peers and find_spec("torch") is not None)
+    if not peers:
+        return attention.measure(extent.tokens, extent.rounds)
+    try:
+        from benchmarks.peers import torch_attention
+    except ModuleNotFoundError as error:
+        found = attention.measure(extent.tokens, extent.rounds)
+        return found | {"peers": {"skipped": f"{error.name} is not installed"}}
+    return attention.measure(extent.tokens, extent.rounds, torch_attention)
 
 
 def measure_data(

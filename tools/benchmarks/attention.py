@@ -5,10 +5,9 @@ A dense attention takes the same time whatever the row holds. One that skips for
 Times are medians of rounds that run all of them one after the other, in an order that alternates.
 """
 
-import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,14 +16,19 @@ import numpy as np
 from dit_video import rng
 from dit_video.nn import Attention, make_attention
 
+Peer = Callable[[Sequence[np.ndarray], bool], Callable[[], Any]]
+
 HEADS, WIDTH = 2, 64
 SEGMENTS = 16
 MIXED = (26, 8, 13, 3, 20, 1, 10, 6, 5, 2, 4, 2)
 """of a hundredth of a row: long and short clips, and images"""
 
 
-def measure(tokens: int, rounds: int, *, peers: bool) -> dict[str, Any]:
-    """Forward, and forward and backward, of rows of `tokens`: equal segments, a mixed histogram, and dense."""
+def measure(tokens: int, rounds: int, peer: Peer | None = None) -> dict[str, Any]:
+    """Forward, and forward and backward, of rows of `tokens`: equal segments, a mixed histogram, and dense.
+
+    `peer` makes a call of another project's dense attention from heads-first arrays, and whether to go backward.
+    """
     draw = rng.host(0, "benchmark attention")
     q, k, v = (draw.normal(size=(1, tokens, HEADS, WIDTH)).astype(np.float32) for _ in range(3))
     equal = np.arange(tokens) * SEGMENTS // tokens + 1
@@ -39,8 +43,8 @@ def measure(tokens: int, rounds: int, *, peers: bool) -> dict[str, Any]:
             "dense": _ours(make, make_attention("dense"), (q, k, v), np.ones(tokens)),
             "jax.nn.dot_product_attention": _ours(make, _of_jax, (q, k, v), np.ones(tokens)),
         }
-        if peers:
-            calls |= _of_torch(what, q, k, v)
+        if peer is not None:
+            calls["torch"] = peer([np.moveaxis(x, 2, 1) for x in (q, k, v)], what == "training")
         seconds = in_turn(calls, rounds)
         fastest = min(value for name, value in seconds.items() if "segment" not in name)
         figures[what] = {"seconds": {name: round(value, 4) for name, value in seconds.items()}} | {
@@ -82,23 +86,6 @@ def _of_jax(q: jax.Array, k: jax.Array, v: jax.Array, *, q_segments: jax.Array, 
     """Of one segment, so no mask is needed: the fastest that it can be."""
     del q_segments, kv_segments
     return jax.nn.dot_product_attention(q, k, v)
-
-
-def _of_torch(what: str, *arrays: np.ndarray) -> dict[str, Callable[[], Any]]:
-    """torch's attention without a mask, heads first as it likes them best, on as many threads as there are cores."""
-    import torch
-
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    tensors = [torch.from_numpy(x).transpose(1, 2).contiguous().requires_grad_(what == "training") for x in arrays]
-
-    def call() -> Any:
-        if what == "forward":
-            with torch.no_grad():
-                return torch.nn.functional.scaled_dot_product_attention(*tensors)
-        out = torch.nn.functional.scaled_dot_product_attention(*tensors)
-        return torch.autograd.grad(out.sum(), tensors)
-
-    return {"torch": call}
 
 
 def in_turn(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
