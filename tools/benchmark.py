@@ -2,6 +2,7 @@
 
     python tools/benchmark.py                                    # all parts, with the quickstart's models
     python tools/benchmark.py denoiser autoencoder               # some parts
+    python tools/benchmark.py attention --tokens 8192 --peers    # packed rows beside dense attention, torch's too
     python tools/benchmark.py data --clips CLIPS                 # with one's own clips instead of rendered ones
     python tools/benchmark.py --config experiments/configs/clips.py --steps 50
     python tools/benchmark.py autoencoder --peers                # beside diffusers, where that and torch are installed
@@ -10,10 +11,11 @@
 `denoiser` and `autoencoder` time training steps on random latents and pixels of mixed sizes, packed as in training.
 `data` measures the loaders beside those steps (cached latents; video files; video files that are encoded on the way, as
 rows and in buckets), decoding against a bare loop, ingest with two processes against one, and the loader's memory.
-`--peers` times the convolutional autoencoder beside diffusers' on the same weights. A part whose packages are missing
-is skipped, and the document says so: `denoiser` and `autoencoder` need JAX, Flax and optax alone. Where the
-quickstart's config cannot be imported for that reason, models of about its size are measured, and `setting` is
-`built in`.
+`attention`, which runs where it is named alone, times attention that skips foreign blocks beside dense attention.
+`--peers` times the convolutional autoencoder beside diffusers' on the same weights, and attention beside torch's. A
+part whose packages are missing is skipped, and the document says so: `denoiser` and `autoencoder` need JAX, Flax and
+optax alone. Where the quickstart's config cannot be imported for that reason, models of about its size are measured,
+and `setting` is `built in`.
 """
 
 import argparse
@@ -23,7 +25,7 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,8 @@ from benchmarks.steps import Trained, measure_autoencoder, measure_denoiser
 from dit_video.errors import MissingError, UserError, script
 
 PARTS = ("denoiser", "autoencoder", "data")
+BY_NAME = ("attention",)
+"""parts that run where they are named alone"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +59,8 @@ class Extent:
     """of what is compared in turn"""
     batches: int
     """that the loader's memory is watched over"""
+    tokens: int
+    """of the rows that attention is timed on"""
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -89,6 +95,9 @@ def benchmark(
     if "autoencoder" in parts or "data" in parts:
         print("the autoencoder's step", file=sys.stderr)
         document["autoencoder"], autoencoder = measure_autoencoder(setting, extent.steps)
+    if "attention" in parts:
+        print("attention over packed rows", file=sys.stderr)
+        document["attention"] = measure_attention(extent, peers=peers)
     if denoiser is not None and autoencoder is not None and "data" in parts:
         document["data"] = measure_data(setting, denoiser, autoencoder, extent, clips)
         if "latents" in document["data"]:
@@ -108,6 +117,20 @@ def measure_peers(rounds: int) -> dict[str, Any]:
         return {"skipped": f"{error.name} is not installed"}
     print("autoencoders beside diffusers'", file=sys.stderr)
     return {"AutoencoderKLWan": peers.measure_against_diffusers(rounds)}
+
+
+def measure_attention(extent: Extent, *, peers: bool) -> dict[str, Any]:
+    """Our own beside dense ones, and torch's where that is installed."""
+    from benchmarks import attention
+
+    if not peers:
+        return attention.measure(extent.tokens, extent.rounds)
+    try:
+        from benchmarks.peers import torch_attention
+    except ModuleNotFoundError as error:
+        found = attention.measure(extent.tokens, extent.rounds)
+        return found | {"peers": {"skipped": f"{error.name} is not installed"}}
+    return attention.measure(extent.tokens, extent.rounds, torch_attention)
 
 
 def measure_data(
@@ -136,21 +159,22 @@ def measure_data(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all by default")
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; these by default; or {', '.join(BY_NAME)}"
+    )
     parser.add_argument("--config", type=Path, help="a config file, instead of the quickstart's models")
     parser.add_argument("--clips", type=Path, help="a folder of clips, instead of rendered ones")
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each model")
     parser.add_argument("--examples", type=int, default=400, help="clips of the data set of latents")
     parser.add_argument("--rounds", type=int, default=3, help="of what is compared in turn")
     parser.add_argument("--batches", type=int, default=10_000, help="over which the loader's memory is watched")
+    parser.add_argument("--tokens", type=int, default=8192, help="of the rows that attention is timed on")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change the setting")
     parser.add_argument("--peers", action="store_true", help="time other projects' autoencoders, too")
     arguments = parser.parse_args()
-    if unknown := [part for part in arguments.parts if part not in PARTS]:
-        raise UserError(f"there is no part {unknown[0]!r}; use {', '.join(PARTS)}")
-    extent = Extent(
-        steps=arguments.steps, examples=arguments.examples, rounds=arguments.rounds, batches=arguments.batches
-    )
+    if unknown := [part for part in arguments.parts if part not in PARTS + BY_NAME]:
+        raise UserError(f"there is no part {unknown[0]!r}; use {', '.join(PARTS + BY_NAME)}")
+    extent = Extent(**{field.name: getattr(arguments, field.name) for field in fields(Extent)})
     if arguments.clips is not None and not arguments.clips.is_dir():
         raise MissingError(f"no such folder: {arguments.clips}; name one with clips, or leave out --clips")
     setting = default_setting() if arguments.config is None else read_setting(arguments.config)

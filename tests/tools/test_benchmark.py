@@ -94,6 +94,19 @@ def test_all_parts_of_a_tiny_experiment(script, tiny, tiny_clips):
         assert part["peak_memory"]["bytes"] > 1e6
 
 
+@pytest.mark.slow
+def test_attention_over_packed_rows(script):
+    ended = script("tools/benchmark.py", "attention", "--tokens", 512, "--rounds", 1)
+    assert ended.code == 0
+    document = json.loads(ended.out)
+    assert document.keys() == {"machine", "setting", "attention"}
+    for what in ("forward", "training"):
+        figures = document["attention"][what]
+        assert all(seconds >= 0 for seconds in figures["seconds"].values())
+        assert figures["16 equal segments"]["share"] == pytest.approx(1 / 16)
+        assert 1 / 12 < figures["mixed segments"]["share"] < 1 / 4
+
+
 BARE = """
 import runpy, sys
 for name in ("av", "grain", "tensorflow_datasets", "array_record", "tyro", "transformers", "orbax", "tqdm"):

@@ -1,4 +1,5 @@
-"""Autoencoders beside diffusers' `AutoencoderKLWan` on the same weights and inputs, in one process, in turn.
+"""Autoencoders beside diffusers' `AutoencoderKLWan` on the same weights and inputs, in one process, in turn;
+and torch's attention, for the benchmark of ours.
 
 torch takes as many threads as there are cores. Each round times the two one after the other, in alternating order; the
 ratio is that of the medians.
@@ -9,7 +10,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,30 @@ _RATE = 1e-4
 
 def measure_against_diffusers(rounds: int) -> dict[str, Any]:
     """Encode, decode and a training step, by the width of the model."""
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    torch.set_num_threads(_cores())
     return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "clip": "x".join(map(str, CLIP)),
         "trained_on": "x".join(map(str, TRAINED)),
     } | {f"width {width}": _of_width(width, rounds) for width in WIDTHS}
+
+
+def torch_attention(heads_first: Sequence[np.ndarray], backward: bool) -> Callable[[], Any]:
+    """torch's attention without a mask, on as many threads as there are cores."""
+    torch.set_num_threads(_cores())
+    tensors = [torch.from_numpy(np.ascontiguousarray(x)).requires_grad_(backward) for x in heads_first]
+
+    def call() -> Any:
+        with torch.set_grad_enabled(backward):
+            out = torch.nn.functional.scaled_dot_product_attention(*tensors)
+        return torch.autograd.grad(out.sum(), tensors) if backward else out
+
+    return call
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _of_width(width: int, rounds: int) -> dict[str, Any]:

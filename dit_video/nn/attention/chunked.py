@@ -1,0 +1,246 @@
+"""Attention in blocks of queries and keys that skips the blocks which have nothing to do with each other.
+
+Softmax is taken online over the key blocks of a query block (arXiv 2205.14135), and the backward pass computes the
+scores again, so memory is linear in the row's length. Which key blocks a query block needs follows from the extremes of
+its boxes and of the blocks' values (`patterns`): with clips of `n_i` tokens packed into a row the time goes with the
+sum of `n_i²`, not with the square of the row. Nothing has to be contiguous for the result to be right; what lies
+together is only faster, so tokens are sorted first where a pattern has axes of its own.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from dit_video.errors import UserError
+from dit_video.nn.attention.dense import MASKED, sight_of
+from dit_video.nn.attention.indices import Coordinates
+from dit_video.nn.attention.patterns import Full, Pattern, Sight, visible
+from dit_video.nn.attention.stretches import given_back, padded, sorting, stretches, taken
+
+_LEAST, _MOST = int(np.iinfo(np.int32).min), int(np.iinfo(np.int32).max)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunked:
+    """Blocks of `chunk` queries by `chunk` keys, in plain XLA: for every pattern and platform.
+
+    It has a backward pass, but no forward-mode derivative (`jax.jvp`); `Dense` has both.
+
+    Raises:
+      UserError: a chunk below 1.
+    """
+
+    pattern: Pattern = Full()
+    chunk: int = 256
+
+    def __post_init__(self):
+        if self.chunk < 1:
+            raise UserError(f"blocks of attention have at least 1 token, not {self.chunk}")
+
+    def __call__(
+        self,
+        q: Float[Array, "B N K d"],
+        k: Float[Array, "B M K d"],
+        v: Float[Array, "B M K d"],
+        *,
+        q_segments: Int[Array, "B N"],
+        kv_segments: Int[Array, "B M"],
+        q_coordinates: Coordinates | None = None,
+        kv_coordinates: Coordinates | None = None,
+    ) -> Float[Array, "B N K d"]:
+        seen = sight_of(self.pattern, q_segments, kv_segments, q_coordinates, kv_coordinates)
+        q = q * q.shape[-1] ** -0.5
+        if isinstance(self.pattern, Full):
+            return _attend(q, k, v, seen, self.chunk)
+        if self.pattern.reach == "boxes":
+            # The first box ends at a constant distance beyond a query's own value.
+            order, key_order = sorting(seen.high[:, :, 0]), sorting(seen.at)
+            seen = Sight(taken(seen.low, order), taken(seen.high, order), taken(seen.at, key_order))
+        else:
+            order, key_order, start, stop, _ = stretches(self.pattern, seen)
+            # A key's place is a single axis: narrower extremes, and one comparison for the mask.
+            places = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=jnp.int32), k.shape[:2])
+            seen = Sight(start[..., None, None], (stop - 1)[..., None, None], places[..., None])
+        out = _attend(taken(q, order), taken(k, key_order), taken(v, key_order), seen, self.chunk)
+        return given_back(out, order)
+
+
+def _attend(
+    q: Float[Array, "B N K d"], k: Float[Array, "B M K d"], v: Float[Array, "B M K d"], seen: Sight, chunk: int
+) -> Float[Array, "B N K d"]:
+    """Pad to whole blocks and lay out heads first. `q` is already scaled."""
+    length, keys = q.shape[1], k.shape[1]
+    q_chunk, kv_chunk = min(chunk, length), min(chunk, keys)
+    low, high = (padded(ends, q_chunk, fill) for ends, fill in ((seen.low, 1), (seen.high, 0)))
+    # -1 is the segment of padding, and a place in no stretch.
+    sights = _in_blocks(Sight(low, high, padded(seen.at, kv_chunk, -1)), q_chunk, kv_chunk)
+    q, k, v = (jnp.moveaxis(padded(x, size, 0), 2, 1) for x, size in ((q, q_chunk), (k, kv_chunk), (v, kv_chunk)))
+    return jnp.moveaxis(_blockwise(q, k, v, sights)[:, :, :length], 1, 2)
+
+
+class _Blocks(NamedTuple):
+    """A sight in `n` blocks of queries and `m` blocks of keys, with the extremes of each block."""
+
+    low: Int[Array, "*B n b U A"]
+    high: Int[Array, "*B n b U A"]
+    at: Int[Array, "*B m c A"]
+    lowest: Int[Array, "*B n U A"]
+    highest: Int[Array, "*B n U A"]
+    least: Int[Array, "*B m A"]
+    most: Int[Array, "*B m A"]
+
+    def needed(self, index: Int[Array, ""]) -> tuple[Int[Array, " m"], Int[Array, ""]]:
+        """Of one row: the key blocks that a query block may see, those first, and their number."""
+        meets = (self.lowest[index] <= self.most[:, None]) & (self.least[:, None] <= self.highest[index])
+        hit = meets.all(axis=-1).any(axis=-1)
+        return jnp.argsort(~hit, stable=True).astype(jnp.int32), hit.sum(dtype=jnp.int32)
+
+    def mask(self, query_block: Int[Array, ""], key_block: Int[Array, ""]) -> Bool[Array, "b c"]:
+        """Of one row: who sees whom between two blocks."""
+        pair = (self.low[query_block], self.high[query_block], self.at[key_block])
+        return visible(Sight(*(part[None] for part in pair)))[0]
+
+
+def _in_blocks(seen: Sight, q_chunk: int, kv_chunk: int) -> _Blocks:
+    low, high = (ends.reshape(ends.shape[0], -1, q_chunk, *ends.shape[2:]) for ends in (seen.low, seen.high))
+    at = seen.at.reshape(seen.at.shape[0], -1, kv_chunk, seen.at.shape[-1])
+    # Padding must not widen the extremes of the blocks that it lies in.
+    empty = (low > high).any(axis=-1, keepdims=True)
+    nobody = at[..., :1] < 0
+    return _Blocks(
+        low=low,
+        high=high,
+        at=at,
+        lowest=jnp.where(empty, _MOST, low).min(axis=2),
+        highest=jnp.where(empty, _LEAST, high).max(axis=2),
+        least=jnp.where(nobody, _MOST, at).min(axis=2),
+        most=jnp.where(nobody, _LEAST, at).max(axis=2),
+    )
+
+
+def _each_head(row: Callable[..., Any], blocks: _Blocks, *arrays: Shaped[Array, "B K ..."]) -> Any:
+    """`row(blocks, ...)` for the heads of every row: one at a time on CPU, where matrices of two dimensions are the
+    fastest, and together elsewhere. Rows differ in which blocks they need, so they take turns."""
+    if jax.default_backend() != "cpu":
+        heads = jax.vmap(row, in_axes=(None, *(0 for _ in arrays)))
+        return jax.lax.map(lambda given: heads(*given), (blocks, *arrays))
+    return jax.lax.map(lambda given: jax.lax.map(lambda head: row(given[0], *head), given[1:]), (blocks, *arrays))
+
+
+@jax.custom_vjp
+def _blockwise(
+    q: Float[Array, "B K N d"], k: Float[Array, "B K M d"], v: Float[Array, "B K M d"], blocks: _Blocks
+) -> Float[Array, "B K N d"]:
+    return _each_head(_row, blocks, q, k, v)[0]
+
+
+def _forward(q, k, v, blocks):
+    out, lse = _each_head(_row, blocks, q, k, v)
+    return out, (q, k, v, blocks, out, lse)
+
+
+def _backward(saved, d_out):
+    q, k, v, blocks, out, lse = saved
+    delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(axis=-1)
+    gradients = _each_head(_row_backward, blocks, q, k, v, lse, delta, d_out)
+    return *(g.astype(x.dtype) for g, x in zip(gradients, (q, k, v), strict=True)), None
+
+
+_blockwise.defvjp(_forward, _backward)
+
+
+def _row(
+    blocks: _Blocks, q: Float[Array, "N d"], k: Float[Array, "M d"], v: Float[Array, "M d"]
+) -> tuple[Float[Array, "N d"], Float[Array, " N"]]:
+    """One head of one row: what it mixes, and the logarithm of every query's sum of exponentials (float32)."""
+    number, size = blocks.low.shape[:2]
+
+    def block(index):
+        queries = _block(q, index, size)
+        wanted, count = blocks.needed(index)
+
+        def step(at, state):
+            top, total, mixed = state
+            key_block = wanted[at]
+            scores = jnp.where(
+                blocks.mask(index, key_block), _dot(queries, _key_block(k, blocks, key_block), 1, 1), MASKED
+            )
+            new_top = jnp.maximum(top, scores.max(axis=-1))
+            weights = jnp.exp(scores - new_top[:, None])
+            shrink = jnp.exp(top - new_top)
+            total = total * shrink + weights.sum(axis=-1)
+            part = _dot(weights.astype(v.dtype), _key_block(v, blocks, key_block), 1, 0)
+            return new_top, total, mixed * shrink[:, None] + part
+
+        begin = jnp.full(size, MASKED), jnp.zeros(size), jnp.zeros((size, v.shape[-1]))
+        top, total, mixed = jax.lax.fori_loop(0, count, step, begin)
+        sees = top > MASKED
+        out = jnp.where(sees[:, None], mixed / total[:, None], 0.0).astype(v.dtype)
+        # So far above all scores that the backward pass finds weights of zero where nothing is seen.
+        return out, jnp.where(sees, top + jnp.log(total), -MASKED)
+
+    out, lse = jax.lax.map(block, jnp.arange(number))
+    return out.reshape(number * size, -1), lse.reshape(-1)
+
+
+def _row_backward(
+    blocks: _Blocks,
+    q: Float[Array, "N d"],
+    k: Float[Array, "M d"],
+    v: Float[Array, "M d"],
+    lse: Float[Array, " N"],
+    delta: Float[Array, " N"],
+    d_out: Float[Array, "N d"],
+) -> tuple[Float[Array, "N d"], Float[Array, "M d"], Float[Array, "M d"]]:
+    """Gradients of one head of one row, in float32 (arXiv 2205.14135, appendix B.2)."""
+    number, size = blocks.low.shape[:2]
+
+    def block(gradients, index):
+        queries, d_mixed = _block(q, index, size), _block(d_out, index, size)
+        own_lse, own_delta = _block(lse, index, size), _block(delta, index, size)
+        wanted, count = blocks.needed(index)
+
+        def step(at, state):
+            d_q, d_k, d_v = state
+            key_block = wanted[at]
+            keys, values = _key_block(k, blocks, key_block), _key_block(v, blocks, key_block)
+            scores = jnp.where(blocks.mask(index, key_block), _dot(queries, keys, 1, 1), MASKED)
+            weights = jnp.exp(scores - own_lse[:, None])
+            d_scores = weights * (_dot(d_mixed, values, 1, 1) - own_delta[:, None])
+            weights, d_scores = weights.astype(v.dtype), d_scores.astype(k.dtype)
+            d_v = _added(d_v, blocks, key_block, _dot(weights, d_mixed, 0, 0))
+            d_k = _added(d_k, blocks, key_block, _dot(d_scores, queries, 0, 0))
+            return d_q + _dot(d_scores, keys, 1, 0), d_k, d_v
+
+        d_q, *gradients = jax.lax.fori_loop(0, count, step, (jnp.zeros(queries.shape), *gradients))
+        return tuple(gradients), d_q
+
+    zeros = jnp.zeros(k.shape), jnp.zeros(v.shape)
+    (d_k, d_v), d_q = jax.lax.scan(block, zeros, jnp.arange(number))
+    return d_q.reshape(q.shape), d_k, d_v
+
+
+def _dot(left: Float[Array, "_ _"], right: Float[Array, "_ _"], left_axis: int, right_axis: int) -> Float[Array, "_ _"]:
+    """A matrix product over these axes, summed in float32."""
+    axes = (((left_axis,), (right_axis,)), ((), ()))
+    return jax.lax.dot_general(left, right, axes, preferred_element_type=jnp.float32)
+
+
+def _block(rows: Shaped[Array, "N *rest"], index: Int[Array, ""], size: int) -> Shaped[Array, "b *rest"]:
+    return jax.lax.dynamic_slice_in_dim(rows, index * size, size)
+
+
+def _key_block(rows: Shaped[Array, "M *rest"], blocks: _Blocks, index: Int[Array, ""]) -> Shaped[Array, "c *rest"]:
+    return _block(rows, index, blocks.at.shape[1])
+
+
+def _added(
+    rows: Float[Array, "M d"], blocks: _Blocks, index: Int[Array, ""], block: Float[Array, "c d"]
+) -> Float[Array, "M d"]:
+    start = index * blocks.at.shape[1]
+    return jax.lax.dynamic_update_slice_in_dim(rows, _key_block(rows, blocks, index) + block, start, axis=0)

@@ -1,0 +1,102 @@
+"""GPU: cuDNN's attention through JAX, and tokamax's kernels where that package is installed.
+
+Neither has been run on a GPU by this project's tests: what is tested is what they are given, with the same functions'
+XLA implementations. On several devices, call them under `jax.shard_map`.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dit_video.errors import UserError
+from dit_video.nn.attention.dense import sight_of
+from dit_video.nn.attention.indices import Coordinates
+from dit_video.nn.attention.patterns import Full, Pattern, visible
+from dit_video.nn.attention.stretches import given_back, require_stretches, stretches, taken
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cudnn:
+    """cuDNN's fused attention under the dense mask, in bfloat16 or float16: every pattern, and no block is skipped.
+
+    JAX hands a mask to cuDNN as a bias of N × M values, so memory is quadratic in the row, once for all heads.
+    """
+
+    pattern: Pattern = Full()
+    implementation: Literal["cudnn", "xla"] = "cudnn"
+    """"xla" is JAX's own, on any platform: for tests"""
+
+    def __call__(
+        self,
+        q: Float[Array, "B N K d"],
+        k: Float[Array, "B M K d"],
+        v: Float[Array, "B M K d"],
+        *,
+        q_segments: Int[Array, "B N"],
+        kv_segments: Int[Array, "B M"],
+        q_coordinates: Coordinates | None = None,
+        kv_coordinates: Coordinates | None = None,
+    ) -> Float[Array, "B N K d"]:
+        if self.implementation == "cudnn" and q.dtype not in (jnp.bfloat16, jnp.float16):
+            raise UserError(f"cuDNN's attention computes in bfloat16 or float16, not {q.dtype}; set the model's dtype")
+        mask = visible(sight_of(self.pattern, q_segments, kv_segments, q_coordinates, kv_coordinates))
+        mixed = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation=self.implementation)
+        return jnp.where(mask.any(axis=-1)[..., None, None], mixed, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokamax:
+    """tokamax's kernels, given one stretch of keys for every query: blocks outside it are skipped, memory is linear.
+
+    `mosaic_gpu` is for Hopper and Blackwell; its backward pass takes stretches, too (that of `triton`, as of 0.0.12,
+    makes a dense mask of them). The public function of 0.0.12 doesn't take stretches, so the operations under it are
+    called; `xla` runs on any platform, for tests.
+
+    Raises:
+      UserError: tokamax is not installed, or a pattern whose queries see several stretches of keys.
+    """
+
+    pattern: Pattern = Full()
+    implementation: Literal["mosaic_gpu", "triton", "xla"] = "mosaic_gpu"
+
+    def __post_init__(self):
+        require_stretches(self.pattern, "tokamax")
+        _operations()
+
+    def __call__(
+        self,
+        q: Float[Array, "B N K d"],
+        k: Float[Array, "B M K d"],
+        v: Float[Array, "B M K d"],
+        *,
+        q_segments: Int[Array, "B N"],
+        kv_segments: Int[Array, "B M"],
+        q_coordinates: Coordinates | None = None,
+        kv_coordinates: Coordinates | None = None,
+    ) -> Float[Array, "B N K d"]:
+        at = stretches(self.pattern, sight_of(self.pattern, q_segments, kv_segments, q_coordinates, kv_coordinates))
+        seen = at.start < at.stop
+        # No kernel is asked for a softmax of nothing: such queries see the first key, and get zeros afterwards.
+        start, stop = jnp.where(seen, at.start, 0), jnp.where(seen, at.stop, 1)
+        operations, mask = _operations()
+        mixed = operations[self.implementation](
+            taken(q, at.order),
+            taken(k, at.key_order),
+            taken(v, at.key_order),
+            mask=mask(k_start=start[:, None], k_end=stop[:, None]),
+        )
+        return given_back(jnp.where(seen[..., None, None], mixed, 0), at.order)
+
+
+def _operations() -> tuple[Any, Any]:
+    """tokamax's implementations by name, and its type of masks."""
+    try:
+        from tokamax._src.ops.attention import api, base
+    except ImportError as error:
+        raise UserError(
+            f"the attention backend tokamax needs its package ({error}); pip install tokamax, or use cudnn or chunked"
+        ) from error
+    return api.IMPLEMENTATIONS, base.Mask

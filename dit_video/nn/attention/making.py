@@ -1,0 +1,84 @@
+"""The attention function of a backend and a pattern."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtyping import Array, Float, Int
+
+from dit_video.errors import UserError
+from dit_video.nn.attention.chunked import Chunked
+from dit_video.nn.attention.dense import Dense
+from dit_video.nn.attention.gpu import Cudnn, Tokamax
+from dit_video.nn.attention.indices import Coordinates
+from dit_video.nn.attention.interface import Attention
+from dit_video.nn.attention.patterns import Full, Pattern
+from dit_video.nn.attention.splash import Splash
+
+Backend = Literal["auto", "dense", "chunked", "splash", "cudnn", "tokamax"]
+
+
+def make_attention(backend: Backend = "auto", *, pattern: Pattern = Full(), chunk: int = 256) -> Attention:
+    """The attention function of a backend.
+
+    | backend | where | patterns | skips blocks | memory |
+    |---|---|---|---|---|
+    | `dense` | anywhere | all | no | quadratic |
+    | `chunked` | anywhere | all | yes | linear |
+    | `splash` | TPU | of one stretch | yes | linear |
+    | `cudnn` | GPU, 16 bits | all | no | quadratic (mask) |
+    | `tokamax` | GPU, if installed | of one stretch | yes | linear |
+
+    `auto` takes `dense` for rows of up to `4 * chunk` tokens and `chunked` above, on every platform: a kernel is for
+    those to name who have measured it. Patterns of one stretch are `Full`, `SpaceOnly`, `TimeOnly`, `CausalFrames`, and
+    a `SlidingWindow` of radius 0. `chunk` is the block of `chunked`; the kernels have their own.
+
+    Raises:
+      UserError: an unknown backend, or a pattern that it cannot do.
+    """
+    match backend:
+        case "dense":
+            return Dense(pattern=pattern)
+        case "chunked":
+            return Chunked(pattern=pattern, chunk=chunk)
+        case "auto":
+            return Auto(limit=4 * chunk, short=Dense(pattern=pattern), long=Chunked(pattern=pattern, chunk=chunk))
+        case "splash":
+            return Splash(pattern=pattern)
+        case "cudnn":
+            return Cudnn(pattern=pattern)
+        case "tokamax":
+            return Tokamax(pattern=pattern)
+    raise UserError(
+        f"unknown attention backend {backend!r}; use auto, dense, chunked, splash (TPU), cudnn or tokamax (GPU)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Auto:
+    """`short` for rows of up to `limit` tokens, `long` above."""
+
+    limit: int
+    short: Dense
+    long: Chunked
+
+    def __call__(
+        self,
+        q: Float[Array, "B N K d"],
+        k: Float[Array, "B M K d"],
+        v: Float[Array, "B M K d"],
+        *,
+        q_segments: Int[Array, "B N"],
+        kv_segments: Int[Array, "B M"],
+        q_coordinates: Coordinates | None = None,
+        kv_coordinates: Coordinates | None = None,
+    ) -> Float[Array, "B N K d"]:
+        function = self.short if q.shape[1] <= self.limit else self.long
+        return function(
+            q,
+            k,
+            v,
+            q_segments=q_segments,
+            kv_segments=kv_segments,
+            q_coordinates=q_coordinates,
+            kv_coordinates=kv_coordinates,
+        )

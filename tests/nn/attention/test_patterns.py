@@ -1,0 +1,117 @@
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dit_video import configs
+from dit_video.errors import UserError
+from dit_video.nn import attention
+from dit_video.nn.attention import (
+    CausalFrames,
+    Full,
+    SlidingWindow,
+    SpaceOnly,
+    SparseCausal,
+    TimeOnly,
+    grid_indices,
+    make_attention,
+)
+from dit_video.nn.attention.dense import sight_of
+from dit_video.nn.attention.patterns import visible
+from dit_video.tokens import Grid, coordinates
+
+GRIDS = Grid(3, 2, 3), Grid(2, 3, 2), Grid(1, 2, 2)
+SEGMENTS = jnp.asarray([[index + 1 for index, grid in enumerate(GRIDS) for _ in range(grid.volume)] + [0] * 3])
+INDICES = np.concatenate([*(coordinates(grid) for grid in GRIDS), np.zeros((3, 3))]).astype(np.int32)
+
+TILE = np.array([1, 2, 2])
+DEFINITIONS = [
+    (Full(), lambda q, k: True),
+    (SpaceOnly(), lambda q, k: q[0] == k[0]),
+    (TimeOnly(), lambda q, k: tuple(q[1:]) == tuple(k[1:])),
+    (CausalFrames(), lambda q, k: k[0] <= q[0]),
+    (CausalFrames(chunk=2), lambda q, k: k[0] // 2 <= q[0] // 2),
+    (SparseCausal(), lambda q, k: k[0] in (q[0], q[0] - 1, 0)),
+    (SlidingWindow(radius=(1, 1, 1)), lambda q, k: max(abs(q - k)) <= 1),
+    (SlidingWindow(radius=(None, 0, 1)), lambda q, k: q[1] == k[1] and abs(q[2] - k[2]) <= 1),
+    (SlidingWindow(radius=(1, None, 0), tile=(2, 1, 2)), lambda q, k: q[2] // 2 == k[2] // 2),
+    (SlidingWindow(radius=(1, 0, 0), tile=(1, 2, 2)), lambda q, k: (abs(q // TILE - k // TILE) <= [1, 0, 0]).all()),
+]
+
+
+def expected_mask(sees):
+    """Pair by pair, as the pattern is described."""
+    ids = np.asarray(SEGMENTS)[0]
+    return np.array(
+        [[ids[i] == ids[j] > 0 and sees(q, k) for j, k in enumerate(INDICES)] for i, q in enumerate(INDICES)]
+    )
+
+
+@pytest.mark.parametrize(("pattern", "sees"), DEFINITIONS, ids=lambda value: str(value) if "(" in str(value) else "")
+def test_a_pattern_sees_what_it_says(pattern, sees):
+    mask = visible(sight_of(pattern, SEGMENTS, SEGMENTS, jnp.asarray(INDICES)[None], None))
+    np.testing.assert_array_equal(mask[0], expected_mask(sees))
+
+
+def test_real_coordinates_are_indices_by_rank():
+    seconds = INDICES * np.float32([0.32, 1 / 3, 7.5]) + np.float32([0, -4, 0.1])
+    order = np.random.default_rng(0).permutation(len(INDICES))
+    for rows in (np.arange(len(INDICES)), order):
+        found = jax.jit(grid_indices)(jnp.asarray(seconds[rows])[None], SEGMENTS[:, rows])
+        np.testing.assert_array_equal(found[0], INDICES[rows])
+
+
+def test_whole_coordinates_are_indices_as_they_are():
+    late = jnp.asarray(INDICES)[None] + 5
+    assert grid_indices(late, SEGMENTS) is late
+
+
+def test_ranks_of_queries_and_keys_are_on_one_grid():
+    """Two frames' queries among the keys of all frames, with real times."""
+    times = jnp.asarray([[0.0, 0.5, 2.0, 2.5]])
+    keys = jnp.stack([times, 0 * times, 0 * times], axis=-1)
+    ids = jnp.ones((1, 4), jnp.int32)
+    seen = sight_of(CausalFrames(), ids[:, :2], ids, keys[:, ::3], keys)
+    np.testing.assert_array_equal(visible(seen)[0], [[True, False, False, False], [True, True, True, True]])
+    seen = sight_of(SparseCausal(), ids[:, :1], ids, keys[:, 3:], keys)
+    np.testing.assert_array_equal(visible(seen)[0], [[True, False, True, True]])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: CausalFrames(chunk=0), "at least 1 frame, not 0"),
+        (lambda: SlidingWindow(radius=(1, -1, 1)), "must not be negative; use None"),
+        (lambda: SlidingWindow(radius=(1, 1, 1), tile=(1, 0, 1)), "at least 1 along each axis"),
+        (lambda: SlidingWindow(radius=(None, None, None)), "is Full()"),
+        (lambda: make_attention("chunked", chunk=0), "at least 1 token, not 0"),
+        (lambda: attention.Splash(block=100), "multiples of 128 tokens, not 100"),
+        (lambda: make_attention("splash", pattern=SparseCausal()), "splash attention cannot do SparseCausal"),
+        (lambda: make_attention("splash", pattern=SlidingWindow(radius=(1, None, None))), "cannot do SlidingWindow"),
+        (lambda: make_attention("tokamax", pattern=SparseCausal()), "tokamax attention cannot do SparseCausal"),
+        (lambda: inspect.unwrap(make_attention)("flash"), "unknown attention backend 'flash'; use auto, dense"),
+    ],
+)
+def test_what_is_refused_when_it_is_made(make, message):
+    with pytest.raises(UserError) as caught:
+        make()
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pattern_that_reads_coordinates_needs_them():
+    array = jnp.zeros((1, 4, 1, 2), jnp.bfloat16)
+    ids = jnp.ones((1, 4), jnp.int32)
+    for backend in ("dense", "chunked", "splash", "cudnn"):
+        with pytest.raises(UserError, match="SpaceOnly reads where tokens lie: give the attention q_coordinates"):
+            make_attention(backend, pattern=SpaceOnly())(array, array, array, q_segments=ids, kv_segments=ids)
+
+
+def test_patterns_are_values_that_a_config_can_hold():
+    for pattern, _ in DEFINITIONS:
+        written = configs.to_json(pattern)
+        assert written["type"].startswith("dit_video.nn.attention:")
+        assert configs.from_json(written) == pattern
+        assert hash(make_attention("chunked", pattern=pattern)) == hash(make_attention("chunked", pattern=pattern))
