@@ -49,11 +49,8 @@ __all__ = [
     "save_autoencoder",
     "save_clip",
     "save_clip_images",
-<<<<<<< HEAD
     "save_denoiser",
-=======
     "save_lora",
->>>>>>> a37b34d73b63dd47618e9eac1f63b8186c52343d
     "save_text_encoder",
     "t5_config",
     "text_encoder_config",
