@@ -11,7 +11,7 @@ from dit_video.weights.clip import (
     save_clip,
 )
 from dit_video.weights.clip_images import load_clip_images, save_clip_images
-from dit_video.weights.denoisers import load_denoiser, save_denoiser
+from dit_video.weights.denoisers import denoiser_config, load_denoiser, save_denoiser
 from dit_video.weights.embedders import load_embedder, text_encoder_config
 from dit_video.weights.folders import TensorFolder
 from dit_video.weights.lora import Module, Modules, load_lora, numbered, own_modules, save_lora
@@ -19,6 +19,7 @@ from dit_video.weights.lpips import load_lpips, open_lpips
 from dit_video.weights.safetensors import load, load_metadata, save
 from dit_video.weights.scheduler import Schedule, load_scheduler
 from dit_video.weights.text_encoders import LoadedEncoder, load_text_encoder, save_text_encoder, t5_config
+from dit_video.weights.wan_lora import load_wan_lora, save_wan_lora, wan_modules
 
 __all__ = [
     "LoadedClip",
@@ -29,6 +30,7 @@ __all__ = [
     "TensorFolder",
     "clip_text_config",
     "clip_vision_config",
+    "denoiser_config",
     "load",
     "load_autoencoder",
     "load_clip",
@@ -42,6 +44,7 @@ __all__ = [
     "load_metadata",
     "load_scheduler",
     "load_text_encoder",
+    "load_wan_lora",
     "numbered",
     "open_lpips",
     "own_modules",
@@ -52,6 +55,8 @@ __all__ = [
     "save_denoiser",
     "save_lora",
     "save_text_encoder",
+    "save_wan_lora",
     "t5_config",
     "text_encoder_config",
+    "wan_modules",
 ]
