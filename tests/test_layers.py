@@ -14,6 +14,8 @@ PACKAGE = ROOT / "dit_video"
 LEVELS = {
     4: {
         "pipeline",
+        "pipeline_config",
+        "wan_pipeline",
         "loading",
         "experiment",
         "intake",
