@@ -16,13 +16,14 @@ import numpy as np
 from jaxtyping import Float32
 
 from dit_video import configs
+from dit_video.animation import Image, Images
 from dit_video.autoencoder import AutoencoderConfig
 from dit_video.codec import Codec
 from dit_video.diffusion import sampler as sampler_of
 from dit_video.dit import WanDitConfig
 from dit_video.errors import UserError
 from dit_video.files import atomic_path, read_json, write_json
-from dit_video.generation import Denoiser, LatentRequest, Sampling, initial_noise, sample_latents
+from dit_video.generation import Denoiser, GivenClip, LatentRequest, Sampling, initial_noise, sample_latents
 from dit_video.nn import graph_of, merge_lora, param_shapes
 from dit_video.pipeline_config import PipelineConfig, Request, as_grid
 from dit_video.text_encoder import moved, open_tokenizer
@@ -51,6 +52,7 @@ class Pipeline:
         self.config = config
         self.codec = Codec(config.autoencoder, autoencoder)
         """the autoencoder"""
+        self._images = Images(config, self.codec)
         self._denoiser = Denoiser(
             dit=graph_of(config.dit.make),
             text=graph_of(config.text.make),
@@ -73,6 +75,8 @@ class Pipeline:
         seed: int = ...,
         sampler: str | None = ...,
         noise: Float32[np.ndarray, "t h w c"] | None = ...,
+        image: Image | None = ...,
+        last_image: Image | None = ...,
         output: Literal["clip"] = ...,
     ) -> Clip: ...
 
@@ -88,6 +92,8 @@ class Pipeline:
         seed: int = ...,
         sampler: str | None = ...,
         noise: Float32[np.ndarray, "t h w c"] | None = ...,
+        image: Image | None = ...,
+        last_image: Image | None = ...,
         output: Literal["latents"],
     ) -> Float32[np.ndarray, "t h w c"]: ...
 
@@ -102,6 +108,8 @@ class Pipeline:
         seed=0,
         sampler=None,
         noise=None,
+        image=None,
+        last_image=None,
         output="clip",
     ):
         """One clip from a prompt.
@@ -116,17 +124,21 @@ class Pipeline:
           seed: the same seed, size and model give the same clip.
           sampler: `euler`, `heun` or `unipc`.
           noise: the starting point instead of the seed's, standard normal `[t h w c]` of the latents' size.
+          image: what the clip begins with, a clip of one frame or pixels `[H W 3]` of its size, in models that take one
+            (Wan's I2V, which need it, and TI2V).
+          last_image: what it ends with, in those that take that too.
           output: `clip`, or `latents` for normalised latents `[t h w c]`.
 
         Raises:
           UserError: a size that the model cannot make (it names the nearest), an unknown sampler, less than one step,
-            a seed that is no whole number below 2**32, or noise of another shape.
+            a seed that is no whole number below 2**32, noise of another shape, or images that do not fit size or model.
         """
         if output not in ("clip", "latents"):
             raise UserError(f"unknown output {output!r}; use clip or latents")
         request = Request(prompt, self.config.size if size is None else as_grid(size), seed, negative)
         drawn = self.sampling(steps=steps, guidance=guidance, sampler=sampler)
-        latents = self._latents([request], drawn, noise=noise)
+        given = self._images(as_grid(request.size), image, last_image)
+        latents = self._latents([request], drawn, noise=noise, given=given)
         return latents[0] if output == "latents" else self._clips(latents, [request])[0]
 
     def generate_many(
@@ -245,7 +257,12 @@ class Pipeline:
         return replace(self.config.sampling, **changes)
 
     def _latents(
-        self, requests: Sequence[Request], sampling: Sampling, *, noise: Float32[np.ndarray, "t h w c"] | None = None
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        *,
+        noise: Float32[np.ndarray, "t h w c"] | None = None,
+        given: GivenClip | None = None,
     ) -> list[Float32[np.ndarray, "t h w c"]]:
         config = self.config
         latent_requests = []
@@ -259,7 +276,8 @@ class Pipeline:
             )
             if start.shape != shape:
                 raise UserError(f"noise for {'x'.join(map(str, request.size))} has shape {shape}, not {start.shape}")
-            latent_requests.append(LatentRequest(request.prompt, request.negative, start.astype(np.float32)))
+            told = self._images(as_grid(request.size), None, None) if given is None else given
+            latent_requests.append(LatentRequest(request.prompt, request.negative, start.astype(np.float32), told))
         rows = min(config.batch, len(requests))
         return sample_latents(self._denoiser, latent_requests, sampling=sampling, shape=config.row_shape, rows=rows)
 

@@ -39,6 +39,8 @@ class PipelineConfig:
     """what is generated if nothing else is asked for: frames, height, width"""
     boundary: float | None = None
     """of two experts (Wan 2.2 A14B): at times from it on `dit` denoises, below it a second model of the same config"""
+    image_encoder: str | None = None
+    """folder of the frozen CLIP whose image tokens the denoiser attends to, in models that animate images with one"""
     evaluation: Evaluation = field(default_factory=CaptionEvaluation)
     made_by: dict[str, str] = field(default_factory=dict)
     """the command, seed and versions that the weights come from"""

@@ -1,4 +1,4 @@
-"""Wan's pipelines, from the folders that diffusers writes: `WanPipeline` of Wan 2.1 and 2.2.
+"""Wan's pipelines, from the folders that diffusers writes: `WanPipeline` and `WanImageToVideoPipeline`, 2.1 and 2.2.
 
 What is not in a folder is as diffusers' pipeline has it: clips of 81 frames of 480×832 at 16 frames a second (24 of the
 model with a time per token, TI2V-5B), 50 steps, guidance 5; texts are cleaned and cut to 512 tokens, the denoiser pads
@@ -24,13 +24,14 @@ from dit_video.pipeline import Pipeline
 from dit_video.pipeline_config import PipelineConfig
 from dit_video.text import FrozenTextConfig
 from dit_video.tokens import Grid
-from dit_video.weights import load_autoencoder, load_denoiser, load_scheduler, text_encoder_config
+from dit_video.weights import clip_vision_config, load_autoencoder, load_denoiser, load_scheduler, text_encoder_config
 
 INDEX = "model_index.json"
-PARTS = ("transformer", "transformer_2", "vae", "text_encoder", "tokenizer", "scheduler")
+_TWO_EXPERTS, _IMAGE_PARTS = "transformer_2", ("image_encoder", "image_processor")
+_ALWAYS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+PARTS = (*_ALWAYS, _TWO_EXPERTS, *_IMAGE_PARTS)
 """Folders in a pipeline's that are read."""
-CLASSES = ("WanPipeline",)
-_TWO_EXPERTS = "transformer_2"
+CLASSES = ("WanPipeline", "WanImageToVideoPipeline")
 _STEPS, _GUIDANCE, _SIZE = 50, 5.0, Grid(81, 480, 832)
 _FPS, _FPS_PER_TOKEN = 16.0, 24.0
 
@@ -81,6 +82,9 @@ def load_wan(
             raise UserError(f"{folder} has two experts of different shapes, {dit} and {second}; they must be alike")
     if width != dit.context_width:
         raise UserError(f"{encoder} makes embeddings of width {width}, the transformer reads {dit.context_width}")
+    images = folder / "image_encoder" if dit.image_width is not None else None
+    if images is not None and (found := clip_vision_config(images).width) != dit.image_width:
+        raise UserError(f"{images} makes tokens of width {found}, the transformer reads {dit.image_width}")
     autoencoder, autoencoder_params = load_autoencoder(folder / "vae")
     if autoencoder.channels != dit.channels:
         raise UserError(f"{folder}: the transformer has {dit.channels} channels, the vae {autoencoder.channels}")
@@ -97,6 +101,7 @@ def load_wan(
         fps=_FPS_PER_TOKEN if dit.time == "token" else _FPS,
         size=_SIZE,
         boundary=boundary,
+        image_encoder=None if images is None else os.fspath(images),
         made_by={"loaded from": os.fspath(folder), "class": index["_class_name"]},
     )
     placed = trees.map_with_path(lambda path, leaf: place(f"autoencoder/{path}", leaf), autoencoder_params)
@@ -113,7 +118,7 @@ def _checked_index(folder: Path) -> dict[str, Any]:
     if two != (index.get("boundary_ratio") is not None):
         given = "two experts without a boundary_ratio between them" if two else "a boundary_ratio, but one expert alone"
         raise UserError(f"{folder / INDEX} names {given}; copy or download it again")
-    wanted = [part for part in PARTS if part != _TWO_EXPERTS or two]
+    wanted = [part for part in PARTS if part in _ALWAYS or _named(index, part)]
     if missing := [part for part in wanted if not (folder / part).is_dir()]:
         raise MissingError(f"{folder} lacks the folders {', '.join(missing)}; copy or download them too")
     return index

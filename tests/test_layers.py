@@ -13,6 +13,7 @@ PACKAGE = ROOT / "dit_video"
 
 LEVELS = {
     4: {
+        "animation",
         "pipeline",
         "pipeline_config",
         "wan_pipeline",

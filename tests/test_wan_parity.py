@@ -50,8 +50,8 @@ def roughened(torch, model, seed):
     return model.eval()
 
 
-def written(torch, folder, *, transformer=TRANSFORMER, vae=VAE, scheduler=None, **index):
-    """A random pipeline that diffusers made and saved; `index` are arguments of its class."""
+def written(torch, folder, *, kind="WanPipeline", transformer=TRANSFORMER, vae=VAE, scheduler=None, **index):
+    """A random pipeline that diffusers made and saved; `index` are arguments of its class, `kind`."""
     import diffusers
     import transformers
 
@@ -60,7 +60,7 @@ def written(torch, folder, *, transformer=TRANSFORMER, vae=VAE, scheduler=None, 
     text = transformers.UMT5EncoderModel(transformers.UMT5Config(**TEXT))
     if index.get("boundary_ratio") is not None:
         index["transformer_2"] = roughened(torch, diffusers.WanTransformer3DModel(**transformer), 2)
-    pipe = diffusers.WanPipeline(
+    pipe = getattr(diffusers, kind)(
         tokenizer=transformers.AutoTokenizer.from_pretrained(folder / "words"),
         text_encoder=roughened(torch, text, 0),
         vae=roughened(torch, diffusers.AutoencoderKLWan(**vae), 1),
@@ -205,3 +205,47 @@ def test_adapters(torch, text_to_video, tmp_path, style):
     assert np.abs(expected - theirs(torch, pipe, noise)).max() > 1e-2
     adapted = pipeline.load_lora(files[0], 0.7).load_lora(files[1], -0.4)
     assert_equal(ours(adapted, noise), expected, noise)
+
+
+# An image that the clip begins with.
+
+VISION = {
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "image_size": 20,
+    "patch_size": 5,
+    "hidden_act": "gelu",
+}
+BESIDE = TRANSFORMER | {"in_channels": 4 + 4 + 4}
+SEEN = BESIDE | {"image_dim": 24, "added_kv_proj_dim": 32}
+ANIMATED = {
+    "2.1": {"transformer": SEEN},
+    "2.1 first and last": {"transformer": SEEN | {"pos_embed_seq_len": 2 * 17}},
+    "2.2": {"transformer": BESIDE, "boundary_ratio": 0.9},
+    "2.2 first and last": {"transformer": BESIDE, "boundary_ratio": 0.9},
+    "2.2 TI2V": {"vae": WAN22, "expand_timesteps": True},
+}
+
+
+@pytest.mark.parametrize("kind", ANIMATED)
+def test_image_to_video(torch, tmp_path, kind):
+    import transformers
+    from PIL import Image
+
+    options, last = dict(ANIMATED[kind]), "last" in kind
+    if "2.1" in kind:
+        tower = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**VISION))
+        options["image_encoder"] = roughened(torch, tower, 4)
+        options["image_processor"] = transformers.CLIPImageProcessorPil(size={"shortest_edge": 20}, crop_size=20)
+    pipe = written(torch, tmp_path, kind="WanImageToVideoPipeline", **options)
+    size = (9, 64, 96) if kind == "2.2 TI2V" else SIZE
+    noise, pipeline = noise_for(pipe, 4, size), dit_video.load(tmp_path / "pipeline")
+    images = np.random.default_rng(5).integers(0, 256, (2, *size[1:], 3), dtype=np.uint8)
+    pictures = [Image.fromarray(image) for image in images]
+    expected = theirs(torch, pipe, noise, size, image=pictures[0], **{"last_image": pictures[1]} if last else {})
+    found = ours(pipeline, noise, size, image=images[0], **{"last_image": images[1]} if last else {})
+    assert_equal(found, expected, noise)
+    other = ours(pipeline, noise, size, image=images[1], **{"last_image": images[0]} if last else {})
+    assert np.abs(other - expected).max() > 1e-2

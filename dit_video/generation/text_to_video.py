@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Float32
 from dit_video.diffusion import Euler, Even, RectifiedFlow, Sampler, SampleTimes, TimeGrid, advance, classifier_free
 from dit_video.dit import packed_denoise
 from dit_video.errors import UserError
+from dit_video.generation.given import GivenClip, GivenRows, given_rows
 from dit_video.rng import key
 from dit_video.text import TextTokens, Tokenizer
 from dit_video.tokens import (
@@ -65,6 +66,7 @@ class LatentRequest(NamedTuple):
     """what the unconditional branch of guidance is given; empty for nothing"""
     noise: Float32[np.ndarray, "t h w c"]
     """the starting point; its size is the size of the result"""
+    given: GivenClip = GivenClip()
 
 
 class Denoiser(NamedTuple):
@@ -174,11 +176,18 @@ def _sample_rows(
         return Rows(*map(np.stack, zip(*full, strict=True)))
 
     conditional, unconditional = packed(lambda request: request.prompt), packed(lambda request: request.negative)
-    tokens = np.asarray(_sampled(denoiser, conditional, unconditional, sampling))
+    clips = [
+        [(request.given, Grid(*request.noise.shape[:3]), request.noise.shape[3]) for request in row]
+        for row in ([requests[index] for index in row] for row in members)
+    ]
+    given = given_rows(clips, patch=denoiser.patch, shape=shape, rows=rows)
+    tokens = np.asarray(_sampled(denoiser, conditional, unconditional, given, sampling))
     return [unpack(tokens[number], np.asarray(conditional.segments[number])) for number in range(len(members))]
 
 
-def _sampled(denoiser: Denoiser, conditional: Rows, unconditional: Rows, sampling: Sampling) -> Float[Array, "B N p"]:
+def _sampled(
+    denoiser: Denoiser, conditional: Rows, unconditional: Rows, given: GivenRows, sampling: Sampling
+) -> Float[Array, "B N p"]:
     """The sample, by each expert in its turn."""
     grid = sampling.grid(denoiser.process, sampling.steps)
     state = sampling.solver.init(jnp.asarray(conditional.tokens), steps=sampling.steps)
@@ -186,8 +195,8 @@ def _sampled(denoiser: Denoiser, conditional: Rows, unconditional: Rows, samplin
         program = _program(denoiser.dit, denoiser.text, denoiser.process, sampling.solver, stage.guidance != 1.0)
         params = {"dit": denoiser.params[stage.expert], "text": denoiser.params["text"]}
         times = SampleTimes(*(values[stage.start : stage.stop + 1] for values in grid))
-        state = program(params, state, conditional, unconditional, times, stage.guidance)
-    return state.x
+        state = program(params, state, conditional, unconditional, given, times, stage.guidance)
+    return given.restored(state.x)
 
 
 class _Stage(NamedTuple):
@@ -216,7 +225,7 @@ def _program(dit: nnx.GraphDef, text: nnx.GraphDef, process: RectifiedFlow, solv
     """The jitted sampler of packed rows: from a solver's state to its state at the last of the times."""
 
     @jax.jit
-    def program(params, state, conditional: Rows, unconditional: Rows, grid: SampleTimes, guidance):
+    def program(params, state, conditional: Rows, unconditional: Rows, given: GivenRows, grid: SampleTimes, guidance):
         def branch(rows: Rows):
             context = nnx.merge(text, params["text"])(rows.text, rows.text_segments)
             denoise = packed_denoise(
@@ -226,8 +235,9 @@ def _program(dit: nnx.GraphDef, text: nnx.GraphDef, process: RectifiedFlow, solv
                 context=context.values,
                 context_segments=context.segments,
                 count=rows.examples.shape[1],
+                given=given.given,
             )
-            return lambda noisy, time: denoise(noisy, jnp.full(noisy.shape[:2], time))
+            return given.held(denoise)
 
         denoise = branch(conditional)
         if guided:
