@@ -131,11 +131,7 @@ def _named(index: dict[str, Any], part: str) -> bool:
 
 def _read_denoiser(folder: Path, name: str, *, dtype: Dtype, place: Place) -> tuple[WanDitConfig, dict[str, Any]]:
     """One expert, with the weights of matrix products in `dtype` and all else in float32."""
-
-    def kept(path: str, array: np.ndarray) -> Any:
-        wanted = jnp.dtype(dtype) if path.endswith("kernel") else np.dtype(np.float32)
-        return place(f"{name}/{path}", array.astype(wanted, copy=False))
-
-    stored = np.float32 if dtype == "float32" else None  # else the file's: its bfloat16 is never made twice as large
-    config, params = load_denoiser(folder, dtype=stored, place=kept)
+    config, params = load_denoiser(
+        folder, kernels=jnp.dtype(dtype), place=lambda path, array: place(f"{name}/{path}", array)
+    )
     return replace(config, dtype=dtype), params

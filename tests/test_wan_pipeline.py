@@ -90,7 +90,7 @@ def test_each_expert_has_its_times_and_its_guidance(pipeline, one):
         np.testing.assert_allclose(drawn(other), drawn(expert), atol=1e-5)
     with pytest.raises(UserError, match="is for two experts, this model is one"):
         drawn(one, guidance=(2.0, 3.0))
-    with pytest.raises(UserError, match="a time from 0 to 1, not 875.0"):
+    with pytest.raises(UserError, match="a time from 0 to 1, not 875"):
         replace(pipeline.config, boundary=875.0)
 
 

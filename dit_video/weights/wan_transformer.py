@@ -18,7 +18,7 @@ from dit_video.nn import param_shapes
 from dit_video.tokens import Grid
 from dit_video.weights import diffusers
 from dit_video.weights.diffusers import DENSE
-from dit_video.weights.exchange import SHARD_BYTES, Foreign, Names, read_foreign
+from dit_video.weights.exchange import SHARD_BYTES, Foreign, Names, read_tensors
 from dit_video.weights.folders import TensorFolder
 from dit_video.weights.lora import Module
 
@@ -112,12 +112,13 @@ def load(
     document: dict[str, Any],
     *,
     dtype: Any = np.float32,
+    kernels: Any = None,
     place: Callable[[str, np.ndarray], Any] = lambda path, array: array,
 ) -> tuple[WanDitConfig, dict[str, Any]]:
     """The config and parameters of a folder in either layout, whose config file is `document`.
 
     A model is taken to have a time per token where its type, or the pipeline of diffusers whose part it is, says so.
-    `dtype` and `place` are as for `read_foreign`.
+    `dtype`, `kernels` and `place` are as for `load_denoiser`.
 
     Raises:
       MissingError: files that it lacks.
@@ -127,7 +128,12 @@ def load(
     config = _authors_config(folder, document) if layout == "authors" else _config(folder, document)
     shapes = param_shapes(config.make)
     names = wan_names(config, layout)
-    return config, read_foreign(folder, diffusers.STEM, names, shapes, dtype=dtype, place=place)
+
+    def stored(path: str) -> Any:
+        return kernels if kernels is not None and path.endswith("kernel") else dtype
+
+    with TensorFolder(folder, stem=diffusers.STEM) as tensors:
+        return config, read_tensors(tensors, names, shapes, stored=stored, place=place)
 
 
 def save(
