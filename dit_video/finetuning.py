@@ -105,6 +105,7 @@ def finetuning(folder: str | os.PathLike, options: FineTuning = FineTuning()) ->
         width=text_encoder_config(encoder).width,
         max_tokens=dit.text_length,
         dtype=options.dtype,
+        cleaned=True,
     )
     rate = _RATES[options.train] if options.learning_rate is None else options.learning_rate
     return Experiment(

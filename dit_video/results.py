@@ -5,7 +5,7 @@ from typing import Any
 
 from dit_video.dit import DitConfig, WanDitConfig
 from dit_video.files import atomic_path
-from dit_video.weights import own_modules, save_denoiser, save_lora, save_wan_lora
+from dit_video.weights import own_modules, save_denoiser, save_lora, wan_modules
 
 ADAPTER, LORA, TRANSFORMER = "adapter.safetensors", "pytorch_lora_weights.safetensors", "transformer"
 
@@ -21,7 +21,7 @@ def save_adapter(folder: Path, dit: DitConfig | WanDitConfig, adapter: dict[str,
     """
     save_lora(folder / ADAPTER, adapter, own_modules(params))
     if isinstance(dit, WanDitConfig) and "dit" in adapter:
-        save_wan_lora(folder / LORA, dit, adapter["dit"])
+        save_lora(folder / LORA, adapter["dit"], wan_modules(dit))
 
 
 def save_transformer(folder: Path, dit: DitConfig | WanDitConfig, params: dict[str, Any]) -> None:

@@ -39,8 +39,6 @@ from dit_video.weights import denoiser_config, load_autoencoder, load_denoiser, 
 _OF_TRAINING = ("bfloat16", "std", "attention", "dtype", "remat", "folder", "identity")
 """Fields of configs that weights do not depend on, so that their files do not hold them."""
 _EMBEDDING = "dit/embed/kernel"
-_PRODUCTS = re.compile(r"^dit/blocks/.*kernel$")
-"""The kernels of Wan's that enter matrix products in the config's dtype, and nothing else."""
 
 
 def given_params(training: AutoencoderTraining, key: Array) -> dict[str, Any] | None:
@@ -212,8 +210,8 @@ def _given_denoiser(training: DenoiserTraining, placing: "_Placing") -> dict[str
     """The parameters that training starts from, each placed as soon as it is read."""
     assert training.start is not None
     if folder := _foreign(training.start):
-        stored = None if placing.halved else np.float32  # the file's bfloat16 is then never made twice as large
-        placed = load_denoiser(folder, dtype=stored, place=lambda path, leaf: placing(f"dit/{path}", leaf))[1]
+        kernels = placing.kernels
+        placed = load_denoiser(folder, kernels=kernels, place=lambda path, leaf: placing(f"dit/{path}", leaf))[1]
         return {"dit": placed, "text": {}}
     folder = Path(training.start)
     pipeline = load_pipeline(folder if (folder / PIPELINE).is_file() else folder / "pipeline")
@@ -238,17 +236,17 @@ def _foreign(start: str) -> Path | None:
 class _Placing:
     """Puts each parameter to its place on a mesh, and takes note of what it was.
 
-    Where adapters alone are trained, the kernels of Wan's matrix products are kept in the dtype of these: half the
-    memory in bfloat16.
+    Where adapters alone are trained, Wan's kernels are kept in the dtype of its matrix products: half the memory in
+    bfloat16.
     """
 
     def __init__(self, mesh: Mesh, training: DenoiserTraining):
-        self._mesh, self._dtype, self._digests = mesh, jnp.dtype(training.dit.dtype), dict[str, str]()
-        reduced = self._dtype != jnp.float32 and isinstance(training.dit, WanDitConfig)
-        self.halved = training.lora is not None and reduced
+        self._mesh, self._digests = mesh, dict[str, str]()
+        adapts_wan = training.lora is not None and isinstance(training.dit, WanDitConfig)
+        self.kernels = jnp.dtype(training.dit.dtype if adapts_wan else "float32")
 
     def __call__(self, path: str, leaf: np.ndarray) -> Array:
-        wanted = self._dtype if self.halved and _PRODUCTS.search(path) else np.dtype(np.float32)
+        wanted = self.kernels if path.endswith("kernel") else np.dtype(np.float32)
         leaf = np.ascontiguousarray(leaf.astype(wanted, copy=False))
         self._digests[path] = hashlib.sha256(leaf.reshape(-1).view(np.uint8).data).hexdigest()
         return jax.device_put(leaf, shardings({path: leaf}, self._mesh)[path])

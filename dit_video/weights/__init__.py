@@ -19,7 +19,7 @@ from dit_video.weights.lpips import load_lpips, open_lpips
 from dit_video.weights.safetensors import load, load_metadata, save
 from dit_video.weights.scheduler import Schedule, load_scheduler
 from dit_video.weights.text_encoders import LoadedEncoder, load_text_encoder, save_text_encoder, t5_config
-from dit_video.weights.wan_lora import load_wan_lora, save_wan_lora, wan_modules
+from dit_video.weights.wan_transformer import wan_modules
 
 __all__ = [
     "LoadedClip",
@@ -44,7 +44,6 @@ __all__ = [
     "load_metadata",
     "load_scheduler",
     "load_text_encoder",
-    "load_wan_lora",
     "numbered",
     "open_lpips",
     "own_modules",
@@ -55,7 +54,6 @@ __all__ = [
     "save_denoiser",
     "save_lora",
     "save_text_encoder",
-    "save_wan_lora",
     "t5_config",
     "text_encoder_config",
     "wan_modules",
