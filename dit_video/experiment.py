@@ -268,8 +268,9 @@ class Experiment:
                 "alone; use 1 along time"
             )
         self._check_fits("max_frames", Grid(self.data.max_frames, *self._multiple[1:]))
+        limits = self.limits  # which are checked themselves
         if isinstance(self.autoencoder, AutoencoderTraining):
-            self._check_windows(self.autoencoder)
+            self._check_windows(self.autoencoder, limits)
         largest = self._largest_clip()
         if largest > denoiser.rows.tokens:
             raise UserError(
@@ -283,7 +284,7 @@ class Experiment:
         except UserError as error:
             raise UserError(f"{name} does not fit the autoencoder: {error}") from error
 
-    def _check_windows(self, training: AutoencoderTraining) -> None:
+    def _check_windows(self, training: AutoencoderTraining, limits: SizeLimits) -> None:
         if not training.windows:
             raise UserError("the autoencoder needs at least one window shape to train on")
         for window in training.windows:
@@ -297,7 +298,6 @@ class Experiment:
             )
         if training.loss.lpips and smallest < LPIPS_SMALLEST:
             raise UserError(f"LPIPS needs windows of {LPIPS_SMALLEST} pixels or more, one has {smallest}")
-        limits = self.limits
         for window in training.windows:
             t, h, w = window.size
             if t > limits.max_frames or h * w > limits.max_pixels:

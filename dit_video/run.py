@@ -299,7 +299,8 @@ class Run:
 
     def export(self) -> Pipeline:
         """Write `pipeline/`, after training what is not trained yet: the autoencoder, on its latents the denoiser."""
-        autoencoder, denoiser = self.train_autoencoder(), self.train_denoiser()
+        denoiser = self.train_denoiser()  # first, as it takes memory, and makes the autoencoder that it needs
+        autoencoder = self.train_autoencoder()
         pipeline = Pipeline(self.pipeline_config(), autoencoder=autoencoder, denoiser=denoiser)
         if not (self.folder / "pipeline").is_dir():
             pipeline.save(self.folder / "pipeline")

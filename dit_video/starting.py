@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,18 +130,16 @@ class TrainedDenoiser(NamedTuple):
         adapter = self.adapter(trained)
         if adapter is None:
             return trained
-        assert self.adapted is not None
-        return unflatten(dict(_merged(self.adapted, adapter)))
+        factors = flatten(adapter)
 
+        def merged(path: str, leaf: Array) -> np.ndarray:
+            kernel = jax.device_get(leaf)
+            if f"{path}/a" not in factors:
+                return kernel
+            own = {f"kernel/{part}": factors[f"{path}/{part}"] for part in ("a", "b", "scale")}
+            return np.asarray(merge_lora({"kernel": kernel}, unflatten(own))["kernel"])
 
-def _merged(params: dict[str, Any], adapter: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    factors = flatten(adapter)
-    for path, leaf in flatten(params).items():
-        kernel = jax.device_get(leaf)
-        if f"{path}/a" in factors:
-            own = {f"{path}/{part}": factors[f"{path}/{part}"] for part in ("a", "b", "scale")}
-            kernel = flatten(merge_lora(unflatten({path: kernel}), unflatten(own)))[path]
-        yield path, np.asarray(kernel)
+        return map_with_path(merged, self.adapted)
 
 
 def trained_denoiser(training: DenoiserTraining, folder: Path, mesh: Mesh, *, continues: bool) -> TrainedDenoiser:
