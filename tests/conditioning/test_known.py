@@ -1,5 +1,6 @@
 """First frames that are known in training: which tokens they are, and what stands beside the noisy ones."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,9 +14,9 @@ PLACES = np.concatenate([coordinates(CLIP), coordinates(IMAGE), coordinates(CLIP
 
 
 def test_the_first_frame_of_clips_is_known_and_nothing_of_images():
-    found = known_tokens(SEGMENTS, PLACES, np.asarray([[True, True, False]]))
+    found = known_tokens(SEGMENTS, PLACES, jnp.asarray([[True, True, False]]))
     np.testing.assert_array_equal(found[0], np.arange(16) < 2)
-    assert not known_tokens(SEGMENTS, PLACES, np.zeros((1, 3), bool)).any()
+    assert not known_tokens(SEGMENTS, PLACES, jnp.zeros((1, 3), bool)).any()
 
 
 def test_beside_noisy_tokens_are_the_mask_and_clean_latents():
@@ -26,7 +27,7 @@ def test_beside_noisy_tokens_are_the_mask_and_clean_latents():
     mask = np.broadcast_to(known, (2, 4, 6, 3))
     expected = patchify(np.concatenate([mask, known * latents], axis=-1), patch)
     tokens = patchify(latents, patch)
-    of_tokens = np.arange(len(tokens)) < len(tokens) // 2
+    of_tokens = jnp.arange(len(tokens)) < len(tokens) // 2
     found = given_latents(tokens[None], of_tokens[None], places=patch.volume, channels=8)
     np.testing.assert_array_equal(found[0], expected)
 

@@ -5,11 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from dit_video.conditioning import KnownFrames
 from dit_video.diffusion import FlowMatching
-from dit_video.dit import DitConfig
+from dit_video.dit import Dit, DitConfig
 from dit_video.nn import graph_of
 from dit_video.rng import example_keys, key
 from dit_video.text import ByteEncoderConfig
@@ -25,7 +24,7 @@ BESIDE = dataclasses.replace(TOLD, time="segment", given_channels=3)
 PARAMS = {"dit": {}, "text": rough_params(TEXT.make)}
 
 
-class StandIn(nnx.Module):
+class StandIn(Dit):
     """Predicts the noisy tokens as they are, or the clean ones that it is given."""
 
     def __init__(self, config):
@@ -62,7 +61,10 @@ CLIP, IMAGE = item(Grid(3, 1, 2), 5), item(Grid(1, 1, 3), 6)
 ROWS = batch([CLIP, IMAGE])
 
 
-def drawn(loss, step=0):
+STEP = jnp.zeros((), jnp.int32)
+
+
+def drawn(loss, step=STEP):
     """Noise and time of the clip's tokens, and of the image's."""
     noise = np.asarray(packed_noise(ROWS, example_keys(key(loss.seed, "noise"), step, ROWS.examples)))[0]
     times = np.asarray(loss.times(ROWS, step))[0]
@@ -74,7 +76,7 @@ def test_tokens_at_time_zero_hold_no_noise_and_do_not_count():
     (noise, time), (of_image, image_time) = drawn(loss)
     clip = np.square((1 - time) * CLIP.tokens + time * noise - (noise - CLIP.tokens))[2:].mean()
     image = np.square((1 - image_time) * IMAGE.tokens + image_time * of_image - (of_image - IMAGE.tokens)).mean()
-    found, _ = loss(PARAMS, ROWS, jnp.zeros((), jnp.int32))
+    found, _ = loss(PARAMS, ROWS, STEP)
     np.testing.assert_allclose(found, (clip + image) / 2, rtol=1e-5)
 
 
@@ -83,7 +85,7 @@ def test_clean_latents_stand_beside_the_noisy_ones_and_all_count():
     (noise, _), (of_image, _) = drawn(loss)
     told = np.where(np.arange(6)[:, None] < 2, CLIP.tokens, 0)
     clip, image = np.square(told - (noise - CLIP.tokens)).mean(), np.square(of_image - IMAGE.tokens).mean()
-    found, _ = loss(PARAMS, ROWS, jnp.zeros((), jnp.int32))
+    found, _ = loss(PARAMS, ROWS, STEP)
     np.testing.assert_allclose(found, (clip + image) / 2, rtol=1e-5)
 
 
@@ -101,5 +103,4 @@ def test_whether_a_first_frame_is_known_is_the_examples_own():
 
 def test_without_known_frames_each_token_has_its_clips_time():
     told, plain = loss_of(TOLD, known=None), loss_of(dataclasses.replace(TOLD, time="segment"), known=None)
-    step = jnp.zeros((), jnp.int32)
-    np.testing.assert_array_equal(told(PARAMS, ROWS, step)[0], plain(PARAMS, ROWS, step)[0])
+    np.testing.assert_array_equal(told(PARAMS, ROWS, STEP)[0], plain(PARAMS, ROWS, STEP)[0])
