@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dit_video.errors import MissingError, UserError
 from dit_video.pipeline import CONFIG, Pipeline, load_pipeline
-from dit_video.wan_pipeline import INDEX, PARTS, Dtype, Place, keep, load_wan
+from dit_video.wan_pipeline import INDEX, PARTS, Dtype, Place, load_wan
 
 _FILES = (INDEX, *(f"{part}/*.{ending}" for part in PARTS for ending in ("json", "safetensors", "model")))
 """What is fetched of a hub's folder."""
@@ -40,7 +40,7 @@ def load(
     if not folder.is_dir():
         raise MissingError(f"no such run: {folder}")
     if (folder / INDEX).is_file():
-        return load_wan(folder, text_encoder=text_encoder, dtype=dtype or "float32", place=place or keep)
+        return load_wan(folder, text_encoder=text_encoder, dtype=dtype or "float32", place=place)
     if dtype is not None or place is not None:
         raise UserError(f"dtype and place are for open weights; {folder} has no {INDEX}, leave them away")
     for inner in (folder, folder / "pipeline"):

@@ -210,7 +210,7 @@ class Pipeline:
         config = replace(self.config, text=moved(self.config.text, folder))
         return Pipeline(config, autoencoder=self.codec.params, denoiser=self._denoiser.params)
 
-    def load_lora(self, path: str | Path, scale: float = 1.0, *, expert: Expert = "dit") -> "Pipeline":
+    def load_lora(self, path: str | Path, scale: float | int = 1.0, *, expert: Expert = "dit") -> "Pipeline":
         """The same pipeline with an adapter merged into its denoiser; this one is as before.
 
         Several are stacked by asking the result again: `pipe.load_lora(style, 0.8).load_lora(motion, 0.5)`. A scale of

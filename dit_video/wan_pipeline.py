@@ -7,11 +7,11 @@ them with zeros and attends to the padding.
 
 import functools
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -25,6 +25,7 @@ from dit_video.pipeline_config import PipelineConfig
 from dit_video.text import FrozenTextConfig
 from dit_video.tokens import Grid
 from dit_video.weights import clip_vision_config, load_autoencoder, load_denoiser, load_scheduler, text_encoder_config
+from dit_video.weights.exchange import Place
 
 INDEX = "model_index.json"
 _TWO_EXPERTS, _IMAGE_PARTS = "transformer_2", ("image_encoder", "image_processor")
@@ -36,12 +37,16 @@ _STEPS, _GUIDANCE, _SIZE = 50, 5.0, Grid(81, 480, 832)
 _FPS, _FPS_PER_TOKEN = 16.0, 24.0
 
 Dtype = Literal["float32", "bfloat16"]
-Place = Callable[[str, np.ndarray], Any]
 
 
-def keep(path: str, array: np.ndarray) -> np.ndarray:
-    """Leave a parameter where it was read to, on the host."""
+def on_host(path: str, array: np.ndarray) -> np.ndarray:
+    """A parameter where it was read to, on the host."""
     return array
+
+
+def on_device(path: str, array: np.ndarray) -> jax.Array:
+    """A parameter on the default device, before the next is read."""
+    return jax.block_until_ready(jnp.asarray(array))
 
 
 def load_wan(
@@ -49,7 +54,7 @@ def load_wan(
     *,
     text_encoder: str | os.PathLike | None = None,
     dtype: Dtype = "float32",
-    place: Place = keep,
+    place: Place | None = None,
 ) -> Pipeline:
     """A pipeline from a folder of diffusers; solver, shift and time grid are those of its scheduler.
 
@@ -60,7 +65,7 @@ def load_wan(
       text_encoder: the folder of the text encoder, if not the pipeline's own. It is read at the first prompt.
       dtype: of the denoiser's matrix products and the weights that enter them, and of the text encoder's.
       place: what becomes of a parameter, by its path: `dit/…`, `low_noise/…` of a second expert, `autoencoder/…`. By
-        default it stays on the host, from where it goes to the device when it is used.
+        default it goes to the device; of two experts both stay on the host, and only the one at work is on the device.
 
     Raises:
       MissingError: no such folder, or parts that it lacks, all named.
@@ -73,7 +78,7 @@ def load_wan(
     encoder = folder / "text_encoder" if text_encoder is None else Path(text_encoder)
     width = text_encoder_config(encoder).width
     boundary = index.get("boundary_ratio") if _named(index, _TWO_EXPERTS) else None
-    read = functools.partial(_read_denoiser, dtype=dtype, place=place)
+    read = functools.partial(_read_denoiser, dtype=dtype, place=place or (on_device if boundary is None else on_host))
     dit, params = read(folder / "transformer", "dit")
     denoiser = {"dit": params, "text": {}}
     if boundary is not None:
@@ -104,7 +109,8 @@ def load_wan(
         image_encoder=None if images is None else os.fspath(images),
         made_by={"loaded from": os.fspath(folder), "class": index["_class_name"]},
     )
-    placed = trees.map_with_path(lambda path, leaf: place(f"autoencoder/{path}", leaf), autoencoder_params)
+    put = place or on_device
+    placed = trees.map_with_path(lambda path, leaf: put(f"autoencoder/{path}", leaf), autoencoder_params)
     return Pipeline(config, autoencoder=placed, denoiser=denoiser)
 
 

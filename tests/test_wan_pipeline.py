@@ -230,7 +230,7 @@ def test_an_index_that_is_refused(copied, index, message):
 def test_missing_parts_are_named(copied):
     shutil.rmtree(copied / "vae")
     shutil.rmtree(copied / "transformer_2")
-    with pytest.raises(MissingError, match="lacks the folders transformer_2, vae"):
+    with pytest.raises(MissingError, match="lacks the folders vae, transformer_2"):
         dit_video.load(copied)
 
 

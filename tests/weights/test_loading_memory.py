@@ -45,7 +45,7 @@ def test_reading_takes_less_than_one_and_a_fifth_of_the_largest_file(tmp_path):
     """Each parameter is dropped when it is placed: on CPU the result itself would lie in the host's memory.
 
     Pages of files count, so that a reader that maps all of them fails. The largest parameter, one linear map of all
-    layers, is what is held: here 25 MB, a sixth of the model, as it is in Wan's.
+    layers, is what is held: here 25 MB, a sixth of the model, in Wan's a fifth.
     """
     params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), param_shapes(CONFIG.make))
     save_denoiser(tmp_path, CONFIG, params, shard_bytes=40_000_000)
