@@ -18,7 +18,7 @@ from dit_video.nn import LoraConfig
 from dit_video.text import FrozenTextConfig
 from dit_video.tokens import Grid, RowShape
 from dit_video.training.optimizer import OptimizerConfig
-from dit_video.weights import denoiser_config, load_autoencoder, load_scheduler, text_encoder_config
+from dit_video.weights import autoencoder_config, denoiser_config, load_scheduler, text_encoder_config
 
 _CLASS = "WanPipeline"
 _RATES = {"lora": 1e-4, "full": 1e-5, "temporal": 1e-5, "scratch": 1e-4}
@@ -95,7 +95,7 @@ def finetuning(folder: str | os.PathLike, options: FineTuning = FineTuning()) ->
             f"{folder / 'transformer'} animates an image, which the samples at the end could not be given; fine-tune a "
             "text-to-video model, or train it with a config of your own (DenoiserTraining.known)"
         )
-    autoencoder = load_autoencoder(folder / "vae")[0]
+    autoencoder = autoencoder_config(folder / "vae")
     assert isinstance(autoencoder, CausalVaeConfig)
     schedule = load_scheduler(folder / "scheduler")
     data = _data(options, dit)

@@ -1,6 +1,6 @@
 """Weights as files: safetensors, never pickle."""
 
-from dit_video.weights.autoencoders import load_autoencoder, save_autoencoder
+from dit_video.weights.autoencoders import autoencoder_config, load_autoencoder, save_autoencoder
 from dit_video.weights.clip import (
     LoadedClip,
     clip_text_config,
@@ -28,6 +28,7 @@ __all__ = [
     "Modules",
     "Schedule",
     "TensorFolder",
+    "autoencoder_config",
     "clip_text_config",
     "clip_vision_config",
     "denoiser_config",
