@@ -13,6 +13,7 @@ from dit_video.codec import Codec
 from dit_video.data.ingest import ingest
 from dit_video.data.sizes import SizeLimits, fit, read_fitted
 from dit_video.data.source import ClipSource
+from dit_video.run import Run
 from dit_video.tokens import Grid
 
 _TILE = 8
@@ -35,7 +36,8 @@ def measure(run: Path, clips: Path | None) -> dict[str, Any]:
       run: a run's folder, or a pipeline's.
       clips: a folder of clips; rendered ones if None.
     """
-    codec = dit_video.load(run).codec
+    alone = (run / "autoencoder" / "weights.safetensors").is_file()  # of a run, whether the denoiser is trained or not
+    codec = Run.open(run).codec() if alone else dit_video.load(run).codec
     stride = codec.config.stride
     limits = SizeLimits(
         max_pixels=_PIXELS, max_frames=1 + _CHUNKS * stride.t, multiple=Grid(stride.t, stride.h, stride.w)
