@@ -4,12 +4,15 @@ A clip may be given whole or in chunks, one after the other. What a layer needs 
 `Memory`, so that the chunks' outputs are those of the whole clip.
 """
 
+import functools
+import operator
 from collections.abc import Sequence
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from dit_video.nn.linear import Init, initial
@@ -57,6 +60,13 @@ class Memory:
         return longer
 
 
+def choose_form(module: nnx.Module, form: Form) -> None:
+    """Compute all convolutions of a module in one form; see `CausalConv`."""
+    for _, part in nnx.iter_modules(module):
+        if isinstance(part, CausalConv):
+            part.form = form
+
+
 def with_past(
     x: Float[Array, "B t h w i"], frames: int, memory: Memory | None, past: Past
 ) -> Float[Array, "B _ h w i"]:
@@ -78,7 +88,8 @@ class CausalConv(nnx.Module):
 
     `form` chooses how it is computed: `offsets` as one 2-D convolution for each time offset, summed; `stacked` as one
     2-D convolution over the offsets as channels; `native` as a 3-D convolution, whose backward pass is 2.4 times slower
-    on XLA's CPU; `auto` takes what was measured fastest for the platform and width.
+    on XLA's CPU; `auto` takes what was measured fastest on CPU for the width, and `native` elsewhere, where nothing was
+    measured yet. In bfloat16 products are summed in float32 and rounded once.
     """
 
     def __init__(
@@ -118,10 +129,11 @@ class CausalConv(nnx.Module):
             case "stacked":
                 merged = jnp.moveaxis(kernel, 0, 2).reshape(*kernel.shape[1:3], -1, kernel.shape[-1])
                 y = self._spatial(jnp.concatenate(offsets, axis=-1), merged)
-            case _:
+            case _ if len(offsets) == 1:
                 y = self._spatial(offsets[0], kernel[0])
-                for offset in range(1, len(offsets)):
-                    y = y + self._spatial(offsets[offset], kernel[offset])
+            case _:
+                parts = [self._spatial(x, kernel[offset], sums=jnp.float32) for offset, x in enumerate(offsets)]
+                y = functools.reduce(operator.add, parts).astype(self.dtype)
         return y + self.bias[...].astype(self.dtype)
 
     def _form(self) -> Form:
@@ -133,9 +145,13 @@ class CausalConv(nnx.Module):
             return "native"
         return "stacked" if self.kernel.shape[3] < _NARROW else "offsets"
 
-    def _spatial(self, x: Float[Array, "B t h w i"], kernel: Float[Array, "kh kw i o"]) -> Float[Array, "B t _ _ o"]:
+    def _spatial(
+        self, x: Float[Array, "B t h w i"], kernel: Float[Array, "kh kw i o"], *, sums: DTypeLike | None = None
+    ) -> Float[Array, "B t _ _ o"]:
+        """A 2-D convolution of every frame; what it adds up is given as `sums`, in the kernel's dtype by default."""
         if kernel.shape[:2] == (1, 1):
-            return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], kernel.shape[-1])
+            y = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel[0, 0], preferred_element_type=sums)
+            return y.reshape(*x.shape[:-1], kernel.shape[-1])
         batch, length = x.shape[:2]
         y = jax.lax.conv_general_dilated(
             x.reshape(batch * length, *x.shape[2:]),
@@ -143,6 +159,7 @@ class CausalConv(nnx.Module):
             (self.stride, self.stride),
             self._padding(kernel.shape[:2]),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            preferred_element_type=sums,
         )
         return y.reshape(batch, length, *y.shape[1:])
 
