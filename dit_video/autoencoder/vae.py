@@ -67,7 +67,7 @@ class CausalVaeConfig:
     """whether features are bfloat16, with products summed in float32; parameters, norms and latents stay float32"""
     form: Form = "auto"
     """How convolutions are computed: see `CausalConv`. Which is the fastest for a device and width is found with
-    `tools/benchmark.py autoencoder --config CONFIG --set autoencoder.model.form=native`, or `offsets`, `stacked`."""
+    `tools/benchmark.py autoencoder --config CONFIG --set autoencoder.model.form=FORM`."""
     remat: bool = False
     """whether residual blocks are computed again in the backward pass, which then keeps their inputs alone"""
 

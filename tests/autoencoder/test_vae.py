@@ -154,7 +154,7 @@ def test_clips_on_a_canvas_do_not_see_each_other(name):
     np.testing.assert_allclose(together[0, :3, :, 4:], latents[1, :3], atol=1e-5)
 
 
-@pytest.mark.parametrize("form", ["offsets", "native"])  # in so narrow a model `auto` is `stacked`
+@pytest.mark.parametrize("form", ["offsets", "winograd", "native"])  # in so narrow a model `auto` is `stacked`
 def test_forms_of_the_convolution_agree(form):
     config, params, clip, latents, _ = setting("plain")
     chosen = dataclasses.replace(config, form=form)
