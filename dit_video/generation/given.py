@@ -35,7 +35,8 @@ class GivenRows(NamedTuple):
 
     @property
     def given(self) -> Given:
-        return Given(latents=self.beside, image=self.image, image_segments=self.image_segments)
+        fields = {"latents": self.beside, "image": self.image, "image_segments": self.image_segments}
+        return Given(**{name: jnp.asarray(value) for name, value in fields.items() if value is not None})
 
     def held(self, denoise: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
         """`denoise(noisy, time of each token)` as one of the time, which sees known tokens clean, at time 0."""
@@ -50,7 +51,9 @@ class GivenRows(NamedTuple):
 
     def restored(self, tokens: Float[Array, "B N p"]) -> Float[Array, "B N p"]:
         """With the known tokens in their places."""
-        return tokens if self.known is None else jnp.where(self.known[..., None], self.clean, tokens)
+        if self.known is None or self.clean is None:
+            return tokens
+        return jnp.where(self.known[..., None], self.clean, tokens)
 
 
 def given_rows(
