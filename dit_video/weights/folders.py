@@ -84,7 +84,7 @@ class TensorFolder:
             raise unread_dtype(place.path, place.dtype)
         array = np.empty(self.shapes[name], NUMPY[place.dtype])
         place.file.seek(place.start)
-        into = memoryview(array.reshape(-1).view(np.uint8))
+        into = array.reshape(-1).view(np.uint8).data
         while into.nbytes and (count := place.file.readinto(into)):
             into = into[count:]
         if into.nbytes:
