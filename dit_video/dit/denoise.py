@@ -17,8 +17,8 @@ def packed_denoise(
     *,
     segments: Int[AnyArray, "B N"],
     coordinates: Float[AnyArray, "B N 3"],
-    context: Float[Array, "B S E"],
-    context_segments: Int[Array, "B S"],
+    context: Float[Array, "B S E"] | None,
+    context_segments: Int[Array, "B S"] | None,
     count: int,
     given: Given = Given(),
 ) -> Callable[[Float[Array, "B N p"], Float[Array, "B N"]], Float[Array, "B N p"]]:

@@ -1,4 +1,7 @@
-"""Denoisers of other projects, in and out: `config.json` and `diffusion_pytorch_model.safetensors`, or its parts."""
+"""Denoisers of other projects, in and out: `config.json` and `diffusion_pytorch_model.safetensors`, or its parts.
+
+Image transformers of classes may also be one file, named as their authors name it.
+"""
 
 import os
 from collections.abc import Callable
@@ -9,11 +12,14 @@ import numpy as np
 
 from dit_video.dit import DitConfig, WanDitConfig
 from dit_video.errors import UserError
-from dit_video.weights import diffusers, wan_transformer
+from dit_video.weights import class_dit, diffusers, wan_transformer
 from dit_video.weights.exchange import SHARD_BYTES
 from dit_video.weights.wan_transformer import Layout
 
-_KINDS = {wan_transformer.CLASS: wan_transformer.load, wan_transformer.AUTHORS_CLASS: wan_transformer.load}
+_WAN = (wan_transformer.CLASS, wan_transformer.AUTHORS_CLASS)
+_IMAGES = (class_dit.CLASS, class_dit.OLDER_CLASS, *class_dit.AUTHORS_CLASSES)
+KINDS = (*_WAN, *_IMAGES)
+"""the classes that are known"""
 
 
 def load_denoiser(
@@ -21,11 +27,12 @@ def load_denoiser(
     *,
     dtype: Any = np.float32,
     place: Callable[[str, np.ndarray], Any] = lambda path, array: array,
-) -> tuple[WanDitConfig, dict[str, Any]]:
+) -> tuple[DitConfig | WanDitConfig, dict[str, Any]]:
     """The config and parameters of a transformer, of diffusers or in its authors' layout.
 
     Args:
-      folder: such as `transformer` of a pipeline of diffusers.
+      folder: such as `transformer` of a pipeline of diffusers; or a file of the authors of DiT and SiT, such as
+        `DiT-XL-2-256x256.safetensors`.
       dtype: floating tensors are cast to it; None keeps the file's.
       place: what becomes of a parameter as soon as it is read, by its path.
 
@@ -34,11 +41,14 @@ def load_denoiser(
       UserError: a model class that isn't known here, a setting of it that isn't, or weights that do not fit.
     """
     folder = Path(folder)
+    if folder.is_file():
+        return class_dit.load_file(folder, dtype=dtype, place=place)
     document = diffusers.document_of(folder)
     kind = document.get("_class_name")
-    if kind not in _KINDS:
-        raise UserError(f"{folder} holds a model of class {kind}; known here: {', '.join(_KINDS)}")
-    return _KINDS[kind](folder, document, dtype=dtype, place=place)
+    if kind not in KINDS:
+        raise UserError(f"{folder} holds a model of class {kind}; known here: {', '.join(KINDS)}")
+    load = wan_transformer.load if kind in _WAN else class_dit.load
+    return load(folder, document, dtype=dtype, place=place)
 
 
 def save_denoiser(
@@ -51,11 +61,13 @@ def save_denoiser(
 ) -> None:
     """Write a transformer as diffusers reads it, or its authors do; the inverse of `load_denoiser`.
 
-    A file that would be larger than `shard_bytes` is split.
+    A `WanDitConfig` is written as a Wan; a `DitConfig` as a SiT, if its time is reversed, or as a DiT. What would be a
+    larger file than `shard_bytes` is split.
 
     Raises:
       UserError: a config that diffusers has no class for, or that the layout can't express.
     """
-    if not isinstance(config, WanDitConfig):
-        raise UserError(f"diffusers has no class for {type(config).__name__}; it can write {', '.join(_KINDS)}")
-    wan_transformer.save(folder, config, params, layout=layout, shard_bytes=shard_bytes)
+    if isinstance(config, WanDitConfig):
+        wan_transformer.save(folder, config, params, layout=layout, shard_bytes=shard_bytes)
+    else:
+        class_dit.save(folder, config, params, layout=layout, shard_bytes=shard_bytes)

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,7 +12,7 @@ import safetensors
 
 from dit_video.errors import MissingError, UserError
 from dit_video.files import read_json
-from dit_video.weights.safetensors import corrupt, refuse, unread_dtype
+from dit_video.weights.safetensors import corrupt, dtype_of, refuse, unread_dtype
 
 _SHOWN = 3
 
@@ -68,6 +68,36 @@ class TensorFolder:
             raise corrupt(self._paths[name], error) from error
         except AttributeError as error:
             raise unread_dtype(self._paths[name], error) from error
+
+    def dtype(self, name: str) -> np.dtype:
+        """Of one tensor, in the file.
+
+        Raises:
+          UserError: one that NumPy lacks.
+        """
+        return dtype_of(self._paths[name], self._files[name].get_slice(name).get_dtype())
+
+    def read_row(self, name: str, row: int) -> np.ndarray:
+        """`read(name)[row]`, without the others."""
+        return self._rows(name, row, row + 1)[0]
+
+    def stretches(self, name: str, size: int) -> Iterator[np.ndarray]:
+        """`read(name)` in stretches of its first axis, each of about so many bytes."""
+        shape = self.shapes[name]
+        if not shape:
+            yield self.read(name)
+            return
+        row = int(np.prod(shape[1:], dtype=np.int64)) * self.dtype(name).itemsize
+        rows = max(1, size // max(row, 1))
+        for start in range(0, shape[0], rows):
+            yield self._rows(name, start, min(start + rows, shape[0]))
+
+    def _rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        self.dtype(name)  # raises for what could not be read
+        try:
+            return self._files[name].get_slice(name)[start:stop]
+        except safetensors.SafetensorError as error:
+            raise corrupt(self._paths[name], error) from error
 
     def __enter__(self) -> "TensorFolder":
         return self
