@@ -61,7 +61,7 @@ def decode_stream(
 def encode_stream(
     config: AutoencoderConfig,
     params: dict[str, Any],
-    frames: Iterable[UInt8[np.ndarray, "B _ H W 3"]],
+    frames: Iterable[UInt8[np.ndarray, "B _ H W 3"] | Float32[np.ndarray, "B _ H W 3"]],
     *,
     chunk: int = 1,
     tiles: Tiles | None = None,
@@ -72,7 +72,7 @@ def encode_stream(
     Args:
       config: of a causal autoencoder.
       params: its parameters.
-      frames: 1 + k * temporal stride of them in all.
+      frames: 1 + k * temporal stride of them in all, in 0..255.
       chunk: latent frames that are made at once.
       tiles: into which a picture is cut that does not fit; None encodes it whole.
       sharding: of a chunk's frames over devices.
@@ -127,8 +127,8 @@ def _check(chunk: int, sharding: Layout, rows: int, what: str) -> None:
 
 
 def _regrouped(
-    frames: Iterable[UInt8[np.ndarray, "B _ H W 3"]], stride: Grid, chunk: int
-) -> Iterator[UInt8[np.ndarray, "B _ H W 3"]]:
+    frames: Iterable[UInt8[np.ndarray, "B _ H W 3"] | Float32[np.ndarray, "B _ H W 3"]], stride: Grid, chunk: int
+) -> Iterator[UInt8[np.ndarray, "B _ H W 3"] | Float32[np.ndarray, "B _ H W 3"]]:
     """Portions of 1 + (chunk - 1) * stride frames first, then of chunk * stride; the last one may be shorter.
 
     Raises:

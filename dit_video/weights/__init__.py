@@ -19,6 +19,7 @@ from dit_video.weights.lpips import load_lpips, open_lpips
 from dit_video.weights.safetensors import load, load_metadata, save
 from dit_video.weights.scheduler import Schedule, load_scheduler
 from dit_video.weights.text_encoders import LoadedEncoder, load_text_encoder, save_text_encoder, t5_config
+from dit_video.weights.wan_transformer import wan_modules
 
 __all__ = [
     "LoadedClip",
@@ -54,4 +55,5 @@ __all__ = [
     "save_text_encoder",
     "t5_config",
     "text_encoder_config",
+    "wan_modules",
 ]

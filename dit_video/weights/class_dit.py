@@ -14,7 +14,6 @@ does; converting moves the weights alone, as diffusers' own conversion did.
 import math
 import os
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +27,7 @@ from dit_video.nn import param_shapes
 from dit_video.tokens import Grid
 from dit_video.weights import diffusers, streaming
 from dit_video.weights.diffusers import DENSE
-from dit_video.weights.exchange import SHARD_BYTES, Foreign
+from dit_video.weights.exchange import SHARD_BYTES, Foreign, Place
 from dit_video.weights.folders import TensorFolder
 from dit_video.weights.safetensors import refuse
 from dit_video.weights.streaming import FileMap, FolderSource, ParamsSource
@@ -121,11 +120,12 @@ def load(
     document: dict[str, Any],
     *,
     dtype: Any = np.float32,
-    place: Callable[[str, np.ndarray], Any] = lambda path, array: array,
+    kernels: Any = None,
+    place: Place = lambda path, array: array,
 ) -> tuple[DitConfig, dict[str, Any]]:
     """The config and parameters of a folder in either layout, whose config file is `document`.
 
-    `dtype` and `place` are as for `read_foreign`.
+    `dtype`, `kernels` and `place` are as for `load_denoiser`.
 
     Raises:
       MissingError: files that it lacks.
@@ -134,14 +134,15 @@ def load(
     config = config_of(folder, document)
     authors = document.get("_class_name") in AUTHORS_CLASSES
     with TensorFolder(folder, stem=diffusers.STEM) as tensors:
-        return config, _read(tensors, config, "authors" if authors else "diffusers", dtype, place)
+        return config, _read(tensors, config, "authors" if authors else "diffusers", dtype, kernels, place)
 
 
 def load_file(
     path: Path,
     *,
     dtype: Any = np.float32,
-    place: Callable[[str, np.ndarray], Any] = lambda path, array: array,
+    kernels: Any = None,
+    place: Place = lambda path, array: array,
 ) -> tuple[DitConfig, dict[str, Any]]:
     """The same of the authors' checkpoint as one safetensors file, such as `SiT-XL-2-256.safetensors`.
 
@@ -156,7 +157,7 @@ def load_file(
         raise UserError(f"{path} is no .safetensors file, nor the folder of a model; give either")
     with TensorFolder(path.parent, stem=path.stem) as tensors:
         config = config_of(path, file_document(path, tensors))
-        return config, _read(tensors, config, "authors", dtype, place)
+        return config, _read(tensors, config, "authors", dtype, kernels, place)
 
 
 def save(
@@ -342,14 +343,14 @@ def file_document(path: Path, tensors: TensorFolder) -> dict[str, Any]:
 
 
 def _read(
-    tensors: TensorFolder,
-    config: DitConfig,
-    layout: Layout,
-    dtype: Any,
-    place: Callable[[str, np.ndarray], Any],
+    tensors: TensorFolder, config: DitConfig, layout: Layout, dtype: Any, kernels: Any, place: Place
 ) -> dict[str, Any]:
     names, shapes = file_map(config, layout), param_shapes(config.make)
-    return streaming.read(FolderSource(tensors, names, shapes), shapes, names.depths, dtype=dtype, place=place)
+
+    def stored(path: str) -> Any:
+        return kernels if kernels is not None and path.endswith("kernel") else dtype
+
+    return streaming.read(FolderSource(tensors, names, shapes), shapes, names.depths, stored=stored, place=place)
 
 
 def _kept(config: DitConfig) -> dict[str, Any]:

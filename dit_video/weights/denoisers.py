@@ -26,6 +26,7 @@ def load_denoiser(
     folder: str | os.PathLike,
     *,
     dtype: Any = np.float32,
+    kernels: Any = None,
     place: Callable[[str, np.ndarray], Any] = lambda path, array: array,
 ) -> tuple[DitConfig | WanDitConfig, dict[str, Any]]:
     """The config and parameters of a transformer, of diffusers or in its authors' layout.
@@ -34,6 +35,7 @@ def load_denoiser(
       folder: such as `transformer` of a pipeline of diffusers; or a file of the authors of DiT and SiT, such as
         `DiT-XL-2-256x256.safetensors`.
       dtype: floating tensors are cast to it; None keeps the file's.
+      kernels: what those of linear maps are cast to, if to something else.
       place: what becomes of a parameter as soon as it is read, by its path.
 
     Raises:
@@ -42,13 +44,13 @@ def load_denoiser(
     """
     folder = Path(folder)
     if folder.is_file():
-        return class_dit.load_file(folder, dtype=dtype, place=place)
+        return class_dit.load_file(folder, dtype=dtype, kernels=kernels, place=place)
     document = diffusers.document_of(folder)
     kind = document.get("_class_name")
     if kind not in KINDS:
         raise UserError(f"{folder} holds a model of class {kind}; known here: {', '.join(KINDS)}")
     load = wan_transformer.load if kind in _WAN else class_dit.load
-    return load(folder, document, dtype=dtype, place=place)
+    return load(folder, document, dtype=dtype, kernels=kernels, place=place)
 
 
 def save_denoiser(

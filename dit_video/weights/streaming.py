@@ -16,7 +16,7 @@ from dit_video import tree as trees
 from dit_video.errors import UserError
 from dit_video.files import write_json
 from dit_video.weights import safetensors as ours
-from dit_video.weights.exchange import SHARD_BYTES, Foreign, Names, their_shape
+from dit_video.weights.exchange import SHARD_BYTES, Foreign, Names, Place, their_shape
 from dit_video.weights.folders import TensorFolder
 
 _ROWS_BYTES = 16_000_000
@@ -124,7 +124,7 @@ class FolderSource:
 
     def _read(self, name: str, foreign: Foreign, layer: int | None) -> np.ndarray:
         if layer is not None and foreign.layers is None:
-            return self._tensors.read_row(name, layer)
+            return self._tensors.row(name, layer)
         return self._tensors.read(name)
 
 
@@ -136,8 +136,8 @@ def read(
     like: Any,
     depths: Mapping[str, int],
     *,
-    dtype: Any = np.float32,
-    place: Callable[[str, np.ndarray], Any] = lambda path, array: array,
+    stored: Callable[[str], Any],
+    place: Place = lambda path, array: array,
 ) -> Any:
     """Parameters in memory, in the structure of `like`.
 
@@ -145,7 +145,7 @@ def read(
       source: where they come from.
       like: their shapes: a tree of `jax.ShapeDtypeStruct`.
       depths: how many layers those have that are stacks.
-      dtype: floating tensors are cast to it; None keeps the source's.
+      stored: the dtype that a floating parameter is cast to, by its path; None keeps the source's.
       place: what becomes of a parameter as soon as it is read, by its path.
 
     Raises:
@@ -155,8 +155,9 @@ def read(
     def parameter(path: str, leaf: Any) -> Any:
         if path not in depths:
             array = source.block(path, None)
-            return place(path, np.ascontiguousarray(array.astype(ours.stored(array.dtype, dtype), copy=False)))
-        whole = np.empty(leaf.shape, ours.stored(_one_dtype(source, path, depths[path], dtype), dtype))
+            return place(path, np.asarray(array.astype(ours.stored(array.dtype, stored(path)), copy=False), order="C"))
+        kept = _one_dtype(source, path, depths[path], stored(path))
+        whole = np.empty(leaf.shape, ours.stored(kept, stored(path)))
         for layer in range(depths[path]):
             whole[layer] = source.block(path, layer)
         return place(path, whole)
@@ -178,7 +179,7 @@ def write(
 ) -> None:
     """Write `stem.safetensors`, or several files with an index, as a layout has them; arguments are as for `read`.
 
-    `dtype` None keeps the source's.
+    Floating tensors are cast to `dtype`; None keeps the source's.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
