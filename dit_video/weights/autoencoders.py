@@ -11,11 +11,13 @@ from dit_video.weights import diffusers, image_vae, vq, wan
 from dit_video.weights.exchange import SHARD_BYTES
 
 _Loaded = tuple[AutoencoderConfig, dict[str, Any]]
-_KINDS: dict[str, Callable[[Path, dict[str, Any]], _Loaded]] = {
+_LOADERS: dict[str, Callable[[Path, dict[str, Any]], _Loaded]] = {
     wan.CLASS: wan.load,
     image_vae.CLASS: image_vae.load,
     vq.CLASS: vq.load,
 }
+KINDS = tuple(_LOADERS)
+"""the classes that are known"""
 
 
 def load_autoencoder(folder: str | os.PathLike) -> _Loaded:
@@ -28,9 +30,9 @@ def load_autoencoder(folder: str | os.PathLike) -> _Loaded:
     folder = Path(folder)
     document = diffusers.document_of(folder)
     kind = document.get("_class_name")
-    if kind not in _KINDS:
-        raise UserError(f"{folder} holds a model of class {kind}; known here: {', '.join(_KINDS)}")
-    return _KINDS[kind](folder, document)
+    if kind not in KINDS:
+        raise UserError(f"{folder} holds a model of class {kind}; known here: {', '.join(KINDS)}")
+    return _LOADERS[kind](folder, document)
 
 
 def save_autoencoder(
@@ -51,4 +53,4 @@ def save_autoencoder(
         case VqConfig():
             vq.save(folder, config, params, shard_bytes=shard_bytes)
         case _:
-            raise UserError(f"diffusers has no class for {type(config).__name__}; it can write {', '.join(_KINDS)}")
+            raise UserError(f"diffusers has no class for {type(config).__name__}; it can write {', '.join(KINDS)}")

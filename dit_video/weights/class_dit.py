@@ -30,7 +30,7 @@ from dit_video.weights.diffusers import DENSE
 from dit_video.weights.exchange import SHARD_BYTES, Foreign, Place
 from dit_video.weights.folders import TensorFolder
 from dit_video.weights.safetensors import refuse
-from dit_video.weights.streaming import FileMap, FolderSource, ParamsSource
+from dit_video.weights.streaming import FileMap, Fixed, FolderSource, ParamsSource
 
 CLASS, OLDER_CLASS, AUTHORS_CLASSES = "DiTTransformer2DModel", "Transformer2DModel", ("DiT", "SiT")
 Layout = Literal["diffusers", "authors"]
@@ -152,12 +152,22 @@ def load_file(
       MissingError: no such file.
       UserError: another name, a pickled or corrupt file, or weights that do not fit.
     """
+    with open_file(path) as tensors:
+        config = config_of(path, file_document(path, tensors))
+        return config, _read(tensors, config, "authors", dtype, kernels, place)
+
+
+def open_file(path: Path) -> TensorFolder:
+    """The tensors of one file.
+
+    Raises:
+      MissingError: no such file.
+      UserError: a pickled or corrupt file.
+    """
     refuse(path)
     if path.suffix != ".safetensors":
         raise UserError(f"{path} is no .safetensors file, nor the folder of a model; give either")
-    with TensorFolder(path.parent, stem=path.stem) as tensors:
-        config = config_of(path, file_document(path, tensors))
-        return config, _read(tensors, config, "authors", dtype, kernels, place)
+    return TensorFolder(path.parent, stem=path.stem)
 
 
 def save(
@@ -204,7 +214,7 @@ def file_map(config: DitConfig, layout: Layout) -> FileMap:
         for row in _SHARED:
             add(row[0], row[1])
         parts["labels"] = (Foreign("y_embedder.embedding_table.weight"),)
-        return FileMap(parts, fixed={"pos_embed": _table(config)})
+        return FileMap(parts, fixed={"pos_embed": Fixed(_table(config), "embed/kernel")})
     emb = "transformer_blocks.{}.norm1.emb"
     for row in _SHARED:
         add(row[0], f"{emb.format(0)}.{row[2]}")

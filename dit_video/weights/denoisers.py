@@ -4,7 +4,6 @@ Image transformers of classes may also be one file, named as their authors name 
 """
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,12 @@ import numpy as np
 
 from dit_video.dit import DitConfig, WanDitConfig
 from dit_video.errors import UserError
-from dit_video.weights import class_dit, diffusers, wan_transformer
-from dit_video.weights.exchange import SHARD_BYTES
+from dit_video.weights import class_dit, diffusers, parts, wan_transformer
+from dit_video.weights.exchange import SHARD_BYTES, Place
 from dit_video.weights.wan_transformer import Layout
 
-_WAN = (wan_transformer.CLASS, wan_transformer.AUTHORS_CLASS)
 _IMAGES = (class_dit.CLASS, class_dit.OLDER_CLASS, *class_dit.AUTHORS_CLASSES)
-KINDS = (*_WAN, *_IMAGES)
+KINDS = (*wan_transformer.CLASSES, *_IMAGES)
 """the classes that are known"""
 
 
@@ -27,9 +25,9 @@ def load_denoiser(
     *,
     dtype: Any = np.float32,
     kernels: Any = None,
-    place: Callable[[str, np.ndarray], Any] = lambda path, array: array,
+    place: Place = lambda path, array: array,
 ) -> tuple[DitConfig | WanDitConfig, dict[str, Any]]:
-    """The config and parameters of a transformer, of diffusers or in its authors' layout.
+    """The config and parameters of a transformer, of diffusers, in its authors' layout or in our own.
 
     Args:
       folder: such as `transformer` of a pipeline of diffusers; or a file of the authors of DiT and SiT, such as
@@ -47,10 +45,26 @@ def load_denoiser(
         return class_dit.load_file(folder, dtype=dtype, kernels=kernels, place=place)
     document = diffusers.document_of(folder)
     kind = document.get("_class_name")
+    if kind == parts.CLASS:
+        return _own(folder, document, dtype, kernels, place)
     if kind not in KINDS:
-        raise UserError(f"{folder} holds a model of class {kind}; known here: {', '.join(KINDS)}")
-    load = wan_transformer.load if kind in _WAN else class_dit.load
+        raise UserError(f"{folder} holds a model of class {kind}; known here: {', '.join((*KINDS, parts.CLASS))}")
+    load = wan_transformer.load if kind in wan_transformer.CLASSES else class_dit.load
     return load(folder, document, dtype=dtype, kernels=kernels, place=place)
+
+
+def _own(
+    folder: Path, document: dict[str, Any], dtype: Any, kernels: Any, place: Place
+) -> tuple[DitConfig | WanDitConfig, dict[str, Any]]:
+    """A part in our own layout."""
+
+    def stored(path: str) -> Any:
+        return kernels if kernels is not None and path.endswith("kernel") else dtype
+
+    config = parts.part_config(folder, document)
+    if not isinstance(config, DitConfig | WanDitConfig):
+        raise UserError(f"{folder} holds a {type(config).__name__}, which is no denoiser's")
+    return parts.read_part(folder, document, stored=stored, place=place)
 
 
 def save_denoiser(

@@ -6,7 +6,7 @@ converts. Layers of a stack are taken one by one, and what both sides keep in on
 
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,14 @@ _ROWS_BYTES = 16_000_000
 """of a large tensor, in memory at once where it is copied as it is"""
 
 
+class Fixed(NamedTuple):
+    """A tensor that is a function of the config."""
+
+    array: np.ndarray
+    beside: str
+    """the parameter whose dtype it has"""
+
+
 class FileMap(NamedTuple):
     """Where some files keep our parameters, by our path."""
 
@@ -30,8 +38,8 @@ class FileMap(NamedTuple):
     """tensors that lie side by side along our last axis; mostly one"""
     copies: Mapping[str, tuple[Foreign, ...]] = {}
     """tensors that hold the same once more"""
-    fixed: Mapping[str, np.ndarray] = {}
-    """tensors that are no parameters, by their name, with what is in them"""
+    fixed: Mapping[str, "Fixed"] = {}
+    """tensors that are no parameters, by their name"""
 
     @staticmethod
     def of(names: Names) -> "FileMap":
@@ -39,9 +47,9 @@ class FileMap(NamedTuple):
         return FileMap({path: (foreign,) for path, foreign in names.items()})
 
     @staticmethod
-    def own(like: Any) -> "FileMap":
+    def own(like: Any, prefix: str = "") -> "FileMap":
         """Our own files: under our paths, layers stacked."""
-        return FileMap.of({path: Foreign(path) for path in trees.flatten(like)})
+        return FileMap.of({path: Foreign(prefix + path) for path in trees.flatten(like)})
 
     @property
     def depths(self) -> dict[str, int]:
@@ -50,7 +58,7 @@ class FileMap(NamedTuple):
 
     def shapes(self, like: Any) -> dict[str, tuple[int, ...]]:
         """Of all their tensors, by name."""
-        found = {name: array.shape for name, array in self.fixed.items()}
+        found = {name: fixed.array.shape for name, fixed in self.fixed.items()}
         for path, leaf in trees.flatten(like).items():
             parts, copies = self.parts[path], self.copies.get(path, ())
             own = (*leaf.shape[:-1], leaf.shape[-1] // len(parts)) if leaf.shape else ()
@@ -85,9 +93,11 @@ class FolderSource:
         something else in them.
     """
 
-    def __init__(self, tensors: TensorFolder, names: FileMap, like: Any):
+    def __init__(self, tensors: TensorFolder, names: FileMap, like: Any, *, ignored: Collection[str] = ()):
+        """`ignored` are its tensors that are of no use; all others must be mapped."""
         self._tensors, self._names = tensors, names
-        ours.match(tensors.folder, dict(tensors.shapes), names.shapes(like))
+        found = {name: shape for name, shape in tensors.shapes.items() if name not in ignored}
+        ours.match(tensors.folder, found, names.shapes(like))
         for path, copies in names.copies.items():
             (first,) = names.parts[path]
             for name in itertools.chain.from_iterable(copy.names for copy in copies):
@@ -96,9 +106,9 @@ class FolderSource:
                         f"{tensors.folder}: {name} differs from {first.name}; here they are one parameter, so only "
                         "models whose layers share it can be read"
                     )
-        for name, expected in names.fixed.items():
-            found = tensors.read(name)
-            if not np.allclose(found.astype(np.float32), expected, atol=2 * float(_resolution(found.dtype))):
+        for name, fixed in names.fixed.items():
+            table = tensors.read(name)
+            if not np.allclose(table.astype(np.float32), fixed.array, atol=2 * _resolution(table.dtype)):
                 raise UserError(f"{tensors.folder}: {name} is not the table that it should be; it can't be kept here")
 
     def dtype(self, path: str, layer: int | None) -> np.dtype:
@@ -222,18 +232,15 @@ def _tensors(
         parts = names.parts[path]
         for index, foreign in enumerate(parts):
             for number, name in enumerate(foreign.names):
-                depth = depths.get(path)
-                layer = None if foreign.layers is None else number
-                kept = source.dtype(path, 0 if depth else None) if layer is None else source.dtype(path, layer)
-                if layer is None and depth:
-                    kept = _one_dtype(source, path, depth, dtype)
+                depth, layer = depths.get(path), None if foreign.layers is None else number
+                whole_stack = layer is None and depth is not None
+                kept = _one_dtype(source, path, depth, dtype) if whole_stack else source.dtype(path, layer)
                 add(name, _blocks(source, path, foreign, layer, depth, (index, len(parts))), kept)
         for copy in names.copies.get(path, ()):
             for name in copy.names:
                 add(name, _blocks(source, path, copy, None, None, (0, 1)), source.dtype(path, None))
-    usual = next((tensor.dtype for tensor in found.values()), np.dtype(np.float32))
-    for name, array in names.fixed.items():
-        found[name] = ours.Streamed(array.shape, usual, lambda array=array: iter([array]))
+    for name, fixed in names.fixed.items():
+        add(name, lambda array=fixed.array: iter([array]), source.dtype(fixed.beside, None))
     return found
 
 

@@ -179,6 +179,9 @@ def assert_same_function(config, params, theirs, expected_gradients, names):
                     expected = expected + left.pop(copy.name)
                 found = part.to_theirs(own if part.layers is None else own[layer])
                 scale = np.abs(expected).max()
+                if name.endswith("to_k.bias"):  # which softmax takes no notice of
+                    assert max(scale, np.abs(found).max()) < 1e-4
+                    continue
                 assert scale > 1e-4, f"{name} has no gradient: the comparison would say nothing"
                 assert np.abs(found - expected).max() <= 1e-3 * scale, name
     assert not left
