@@ -7,7 +7,7 @@ from typing import Any
 
 from dit_video.autoencoder import AutoencoderConfig, CausalVaeConfig, ImageVaeConfig, VqConfig
 from dit_video.errors import UserError
-from dit_video.weights import diffusers, image_vae, vq, wan
+from dit_video.weights import diffusers, image_vae, parts, vq, wan
 from dit_video.weights.exchange import SHARD_BYTES
 
 _Loaded = tuple[AutoencoderConfig, dict[str, Any]]
@@ -21,7 +21,7 @@ KINDS = tuple(_LOADERS)
 
 
 def load_autoencoder(folder: str | os.PathLike) -> _Loaded:
-    """The config and parameters of an autoencoder from diffusers.
+    """The config and parameters of an autoencoder from diffusers, or in our own layout.
 
     Raises:
       MissingError: no such folder, or files that it lacks.
@@ -30,8 +30,13 @@ def load_autoencoder(folder: str | os.PathLike) -> _Loaded:
     folder = Path(folder)
     document = diffusers.document_of(folder)
     kind = document.get("_class_name")
+    if kind == parts.CLASS:
+        config, params = parts.read_part(folder, document)
+        if not isinstance(config, AutoencoderConfig):
+            raise UserError(f"{folder} holds a {type(config).__name__}, which is no autoencoder's")
+        return config, params
     if kind not in KINDS:
-        raise UserError(f"{folder} holds a model of class {kind}; known here: {', '.join(KINDS)}")
+        raise UserError(f"{folder} holds a model of class {kind}; known here: {', '.join((*KINDS, parts.CLASS))}")
     return _LOADERS[kind](folder, document)
 
 

@@ -46,8 +46,8 @@ def convert(
     to: To,
     dtype: Any = None,
     shard_bytes: int = SHARD_BYTES,
-) -> str:
-    """Write a model's folder in another layout, and return the class that it was of.
+) -> None:
+    """Write a model's folder in another layout.
 
     Args:
       source: a folder with a `config.json`, or a file of the authors of DiT and SiT.
@@ -66,7 +66,7 @@ def convert(
     if source.is_file():
         with _authors_file(source) as opened:
             _write(destination, opened, to, dtype, shard_bytes)
-        return type(opened.config).__name__
+        return
     document = diffusers.document_of(source)
     kind = document.get("_class_name") or document.get("model_type")
     if kind not in KNOWN:
@@ -77,7 +77,6 @@ def convert(
     else:
         with _opened(source, document, kind) as opened:
             _write(destination, opened, to, dtype, shard_bytes)
-    return kind
 
 
 def convert_own(
@@ -142,7 +141,7 @@ def check_destination(folder: Path) -> None:
 @contextmanager
 def _opened(folder: Path, document: dict[str, Any], kind: str) -> Iterator[_Opened]:
     """A folder of a kind that is read tensor by tensor."""
-    own, text = kind == parts.CLASS, kind in T5_KINDS
+    own, text, wan = kind == parts.CLASS, kind in T5_KINDS, kind in wan_transformer.CLASSES
     with TensorFolder(folder, stem=diffusers.STEM if not own and not text else "model") as tensors:
         ignored: set[str] = set()
         if own:
@@ -154,7 +153,7 @@ def _opened(folder: Path, document: dict[str, Any], kind: str) -> Iterator[_Open
             names = FileMap.of(theirs)
         else:
             authors = kind in (wan_transformer.AUTHORS_CLASS, *class_dit.AUTHORS_CLASSES)
-            config = (wan_transformer if kind in wan_transformer.CLASSES else class_dit).config_of(folder, document)
+            config = wan_transformer.config_of(folder, document) if wan else class_dit.config_of(folder, document)
             names = _file_map(config, "authors" if authors else "diffusers")
         shapes = param_shapes(config.make)
         yield _Opened(config, FolderSource(tensors, names, shapes, ignored=ignored), names.depths)
@@ -187,7 +186,8 @@ def _write(folder: Path, opened: _Opened, to: To, dtype: Any, shard_bytes: int) 
         theirs, document = t5_written(config)
         names, stem = FileMap.of(theirs), "model"
     else:
-        document = (wan_transformer if isinstance(config, WanDitConfig) else class_dit).document_of(config, to)
+        wan = isinstance(config, WanDitConfig)
+        document = wan_transformer.document_of(config, to) if wan else class_dit.document_of(config, to)
         names, stem = _file_map(config, to), diffusers.STEM
     shapes, depths = param_shapes(config.make), {**names.depths, **opened.depths}
     streaming.write(folder, stem, source, names, shapes, depths, dtype=dtype, shard_bytes=shard_bytes)

@@ -49,8 +49,9 @@ def load_denoiser(
         return _own(folder, document, dtype, kernels, place)
     if kind not in KINDS:
         raise UserError(f"{folder} holds a model of class {kind}; known here: {', '.join((*KINDS, parts.CLASS))}")
-    load = wan_transformer.load if kind in wan_transformer.CLASSES else class_dit.load
-    return load(folder, document, dtype=dtype, kernels=kernels, place=place)
+    if kind in wan_transformer.CLASSES:
+        return wan_transformer.load(folder, document, dtype=dtype, kernels=kernels, place=place)
+    return class_dit.load(folder, document, dtype=dtype, kernels=kernels, place=place)
 
 
 def _own(
