@@ -160,16 +160,17 @@ def test_one_denoiser_of_a_pipelines_file(tmp_path):
 def test_names_of_adapters(tmp_path):
     save_denoiser(tmp_path / "wan", WAN, rough_params(WAN.make))
     draw = np.random.default_rng(0)
-    lora = {
-        "blocks": {
-            name: {
+    factors = {
+        name: {
+            "kernel": {
                 "a": draw.normal(size=(3, 16, 2)).astype(np.float32),
                 "b": draw.normal(size=(3, 2, 16)).astype(np.float32),
                 "scale": np.full(3, 0.5),
             }
-            for name in ("query", "cross_out")
         }
+        for name in ("query", "cross_out")
     }
+    lora = {"blocks": factors}
     save_lora(tmp_path / "theirs.safetensors", lora, wan_modules(WAN))
     steps = ("authors", "dit_video", "diffusers")
     paths = [tmp_path / "theirs.safetensors", *(tmp_path / f"{to}.safetensors" for to in steps)]
