@@ -290,6 +290,7 @@ def document_of(config: DitConfig, layout: Layout) -> dict[str, Any]:
             f"{kind} has classes and sine-cosine positions of images; a config without can't be written as one"
         )
     size = position.side * patch.h
+    document: dict[str, Any]
     if layout == "authors":
         document = {
             "input_size": size,

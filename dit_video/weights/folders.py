@@ -112,7 +112,7 @@ class TensorFolder:
         place = self._places[name]
         array = np.empty(shape, self.dtype(name))
         place.file.seek(place.start + row * math.prod(self.shapes[name][1:]) * array.itemsize)
-        into = memoryview(array.reshape(-1).view(np.uint8))
+        into = array.reshape(-1).view(np.uint8).data
         while into.nbytes and (count := place.file.readinto(into)):
             into = into[count:]
         if into.nbytes:

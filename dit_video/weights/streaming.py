@@ -4,6 +4,7 @@ A `FileMap` says where a project's files keep each of our parameters; reading th
 converts. Layers of a stack are taken one by one, and what both sides keep in one way is copied as it is.
 """
 
+import functools
 import itertools
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -233,14 +234,16 @@ def _tensors(
         for index, foreign in enumerate(parts):
             for number, name in enumerate(foreign.names):
                 depth, layer = depths.get(path), None if foreign.layers is None else number
-                whole_stack = layer is None and depth is not None
-                kept = _one_dtype(source, path, depth, dtype) if whole_stack else source.dtype(path, layer)
+                if layer is None and depth is not None:
+                    kept = _one_dtype(source, path, depth, dtype)
+                else:
+                    kept = source.dtype(path, layer)
                 add(name, _blocks(source, path, foreign, layer, depth, (index, len(parts))), kept)
         for copy in names.copies.get(path, ()):
             for name in copy.names:
                 add(name, _blocks(source, path, copy, None, None, (0, 1)), source.dtype(path, None))
     for name, fixed in names.fixed.items():
-        add(name, lambda array=fixed.array: iter([array]), source.dtype(fixed.beside, None))
+        add(name, functools.partial(iter, [fixed.array]), source.dtype(fixed.beside, None))
     return found
 
 
