@@ -63,7 +63,7 @@ def test_what_a_folder_says(pipeline, folder):
 
 
 def test_a_clip(one):
-    clip = one.generate(PROMPT, size=SIZE, steps=1, guidance=2.0)
+    clip = one.generate(PROMPT, size=SIZE, steps=4, guidance=2.0)
     assert clip.frames.shape == (*SIZE, 3)
     assert clip.fps == 16.0
 
