@@ -7,7 +7,7 @@ from tiny_wan import DIT, TWO, VAE, write_wan
 TOOL = "tools/convert.py"
 
 
-def test_a_part_and_its_adapter(tmp_path, script):
+def test_a_part_in_another_dtype(tmp_path, script):
     write_wan(tmp_path / "wan")
     done = script(TOOL, tmp_path / "wan" / "transformer", tmp_path / "own", "--to", "dit_video", "--dtype", "bfloat16")
     assert done.code == 0, done.err
