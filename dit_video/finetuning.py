@@ -89,7 +89,9 @@ def finetuning(folder: str | os.PathLike, options: FineTuning = FineTuning()) ->
     """
     folder = Path(folder)
     _check_index(folder)
-    dit = replace(denoiser_config(folder / "transformer"), dtype=options.dtype, remat="full")
+    dit = denoiser_config(folder / "transformer")
+    assert isinstance(dit, WanDitConfig)  # as the index says
+    dit = replace(dit, dtype=options.dtype, remat="full")
     if dit.given_channels or dit.image_width is not None:
         raise UserError(
             f"{folder / 'transformer'} animates an image, which the samples at the end could not be given; fine-tune a "
