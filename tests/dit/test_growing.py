@@ -80,7 +80,7 @@ def test_a_fresh_video_model_is_the_image_model_of_every_frame(config, temporal)
     trained = map_with_path(lambda path, leaf: leaf + 0.1 * (path in new), grown)
     before = predict(trained, given, video)
     after = predict(trained, given._replace(noisy=given.noisy.at[:, 0].add(1.0)), video)
-    assert (np.abs(after - before)[0, FIRST].max(axis=-1) > 1e-5).all()
+    assert np.abs(after - before)[0, 4].max() > 1e-5  # the same place in the second frame
 
 
 def test_temporal_layers_alone_are_trained_by_their_name():
