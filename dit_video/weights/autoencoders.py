@@ -17,7 +17,8 @@ _LOADERS: dict[str, Callable[[Path, dict[str, Any]], _Loaded]] = {
     vq.CLASS: vq.load,
 }
 KINDS = tuple(_LOADERS)
-"""the classes that are known"""
+"""the classes of diffusers that are known"""
+KNOWN = (*KINDS, parts.CLASS)
 
 
 def load_autoencoder(folder: str | os.PathLike) -> _Loaded:
@@ -29,28 +30,34 @@ def load_autoencoder(folder: str | os.PathLike) -> _Loaded:
     """
     folder = Path(folder)
     document = _document(folder)
-    kind = document["_class_name"]
-    if kind != parts.CLASS:
-        return _LOADERS[kind](folder, document)
+    if document["_class_name"] != parts.CLASS:
+        return _LOADERS[document["_class_name"]](folder, document)
     config, params = parts.read_part(folder, document)
-    if not isinstance(config, AutoencoderConfig):
-        raise UserError(f"{folder} holds a {type(config).__name__}, which is no autoencoder's")
-    return config, params
+    return _own(folder, config), params
 
 
 def autoencoder_config(folder: str | os.PathLike) -> AutoencoderConfig:
     """The config of an autoencoder, of Wan's without reading its weights; raises as `load_autoencoder`."""
     folder = Path(folder)
     document = _document(folder)
-    return wan.config_of(folder, document) if document["_class_name"] == wan.CLASS else load_autoencoder(folder)[0]
+    if document["_class_name"] == parts.CLASS:
+        return _own(folder, parts.part_config(folder, document))
+    return wan.read_config(folder, document) if document["_class_name"] == wan.CLASS else load_autoencoder(folder)[0]
+
+
+def _own(folder: Path, config: Any) -> AutoencoderConfig:
+    """The config of a model in our own layout, if it is an autoencoder's."""
+    if not isinstance(config, AutoencoderConfig):
+        raise UserError(f"{folder} holds a {type(config).__name__}, which is no autoencoder's")
+    return config
 
 
 def _document(folder: Path) -> dict[str, Any]:
     """`config.json` of a model that is known here."""
     document = diffusers.document_of(folder)
     kind = document.get("_class_name")
-    if kind not in (*KINDS, parts.CLASS):
-        raise UserError(f"{folder} holds a model of class {kind}; known here: {', '.join((*KINDS, parts.CLASS))}")
+    if kind not in KNOWN:
+        raise UserError(f"{folder} holds a model of class {kind}; known here: {', '.join(KNOWN)}")
     return document
 
 

@@ -119,7 +119,7 @@ def convert_lora(
     document = diffusers.document_of(folder)
     config = parts.part_config(folder, document) if document.get("_class_name") == parts.CLASS else None
     if document.get("_class_name") in wan_transformer.CLASSES:
-        config = wan_transformer.config_of(folder, document)
+        config = wan_transformer.read_config(folder, document)
     if not isinstance(config, WanDitConfig):
         raise UserError(f"{folder} holds no Wan; adapters are renamed for {', '.join(wan_transformer.CLASSES)}")
     shapes = {"dit": param_shapes(config.make)}
@@ -153,7 +153,7 @@ def _opened(folder: Path, document: dict[str, Any], kind: str) -> Iterator[_Open
             names = FileMap.of(theirs)
         else:
             authors = kind in (wan_transformer.AUTHORS_CLASS, *class_dit.AUTHORS_CLASSES)
-            config = wan_transformer.config_of(folder, document) if wan else class_dit.config_of(folder, document)
+            config = wan_transformer.read_config(folder, document) if wan else class_dit.config_of(folder, document)
             names = _file_map(config, "authors" if authors else "diffusers")
         shapes = param_shapes(config.make)
         yield _Opened(config, FolderSource(tensors, names, shapes, ignored=ignored), names.depths)

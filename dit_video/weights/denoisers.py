@@ -17,7 +17,8 @@ from dit_video.weights.wan_transformer import Layout
 
 _IMAGES = (class_dit.CLASS, class_dit.OLDER_CLASS, *class_dit.AUTHORS_CLASSES)
 KINDS = (*wan_transformer.CLASSES, *_IMAGES)
-"""the classes that are known"""
+"""the classes of other projects that are known"""
+KNOWN = (*KINDS, parts.CLASS)
 
 
 def load_denoiser(
@@ -45,45 +46,44 @@ def load_denoiser(
         return class_dit.load_file(folder, dtype=dtype, kernels=kernels, place=place)
     document = _document(folder)
     kind = document["_class_name"]
-    if kind == parts.CLASS:
-        return _own(folder, document, dtype, kernels, place)
     if kind in wan_transformer.CLASSES:
         return wan_transformer.load(folder, document, dtype=dtype, kernels=kernels, place=place)
-    return class_dit.load(folder, document, dtype=dtype, kernels=kernels, place=place)
+    if kind != parts.CLASS:
+        return class_dit.load(folder, document, dtype=dtype, kernels=kernels, place=place)
+
+    def stored(path: str) -> Any:
+        return kernels if kernels is not None and path.endswith("kernel") else dtype
+
+    config = _own(folder, document)
+    return config, parts.read_part(folder, document, stored=stored, place=place)[1]
 
 
 def denoiser_config(folder: str | os.PathLike) -> DitConfig | WanDitConfig:
-    """The config of a transformer's folder, without its weights; errors are those of `load_denoiser`."""
+    """The config of a transformer, without its weights; errors are those of `load_denoiser`.
+
+    Args:
+      folder: of the model; what is one file alone has its config in its tensors' shapes too.
+    """
     folder = Path(folder)
     document = _document(folder)
-    kind = document["_class_name"]
-    if kind == parts.CLASS:
-        return _own_config(folder, document)
-    return (wan_transformer if kind in wan_transformer.CLASSES else class_dit).config_of(folder, document)
+    if document["_class_name"] == parts.CLASS:
+        return _own(folder, document)
+    if document["_class_name"] in wan_transformer.CLASSES:
+        return wan_transformer.read_config(folder, document)
+    return class_dit.config_of(folder, document)
 
 
 def _document(folder: Path) -> dict[str, Any]:
     """`config.json` of a model that is known here."""
     document = diffusers.document_of(folder)
     kind = document.get("_class_name")
-    if kind not in (*KINDS, parts.CLASS):
-        raise UserError(f"{folder} holds a model of class {kind}; known here: {', '.join((*KINDS, parts.CLASS))}")
+    if kind not in KNOWN:
+        raise UserError(f"{folder} holds a model of class {kind}; known here: {', '.join(KNOWN)}")
     return document
 
 
-def _own(
-    folder: Path, document: dict[str, Any], dtype: Any, kernels: Any, place: Place
-) -> tuple[DitConfig | WanDitConfig, dict[str, Any]]:
-    """A part in our own layout."""
-
-    def stored(path: str) -> Any:
-        return kernels if kernels is not None and path.endswith("kernel") else dtype
-
-    _own_config(folder, document)
-    return parts.read_part(folder, document, stored=stored, place=place)
-
-
-def _own_config(folder: Path, document: dict[str, Any]) -> DitConfig | WanDitConfig:
+def _own(folder: Path, document: dict[str, Any]) -> DitConfig | WanDitConfig:
+    """The config of a model in our own layout, if it is a denoiser's."""
     config = parts.part_config(folder, document)
     if not isinstance(config, DitConfig | WanDitConfig):
         raise UserError(f"{folder} holds a {type(config).__name__}, which is no denoiser's")

@@ -49,7 +49,7 @@ def load(folder: Path, document: dict[str, Any]) -> tuple[CausalVaeConfig, dict[
       MissingError: files that it lacks.
       UserError: a setting that isn't known here, or weights that do not fit.
     """
-    given, config = diffusers.settings(folder, document, _DEFAULTS), config_of(folder, document)
+    given, config = diffusers.settings(folder, document, _DEFAULTS), read_config(folder, document)
     shapes = param_shapes(config.make)
     normalizer = shapes.pop("normalizer")
     params = diffusers.read(folder, wan_names(config), shapes)
@@ -61,7 +61,7 @@ def load(folder: Path, document: dict[str, Any]) -> tuple[CausalVaeConfig, dict[
     return config, params
 
 
-def config_of(folder: Path, document: dict[str, Any]) -> CausalVaeConfig:
+def read_config(folder: Path, document: dict[str, Any]) -> CausalVaeConfig:
     """The config alone.
 
     Raises:

@@ -124,7 +124,7 @@ def load(
       MissingError: files that it lacks.
       UserError: a setting that isn't known here, or weights that do not fit.
     """
-    config = config_of(folder, document)
+    config = read_config(folder, document)
     shapes = param_shapes(config.make)
     names = wan_names(config, _layout(document))
 
@@ -135,7 +135,7 @@ def load(
         return config, read_tensors(tensors, names, shapes, stored=stored, place=place)
 
 
-def config_of(folder: Path, document: dict[str, Any]) -> WanDitConfig:
+def read_config(folder: Path, document: dict[str, Any]) -> WanDitConfig:
     """The config of a folder in either layout, whose config file is `document`.
 
     Raises:
