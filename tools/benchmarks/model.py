@@ -1,0 +1,188 @@
+"""A transformer like Wan's, forward and in training, beside diffusers' on the same weights and inputs.
+
+All of them run in one process, in turn, in float32, on as many threads as there are cores; the ratio is that of the
+medians, to the faster form of the peer.
+"""
+
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from benchmarks.attention import in_turn
+from dit_video import rng
+from dit_video.dit import WanDitConfig
+from dit_video.nn import graph_of, init_params
+from dit_video.tokens import Grid, coordinates, patchify, unpatchify
+from dit_video.tree import size as count
+from dit_video.weights import save_denoiser
+
+RATE, DECAY = 1e-4, 0.01
+TIME = 0.6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A model and what it is given: by default 5 latent frames of 24 × 52, which are 1,560 tokens."""
+
+    width: int = 384
+    hidden_width: int = 2240
+    """in the proportion of Wan 2.1 T2V 1.3B"""
+    layers: int = 6
+    heads: int = 6
+    grid: Grid = Grid(5, 12, 26)
+    """of tokens"""
+    text: int = 64
+    text_width: int = 4096
+
+    def config(self) -> WanDitConfig:
+        return WanDitConfig(
+            width=self.width,
+            hidden_width=self.hidden_width,
+            layers=self.layers,
+            heads=self.heads,
+            text_length=self.text,
+            context_width=self.text_width,
+        )
+
+
+SMALL = Shape(width=16, hidden_width=24, layers=2, heads=2, grid=Grid(2, 3, 4), text=4, text_width=8)
+"""to try the command with"""
+
+
+class Inputs(NamedTuple):
+    """Of a batch of one clip."""
+
+    latents: np.ndarray
+    """[t h w c]"""
+    text: np.ndarray
+    """[s E]"""
+    target: np.ndarray
+    """[t h w c], what the prediction is trained towards"""
+
+
+class Calls(NamedTuple):
+    """One model in one form: its prediction `[t h w c]`, and a training step that returns the loss before it."""
+
+    forward: Callable[[], Any]
+    step: Callable[[], Any]
+    predicted: Callable[[], np.ndarray]
+
+
+Peer = Callable[[Path, Inputs], dict[str, Calls]]
+"""Forms of another project's model, from a folder of weights in the layout of diffusers."""
+
+
+def measure(shape: Shape, rounds: int, peer: Peer | None = None) -> dict[str, Any]:
+    """Seconds of a forward pass and of a training step (forward, backward, AdamW), and how far predictions differ."""
+    config = shape.config()
+    params = _weights(config)
+    inputs = _inputs(shape)
+    calls = {"ours": ours(config, params, shape, inputs)}
+    if peer is not None:
+        with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as folder:
+            # The length that texts are padded to is no part of the weights; theirs takes what it is given.
+            save_denoiser(folder, replace(config, text_length=512), jax.device_get(params))
+            calls |= peer(Path(folder), inputs)
+    expected = calls["ours"].predicted()
+    scale = float(np.abs(expected).max())
+    figures: dict[str, Any] = {
+        "tokens": shape.grid.volume,
+        "parameters": count(params),
+        "rounds": rounds,
+        "difference": {
+            name: float(np.abs(one.predicted() - expected).max()) / scale
+            for name, one in calls.items()
+            if name != "ours"
+        },
+        "forward": _compared({name: one.forward for name, one in calls.items()}, rounds, "forward"),
+    }
+    losses = {name: [float(one.step()) for _ in range(3)] for name, one in calls.items()}
+    figures["losses"] = losses
+    return figures | {
+        "training step": _compared({name: one.step for name, one in calls.items()}, rounds, "training step")
+    }
+
+
+def _compared(calls: dict[str, Callable[[], Any]], rounds: int, what: str) -> dict[str, Any]:
+    seconds = in_turn(calls, rounds)
+    print(f"{what}: " + ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in seconds.items()), file=sys.stderr)
+    found: dict[str, Any] = {"seconds": {name: round(value, 4) for name, value in seconds.items()}}
+    others = [value for name, value in seconds.items() if name != "ours"]
+    return found | ({"ratio": round(seconds["ours"] / min(others), 3)} if others else {})
+
+
+def _weights(config: WanDitConfig) -> dict[str, Any]:
+    """Random ones without zeros: a head of zeros would predict zeros whatever comes before it."""
+    params = init_params(config.make, rng.key(0, "benchmark model"))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(rng.key(0, "benchmark weights"), len(leaves))
+    return jax.tree.unflatten(
+        tree, [leaf + 0.02 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    )
+
+
+def _inputs(shape: Shape) -> Inputs:
+    draw = rng.host(0, "benchmark inputs")
+    patch, grid = shape.config().patch, shape.grid
+    size = (grid.t * patch.t, grid.h * patch.h, grid.w * patch.w, shape.config().channels)
+    latents, target = (draw.normal(size=size).astype(np.float32) for _ in range(2))
+    return Inputs(latents, draw.normal(size=(shape.text, shape.text_width)).astype(np.float32), target)
+
+
+def ours(config: WanDitConfig, params: dict[str, Any], shape: Shape, inputs: Inputs) -> Calls:
+    """From latents to latents, as one segment that fills its row; the state of training is donated."""
+    graph, optimizer = graph_of(config.make), optax.adamw(RATE, weight_decay=DECAY)
+    tokens = shape.grid.volume
+    given = jax.device_put(
+        (
+            inputs.latents,
+            inputs.text[None],
+            jnp.full((1, 1), TIME),
+            jnp.ones((1, tokens), jnp.int32),
+            coordinates(shape.grid)[None],
+            jnp.ones((1, shape.text), jnp.int32),
+        )
+    )
+    target = jax.device_put(inputs.target)
+
+    def predict(params, latents, text, time, segments, places, text_segments):
+        prediction = nnx.merge(graph, params)(
+            patchify(latents[None], config.patch),
+            time,
+            segments=segments,
+            coordinates=places,
+            context=text,
+            context_segments=text_segments,
+        )
+        return unpatchify(prediction, shape.grid, config.patch)[0]
+
+    def error(params, target, given):
+        return jnp.square(predict(params, *given) - target).mean()
+
+    def step(params, state, target, given):
+        loss, gradients = jax.value_and_grad(error)(params, target, given)
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    forward, train = jax.jit(predict), jax.jit(step, donate_argnums=(0, 1))
+    held: list[Any] = []
+
+    def trained() -> float:
+        if not held:
+            held.extend((jax.tree.map(jnp.copy, params), jax.jit(optimizer.init)(params)))
+        *held[:], loss = train(*held, target, given)
+        jax.block_until_ready(held)
+        return float(loss)
+
+    return Calls(
+        lambda: jax.block_until_ready(forward(params, *given)), trained, lambda: np.asarray(forward(params, *given))
+    )
