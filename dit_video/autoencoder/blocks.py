@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dit_video.autoencoder.interface import chunk_grid
 from dit_video.autoencoder.modulation import Guide, SpatialNorm
-from dit_video.nn import CausalConv, Linear, Memory, RmsNorm, make_attention
+from dit_video.nn import CausalConv, Linear, Memory, RmsNorm, Tokens, make_attention
 from dit_video.tokens import Grid
 
 _EPSILON = 1e-12
@@ -119,7 +119,7 @@ class FrameAttention(nnx.Module):
             segments = jnp.ones(q.shape[:2], jnp.int32)
         else:
             segments = repeat(places.at(x), "B h w -> (B t) (h w)", t=frames)
-        mixed = self.attention(q, k, v, q_segments=segments, kv_segments=segments)
+        mixed = self.attention(q, k, v, Tokens.among(segments))
         return x + self.out(mixed).reshape(x.shape)
 
 

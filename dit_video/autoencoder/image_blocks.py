@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from dit_video.autoencoder.blocks import Down, Places, Up
 from dit_video.errors import UserError
-from dit_video.nn import CausalConv, GroupNorm, Linear, Memory, make_attention
+from dit_video.nn import CausalConv, GroupNorm, Linear, Memory, Tokens, make_attention
 from dit_video.tokens import Grid
 
 _HALF = Grid(1, 2, 2)
@@ -133,9 +133,8 @@ class ImageAttention(nnx.Module):
             segments = jnp.ones(tokens.shape[:2], jnp.int32)
         else:
             segments = repeat(beside.places.at(x), "B h w -> (B t) (h w)", t=x.shape[1])
-        mixed = self.attention(
-            self.query(tokens), self.key(tokens), self.value(tokens), q_segments=segments, kv_segments=segments
-        )
+        at = Tokens.among(segments)
+        mixed = self.attention(self.query(tokens), self.key(tokens), self.value(tokens), at)
         return x + self.out(mixed).reshape(x.shape)
 
 

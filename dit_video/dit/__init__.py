@@ -1,8 +1,9 @@
 """Denoisers."""
 
 from dit_video.dit.conditioning import ClassLabels, CrossAttention, Given, JointAttention, NoContext, PooledContext
-from dit_video.dit.config import DitConfig
+from dit_video.dit.config import DitConfig, Temporal
 from dit_video.dit.denoise import packed_denoise
+from dit_video.dit.growing import image_to_video, with_given
 from dit_video.dit.model import Dit
 from dit_video.dit.positions import EndDistances, Factorised, SineCosine
 from dit_video.dit.wan import WanDit, WanDitConfig
@@ -19,7 +20,10 @@ __all__ = [
     "NoContext",
     "PooledContext",
     "SineCosine",
+    "Temporal",
     "WanDit",
     "WanDitConfig",
+    "image_to_video",
     "packed_denoise",
+    "with_given",
 ]
