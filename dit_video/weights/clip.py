@@ -1,21 +1,17 @@
 """CLIP's towers from and to the folders of `transformers`, alone, together, or within a pipeline of diffusers."""
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
-
-import jax.numpy as jnp
-import numpy as np
 
 from dit_video.errors import UserError
 from dit_video.features.clip import ACTIVATIONS, ClipConfig, ClipTextConfig, ClipTower, ClipVisionConfig
 from dit_video.files import write_json
 from dit_video.nn import param_shapes
-from dit_video.weights.exchange import SHARD_BYTES, Foreign
+from dit_video.weights.exchange import SHARD_BYTES, Foreign, read_encoder, write_foreign
 from dit_video.weights.folders import TensorFolder, model_folder, transformers_config
-from dit_video.weights.stacked import layers_of, read_stacked, write_stacked
 
 _BOTH = "CLIPModel"
 _TEXT, _VISION = ("CLIPTextModel", "CLIPTextModelWithProjection"), ("CLIPVisionModel", "CLIPVisionModelWithProjection")
@@ -37,7 +33,6 @@ _NORMS = {"norm_attention": "layer_norm1", "norm_mlp": "layer_norm2"}
 """our names below `blocks/`, and theirs below `encoder.layers.<layer>.`"""
 
 Config = TypeVar("Config", ClipConfig, ClipTextConfig, ClipVisionConfig)
-Names = dict[str, Foreign | Sequence[Foreign]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +111,7 @@ def save_clip(
       dtype: of all tensors in the file; None writes them as they are.
       shard_bytes: what would be a larger file is split, with an index.
     """
-    write_stacked(folder, "model", _names(config, nested=True), params, dtype=dtype, shard_bytes=shard_bytes)
+    write_foreign(folder, "model", _names(config, nested=True), params, dtype=dtype, shard_bytes=shard_bytes)
     write_json(Path(folder) / "config.json", _their_config(config))
 
 
@@ -179,12 +174,12 @@ def _read(folder: Path, config: Config, dtype: str) -> LoadedClip[Config]:
         # A tower saved alone has its root in the names or not, by the version that wrote it.
         nested = any(name.startswith((_TEXT_ROOT, _VISION_ROOT)) for name in tensors.shapes)
         unread = [name for name in tensors.shapes if _unread(name, config)]
-        params, digest = read_stacked(
+        params, digest = read_encoder(
             tensors,
             _names(config, nested=nested),
             param_shapes(config.make),
             ignored=unread,
-            stored=lambda path: jnp.dtype(dtype) if path.endswith(("kernel", "embedding")) else np.float32,
+            dtype=dtype,
         )
     return LoadedClip(config=config, params=params, digest=digest, ignored=tuple(unread))
 
@@ -199,10 +194,10 @@ def _unread(name: str, config: ClipConfig | ClipTextConfig | ClipVisionConfig) -
     return isinstance(config, ClipVisionConfig) and name.startswith((*text, "logit_scale"))
 
 
-def _names(config: ClipConfig | ClipTextConfig | ClipVisionConfig, *, nested: bool) -> Names:
+def _names(config: ClipConfig | ClipTextConfig | ClipVisionConfig, *, nested: bool) -> dict[str, Foreign]:
     """Where each parameter lies; `nested` tells whether a tower's names start with its root."""
     if isinstance(config, ClipConfig):
-        names: Names = {"logit_scale": Foreign("logit_scale")}
+        names: dict[str, Foreign] = {"logit_scale": Foreign("logit_scale")}
         for part, tower in (("text", config.text), ("vision", config.vision)):
             names |= {f"{part}/{path}": foreign for path, foreign in _names(tower, nested=nested).items()}
         return names
@@ -218,22 +213,22 @@ def _names(config: ClipConfig | ClipTextConfig | ClipVisionConfig, *, nested: bo
         names["patch_kernel"] = Foreign(f"{root}embeddings.patch_embedding.weight", "o i h w -> h w i o")
         projection = "visual_projection.weight"
     names["position"] = Foreign(f"{root}embeddings.position_embedding.weight")
-    names |= _layers(f"{root}encoder.layers.*", config.layers)
+    names |= _layers(f"{root}encoder.layers.{{}}", config.layers)
     return names if config.projection is None else names | {"projection/kernel": Foreign(projection, _DENSE)}
 
 
-def _norm(ours: str, theirs: str) -> Names:
+def _norm(ours: str, theirs: str) -> dict[str, Foreign]:
     return {f"{ours}/scale": Foreign(f"{theirs}.weight"), f"{ours}/shift": Foreign(f"{theirs}.bias")}
 
 
-def _layers(theirs: str, layers: int) -> Names:
-    names: Names = {}
+def _layers(theirs: str, layers: int) -> dict[str, Foreign]:
+    names: dict[str, Foreign] = {}
     for ours, name in _LINEAR.items():
-        names[f"blocks/{ours}/kernel"] = layers_of(_DENSE, f"{theirs}.{name}.weight", layers)
-        names[f"blocks/{ours}/bias"] = layers_of("", f"{theirs}.{name}.bias", layers)
+        names[f"blocks/{ours}/kernel"] = Foreign(f"{theirs}.{name}.weight", _DENSE, layers=layers)
+        names[f"blocks/{ours}/bias"] = Foreign(f"{theirs}.{name}.bias", layers=layers)
     for ours, name in _NORMS.items():
-        names[f"blocks/{ours}/scale"] = layers_of("", f"{theirs}.{name}.weight", layers)
-        names[f"blocks/{ours}/shift"] = layers_of("", f"{theirs}.{name}.bias", layers)
+        names[f"blocks/{ours}/scale"] = Foreign(f"{theirs}.{name}.weight", layers=layers)
+        names[f"blocks/{ours}/shift"] = Foreign(f"{theirs}.{name}.bias", layers=layers)
     return names
 
 

@@ -5,11 +5,14 @@ that one map serves both ways. A folder holds one safetensors file, or several w
 libraries write them.
 """
 
+import hashlib
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
@@ -53,6 +56,8 @@ class Foreign(NamedTuple):
 
 Names = Mapping[str, Foreign]
 """By our path."""
+Place = Callable[[str, np.ndarray], Any]
+"""From a path and its parameter to what is kept of it."""
 
 
 def read_foreign(
@@ -63,7 +68,7 @@ def read_foreign(
     *,
     ignored: Collection[str] = (),
     dtype: Any = np.float32,
-    place: Callable[[str, np.ndarray], Any] = lambda path, array: array,
+    place: Place = lambda path, array: array,
 ) -> Any:
     """Our parameters from another project's folder, tensor by tensor.
 
@@ -81,38 +86,91 @@ def read_foreign(
       MissingError: no such folder, or no such file in it.
       UserError: pickled or corrupt files, or tensors that are missing, unexpected or of another shape.
     """
-    shapes = {
+    with TensorFolder(folder, stem=stem) as tensors:
+        return read_tensors(tensors, names, like, ignored=ignored, stored=lambda path: dtype, place=place)
+
+
+def read_tensors(
+    tensors: TensorFolder,
+    names: Names,
+    like: Any,
+    *,
+    ignored: Collection[str] = (),
+    stored: Callable[[str], Any],
+    place: Place = lambda path, array: array,
+    digest: Any = None,
+) -> Any:
+    """Our parameters from an open folder; what is not said here is as in `read_foreign`.
+
+    Args:
+      tensors: the folder.
+      names: the model's map.
+      like: our parameters' shapes.
+      ignored: their tensors that are of no use here.
+      stored: the dtype that a floating parameter is cast to, by its path; None keeps the file's.
+      place: what becomes of a parameter as soon as it is read.
+      digest: of `hashlib`; it is fed every tensor as it is stored, in our order, whatever files they lie in.
+    """
+    wanted = {
         name: their_shape(names[path], leaf.shape)
         for path, leaf in trees.flatten(like).items()
         for name in names[path].names
     }
-    with TensorFolder(folder, stem=stem) as tensors:
-        found = {name: shape for name, shape in tensors.shapes.items() if name not in ignored}
-        ours.match(Path(folder), found, shapes)
+    found = {name: shape for name, shape in tensors.shapes.items() if name not in ignored}
+    ours.match(tensors.folder, found, wanted)
 
-        def read(name: str, foreign: Foreign) -> np.ndarray:
-            array = tensors.read(name)
-            return foreign.to_ours(array.astype(ours.stored(array.dtype, dtype), copy=False))
+    def layers(path: str) -> Iterator[np.ndarray]:
+        foreign = names[path]
+        for index, name in enumerate(foreign.names):
+            tensor = tensors.read(name)
+            if digest is not None:
+                _feed(digest, f"{path} {index}", tensor)
+            yield foreign.to_ours(tensor.astype(ours.stored(tensor.dtype, stored(path)), copy=False))
 
-        def parameter(path: str, leaf: Any) -> Any:
-            foreign = names[path]
-            if foreign.layers is None:
-                return place(path, np.ascontiguousarray(read(foreign.name, foreign)))
-            return place(path, _stacked(Path(folder), foreign.names, leaf.shape, lambda name: read(name, foreign)))
+    def parameter(path: str, leaf: Any) -> Any:
+        if names[path].layers is None:
+            return place(path, np.asarray(next(layers(path)), order="C"))
+        return place(path, _stacked(tensors.folder, names[path].names, leaf.shape, layers(path)))
 
-        return trees.map_with_path(parameter, like)
+    return trees.map_with_path(parameter, like)
 
 
-def _stacked(folder: Path, names: list[str], shape: tuple[int, ...], read: Callable[[str], np.ndarray]) -> np.ndarray:
+def read_encoder(
+    tensors: TensorFolder, names: Names, like: Any, *, ignored: Collection[str], dtype: str
+) -> tuple[Any, str]:
+    """The parameters of a frozen encoder, on the device, and a digest of their tensors as they are stored.
+
+    Arguments are as in `read_tensors`, but for `dtype`, which is that of what enters matrix products: kernels and
+    embeddings. All else is float32.
+    """
+    digest = hashlib.sha256()
+    params = read_tensors(
+        tensors,
+        names,
+        like,
+        ignored=ignored,
+        stored=lambda path: jnp.dtype(dtype) if path.endswith(("kernel", "embedding")) else np.float32,
+        # Waits: the host's copy is needed until it is on its device, and the next parameter's comes now.
+        place=lambda path, array: jax.block_until_ready(jnp.asarray(array)),
+        digest=digest,
+    )
+    return params, digest.hexdigest()
+
+
+def _feed(digest: Any, name: str, tensor: np.ndarray) -> None:
+    digest.update(f"{name} {tensor.dtype} {tensor.shape} ".encode())
+    digest.update(np.ascontiguousarray(tensor).view(np.uint8).data)
+
+
+def _stacked(folder: Path, names: list[str], shape: tuple[int, ...], layers: Iterator[np.ndarray]) -> np.ndarray:
     """All layers in one array, each read into its place: memory never holds them twice."""
     whole: np.ndarray | None = None
-    for index, name in enumerate(names):
-        layer = read(name)
+    for index, layer in enumerate(layers):
         if whole is None:
             whole = np.empty(shape, layer.dtype)
         if layer.dtype != whole.dtype:
             raise UserError(
-                f"{folder}: {name} is {layer.dtype} and {names[0]} {whole.dtype}, layers must have one dtype; "
+                f"{folder}: {names[index]} is {layer.dtype} and {names[0]} {whole.dtype}, layers must have one dtype; "
                 "read them as float32"
             )
         whole[index] = layer

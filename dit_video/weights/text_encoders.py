@@ -1,20 +1,18 @@
 """T5 and UMT5 encoders from and to the folders of `transformers`, alone or within a pipeline of diffusers."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from dit_video.errors import UserError
 from dit_video.files import write_json
 from dit_video.nn import param_shapes
 from dit_video.text import T5Config
-from dit_video.weights.exchange import SHARD_BYTES, Foreign
+from dit_video.weights.exchange import SHARD_BYTES, Foreign, Names, read_encoder, write_foreign
 from dit_video.weights.folders import TensorFolder, model_folder, transformers_config
-from dit_video.weights.stacked import layers_of, read_stacked, write_stacked
 
 _EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")
 """one tensor under two names: a file has either, or both"""
@@ -66,12 +64,12 @@ def load_text_encoder(folder: str | os.PathLike, *, dtype: str = "float32") -> L
     with TensorFolder(folder) as tensors:
         embedding = _embedding_name(tensors)
         ignored = tuple(name for name in tensors.shapes if name.startswith(_IGNORED))
-        params, digest = read_stacked(
+        params, digest = read_encoder(
             tensors,
-            _names(config) | {"embedding": Foreign(embedding)},
+            {**_names(config), "embedding": Foreign(embedding)},
             param_shapes(config.make),
             ignored={*ignored, *_EMBEDDINGS} - {embedding},
-            stored=lambda path: jnp.dtype(dtype) if path.endswith(("kernel", "embedding")) else np.float32,
+            dtype=dtype,
         )
     return LoadedEncoder(config, params, digest, ignored)
 
@@ -120,14 +118,14 @@ def save_text_encoder(
       dtype: of all tensors in the file; None writes them as they are.
       shard_bytes: what would be a larger file is split, with an index.
     """
-    names = _names(config) | {"embedding": Foreign(_EMBEDDINGS[0])}
-    write_stacked(folder, "model", names, params, dtype=dtype, shard_bytes=shard_bytes)
+    names = {**_names(config), "embedding": Foreign(_EMBEDDINGS[0])}
+    write_foreign(folder, "model", names, params, dtype=dtype, shard_bytes=shard_bytes)
     write_json(Path(folder) / "config.json", _their_config(config))
 
 
-def _names(config: T5Config) -> dict[str, Foreign | Sequence[Foreign]]:
+def _names(config: T5Config) -> Names:
     """Where each parameter lies, but for the embedding."""
-    names: dict[str, Foreign | Sequence[Foreign]] = {"norm/scale": Foreign(_NORM)}
+    names = {"norm/scale": Foreign(_NORM)}
     per_layer = dict(_PER_LAYER)
     if config.activation == "relu":
         del per_layer["gate/kernel"]
@@ -136,7 +134,7 @@ def _names(config: T5Config) -> dict[str, Foreign | Sequence[Foreign]]:
         names["position/table"] = Foreign(f"encoder.block.0.{per_layer.pop('position/table')}")
     for path, name in per_layer.items():
         pattern = "o i -> i o" if path.endswith("kernel") else ""
-        names[f"blocks/{path}"] = layers_of(pattern, f"encoder.block.*.{name}", config.layers)
+        names[f"blocks/{path}"] = Foreign(f"encoder.block.{{}}.{name}", pattern, layers=config.layers)
     return names
 
 
