@@ -6,7 +6,8 @@ medians, to the faster form of the peer.
 
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,18 +15,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
 from benchmarks.attention import in_turn
+from benchmarks.training import start, step_of
 from dit_video import rng
 from dit_video.dit import WanDitConfig
-from dit_video.nn import graph_of, init_params
+from dit_video.nn import graph_of, init_params, param_shapes
 from dit_video.tokens import Grid, coordinates, patchify, unpatchify
 from dit_video.tree import size as count
 from dit_video.weights import save_denoiser
 
-RATE, DECAY = 1e-4, 0.01
 TIME = 0.6
 
 
@@ -140,24 +140,63 @@ def _inputs(shape: Shape) -> Inputs:
 
 def ours(config: WanDitConfig, params: dict[str, Any], shape: Shape, inputs: Inputs) -> Calls:
     """From latents to latents, as one segment that fills its row; the state of training is donated."""
-    graph, optimizer = graph_of(config.make), optax.adamw(RATE, weight_decay=DECAY)
-    tokens = shape.grid.volume
-    given = jax.device_put(
-        (
-            inputs.latents,
-            inputs.text[None],
-            jnp.full((1, 1), TIME),
-            jnp.ones((1, tokens), jnp.int32),
-            coordinates(shape.grid)[None],
-            jnp.ones((1, shape.text), jnp.int32),
-        )
-    )
+    predict = _prediction(config, shape)
+    given = jax.device_put(_given(shape, inputs))
     target = jax.device_put(inputs.target)
 
-    def predict(params, latents, text, time, segments, places, text_segments):
+    def error(params: Any, target: jax.Array, given: Any) -> jax.Array:
+        return jnp.square(predict(params, *given) - target).mean()
+
+    forward, train = jax.jit(predict), step_of(error)
+    held: list[Any] = []
+
+    def trained() -> float:
+        if not held:
+            held.extend(start(params))
+        *held[:], loss = train(*held, target, given)
+        jax.block_until_ready(held)
+        return float(loss)
+
+    return Calls(
+        lambda: jax.block_until_ready(forward(params, *given)), trained, lambda: np.asarray(forward(params, *given))
+    )
+
+
+def measure_compilation(shape: Shape, layers: Sequence[int] = (6, 48)) -> dict[str, Any]:
+    """Seconds in which a training step is traced and compiled, by depth, in the form that accelerators use: a scan.
+
+    It is the form of `remat="full"` on every platform, so this can be measured without one.
+    """
+    seconds = {}
+    for depth in layers:
+        deep = replace(shape, layers=depth)
+        config = replace(deep.config(), remat="full")
+        predict = _prediction(config, deep)
+
+        def error(params: Any, target: jax.Array, given: Any, predict: Any = predict) -> jax.Array:
+            return jnp.square(predict(params, *given) - target).mean()
+
+        params = param_shapes(config.make)
+        state = jax.eval_shape(start, params)
+        inputs = _inputs(deep)
+        jax.clear_caches()
+        began = time.perf_counter()
+        step_of(error).lower(*state, inputs.target, _given(deep, inputs)).compile()
+        seconds[depth] = time.perf_counter() - began
+        print(f"{depth} layers compile in {seconds[depth]:.1f} s", file=sys.stderr)
+    return {
+        "seconds": {f"{depth} layers": round(value, 2) for depth, value in seconds.items()},
+        "ratio": round(seconds[layers[-1]] / seconds[layers[0]], 3),
+    }
+
+
+def _prediction(config: WanDitConfig, shape: Shape) -> Callable[..., jax.Array]:
+    graph = graph_of(config.make)
+
+    def predict(params, latents, text, at, segments, places, text_segments):
         prediction = nnx.merge(graph, params)(
             patchify(latents[None], config.patch),
-            time,
+            at,
             segments=segments,
             coordinates=places,
             context=text,
@@ -165,24 +204,16 @@ def ours(config: WanDitConfig, params: dict[str, Any], shape: Shape, inputs: Inp
         )
         return unpatchify(prediction, shape.grid, config.patch)[0]
 
-    def error(params, target, given):
-        return jnp.square(predict(params, *given) - target).mean()
+    return predict
 
-    def step(params, state, target, given):
-        loss, gradients = jax.value_and_grad(error)(params, target, given)
-        updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state, loss
 
-    forward, train = jax.jit(predict), jax.jit(step, donate_argnums=(0, 1))
-    held: list[Any] = []
-
-    def trained() -> float:
-        if not held:
-            held.extend((jax.tree.map(jnp.copy, params), jax.jit(optimizer.init)(params)))
-        *held[:], loss = train(*held, target, given)
-        jax.block_until_ready(held)
-        return float(loss)
-
-    return Calls(
-        lambda: jax.block_until_ready(forward(params, *given)), trained, lambda: np.asarray(forward(params, *given))
+def _given(shape: Shape, inputs: Inputs) -> tuple[np.ndarray, ...]:
+    tokens = shape.grid.volume
+    return (
+        inputs.latents,
+        inputs.text[None],
+        np.full((1, 1), TIME, np.float32),
+        np.ones((1, tokens), np.int32),
+        coordinates(shape.grid)[None],
+        np.ones((1, shape.text), np.int32),
     )

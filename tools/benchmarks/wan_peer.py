@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from diffusers import WanTransformer3DModel
 
-from benchmarks.model import DECAY, RATE, TIME, Calls, Inputs
+from benchmarks.model import TIME, Calls, Inputs
 from benchmarks.peers import cores
+from benchmarks.training import DECAY, RATE
 
 
 def forms(folder: Path, inputs: Inputs) -> dict[str, Calls]:
