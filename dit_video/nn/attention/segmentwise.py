@@ -3,17 +3,13 @@
 As in `chunked`, softmax is taken online and the backward pass computes the scores again (arXiv 2205.14135). What
 differs is where blocks lie. A block of queries begins where the one before ended, and ends with the last whole segment
 that it has room for, or full; a block of keys begins at the next key that any of these queries may see. So blocks of
-short segments hold several, and those of long ones waste little. The heads are divided among as many loops as there are
-threads to run them: XLA's CPU backend runs independent loops side by side, while within a loop it uses little more than
-one thread for products of this size.
+short segments hold several, and those of long ones waste little.
 """
 
 import functools
-import itertools
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,94 +21,55 @@ from dit_video.nn.attention.interface import Keys, Queries
 
 _NOBODY, _PADDING = -2, -1
 """segments of queries that see nothing, and of keys that nobody sees"""
-_MOST_LOOPS = 8
-"""as each is compiled for itself"""
 _MOST = int(np.iinfo(np.int32).max)
 Carried = TypeVar("Carried")
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """How a row is cut: into queries and keys at a time, with how many loops side by side."""
+    """How a row is cut: into so many queries at a time; and keys, in the first of these sizes that is well filled."""
 
     queries: int
-    keys: int
-    loops: int
+    keys: tuple[int, ...]
 
     @staticmethod
-    def of(length: int, keys: int, heads: int, chunk: int) -> "Blocks":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return Blocks(min(chunk, length), min(2 * chunk, keys), min(heads, cores, _MOST_LOOPS))
+    def of(length: int, keys: int, chunk: int) -> "Blocks":
+        """From twice a chunk on: the CPU backend divides smaller products among threads to little avail."""
+        number = max(1, round(length / (2 * chunk)))
+        sizes = {min(size * chunk, keys) for size in (2, 8)}
+        return Blocks(-(-length // number), tuple(sorted(sizes, reverse=True)))
 
 
 def attend(
     q: Queries, k: Keys, v: Keys, q_segments: Int[Array, "B N"], kv_segments: Int[Array, "B M"], *, chunk: int
 ) -> Queries:
     """Every token attends to those of its own segment. `q` is already scaled."""
-    length, keys = q.shape[1], k.shape[1]
-    blocks = Blocks.of(length, keys, q.shape[2], chunk)
-    # Room for blocks that begin anywhere.
-    q, k, v = (_heads_first(x, size) for x, size in ((q, blocks.queries), (k, blocks.keys), (v, blocks.keys)))
-    q_ids = _extended(q_segments, blocks.queries, _NOBODY)
-    kv_ids = _extended(jnp.where(kv_segments > 0, kv_segments, _PADDING), blocks.keys, _PADDING)
-    return jnp.moveaxis(_mixed(blocks, q, k, v, q_ids, kv_ids)[:, :, :length], 1, 2).astype(v.dtype)
-
-
-def _extended(rows: Shaped[Array, "B N *rest"], by: int, fill: int) -> Shaped[Array, "B M *rest"]:
-    return jnp.pad(rows, ((0, 0), (0, by), *((0, 0),) * (rows.ndim - 2)), constant_values=fill)
-
-
-def _heads_first(x: Float[Array, "B N K d"], by: int) -> Float[Array, "B K M d"]:
-    return jnp.moveaxis(_extended(x, by, 0), 2, 1)
+    q_ids = jnp.where(q_segments > 0, q_segments, _NOBODY)
+    kv_ids = jnp.where(kv_segments > 0, kv_segments, _PADDING)
+    return _mixed(Blocks.of(q.shape[1], k.shape[1], chunk), q, k, v, q_ids, kv_ids)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _mixed(
-    blocks: Blocks,
-    q: Float[Array, "B K N d"],
-    k: Float[Array, "B K M d"],
-    v: Float[Array, "B K M d"],
-    q_ids: Int[Array, "B N"],
-    kv_ids: Int[Array, "B M"],
-) -> Float[Array, "B K N d"]:
-    return _each_head(functools.partial(_head, blocks), blocks, (q, k, v), (q_ids, kv_ids))[0]
+    blocks: Blocks, q: Queries, k: Keys, v: Keys, q_ids: Int[Array, "B N"], kv_ids: Int[Array, "B M"]
+) -> Queries:
+    return _forward(blocks, q, k, v, q_ids, kv_ids)[0]
 
 
 def _forward(blocks, q, k, v, q_ids, kv_ids):
-    out, lse = _each_head(functools.partial(_head, blocks), blocks, (q, k, v), (q_ids, kv_ids))
-    return out, (q, k, v, q_ids, kv_ids, out, lse)
+    out, lse = jax.lax.map(lambda row: _row(blocks, *row), (q, k, v, q_ids, kv_ids))
+    return out.astype(v.dtype), (q, k, v, q_ids, kv_ids, out, lse)
 
 
 def _backward(blocks, saved, d_out):
     q, k, v, q_ids, kv_ids, out, lse = saved
-    delta = (out * d_out).sum(axis=-1)
-    arrays = q, k, v, lse, delta, d_out.astype(v.dtype)
-    gradients = _each_head(functools.partial(_head_backward, blocks), blocks, arrays, (q_ids, kv_ids))
+    delta = jnp.moveaxis((out * d_out.astype(jnp.float32)).sum(axis=-1), 2, 1)
+    rows = q, k, v, lse, delta, d_out, q_ids, kv_ids
+    gradients = jax.lax.map(lambda row: _row_backward(blocks, *row), rows)
     return *(g.astype(x.dtype) for g, x in zip(gradients, (q, k, v), strict=True)), None, None
 
 
 _mixed.defvjp(_forward, _backward)
-
-
-def _each_head(
-    function: Callable[..., Any],
-    blocks: Blocks,
-    heads: tuple[Shaped[Array, "B K ..."], ...],
-    rows: tuple[Int[Array, "B _"], ...],
-) -> Any:
-    """`function(*heads, *rows)` of every head: some of them in each loop, one after the other; rows take turns."""
-    number = heads[0].shape[1]
-    ends = [number * loop // blocks.loops for loop in range(blocks.loops + 1)]
-
-    def of_row(given):
-        heads, ids = given
-        parts = [
-            jax.lax.map(lambda head: function(*head, *ids), tuple(x[first:last] for x in heads))
-            for first, last in itertools.pairwise(ends)
-        ]
-        return jax.tree.map(lambda *part: jnp.concatenate(part), *parts)
-
-    return jax.lax.map(of_row, (heads, rows))
 
 
 def _walk(
@@ -122,115 +79,146 @@ def _walk(
     block: Callable[..., Carried],
     carried: Carried,
 ) -> Carried:
-    """`carried = block(start, ids, over_keys, carried)` for the blocks of queries in turn.
+    """`carried = block(start, own, over_keys, carried)` for the blocks of queries in turn.
 
-    `ids` are the segments of its queries; what lies behind the block's end belongs to the next, and is `_NOBODY` here.
-    `over_keys(step, state)` is `state = step(start, mask, state)` for its blocks of keys, `mask` telling who sees whom.
+    `own` tells which queries from `start` on are the block's. `over_keys(step, state)` is
+    `state = step(start, mask, state)` for its blocks of keys, `mask` telling who sees whom. At the row's end blocks
+    begin earlier than they would, and what lies before is not their own, or is seen by nobody.
     """
-    length = q_ids.shape[0] - blocks.queries
-    keys = kv_ids.shape[0] - blocks.keys
+    length, keys = q_ids.shape[0], kv_ids.shape[0]
     places = jnp.arange(length + 1, dtype=jnp.int32)
-    begins = jnp.pad(q_ids[1:length] != q_ids[: length - 1], 1, constant_values=True)
+    begins = jnp.pad(q_ids[1:] != q_ids[:-1], 1, constant_values=True)
     boundary = jax.lax.cummax(jnp.where(begins, places, 0))
     # In floating point, as this is what the CPU backend has a fast minimum of; exact up to 16 million.
-    key_places = jnp.arange(kv_ids.shape[0], dtype=jnp.float32)
+    key_places = jnp.arange(keys, dtype=jnp.float32)
 
     def outer(state):
-        start, carried = state
-        full = jnp.minimum(start + blocks.queries, length)
-        stop = jnp.where(boundary[full] > start, boundary[full], full)
-        ids = _at(q_ids, start, blocks.queries)
-        ids = jnp.where((jnp.arange(blocks.queries) + start < stop) & (ids > 0), ids, _NOBODY)
+        first, carried = state
+        full = jnp.minimum(first + blocks.queries, length)
+        stop = jnp.where(boundary[full] > first, boundary[full], full)
+        start = jnp.minimum(first, length - blocks.queries)
+        own = (places[:-1] >= first) & (places[:-1] < stop)
+        own = _at(own, start, blocks.queries)
+        ids = jnp.where(own, _at(q_ids, start, blocks.queries), _NOBODY)
         lowest, highest = jnp.where(ids > 0, ids, _MOST).min(), ids.max()
         wanted = jnp.where((lowest <= kv_ids) & (kv_ids <= highest), key_places, keys)
 
         def next_key(first):
             return jnp.where(wanted >= first, wanted, keys).min().astype(jnp.int32)
 
-        def over_keys(step, begin):
-            def inner(state):
-                at, state = state
-                mask = ids[:, None] == _at(kv_ids, at, blocks.keys)
-                return next_key(at + blocks.keys), step(at, mask, state)
+        def well_filled(first, size):
+            inside = (wanted >= first) & (wanted < jnp.minimum(first + size, keys))
+            return jnp.where(inside, 1.0, 0.0).sum() > 0.75 * size
 
-            return jax.lax.while_loop(lambda state: state[0] < keys, inner, (next_key(0), begin))[1]
+        def over_keys(step, state):
+            first = next_key(0)
+            for size in blocks.keys:
 
-        return stop, block(start, ids, over_keys, carried)
+                def more(state, size=size):
+                    return (state[0] < keys) & (size == blocks.keys[-1] or well_filled(state[0], size))
+
+                def inner(state, size=size):
+                    first, state = state
+                    start = jnp.minimum(first, keys - size)
+                    unseen = jnp.where(_at(key_places, start, size) < first, _PADDING, _at(kv_ids, start, size))
+                    return next_key(first + size), step(start, ids[:, None] == unseen, state)
+
+                first, state = jax.lax.while_loop(more, inner, (first, state))
+            return state
+
+        return stop, block(start, own, over_keys, carried)
 
     return jax.lax.while_loop(lambda state: state[0] < length, outer, (jnp.int32(0), carried))[1]
 
 
-def _head(
+def _row(
     blocks: Blocks,
-    q: Float[Array, "N d"],
-    k: Float[Array, "M d"],
-    v: Float[Array, "M d"],
+    q: Float[Array, "N K d"],
+    k: Float[Array, "M K d"],
+    v: Float[Array, "M K d"],
     q_ids: Int[Array, " N"],
     kv_ids: Int[Array, " M"],
-) -> tuple[Float[Array, "N d"], Float[Array, " N"]]:
-    """What one head of one row mixes, and the logarithm of every query's sum of exponentials (float32)."""
+) -> tuple[Float[Array, "N K d"], Float[Array, "K N"]]:
+    """What a row mixes, and the logarithm of every query's sum of exponentials; both float32. Heads take turns."""
     size = blocks.queries
 
-    def block(start, ids, over_keys, carried):
-        del ids
-        queries = _at(q, start, size)
+    def head(index, carried):
+        def block(start, own, over_keys, carried):
+            queries = _of_head(q, start, size, index)
 
-        def step(at, mask, state):
-            top, total, mixed = state
-            scores = jnp.where(mask, _dot(queries, _at(k, at, blocks.keys), 1, 1), MASKED)
-            new_top = jnp.maximum(top, scores.max(axis=-1))
-            weights = jnp.exp(scores - new_top[:, None])
-            shrink = jnp.exp(top - new_top)
-            part = _dot(weights.astype(v.dtype), _at(v, at, blocks.keys), 1, 0)
-            return new_top, total * shrink + weights.sum(axis=-1), mixed * shrink[:, None] + part
+            def step(at, mask, state):
+                top, total, mixed = state
+                keys, values = (_of_head(x, at, mask.shape[1], index) for x in (k, v))
+                scores = jnp.where(mask, _dot(queries, keys, 1, 1), MASKED)
+                new_top = jnp.maximum(top, scores.max(axis=-1))
+                weights = jnp.exp(scores - new_top[:, None])
+                shrink = jnp.exp(top - new_top)
+                part = _dot(weights.astype(v.dtype), values, 1, 0)
+                return new_top, total * shrink + weights.sum(axis=-1), mixed * shrink[:, None] + part
 
-        begin = jnp.full(size, MASKED), jnp.zeros(size), jnp.zeros((size, v.shape[-1]))
-        top, total, mixed = over_keys(step, begin)
-        sees = top > MASKED
-        out, lse = carried
-        # So far above all scores that the backward pass finds weights of zero where nothing is seen.
-        lse = _put(lse, jnp.where(sees, top + jnp.log(total), -MASKED), start)
-        return _put(out, jnp.where(sees[:, None], mixed / total[:, None], 0.0), start), lse
+            begin = jnp.full(size, MASKED), jnp.zeros(size), jnp.zeros((size, v.shape[-1]))
+            top, total, mixed = over_keys(step, begin)
+            sees = top > MASKED
+            out, lse = carried
+            mixed = jnp.where(sees[:, None], mixed / total[:, None], 0.0)
+            # So far above all scores that the backward pass finds weights of zero where nothing is seen.
+            at_most = jnp.where(sees, top + jnp.log(total), -MASKED)
+            before = jax.lax.dynamic_slice(lse, (index, start), (1, size))
+            lse = jax.lax.dynamic_update_slice(lse, jnp.where(own, at_most, before), (index, start))
+            return _put(out, jnp.where(own[:, None], mixed, _of_head(out, start, size, index)), start, index), lse
 
-    return _walk(blocks, q_ids, kv_ids, block, (jnp.zeros((q.shape[0], v.shape[1])), jnp.zeros(q.shape[0])))
+        return _walk(blocks, q_ids, kv_ids, block, carried)
+
+    heads = q.shape[1]
+    return jax.lax.fori_loop(0, heads, head, (jnp.zeros((*q.shape[:2], v.shape[2])), jnp.zeros((heads, q.shape[0]))))
 
 
-def _head_backward(
+def _row_backward(
     blocks: Blocks,
-    q: Float[Array, "N d"],
-    k: Float[Array, "M d"],
-    v: Float[Array, "M d"],
-    lse: Float[Array, " N"],
-    delta: Float[Array, " N"],
-    d_out: Float[Array, "N d"],
+    q: Float[Array, "N K d"],
+    k: Float[Array, "M K d"],
+    v: Float[Array, "M K d"],
+    lse: Float[Array, "K N"],
+    delta: Float[Array, "K N"],
+    d_out: Float[Array, "N K d"],
     q_ids: Int[Array, " N"],
     kv_ids: Int[Array, " M"],
-) -> tuple[Float[Array, "N d"], Float[Array, "M d"], Float[Array, "M d"]]:
-    """Gradients of one head of one row, in float32 (arXiv 2205.14135, appendix B.2).
+) -> tuple[Float[Array, "N K d"], Float[Array, "M K d"], Float[Array, "M K d"]]:
+    """Gradients of a row, in float32 (arXiv 2205.14135, appendix B.2).
 
-    Scores are taken keys first: of three products over them two are then plain ones, instead of one.
+    Scores are taken keys first: two of the three products that follow are then plain ones, instead of one, and the
+    gradient of the queries is summed turned round, as that is how XLA's CPU backend multiplies by them the fastest.
     """
     size = blocks.queries
 
-    def block(start, ids, over_keys, carried):
-        del ids
-        queries, d_mixed, own_lse, own_delta = (_at(x, start, size) for x in (q, d_out, lse, delta))
+    def head(index, carried):
+        def block(start, own, over_keys, carried):
+            queries, d_mixed = (_of_head(x, start, size, index) for x in (q, d_out))
+            own_lse, own_delta = (jax.lax.dynamic_slice(x, (index, start), (1, size)) for x in (lse, delta))
 
-        def step(at, mask, state):
-            d_queries, d_k, d_v = state
-            keys, values = _at(k, at, blocks.keys), _at(v, at, blocks.keys)
-            scores = jnp.where(mask.T, _dot(keys, queries, 1, 1), MASKED)
-            weights = jnp.exp(scores - own_lse)
-            d_scores = (weights * (_dot(values, d_mixed, 1, 1) - own_delta)).astype(k.dtype)
-            d_v = _put(d_v, _at(d_v, at, blocks.keys) + _dot(weights.astype(v.dtype), d_mixed, 1, 0), at)
-            d_k = _put(d_k, _at(d_k, at, blocks.keys) + _dot(d_scores, queries, 1, 0), at)
-            return d_queries + _dot(d_scores, keys, 0, 0), d_k, d_v
+            def step(at, mask, state):
+                d_turned, d_k, d_v = state
+                count = mask.shape[1]
+                keys, values = (_of_head(x, at, count, index) for x in (k, v))
+                scores = jnp.where(mask.T, _dot(keys, queries, 1, 1), MASKED)
+                weights = jnp.exp(scores - own_lse)
+                d_scores = (weights * (_dot(values, d_mixed, 1, 1) - own_delta)).astype(k.dtype)
+                d_values = _of_head(d_v, at, count, index) + _dot(weights.astype(v.dtype), d_mixed, 1, 0)
+                d_keys = _of_head(d_k, at, count, index) + _dot(d_scores, queries, 1, 0)
+                return (
+                    d_turned + _dot(keys, d_scores, 0, 0),
+                    _put(d_k, d_keys, at, index),
+                    _put(d_v, d_values, at, index),
+                )
 
-        d_q, d_k, d_v = carried
-        d_queries, d_k, d_v = over_keys(step, (jnp.zeros(queries.shape), d_k, d_v))
-        return _put(d_q, d_queries, start), d_k, d_v
+            d_q, d_k, d_v = carried
+            d_turned, d_k, d_v = over_keys(step, (jnp.zeros(queries.shape[::-1]), d_k, d_v))
+            d_queries = jnp.where(own[:, None], d_turned.T, _of_head(d_q, start, size, index))
+            return _put(d_q, d_queries, start, index), d_k, d_v
 
-    return _walk(blocks, q_ids, kv_ids, block, tuple(jnp.zeros(x.shape) for x in (q, k, v)))
+        return _walk(blocks, q_ids, kv_ids, block, carried)
+
+    return jax.lax.fori_loop(0, q.shape[1], head, tuple(jnp.zeros(x.shape) for x in (q, k, v)))
 
 
 def _dot(left: Float[Array, "_ _"], right: Float[Array, "_ _"], left_axis: int, right_axis: int) -> Float[Array, "_ _"]:
@@ -239,9 +227,17 @@ def _dot(left: Float[Array, "_ _"], right: Float[Array, "_ _"], left_axis: int, 
     return jax.lax.dot_general(left, right, axes, preferred_element_type=jnp.float32)
 
 
-def _at(rows: Shaped[Array, "N *rest"], start: Int[Array, ""], size: int) -> Shaped[Array, "n *rest"]:
-    return jax.lax.dynamic_slice_in_dim(rows, start, size)
+def _at(row: Shaped[Array, " N"], start: Int[Array, ""], size: int) -> Shaped[Array, " n"]:
+    return jax.lax.dynamic_slice_in_dim(row, start, size)
 
 
-def _put(rows: Shaped[Array, "N *rest"], block: Shaped[Array, "n *rest"], start: Int[Array, ""]) -> Any:
-    return jax.lax.dynamic_update_slice_in_dim(rows, block, start, axis=0)
+def _of_head(
+    rows: Float[Array, "N K d"], start: Int[Array, ""], size: int, head: Int[Array, ""]
+) -> Float[Array, "{size} d"]:
+    return jax.lax.dynamic_slice(rows, (start, head, 0), (size, 1, rows.shape[2]))[:, 0]
+
+
+def _put(
+    rows: Float[Array, "N K d"], block: Float[Array, "n d"], start: Int[Array, ""], head: Int[Array, ""]
+) -> Float[Array, "N K d"]:
+    return jax.lax.dynamic_update_slice(rows, block[:, None], (start, head, 0))
