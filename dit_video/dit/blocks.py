@@ -81,8 +81,8 @@ class Stream(nnx.Module):
         """
         if self.own is None:
             assert self.table is not None
-            shared = spread(modulation + self.table[...], segments, per_token=self.per_token)
-            return tuple(shared[:, :, index] for index in range(6))
+            shared = [modulation[:, :, index] + self.table[...][index] for index in range(6)]
+            return tuple(spread(part, segments, per_token=self.per_token) for part in shared)
         projected = spread(self.own(modulation), segments, per_token=self.per_token)
         return tuple(jnp.split(projected, 6, axis=-1))
 

@@ -296,8 +296,10 @@ class WanBlock(nnx.Module):
         image: tuple[Float[Array, "B I D"], Int[Array, "B I"]] | None,
         attention: Attention,
     ) -> Float[Array, "B N D"]:
-        parts = spread(modulation + self.table[...], row.segments, per_token=self.per_token)
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (parts[:, :, index] for index in range(6))
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (
+            spread(modulation[:, :, index] + self.table[...][index], row.segments, per_token=self.per_token)
+            for index in range(6)
+        )
         x = x + gate * self._self_attention(modulate(x, shift, scale), row, attention)
         x = x + self._cross_attention(self.cross_norm(x), row.segments, text, image)
         hidden = jax.nn.gelu(self.up(modulate(x, mlp_shift, mlp_scale)), approximate=True)

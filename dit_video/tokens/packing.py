@@ -112,13 +112,13 @@ def unpack(tokens: Float[np.ndarray, "N p"], segments: Int[np.ndarray, " N"]) ->
 
 def to_tokens(values: Shaped[Array, "B G *rest"], segments: Int[AnyArray, "B N"]) -> Shaped[Array, "B N *rest"]:
     """Give every token its segment's value; padding gets the first segment's."""
-    if values.shape[1] == 1:
-        return jax.numpy.broadcast_to(values, (values.shape[0], segments.shape[1], *values.shape[2:]))
     places = jax.numpy.maximum(segments - 1, 0)
     return _read(values, places) if jax.numpy.issubdtype(values.dtype, jax.numpy.inexact) else _gather(values, places)
 
 
 def _gather(values: Shaped[Array, "B G *rest"], places: Int[Array, "B N"]) -> Shaped[Array, "B N *rest"]:
+    if values.shape[1] == 1:
+        return jax.numpy.broadcast_to(values, (*places.shape, *values.shape[2:]))
     return jax.vmap(lambda row, at: row[at])(values, places)
 
 

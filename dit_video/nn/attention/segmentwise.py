@@ -20,23 +20,24 @@ from dit_video.nn.attention.dense import MASKED
 from dit_video.nn.attention.interface import Keys, Queries
 
 _NOBODY, _PADDING = -2, -1
-"""segments of queries that see nothing, and of keys that nobody sees"""
+"""segments of tokens that don't count, of the outer and of the inner loop: equal to no other"""
 _MOST = int(np.iinfo(np.int32).max)
 Carried = TypeVar("Carried")
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """How a row is cut: into so many queries at a time; and keys, in the first of these sizes that is well filled."""
+    """How two rows are cut: so many tokens of one at a time, and of the other the first of these sizes that is well
+    filled. Products of a narrow block with a wide one are the fastest in XLA's CPU backend, which divides those of less
+    than two chunks among threads to little avail."""
 
-    queries: int
-    keys: tuple[int, ...]
+    narrow: int
+    wide: tuple[int, ...]
 
     @staticmethod
-    def of(length: int, keys: int, chunk: int) -> "Blocks":
-        """From twice a chunk on: the CPU backend divides smaller products among threads to little avail."""
+    def of(length: int, other: int, chunk: int) -> "Blocks":
         number = max(1, round(length / (2 * chunk)))
-        sizes = {min(size * chunk, keys) for size in (2, 8)}
+        sizes = {min(size * chunk, other) for size in (2, 8)}
         return Blocks(-(-length // number), tuple(sorted(sizes, reverse=True)))
 
 
@@ -44,25 +45,23 @@ def attend(
     q: Queries, k: Keys, v: Keys, q_segments: Int[Array, "B N"], kv_segments: Int[Array, "B M"], *, chunk: int
 ) -> Queries:
     """Every token attends to those of its own segment. `q` is already scaled."""
-    q_ids = jnp.where(q_segments > 0, q_segments, _NOBODY)
-    kv_ids = jnp.where(kv_segments > 0, kv_segments, _PADDING)
-    return _mixed(Blocks.of(q.shape[1], k.shape[1], chunk), q, k, v, q_ids, kv_ids)
+    return _mixed(chunk, q, k, v, q_segments, kv_segments)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _mixed(
-    blocks: Blocks, q: Queries, k: Keys, v: Keys, q_ids: Int[Array, "B N"], kv_ids: Int[Array, "B M"]
-) -> Queries:
-    return _forward(blocks, q, k, v, q_ids, kv_ids)[0]
+def _mixed(chunk: int, q: Queries, k: Keys, v: Keys, q_ids: Int[Array, "B N"], kv_ids: Int[Array, "B M"]) -> Queries:
+    return _forward(chunk, q, k, v, q_ids, kv_ids)[0]
 
 
-def _forward(blocks, q, k, v, q_ids, kv_ids):
+def _forward(chunk, q, k, v, q_ids, kv_ids):
+    blocks = Blocks.of(q.shape[1], k.shape[1], chunk)
     out, lse = jax.lax.map(lambda row: _row(blocks, *row), (q, k, v, q_ids, kv_ids))
     return out.astype(v.dtype), (q, k, v, q_ids, kv_ids, out, lse)
 
 
-def _backward(blocks, saved, d_out):
+def _backward(chunk, saved, d_out):
     q, k, v, q_ids, kv_ids, out, lse = saved
+    blocks = Blocks.of(k.shape[1], q.shape[1], chunk)
     delta = jnp.moveaxis((out * d_out.astype(jnp.float32)).sum(axis=-1), 2, 1)
     rows = q, k, v, lse, delta, d_out, q_ids, kv_ids
     gradients = jax.lax.map(lambda row: _row_backward(blocks, *row), rows)
@@ -74,59 +73,61 @@ _mixed.defvjp(_forward, _backward)
 
 def _walk(
     blocks: Blocks,
-    q_ids: Int[Array, " N"],
-    kv_ids: Int[Array, " M"],
+    ids: Int[Array, " N"],
+    other_ids: Int[Array, " M"],
     block: Callable[..., Carried],
     carried: Carried,
 ) -> Carried:
-    """`carried = block(start, own, over_keys, carried)` for the blocks of queries in turn.
+    """`carried = block(start, own, over_others, carried)` for the blocks of a row of tokens in turn.
 
-    `own` tells which queries from `start` on are the block's. `over_keys(step, state)` is
-    `state = step(start, mask, state)` for its blocks of keys, `mask` telling who sees whom. At the row's end blocks
-    begin earlier than they would, and what lies before is not their own, or is seen by nobody.
+    `own` tells which tokens from `start` on are the block's. `over_others(step, state)` is
+    `state = step(start, mask, state)` for the blocks of the other row that have tokens of its segments; `mask` tells
+    which tokens of the two are of one segment. At a row's end blocks begin earlier than they would: what lies before
+    is not their own, or masked.
     """
-    length, keys = q_ids.shape[0], kv_ids.shape[0]
+    length, others = ids.shape[0], other_ids.shape[0]
     places = jnp.arange(length + 1, dtype=jnp.int32)
-    begins = jnp.pad(q_ids[1:] != q_ids[:-1], 1, constant_values=True)
+    begins = jnp.pad(ids[1:] != ids[:-1], 1, constant_values=True)
     boundary = jax.lax.cummax(jnp.where(begins, places, 0))
     # In floating point, as this is what the CPU backend has a fast minimum of; exact up to 16 million.
-    key_places = jnp.arange(keys, dtype=jnp.float32)
+    other_places = jnp.arange(others, dtype=jnp.float32)
 
     def outer(state):
         first, carried = state
-        full = jnp.minimum(first + blocks.queries, length)
+        full = jnp.minimum(first + blocks.narrow, length)
         stop = jnp.where(boundary[full] > first, boundary[full], full)
-        start = jnp.minimum(first, length - blocks.queries)
-        own = (places[:-1] >= first) & (places[:-1] < stop)
-        own = _at(own, start, blocks.queries)
-        ids = jnp.where(own, _at(q_ids, start, blocks.queries), _NOBODY)
-        lowest, highest = jnp.where(ids > 0, ids, _MOST).min(), ids.max()
-        wanted = jnp.where((lowest <= kv_ids) & (kv_ids <= highest), key_places, keys)
+        start = jnp.minimum(first, length - blocks.narrow)
+        own = _at((places[:-1] >= first) & (places[:-1] < stop), start, blocks.narrow)
+        block_ids = _at(ids, start, blocks.narrow)
+        block_ids = jnp.where(own & (block_ids > 0), block_ids, _NOBODY)
+        lowest, highest = jnp.where(block_ids > 0, block_ids, _MOST).min(), block_ids.max()
+        wanted = jnp.where((lowest <= other_ids) & (other_ids <= highest), other_places, others)
 
-        def next_key(first):
-            return jnp.where(wanted >= first, wanted, keys).min().astype(jnp.int32)
+        def next_wanted(first):
+            return jnp.where(wanted >= first, wanted, others).min().astype(jnp.int32)
 
         def well_filled(first, size):
-            inside = (wanted >= first) & (wanted < jnp.minimum(first + size, keys))
+            inside = (wanted >= first) & (wanted < jnp.minimum(first + size, others))
             return jnp.where(inside, 1.0, 0.0).sum() > 0.75 * size
 
-        def over_keys(step, state):
-            first = next_key(0)
-            for size in blocks.keys:
+        def over_others(step, state):
+            first = next_wanted(0)
+            for size in blocks.wide:
 
                 def more(state, size=size):
-                    return (state[0] < keys) & (size == blocks.keys[-1] or well_filled(state[0], size))
+                    return (state[0] < others) & (size == blocks.wide[-1] or well_filled(state[0], size))
 
                 def inner(state, size=size):
                     first, state = state
-                    start = jnp.minimum(first, keys - size)
-                    unseen = jnp.where(_at(key_places, start, size) < first, _PADDING, _at(kv_ids, start, size))
-                    return next_key(first + size), step(start, ids[:, None] == unseen, state)
+                    start = jnp.minimum(first, others - size)
+                    theirs = _at(other_ids, start, size)
+                    theirs = jnp.where((_at(other_places, start, size) >= first) & (theirs > 0), theirs, _PADDING)
+                    return next_wanted(first + size), step(start, block_ids[:, None] == theirs, state)
 
                 first, state = jax.lax.while_loop(more, inner, (first, state))
             return state
 
-        return stop, block(start, own, over_keys, carried)
+        return stop, block(start, own, over_others, carried)
 
     return jax.lax.while_loop(lambda state: state[0] < length, outer, (jnp.int32(0), carried))[1]
 
@@ -140,7 +141,7 @@ def _row(
     kv_ids: Int[Array, " M"],
 ) -> tuple[Float[Array, "N K d"], Float[Array, "K N"]]:
     """What a row mixes, and the logarithm of every query's sum of exponentials; both float32. Heads take turns."""
-    size = blocks.queries
+    size = blocks.narrow
 
     def head(index, carried):
         def block(start, own, over_keys, carried):
@@ -186,37 +187,37 @@ def _row_backward(
 ) -> tuple[Float[Array, "N K d"], Float[Array, "M K d"], Float[Array, "M K d"]]:
     """Gradients of a row, in float32 (arXiv 2205.14135, appendix B.2).
 
-    Scores are taken keys first: two of the three products that follow are then plain ones, instead of one, and the
-    gradient of the queries is summed turned round, as that is how XLA's CPU backend multiplies by them the fastest.
+    Keys are the outer loop, and scores are taken keys first: so two of the three products that follow are plain ones,
+    instead of one. That of the queries' gradient is taken turned round, as XLA's CPU backend does it the fastest.
     """
-    size = blocks.queries
+    size = blocks.narrow
 
     def head(index, carried):
-        def block(start, own, over_keys, carried):
-            queries, d_mixed = (_of_head(x, start, size, index) for x in (q, d_out))
-            own_lse, own_delta = (jax.lax.dynamic_slice(x, (index, start), (1, size)) for x in (lse, delta))
+        def block(start, own, over_queries, carried):
+            del own
+            keys, values = (_of_head(x, start, size, index) for x in (k, v))
 
             def step(at, mask, state):
-                d_turned, d_k, d_v = state
+                d_q, d_keys, d_values = state
                 count = mask.shape[1]
-                keys, values = (_of_head(x, at, count, index) for x in (k, v))
-                scores = jnp.where(mask.T, _dot(keys, queries, 1, 1), MASKED)
+                queries, d_mixed = (_of_head(x, at, count, index) for x in (q, d_out))
+                own_lse, own_delta = (jax.lax.dynamic_slice(x, (index, at), (1, count)) for x in (lse, delta))
+                scores = jnp.where(mask, _dot(keys, queries, 1, 1), MASKED)
                 weights = jnp.exp(scores - own_lse)
                 d_scores = (weights * (_dot(values, d_mixed, 1, 1) - own_delta)).astype(k.dtype)
-                d_values = _of_head(d_v, at, count, index) + _dot(weights.astype(v.dtype), d_mixed, 1, 0)
-                d_keys = _of_head(d_k, at, count, index) + _dot(d_scores, queries, 1, 0)
-                return (
-                    d_turned + _dot(keys, d_scores, 0, 0),
-                    _put(d_k, d_keys, at, index),
-                    _put(d_v, d_values, at, index),
-                )
+                d_values = d_values + _dot(weights.astype(v.dtype), d_mixed, 1, 0)
+                d_keys = d_keys + _dot(d_scores, queries, 1, 0)
+                d_queries = _of_head(d_q, at, count, index) + _dot(keys, d_scores, 0, 0).T
+                return _put(d_q, d_queries, at, index), d_keys, d_values
 
             d_q, d_k, d_v = carried
-            d_turned, d_k, d_v = over_keys(step, (jnp.zeros(queries.shape[::-1]), d_k, d_v))
-            d_queries = jnp.where(own[:, None], d_turned.T, _of_head(d_q, start, size, index))
-            return _put(d_q, d_queries, start, index), d_k, d_v
+            begin = d_q, jnp.zeros(keys.shape), jnp.zeros(values.shape)
+            d_q, d_keys, d_values = over_queries(step, begin)
+            # What is not the block's own has gradients of zero here.
+            d_k = _put(d_k, _of_head(d_k, start, size, index) + d_keys, start, index)
+            return d_q, d_k, _put(d_v, _of_head(d_v, start, size, index) + d_values, start, index)
 
-        return _walk(blocks, q_ids, kv_ids, block, carried)
+        return _walk(blocks, kv_ids, q_ids, block, carried)
 
     return jax.lax.fori_loop(0, q.shape[1], head, tuple(jnp.zeros(x.shape) for x in (q, k, v)))
 
