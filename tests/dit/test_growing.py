@@ -77,10 +77,11 @@ def test_a_fresh_video_model_is_the_image_model_of_every_frame(config, temporal)
     new = {path for path in flatten(grown) if path not in flatten(params)}
     for path in ("temporal_blocks/out/kernel", "temporal_blocks/down/kernel", "temporal_position/kernel"):
         assert np.abs(flatten(gradients)[path]).max() > 1e-3
-    trained = map_with_path(lambda path, leaf: leaf + 0.1 * (path in new), grown)
+    rough = flatten(rough_params(video.make))
+    trained = map_with_path(lambda path, leaf: rough[path] if path in new else leaf, grown)
     before = predict(trained, given, video)
     after = predict(trained, given._replace(noisy=given.noisy.at[:, 0].add(1.0)), video)
-    assert (np.abs(after - before)[0, FIRST].max(axis=-1) > 1e-5).all()
+    assert np.abs(after - before)[0, 4].max() > 1e-3  # the same place in the second frame
 
 
 def test_temporal_layers_alone_are_trained_by_their_name():
