@@ -47,9 +47,15 @@ class Codec:
         Raises:
           UserError: a size that does not fit.
         """
-        grid = latent_grid(Grid(*clip.frames.shape[:3]), self.config.stride)
+        return self.encode_pixels(clip.frames)
+
+    def encode_pixels(
+        self, pixels: UInt8[np.ndarray, "T H W 3"] | Float32[np.ndarray, "T H W 3"]
+    ) -> Float32[np.ndarray, "t h w c"]:
+        """Normalised latents of pixels in 0..255, which may lie between two whole numbers; raises as `encode`."""
+        grid = latent_grid(Grid(*pixels.shape[:3]), self.config.stride)
         chunk = self._chunk(1, grid)
-        parts = encode_stream(self.config, self.params, [clip.frames[None]], chunk=chunk, **self._options)
+        parts = encode_stream(self.config, self.params, [pixels[None]], chunk=chunk, **self._options)
         return np.concatenate(list(parts), axis=1)[0]
 
     def decode(self, latents: Float32[np.ndarray, "t h w c"], *, fps: float, caption: str = "") -> Clip:

@@ -1,34 +1,87 @@
-"""From a folder to a pipeline."""
+"""From a folder, or a name on the Hugging Face hub, to a pipeline."""
 
+import re
 from pathlib import Path
 
 from dit_video.errors import MissingError, UserError
 from dit_video.pipeline import CONFIG, Pipeline, load_pipeline
+from dit_video.wan_pipeline import INDEX, PARTS, Dtype, Place, load_wan
+
+_FILES = (INDEX, *(f"{part}/*.{ending}" for part in PARTS for ending in ("json", "safetensors", "model")))
+"""What is fetched of a hub's folder."""
 
 
-def load(path: str | Path, *, text_encoder: str | Path | None = None) -> Pipeline:
-    """The pipeline of a run folder or a pipeline folder.
+def load(
+    path: str | Path,
+    *,
+    text_encoder: str | Path | None = None,
+    dtype: Dtype | None = None,
+    place: Place | None = None,
+) -> Pipeline:
+    """The pipeline of a run folder, a pipeline folder, or a folder of open weights in diffusers' layout (Wan).
 
     Of a run that is not finished it takes the newest checkpoint's averaged weights.
 
     Args:
-      path: of the folder.
+      path: of the folder; or the name of one on the Hugging Face hub, such as `Wan-AI/Wan2.1-T2V-1.3B-Diffusers`, which
+        is fetched once and kept where `huggingface_hub` keeps such folders.
       text_encoder: where the model's frozen text encoder lies, if that has moved.
+      dtype: of open weights alone: that of the matrix products, float32 by default; see `wan_pipeline.load_wan`.
+      place: of open weights alone: what becomes of each parameter once it is read, such as its place on devices.
 
     Raises:
-      MissingError: no such folder.
-      UserError: a folder that holds no pipeline, or one of another version; a text encoder that is not frozen.
+      MissingError: no such folder, here or on the hub, or parts that it lacks.
+      UserError: a folder that holds no pipeline, one of another version, or one of a class that isn't known here; a
+        text encoder that is not frozen; a hub that can't be reached.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise MissingError(f"no such run: {path}")
-    for folder in (path, path / "pipeline"):
-        if (folder / CONFIG).is_file():
-            return load_pipeline(folder, text_encoder=text_encoder)
-    if (path / "experiment.json").is_file():
+    folder = Path(path)
+    if not folder.exists() and _is_name(path):
+        folder = _fetched(str(path))
+    if not folder.is_dir():
+        raise MissingError(f"no such run: {folder}")
+    if (folder / INDEX).is_file():
+        return load_wan(folder, text_encoder=text_encoder, dtype=dtype or "float32", place=place)
+    if dtype is not None or place is not None:
+        raise UserError(f"dtype and place are for open weights; {folder} has no {INDEX}, leave them away")
+    for inner in (folder, folder / "pipeline"):
+        if (inner / CONFIG).is_file():
+            return load_pipeline(inner, text_encoder=text_encoder)
+    if (folder / "experiment.json").is_file():
         # Imported here: a finished pipeline is sampled without anything that training needs.
         from dit_video.run import Run
 
-        pipeline = Run.open(path).newest_pipeline()
+        pipeline = Run.open(folder).newest_pipeline()
         return pipeline if text_encoder is None else pipeline.with_text_encoder(text_encoder)
-    raise UserError(f"{path} holds neither {CONFIG} nor experiment.json; name a folder that train.py made")
+    raise UserError(
+        f"{folder} holds neither {CONFIG} nor experiment.json nor {INDEX}; name a folder that train.py made, or one of "
+        "open weights in diffusers' layout"
+    )
+
+
+def _is_name(path: str | Path) -> bool:
+    """Whether a path that leads nowhere may be a name on the hub: two parts, the first of which is no folder here."""
+    name = str(path)
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None and not Path(name).parent.exists()
+
+
+def _fetched(name: str) -> Path:
+    """The local copy of a hub's folder, fetched if it isn't there yet.
+
+    Raises:
+      MissingError: it can't be fetched.
+    """
+    try:
+        # Imported here: folders that lie here need no hub.
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise MissingError(
+            f"no such folder: {name}; to fetch it from the Hugging Face hub, pip install huggingface_hub"
+        ) from error
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_FILES)))
+    except Exception as error:  # of several libraries: no network, no such name, no permission, no room
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise MissingError(
+            f"no such folder: {name}; nor could it be fetched from the Hugging Face hub ({reason[:200]}): check the "
+            f"name and the network, or fetch it elsewhere (hf download {name}) and name the folder"
+        ) from error

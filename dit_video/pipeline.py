@@ -4,35 +4,34 @@ A pipeline folder holds `pipeline.json` (the configs), `autoencoder.safetensors`
 and nothing of the training state.
 """
 
+import copy
 import hashlib
-import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32
 
 from dit_video import configs
-from dit_video.autoencoder import AutoencoderConfig, latent_grid
+from dit_video.animation import Image, Images
+from dit_video.autoencoder import AutoencoderConfig
 from dit_video.codec import Codec
-from dit_video.diffusion import RectifiedFlow
 from dit_video.diffusion import sampler as sampler_of
-from dit_video.dit import DitConfig
+from dit_video.dit import WanDitConfig
 from dit_video.errors import UserError
-from dit_video.evaluation.kinds import CaptionEvaluation, Evaluation
 from dit_video.files import atomic_path, read_json, write_json
-from dit_video.generation import Denoiser, LatentRequest, Sampling, initial_noise, sample_latents
-from dit_video.nn import graph_of, param_shapes
-from dit_video.text import TextConfig
+from dit_video.generation import Denoiser, GivenClip, LatentRequest, Sampling, initial_noise, sample_latents
+from dit_video.nn import graph_of, merge_lora, param_shapes
+from dit_video.pipeline_config import PipelineConfig, Request, as_grid
 from dit_video.text_encoder import moved, open_tokenizer
-from dit_video.tokens import Grid, RowShape, token_grid
 from dit_video.tree import flatten
 from dit_video.tree import size as count
 from dit_video.video import Clip
 from dit_video.weights import load as load_weights
+from dit_video.weights import load_lora, own_modules, wan_modules
 from dit_video.weights import save as save_weights
 
 FORMAT = 1
@@ -41,39 +40,8 @@ _AUTOENCODER, _DENOISER = "autoencoder.safetensors", "denoiser.safetensors"
 _BATCH = 8
 """Clips that the autoencoder takes at once."""
 _DTYPES = ("float32", "bfloat16")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PipelineConfig:
-    """What a pipeline is made of, besides its weights."""
-
-    autoencoder: AutoencoderConfig
-    dit: DitConfig
-    text: TextConfig
-    """of a frozen encoder with its folder and identity: its weights are no part of the pipeline"""
-    process: RectifiedFlow
-    rows: RowShape
-    """of the rows that the denoiser was trained on"""
-    batch: int
-    """rows that are sampled at once"""
-    sampling: Sampling
-    fps: float
-    """of the clips that it was trained on"""
-    size: Grid
-    """what is generated if nothing else is asked for: frames, height, width"""
-    evaluation: Evaluation = field(default_factory=CaptionEvaluation)
-    made_by: dict[str, str] = field(default_factory=dict)
-    """the command, seed and versions that the weights come from"""
-
-
-class Request(NamedTuple):
-    """One clip to be made."""
-
-    prompt: str
-    size: Grid | tuple[int, int, int]
-    """frames, height, width in pixels"""
-    seed: int = 0
-    negative: str = ""
+Guidance = float | int | tuple[float, float]
+Expert = Literal["dit", "low_noise"]
 
 
 class Pipeline:
@@ -84,6 +52,7 @@ class Pipeline:
         self.config = config
         self.codec = Codec(config.autoencoder, autoencoder)
         """the autoencoder"""
+        self._images = Images(config, self.codec)
         self._denoiser = Denoiser(
             dit=graph_of(config.dit.make),
             text=graph_of(config.text.make),
@@ -91,6 +60,7 @@ class Pipeline:
             tokenizer=open_tokenizer(config.text),
             process=config.process,
             patch=config.dit.patch,
+            boundary=config.boundary,
         )
 
     @overload
@@ -100,11 +70,13 @@ class Pipeline:
         *,
         size: tuple[int, int, int] | None = ...,
         steps: int | None = ...,
-        guidance: float | None = ...,
+        guidance: Guidance | None = ...,
         negative: str = ...,
         seed: int = ...,
         sampler: str | None = ...,
         noise: Float32[np.ndarray, "t h w c"] | None = ...,
+        image: Image | None = ...,
+        last_image: Image | None = ...,
         output: Literal["clip"] = ...,
     ) -> Clip: ...
 
@@ -115,11 +87,13 @@ class Pipeline:
         *,
         size: tuple[int, int, int] | None = ...,
         steps: int | None = ...,
-        guidance: float | None = ...,
+        guidance: Guidance | None = ...,
         negative: str = ...,
         seed: int = ...,
         sampler: str | None = ...,
         noise: Float32[np.ndarray, "t h w c"] | None = ...,
+        image: Image | None = ...,
+        last_image: Image | None = ...,
         output: Literal["latents"],
     ) -> Float32[np.ndarray, "t h w c"]: ...
 
@@ -134,6 +108,8 @@ class Pipeline:
         seed=0,
         sampler=None,
         noise=None,
+        image=None,
+        last_image=None,
         output="clip",
     ):
         """One clip from a prompt.
@@ -142,22 +118,27 @@ class Pipeline:
           prompt: what it is to show; the empty prompt samples without condition.
           size: frames, height and width in pixels; the training size by default. Frames are 1 + k * temporal stride.
           steps: of the sampler; more is slower and closer to the exact flow.
-          guidance: how strongly the prompt is followed at the cost of variety; 1 is none.
+          guidance: how strongly the prompt is followed at the cost of variety; 1 is none. Two numbers are for the two
+            experts of a model that has them, that of the noisy times first.
           negative: what guidance leads away from, instead of from no prompt at all.
           seed: the same seed, size and model give the same clip.
           sampler: `euler`, `heun` or `unipc`.
           noise: the starting point instead of the seed's, standard normal `[t h w c]` of the latents' size.
+          image: what the clip begins with, a clip of one frame or pixels `[H W 3]` of its size, in models that take one
+            (Wan's I2V, which need it, and TI2V).
+          last_image: what it ends with, in those that take that too.
           output: `clip`, or `latents` for normalised latents `[t h w c]`.
 
         Raises:
           UserError: a size that the model cannot make (it names the nearest), an unknown sampler, less than one step,
-            a seed that is no whole number below 2**32, or noise of another shape.
+            a seed that is no whole number below 2**32, noise of another shape, or images that do not fit size or model.
         """
         if output not in ("clip", "latents"):
             raise UserError(f"unknown output {output!r}; use clip or latents")
-        request = Request(prompt, self.config.size if size is None else _grid(size), seed, negative)
+        request = Request(prompt, self.config.size if size is None else as_grid(size), seed, negative)
         drawn = self.sampling(steps=steps, guidance=guidance, sampler=sampler)
-        latents = self._latents([request], drawn, noise=noise)
+        given = self._images(as_grid(request.size), image, last_image)
+        latents = self._latents([request], drawn, noise=noise, given=given)
         return latents[0] if output == "latents" else self._clips(latents, [request])[0]
 
     def generate_many(
@@ -165,7 +146,7 @@ class Pipeline:
         requests: Sequence[Request],
         *,
         steps: int | None = None,
-        guidance: float | int | None = None,
+        guidance: Guidance | None = None,
         sampler: str | None = None,
     ) -> list[Clip]:
         """The clips of all requests, of any sizes, packed and sampled together. Arguments are as for `generate`."""
@@ -194,7 +175,7 @@ class Pipeline:
 
     @property
     def denoiser_params(self) -> dict[str, Any]:
-        """`{"dit": ..., "text": ...}`"""
+        """`{"dit": ..., "text": ...}`, and of two experts `"low_noise"`"""
         return self._denoiser.params
 
     def parameter_counts(self) -> dict[str, int]:
@@ -229,8 +210,37 @@ class Pipeline:
         config = replace(self.config, text=moved(self.config.text, folder))
         return Pipeline(config, autoencoder=self.codec.params, denoiser=self._denoiser.params)
 
+    def load_lora(self, path: str | Path, scale: float | int = 1.0, *, expert: Expert = "dit") -> "Pipeline":
+        """The same pipeline with an adapter merged into its denoiser; this one is as before.
+
+        Several are stacked by asking the result again: `pipe.load_lora(style, 0.8).load_lora(motion, 0.5)`. A scale of
+        the opposite sign takes an adapter away again, but for rounding.
+
+        Args:
+          path: a safetensors file, or a folder of PEFT or diffusers. Names of modules are our own, as training writes
+            them; of Wan also those of diffusers (PEFT), ComfyUI and kohya.
+          scale: how much of it is added.
+          expert: which of two it is for: `dit`, the one of noisy times, or `low_noise`.
+
+        Raises:
+          MissingError: no such file.
+          UserError: one that is no LoRA of this model, or a second expert that the model doesn't have.
+        """
+        params = self._denoiser.params
+        if expert not in params:
+            raise UserError(f"this model has no expert {expert!r}; it is one, leave expert away")
+        known = own_modules(params)
+        if isinstance(self.config.dit, WanDitConfig):
+            known |= {
+                name: module._replace(path=f"{expert}/{module.path}")
+                for name, module in wan_modules(self.config.dit).items()
+            }
+        adapted = copy.copy(self)  # with the same open text encoder
+        adapted._denoiser = self._denoiser._replace(params=merge_lora(params, load_lora(path, params, known), scale))
+        return adapted
+
     def sampling(
-        self, *, steps: int | None = None, guidance: float | int | None = None, sampler: str | None = None
+        self, *, steps: int | None = None, guidance: Guidance | None = None, sampler: str | None = None
     ) -> Sampling:
         """The pipeline's own sampling, with what is given in its place.
 
@@ -241,50 +251,35 @@ class Pipeline:
         if steps is not None:
             changes["steps"] = steps
         if guidance is not None:
-            changes["guidance"] = float(guidance)
+            changes["guidance"] = tuple(map(float, guidance)) if isinstance(guidance, tuple) else float(guidance)
         if sampler is not None:
             changes["solver"] = sampler_of(sampler)
         return replace(self.config.sampling, **changes)
 
     def _latents(
-        self, requests: Sequence[Request], sampling: Sampling, *, noise: Float32[np.ndarray, "t h w c"] | None = None
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        *,
+        noise: Float32[np.ndarray, "t h w c"] | None = None,
+        given: GivenClip | None = None,
     ) -> list[Float32[np.ndarray, "t h w c"]]:
         config = self.config
         latent_requests = []
         for request in requests:
             if not 0 <= request.seed < 2**32:
                 raise UserError(f"a seed is a whole number from 0 to {2**32 - 1}, not {request.seed}")
-            grid = self._latent_grid(_grid(request.size))
+            grid = config.latent_grid(as_grid(request.size))
             shape = (*grid, config.autoencoder.channels)
             start = (
                 initial_noise(request.seed, grid, config.autoencoder.channels) if noise is None else np.asarray(noise)
             )
             if start.shape != shape:
                 raise UserError(f"noise for {'x'.join(map(str, request.size))} has shape {shape}, not {start.shape}")
-            latent_requests.append(LatentRequest(request.prompt, request.negative, start.astype(np.float32)))
+            told = self._images(as_grid(request.size), None, None) if given is None else given
+            latent_requests.append(LatentRequest(request.prompt, request.negative, start.astype(np.float32), told))
         rows = min(config.batch, len(requests))
-        return sample_latents(self._denoiser, latent_requests, sampling=sampling, shape=config.rows, rows=rows)
-
-    def _latent_grid(self, size: Grid) -> Grid:
-        """The latents' size of a clip that the model can make.
-
-        Raises:
-          UserError: another size, with the nearest that it can make.
-        """
-        stride, patch = self.config.autoencoder.stride, self.config.dit.patch
-        for name, length, step, pixels_, latents in (
-            ("height", size.h, stride.h * patch.h, stride.h, patch.h),
-            ("width", size.w, stride.w * patch.w, stride.w, patch.w),
-        ):
-            if length < 1 or length % step:
-                below = max(step, length - length % step)
-                raise UserError(
-                    f"{name} {length} is not divisible by {step} (the autoencoder's stride {pixels_} times the patch "
-                    f"{latents}); use {below} or {below + step}"
-                )
-        grid = latent_grid(size, stride)
-        token_grid(grid, patch)
-        return grid
+        return sample_latents(self._denoiser, latent_requests, sampling=sampling, shape=config.row_shape, rows=rows)
 
     def _clips(self, latents: Sequence[Float32[np.ndarray, "_ _ _ c"]], requests: Sequence[Request]) -> list[Clip]:
         """Decode clips of one size together, so that a size compiles once."""
@@ -322,23 +317,12 @@ def load_pipeline(folder: str | Path, *, text_encoder: str | Path | None = None)
     config = configs.from_json(document.get("config"))
     if not isinstance(config, PipelineConfig):
         raise UserError(f"{folder / CONFIG} holds no pipeline's config; export it again")
-    denoiser = {"dit": param_shapes(config.dit.make), "text": param_shapes(config.text.make)}
     pipeline = Pipeline(
         config,
         autoencoder=load_weights(folder / _AUTOENCODER, like=param_shapes(config.autoencoder.make)),
-        denoiser=load_weights(folder / _DENOISER, like=denoiser),
+        denoiser=load_weights(folder / _DENOISER, like=config.denoiser_shapes),
     )
     return pipeline if text_encoder is None else pipeline.with_text_encoder(text_encoder)
-
-
-def _grid(size: Any) -> Grid:
-    """A size that a person gave."""
-    try:
-        return Grid(*map(operator.index, size))
-    except TypeError as error:
-        raise UserError(
-            f"a size is three whole numbers, frames, height and width, such as (17, 32, 48), not {size!r}"
-        ) from error
 
 
 def _is_empty(path: Path) -> bool:

@@ -52,7 +52,13 @@ class FrozenEncoder:
     def _embedder(self) -> Embedder:
         config = self.config
         check_width(config)
-        opened = load_embedder(config.folder, max_tokens=config.max_tokens, dtype=config.dtype, cache=self._cache)
+        opened = load_embedder(
+            config.folder,
+            max_tokens=config.max_tokens,
+            cleaned=config.cleaned,
+            dtype=config.dtype,
+            cache=self._cache,
+        )
         if config.identity not in ("", opened.identity):
             raise UserError(
                 f"{config.folder} holds the text encoder {opened.identity}, {config.identity} was asked for; give the "

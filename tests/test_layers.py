@@ -13,7 +13,10 @@ PACKAGE = ROOT / "dit_video"
 
 LEVELS = {
     4: {
+        "animation",
         "pipeline",
+        "pipeline_config",
+        "wan_pipeline",
         "loading",
         "experiment",
         "intake",
@@ -23,6 +26,9 @@ LEVELS = {
         "feed",
         "run",
         "starting",
+        "stages",
+        "results",
+        "finetuning",
         "text_encoder",
         "measure",
         "reports",

@@ -5,6 +5,7 @@
     python tools/benchmark.py attention --tokens 8192 --peers    # packed rows beside dense attention, torch's too
     python tools/benchmark.py model --peers                      # a transformer beside diffusers' on the same weights
     python tools/benchmark.py mfu --attention tokamax            # model FLOPs utilisation, of a GPU
+    python tools/benchmark.py tiling --run RUN --clips CLIPS     # what tiles change of a trained autoencoder's frames
     python tools/benchmark.py data --clips CLIPS                 # with one's own clips instead of rendered ones
     python tools/benchmark.py --config experiments/configs/clips.py --steps 50
     python tools/benchmark.py autoencoder --peers                # beside diffusers, where that and torch are installed
@@ -13,13 +14,15 @@
 `denoiser` and `autoencoder` time training steps on random latents and pixels of mixed sizes, packed as in training.
 `data` measures the loaders beside those steps (cached latents; video files; video files that are encoded on the way, as
 rows and in buckets), decoding against a bare loop, ingest with two processes against one, and the loader's memory.
-Three parts run where they are named: `attention` times attention that skips foreign blocks beside dense attention;
-`model` a forward pass and a training step of a transformer like Wan's, and how compile time grows with its depth; `mfu`
-a training step of 1.6 billion parameters in bfloat16 on a row of 32k tokens, as a share of what the device can do
-(`--small` tries these two on little ones). `--peers` times the convolutional autoencoder and the transformer beside
-diffusers' on the same weights, and attention beside torch's. A part whose packages are missing is skipped, and the
-document says so: `denoiser`, `autoencoder` and `mfu` need JAX, Flax and optax alone. Where the quickstart's config
-cannot be imported for that reason, models of about its size are measured, and `setting` is `built in`.
+Four parts run where they are named: `attention` times attention that skips foreign blocks beside dense attention;
+`tiling` says by how many steps of 0..255 frames decoded in blended tiles differ from whole ones, at the largest and in
+the mean, for several overlaps; `model` times a forward pass and a training step of a transformer like Wan's, and how
+compile time grows with its depth; `mfu` a training step of 1.6 billion parameters in bfloat16 on a row of 32k tokens,
+as a share of what the device can do (`--small` tries these two on little ones). `--peers` times the convolutional
+autoencoder and the transformer beside diffusers' on the same weights, and attention beside torch's. A part whose
+packages are missing is skipped, and the document says so: `denoiser`, `autoencoder` and `mfu` need JAX, Flax and optax
+alone. Where the quickstart's config cannot be imported for that reason, models of about its size are measured, and
+`setting` is `built in`.
 """
 
 import argparse
@@ -45,8 +48,9 @@ from dit_video.errors import MissingError, UserError, script
 from dit_video.nn import Backend
 
 PARTS = ("denoiser", "autoencoder", "data")
-BY_NAME = ("attention", "model", "mfu")
+BY_NAME = ("attention", "tiling", "model", "mfu")
 """parts that run where they are named alone"""
+PRETRAINED = Path(__file__).resolve().parents[1] / "experiments" / "pretrained" / "shapes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +101,7 @@ def benchmark(
     extent: Extent,
     clips: Path | None,
     *,
+    run: Path,
     peers: bool,
     attention: Backend,
     peak: float | None,
@@ -119,6 +124,9 @@ def benchmark(
     if "mfu" in parts:
         print("utilisation", file=sys.stderr)
         document["mfu"] = mfu.measure(mfu.SMALL if extent.small else mfu.Shape(), extent.steps, attention, peak)
+    if "tiling" in parts:
+        print("tiles beside whole pictures", file=sys.stderr)
+        document["tiling"] = measure_tiling(run, clips)
     if denoiser is not None and autoencoder is not None and "data" in parts:
         document["data"] = measure_data(setting, denoiser, autoencoder, extent, clips)
         if "latents" in document["data"]:
@@ -171,6 +179,15 @@ def measure_model(extent: Extent, *, peers: bool) -> dict[str, Any]:
     return model.measure(shape, extent.rounds, forms) | compilation
 
 
+def measure_tiling(run: Path, clips: Path | None) -> dict[str, Any]:
+    """Of a trained autoencoder."""
+    try:
+        from benchmarks import tiling
+    except ModuleNotFoundError as error:
+        return {"skipped": f"{error.name} is not installed"}
+    return tiling.measure(run, clips)
+
+
 def measure_data(
     setting: Setting, denoiser: Trained, autoencoder: Trained, extent: Extent, clips: Path | None
 ) -> dict[str, Any]:
@@ -210,6 +227,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="little models, for `model` and `mfu`")
     parser.add_argument("--attention", choices=get_args(Backend), default="auto", help="the backend that `mfu` uses")
     parser.add_argument("--peak", type=float, help="TFLOP/s in bfloat16 of a device that `mfu` doesn't know")
+    parser.add_argument("--run", type=Path, default=PRETRAINED, help="whose autoencoder's tiles are measured")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change the setting")
     parser.add_argument("--peers", action="store_true", help="time other projects' models, too")
     arguments = parser.parse_args()
@@ -231,6 +249,7 @@ def main() -> None:
         arguments.parts or PARTS,
         extent,
         arguments.clips,
+        run=arguments.run,
         peers=arguments.peers,
         attention=arguments.attention,
         peak=None if arguments.peak is None else arguments.peak * 1e12,

@@ -4,7 +4,7 @@ from dit_video.diffusion.grids import Even, FlowMatchGrid, SampleTimes, TimeGrid
 from dit_video.diffusion.guidance import classifier_free
 from dit_video.diffusion.objective import Denoise, FlowMatching
 from dit_video.diffusion.process import RectifiedFlow
-from dit_video.diffusion.samplers import SAMPLERS, Euler, Heun, Sampler, sample, sampler
+from dit_video.diffusion.samplers import SAMPLERS, Euler, Heun, Sampler, advance, sample, sampler
 from dit_video.diffusion.times import LogitNormal, Times, Uniform, low_discrepancy
 from dit_video.diffusion.unipc import UniPc
 
@@ -25,6 +25,7 @@ __all__ = [
     "UniPc",
     "UniPcGrid",
     "Uniform",
+    "advance",
     "classifier_free",
     "low_discrepancy",
     "sample",

@@ -5,7 +5,7 @@ state's `x` is the sample at its time. The loop is one `lax.scan`: compiled once
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -97,15 +97,31 @@ def sample(
       solver: of the flow.
       told: what the model is given as its time at each of `times`, where that is something else.
     """
+    start = solver.init(noise, steps=times.shape[0] - 1)
+    return advance(denoise, start, times, process=process, solver=solver, told=told).x
+
+
+def advance(
+    denoise: Denoise,
+    state: Any,
+    times: Float[Array, " times"],
+    *,
+    process: RectifiedFlow,
+    solver: Sampler,
+    told: Float[Array, " times"] | None = None,
+) -> Any:
+    """A part of the way, from a solver's state to its state at the last of `times`; arguments are as for `sample`.
+
+    Parts that follow one another are the whole, whatever model each has: the state knows how many steps there are.
+    """
     if told is not None:
         denoise = _told(denoise, times, told)
 
     def step(state, interval):
         return solver.step(denoise, process, state, interval[0], interval[1]), None
 
-    start = solver.init(noise, steps=times.shape[0] - 1)
-    state, _ = jax.lax.scan(step, start, jnp.stack([times[:-1], times[1:]], axis=1))
-    return state.x
+    end, _ = jax.lax.scan(step, state, jnp.stack([times[:-1], times[1:]], axis=1))
+    return end
 
 
 def _told(denoise: Denoise, times: Float[Array, " times"], told: Float[Array, " times"]) -> Denoise:

@@ -2,6 +2,9 @@
 
 Rows have the shape that the model was trained on, so that one compiled program serves every size, prompt, seed and
 scale of guidance. Another number of steps, or of rows, is compiled anew, and so is sampling without guidance.
+
+A model may have two experts (Wan 2.2, arXiv 2503.20314): one for the noisy times, one for those below a boundary. They
+sample one after the other, and only the one at work is handed to the devices.
 """
 
 import functools
@@ -15,9 +18,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
-from dit_video.diffusion import Euler, Even, RectifiedFlow, Sampler, SampleTimes, TimeGrid, classifier_free, sample
+from dit_video.diffusion import Euler, Even, RectifiedFlow, Sampler, SampleTimes, TimeGrid, advance, classifier_free
 from dit_video.dit import packed_denoise
 from dit_video.errors import UserError
+from dit_video.generation.given import GivenClip, GivenRows, given_rows
 from dit_video.rng import key
 from dit_video.text import TextTokens, Tokenizer
 from dit_video.tokens import (
@@ -44,8 +48,8 @@ class Sampling:
     """
 
     steps: int = 32
-    guidance: float = 2.0
-    """classifier-free guidance; 1 is none"""
+    guidance: float | tuple[float, float] = 2.0
+    """classifier-free guidance; 1 is none. Of two experts each may have its own, that of the noisy times first."""
     solver: Sampler = Euler()
     grid: TimeGrid = Even()
 
@@ -62,6 +66,7 @@ class LatentRequest(NamedTuple):
     """what the unconditional branch of guidance is given; empty for nothing"""
     noise: Float32[np.ndarray, "t h w c"]
     """the starting point; its size is the size of the result"""
+    given: GivenClip = GivenClip()
 
 
 class Denoiser(NamedTuple):
@@ -70,10 +75,12 @@ class Denoiser(NamedTuple):
     dit: nnx.GraphDef
     text: nnx.GraphDef
     params: dict[str, Any]
-    """`{"dit": ..., "text": ...}`"""
+    """`{"dit": ..., "text": ...}`, and of two experts `"low_noise"`, which has the structure of `"dit"`"""
     tokenizer: Tokenizer
     process: RectifiedFlow
     patch: Grid
+    boundary: float | None = None
+    """of two experts: at times below it `low_noise` denoises"""
 
 
 def initial_noise(seed: int, latents: Grid, channels: int) -> Float32[np.ndarray, "t h w c"]:
@@ -90,7 +97,8 @@ def sample_latents(
     of its own, for which a program is compiled. A result does not depend on what else is asked for.
 
     Raises:
-      UserError: a size that the patch does not divide, or a prompt longer than a row's text.
+      UserError: a size that the patch does not divide, a prompt longer than a row's text, or two scales of guidance for
+        one model.
     """
     grids = [token_grid(Grid(*request.noise.shape[:3]), denoiser.patch) for request in requests]
     prompts = dict.fromkeys(text for request in requests for text in (request.prompt, request.negative))
@@ -168,18 +176,56 @@ def _sample_rows(
         return Rows(*map(np.stack, zip(*full, strict=True)))
 
     conditional, unconditional = packed(lambda request: request.prompt), packed(lambda request: request.negative)
-    program = _program(denoiser.dit, denoiser.text, denoiser.process, sampling.solver, sampling.guidance != 1.0)
-    times = sampling.grid(denoiser.process, sampling.steps)
-    tokens = np.asarray(program(denoiser.params, conditional, unconditional, times, sampling.guidance))
+    clips = [
+        [(request.given, Grid(*request.noise.shape[:3]), request.noise.shape[3]) for request in row]
+        for row in ([requests[index] for index in row] for row in members)
+    ]
+    given = given_rows(clips, patch=denoiser.patch, shape=shape, rows=rows)
+    tokens = np.asarray(_sampled(denoiser, conditional, unconditional, given, sampling))
     return [unpack(tokens[number], np.asarray(conditional.segments[number])) for number in range(len(members))]
+
+
+def _sampled(
+    denoiser: Denoiser, conditional: Rows, unconditional: Rows, given: GivenRows, sampling: Sampling
+) -> Float[Array, "B N p"]:
+    """The sample, by each expert in its turn."""
+    grid = sampling.grid(denoiser.process, sampling.steps)
+    state = sampling.solver.init(jnp.asarray(conditional.tokens), steps=sampling.steps)
+    for stage in _stages(denoiser.boundary, sampling, np.asarray(grid.told)):
+        program = _program(denoiser.dit, denoiser.text, denoiser.process, sampling.solver, stage.guidance != 1.0)
+        params = {"dit": denoiser.params[stage.expert], "text": denoiser.params["text"]}
+        times = SampleTimes(*(values[stage.start : stage.stop + 1] for values in grid))
+        state = program(params, state, conditional, unconditional, given, times, stage.guidance)
+    return given.restored(state.x)
+
+
+class _Stage(NamedTuple):
+    """Steps that one expert does."""
+
+    expert: str
+    start: int
+    stop: int
+    guidance: float
+
+
+def _stages(boundary: float | None, sampling: Sampling, told: Float32[np.ndarray, " times"]) -> list[_Stage]:
+    scales = sampling.guidance
+    if boundary is None:
+        if isinstance(scales, tuple):
+            raise UserError(f"guidance {scales} is for two experts, this model is one; give one number")
+        return [_Stage("dit", 0, sampling.steps, scales)]
+    high, low = scales if isinstance(scales, tuple) else (scales, scales)
+    noisy = int((told[:-1] >= np.float32(boundary)).sum())
+    stages = [_Stage("dit", 0, noisy, high), _Stage("low_noise", noisy, sampling.steps, low)]
+    return [stage for stage in stages if stage.start < stage.stop]
 
 
 @functools.lru_cache(maxsize=16)
 def _program(dit: nnx.GraphDef, text: nnx.GraphDef, process: RectifiedFlow, solver: Sampler, guided: bool):
-    """The jitted sampler of packed rows."""
+    """The jitted sampler of packed rows: from a solver's state to its state at the last of the times."""
 
     @jax.jit
-    def program(params, conditional: Rows, unconditional: Rows, grid: SampleTimes, guidance) -> Float[Array, "B N p"]:
+    def program(params, state, conditional: Rows, unconditional: Rows, given: GivenRows, grid: SampleTimes, guidance):
         def branch(rows: Rows):
             context = nnx.merge(text, params["text"])(rows.text, rows.text_segments)
             denoise = packed_denoise(
@@ -189,13 +235,13 @@ def _program(dit: nnx.GraphDef, text: nnx.GraphDef, process: RectifiedFlow, solv
                 context=context.values,
                 context_segments=context.segments,
                 count=rows.examples.shape[1],
+                given=given.given,
             )
-            return lambda noisy, time: denoise(noisy, jnp.full(noisy.shape[:2], time))
+            return given.held(denoise)
 
         denoise = branch(conditional)
         if guided:
             denoise = classifier_free(denoise, branch(unconditional), guidance)
-        noise = jnp.asarray(conditional.tokens)
-        return sample(denoise, noise, grid.times, process=process, solver=solver, told=grid.told)
+        return advance(denoise, state, grid.times, process=process, solver=solver, told=grid.told)
 
     return program

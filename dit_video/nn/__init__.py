@@ -2,7 +2,7 @@
 
 from dit_video.nn.attention import Attention, Backend, Tokens, make_attention
 from dit_video.nn.container import Make, checked_params, completed_params, graph_of, init_params, param_shapes
-from dit_video.nn.conv import CausalConv, Form, Memory, Past, with_past
+from dit_video.nn.conv import CausalConv, Form, Memory, Past, choose_form, with_past
 from dit_video.nn.embeddings import sinusoidal
 from dit_video.nn.linear import Init, Linear
 from dit_video.nn.lora import LoraConfig, LowRank, attach_lora, init_lora, merge_lora, scaled
@@ -32,6 +32,7 @@ __all__ = [
     "apply_stack",
     "attach_lora",
     "checked_params",
+    "choose_form",
     "completed_params",
     "graph_of",
     "init_lora",

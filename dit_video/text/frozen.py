@@ -26,9 +26,11 @@ class FrozenTextConfig:
     """a longer caption is cut"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """of its matrix products and their weights"""
+    cleaned: bool = False
+    """whether texts are cleaned before they are tokenized, as Wan's are (`text.clean`)"""
     identity: str = ""
-    """Of encoder, tokenizer and the two fields above, as `weights.load_embedder` computes it: the folder must hold that
-    encoder; empty takes any. Where it is given, training on cached embeddings does without the folder."""
+    """Of encoder, tokenizer and the three fields above, as `weights.load_embedder` computes it: the folder must hold
+    that encoder; empty takes any. Where it is given, training on cached embeddings does without the folder."""
 
     def __post_init__(self):
         if not self.folder or self.width < 1 or self.max_tokens < 1:

@@ -24,8 +24,8 @@ class PretrainedTokenizer:
     Letters that spell a special token, such as `</s>`, are read as that token, as in `transformers`' own pipelines.
     """
 
-    def __init__(self, folder: str | os.PathLike, *, max_tokens: int):
-        """Read the files; nothing is fetched.
+    def __init__(self, folder: str | os.PathLike, *, max_tokens: int, cleaned: bool = False):
+        """Read the files; nothing is fetched. `cleaned`: whether texts are given to `clean` first.
 
         Raises:
           MissingError: the folder holds no tokenizer.
@@ -55,13 +55,15 @@ class PretrainedTokenizer:
             raise UserError(f"the tokenizer in {folder} can't be read ({reason}); copy the files again") from error
         if not ends:
             raise UserError(f"the tokenizer in {folder} puts no end token after a text; copy the encoder's own there")
-        self.max_tokens = max_tokens
-        self.identity = hashlib.sha256(description.encode()).hexdigest()
+        self.max_tokens, self._cleaned = max_tokens, cleaned
+        rules = f"{description} of cleaned texts" if cleaned else description
+        self.identity = hashlib.sha256(rules.encode()).hexdigest()
         """of the whole vocabulary and all rules, not of the files: two layouts of one tokenizer are one"""
         self.largest_id = max(self._tokenizer.get_vocab().values())
 
     def __call__(self, text: str) -> Int32[np.ndarray, " s"]:
         """The ids of a text and its end. A text of more than `max_tokens` loses its end, with a warning."""
+        text = clean(text) if self._cleaned else text
         ids = self._tokenizer(text, verbose=False)["input_ids"]
         if len(ids) > self.max_tokens:
             warnings.warn(

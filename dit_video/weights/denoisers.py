@@ -20,6 +20,7 @@ def load_denoiser(
     folder: str | os.PathLike,
     *,
     dtype: Any = np.float32,
+    kernels: Any = None,
     place: Callable[[str, np.ndarray], Any] = lambda path, array: array,
 ) -> tuple[WanDitConfig, dict[str, Any]]:
     """The config and parameters of a transformer, of diffusers or in its authors' layout.
@@ -27,6 +28,7 @@ def load_denoiser(
     Args:
       folder: such as `transformer` of a pipeline of diffusers.
       dtype: floating tensors are cast to it; None keeps the file's.
+      kernels: what those of linear maps are cast to, if to something else.
       place: what becomes of a parameter as soon as it is read, by its path.
 
     Raises:
@@ -34,11 +36,23 @@ def load_denoiser(
       UserError: a model class that isn't known here, a setting of it that isn't, or weights that do not fit.
     """
     folder = Path(folder)
+    document = _document(folder)
+    return _KINDS[document["_class_name"]](folder, document, dtype=dtype, kernels=kernels, place=place)
+
+
+def denoiser_config(folder: str | os.PathLike) -> WanDitConfig:
+    """The config of a transformer, without its weights; arguments and errors are those of `load_denoiser`."""
+    folder = Path(folder)
+    return wan_transformer.read_config(folder, _document(folder))
+
+
+def _document(folder: Path) -> dict[str, Any]:
+    """`config.json` of a model that is known here."""
     document = diffusers.document_of(folder)
     kind = document.get("_class_name")
     if kind not in _KINDS:
         raise UserError(f"{folder} holds a model of class {kind}; known here: {', '.join(_KINDS)}")
-    return _KINDS[kind](folder, document, dtype=dtype, place=place)
+    return document
 
 
 def save_denoiser(

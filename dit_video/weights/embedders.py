@@ -21,6 +21,7 @@ def load_embedder(
     folder: str | os.PathLike,
     *,
     max_tokens: int | None = None,
+    cleaned: bool = False,
     dtype: str = "float32",
     cache: str | os.PathLike | None = None,
 ) -> Embedder:
@@ -33,6 +34,7 @@ def load_embedder(
         lies in the encoder's folder, or beside it in `tokenizer` (in `tokenizer_2` for a `text_encoder_2`).
       max_tokens: a longer text is cut, with a warning; start and end tokens are included. By default the 512 of Wan,
         or the positions that a CLIP has, which are its most.
+      cleaned: whether texts are cleaned first, as Wan's are (`text.clean`).
       dtype: of the matrix products and their weights, float32 or bfloat16.
       cache: a folder for embeddings, which other embedders and processes may share.
 
@@ -50,7 +52,7 @@ def load_embedder(
             f"the text encoder in {folder} has positions for {most} tokens, not for {max_tokens}; use max_tokens={most}"
         )
     # The tokenizer first: it is read in a second, the weights in minutes.
-    tokenizer = PretrainedTokenizer(_tokenizer_folder(folder), max_tokens=max_tokens)
+    tokenizer = PretrainedTokenizer(_tokenizer_folder(folder), max_tokens=max_tokens, cleaned=cleaned)
     encoder: LoadedEncoder | LoadedClip[ClipTextConfig]
     if isinstance(config, ClipTextConfig):
         encoder = load_clip_text(folder, dtype=dtype)

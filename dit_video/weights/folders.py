@@ -1,26 +1,40 @@
 """Model folders as `transformers` and diffusers write them: one safetensors file, or several with an index."""
 
 import contextlib
+import json
 import os
 from collections.abc import Collection, Mapping
+from io import RawIOBase
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
 
 from dit_video.errors import MissingError, UserError
 from dit_video.files import read_json
-from dit_video.weights.safetensors import corrupt, refuse, unread_dtype
+from dit_video.weights.safetensors import NUMPY, corrupt, refuse, unread_dtype
 
 _SHOWN = 3
+
+
+class _Place(NamedTuple):
+    """Where a tensor lies."""
+
+    path: Path
+    file: RawIOBase
+    start: int
+    """byte in the file"""
+    dtype: str
+    """the format's name of it"""
 
 
 class TensorFolder:
     """The tensors of a model folder, read one at a time: `with TensorFolder(folder) as tensors: tensors.read(name)`.
 
-    The files are mapped, not loaded: a tensor is in memory once it is read.
+    A tensor is in memory once it is read, and nothing else of its file: pages of a mapped file, though the system may
+    take them back, count as the process's memory until all of a model was in it.
     """
 
     def __init__(self, folder: str | os.PathLike, *, stem: str = "model"):
@@ -32,8 +46,7 @@ class TensorFolder:
         """
         self.folder = Path(folder)
         self._open = contextlib.ExitStack()
-        self._files: dict[str, Any] = {}
-        self._paths: dict[str, Path] = {}
+        self._places: dict[str, _Place] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         """of every tensor, by name"""
         with contextlib.ExitStack() as on_error:
@@ -46,15 +59,19 @@ class TensorFolder:
         """Open one file; `names` are the tensors that the index says are in it, None where there is no index."""
         refuse(path)
         try:
-            file = self._open.enter_context(safetensors.safe_open(os.fspath(path), framework="np"))
-            held = set(file.keys())
-            if names is not None and (lacking := sorted(names - held)):
-                raise UserError(f"{path} lacks {_some(lacking)}, which its index lists; copy or download both again")
-            for name in sorted(held if names is None else names):
-                self._files[name], self._paths[name] = file, path
-                self.shapes[name] = tuple(file.get_slice(name).get_shape())
+            with safetensors.safe_open(os.fspath(path), framework="np"):  # which checks that the file is whole
+                file = self._open.enter_context(path.open("rb", buffering=0))
         except safetensors.SafetensorError as error:
             raise corrupt(path, error) from error
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        if names is not None and (lacking := sorted(names - header.keys())):
+            raise UserError(f"{path} lacks {_some(lacking)}, which its index lists; copy or download both again")
+        for name in sorted(header.keys() if names is None else names):
+            entry = header[name]
+            self.shapes[name] = tuple(entry["shape"])
+            self._places[name] = _Place(path, file, 8 + length + entry["data_offsets"][0], entry["dtype"])
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, in the dtype of the file.
@@ -62,12 +79,17 @@ class TensorFolder:
         Raises:
           UserError: a damaged file, or a dtype that NumPy lacks.
         """
-        try:
-            return self._files[name].get_tensor(name)
-        except safetensors.SafetensorError as error:
-            raise corrupt(self._paths[name], error) from error
-        except AttributeError as error:
-            raise unread_dtype(self._paths[name], error) from error
+        place = self._places[name]
+        if place.dtype not in NUMPY:
+            raise unread_dtype(place.path, place.dtype)
+        array = np.empty(self.shapes[name], NUMPY[place.dtype])
+        place.file.seek(place.start)
+        into = memoryview(array.reshape(-1).view(np.uint8))
+        while into.nbytes and (count := place.file.readinto(into)):
+            into = into[count:]
+        if into.nbytes:
+            raise corrupt(place.path, f"it ends within {name}")
+        return array
 
     def __enter__(self) -> "TensorFolder":
         return self

@@ -53,6 +53,8 @@ class Module(NamedTuple):
     """of a stacked one"""
     columns: tuple[int, int] | None = None
     """of one that computes several of theirs: first output, and the one after the last"""
+    order: tuple[int, ...] | None = None
+    """for each of our outputs which of theirs it is, where they have another order"""
 
 
 Modules = Mapping[str, Module]
@@ -117,6 +119,7 @@ def load_lora(
         a, b = (_cast(arrays[tensors[factor]].T, dtype) for factor in "ab")
         alpha = float(arrays[tensors["alpha"]].reshape(())) if "alpha" in tensors else None
         module = modules[name]
+        b = b if module.order is None else b[:, list(module.order)]
         parts[module.path].append(_Part(module, a, b, settings.scale(name, rank=a.shape[1], alpha=alpha)))
     return trees.unflatten(
         {f"{path}/{leaf}": value for path in parts for leaf, value in _joined(shapes[path], parts[path]).items()}
@@ -315,6 +318,7 @@ def _divided(leaves: Mapping[str, np.ndarray], modules: Modules) -> Iterator[tup
             b = own
         if not used.any():
             continue
+        b = b if module.order is None else b[:, np.argsort(module.order)]
         yield name, _Part(module, a[:, used], b[used], float(scale))
 
 

@@ -36,6 +36,9 @@ _DTYPES = {
 }
 """NumPy's name of a dtype and the format's (https://huggingface.co/docs/safetensors, "Format")."""
 
+NUMPY = {theirs: np.dtype(ours) for ours, theirs in _DTYPES.items()}
+"""and back"""
+
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 _SHOWN = 10
 
@@ -179,10 +182,10 @@ def listing(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN] + more)
 
 
-def unread_dtype(path: Path, error: AttributeError) -> UserError:
-    """For what the library raises for a dtype that NumPy lacks."""
+def unread_dtype(path: Path, error: object) -> UserError:
+    """For a dtype that NumPy lacks, or what the library raises for it."""
     return UserError(f"{path} holds a dtype that is not read here ({error}); convert it to bfloat16 first")
 
 
-def corrupt(path: Path, error: Exception) -> UserError:
+def corrupt(path: Path, error: object) -> UserError:
     return UserError(f"{path} is not a whole safetensors file ({error}); copy or download it again")

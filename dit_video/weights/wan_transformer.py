@@ -18,11 +18,13 @@ from dit_video.nn import param_shapes
 from dit_video.tokens import Grid
 from dit_video.weights import diffusers
 from dit_video.weights.diffusers import DENSE
-from dit_video.weights.exchange import SHARD_BYTES, Foreign, Names, read_foreign
+from dit_video.weights.exchange import SHARD_BYTES, Foreign, Names, read_tensors
 from dit_video.weights.folders import TensorFolder
+from dit_video.weights.lora import Module
 
 CLASS, AUTHORS_CLASS = "WanTransformer3DModel", "WanModel"
 Layout = Literal["diffusers", "authors"]
+_LAYOUTS: tuple[Layout, ...] = ("diffusers", "authors")
 
 _QK_NORM = "rms_norm_across_heads"
 _DEFAULTS: dict[str, Any] = {
@@ -110,22 +112,41 @@ def load(
     document: dict[str, Any],
     *,
     dtype: Any = np.float32,
+    kernels: Any = None,
     place: Callable[[str, np.ndarray], Any] = lambda path, array: array,
 ) -> tuple[WanDitConfig, dict[str, Any]]:
     """The config and parameters of a folder in either layout, whose config file is `document`.
 
     A model is taken to have a time per token where its type, or the pipeline of diffusers whose part it is, says so.
-    `dtype` and `place` are as for `read_foreign`.
+    `dtype`, `kernels` and `place` are as for `load_denoiser`.
 
     Raises:
       MissingError: files that it lacks.
       UserError: a setting that isn't known here, or weights that do not fit.
     """
-    layout: Layout = "authors" if document.get("_class_name") == AUTHORS_CLASS else "diffusers"
-    config = _authors_config(folder, document) if layout == "authors" else _config(folder, document)
+    config = read_config(folder, document)
     shapes = param_shapes(config.make)
-    names = wan_names(config, layout)
-    return config, read_foreign(folder, diffusers.STEM, names, shapes, dtype=dtype, place=place)
+    names = wan_names(config, _layout(document))
+
+    def stored(path: str) -> Any:
+        return kernels if kernels is not None and path.endswith("kernel") else dtype
+
+    with TensorFolder(folder, stem=diffusers.STEM) as tensors:
+        return config, read_tensors(tensors, names, shapes, stored=stored, place=place)
+
+
+def read_config(folder: Path, document: dict[str, Any]) -> WanDitConfig:
+    """The config of a folder in either layout, whose config file is `document`.
+
+    Raises:
+      MissingError: files that it lacks.
+      UserError: a setting that isn't known here.
+    """
+    return _authors_config(folder, document) if _layout(document) == "authors" else _config(folder, document)
+
+
+def _layout(document: dict[str, Any]) -> Layout:
+    return "authors" if document.get("_class_name") == AUTHORS_CLASS else "diffusers"
 
 
 def save(
@@ -165,6 +186,26 @@ def wan_names(config: WanDitConfig, layout: Layout) -> Names:
     table = ("scale_shift_table", "head.modulation")[column - 1]
     names["head_table"] = Foreign(table, "1 n d -> n d")
     return names | _block_names(config, column, image=image)
+
+
+def wan_modules(config: WanDitConfig, *, first: Layout = "diffusers") -> dict[str, Module]:
+    """The linear maps that a LoRA of Wan may adapt, under the names of both layouts; files are written with `first`'s.
+
+    Files of diffusers (PEFT) have the names of the one, files of ComfyUI and kohya those of the authors'.
+    """
+    turned = {f"blocks/{ours}/kernel" for ours, *_ in _TURNED}
+    numbers = Foreign("", "(heads j two) -> (heads two j)", (("heads", config.heads), ("two", 2)))
+    order = tuple(map(int, numbers.to_ours(np.arange(config.width))))
+    found: dict[str, Module] = {}
+    for layout in sorted(_LAYOUTS, key=lambda layout: layout != first):
+        for path, foreign in wan_names(config, layout).items():
+            if not path.endswith("/kernel") or path == "embed/kernel":  # the latter is a convolution there
+                continue
+            for layer, name in enumerate(foreign.names):
+                found[name.removesuffix(".weight")] = Module(
+                    path, None if foreign.layers is None else layer, order=order if path in turned else None
+                )
+    return found
 
 
 def _block_names(config: WanDitConfig, column: int, *, image: bool) -> dict[str, Foreign]:

@@ -112,6 +112,17 @@ def test_attention_over_packed_rows(script):
 
 
 @pytest.mark.slow
+def test_tiles_beside_whole_pictures(script, tiny_run):
+    ended = script("tools/benchmark.py", "tiling", "--run", tiny_run)
+    assert ended.code == 0
+    found = json.loads(ended.out)["tiling"]
+    errors = list(found["overlaps"].values())
+    assert len(errors) == 4
+    assert errors[0]["mean"] > errors[-1]["mean"] >= 0
+    assert all(error["largest"] >= error["mean"] for error in errors)
+
+
+@pytest.mark.slow
 def test_a_transformer_and_its_utilisation(script):
     ended = script("tools/benchmark.py", "model", "mfu", "--small", "--rounds", 1, "--steps", 1, "--peak", 0.001)
     assert ended.code == 0
