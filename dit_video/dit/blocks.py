@@ -74,15 +74,16 @@ class Stream(nnx.Module):
         self.gate = Linear(width, hidden, bias=config.bias, dtype=dtype, rngs=rngs) if gated else None
 
     def parts(
-        self, modulation: Float[Array, "B N 6 D"] | Float[Array, "B M D"], segments: Int[Array, "B N"]
+        self, modulation: Float[Array, "B M 6 D"] | Float[Array, "B M D"], segments: Int[Array, "B N"]
     ) -> tuple[Float[Array, "B N D"], ...]:
         """Shift, scale and gate of attention, then those of the MLP.
 
-        `modulation` is the shared one, of tokens, or the condition that this stream projects for itself.
+        `modulation` is the shared one, of segments or of tokens, or the condition that this stream projects for itself.
         """
         if self.own is None:
             assert self.table is not None
-            return tuple(modulation[:, :, index] + self.table[...][index] for index in range(6))
+            shared = [modulation[:, :, index] + self.table[...][index] for index in range(6)]
+            return tuple(spread(part, segments, per_token=self.per_token) for part in shared)
         projected = spread(self.own(modulation), segments, per_token=self.per_token)
         return tuple(jnp.split(projected, 6, axis=-1))
 
@@ -133,7 +134,7 @@ class Block(Stream):
     def __call__(
         self,
         x: Float[Array, "B N D"],
-        modulation: Float[Array, "B N 6 D"] | Float[Array, "B M D"],
+        modulation: Float[Array, "B M 6 D"] | Float[Array, "B M D"],
         row: Row,
         context: Float[Array, "B S D"] | None,
         context_segments: Int[Array, "B S"] | None,
@@ -172,7 +173,7 @@ class TemporalBlock(Stream):
     def __call__(
         self,
         x: Float[Array, "B N D"],
-        modulation: Float[Array, "B N 6 D"] | Float[Array, "B M D"],
+        modulation: Float[Array, "B M 6 D"] | Float[Array, "B M D"],
         row: Row,
         attention: Attention,
     ) -> Float[Array, "B N D"]:
@@ -194,9 +195,9 @@ class JointBlock(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        modulation: Float[Array, "B N 6 D"] | Float[Array, "B M D"],
+        modulation: Float[Array, "B M 6 D"] | Float[Array, "B M D"],
         row: Row,
-        context_modulation: Float[Array, "B S 6 D"] | Float[Array, "B G D"],
+        context_modulation: Float[Array, "B G 6 D"] | Float[Array, "B G D"],
         context_segments: Int[Array, "B S"],
         attention: Attention,
     ) -> Float[Array, "B T D"]:

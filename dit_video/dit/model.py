@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dit_video.dit.blocks import Row, TemporalBlock, make_block, spread
+from dit_video.dit.blocks import Row, TemporalBlock, make_block
 from dit_video.dit.conditioning import CrossAttention, Given, JointAttention
 from dit_video.dit.config import DitConfig
 from dit_video.dit.positions import EndDistances
@@ -188,7 +188,7 @@ class Dit(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """All tokens after the last block, those of a joint context at the end; the first `length` have a place."""
         config = self.config
-        modulation = self._modulation(of_tokens, row.segments, per_token=row.token_time is not None)
+        modulation = self._modulation(of_tokens)
         x, third = row.x, None
         if isinstance(config.context, CrossAttention | JointAttention):
             assert context is not None
@@ -196,7 +196,7 @@ class Dit(nnx.Module):
             third = self.context_in(context)
             if isinstance(config.context, JointAttention):
                 x = jnp.concatenate([x, third.astype(jnp.float32)], axis=1)
-                third = self._modulation(of_segments, context_segments, per_token=False)
+                third = self._modulation(of_segments)
         told = self._told(row, length, context_segments if isinstance(config.context, JointAttention) else None)
         attentions = [make_attention(config.attention, pattern=pattern) for pattern in config.layer_patterns]
         turns = [(modulation, told, third, context_segments, attention) for attention in attentions]
@@ -232,11 +232,8 @@ class Dit(nnx.Module):
             None if config.relative_bias is None else padded(coordinates[:, :length], jnp.inf),
         )
 
-    def _modulation(
-        self, condition: Float[Array, "B M D"], segments: Int[Array, "B N"], *, per_token: bool
-    ) -> Float[Array, "B N 6 D"] | Float[Array, "B M D"]:
-        """The shared one of every token; or the condition, which each block projects for itself."""
+    def _modulation(self, condition: Float[Array, "B M D"]) -> Float[Array, "B M 6 D"] | Float[Array, "B M D"]:
+        """The shared one; or the condition, which each block projects for itself."""
         if self.config.modulation == "own":
             return condition
-        projected = self.modulation(condition).reshape(*condition.shape[:2], 6, -1)
-        return spread(projected, segments, per_token=per_token)
+        return self.modulation(condition).reshape(*condition.shape[:2], 6, -1)
