@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 from dit_video.autoencoder import (
     AutoencoderObjective,
@@ -12,12 +13,13 @@ from dit_video.autoencoder import (
     VqConfig,
     latent_grid,
 )
+from dit_video.conditioning import KnownFrames
 from dit_video.data.bucket_batches import BucketConfig
 from dit_video.data.sizes import SizeLimits
 from dit_video.data.windows import WindowConfig
 from dit_video.diffusion import FlowMatching
 from dit_video.distributed import MeshConfig
-from dit_video.dit import DitConfig
+from dit_video.dit import DitConfig, WanDitConfig
 from dit_video.errors import UserError
 from dit_video.evaluation.kinds import CaptionEvaluation, Evaluation
 from dit_video.features.lpips import SMALLEST as LPIPS_SMALLEST
@@ -76,10 +78,27 @@ class AutoencoderTraining:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GivenAutoencoder:
+    """An autoencoder that is used as it is: nothing of it is trained.
+
+    Raises:
+      UserError: no folder.
+    """
+
+    model: CausalVaeConfig | ImageVaeConfig | VqConfig
+    folder: str
+    """of its weights, in diffusers' layout"""
+
+    def __post_init__(self):
+        if not self.folder:
+            raise UserError("an autoencoder that is given lies in a folder; name it, such as MODEL/vae")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DenoiserTraining:
     """A denoiser, its text encoder, and how they are trained together, unless the encoder is a frozen one."""
 
-    dit: DitConfig
+    dit: DitConfig | WanDitConfig
     text: TextConfig
     rows: RowShape
     batch: int
@@ -92,8 +111,17 @@ class DenoiserTraining:
     objective: FlowMatching = field(default_factory=FlowMatching)
     caption_dropout: float = 0.1
     ema_decay: float = 0.999
+    known: KnownFrames | None = None
+    """What the denoiser is given of the clips that it is to make, for one that continues a first frame: with
+    `given_channels`, or a time per token."""
     start: str | None = None
-    """folder of a pipeline, or of a run, that has the weights which training starts from"""
+    """folder of a pipeline or of a run, or of Wan in diffusers' layout, that has the weights which training starts
+    from"""
+    trained: Literal["full", "temporal", "scratch"] = "full"
+    """What is trained, unless adapters are. `full`: all, from the weights of `start` if there are any. `temporal`: the
+    layers in time alone, those with `temporal` in their paths, all others being kept as they are (as Kandinsky Video
+    adds motion to an image model, arXiv 2311.13073). `scratch`: all, from random weights; `start` is not read. Any
+    other choice is made by path, with the optimizer's `trainable` and `frozen`."""
     lora: LoraConfig | None = None
     """Instead of the weights, adapters to those of `start` are trained; paths begin with `dit/` and `text/`."""
 
@@ -108,7 +136,7 @@ class Experiment:
 
     name: str
     data: Data
-    autoencoder: AutoencoderTraining
+    autoencoder: AutoencoderTraining | GivenAutoencoder
     denoiser: DenoiserTraining
     sampling: Sampling = field(default_factory=Sampling)
     evaluation: Evaluation = field(default_factory=CaptionEvaluation)
@@ -124,7 +152,6 @@ class Experiment:
 
     def _check_numbers(self) -> None:
         positive = {
-            "autoencoder steps": self.autoencoder.steps,
             "denoiser steps": self.denoiser.steps,
             "denoiser batch": self.denoiser.batch,
             "denoiser layers": self.denoiser.dit.layers,
@@ -135,21 +162,17 @@ class Experiment:
             "log_every": self.log_every,
             "save_every": self.save_every,
         }
+        if isinstance(self.autoencoder, AutoencoderTraining):
+            positive["autoencoder steps"] = self.autoencoder.steps
         for name, value in positive.items():
             if value < 1:
                 raise UserError(f"{name} must be at least 1, not {value}")
-        for training in (self.autoencoder, self.denoiser):
+        trainings = [part for part in (self.autoencoder, self.denoiser) if not isinstance(part, GivenAutoencoder)]
+        for training in trainings:
             learning_rates(training.optimizer, steps=training.steps)
             if not 0 <= training.ema_decay < 1:
                 raise UserError(f"ema_decay {training.ema_decay} must lie in [0, 1)")
-        adversarial = self.autoencoder.loss.adversarial
-        if adversarial is not None and adversarial.start >= self.autoencoder.steps:
-            raise UserError(
-                f"adversarial training starts at step {adversarial.start}, the autoencoder is trained for "
-                f"{self.autoencoder.steps}; start earlier, or leave it out"
-            )
-        if self.denoiser.lora is not None and self.denoiser.start is None:
-            raise UserError("LoRA adapts weights that are there: name their folder as the denoiser's start")
+        self._check_what_is_trained()
         if not 0 <= self.denoiser.caption_dropout <= 1:
             raise UserError(f"caption_dropout {self.denoiser.caption_dropout} must lie in [0, 1]")
         if not all(0 < weight < math.inf for weight in self.data.weights):
@@ -165,6 +188,22 @@ class Experiment:
             raise UserError(f"workers={self.data.workers} must not be negative")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"a seed is a whole number from 0 to {2**32 - 1}, not {self.seed}")
+
+    def _check_what_is_trained(self) -> None:
+        if isinstance(self.autoencoder, AutoencoderTraining):
+            adversarial = self.autoencoder.loss.adversarial
+            if adversarial is not None and adversarial.start >= self.autoencoder.steps:
+                raise UserError(
+                    f"adversarial training starts at step {adversarial.start}, the autoencoder is trained for "
+                    f"{self.autoencoder.steps}; start earlier, or leave it out"
+                )
+        denoiser = self.denoiser
+        if denoiser.lora is not None and denoiser.start is None:
+            raise UserError("LoRA adapts weights that are there: name their folder as the denoiser's start")
+        if denoiser.lora is not None and denoiser.trained != "full":
+            raise UserError(f"adapters are trained, not the weights: leave out lora, or trained={denoiser.trained!r}")
+        if denoiser.trained == "temporal" and denoiser.optimizer.trainable:
+            raise UserError("trained='temporal' says what is trained; leave the optimizer's trainable empty")
 
     def _check_models(self) -> None:
         model, denoiser = self.autoencoder.model, self.denoiser
@@ -193,46 +232,79 @@ class Experiment:
                 f"a row's text of {denoiser.rows.text} tokens is not divisible by the text encoder's patch of "
                 f"{denoiser.text.patch} bytes; set rows text={denoiser.rows.text - rest}"
             )
+        if isinstance(denoiser.dit, WanDitConfig) and denoiser.text.max_tokens > denoiser.dit.text_length:
+            raise UserError(
+                f"a caption may have {denoiser.text.max_tokens} tokens, the denoiser pads them to "
+                f"{denoiser.dit.text_length}; set text max_tokens={denoiser.dit.text_length} or less"
+            )
+        self._check_given()
+
+    def _check_given(self) -> None:
+        """That the denoiser is given what it takes."""
+        dit, known = self.denoiser.dit, self.denoiser.known
+        if isinstance(dit, WanDitConfig) and dit.image_width is not None:
+            raise UserError(
+                "the denoiser attends to an image encoder's tokens, which training does not make; take one without "
+                "image_width, such as Wan 2.2's"
+            )
+        if dit.given_channels and known is None:
+            raise UserError("the denoiser takes given latents: say what is known of a clip with known=KnownFrames()")
+        if dit.given_channels and dit.given_channels <= dit.channels:
+            raise UserError(
+                f"{dit.given_channels} given channels have no room for a mask beside the latents' {dit.channels}; set "
+                f"given_channels={dit.channels + 1} or more"
+            )
+        if known is not None and not dit.given_channels and dit.time != "token":
+            raise UserError(
+                "the denoiser can't be told which frames are known; leave out known, or give it given_channels or "
+                "time='token'"
+            )
 
     def _check_sizes(self) -> None:
-        model, denoiser = self.autoencoder.model, self.denoiser
-        if not self.autoencoder.windows:
-            raise UserError("the autoencoder needs at least one window shape to train on")
+        denoiser = self.denoiser
         if denoiser.dit.patch.t != 1:
             raise UserError(
                 f"a patch of {denoiser.dit.patch.t} latent frames divides no clip, as its first latent frame stands "
                 "alone; use 1 along time"
             )
-        for name, size in [("max_frames", Grid(self.data.max_frames, *self._multiple[1:]))] + [
-            ("window", window.size) for window in self.autoencoder.windows
-        ]:
-            try:
-                latent_grid(size, model.stride)
-            except UserError as error:
-                raise UserError(f"{name} does not fit the autoencoder: {error}") from error
-        adversarial = self.autoencoder.loss.adversarial
-        smallest = min(min(window.size[1:]) for window in self.autoencoder.windows)
-        if adversarial is not None and smallest < 2**adversarial.layers:
-            raise UserError(
-                f"a discriminator of {adversarial.layers} layers needs windows of {2**adversarial.layers} pixels or "
-                f"more, one has {smallest}; use fewer layers or larger windows"
-            )
-        if self.autoencoder.loss.lpips and smallest < LPIPS_SMALLEST:
-            raise UserError(f"LPIPS needs windows of {LPIPS_SMALLEST} pixels or more, one has {smallest}")
-        limits = self.limits
-        for window in self.autoencoder.windows:
-            t, h, w = window.size
-            if t > limits.max_frames or h * w > limits.max_pixels:
-                raise UserError(
-                    f"a window of {t}x{h}x{w} is larger than any clip of {limits.max_frames} frames of "
-                    f"{limits.max_pixels} pixels; use a smaller window, or raise max_frames or max_pixels"
-                )
+        self._check_fits("max_frames", Grid(self.data.max_frames, *self._multiple[1:]))
+        limits = self.limits  # which are checked themselves
+        if isinstance(self.autoencoder, AutoencoderTraining):
+            self._check_windows(self.autoencoder, limits)
         largest = self._largest_clip()
         if largest > denoiser.rows.tokens:
             raise UserError(
                 f"a clip of {self.data.max_pixels} pixels and {self.data.max_frames} frames is up to {largest} tokens, "
                 f"a row has room for {denoiser.rows.tokens}; set rows tokens={largest} or lower max_pixels"
             )
+
+    def _check_fits(self, name: str, size: Grid) -> None:
+        try:
+            latent_grid(size, self.autoencoder.model.stride)
+        except UserError as error:
+            raise UserError(f"{name} does not fit the autoencoder: {error}") from error
+
+    def _check_windows(self, training: AutoencoderTraining, limits: SizeLimits) -> None:
+        if not training.windows:
+            raise UserError("the autoencoder needs at least one window shape to train on")
+        for window in training.windows:
+            self._check_fits("window", window.size)
+        adversarial = training.loss.adversarial
+        smallest = min(min(window.size[1:]) for window in training.windows)
+        if adversarial is not None and smallest < 2**adversarial.layers:
+            raise UserError(
+                f"a discriminator of {adversarial.layers} layers needs windows of {2**adversarial.layers} pixels or "
+                f"more, one has {smallest}; use fewer layers or larger windows"
+            )
+        if training.loss.lpips and smallest < LPIPS_SMALLEST:
+            raise UserError(f"LPIPS needs windows of {LPIPS_SMALLEST} pixels or more, one has {smallest}")
+        for window in training.windows:
+            t, h, w = window.size
+            if t > limits.max_frames or h * w > limits.max_pixels:
+                raise UserError(
+                    f"a window of {t}x{h}x{w} is larger than any clip of {limits.max_frames} frames of "
+                    f"{limits.max_pixels} pixels; use a smaller window, or raise max_frames or max_pixels"
+                )
 
     @property
     def _multiple(self) -> Grid:

@@ -21,7 +21,7 @@ from dit_video.data.source import ClipSource
 from dit_video.data.texts import CachedTexts, EmbeddedTexts, Texts, TokenizedTexts, different_captions
 from dit_video.data.windows import THREADS
 from dit_video.distributed import make_mesh, row_shards
-from dit_video.dit import DitConfig
+from dit_video.dit import DitConfig, WanDitConfig
 from dit_video.errors import UserError
 from dit_video.experiment import Experiment
 from dit_video.live import LiveEncoder
@@ -201,5 +201,5 @@ def _reading(experiment: Experiment, start: int, mixed: Mixture | None, *, threa
     )
 
 
-def _cost(dit: DitConfig) -> Cost:
+def _cost(dit: DitConfig | WanDitConfig) -> Cost:
     return Cost.of_width(dit.width, matrices=dit.matrices)

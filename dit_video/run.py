@@ -10,16 +10,15 @@ from their checkpoints. So a run that was interrupted is continued by running th
     texts/                    its embeddings of the captions, where latents are not cached
     latents/                  what the denoiser is trained on, or a link to it
     denoiser/                 checkpoints, metrics.jsonl, rows.json (what an epoch holds)
-    adapter.safetensors       the trained adapter, where one is trained
+    adapter.safetensors       the trained adapter, where one is trained, with our names
+    pytorch_lora_weights.safetensors   the same of Wan, with diffusers' names
+    transformer/              all weights of Wan, where these are trained, as diffusers reads them
     pipeline/                 the result: what `dit_video.load` reads
 """
 
-import contextlib
 import functools
-import itertools
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -27,10 +26,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array
 
-from dit_video import configs, feed, intake, pixels, rng
-from dit_video.autoencoder import LinearAutoencoder, PatchVaeConfig, fit_linear, start_from_linear
+from dit_video import configs, feed, intake, results, stages
+from dit_video.autoencoder import LinearAutoencoder
 from dit_video.codec import Codec
 from dit_video.data.latents import INDEX as LATENTS
 from dit_video.data.latents import LatentSource
@@ -38,7 +36,6 @@ from dit_video.data.loader import Batches
 from dit_video.data.places import Address
 from dit_video.data.sizes import fit
 from dit_video.data.source import ClipSource
-from dit_video.data.windows import Stretches, WindowBatches
 from dit_video.distributed import make_mesh, row_shards
 from dit_video.encoding import (
     Augmentations,
@@ -46,35 +43,25 @@ from dit_video.encoding import (
     encode_latents,
     finish_latents,
     latent_identity,
-    latent_moments,
     plan_encoding,
 )
 from dit_video.errors import MissingError, UserError
 from dit_video.experiment import Experiment
 from dit_video.files import read_json, write_json
-from dit_video.nn import graph_of, init_params, param_shapes
+from dit_video.nn import graph_of
 from dit_video.pipeline import Pipeline, PipelineConfig
-from dit_video.starting import TrainedDenoiser, given_params, loss_parts, trained_denoiser
+from dit_video.stages import AutoencoderStage
+from dit_video.starting import TrainedDenoiser, check_start, optimizer_of, trained_denoiser
 from dit_video.text import FrozenTextConfig, Tokenizer
 from dit_video.text_encoder import FrozenEncoder, check_width, open_tokenizer
-from dit_video.training import loop, trainer
-from dit_video.training.adversarial import AdversarialState
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.denoiser import DenoiserLoss
 from dit_video.training.logging import Progress, remark
 from dit_video.training.optimizer import make_optimizer
-from dit_video.training.state import TrainState, state_shapes
-from dit_video.training.step import Loss
-from dit_video.weights import load as load_weights
-from dit_video.weights import own_modules, save_lora
-from dit_video.weights import save as save_weights
+from dit_video.training.state import state_shapes
 
 FORMAT = 1
 CONFIG = "experiment.json"
-_LINEAR_VALUES = 4096
-"""of a patch, at most, where principal components are computed: their matrix has the square of it"""
-_LINEAR_BATCHES, _MOMENT_BATCHES = 32, 64
-"""Batches of training windows that the linear start, and the latents' mean and deviation, are measured on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +157,7 @@ class Run:
         for info in self.clips.infos:  # before hours are spent on the others
             fit(info, self.experiment.limits)
         feed.check(self.experiment, self.training_clips)
+        check_start(self.experiment.denoiser)
         if isinstance(text := self.experiment.denoiser.text, FrozenTextConfig) and not self._text_encoder.is_file():
             check_width(text)  # as early; once the encoder is known the run goes on without its folder
 
@@ -203,34 +191,16 @@ class Run:
         held_out = self.experiment.data.held_out
         return self.clips.select(held_out) if held_out else self.clips.split("validation")
 
+    @property
+    def autoencoder(self) -> AutoencoderStage:
+        """Its autoencoder: trained if it isn't yet, or given."""
+        return AutoencoderStage(
+            experiment=self.experiment, folder=self.folder / "autoencoder", clips=lambda: self.training_clips
+        )
+
     def train_autoencoder(self) -> dict[str, Any]:
-        """The averaged parameters of the trained autoencoder, with its latents' mean and deviation measured.
-
-        Where the config does not train `normalizer`, these stay as they were.
-        """
-        config, experiment = self.experiment.autoencoder, self.experiment
-        path = self.folder / "autoencoder" / "weights.safetensors"
-        if path.is_file():
-            return load_weights(path, like=param_shapes(config.model.make))
-        graph, parts = graph_of(config.model.make), loss_parts(config, experiment.seed)
-        continues = Checkpoints(path.parent / "checkpoints").latest() is not None
-        stretches = Stretches(self.training_clips, experiment.limits)
-        start = None if continues else given_params(config, rng.key(experiment.seed, "inflation"))
-        linear = self._linear(stretches) if isinstance(config.model, PatchVaeConfig) and not continues else None
-
-        def init(key: Array) -> dict[str, Any]:
-            params = init_params(config.model.make, key)
-            return params if linear is None else start_from_linear(params, linear)
-
-        batches = functools.partial(self._windows, stretches, purpose="autoencoder")
-        state = self._train("autoencoder", init, parts.pop("loss"), batches, start=start, **parts)
-        params = jax.device_get(state.ema)
-        if config.optimizer.trains("normalizer/mean"):
-            with contextlib.closing(self._windows(stretches, 0, "latent moments")) as windows:
-                mean, std = latent_moments(graph, params, itertools.islice(windows, _MOMENT_BATCHES))
-            params["normalizer"] = {"mean": mean, "std": std}
-        save_weights(path, params)
-        return params
+        """The parameters of the autoencoder, trained if it isn't yet; see `AutoencoderStage.params`."""
+        return self.autoencoder.params()
 
     def encode_latents(self) -> LatentSource:
         """The cached latents of the training clips. Files that `tools/encode_latents.py` made are not made again."""
@@ -291,6 +261,8 @@ class Run:
             caption_dropout=config.caption_dropout,
             empty_caption=texts.empty,
             seed=experiment.seed,
+            known=config.known,
+            optimizer=optimizer_of(config) if config.lora is None else None,
         )
 
         def batches(start: int) -> Batches:
@@ -299,10 +271,14 @@ class Run:
             return opened
 
         trained = self._trained_denoiser()
-        state = self._train("denoiser", trained.init, trained.loss(loss), batches, **trained.arguments())
+        folder, arguments = self.folder / "denoiser", trained.arguments()
+        state = stages.train(experiment, folder, trained.init, trained.loss(loss), batches, **arguments)
         averaged = jax.device_get(state.ema)
-        if (adapter := trained.adapter(averaged)) is not None:
-            save_lora(self.folder / "adapter.safetensors", adapter, own_modules(trained.params or {}))
+        del state
+        if (adapter := trained.adapter(averaged)) is None:
+            results.save_transformer(self.folder, config.dit, averaged)
+        else:
+            results.save_adapter(self.folder, config.dit, adapter, trained.adapted or {})
         return trained.whole(averaged)
 
     def _tokenizer(self, *, cache: Path | None = None) -> Tokenizer | FrozenEncoder:
@@ -323,7 +299,8 @@ class Run:
 
     def export(self) -> Pipeline:
         """Write `pipeline/`, after training what is not trained yet: the autoencoder, on its latents the denoiser."""
-        autoencoder, denoiser = self.train_autoencoder(), self.train_denoiser()
+        denoiser = self.train_denoiser()  # first, as it takes memory, and makes the autoencoder that it needs
+        autoencoder = self.train_autoencoder()
         pipeline = Pipeline(self.pipeline_config(), autoencoder=autoencoder, denoiser=denoiser)
         if not (self.folder / "pipeline").is_dir():
             pipeline.save(self.folder / "pipeline")
@@ -340,7 +317,8 @@ class Run:
         if checkpoints.latest() is None:
             raise UserError(f"{self.folder} has no checkpoint of its denoiser yet; continue it with: {self.command}")
         trained = self._trained_denoiser()
-        state, _ = checkpoints.restore(state_shapes(trained.init, make_optimizer(config.optimizer, steps=config.steps)))
+        optimizer = make_optimizer(optimizer_of(config), steps=config.steps)
+        state, _ = checkpoints.restore(state_shapes(trained.init, optimizer))
         denoiser = trained.whole(jax.device_get(state.ema))
         return Pipeline(self.pipeline_config(), autoencoder=self.train_autoencoder(), denoiser=denoiser)
 
@@ -374,74 +352,13 @@ class Run:
     def _trained_denoiser(self) -> TrainedDenoiser:
         folder = self.folder / "denoiser"
         continues = Checkpoints(folder / "checkpoints").latest() is not None
-        return trained_denoiser(self.experiment.denoiser, folder, continues=continues)
-
-    def _train(
-        self,
-        name: str,
-        init: Callable[[Array], dict[str, Any]],
-        loss: Loss,
-        batches: Callable[[int], Batches | WindowBatches],
-        **given: Any,
-    ) -> TrainState | AdversarialState:
-        """Train one of the two models from its newest checkpoint, or from `init`; `given` is of `Training`.
-
-        Raises:
-          UserError: the data are others than those that the checkpoint was trained on.
-        """
-        experiment = self.experiment
-        config = experiment.autoencoder if name == "autoencoder" else experiment.denoiser
-        return trainer.Training(
-            folder=self.folder / name,
-            title=f"training the {name}",
-            init=init,
-            random_key=rng.key(experiment.seed, name),
-            loss=loss,
-            optimizer=make_optimizer(config.optimizer, steps=config.steps),
-            ema_decay=config.ema_decay,
-            config=loop.LoopConfig(
-                steps=config.steps, log_every=experiment.log_every, save_every=experiment.save_every
-            ),
-            mesh=make_mesh(experiment.mesh),
-            **given,
-        ).run(batches)
-
-    def _windows(self, stretches: Stretches, start: int, purpose: str) -> WindowBatches:
-        """Batches of the window shapes in turn, from step `start` on. Each purpose has windows of its own."""
-        opened = WindowBatches(
-            stretches,
-            self.experiment.autoencoder.windows,
-            seed=int(rng.host(self.experiment.seed, purpose).integers(2**31)),
-            start_step=start,
-            host=jax.process_index(),
-            hosts=jax.process_count(),
-        )
-        if purpose == "autoencoder" and opened.left_out:
-            remark(f"{len(opened.left_out)} clips have no room for a window of the autoencoder's training")
-        return opened
+        mesh = make_mesh(self.experiment.mesh)
+        return trained_denoiser(self.experiment.denoiser, folder, mesh, continues=continues)
 
     def codec(self) -> Codec:
         """The autoencoder, trained if it isn't yet."""
         return Codec(self.experiment.autoencoder.model, self.train_autoencoder())
 
     def linear_baseline(self) -> LinearAutoencoder | None:
-        """The best linear autoencoder of as many latent values, fitted on the training clips: what ours has to beat.
-
-        None where a patch has too many values for it.
-        """
-        model = self.experiment.autoencoder.model
-        if 3 * model.stride.volume > _LINEAR_VALUES:
-            return None
-        return self._linear(Stretches(self.training_clips, self.experiment.limits))
-
-    def _linear(self, stretches: Stretches) -> LinearAutoencoder:
-        """Principal components of the training clips, which are kept in the run's folder."""
-        model = self.experiment.autoencoder.model
-        path = self.folder / "autoencoder" / "linear.safetensors"
-        if path.is_file():
-            return LinearAutoencoder(**load_weights(path))
-        with contextlib.closing(self._windows(stretches, 0, "linear start")) as batches:
-            first = itertools.islice(batches, _LINEAR_BATCHES)
-            fitted = fit_linear(map(pixels.to_float, first), stride=model.stride, channels=model.channels)
-        save_weights(path, fitted._asdict())
-        return fitted
+        """The best linear autoencoder of as many latent values: what ours has to beat, where there is one."""
+        return self.autoencoder.linear_baseline()

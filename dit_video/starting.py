@@ -1,33 +1,44 @@
 """What trainings start with: an autoencoder's loss, and weights that were given."""
 
+import dataclasses
+import functools
 import hashlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from dit_video import configs, rng
 from dit_video.autoencoder import InflatedConfig, VqConfig, inflate
+from dit_video.distributed import shardings
+from dit_video.dit import WanDitConfig
 from dit_video.errors import UserError
-from dit_video.experiment import AutoencoderTraining, DenoiserTraining
+from dit_video.experiment import AutoencoderTraining, DenoiserTraining, GivenAutoencoder
 from dit_video.features import Lpips
 from dit_video.files import read_json, write_json
 from dit_video.nn import LoraConfig, graph_of, init_lora, init_params, merge_lora, scaled
 from dit_video.pipeline import CONFIG as PIPELINE
 from dit_video.pipeline import load_pipeline
+from dit_video.text import FrozenTextConfig
 from dit_video.training.adversarial import Rival
 from dit_video.training.autoencoder import AutoencoderLoss
+from dit_video.training.denoiser import TEMPORAL
 from dit_video.training.lora import LoraLoss
+from dit_video.training.optimizer import OptimizerConfig
 from dit_video.training.step import Loss
 from dit_video.training.vq import VqLoss
-from dit_video.tree import flatten
-from dit_video.weights import load_autoencoder, load_lpips
+from dit_video.tree import flatten, map_with_path, unflatten
+from dit_video.weights import denoiser_config, load_autoencoder, load_denoiser, load_lpips
 
 _OF_TRAINING = ("bfloat16", "std", "attention", "dtype", "remat", "folder", "identity")
 """Fields of configs that weights do not depend on, so that their files do not hold them."""
+_EMBEDDING = "dit/embed/kernel"
 
 
 def given_params(training: AutoencoderTraining, key: Array) -> dict[str, Any] | None:
@@ -41,14 +52,27 @@ def given_params(training: AutoencoderTraining, key: Array) -> dict[str, Any] | 
     """
     if training.start is None:
         return None
-    config, params = load_autoencoder(training.start)
     model = training.model
-    wanted = model.image if isinstance(model, InflatedConfig) else model
-    if difference := configs.difference(_kept(configs.to_json(config)), _kept(configs.to_json(wanted))):
-        raise UserError(f"{training.start} holds another autoencoder than the config's: {difference}")
     if not isinstance(model, InflatedConfig):
-        return params
-    return inflate(wanted, params, key, span=model.span)[1]
+        return _autoencoder_params(training.start, model)
+    return inflate(model.image, _autoencoder_params(training.start, model.image), key, span=model.span)[1]
+
+
+def given_autoencoder(given: GivenAutoencoder) -> dict[str, Any]:
+    """The parameters of an autoencoder that is not trained.
+
+    Raises:
+      MissingError: no such folder, or files that it lacks.
+      UserError: a folder whose weights can't be read, or are of another autoencoder.
+    """
+    return _autoencoder_params(given.folder, given.model)
+
+
+def _autoencoder_params(folder: str, wanted: Any) -> dict[str, Any]:
+    config, params = load_autoencoder(folder)
+    if difference := configs.difference(_kept(configs.to_json(config)), _kept(configs.to_json(wanted))):
+        raise UserError(f"{folder} holds another autoencoder than the config's: {difference}")
+    return params
 
 
 def loss_parts(training: AutoencoderTraining, seed: int) -> dict[str, Any]:
@@ -79,13 +103,15 @@ def loss_parts(training: AutoencoderTraining, seed: int) -> dict[str, Any]:
 
 
 class TrainedDenoiser(NamedTuple):
-    """What is trained of a denoiser and its text encoder: all of it, or adapters to what was given."""
+    """What is trained of a denoiser and its text encoder: weights of them, or adapters to what was given."""
 
     init: Callable[[Array], dict[str, Any]]
     """what is trained, from a random key"""
-    params: dict[str, Any] | None
-    """that were given"""
-    lora: LoraConfig | None
+    start: Callable[[], dict[str, Any]] | None = None
+    """reads the weights that training begins with, laid out on the devices; nothing else holds them"""
+    adapted: dict[str, Any] | None = None
+    """the weights that adapters change, laid out on the devices"""
+    lora: LoraConfig | None = None
 
     def loss(self, loss: Loss) -> Loss:
         """Of what is trained, from that of the model's parameters."""
@@ -93,27 +119,37 @@ class TrainedDenoiser(NamedTuple):
 
     def arguments(self) -> dict[str, Any]:
         """Of `Training`."""
-        return {"start" if self.lora is None else "frozen": self.params}
+        return {"start": self.start, "frozen": self.adapted}
 
     def adapter(self, trained: dict[str, Any]) -> dict[str, Any] | None:
-        """The adapter that was trained; None where the whole was."""
+        """The adapter that was trained; None where weights were."""
         return None if self.lora is None else scaled(trained, self.lora.scale)
 
     def whole(self, trained: dict[str, Any]) -> dict[str, Any]:
-        """The model's parameters, an adapter merged into those that it adapts."""
+        """The model's parameters on the host, an adapter merged into those that it adapts, one after the other."""
         adapter = self.adapter(trained)
         if adapter is None:
             return trained
-        assert self.params is not None
-        return merge_lora(self.params, adapter)
+        factors = flatten(adapter)
+
+        def merged(path: str, leaf: Array) -> np.ndarray:
+            kernel = jax.device_get(leaf)
+            if f"{path}/a" not in factors:
+                return kernel
+            own = {f"kernel/{part}": factors[f"{path}/{part}"] for part in ("a", "b", "scale")}
+            return np.asarray(merge_lora({"kernel": kernel}, unflatten(own))["kernel"])
+
+        return map_with_path(merged, self.adapted)
 
 
-def trained_denoiser(training: DenoiserTraining, folder: Path, *, continues: bool) -> TrainedDenoiser:
+def trained_denoiser(training: DenoiserTraining, folder: Path, mesh: Mesh, *, continues: bool) -> TrainedDenoiser:
     """What is trained, in `folder`, where there are checkpoints already or not.
+
+    Weights that were given are read one parameter at a time to where they are used, on `mesh`.
 
     Raises:
       MissingError: no such folder as `training.start`.
-      UserError: one that holds no pipeline, or one of another model; other weights than those that adapters were
+      UserError: one that holds no denoiser, or one of another model; other weights than those that adapters were
         trained for before.
     """
 
@@ -123,35 +159,104 @@ def trained_denoiser(training: DenoiserTraining, folder: Path, *, continues: boo
             "text": init_params(training.text.make, jax.random.fold_in(key, 1)),
         }
 
-    if training.start is None or (training.lora is None and continues):
-        return TrainedDenoiser(init, None, None)
-    params, lora = _given_denoiser(training), training.lora
-    if lora is None:
-        return TrainedDenoiser(init, params, None)
-    _keep_identity(folder / "start.json", params, training.start)
-    shapes = jax.eval_shape(init, jax.random.key(0))
-    return TrainedDenoiser(lambda key: init_lora(shapes, lora, key), params, lora)
+    check_start(training)
+    if training.lora is not None:
+        lora, placing = training.lora, _Placing(mesh, training)
+        params = _given_denoiser(training, placing)
+        _keep_identity(folder / "start.json", placing.identity, str(training.start))
+        shapes = jax.eval_shape(init, jax.random.key(0))
+        return TrainedDenoiser(lambda key: init_lora(shapes, lora, key), adapted=params, lora=lora)
+    if training.start is None or training.trained == "scratch" or continues:
+        return TrainedDenoiser(init)
+    return TrainedDenoiser(init, start=lambda: _given_denoiser(training, _Placing(mesh, training)))
 
 
-def _given_denoiser(training: DenoiserTraining) -> dict[str, Any]:
-    """The parameters of the pipeline that training starts from."""
+def optimizer_of(training: DenoiserTraining) -> OptimizerConfig:
+    """The optimizer, with what `training.trained` says of the parameters that it trains."""
+    if training.trained != "temporal":
+        return training.optimizer
+    return dataclasses.replace(training.optimizer, trainable=(TEMPORAL,))
+
+
+def check_start(training: DenoiserTraining) -> None:
+    """A quick look at what is trained, without weights.
+
+    Raises:
+      MissingError: no such folder as `training.start`.
+      UserError: a folder of weights of another model, or no layers in time where these are trained.
+    """
+    if training.trained == "temporal":
+        paths = flatten(jax.eval_shape(lambda key: init_params(training.dit.make, key), jax.random.key(0)))
+        if not any(re.search(TEMPORAL, path) for path in paths):
+            raise UserError(
+                "the denoiser has no layers in time alone, so that trained='temporal' would train nothing; train it "
+                "whole, or with lora"
+            )
+    if training.start is not None and training.trained != "scratch" and (folder := _foreign(training.start)):
+        _check_same(str(folder), "the transformer", denoiser_config(folder), training.dit)
+        if not isinstance(training.text, FrozenTextConfig):
+            raise UserError(f"{training.start} has no text encoder to train on; give text=FrozenTextConfig(...)")
+    targets = () if training.lora is None or not isinstance(training.dit, WanDitConfig) else training.lora.targets
+    if any(re.search(pattern, _EMBEDDING) for pattern in targets):
+        raise UserError(
+            f"adapters of {_EMBEDDING} can't be written for other programs; use targets that leave it out, such as "
+            "blocks/.*kernel$"
+        )
+
+
+def _given_denoiser(training: DenoiserTraining, placing: "_Placing") -> dict[str, Any]:
+    """The parameters that training starts from, each placed as soon as it is read."""
     assert training.start is not None
+    if folder := _foreign(training.start):
+        kernels = placing.kernels
+        placed = load_denoiser(folder, kernels=kernels, place=lambda path, leaf: placing(f"dit/{path}", leaf))[1]
+        return {"dit": placed, "text": {}}
     folder = Path(training.start)
     pipeline = load_pipeline(folder if (folder / PIPELINE).is_file() else folder / "pipeline")
     for part in ("dit", "text"):
-        found, wanted = (_kept(configs.to_json(getattr(config, part))) for config in (pipeline.config, training))
-        if difference := configs.difference(found, wanted):
-            raise UserError(f"{folder} holds another denoiser than the config's, in {part}: {difference}")
-    return pipeline.denoiser_params
+        _check_same(str(folder), part, getattr(pipeline.config, part), getattr(training, part))
+    return map_with_path(placing, pipeline.denoiser_params)
 
 
-def _keep_identity(path: Path, params: dict[str, Any], start: str) -> None:
+def _check_same(folder: str, part: str, found: Any, wanted: Any) -> None:
+    if difference := configs.difference(*(_kept(configs.to_json(config)) for config in (found, wanted))):
+        raise UserError(f"{folder} holds another denoiser than the config's, in {part}: {difference}")
+
+
+def _foreign(start: str) -> Path | None:
+    """The folder of the transformer, where a folder is in diffusers' layout: a pipeline's, or the transformer's own."""
+    folder = Path(start)
+    if (folder / "model_index.json").is_file():
+        return folder / "transformer"
+    return folder if (folder / "config.json").is_file() else None
+
+
+class _Placing:
+    """Puts each parameter to its place on a mesh, and takes note of what it was.
+
+    Where adapters alone are trained, Wan's kernels are kept in the dtype of its matrix products: half the memory in
+    bfloat16.
+    """
+
+    def __init__(self, mesh: Mesh, training: DenoiserTraining):
+        self._mesh, self._digests = mesh, dict[str, str]()
+        adapts_wan = training.lora is not None and isinstance(training.dit, WanDitConfig)
+        self.kernels = jnp.dtype(training.dit.dtype if adapts_wan else "float32")
+
+    def __call__(self, path: str, leaf: np.ndarray) -> Array:
+        wanted = self.kernels if path.endswith("kernel") else np.dtype(np.float32)
+        leaf = np.ascontiguousarray(leaf.astype(wanted, copy=False))
+        self._digests[path] = hashlib.sha256(leaf.reshape(-1).view(np.uint8).data).hexdigest()
+        return jax.device_put(leaf, shardings({path: leaf}, self._mesh)[path])
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """Of all parameters that were placed."""
+        return hashlib.sha256(repr(sorted(self._digests.items())).encode()).hexdigest()[:16]
+
+
+def _keep_identity(path: Path, identity: str, start: str) -> None:
     """Write down what is adapted; refuse to go on with something else."""
-    digest = hashlib.sha256()
-    for name, leaf in sorted(flatten(params).items()):
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(leaf).data)
-    identity = digest.hexdigest()[:16]
     if path.is_file() and (before := read_json(path).get("identity")) != identity:
         raise UserError(f"{start} has other weights ({identity}) than those adapted before ({before}); put them back")
     if jax.process_index() == 0 and not path.is_file():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import dit_video
-from dit_video import configs, feed, run
+from dit_video import configs, feed, stages
 from dit_video import tree as trees
 from dit_video.data import shapes
 from dit_video.data.bucket_batches import BucketConfig
@@ -176,15 +176,15 @@ def test_a_run_without_a_checkpoint_of_its_denoiser_says_how_to_go_on(copy):
 
 def test_the_linear_start_is_fitted_once_by_a_new_run_alone(tiny_run, copy, monkeypatch):
     fitted = []
-    real = run.fit_linear
-    monkeypatch.setattr(run, "fit_linear", lambda *args, **given: fitted.append(1) or real(*args, **given))
+    real = stages.fit_linear
+    monkeypatch.setattr(stages, "fit_linear", lambda *args, **given: fitted.append(1) or real(*args, **given))
     (copy / "autoencoder" / "weights.safetensors").unlink()
     Run.open(copy).train_autoencoder()  # from its last checkpoint
     assert fitted == []
     name = "autoencoder/weights.safetensors"
     assert (copy / name).read_bytes() == (tiny_run / name).read_bytes()
     shutil.rmtree(copy / "autoencoder")
-    monkeypatch.setattr(Run, "_train", lambda _run, _name, init, *_, **__: init(run.rng.key(0, "x")) and 1 / 0)
+    monkeypatch.setattr(stages, "train", lambda _run, _name, init, *_, **__: init(stages.rng.key(0, "x")) and 1 / 0)
     with pytest.raises(ZeroDivisionError):
         Run.open(copy).train_autoencoder()
     assert fitted == [1]
@@ -194,7 +194,7 @@ def test_latents_of_another_autoencoder_are_refused(copy):
     path = copy / "autoencoder" / "weights.safetensors"
     weights = load_weights(path)
     weights["decoder_out"]["bias"] = weights["decoder_out"]["bias"] + 1
-    run.save_weights(path, weights)
+    stages.save_weights(path, weights)
     with pytest.raises(UserError, match="encode the clips again"):
         Run.open(copy).encode_latents()
 
@@ -308,18 +308,18 @@ def two_windows(tiny, tiny_run):
 
 def test_window_shapes_take_turns_and_continue_at_any_step(two_windows):
     stretches = Stretches(two_windows.training_clips, two_windows.experiment.limits)
-    whole = list(itertools.islice(two_windows._windows(stretches, 0, "autoencoder"), 7))
+    whole = list(itertools.islice(two_windows.autoencoder.windows(stretches, 0, "autoencoder"), 7))
     assert [batch.shape[:2] for batch in whole] == [(2, 5), (1, 9), (2, 5), (1, 9), (2, 5), (1, 9), (2, 5)]
     for start in (1, 2, 5):
-        rest = list(itertools.islice(two_windows._windows(stretches, start, "autoencoder"), 7 - start))
+        rest = list(itertools.islice(two_windows.autoencoder.windows(stretches, start, "autoencoder"), 7 - start))
         assert all(np.array_equal(*pair) for pair in zip(rest, whole[start:], strict=True))
-    other = next(two_windows._windows(stretches, 0, "another purpose"))
+    other = next(two_windows.autoencoder.windows(stretches, 0, "another purpose"))
     assert not np.array_equal(other, whole[0])
 
 
 def test_clips_without_room_for_any_window_are_told(two_windows, capsys):
     stretches = Stretches(two_windows.training_clips, two_windows.experiment.limits)
-    two_windows._windows(stretches, 0, "autoencoder").close()
+    two_windows.autoencoder.windows(stretches, 0, "autoencoder").close()
     images = sum(info.frames == 1 for info in two_windows.training_clips.infos)
     assert images
     assert f"{images} clips have no room for a window" in capsys.readouterr().err

@@ -3,6 +3,7 @@
     python tools/benchmark.py                                    # all parts, with the quickstart's models
     python tools/benchmark.py denoiser autoencoder               # some parts
     python tools/benchmark.py attention --tokens 8192 --peers    # packed rows beside dense attention, torch's too
+    python tools/benchmark.py tiling --run RUN --clips CLIPS     # what tiles change of a trained autoencoder's frames
     python tools/benchmark.py data --clips CLIPS                 # with one's own clips instead of rendered ones
     python tools/benchmark.py --config experiments/configs/clips.py --steps 50
     python tools/benchmark.py autoencoder --peers                # beside diffusers, where that and torch are installed
@@ -11,7 +12,9 @@
 `denoiser` and `autoencoder` time training steps on random latents and pixels of mixed sizes, packed as in training.
 `data` measures the loaders beside those steps (cached latents; video files; video files that are encoded on the way, as
 rows and in buckets), decoding against a bare loop, ingest with two processes against one, and the loader's memory.
-`attention`, which runs where it is named alone, times attention that skips foreign blocks beside dense attention.
+`attention` and `tiling` run where they are named alone: the one times attention that skips foreign blocks beside dense
+attention; the other says by how many steps of 0..255 frames decoded in blended tiles differ from whole ones, at the
+largest and in the mean, for several overlaps.
 `--peers` times the convolutional autoencoder beside diffusers' on the same weights, and attention beside torch's. A
 part whose packages are missing is skipped, and the document says so: `denoiser` and `autoencoder` need JAX, Flax and
 optax alone. Where the quickstart's config cannot be imported for that reason, models of about its size are measured,
@@ -39,8 +42,9 @@ from benchmarks.steps import Trained, measure_autoencoder, measure_denoiser
 from dit_video.errors import MissingError, UserError, script
 
 PARTS = ("denoiser", "autoencoder", "data")
-BY_NAME = ("attention",)
+BY_NAME = ("attention", "tiling")
 """parts that run where they are named alone"""
+PRETRAINED = Path(__file__).resolve().parents[1] / "experiments" / "pretrained" / "shapes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +88,7 @@ def machine() -> dict[str, Any]:
 
 
 def benchmark(
-    setting: Setting, parts: Sequence[str], extent: Extent, clips: Path | None, *, peers: bool
+    setting: Setting, parts: Sequence[str], extent: Extent, clips: Path | None, *, run: Path, peers: bool
 ) -> dict[str, Any]:
     """The whole document."""
     document: dict[str, Any] = {"machine": machine(), "setting": setting.name}
@@ -98,6 +102,9 @@ def benchmark(
     if "attention" in parts:
         print("attention over packed rows", file=sys.stderr)
         document["attention"] = measure_attention(extent, peers=peers)
+    if "tiling" in parts:
+        print("tiles beside whole pictures", file=sys.stderr)
+        document["tiling"] = measure_tiling(run, clips)
     if denoiser is not None and autoencoder is not None and "data" in parts:
         document["data"] = measure_data(setting, denoiser, autoencoder, extent, clips)
         if "latents" in document["data"]:
@@ -131,6 +138,15 @@ def measure_attention(extent: Extent, *, peers: bool) -> dict[str, Any]:
         found = attention.measure(extent.tokens, extent.rounds)
         return found | {"peers": {"skipped": f"{error.name} is not installed"}}
     return attention.measure(extent.tokens, extent.rounds, torch_attention)
+
+
+def measure_tiling(run: Path, clips: Path | None) -> dict[str, Any]:
+    """Of a trained autoencoder."""
+    try:
+        from benchmarks import tiling
+    except ModuleNotFoundError as error:
+        return {"skipped": f"{error.name} is not installed"}
+    return tiling.measure(run, clips)
 
 
 def measure_data(
@@ -169,6 +185,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of what is compared in turn")
     parser.add_argument("--batches", type=int, default=10_000, help="over which the loader's memory is watched")
     parser.add_argument("--tokens", type=int, default=8192, help="of the rows that attention is timed on")
+    parser.add_argument("--run", type=Path, default=PRETRAINED, help="whose autoencoder's tiles are measured")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change the setting")
     parser.add_argument("--peers", action="store_true", help="time other projects' autoencoders, too")
     arguments = parser.parse_args()
@@ -185,7 +202,9 @@ def main() -> None:
         except (SyntaxError, ValueError):
             value = text
         setting = changed(setting, name, value)
-    found = benchmark(setting, arguments.parts or PARTS, extent, arguments.clips, peers=arguments.peers)
+    found = benchmark(
+        setting, arguments.parts or PARTS, extent, arguments.clips, run=arguments.run, peers=arguments.peers
+    )
     print(json.dumps(found, indent=2))
 
 

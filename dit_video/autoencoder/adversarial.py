@@ -91,12 +91,12 @@ class Adversarial:
         return Discriminator(width=self.width, layers=self.layers, rngs=rngs)
 
 
-def judged(real: Verdicts, decoded: Verdicts) -> Float[Array, " B"]:
+def discriminator_loss(real: Verdicts, decoded: Verdicts) -> Float[Array, " B"]:
     """The discriminator's hinge loss (arXiv 1705.02894): `(mean max(0, 1 - D(x)) + mean max(0, 1 + D(y))) / 2`."""
     return 0.5 * (jax.nn.relu(1 - real).mean(axis=_VERDICTS) + jax.nn.relu(1 + decoded).mean(axis=_VERDICTS))
 
 
-def betrayed(decoded: Verdicts) -> Float[Array, " B"]:
+def generator_loss(decoded: Verdicts) -> Float[Array, " B"]:
     """The autoencoder's loss against the discriminator: `-mean D(y)`."""
     return -decoded.mean(axis=_VERDICTS)
 

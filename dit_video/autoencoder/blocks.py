@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dit_video.autoencoder.interface import chunk_grid
 from dit_video.autoencoder.modulation import Guide, SpatialNorm
+from dit_video.errors import UserError
 from dit_video.nn import CausalConv, Linear, Memory, RmsNorm, make_attention
 from dit_video.tokens import Grid
 
@@ -41,8 +42,13 @@ class Places(NamedTuple):
         return jnp.repeat(jnp.repeat(self.clips, rows, axis=1), columns, axis=2)
 
 
+def alone(x: Float[Array, "B t h w i"], places: Places | None) -> Float[Array, "B t h w i"]:
+    """Features with zeros between the clips of a canvas, as each clip alone has beyond its border."""
+    return x if places is None else places.alone(x)
+
+
 def placed(
-    pixels: Float[Array, "B T H W 3"],
+    pixels: Float[Array, "B T H W _"],
     stride: Grid,
     inside: Int[Array, "B h w"] | Bool[Array, "B h w"] | None,
     memory: Memory | None,
@@ -50,14 +56,19 @@ def placed(
     """Which clip each latent position of a canvas belongs to; None where clips have no canvas.
 
     Raises:
-      UserError: pixels of a clip, or of a chunk of one, that do not fit the stride.
+      UserError: pixels of a clip, or of a chunk of one, that do not fit the stride, or that are not red, green, blue.
     """
+    if pixels.shape[-1] != 3:
+        raise UserError(f"pixels have 3 channels, red, green and blue; {pixels.shape[-1]} were given")
     chunk_grid(Grid(*pixels.shape[1:4]), stride, begins=memory is None or memory.begins)
     return None if inside is None else Places(inside.astype(jnp.int32))
 
 
-def _alone(x: Array, places: Places | None) -> Array:
-    return x if places is None else places.alone(x)
+def frame_segments(x: Float[Array, "B t h w D"], places: Places | None) -> Int[Array, "B*t h*w"]:
+    """Which clip each position of every frame belongs to, for attention within the clips' frames."""
+    if places is None:
+        return jnp.ones((x.shape[0] * x.shape[1], x.shape[2] * x.shape[3]), jnp.int32)
+    return repeat(places.at(x), "B h w -> (B t) (h w)", t=x.shape[1])
 
 
 def make_norm(width: int, guided: int | None, rngs: nnx.Rngs) -> nnx.Module:
@@ -95,8 +106,8 @@ class ResidualBlock(nnx.Module):
         places: Places | None = None,
         guide: Guide | None = None,
     ) -> Float[Array, "B t h w o"]:
-        y = self.conv_in(_alone(jax.nn.silu(normed(self.norm_in, x, guide)), places), memory)
-        y = self.conv_out(_alone(jax.nn.silu(normed(self.norm_out, y, guide)), places), memory)
+        y = self.conv_in(alone(jax.nn.silu(normed(self.norm_in, x, guide)), places), memory)
+        y = self.conv_out(alone(jax.nn.silu(normed(self.norm_out, y, guide)), places), memory)
         return y + (x if self.shortcut is None else self.shortcut(x))
 
 
@@ -112,13 +123,9 @@ class FrameAttention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B t h w D"], places: Places | None = None, guide: Guide | None = None
     ) -> Float[Array, "B t h w D"]:
-        frames = x.shape[1]
         tokens = rearrange(normed(self.norm, x, guide), "B t h w D -> (B t) (h w) 1 D")
         q, k, v = jnp.split(self.qkv(tokens), 3, axis=-1)
-        if places is None:
-            segments = jnp.ones(q.shape[:2], jnp.int32)
-        else:
-            segments = repeat(places.at(x), "B h w -> (B t) (h w)", t=frames)
+        segments = frame_segments(x, places)
         mixed = self.attention(q, k, v, q_segments=segments, kv_segments=segments)
         return x + self.out(mixed).reshape(x.shape)
 
@@ -135,7 +142,7 @@ class Down(nnx.Module):
         self, x: Float[Array, "B T H W D"], memory: Memory | None = None, places: Places | None = None
     ) -> Float[Array, "B t h w D"]:
         if self.space is not None:
-            x = self.space(_alone(x, places))
+            x = self.space(alone(x, places))
         if self.time is None:
             return x
         if memory is None or memory.begins:  # the first frame stays as it is, and is the past of those that follow

@@ -14,11 +14,11 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange, repeat
+from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dit_video.autoencoder.blocks import Down, Places, Up
+from dit_video.autoencoder.blocks import Down, Places, Up, alone, frame_segments
 from dit_video.errors import UserError
 from dit_video.nn import CausalConv, GroupNorm, Linear, Memory, make_attention
 from dit_video.tokens import Grid
@@ -45,7 +45,7 @@ class ImageLevels:
     attention: tuple[int, ...] = ()
     """levels that have attention after every residual block"""
     bfloat16: bool = False
-    """whether products are computed in bfloat16; parameters, norms and sums stay float32"""
+    """whether features are bfloat16, with products summed in float32; parameters, norms and latents stay float32"""
 
     def __post_init__(self):
         if not self.widths or min(*self.widths, self.blocks, self.groups) < 1:
@@ -114,8 +114,8 @@ class ImageResidual(nnx.Module):
         self.shortcut = None if width_in == width_out else Linear(width_in, width_out, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B t h w i"], beside: Beside) -> Float[Array, "B t h w o"]:
-        y = self.conv_in(_alone(jax.nn.silu(self.norm_in(x, beside)), beside))
-        y = self.conv_out(_alone(jax.nn.silu(self.norm_out(y, beside)), beside))
+        y = self.conv_in(alone(jax.nn.silu(self.norm_in(x, beside)), beside.places))
+        y = self.conv_out(alone(jax.nn.silu(self.norm_out(y, beside)), beside.places))
         return y + (x if self.shortcut is None else self.shortcut(x))
 
 
@@ -129,10 +129,7 @@ class ImageAttention(nnx.Module):
 
     def __call__(self, x: Float[Array, "B t h w D"], beside: Beside) -> Float[Array, "B t h w D"]:
         tokens = rearrange(self.norm(x, beside), "B t h w D -> (B t) (h w) 1 D")
-        if beside.places is None:
-            segments = jnp.ones(tokens.shape[:2], jnp.int32)
-        else:
-            segments = repeat(beside.places.at(x), "B h w -> (B t) (h w)", t=x.shape[1])
+        segments = frame_segments(x, beside.places)
         mixed = self.attention(
             self.query(tokens), self.key(tokens), self.value(tokens), q_segments=segments, kv_segments=segments
         )
@@ -157,11 +154,11 @@ class ImageEncoder(nnx.Module):
 
     def __call__(self, pixels: Float[Array, "B t H W 3"], places: Places | None = None) -> Float[Array, "B t h w _"]:
         beside = Beside(places=places)
-        x = self.conv_in(_alone(pixels, beside))
+        x = self.conv_in(alone(pixels, places))
         for level in self.levels:
             x = level(x, beside)
         x = self.middle(x, beside)
-        return self.conv_out(_alone(jax.nn.silu(self.norm(x, beside)), beside))
+        return self.conv_out(alone(jax.nn.silu(self.norm(x, beside)), places))
 
 
 class ImageDecoder(nnx.Module):
@@ -246,7 +243,3 @@ class _Middle(nnx.Module):
         x = self.before(x, beside)
         x = x if self.attention is None else self.attention(x, beside)
         return self.after(x, beside)
-
-
-def _alone(x: Float[Array, "B t h w D"], beside: Beside) -> Float[Array, "B t h w D"]:
-    return x if beside.places is None else beside.places.alone(x)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from dit_video.autoencoder.blocks import Places, alone, placed
 from dit_video.autoencoder.linear import LinearAutoencoder
 from dit_video.autoencoder.patches import from_patches, to_patches
 from dit_video.autoencoder.posterior import Normalizer, Posterior, Vae
@@ -87,10 +88,11 @@ class PatchVae(Vae):
         memory: Memory | None = None,
     ) -> Posterior:
         """The distribution of latents, before normalisation. See `encode` for the arguments."""
+        places = placed(pixels, self.config.stride, inside, memory)
         patches = to_patches(pixels, self.config.stride, begins=memory is None or memory.begins)
         x = self.encoder_in(patches)
         for block in self.encoder:
-            x = block(x, memory, inside)
+            x = block(x, memory, places)
         mean, log_variance = jnp.split(self.gains.latents * self.encoder_out(x), 2, axis=-1)
         start = 2 * math.log(self.config.start_std)
         return Posterior(self.linear.encode(patches) + mean, jnp.clip(log_variance + start, -12.0, 2.0))
@@ -155,9 +157,9 @@ class _Block(nnx.Module):
         self.out = Linear(width, width, init="zero", rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B t h w D"], memory: Memory | None = None, inside: Array | None = None
+        self, x: Float[Array, "B t h w D"], memory: Memory | None = None, places: Places | None = None
     ) -> Float[Array, "B t h w D"]:
-        x = x + self.mix(jax.nn.silu(self.space(_masked(self.norm_space(x), inside))))
+        x = x + self.mix(jax.nn.silu(self.space(alone(self.norm_space(x), places))))
         return x + self.out(jax.nn.silu(self.time(self.norm_time(x), memory)))
 
 
@@ -173,12 +175,7 @@ class _PreactivatedBlock(nnx.Module):
         self.time = CausalConv(width, width, (3, 1, 1), rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B t h w D"], memory: Memory | None = None, inside: Array | None = None
+        self, x: Float[Array, "B t h w D"], memory: Memory | None = None, places: Places | None = None
     ) -> Float[Array, "B t h w D"]:
-        x = x + self.gain * self.space(_masked(jax.nn.silu(self.norm(x)), inside))
+        x = x + self.gain * self.space(alone(jax.nn.silu(self.norm(x)), places))
         return x + self.gain * self.time(jax.nn.silu(x), memory)
-
-
-def _masked(x: Float[Array, "B t h w D"], inside: Array | None) -> Float[Array, "B t h w D"]:
-    """Zeros beyond a clip's border, as the convolution has them."""
-    return x if inside is None else jnp.where(inside[:, None, :, :, None] != 0, x, 0)

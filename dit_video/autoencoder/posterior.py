@@ -99,7 +99,7 @@ class Vae(nnx.Module):
           memory: of the chunk before.
 
         Raises:
-          UserError: a size that does not fit the stride.
+          UserError: a size that does not fit the stride, or pixels that are not red, green and blue.
         """
         return self.normalizer.normalize(self.posterior(pixels, inside, memory).mean)
 

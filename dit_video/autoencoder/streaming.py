@@ -48,8 +48,13 @@ def decode_stream(
       sharding: of a chunk's latents over devices, such as `NamedSharding(mesh, P(None, None, "context"))` for height.
 
     Raises:
-      UserError: a chunk of no frames, tiles that do not fit the stride, or a height that the devices do not divide.
+      UserError: latents of another number of channels, a chunk of no frames, tiles that do not fit the stride, or a
+        height that the devices do not divide.
     """
+    if latents.ndim != 5 or latents.shape[-1] != config.channels:
+        raise UserError(
+            f"latents are [B t h w {config.channels}] for this autoencoder, {list(latents.shape)} were given"
+        )
     _check(chunk, sharding, latents.shape[2], "latent rows")
     plan = cut(latents.shape[2], latents.shape[3], tiles, config.stride)
     parts = (latents[:, start : start + chunk] for start in range(0, latents.shape[1], chunk))
@@ -78,8 +83,8 @@ def encode_stream(
       sharding: of a chunk's frames over devices.
 
     Raises:
-      UserError: a chunk of no frames, tiles or frames that do not fit the stride (their number when they end), or a
-        height that the devices do not divide.
+      UserError: frames that are not uint8 [B T H W 3], a chunk of no frames, tiles or frames that do not fit the stride
+        (their number when they end), or a height that the devices do not divide.
     """
     stride = config.stride
     portions = _regrouped(frames, stride, chunk)
@@ -132,11 +137,16 @@ def _regrouped(
     """Portions of 1 + (chunk - 1) * stride frames first, then of chunk * stride; the last one may be shorter.
 
     Raises:
-      UserError: in all not 1 + k * stride frames.
+      UserError: something else than such frames, or in all not 1 + k * stride of them.
     """
     held: list[np.ndarray] = []
     wanted, total = 1 + (chunk - 1) * stride.t, 0
     for portion in frames:
+        if portion.dtype != np.uint8 or portion.ndim != 5 or portion.shape[-1] != 3:
+            raise UserError(
+                f"frames are uint8 [B T H W 3], {portion.dtype} {list(portion.shape)} were given; see "
+                "dit_video.pixels.to_uint8"
+            )
         held.append(portion)
         total += portion.shape[1]
         while sum(part.shape[1] for part in held) >= wanted:

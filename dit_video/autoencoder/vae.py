@@ -7,6 +7,7 @@ level has a parameter-free path beside it, as in the autoencoder of Wan 2.2 (aft
 import itertools
 import math
 from dataclasses import dataclass
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from dit_video.autoencoder.blocks import (
     Places,
     ResidualBlock,
     Up,
+    alone,
     averaged,
     make_norm,
     normed,
@@ -29,7 +31,7 @@ from dit_video.autoencoder.blocks import (
 from dit_video.autoencoder.modulation import Guide
 from dit_video.autoencoder.posterior import Normalizer, Posterior, Vae, check_std
 from dit_video.errors import UserError
-from dit_video.nn import CausalConv, Linear, Memory, rematerialised
+from dit_video.nn import CausalConv, Form, Linear, Memory, choose_form, rematerialised
 from dit_video.tokens import Grid
 
 
@@ -38,8 +40,8 @@ class CausalVaeConfig:
     """A causal VAE by its levels.
 
     Raises:
-      UserError: factors other than 1 and 2, another number of levels than of multipliers, or shortcuts whose channels
-        do not divide.
+      UserError: factors other than 1 and 2, another number of levels than of multipliers, shortcuts whose channels do
+        not divide, or a form of convolutions that there is not.
     """
 
     channels: int = 16
@@ -62,7 +64,10 @@ class CausalVaeConfig:
     """The latents' standard deviation in training, fixed; None learns one for each (the usual VAE). 0 is a plain
     autoencoder, whose latents have noise of about 3e-7: train it without a divergence."""
     bfloat16: bool = False
-    """whether products are computed in bfloat16; parameters, norms and sums stay float32"""
+    """whether features are bfloat16, with products summed in float32; parameters, norms and latents stay float32"""
+    form: Form = "auto"
+    """How convolutions are computed: see `CausalConv`. Which is the fastest for a device and width is found with
+    `tools/benchmark.py autoencoder --config CONFIG --set autoencoder.model.form=FORM`."""
     remat: bool = False
     """whether residual blocks are computed again in the backward pass, which then keeps their inputs alone"""
 
@@ -80,6 +85,8 @@ class CausalVaeConfig:
         halved = self.widths(self.decoder_width or self.width)[1:]
         if not self.shortcuts and any(width % 2 for width in halved):
             raise UserError(f"without shortcuts the decoder halves its widths {halved}, which must be even")
+        if self.form not in get_args(Form):
+            raise UserError(f"convolutions have no form {self.form!r}; use one of {', '.join(get_args(Form))}")
         check_std(self.std)
         self._check_shortcuts()
 
@@ -119,6 +126,11 @@ class CausalVaeConfig:
     @property
     def last_layer(self) -> str:
         return "decoder/conv_out/kernel"
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """What products are computed in."""
+        return jnp.dtype(jnp.bfloat16 if self.bfloat16 else jnp.float32)
 
     def widths(self, base: int) -> tuple[int, ...]:
         """Channels of every level."""
@@ -161,7 +173,7 @@ class Encoder(nnx.Module):
     """Pixels to so many features for each latent."""
 
     def __init__(self, config: CausalVaeConfig, features: int, *, rngs: nnx.Rngs):
-        self.config, dtype = config, _dtype(config)
+        self.config, dtype = config, config.dtype
         widths = config.widths(config.width)
         self.conv_in = CausalConv(3 * config.patch**2, config.width, (3, 3, 3), past="zero", dtype=dtype, rngs=rngs)
         # As in the open models the first convolution has the base width, whatever the first level's multiplier.
@@ -175,24 +187,25 @@ class Encoder(nnx.Module):
         self.middle = _Middle(widths[-1], dtype=dtype, rngs=rngs)
         self.norm = make_norm(widths[-1], None, rngs)
         self.conv_out = CausalConv(widths[-1], features, (3, 3, 3), past="zero", dtype=dtype, rngs=rngs)
+        choose_form(self, config.form)
 
     def __call__(
         self, pixels: Float[Array, "B T H W 3"], memory: Memory | None = None, places: Places | None = None
     ) -> Float[Array, "B t h w _"]:
         side = self.config.patch
         x = rearrange(pixels, "B T (h a) (w b) C -> B T h w (C b a)", a=side, b=side)
-        x = self.conv_in(x if places is None else places.alone(x), memory)
+        x = self.conv_in(alone(x, places), memory)
         for level in self.levels:
             x = level(x, memory, places)
         x = jax.nn.silu(self.norm(self.middle(x, memory, places)))
-        return self.conv_out(x if places is None else places.alone(x), memory)
+        return self.conv_out(alone(x, places), memory)
 
 
 class Decoder(nnx.Module):
     """Latents to pixels; with `guided` channels of latents its norms are modulated by them."""
 
     def __init__(self, config: CausalVaeConfig, *, guided: int | None = None, rngs: nnx.Rngs):
-        self.config, dtype = config, _dtype(config)
+        self.config, dtype = config, config.dtype
         widths = config.widths(config.decoder_width or config.width)[::-1]
         self.conv_in = CausalConv(config.channels, widths[0], (3, 3, 3), past="zero", dtype=dtype, rngs=rngs)
         self.middle = _Middle(widths[0], guided=guided, dtype=dtype, rngs=rngs)
@@ -203,6 +216,7 @@ class Decoder(nnx.Module):
         self.levels = nnx.List(levels)
         self.norm = make_norm(widths[-1], guided, rngs)
         self.conv_out = CausalConv(widths[-1], 3 * config.patch**2, (3, 3, 3), past="zero", dtype=dtype, rngs=rngs)
+        choose_form(self, config.form)
 
     def __call__(
         self, latents: Float[Array, "B t h w c"], memory: Memory | None = None, guide: Guide | None = None
@@ -219,7 +233,7 @@ class _DownLevel(nnx.Module):
     """Residual blocks, then the change to the next resolution; the last level has none."""
 
     def __init__(self, width_in: int, width_out: int, factors: Grid | None, config: CausalVaeConfig, *, rngs: nnx.Rngs):
-        dtype = _dtype(config)
+        dtype = config.dtype
         self.width, self.factors = width_out, factors
         self.shortcuts, self.remat = config.shortcuts, config.remat
         widths = (width_in, *[width_out] * config.blocks)
@@ -252,7 +266,7 @@ class _UpLevel(nnx.Module):
         guided: int | None,
         rngs: nnx.Rngs,
     ):
-        dtype = _dtype(config)
+        dtype = config.dtype
         self.width, self.factors = width_out, factors
         self.shortcuts, self.remat = config.shortcuts, config.remat
         widths = (width_in, *[width_out] * (config.blocks + 1))
@@ -306,7 +320,3 @@ def _through(
     if not remat or memory is not None:
         return block(x, memory, places, guide)
     return rematerialised(lambda block, x: block(x, None, places, guide), block, x)
-
-
-def _dtype(config: CausalVaeConfig) -> jnp.dtype:
-    return jnp.dtype(jnp.bfloat16 if config.bfloat16 else jnp.float32)

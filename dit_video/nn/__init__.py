@@ -2,7 +2,7 @@
 
 from dit_video.nn.attention import Attention, Backend, make_attention
 from dit_video.nn.container import Make, graph_of, init_params, param_shapes
-from dit_video.nn.conv import CausalConv, Form, Memory, Past, with_past
+from dit_video.nn.conv import CausalConv, Form, Memory, Past, choose_form, with_past
 from dit_video.nn.embeddings import sinusoidal
 from dit_video.nn.linear import Linear
 from dit_video.nn.lora import LoraConfig, LowRank, attach_lora, init_lora, merge_lora, scaled
@@ -27,6 +27,7 @@ __all__ = [
     "RmsNorm",
     "apply_stack",
     "attach_lora",
+    "choose_form",
     "graph_of",
     "init_lora",
     "init_params",

@@ -4,23 +4,30 @@ A clip may be given whole or in chunks, one after the other. What a layer needs 
 `Memory`, so that the chunks' outputs are those of the whole clip.
 """
 
+import functools
+import operator
 from collections.abc import Sequence
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from dit_video.nn.linear import Init, initial
+from dit_video.nn.winograd import winograd
 
 Past = Literal["first", "zero"]
 """What lies before a clip: its first frame, again and again, or zeros."""
-Form = Literal["auto", "offsets", "stacked", "native"]
+Form = Literal["auto", "offsets", "stacked", "winograd", "native"]
 """How a convolution is computed; see `CausalConv`."""
 
 _NARROW = 48
 """Channels below which the CPU stacks time offsets: measured at 32 (1.6 times faster) and 64 (1.2 times slower)."""
+_WIDE, _LARGE = 96, 1024
+"""Channels and places of a frame from which on fewer products take less time on CPU: measured at 96 channels (128x128:
+1.2 times faster, 3 times with gradients), 192 (64x64: 1.6 and 2.1), 384 (32x32: 1.3 and 1.6; 16x16: 0.4 and 0.8)."""
 
 
 class Memory:
@@ -57,6 +64,13 @@ class Memory:
         return longer
 
 
+def choose_form(module: nnx.Module, form: Form) -> None:
+    """Compute all convolutions of a module in one form; see `CausalConv`."""
+    for _, part in nnx.iter_modules(module):
+        if isinstance(part, CausalConv):
+            part.form = form
+
+
 def with_past(
     x: Float[Array, "B t h w i"], frames: int, memory: Memory | None, past: Past
 ) -> Float[Array, "B _ h w i"]:
@@ -77,8 +91,10 @@ class CausalConv(nnx.Module):
     alone, as Stable Diffusion's autoencoder has it, that of a kernel of 4 on both sides.
 
     `form` chooses how it is computed: `offsets` as one 2-D convolution for each time offset, summed; `stacked` as one
-    2-D convolution over the offsets as channels; `native` as a 3-D convolution, whose backward pass is 2.4 times slower
-    on XLA's CPU; `auto` takes what was measured fastest for the platform and width.
+    2-D convolution over the offsets as channels; `winograd` as `offsets`, with fewer products; `native` as a 3-D
+    convolution, whose backward pass is 2.4 times slower on XLA's CPU; `auto` takes what was measured fastest on CPU for
+    the size, and `native` elsewhere, where nothing was measured yet. In bfloat16 products are summed in float32 and
+    rounded once.
     """
 
     def __init__(
@@ -118,10 +134,11 @@ class CausalConv(nnx.Module):
             case "stacked":
                 merged = jnp.moveaxis(kernel, 0, 2).reshape(*kernel.shape[1:3], -1, kernel.shape[-1])
                 y = self._spatial(jnp.concatenate(offsets, axis=-1), merged)
-            case _:
+            case _ if len(offsets) == 1:
                 y = self._spatial(offsets[0], kernel[0])
-                for offset in range(1, len(offsets)):
-                    y = y + self._spatial(offsets[offset], kernel[offset])
+            case _:
+                parts = [self._spatial(x, kernel[offset], sums=jnp.float32) for offset, x in enumerate(offsets)]
+                y = functools.reduce(operator.add, parts).astype(self.dtype)
         return y + self.bias[...].astype(self.dtype)
 
     def _form(self) -> Form:
@@ -133,18 +150,36 @@ class CausalConv(nnx.Module):
             return "native"
         return "stacked" if self.kernel.shape[3] < _NARROW else "offsets"
 
-    def _spatial(self, x: Float[Array, "B t h w i"], kernel: Float[Array, "kh kw i o"]) -> Float[Array, "B t _ _ o"]:
+    def _spatial(
+        self, x: Float[Array, "B t h w i"], kernel: Float[Array, "kh kw i o"], *, sums: DTypeLike | None = None
+    ) -> Float[Array, "B t _ _ o"]:
+        """A 2-D convolution of every frame; what it adds up is given as `sums`, in the kernel's dtype by default."""
         if kernel.shape[:2] == (1, 1):
-            return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], kernel.shape[-1])
+            y = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel[0, 0], preferred_element_type=sums)
+            return y.reshape(*x.shape[:-1], kernel.shape[-1])
         batch, length = x.shape[:2]
+        pictures = x.reshape(batch * length, *x.shape[2:])
+        if self._saves_products(x, kernel):
+            y = winograd(pictures, kernel)
+            return y.reshape(batch, length, *y.shape[1:])
         y = jax.lax.conv_general_dilated(
-            x.reshape(batch * length, *x.shape[2:]),
+            pictures,
             kernel,
             (self.stride, self.stride),
             self._padding(kernel.shape[:2]),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            preferred_element_type=sums,
         )
         return y.reshape(batch, length, *y.shape[1:])
+
+    def _saves_products(self, x: Float[Array, "B t h w i"], kernel: Float[Array, "kh kw i o"]) -> bool:
+        """Whether `winograd` computes this convolution. Of a frame's size alone, so that all chunks of a clip agree."""
+        if kernel.shape[:2] != (3, 3) or self.stride != 1 or self.dtype != jnp.float32:
+            return False
+        if self.form != "auto":
+            return self.form == "winograd"
+        large = x.shape[2] * x.shape[3] >= _LARGE and min(kernel.shape[2:]) >= _WIDE
+        return large and jax.default_backend() == "cpu"
 
     def _native(self, x: Float[Array, "B t h w i"], kernel: Array, step: int) -> Float[Array, "B _ _ _ o"]:
         return jax.lax.conv_general_dilated(

@@ -99,7 +99,7 @@ def merge_lora(
     for path, (a, b) in _scaled_factors(leaves, lora, weight).items():
         kernel = leaves[path]
         leaves[path] = (kernel + a @ b).astype(kernel.dtype)
-    return unflatten(leaves)
+    return _like(params, leaves)
 
 
 def attach_lora(
@@ -117,7 +117,7 @@ def attach_lora(
             a, b = jnp.concatenate([kernel.a, a], axis=-1), jnp.concatenate([kernel.b, b], axis=-2)
             kernel = kernel.kernel
         leaves[path] = LowRank(kernel, a, b)
-    return unflatten(leaves)
+    return _like(params, leaves)
 
 
 @jax.tree_util.register_dataclass
@@ -192,3 +192,11 @@ def _leaves(params: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, A
             yield from _leaves(value, f"{above}{name}/")
         else:
             yield f"{above}{name}", value
+
+
+def _like(params: Mapping[str, Any], leaves: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """The leaves in the structure of the parameters, of which a part may have none: a text encoder that is frozen."""
+    return {
+        name: _like(value, leaves, f"{above}{name}/") if isinstance(value, Mapping) else leaves[f"{above}{name}"]
+        for name, value in params.items()
+    }

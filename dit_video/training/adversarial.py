@@ -17,7 +17,16 @@ from flax import nnx
 from flax.struct import dataclass
 from jaxtyping import Array, Float, PyTree
 
-from dit_video.autoencoder.adversarial import R1, Adversarial, LeCam, adaptive_weight, betrayed, judged, lecam, r1
+from dit_video.autoencoder.adversarial import (
+    R1,
+    Adversarial,
+    LeCam,
+    adaptive_weight,
+    discriminator_loss,
+    generator_loss,
+    lecam,
+    r1,
+)
 from dit_video.nn import graph_of, init_params
 from dit_video.training.autoencoder import AutoencoderLoss, Figures
 from dit_video.training.state import TrainState
@@ -69,8 +78,8 @@ class Rival:
     def join(self, model: TrainState) -> AdversarialState:
         """A new discriminator beside the state of an autoencoder. Traceable."""
         params = init_params(self.config.make, self.random_key)
-        lecam = isinstance(self.config.regulariser, LeCam)
-        means = {"real": jnp.zeros(()), "decoded": jnp.zeros(())} if lecam else {}
+        averaged = isinstance(self.config.regulariser, LeCam)
+        means = {"real": jnp.zeros(()), "decoded": jnp.zeros(())} if averaged else {}
         own = DiscriminatorState(params=params, opt_state=_optimizer(self.config).init(params), means=means)
         return AdversarialState(model=model, discriminator=own)
 
@@ -203,7 +212,7 @@ def _move(
     def judge(params, clips):
         return nnx.merge(graph, params)(clips)
 
-    against, gradient = jax.value_and_grad(lambda clips: betrayed(judge(state.params, clips)).mean())(decoded)
+    against, gradient = jax.value_and_grad(lambda clips: generator_loss(judge(state.params, clips)).mean())(decoded)
     weight = config.weight * adaptive_weight(at_last_layer(wanted), at_last_layer(gradient))
     own = functools.partial(_own_loss, config, judge, state.means, decoded, pixels, penalised)
     (_, figures), gradients = jax.value_and_grad(own, has_aux=True)(state.params)
@@ -234,7 +243,7 @@ def _own_loss(
             penalty = 0.5 * weight * every * r1(functools.partial(judge, params), pixels).mean()
         case _:
             penalty = jnp.zeros(())
-    value = judged(real, fake).mean()
+    value = discriminator_loss(real, fake).mean()
     figures = {"discriminator": value, "penalty": penalty, "verdict_real": real.mean(), "verdict_decoded": fake.mean()}
     return value + penalty, figures
 

@@ -6,13 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Bool, Float, Shaped
 
-from dit_video.conditioning import drop_captions
+from dit_video.conditioning import KnownFrames, drop_captions, given_latents, known_tokens
 from dit_video.diffusion import FlowMatching, low_discrepancy
-from dit_video.dit import packed_denoise
+from dit_video.dit import DitConfig, Given, WanDitConfig, packed_denoise
 from dit_video.rng import example_keys, key
 from dit_video.tokens import Rows, positions, segment_mean, to_tokens
+from dit_video.training.optimizer import OptimizerConfig, hold_still
+
+TEMPORAL = r"(^|/)temporal"
+"""paths of the layers that mix frames alone"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +35,11 @@ class DenoiserLoss:
     empty_caption: Shaped[np.ndarray, "s *E"]
     """the tokens of an empty caption, or their embeddings"""
     seed: int
+    known: KnownFrames | None = None
+    """For a model that is told what is known of a clip: by given latents beside the noisy ones, or, where each token
+    has its own time, by time 0. Tokens at time 0 hold no noise, and do not count in the loss."""
+    optimizer: OptimizerConfig | None = None
+    """the loss is constant in the parameters that it does not train"""
 
     def __call__(self, params, rows: Rows, step: Array) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         count = rows.examples.shape[1]
@@ -40,17 +49,24 @@ class DenoiserLoss:
         drop = jax.vmap(jax.vmap(jax.random.uniform))(keys) < self.caption_dropout
         text, text_segments = drop_captions(rows.text, rows.text_segments, drop, empty=self.empty_caption)
 
+        params = params if self.optimizer is None else hold_still(self.optimizer, params)
+        dit = nnx.merge(self.dit, params["dit"])
+        known = self.known_tokens(rows, step)
         context = nnx.merge(self.text, params["text"])(text, text_segments)
         denoise = packed_denoise(
-            nnx.merge(self.dit, params["dit"]),
+            dit,
             segments=rows.segments,
             coordinates=rows.coordinates,
             context=context.values,
             context_segments=context.segments,
             count=count,
+            given=_given(dit.config, rows, known),
         )
-        per_token = self.objective.loss(denoise, jnp.asarray(rows.tokens), noise, to_tokens(time, rows.segments))
-        per_example = segment_mean(per_token, rows.segments, count=count)
+        at, counted = to_tokens(time, rows.segments), rows.segments
+        if dit.config.time == "token":
+            at, counted = jnp.where(known, 0, at), jnp.where(known, 0, counted)
+        per_token = self.objective.loss(denoise, jnp.asarray(rows.tokens), noise, at)
+        per_example = segment_mean(per_token, counted, count=count)
         placed = rows.segments.max(axis=1).sum()
         metrics = {
             "padding": (rows.segments == 0).mean(axis=(0, 1)),
@@ -58,10 +74,24 @@ class DenoiserLoss:
         }
         return (per_example * rows.valid).sum() / jnp.maximum(rows.valid.sum(), 1), metrics
 
+    def known_tokens(self, rows: Rows, step: Array) -> Bool[Array, "B N"]:
+        """What is known: of an example the same on any mesh."""
+        if self.known is None:
+            return jnp.zeros(rows.segments.shape, bool)
+        keys = example_keys(key(self.seed, "known frames"), step, rows.examples)
+        known = jax.vmap(jax.vmap(jax.random.uniform))(keys) < self.known.chance
+        return known_tokens(rows.segments, rows.coordinates, known)
+
     def times(self, rows: Rows, step: Array) -> Float[Array, "B G"]:
         """Diffusion times, evenly spread over consecutive ranks of the plan."""
         offset = jax.random.uniform(jax.random.fold_in(key(self.seed, "time"), step))
         return self.objective.time(low_discrepancy(offset, rows.examples))
+
+
+def _given(dit: DitConfig | WanDitConfig, rows: Rows, known: Bool[Array, "B N"]) -> Given:
+    if not dit.given_channels:
+        return Given()
+    return Given(latents=given_latents(rows.tokens, known, places=dit.patch.volume, channels=dit.given_channels))
 
 
 def packed_noise(rows: Rows, keys: Array) -> Float[Array, "B N p"]:

@@ -89,9 +89,10 @@ def make_on_devices(
     *given: PyTree,
     shardings: Callable[[PyTree], PyTree] | None = None,
 ) -> Any:
-    """`make(random_key, *given)`, any state, where each device computes its own shard."""
+    """`make(random_key, *given)`, any state, where each device computes its own shard; `given` is used up."""
     layout = None if shardings is None else shardings(jax.eval_shape(make, random_key, *given))
-    return jax.jit(make, out_shardings=layout)(random_key, *given)
+    taken = tuple(range(1, 1 + len(given)))
+    return jax.jit(make, out_shardings=layout, donate_argnums=taken)(random_key, *given)
 
 
 def shapes_on_devices(

@@ -51,9 +51,10 @@ class Training:
     """parameters from a random key; traceable"""
     random_key: Array
     """for `init`"""
-    start: dict[str, Any] | None = None
-    """Parameters that a new training begins with, instead of `init`'s. (What `init` holds itself becomes a part of the
-    program, which weights would make large.)"""
+    start: Callable[[], dict[str, Any] | None] | None = None
+    """Reads the parameters that a new training begins with, instead of `init`'s; they are not held any longer than it
+    takes to make the state of them. (What `init` holds itself becomes a part of the program, which weights would make
+    large.)"""
     loss: Loss | StatefulLoss
     constants: tuple[PyTree, ...] = ()
     """arrays that the loss is given too; see `make_step`"""
@@ -81,8 +82,7 @@ class Training:
         checkpoints = Checkpoints(self.folder / "checkpoints")
         meta: dict[str, Any] = {}
         if checkpoints.latest() is None:
-            given = () if self.start is None else (self.start,)
-            state = make_on_devices(self._begin, self.random_key, *given, shardings=layout)
+            state = make_on_devices(self._begin, self.random_key, *self._given(), shardings=layout)
         else:
             state, meta = checkpoints.restore(shapes_on_devices(self._begin, shardings=layout))
         if int(state.step) >= self.config.steps:
@@ -104,6 +104,12 @@ class Training:
             title=self.title,
             meta={"plan": data.hash},
         )
+
+    def _given(self) -> Iterator[dict[str, Any]]:
+        """What `start` reads, laid out as the state is."""
+        params = None if self.start is None else self.start()
+        if params is not None:
+            yield jax.device_put(params, shardings(params, self.mesh))
 
     def _begin(self, key: Array, *given: dict[str, Any]) -> TrainState | AdversarialState:
         params = given[0] if given else self.init(key)

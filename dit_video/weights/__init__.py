@@ -1,6 +1,6 @@
 """Weights as files: safetensors, never pickle."""
 
-from dit_video.weights.autoencoders import load_autoencoder, save_autoencoder
+from dit_video.weights.autoencoders import autoencoder_config, load_autoencoder, save_autoencoder
 from dit_video.weights.clip import (
     LoadedClip,
     clip_text_config,
@@ -11,7 +11,7 @@ from dit_video.weights.clip import (
     save_clip,
 )
 from dit_video.weights.clip_images import load_clip_images, save_clip_images
-from dit_video.weights.denoisers import load_denoiser, save_denoiser
+from dit_video.weights.denoisers import denoiser_config, load_denoiser, save_denoiser
 from dit_video.weights.embedders import load_embedder, text_encoder_config
 from dit_video.weights.folders import TensorFolder
 from dit_video.weights.lora import Module, Modules, load_lora, numbered, own_modules, save_lora
@@ -28,8 +28,10 @@ __all__ = [
     "Modules",
     "Schedule",
     "TensorFolder",
+    "autoencoder_config",
     "clip_text_config",
     "clip_vision_config",
+    "denoiser_config",
     "load",
     "load_autoencoder",
     "load_clip",

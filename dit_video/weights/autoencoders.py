@@ -26,11 +26,24 @@ def load_autoencoder(folder: str | os.PathLike) -> _Loaded:
       UserError: a model class that isn't known here, a setting of it that isn't, or weights that do not fit.
     """
     folder = Path(folder)
+    document = _document(folder)
+    return _KINDS[document["_class_name"]](folder, document)
+
+
+def autoencoder_config(folder: str | os.PathLike) -> AutoencoderConfig:
+    """The config of an autoencoder, of Wan's without reading its weights; raises as `load_autoencoder`."""
+    folder = Path(folder)
+    document = _document(folder)
+    return wan.read_config(folder, document) if document["_class_name"] == wan.CLASS else load_autoencoder(folder)[0]
+
+
+def _document(folder: Path) -> dict[str, Any]:
+    """`config.json` of a model that is known here."""
     document = diffusers.document_of(folder)
     kind = document.get("_class_name")
     if kind not in _KINDS:
         raise UserError(f"{folder} holds a model of class {kind}; known here: {', '.join(_KINDS)}")
-    return _KINDS[kind](folder, document)
+    return document
 
 
 def save_autoencoder(

@@ -36,11 +36,23 @@ def load_denoiser(
       UserError: a model class that isn't known here, a setting of it that isn't, or weights that do not fit.
     """
     folder = Path(folder)
+    document = _document(folder)
+    return _KINDS[document["_class_name"]](folder, document, dtype=dtype, kernels=kernels, place=place)
+
+
+def denoiser_config(folder: str | os.PathLike) -> WanDitConfig:
+    """The config of a transformer, without its weights; arguments and errors are those of `load_denoiser`."""
+    folder = Path(folder)
+    return wan_transformer.read_config(folder, _document(folder))
+
+
+def _document(folder: Path) -> dict[str, Any]:
+    """`config.json` of a model that is known here."""
     document = diffusers.document_of(folder)
     kind = document.get("_class_name")
     if kind not in _KINDS:
         raise UserError(f"{folder} holds a model of class {kind}; known here: {', '.join(_KINDS)}")
-    return _KINDS[kind](folder, document, dtype=dtype, kernels=kernels, place=place)
+    return document
 
 
 def save_denoiser(

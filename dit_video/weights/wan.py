@@ -49,8 +49,7 @@ def load(folder: Path, document: dict[str, Any]) -> tuple[CausalVaeConfig, dict[
       MissingError: files that it lacks.
       UserError: a setting that isn't known here, or weights that do not fit.
     """
-    given = diffusers.settings(folder, document, _DEFAULTS)
-    config = _config(folder, given)
+    given, config = diffusers.settings(folder, document, _DEFAULTS), read_config(folder, document)
     shapes = param_shapes(config.make)
     normalizer = shapes.pop("normalizer")
     params = diffusers.read(folder, wan_names(config), shapes)
@@ -60,6 +59,15 @@ def load(folder: Path, document: dict[str, Any]) -> tuple[CausalVaeConfig, dict[
             raise UserError(f"{folder / 'config.json'}: {key} has {len(values)} values for {config.channels} channels")
         params.setdefault("normalizer", {})[name] = values
     return config, params
+
+
+def read_config(folder: Path, document: dict[str, Any]) -> CausalVaeConfig:
+    """The config alone.
+
+    Raises:
+      UserError: a setting that isn't known here.
+    """
+    return _config(folder, diffusers.settings(folder, document, _DEFAULTS))
 
 
 def save(

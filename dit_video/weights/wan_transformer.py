@@ -124,16 +124,29 @@ def load(
       MissingError: files that it lacks.
       UserError: a setting that isn't known here, or weights that do not fit.
     """
-    layout: Layout = "authors" if document.get("_class_name") == AUTHORS_CLASS else "diffusers"
-    config = _authors_config(folder, document) if layout == "authors" else _config(folder, document)
+    config = read_config(folder, document)
     shapes = param_shapes(config.make)
-    names = wan_names(config, layout)
+    names = wan_names(config, _layout(document))
 
     def stored(path: str) -> Any:
         return kernels if kernels is not None and path.endswith("kernel") else dtype
 
     with TensorFolder(folder, stem=diffusers.STEM) as tensors:
         return config, read_tensors(tensors, names, shapes, stored=stored, place=place)
+
+
+def read_config(folder: Path, document: dict[str, Any]) -> WanDitConfig:
+    """The config of a folder in either layout, whose config file is `document`.
+
+    Raises:
+      MissingError: files that it lacks.
+      UserError: a setting that isn't known here.
+    """
+    return _authors_config(folder, document) if _layout(document) == "authors" else _config(folder, document)
+
+
+def _layout(document: dict[str, Any]) -> Layout:
+    return "authors" if document.get("_class_name") == AUTHORS_CLASS else "diffusers"
 
 
 def save(

@@ -9,11 +9,11 @@ of `autoencoder_4x8x8.py`.
 Of the shapes and XLA's count of the lowered step, for one clip of 17×256×256:
 
     parameters                          235.2 M, and 5.5 M of the discriminator
-    a step without, with discriminator  22.8, 23.2 TFLOP (7.6 forward, of which most is computed twice)
+    a step without, with discriminator  26.2, 26.6 TFLOP (7.6 forward, of which 3.4 are computed twice)
     kept for the backward pass          2.9 GB, residual blocks being computed again (17.5 without; an image 0.95, 1.7)
     state                               3.8 GB: parameters, their average, Adam's moments, the discriminator's
 
-200,000 steps are about 5×10^19 FLOP, twice the clips a step as there.
+200,000 steps are about 6×10^19 FLOP, twice the clips a step as there.
 """
 
 from dit_video.autoencoder import Adversarial, AutoencoderObjective, CausalVaeConfig, LeCam

@@ -9,11 +9,11 @@ default objective, and against a discriminator in the second half. Better with L
 Of the shapes and XLA's count of the lowered step, for one clip of 17×256×256:
 
     parameters                          126.9 M, and 5.5 M of the discriminator
-    a step without, with discriminator  45.3, 45.7 TFLOP (15.1 forward, of which most is computed twice)
+    a step without, with discriminator  51.9, 52.3 TFLOP (15.1 forward, of which 6.6 are computed twice)
     kept for the backward pass          6.5 GB, residual blocks being computed again (46.7 without; an image 0.9, 3.7)
     state                               2.1 GB: parameters, their average, Adam's moments, the discriminator's
 
-200,000 steps are about 5×10^19 FLOP.
+200,000 steps are about 6×10^19 FLOP.
 """
 
 from dit_video.autoencoder import Adversarial, AutoencoderObjective, CausalVaeConfig, LeCam

@@ -6,7 +6,7 @@ import pytest
 
 from dit_video import configs
 from dit_video.autoencoder import R1, Adversarial, AutoencoderObjective, LeCam
-from dit_video.autoencoder.adversarial import adaptive_weight, betrayed, judged, lecam, r1
+from dit_video.autoencoder.adversarial import adaptive_weight, discriminator_loss, generator_loss, lecam, r1
 from dit_video.errors import UserError
 
 
@@ -16,9 +16,9 @@ def verdicts(*values):
 
 
 def test_the_hinge_asks_for_no_more_than_one():
-    assert judged(verdicts(1.0, 3.0), verdicts(-1.0, -2.0)).tolist() == [0, 0]
-    assert judged(verdicts(0.0, 3.0), verdicts(0.5, -2.0)).tolist() == [0.5 * (0.5 + 0.75)] * 2
-    assert betrayed(verdicts(1.0, 2.0)).tolist() == [-1.5, -1.5]
+    assert discriminator_loss(verdicts(1.0, 3.0), verdicts(-1.0, -2.0)).tolist() == [0, 0]
+    assert discriminator_loss(verdicts(0.0, 3.0), verdicts(0.5, -2.0)).tolist() == [0.5 * (0.5 + 0.75)] * 2
+    assert generator_loss(verdicts(1.0, 2.0)).tolist() == [-1.5, -1.5]
 
 
 def test_lecam_holds_verdicts_to_the_mean_of_the_other_kind():

@@ -1,10 +1,32 @@
+"""What every kind of autoencoder is to the rest, and the sizes of clips and latents."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dit_video.autoencoder import Autoencoder, AutoencoderConfig, PatchVae, PatchVaeConfig, clip_grid, latent_grid
+from dit_video import configs
+from dit_video.autoencoder import (
+    Autoencoder,
+    AutoencoderConfig,
+    CausalVaeConfig,
+    CodebookConfig,
+    ImageLevels,
+    ImageVaeConfig,
+    InflatedConfig,
+    PatchVaeConfig,
+    VqConfig,
+    clip_grid,
+    latent_grid,
+)
 from dit_video.errors import UserError
+from dit_video.nn import graph_of, param_shapes
 from dit_video.tokens import Grid
+from dit_video.tree import flatten
 
 STRIDE = Grid(4, 8, 16)
 
@@ -53,6 +75,31 @@ def test_the_sizes_that_are_named_fit(clip):
         assert latent_grid(Grid(*sizes), STRIDE)
 
 
-def test_the_patch_autoencoder_keeps_the_interface():
-    assert isinstance(PatchVaeConfig(), AutoencoderConfig)
-    assert issubclass(PatchVae, Autoencoder)
+CLIPS = CausalVaeConfig(channels=3, width=4, multipliers=(1, 2), factors=(Grid(2, 2, 2),), blocks=1)
+IMAGES = ImageVaeConfig(channels=3, levels=ImageLevels(widths=(4, 8), blocks=1, groups=2))
+KINDS = {
+    "patches": PatchVaeConfig(stride=Grid(2, 4, 4), channels=3, width=4, blocks=1),
+    "causal VAE": CLIPS,
+    "causal AE": dataclasses.replace(CLIPS, std=0.0),
+    "images": IMAGES,
+    "inflated images": InflatedConfig(image=IMAGES),
+    "codes of clips": VqConfig(network=CLIPS, codebook=CodebookConfig(codes=8, width=3)),
+    "MoVQ of images": VqConfig(network=IMAGES, codebook=CodebookConfig(codes=8, width=3), modulated=True),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_keeps_the_interface(name):
+    config = KINDS[name]
+    assert isinstance(config, AutoencoderConfig)
+    assert isinstance(nnx.eval_shape(lambda: config.make(nnx.Rngs(0))), Autoencoder)
+    shapes, graph = param_shapes(config.make), graph_of(config.make)
+    assert config.last_layer in flatten(shapes)
+    latents = Grid(3, 2, 3)
+    clip = jax.ShapeDtypeStruct((2, *clip_grid(latents, config.stride), 3), jnp.float32)
+    encoded = jax.eval_shape(lambda params, clip: nnx.merge(graph, params).encode(clip), shapes, clip)
+    assert encoded.shape == (2, *latents, config.channels)
+    decoded = jax.eval_shape(lambda params, latents: nnx.merge(graph, params).decode(latents), shapes, encoded)
+    assert (decoded.shape, decoded.dtype) == (clip.shape, clip.dtype)
+    again = configs.from_json(configs.to_json(config))
+    assert (again, hash(again)) == (config, hash(config))

@@ -23,6 +23,8 @@ from dit_video.tokens import Grid
 from dit_video.tree import flatten
 from rough import rough_params
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 PLAIN = PatchVaeConfig(stride=Grid(2, 2, 2), channels=3, width=8, blocks=2)
 CONFIGS = {"plain": PLAIN, "preactivated": dataclasses.replace(PLAIN, preactivated=True, start_std=0.01)}
 CLIPS = np.tanh(np.random.default_rng(0).normal(size=(2, 7, 6, 8, 3)).cumsum(axis=2)).astype(np.float32)

@@ -21,6 +21,7 @@ from dit_video.autoencoder import (
     encode_stream,
     fit_linear,
     start_from_linear,
+    streaming,
     tiling_error,
 )
 from dit_video.autoencoder.tiling import cut, weights
@@ -28,6 +29,8 @@ from dit_video.errors import UserError
 from dit_video.nn import graph_of, init_params
 from dit_video.tokens import Grid
 from rough import rough_params
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 CONFIGS = {
     "patches": PatchVaeConfig(stride=Grid(2, 4, 4), channels=3, width=8, blocks=1),
@@ -58,8 +61,9 @@ def close(left, right):
     assert (difference > 0).mean() < 0.01
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("chunk", [2, 7])
+@pytest.mark.parametrize(
+    ("name", "chunk"), [("patches", 2), ("patches", 7), ("preactivated patches", 2), ("levels", 2)], ids=str
+)
 def test_streams_are_the_whole(name, chunk):
     config, params, latents, decoded = setting(name)
     portions = (FRAMES[:, start : start + 4] for start in range(0, 9, 4))  # no multiple of what is asked for
@@ -73,14 +77,28 @@ def test_streams_are_the_whole(name, chunk):
 
 
 def test_two_programs_for_any_length():
-    from dit_video.autoencoder import streaming
-
     config, params, latents, _ = setting("patches")
     other = dataclasses.replace(config, width=10)  # a program of its own
     params = rough_params(other.make)
     for length in (1, 2, 3, 5):
         list(decode_stream(other, params, latents[:, :length], chunk=2))
     assert streaming._program(other, "decode")._cache_size() == 2
+
+
+def test_pixels_go_to_the_device_and_come_from_it_as_uint8(monkeypatch):
+    config, params, latents, _ = setting("patches")
+    whole = cut(*latents.shape[2:4], None, config.stride)
+    decoded, _, _ = next(streaming._coded(config, params, [latents[:, :2]], whole, "decode", 2, None))
+    assert isinstance(decoded, jax.Array)
+    assert decoded.dtype == np.uint8
+    given, run = [], streaming._program(config, "encode")
+    monkeypatch.setattr(
+        streaming,
+        "_program",
+        lambda *_: lambda params, frames, past: given.append(frames.dtype) or run(params, frames, past),
+    )
+    list(encode_stream(config, params, iter([FRAMES]), chunk=2))
+    assert set(given) == {np.dtype(np.uint8)}
 
 
 def test_frames_of_another_number():
@@ -91,6 +109,17 @@ def test_frames_of_another_number():
         list(encode_stream(config, params, [], chunk=2))
     with pytest.raises(UserError, match="chunk=0"):
         list(decode_stream(config, params, np.zeros((1, 1, 4, 6, 3), np.float32), chunk=0))
+
+
+def test_frames_and_latents_that_are_none():
+    config, params, _, _ = setting("patches")
+    for frames in (FRAMES[..., :2], FRAMES.astype(np.float32), FRAMES[0]):
+        with pytest.raises(UserError, match=r"frames are uint8 \[B T H W 3\], .* were given; see dit_video.pixels"):
+            list(encode_stream(config, params, iter([frames])))
+    with pytest.raises(
+        UserError, match=r"latents are \[B t h w 3\] for this autoencoder, \[1, 1, 4, 6, 4\] were given"
+    ):
+        list(decode_stream(config, params, np.zeros((1, 1, 4, 6, 4), np.float32)))
 
 
 def test_weights_of_tiles_sum_to_one():
@@ -199,7 +228,7 @@ assert jax.device_count() == 8
 rows = NamedSharding(make_mesh(MeshConfig(data=1, context=8)), PartitionSpec(None, None, "context"))
 clip = np.random.default_rng(1).integers(0, 256, (1, 5, 64, 16, 3), np.uint8)
 joined = lambda parts: np.concatenate(list(parts), axis=1)
-for config in CONFIGS.values():
+for config in (CONFIGS["patches"], CONFIGS["levels"]):
     params = rough_params(config.make)
     whole = joined(encode_stream(config, params, [clip]))
     np.testing.assert_allclose(joined(encode_stream(config, params, [clip], sharding=rows)), whole, atol=1e-5)

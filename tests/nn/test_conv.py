@@ -79,3 +79,13 @@ def test_parameters_and_dtype():
     assert jax.eval_shape(layer, video()).dtype == jnp.bfloat16
     assert 0.9 * np.sqrt(6 / (27 * 7)) <= jnp.abs(layer.kernel[...]).max() <= np.sqrt(6 / (27 * 7))
     assert not make((1, 1, 1), init="zero").kernel[...].any()
+
+
+@pytest.mark.parametrize("form", ["offsets", "stacked", "native"])
+def test_products_in_bfloat16_are_summed_in_float32_and_rounded_once(form):
+    layer = CausalConv(64, 16, (3, 3, 3), form=form, dtype=jnp.dtype("bfloat16"), rngs=nnx.Rngs(0))
+    x = video(frames=3, channels=64).astype(jnp.bfloat16)
+    rounded = CausalConv(64, 16, (3, 3, 3), form=form, rngs=nnx.Rngs(0))
+    rounded.kernel[...] = layer.kernel[...].astype(jnp.bfloat16).astype(jnp.float32)
+    expected = jax.jit(rounded)(x.astype(jnp.float32)).astype(jnp.bfloat16)
+    assert (jax.jit(layer)(x) != expected).mean() < 0.01  # sums in bfloat16 differ in a half

@@ -156,3 +156,11 @@ def test_parts_of_an_adapted_kernel_cannot_be_taken():
     assert attached[...] is attached
     with pytest.raises(TypeError, match="merge the adapter"):
         attached[:, :2]
+
+
+def test_a_part_of_the_model_without_parameters_stays():
+    """Such as a text encoder that is frozen."""
+    for change in (merge_lora, attach_lora):
+        whole = change({"net": PARAMS, "text": {}}, {"net": adapter(2)})
+        assert whole["text"] == {}
+        np.testing.assert_array_equal(run(whole["net"]), run(change(PARAMS, adapter(2))))

@@ -107,6 +107,17 @@ def test_attention_over_packed_rows(script):
         assert 1 / 12 < figures["mixed segments"]["share"] < 1 / 4
 
 
+@pytest.mark.slow
+def test_tiles_beside_whole_pictures(script, tiny_run):
+    ended = script("tools/benchmark.py", "tiling", "--run", tiny_run)
+    assert ended.code == 0
+    found = json.loads(ended.out)["tiling"]
+    errors = list(found["overlaps"].values())
+    assert len(errors) == 4
+    assert errors[0]["mean"] > errors[-1]["mean"] >= 0
+    assert all(error["largest"] >= error["mean"] for error in errors)
+
+
 BARE = """
 import runpy, sys
 for name in ("av", "grain", "tensorflow_datasets", "array_record", "tyro", "transformers", "orbax", "tqdm"):

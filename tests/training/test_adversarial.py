@@ -13,7 +13,7 @@ from flax import nnx
 from devices import check_on_eight_devices
 from dit_video import tree as trees
 from dit_video.autoencoder import R1, Adversarial, AutoencoderObjective, LeCam, PatchVaeConfig
-from dit_video.autoencoder.adversarial import adaptive_weight, betrayed
+from dit_video.autoencoder.adversarial import adaptive_weight, generator_loss
 from dit_video.distributed import MeshConfig, make_mesh
 from dit_video.errors import UserError
 from dit_video.nn import graph_of
@@ -94,7 +94,7 @@ def test_the_step_descends_the_weighted_sum(played):
     def parts(params):
         decoded = LOSS.decode(params, pixels, jnp.asarray(before.step))
         compared = LOSS.compare(decoded.pixels, pixels)[0].mean()
-        return jnp.stack([compared, betrayed(judge(decoded.pixels)).mean(), decoded.bottleneck.mean()])
+        return jnp.stack([compared, generator_loss(judge(decoded.pixels)).mean(), decoded.bottleneck.mean()])
 
     jacobian = jax.jit(jax.jacrev(parts))(before.model.params)
     last = trees.flatten(jacobian)[CONFIG.last_layer]

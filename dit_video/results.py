@@ -1,0 +1,32 @@
+"""What the training of a denoiser leaves beside the pipeline: adapters and weights under other projects' names."""
+
+from pathlib import Path
+from typing import Any
+
+from dit_video.dit import DitConfig, WanDitConfig
+from dit_video.files import atomic_path
+from dit_video.weights import own_modules, save_denoiser, save_lora, wan_modules
+
+ADAPTER, LORA, TRANSFORMER = "adapter.safetensors", "pytorch_lora_weights.safetensors", "transformer"
+
+
+def save_adapter(folder: Path, dit: DitConfig | WanDitConfig, adapter: dict[str, Any], params: dict[str, Any]) -> None:
+    """Write an adapter under our own names, and one of Wan as diffusers reads it: `load_lora_weights(folder)`.
+
+    Args:
+      folder: of the run.
+      dit: the denoiser's config.
+      adapter: with the parts of `params` that it changes.
+      params: that it is of, `{"dit": ..., "text": ...}`, or their shapes.
+    """
+    save_lora(folder / ADAPTER, adapter, own_modules(params))
+    if isinstance(dit, WanDitConfig) and "dit" in adapter:
+        save_lora(folder / LORA, adapter["dit"], wan_modules(dit))
+
+
+def save_transformer(folder: Path, dit: DitConfig | WanDitConfig, params: dict[str, Any]) -> None:
+    """Write a whole transformer of Wan as diffusers reads it: `WanTransformer3DModel.from_pretrained(folder)`."""
+    if not isinstance(dit, WanDitConfig):
+        return
+    with atomic_path(folder / TRANSFORMER) as temporary:
+        save_denoiser(temporary, dit, params["dit"])

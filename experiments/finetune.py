@@ -1,0 +1,70 @@
+"""Fine-tune open weights on a folder of clips, sample the result and write its report.
+
+    python experiments/finetune.py MODEL --data CLIPS --workdir runs/mine
+
+MODEL is a folder of Wan in diffusers' layout (2.1 T2V 1.3B or 14B, 2.2 TI2V 5B), CLIPS as for `train.py`: video files
+with a `metadata.csv`, or a data set. The autoencoder and the text encoder stay as they are: clips and captions are
+encoded once, then the transformer is trained:
+
+    --train lora        adapters alone (--lora.rank 16, --lora.targets …): pytorch_lora_weights.safetensors in the run's
+                        folder is what diffusers' load_lora_weights(RUN) and ComfyUI read
+    --train full        all weights; RUN/transformer is what diffusers' WanTransformer3DModel reads
+    --train temporal    layers in time alone, of a model that has them
+    --train scratch     all weights, from random ones
+
+Samples of the clips' captions lie in RUN/samples, all figures in RUN/report.html; `dit_video.load(RUN)` and `sample.py`
+sample more. Interrupted, the same command continues where it was. What this command does not offer is set in a config
+of one's own: `EXPERIMENT = finetuning(MODEL, FineTuning(...))`, for `train.py`.
+"""
+
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from train import train
+
+from dit_video import intake
+from dit_video.errors import UserError, script
+from dit_video.finetuning import FineTuning, finetuning
+from dit_video.results import ADAPTER, LORA, TRANSFORMER
+from dit_video.run import Run
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Fine-tune a folder of Wan on clips, and sample it."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """a folder of Wan in diffusers' layout"""
+    data: tuple[str, ...]
+    """folders of clips, or data sets that tools/ingest.py made"""
+    workdir: Path | None = None
+    """the run's folder; runs/NAME by default"""
+    latents: str | None = None
+    """where cached latents are, or are to be written: a folder or gs://…; WORKDIR/latents by default"""
+    options: Annotated[FineTuning, tyro.conf.arg(name="")] = field(default_factory=FineTuning)
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments)
+    if not arguments.data:
+        raise UserError("--data names no folder; give one or more: --data CLIPS")
+    intake.check(arguments.data)  # before a run is made of it
+    began = time.perf_counter()
+    experiment = finetuning(arguments.model, arguments.options)
+    run = Run.create(arguments.workdir or Path("runs") / experiment.name, experiment)
+    train(run, arguments.data, latents=arguments.latents)
+    for name in (LORA, ADAPTER, TRANSFORMER):
+        if (run.folder / name).exists():
+            print(run.folder / name)
+    print(f"{(time.perf_counter() - began) / 60:.1f} minutes; look at {run.folder / 'report.html'}")
+
+
+if __name__ == "__main__":
+    script(main)()

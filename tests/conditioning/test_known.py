@@ -1,0 +1,38 @@
+"""First frames that are known in training: which tokens they are, and what stands beside the noisy ones."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dit_video.conditioning import KnownFrames, given_latents, known_tokens
+from dit_video.errors import UserError
+from dit_video.tokens import Grid, coordinates, patchify
+
+CLIP, IMAGE = Grid(3, 1, 2), Grid(1, 2, 1)
+SEGMENTS = np.asarray([[1] * 6 + [2] * 2 + [3] * 6 + [0] * 2])
+PLACES = np.concatenate([coordinates(CLIP), coordinates(IMAGE), coordinates(CLIP), np.zeros((2, 3), np.float32)])[None]
+
+
+def test_the_first_frame_of_clips_is_known_and_nothing_of_images():
+    found = known_tokens(SEGMENTS, PLACES, jnp.asarray([[True, True, False]]))
+    np.testing.assert_array_equal(found[0], np.arange(16) < 2)
+    assert not known_tokens(SEGMENTS, PLACES, jnp.zeros((1, 3), bool)).any()
+
+
+def test_beside_noisy_tokens_are_the_mask_and_clean_latents():
+    """As patches of the channels side by side have it."""
+    patch, draw = Grid(1, 2, 2), np.random.default_rng(0)
+    latents = draw.normal(size=(2, 4, 6, 5)).astype(np.float32)
+    known = np.asarray([1, 0], np.float32)[:, None, None, None]
+    mask = np.broadcast_to(known, (2, 4, 6, 3))
+    expected = patchify(np.concatenate([mask, known * latents], axis=-1), patch)
+    tokens = patchify(latents, patch)
+    of_tokens = jnp.arange(len(tokens)) < len(tokens) // 2
+    found = given_latents(tokens[None], of_tokens[None], places=patch.volume, channels=8)
+    np.testing.assert_array_equal(found[0], expected)
+
+
+@pytest.mark.parametrize("chance", [-0.1, 1.5, float("nan")])
+def test_a_chance_that_is_none(chance):
+    with pytest.raises(UserError, match="must lie in"):
+        KnownFrames(chance=chance)

@@ -1,0 +1,99 @@
+"""One command from a folder of Wan and three clips to adapters or weights, samples and a report."""
+
+import csv
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import dit_video
+from dit_video.data import shapes
+from dit_video.results import ADAPTER, LORA, TRANSFORMER
+from dit_video.tokens import Grid
+from dit_video.training import logging
+from dit_video.tree import flatten
+from dit_video.video import decode
+from dit_video.weights import load_denoiser
+from tiny_wan import write_wan
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+
+SHARED = Path(__file__).parents[2].parent / "shared" / "clips"
+REAL = ("again.mkv", "car-detection.mp4", "crystal.webm")
+STEPS = 24
+COMMON = [
+    *("--max-pixels", 32 * 48, "--max-frames", 5, "--dtype", "float32", "--batch", 2, "--steps", STEPS, "--warmup", 1),
+    *("--sampling-steps", 2, "--samples", 3, "--log-every", 1, "--save-every", 100),
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "wan"
+    write_wan(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Three real clips with their captions; where they are not at hand, rendered ones."""
+    folder = tmp_path_factory.mktemp("data") / "clips"
+    if not SHARED.is_dir():
+        return shapes.write_folder(folder, count=3, seed=0, sizes=(Grid(9, 32, 48), Grid(5, 32, 32), Grid(9, 48, 32)))
+    folder.mkdir()
+    for name in REAL:
+        shutil.copy(SHARED / name, folder)
+    with open(SHARED / "metadata.csv", newline="") as file, open(folder / "metadata.csv", "w", newline="") as chosen:
+        writer = csv.DictWriter(chosen, ["file_name", "text"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(row for row in csv.DictReader(file) if row["file_name"] in REAL)
+    return folder
+
+
+@pytest.fixture
+def finetuned(process, model, clips, tmp_path):
+    """Runs the command; returns the run's folder, after a look at what every such run has."""
+
+    def start(*options):
+        run = tmp_path / "run"
+        ended = process("experiments/finetune.py", model, "--data", clips, "--workdir", run, *COMMON, *options)
+        assert ended.code == 0, ended.err
+        losses = [entry["loss"] for entry in logging.read(run / "denoiser" / "metrics.jsonl")]
+        assert len(losses) == STEPS
+        assert np.mean(losses[-6:]) < 0.8 * np.mean(losses[:3]), losses
+        samples = sorted((run / "samples").glob("*.mp4"))
+        assert len(samples) == 3
+        assert {decode(sample).frames.shape[0] for sample in samples} == {5}
+        assert (run / "report.html").is_file()
+        clip = dit_video.load(run).generate("a red ball", size=(5, 16, 16), steps=1)
+        assert clip.frames.shape == (5, 16, 16, 3)
+        return run
+
+    return start
+
+
+def test_adapters(finetuned, model):
+    run = finetuned("--learning-rate", 3e-2, "--lora.rank", 4)
+    assert not (run / TRANSFORMER).exists()
+    start, trained = dit_video.load(model), flatten(dit_video.load(run).denoiser_params)
+    for name in (LORA, ADAPTER):
+        loaded = flatten(start.load_lora(run / name).denoiser_params)
+        for path, leaf in trained.items():
+            np.testing.assert_allclose(loaded[path], leaf, atol=1e-5, err_msg=path)
+    for path, before in flatten(start.denoiser_params).items():
+        adapted = path.startswith("dit/blocks/") and path.endswith("kernel")
+        assert (np.abs(trained[path] - before).max() > 1e-4) == adapted, path
+
+
+def test_all_weights(finetuned, model):
+    run = finetuned("--train", "full", "--learning-rate", 3e-3)
+    assert not (run / LORA).exists()
+    assert not (run / ADAPTER).exists()
+    config, written = load_denoiser(run / TRANSFORMER)
+    before_config, before = load_denoiser(model / "transformer")
+    assert config == before_config
+    trained, before = flatten(dit_video.load(run).denoiser_params["dit"]), flatten(before)
+    for path, leaf in flatten(written).items():
+        np.testing.assert_array_equal(leaf, trained[path], err_msg=path)
+        assert np.abs(leaf - before[path]).max() > 1e-6, path

@@ -1,0 +1,168 @@
+"""The experiment that a folder of Wan gives, and what is trained of it."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dit_video import configs
+from dit_video.conditioning import KnownFrames
+from dit_video.diffusion import RectifiedFlow, UniPc, UniPcGrid
+from dit_video.distributed import MeshConfig, make_mesh
+from dit_video.errors import MissingError, UserError
+from dit_video.experiment import GivenAutoencoder
+from dit_video.finetuning import FineTuning, finetuning
+from dit_video.nn import LoraConfig
+from dit_video.run import Run
+from dit_video.starting import check_start, given_autoencoder, optimizer_of, trained_denoiser
+from dit_video.training.denoiser import TEMPORAL
+from dit_video.tree import flatten
+from dit_video.weights import load_denoiser
+from rough import rough_params
+from tiny_wan import DIT, TWO, VAE, write_wan
+
+OPTIONS = FineTuning(max_pixels=32 * 48, max_frames=5, dtype="float32", steps=4)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Read only."""
+    folder = tmp_path_factory.mktemp("wan") / "tiny"
+    write_wan(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(MeshConfig())
+
+
+def training_of(folder, **options):
+    return finetuning(folder, dataclasses.replace(OPTIONS, **options)).denoiser
+
+
+def test_what_a_folder_gives(folder):
+    experiment = finetuning(folder, OPTIONS)
+    denoiser = experiment.denoiser
+    assert experiment.name == "tiny"
+    assert experiment.autoencoder == GivenAutoencoder(model=VAE, folder=str(folder / "vae"))
+    assert denoiser.dit == dataclasses.replace(DIT, remat="full")
+    assert (denoiser.text.folder, denoiser.text.width, denoiser.text.cleaned) == (
+        str(folder / "text_encoder"),
+        16,
+        True,
+    )
+    assert denoiser.objective.process == RectifiedFlow(shift=3.0)
+    assert (experiment.sampling.solver, experiment.sampling.grid) == (UniPc(), UniPcGrid())
+    assert (denoiser.rows.tokens, experiment.data.fps) == (2 * 4 * 6, 16.0)
+    assert (denoiser.lora, denoiser.trained, denoiser.known) == (OPTIONS.lora, "full", None)
+    assert configs.from_json(json.loads(json.dumps(configs.to_json(experiment)))) == experiment
+
+
+def test_the_defaults_are_the_models_own(folder, tmp_path):
+    data = finetuning(folder).data
+    assert (data.max_pixels, data.max_frames, data.fps) == (480 * 832, 81, 16.0)
+    write_wan(tmp_path / "told", dit=dataclasses.replace(DIT, time="token"))
+    experiment = finetuning(tmp_path / "told")
+    assert (experiment.data.max_pixels, experiment.data.max_frames, experiment.data.fps) == (704 * 1280, 121, 24.0)
+    assert experiment.denoiser.known == KnownFrames()
+    assert finetuning(tmp_path / "told", FineTuning(first_frame=0.2)).denoiser.known == KnownFrames(chance=0.2)
+
+
+@pytest.mark.parametrize(
+    ("train", "expected", "rate"),
+    [
+        ("lora", ("full", True), 1e-4),
+        ("full", ("full", False), 1e-5),
+        ("temporal", ("temporal", False), 1e-5),
+        ("scratch", ("scratch", False), 1e-4),
+    ],
+)
+def test_what_is_trained_is_one_option(folder, train, expected, rate):
+    training = training_of(folder, train=train)
+    assert (training.trained, training.lora is not None) == expected
+    assert training.optimizer.learning_rate == rate
+    assert optimizer_of(training).trainable == ((TEMPORAL,) if train == "temporal" else ())
+
+
+def test_weights_are_the_folders_and_go_to_the_devices(folder, mesh, tmp_path):
+    trained = trained_denoiser(training_of(folder, train="full"), tmp_path, mesh, continues=False)
+    expected = flatten(load_denoiser(folder / "transformer")[1])
+    found = flatten(trained.start()["dit"])
+    assert trained.adapted is None
+    for path, leaf in expected.items():
+        assert isinstance(found[path], jax.Array)
+        np.testing.assert_array_equal(found[path], leaf)
+    for choice, continues in (("full", True), ("scratch", False)):
+        started = trained_denoiser(training_of(folder, train=choice), tmp_path, mesh, continues=continues)
+        assert started.start is None
+
+
+def test_adapted_weights_are_kept_in_the_dtype_of_the_products(folder, mesh, tmp_path):
+    training = training_of(folder, dtype="bfloat16", lora=LoraConfig(rank=2, alpha=3.0, targets=("query/kernel$",)))
+    trained = trained_denoiser(training, tmp_path, mesh, continues=False)
+    adapted = flatten(trained.adapted)
+    assert adapted["dit/blocks/up/kernel"].dtype == jnp.bfloat16
+    assert adapted["dit/blocks/up/bias"].dtype == adapted["dit/blocks/query_norm/scale"].dtype == jnp.float32
+    factors = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.1, np.float32), trained.init(jax.random.key(0)))
+    assert set(flatten(factors)) == {f"dit/blocks/{path}/kernel/{part}" for path in QUERIES for part in "ab"}
+    whole = flatten(trained.whole(factors))
+    for path, leaf in adapted.items():
+        changed = path.removeprefix("dit/blocks/").removesuffix("/kernel") in QUERIES
+        np.testing.assert_allclose(whole[path] - np.asarray(leaf), 0.03 if changed else 0, atol=0.02 if changed else 0)
+
+
+QUERIES = ("query", "cross_query")
+
+
+def test_the_autoencoder_is_read_where_it_lies(folder, tmp_path):
+    run = Run(folder=tmp_path, experiment=finetuning(folder, OPTIONS), command="")
+    expected = flatten(rough_params(VAE.make))
+    for path, leaf in flatten(run.train_autoencoder()).items():
+        np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
+    assert not (tmp_path / "autoencoder").exists()
+    assert run.linear_baseline() is None
+    given = run.experiment.autoencoder
+    other = dataclasses.replace(given, model=dataclasses.replace(VAE, width=16))
+    with pytest.raises(UserError, match="holds another autoencoder than the config's: width is 8 there and 16 here"):
+        given_autoencoder(other)
+
+
+def test_what_cannot_be_trained_is_said_before_anything_is(folder):
+    with pytest.raises(UserError, match="no layers in time alone, so that trained='temporal' would train nothing"):
+        check_start(training_of(folder, train="temporal"))
+    with pytest.raises(UserError, match="adapters of dit/embed/kernel can't be written"):
+        check_start(training_of(folder, lora=LoraConfig(targets=("kernel$",))))
+    deeper = dataclasses.replace(training_of(folder), dit=dataclasses.replace(DIT, layers=3))
+    with pytest.raises(UserError, match="holds another denoiser than the config's, in the transformer: layers is 2"):
+        check_start(deeper)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"_class_name": "LTXPipeline"}, UserError, "class LTXPipeline; fine-tuning is known here of WanPipeline"),
+        (TWO, UserError, "two experts"),
+    ],
+)
+def test_a_pipeline_that_cannot_be_fine_tuned(folder, tmp_path, change, error, message):
+    copied = shutil.copytree(folder, tmp_path / "copied")
+    index = json.loads((copied / "model_index.json").read_text())
+    (copied / "model_index.json").write_text(json.dumps(index | change))
+    with pytest.raises(error, match=message):
+        finetuning(copied, OPTIONS)
+
+
+def test_options_that_do_not_fit(folder, tmp_path):
+    with pytest.raises(MissingError, match="no such file"):
+        finetuning(tmp_path)
+    with pytest.raises(UserError, match="can't be told of a first frame"):
+        training_of(folder, first_frame=0.5)
+    with pytest.raises(UserError, match="must be positive"):
+        FineTuning(learning_rate=-1.0)
+    with pytest.raises(UserError, match=r"T=6 is not 1 \+ 4k"):
+        training_of(folder, max_frames=6)
