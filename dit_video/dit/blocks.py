@@ -69,19 +69,21 @@ class Stream(nnx.Module):
         width, hidden, dtype = config.width, config.hidden_width, jnp.dtype(config.dtype)
         self.up = Linear(width, hidden, bias=config.bias, dtype=dtype, rngs=rngs)
         self.down = Linear(hidden, width, bias=config.bias, init=self.end, dtype=dtype, rngs=rngs)
+        self.mlp_norm_eps = config.mlp_norm_eps
         gated = config.mlp == "swiglu"
         self.gate = Linear(width, hidden, bias=config.bias, dtype=dtype, rngs=rngs) if gated else None
 
     def parts(
-        self, modulation: Float[Array, "B N 6 D"] | Float[Array, "B M D"], segments: Int[Array, "B N"]
+        self, modulation: Float[Array, "B M 6 D"] | Float[Array, "B M D"], segments: Int[Array, "B N"]
     ) -> tuple[Float[Array, "B N D"], ...]:
         """Shift, scale and gate of attention, then those of the MLP.
 
-        `modulation` is the shared one, of tokens, or the condition that this stream projects for itself.
+        `modulation` is the shared one, of segments or of tokens, or the condition that this stream projects for itself.
         """
         if self.own is None:
             assert self.table is not None
-            return tuple(modulation[:, :, index] + self.table[...][index] for index in range(6))
+            shared = [modulation[:, :, index] + self.table[...][index] for index in range(6)]
+            return tuple(spread(part, segments, per_token=self.per_token) for part in shared)
         projected = spread(self.own(modulation), segments, per_token=self.per_token)
         return tuple(jnp.split(projected, 6, axis=-1))
 
@@ -100,8 +102,11 @@ class Stream(nnx.Module):
         """What attention adds to the stream."""
         return self.out(mixed.reshape(*mixed.shape[:2], -1)).astype(jnp.float32)
 
-    def mlp(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
-        """Linear, tanh-gelu, linear; or SwiGLU, `down(silu(gate(x)) * up(x))` (arXiv 2002.05202)."""
+    def mlp(
+        self, x: Float[Array, "B N D"], shift: Float[Array, "B N D"], scale: Float[Array, "B N D"]
+    ) -> Float[Array, "B N D"]:
+        """Modulation, linear, tanh-gelu, linear; or SwiGLU, `down(silu(gate(x)) * up(x))` (arXiv 2002.05202)."""
+        x = modulate(x, shift, scale, eps=self.mlp_norm_eps)
         up = self.up(x)
         hidden = jax.nn.gelu(up, approximate=True) if self.gate is None else nnx.silu(self.gate(x)) * up
         return self.down(hidden).astype(jnp.float32)
@@ -129,7 +134,7 @@ class Block(Stream):
     def __call__(
         self,
         x: Float[Array, "B N D"],
-        modulation: Float[Array, "B N 6 D"] | Float[Array, "B M D"],
+        modulation: Float[Array, "B M 6 D"] | Float[Array, "B M D"],
         row: Row,
         context: Float[Array, "B S D"] | None,
         context_segments: Int[Array, "B S"] | None,
@@ -142,7 +147,7 @@ class Block(Stream):
         if self.crosses:
             seen = layer_norm(start if self.parallel else x)
             x = x + self._cross_attention(seen, row.segments, context, context_segments)
-        return x + mlp_gate * self.mlp(modulate(start if self.parallel else x, mlp_shift, mlp_scale))
+        return x + mlp_gate * self.mlp(start if self.parallel else x, mlp_shift, mlp_scale)
 
     def _cross_attention(self, x, segments, context, context_segments):
         q = into_heads(self.cross_query(x), self.cross_query_norm, self.heads)
@@ -168,14 +173,14 @@ class TemporalBlock(Stream):
     def __call__(
         self,
         x: Float[Array, "B N D"],
-        modulation: Float[Array, "B N 6 D"] | Float[Array, "B M D"],
+        modulation: Float[Array, "B M 6 D"] | Float[Array, "B M D"],
         row: Row,
         attention: Attention,
     ) -> Float[Array, "B N D"]:
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.parts(modulation, row.segments)
         q, k, v = self.project(modulate(x, shift, scale), row.angles)
         x = x + (1 + gate) * self.leave(attention(q, k, v, row.at))
-        return x + (1 + mlp_gate) * self.mlp(modulate(x, mlp_shift, mlp_scale))
+        return x + (1 + mlp_gate) * self.mlp(x, mlp_shift, mlp_scale)
 
 
 class JointBlock(nnx.Module):
@@ -190,9 +195,9 @@ class JointBlock(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        modulation: Float[Array, "B N 6 D"] | Float[Array, "B M D"],
+        modulation: Float[Array, "B M 6 D"] | Float[Array, "B M D"],
         row: Row,
-        context_modulation: Float[Array, "B S 6 D"] | Float[Array, "B G D"],
+        context_modulation: Float[Array, "B G 6 D"] | Float[Array, "B G D"],
         context_segments: Int[Array, "B S"],
         attention: Attention,
     ) -> Float[Array, "B T D"]:
@@ -215,7 +220,7 @@ class JointBlock(nnx.Module):
         ):
             attended = start + gate * stream.leave(part)
             seen = start if self.parallel else attended
-            ends.append(attended + mlp_gate * stream.mlp(modulate(seen, mlp_shift, mlp_scale)))
+            ends.append(attended + mlp_gate * stream.mlp(seen, mlp_shift, mlp_scale))
         return jnp.concatenate(ends, axis=1)
 
 

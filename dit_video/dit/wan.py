@@ -13,10 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from dit_video.dit.blocks import Row, into_heads
-from dit_video.dit.conditioning import Given
+from dit_video.dit.blocks import Row, into_heads, spread
+from dit_video.dit.conditioning import TIME_SCALE, Given
 from dit_video.dit.config import check_patterns
-from dit_video.dit.model import TIME_SCALE
 from dit_video.errors import UserError
 from dit_video.nn import (
     Attention,
@@ -177,7 +176,7 @@ class WanDit(nnx.Module):
         modulation = self.modulation(nnx.silu(embedded)).reshape(*at.shape, 6, -1)
         head = embedded[:, :, None] + self.head_table[...]
         if given.token_time is None:
-            modulation, head = to_tokens(modulation, segments), to_tokens(head, segments)
+            head = to_tokens(head, segments)
         text, fits = self._text(context, context_segments, count=time.shape[1])
         image = None
         if self.image is not None:
@@ -273,7 +272,7 @@ class WanBlock(nnx.Module):
         def square() -> Linear:
             return Linear(width, width, dtype=dtype, rngs=rngs)
 
-        self.heads = config.heads
+        self.heads, self.per_token = config.heads, config.time == "token"
         self.cross: Attention = make_attention(config.attention)
         self.table = _table(6, width, rngs)
         self.query, self.key, self.value, self.out = square(), square(), square(), square()
@@ -290,14 +289,15 @@ class WanBlock(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B N D"],
-        modulation: Float[Array, "B N 6 D"],
+        modulation: Float[Array, "B M 6 D"],
         row: Row,
         text: PaddedText,
         image: tuple[Float[Array, "B I D"], Int[Array, "B I"]] | None,
         attention: Attention,
     ) -> Float[Array, "B N D"]:
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (
-            modulation[:, :, index] + self.table[...][index] for index in range(6)
+            spread(modulation[:, :, index] + self.table[...][index], row.segments, per_token=self.per_token)
+            for index in range(6)
         )
         x = x + gate * self._self_attention(modulate(x, shift, scale), row, attention)
         x = x + self._cross_attention(self.cross_norm(x), row.segments, text, image)

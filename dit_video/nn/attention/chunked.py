@@ -9,7 +9,7 @@ together is only faster, so tokens are sorted first where a pattern has axes of 
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from dit_video.errors import UserError
+from dit_video.nn.attention import segmentwise
 from dit_video.nn.attention.bias import Bias, RelativeBias
 from dit_video.nn.attention.dense import MASKED
 from dit_video.nn.attention.interface import Keys, Queries
@@ -40,14 +41,18 @@ class Chunked:
 
     pattern: Pattern = Full()
     chunk: int = 256
+    platform: str = field(default_factory=jax.default_backend, repr=False)
+    """that it is for: on CPU, full attention takes the form of `segmentwise`"""
 
     def __post_init__(self):
         if self.chunk < 1:
             raise UserError(f"blocks of attention have at least 1 token, not {self.chunk}")
 
     def __call__(self, q: Queries, k: Keys, v: Keys, at: Tokens) -> Queries:
-        seen, bias = sight(self.pattern, at), at.bias
         q = q * q.shape[-1] ** -0.5
+        if isinstance(self.pattern, Full) and at.bias is None and self.platform == "cpu":
+            return segmentwise.attend(q, k, v, at.q_segments, at.kv_segments, chunk=self.chunk)
+        seen, bias = sight(self.pattern, at), at.bias
         if isinstance(self.pattern, Full):
             return _attend(q, k, v, seen, bias, self.chunk)
         if self.pattern.reach == "boxes":

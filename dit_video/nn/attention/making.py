@@ -67,11 +67,11 @@ def check_attention(backend: Backend, *patterns: Pattern, biased: bool = False) 
 
 @dataclass(frozen=True, kw_only=True)
 class Auto:
-    """`short` for rows of up to `limit` tokens, `long` above."""
+    """`short` where there are no more scores than among `limit` tokens, `long` above."""
 
     limit: int
     short: Dense
     long: Chunked
 
     def __call__(self, q: Queries, k: Keys, v: Keys, at: Tokens) -> Queries:
-        return (self.short if q.shape[1] <= self.limit else self.long)(q, k, v, at)
+        return (self.short if q.shape[1] * k.shape[1] <= self.limit**2 else self.long)(q, k, v, at)

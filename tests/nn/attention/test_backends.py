@@ -185,11 +185,26 @@ def test_a_segment_sees_no_other_bit_for_bit(attention):
 
 def test_the_branches_for_accelerators_equal_those_for_cpu(monkeypatch):
     arrays = inputs()
-    attentions = Dense(), Chunked(chunk=5)
-    expected = [value_and_gradients(attention, arrays) for attention in attentions]
+    expected = [value_and_gradients(attention, arrays) for attention in (Dense(), Chunked(chunk=5))]
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    for attention, values in zip(attentions, expected, strict=True):
+    for attention, values in zip((Dense(), Chunked(chunk=5)), expected, strict=True):
         same(value_and_gradients(attention, arrays), values, about=str(attention))
+
+
+@pytest.mark.parametrize("lengths", [(12, 7, 2, 5, 5), (3,) * 10 + (1,), (31,), (1, 16, 14)], ids=str)
+def test_blocks_that_begin_with_segments_equal_the_dense_mask(lengths):
+    ids = jnp.asarray(np.repeat(np.arange(len(lengths)), lengths)[None] + [[1], [0]], jnp.int32)  # one without padding
+    arrays, weights = inputs(), jnp.asarray(np.random.default_rng(9).normal(size=(2, LENGTH, HEADS, WIDTH)))
+
+    def gradients(attention):
+        return jax.jit(jax.value_and_grad(lambda *x: (attention(*x, Tokens.among(ids)) * weights).sum(), (0, 1, 2)))
+
+    value, expected = gradients(Dense())(*arrays)
+    for chunk in (2, 4):
+        found, theirs = gradients(Chunked(chunk=chunk, platform="cpu"))(*arrays)
+        np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-5)
+        for left, right in zip(theirs, expected, strict=True):
+            np.testing.assert_allclose(left, right, atol=2e-6)
 
 
 def test_a_known_answer():
@@ -241,7 +256,7 @@ def test_foreign_blocks_are_not_computed():
     segments = jnp.repeat(jnp.asarray([[1, 2, 1, 3]]), 8, axis=1)
     q, k, v = (jnp.asarray(np.random.default_rng(1).normal(size=(1, 32, 1, 4)), jnp.float32) for _ in range(3))
     poisoned = jnp.where((segments == 2)[..., None, None], jnp.nan, v)
-    out = Chunked(chunk=8)(q, k, poisoned, Tokens.among(segments))
+    out = Chunked(chunk=4)(q, k, poisoned, Tokens.among(segments))
     assert np.isnan(out[0, 8:16]).all()
     assert np.isfinite(np.delete(out[0], np.s_[8:16], axis=0)).all()
 
