@@ -61,6 +61,7 @@ class Pipeline:
             process=config.process,
             patch=config.dit.patch,
             boundary=config.boundary,
+            interval=config.interval,
         )
 
     @overload

@@ -50,6 +50,13 @@ class PipelineConfig:
             raise UserError(f"the boundary between two experts is a time from 0 to 1, not {self.boundary}")
 
     @property
+    def interval(self) -> float:
+        """Of two tokens along time, in what the denoiser's coordinates count."""
+        if self.dit.clock == "tokens":
+            return 1.0
+        return self.autoencoder.stride.t * self.dit.patch.t / self.fps
+
+    @property
     def row_shape(self) -> RowShape:
         """Of the rows that are sampled; a clip that is larger has a row to itself."""
         return self.rows or RowShape(tokens=1, text=self.text.max_tokens, segments=1)

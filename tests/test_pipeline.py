@@ -6,10 +6,11 @@ import pytest
 import dit_video
 from dit_video import configs
 from dit_video import tree as trees
-from dit_video.diffusion import Euler, Heun, UniPc, UniPcGrid
+from dit_video.diffusion import Euler, Heun, RectifiedFlow, UniPc, UniPcGrid
 from dit_video.errors import UserError
 from dit_video.generation import text_to_video
 from dit_video.pipeline import Pipeline, Request, identity
+from dit_video.pipeline_config import PipelineConfig
 from dit_video.tokens import Grid
 from dit_video.weights import load as load_weights
 
@@ -46,6 +47,24 @@ def test_a_clip_has_the_size_the_rate_and_the_caption(pipeline):
 
 def test_the_default_size_is_the_training_size(pipeline):
     assert pipeline.generate(PROMPT).frames.shape == (9, 16, 32, 3)
+
+
+def test_the_interval_of_tokens_is_that_of_the_training(tiny):
+    """Of 4 pixel frames at 16 a second, where coordinates count seconds."""
+    experiment = tiny.EXPERIMENT
+    counted = PipelineConfig(
+        autoencoder=experiment.autoencoder.model,
+        dit=experiment.denoiser.dit,
+        text=experiment.denoiser.text,
+        process=RectifiedFlow(),
+        rows=None,
+        batch=1,
+        sampling=experiment.sampling,
+        fps=16.0,
+        size=Grid(5, 16, 16),
+    )
+    assert counted.interval == 1.0
+    assert replace(counted, dit=replace(counted.dit, clock="seconds")).interval == 0.25
 
 
 def test_the_seed_decides(pipeline, latents):

@@ -81,6 +81,8 @@ class Denoiser(NamedTuple):
     patch: Grid
     boundary: float | None = None
     """of two experts: at times below it `low_noise` denoises"""
+    interval: float = 1.0
+    """of two tokens along time, in what coordinates count"""
 
 
 def initial_noise(seed: int, latents: Grid, channels: int) -> Float32[np.ndarray, "t h w c"]:
@@ -161,7 +163,7 @@ def _sample_rows(
             [
                 Item(
                     patchify(requests[index].noise, denoiser.patch),
-                    coordinates(grids[index]),
+                    coordinates(grids[index], step=(denoiser.interval, 1.0, 1.0)),
                     texts[prompt_of(requests[index])],
                     index,
                 )

@@ -66,10 +66,10 @@ def velocity(params, tokens, time, text, at):
     )[0]
 
 
-def by_hand(request: LatentRequest):
+def by_hand(request: LatentRequest, *, interval: float = 1.0):
     """Two Euler steps with guidance 2 over the shifted times 1, 2/3, 0."""
     grid = token_grid(Grid(*request.noise.shape[:3]), DIT.patch)
-    x, at = patchify(request.noise, DIT.patch), coordinates(grid)
+    x, at = patchify(request.noise, DIT.patch), coordinates(grid, step=(interval, 1.0, 1.0))
     for time, following in ((1.0, 2 / 3), (2 / 3, 0.0)):
         c, u = (
             np.asarray(velocity(DENOISER.params, x, jnp.asarray(time), DENOISER.tokenizer(text), at))
@@ -84,6 +84,13 @@ def test_packed_samples_are_those_of_a_loop_over_the_unpacked_model():
     for index in (0, 1):
         assert np.std(results[index] - MIXED[index].noise) > 0.1
         np.testing.assert_allclose(results[index], by_hand(MIXED[index]), atol=5e-5)
+
+
+def test_coordinates_along_time_may_count_seconds():
+    timed = DENOISER._replace(interval=0.25)
+    result = sample_latents(timed, MIXED, sampling=SAMPLING, shape=SHAPE, rows=2)[0]
+    np.testing.assert_allclose(result, by_hand(MIXED[0], interval=0.25), atol=5e-5)
+    assert np.abs(result - mixed()[0]).max() > 1e-3
 
 
 def test_results_are_in_order_and_of_the_sizes_that_were_asked_for():
