@@ -16,7 +16,7 @@ from dit_video.data.latents import LatentSource
 from dit_video.data.loader import Batches, Reading, encoded_batches, packed_batches
 from dit_video.data.mixture import Mixture
 from dit_video.data.rows import Encode
-from dit_video.data.sizes import fit
+from dit_video.data.sizes import fit, sampled_fps
 from dit_video.data.source import ClipSource
 from dit_video.data.texts import CachedTexts, EmbeddedTexts, Texts, TokenizedTexts, different_captions
 from dit_video.data.windows import THREADS
@@ -42,12 +42,25 @@ def cached_rows(experiment: Experiment, latents: LatentSource, clips: ClipSource
     """Rows of the latents of these clips; `texts` are those of the latents."""
     config = experiment.denoiser
     mixed = mixture(latents, clips, experiment.data.weights)
+    intervals = _intervals(experiment, clips, latents.clips)
 
     def feed(start: int) -> Batches:
         reading = _reading(experiment, start, mixed, threads=1)
-        return packed_batches(latents, texts, patch=config.dit.patch, shape=config.rows, reading=reading)
+        return packed_batches(
+            latents, texts, patch=config.dit.patch, shape=config.rows, reading=reading, intervals=intervals
+        )
 
     return feed
+
+
+def _intervals(experiment: Experiment, clips: ClipSource, names: Sequence[str]) -> list[float] | None:
+    """Seconds from one token to the next along time in the clips of these names, if that is what coordinates count."""
+    dit = experiment.denoiser.dit
+    if dit.clock == "tokens":
+        return None
+    frames = experiment.autoencoder.model.stride.t * dit.patch.t
+    rates = {info.name: sampled_fps(info, experiment.limits) for info in clips.infos}
+    return [frames / rates[name] for name in names]
 
 
 def live(experiment: Experiment, clips: ClipSource, texts: Texts, encode: Encode) -> Feed:
@@ -74,6 +87,7 @@ def live(experiment: Experiment, clips: ClipSource, texts: Texts, encode: Encode
             "limits": experiment.limits,
             "patch": config.dit.patch,
             "reading": reading,
+            "intervals": _intervals(experiment, clips, [info.name for info in clips.infos]),
         }
         if buckets is None:
             return encoded_batches(clips, texts, encode, shape=config.rows, **common)

@@ -9,8 +9,12 @@ from dit_video import feed
 from dit_video.data import shapes
 from dit_video.data.bucket_batches import BucketConfig
 from dit_video.data.buckets import Memory
+from dit_video.data.latents import LatentSource
+from dit_video.data.source import ClipSource
+from dit_video.data.texts import TokenizedTexts
 from dit_video.errors import UserError
 from dit_video.run import Run
+from stand_ins import tokenize
 
 
 @pytest.mark.parametrize(
@@ -46,3 +50,15 @@ def test_a_data_set_without_training_clips_is_refused_before_any_training(tiny, 
     assert not (tmp_path / "run" / "autoencoder").exists()
     with pytest.raises(UserError, match="must be positive"):
         dataclasses.replace(tiny.EXPERIMENT, data=dataclasses.replace(data, weights=(1.0, 0.0)))
+
+
+def test_rows_are_told_the_seconds_of_each_clip(tiny, tiny_run):
+    """The clips have 8 frames a second, a latent frame stands for 4 of them."""
+    clips, latents = ClipSource(tiny_run / "data"), LatentSource(tiny_run / "latents")
+    denoiser = tiny.EXPERIMENT.denoiser
+    timed = dataclasses.replace(denoiser, dit=dataclasses.replace(denoiser.dit, clock="seconds"))
+    experiment = dataclasses.replace(tiny.EXPERIMENT, denoiser=timed)
+    batches = feed.cached_rows(experiment, latents, clips, TokenizedTexts(latents.all_captions, tokenize))(0)
+    found = {at for _ in range(4) for at in next(batches).coordinates[..., 0].flat}
+    batches.close()
+    assert found == {0.0, 0.5, 1.0}

@@ -3,6 +3,8 @@
     python tools/benchmark.py                                    # all parts, with the quickstart's models
     python tools/benchmark.py denoiser autoencoder               # some parts
     python tools/benchmark.py attention --tokens 8192 --peers    # packed rows beside dense attention, torch's too
+    python tools/benchmark.py model --peers                      # a transformer beside diffusers' on the same weights
+    python tools/benchmark.py mfu --attention tokamax            # model FLOPs utilisation, of a GPU
     python tools/benchmark.py tiling --run RUN --clips CLIPS     # what tiles change of a trained autoencoder's frames
     python tools/benchmark.py data --clips CLIPS                 # with one's own clips instead of rendered ones
     python tools/benchmark.py --config experiments/configs/clips.py --steps 50
@@ -12,13 +14,15 @@
 `denoiser` and `autoencoder` time training steps on random latents and pixels of mixed sizes, packed as in training.
 `data` measures the loaders beside those steps (cached latents; video files; video files that are encoded on the way, as
 rows and in buckets), decoding against a bare loop, ingest with two processes against one, and the loader's memory.
-`attention` and `tiling` run where they are named alone: the one times attention that skips foreign blocks beside dense
-attention; the other says by how many steps of 0..255 frames decoded in blended tiles differ from whole ones, at the
-largest and in the mean, for several overlaps.
-`--peers` times the convolutional autoencoder beside diffusers' on the same weights, and attention beside torch's. A
-part whose packages are missing is skipped, and the document says so: `denoiser` and `autoencoder` need JAX, Flax and
-optax alone. Where the quickstart's config cannot be imported for that reason, models of about its size are measured,
-and `setting` is `built in`.
+Four parts run where they are named: `attention` times attention that skips foreign blocks beside dense attention;
+`tiling` says by how many steps of 0..255 frames decoded in blended tiles differ from whole ones, at the largest and in
+the mean, for several overlaps; `model` times a forward pass and a training step of a transformer like Wan's, and how
+compile time grows with its depth; `mfu` a training step of 1.6 billion parameters in bfloat16 on a row of 32k tokens,
+as a share of what the device can do (`--small` tries these two on little ones). `--peers` times the convolutional
+autoencoder and the transformer beside diffusers' on the same weights, and attention beside torch's. A part whose
+packages are missing is skipped, and the document says so: `denoiser`, `autoencoder` and `mfu` need JAX, Flax and optax
+alone. Where the quickstart's config cannot be imported for that reason, models of about its size are measured, and
+`setting` is `built in`.
 """
 
 import argparse
@@ -30,19 +34,21 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import dit_video
+from benchmarks import mfu
 from benchmarks.setting import Setting, changed, default_setting, read_setting
 from benchmarks.steps import Trained, measure_autoencoder, measure_denoiser
 from dit_video.errors import MissingError, UserError, script
+from dit_video.nn import Backend
 
 PARTS = ("denoiser", "autoencoder", "data")
-BY_NAME = ("attention", "tiling")
+BY_NAME = ("attention", "tiling", "model", "mfu")
 """parts that run where they are named alone"""
 PRETRAINED = Path(__file__).resolve().parents[1] / "experiments" / "pretrained" / "shapes"
 
@@ -65,10 +71,12 @@ class Extent:
     """that the loader's memory is watched over"""
     tokens: int
     """of the rows that attention is timed on"""
+    small: bool
+    """little models, for `model` and `mfu`"""
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if value < 1:
+            if name != "small" and value < 1:
                 raise UserError(f"--{name} {value} must be at least 1")
 
 
@@ -88,7 +96,15 @@ def machine() -> dict[str, Any]:
 
 
 def benchmark(
-    setting: Setting, parts: Sequence[str], extent: Extent, clips: Path | None, *, run: Path, peers: bool
+    setting: Setting,
+    parts: Sequence[str],
+    extent: Extent,
+    clips: Path | None,
+    *,
+    run: Path,
+    peers: bool,
+    attention: Backend,
+    peak: float | None,
 ) -> dict[str, Any]:
     """The whole document."""
     document: dict[str, Any] = {"machine": machine(), "setting": setting.name}
@@ -102,6 +118,12 @@ def benchmark(
     if "attention" in parts:
         print("attention over packed rows", file=sys.stderr)
         document["attention"] = measure_attention(extent, peers=peers)
+    if "model" in parts:
+        print("a transformer like Wan's", file=sys.stderr)
+        document["model"] = measure_model(extent, peers=peers)
+    if "mfu" in parts:
+        print("utilisation", file=sys.stderr)
+        document["mfu"] = mfu.measure(mfu.SMALL if extent.small else mfu.Shape(), extent.steps, attention, peak)
     if "tiling" in parts:
         print("tiles beside whole pictures", file=sys.stderr)
         document["tiling"] = measure_tiling(run, clips)
@@ -138,6 +160,23 @@ def measure_attention(extent: Extent, *, peers: bool) -> dict[str, Any]:
         found = attention.measure(extent.tokens, extent.rounds)
         return found | {"peers": {"skipped": f"{error.name} is not installed"}}
     return attention.measure(extent.tokens, extent.rounds, torch_attention)
+
+
+def measure_model(extent: Extent, *, peers: bool) -> dict[str, Any]:
+    """A forward pass and a training step, beside diffusers' where that is asked for; and compilation by depth."""
+    try:
+        from benchmarks import model
+    except ModuleNotFoundError as error:
+        return {"skipped": f"{error.name} is not installed"}
+    shape = model.SMALL if extent.small else model.Shape()
+    compilation = {"compilation": model.measure_compilation(shape)}
+    if not peers:
+        return model.measure(shape, extent.rounds) | compilation
+    try:
+        from benchmarks.wan_peer import forms
+    except ModuleNotFoundError as error:
+        return model.measure(shape, extent.rounds) | compilation | {"peers": f"{error.name} is not installed"}
+    return model.measure(shape, extent.rounds, forms) | compilation
 
 
 def measure_tiling(run: Path, clips: Path | None) -> dict[str, Any]:
@@ -185,9 +224,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of what is compared in turn")
     parser.add_argument("--batches", type=int, default=10_000, help="over which the loader's memory is watched")
     parser.add_argument("--tokens", type=int, default=8192, help="of the rows that attention is timed on")
+    parser.add_argument("--small", action="store_true", help="little models, for `model` and `mfu`")
+    parser.add_argument("--attention", choices=get_args(Backend), default="auto", help="the backend that `mfu` uses")
+    parser.add_argument("--peak", type=float, help="TFLOP/s in bfloat16 of a device that `mfu` doesn't know")
     parser.add_argument("--run", type=Path, default=PRETRAINED, help="whose autoencoder's tiles are measured")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change the setting")
-    parser.add_argument("--peers", action="store_true", help="time other projects' autoencoders, too")
+    parser.add_argument("--peers", action="store_true", help="time other projects' models, too")
     arguments = parser.parse_args()
     if unknown := [part for part in arguments.parts if part not in PARTS + BY_NAME]:
         raise UserError(f"there is no part {unknown[0]!r}; use {', '.join(PARTS + BY_NAME)}")
@@ -203,7 +245,14 @@ def main() -> None:
             value = text
         setting = changed(setting, name, value)
     found = benchmark(
-        setting, arguments.parts or PARTS, extent, arguments.clips, run=arguments.run, peers=arguments.peers
+        setting,
+        arguments.parts or PARTS,
+        extent,
+        arguments.clips,
+        run=arguments.run,
+        peers=arguments.peers,
+        attention=arguments.attention,
+        peak=None if arguments.peak is None else arguments.peak * 1e12,
     )
     print(json.dumps(found, indent=2))
 

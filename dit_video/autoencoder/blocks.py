@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dit_video.autoencoder.interface import chunk_grid
 from dit_video.autoencoder.modulation import Guide, SpatialNorm
 from dit_video.errors import UserError
-from dit_video.nn import CausalConv, Linear, Memory, RmsNorm, make_attention
+from dit_video.nn import CausalConv, Linear, Memory, RmsNorm, Tokens, make_attention
 from dit_video.tokens import Grid
 
 _EPSILON = 1e-12
@@ -125,8 +125,7 @@ class FrameAttention(nnx.Module):
     ) -> Float[Array, "B t h w D"]:
         tokens = rearrange(normed(self.norm, x, guide), "B t h w D -> (B t) (h w) 1 D")
         q, k, v = jnp.split(self.qkv(tokens), 3, axis=-1)
-        segments = frame_segments(x, places)
-        mixed = self.attention(q, k, v, q_segments=segments, kv_segments=segments)
+        mixed = self.attention(q, k, v, Tokens.among(frame_segments(x, places)))
         return x + self.out(mixed).reshape(x.shape)
 
 

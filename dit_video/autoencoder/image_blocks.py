@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from dit_video.autoencoder.blocks import Down, Places, Up, alone, frame_segments
 from dit_video.errors import UserError
-from dit_video.nn import CausalConv, GroupNorm, Linear, Memory, make_attention
+from dit_video.nn import CausalConv, GroupNorm, Linear, Memory, Tokens, make_attention
 from dit_video.tokens import Grid
 
 _HALF = Grid(1, 2, 2)
@@ -129,10 +129,8 @@ class ImageAttention(nnx.Module):
 
     def __call__(self, x: Float[Array, "B t h w D"], beside: Beside) -> Float[Array, "B t h w D"]:
         tokens = rearrange(self.norm(x, beside), "B t h w D -> (B t) (h w) 1 D")
-        segments = frame_segments(x, beside.places)
-        mixed = self.attention(
-            self.query(tokens), self.key(tokens), self.value(tokens), q_segments=segments, kv_segments=segments
-        )
+        at = Tokens.among(frame_segments(x, beside.places))
+        mixed = self.attention(self.query(tokens), self.key(tokens), self.value(tokens), at)
         return x + self.out(mixed).reshape(x.shape)
 
 

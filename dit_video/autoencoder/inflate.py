@@ -16,9 +16,9 @@ from jaxtyping import Array, Float
 from dit_video.autoencoder.image_blocks import Beside, ImageDecoder, ImageLevels
 from dit_video.autoencoder.interface import AutoencoderConfig
 from dit_video.errors import UserError
-from dit_video.nn import CausalConv, GroupNorm, init_params, param_shapes
+from dit_video.nn import CausalConv, GroupNorm, checked_params, completed_params, param_shapes
 from dit_video.tokens import Grid
-from dit_video.tree import flatten, map_with_path
+from dit_video.tree import flatten
 
 _TEMPORAL = "/temporal/"
 """What the paths of the temporal layers have, and no others."""
@@ -107,15 +107,4 @@ def inflate(
       UserError: an autoencoder that can't be inflated, or parameters of another one.
     """
     inflated = InflatedConfig(image=config, span=span)
-    given, wanted = flatten(params), flatten(param_shapes(config.make))
-    for path in (*wanted, *given):
-        shapes = [tuple(leaves[path].shape) if path in leaves else None for leaves in (given, wanted)]
-        if shapes[0] != shapes[1]:
-            raise UserError(f"{path} has the shape {shapes[0]} in the parameters and {shapes[1]} by the config")
-
-    @jax.jit  # in which what is given already is not computed
-    def fresh(key: Array) -> dict[str, Array]:
-        return {path: leaf for path, leaf in flatten(init_params(inflated.make, key)).items() if path not in given}
-
-    leaves = given | fresh(key)
-    return inflated, map_with_path(lambda path, _: leaves[path], param_shapes(inflated.make))
+    return inflated, completed_params(inflated.make, checked_params(config.make, params), key)

@@ -80,6 +80,7 @@ def bucket_batches(
     patch: Grid,
     text: int,
     reading: Reading,
+    intervals: Sequence[float] | None = None,
 ) -> BucketBatches:
     """Batches of clips that are resized to cover their bucket's size, cropped to it, and encoded on the way.
 
@@ -97,6 +98,7 @@ def bucket_batches(
       patch: of the denoiser, in latents.
       text: text tokens that a row has room for.
       reading: which batches.
+      intervals: as for `packed_batches`.
 
     Raises:
       UserError: a caption longer than `text`.
@@ -122,7 +124,7 @@ def bucket_batches(
         for clip, values, words in zip(clips, tokens, drawn, strict=True):
             item = Item(
                 np.zeros((grid.volume, width), np.float32) if values is None else values,
-                coordinates(grid),
+                coordinates(grid, step=(1.0 if intervals is None else intervals[clip.example], 1.0, 1.0)),
                 texts.empty if words is None else words,
                 clip.rank,
             )
@@ -132,6 +134,8 @@ def bucket_batches(
         return Rows(*map(np.stack, zip(*rows, strict=True)))
 
     plan = hashlib.sha256(repr((stream.hash, source.infos, limits, patch)).encode())
+    if intervals is not None:
+        plan.update(repr(tuple(intervals)).encode())
     for facts in texts.facts():
         plan.update(facts)
     return BucketBatches(*encoded_ahead(clips, batch, reading), buckets, plan.hexdigest()[:16])

@@ -9,7 +9,7 @@ import abc
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -149,7 +149,13 @@ class PackedBatches(Batches):
 
 
 def packed_batches(
-    source: LatentSource, texts: Texts, *, patch: Grid, shape: RowShape, reading: Reading
+    source: LatentSource,
+    texts: Texts,
+    *,
+    patch: Grid,
+    shape: RowShape,
+    reading: Reading,
+    intervals: Sequence[float] | None = None,
 ) -> PackedBatches:
     """Batches of rows from cached latents, read ahead.
 
@@ -159,6 +165,7 @@ def packed_batches(
       patch: of the denoiser, in latents.
       shape: the budgets of a row.
       reading: which batches.
+      intervals: of two tokens along time, for each example, in the unit of the coordinates; None counts tokens.
 
     Raises:
       UserError: a patch that does not divide the latents, or an example larger than a row.
@@ -171,6 +178,7 @@ def packed_batches(
         names=source.names,
         mixture=reading.mixture,
         balance=reading.balance,
+        intervals=intervals,
     )
     rows = LatentRows(source, layout, patch, cache_bytes=reading.cache_bytes // max(1, reading.workers))
     ahead = read_ahead(_shared(rows, reading, _stacked), reading)
@@ -188,6 +196,7 @@ def encoded_batches(
     patch: Grid,
     shape: RowShape,
     reading: Reading,
+    intervals: Sequence[float] | None = None,
 ) -> PackedBatches:
     """Batches of rows from video files: decoded ahead by threads or workers, encoded in a thread of this process.
 
@@ -201,6 +210,7 @@ def encoded_batches(
       patch: of the denoiser, in latents.
       shape: the budgets of a row.
       reading: which batches.
+      intervals: as for `packed_batches`.
 
     Raises:
       UserError: a clip that has no size within the limits, or one larger than a row.
@@ -215,6 +225,7 @@ def encoded_batches(
         names=[info.name for info in source.infos],
         mixture=reading.mixture,
         balance=reading.balance,
+        intervals=intervals,
     )
     row_bytes = shape.tokens * max(3 * size.volume / grid.volume for size, grid in zip(sizes, grids, strict=True))
     decoded = _HostRows(ClipRows(source, layout, limits, seed=reading.seed), reading, row_bytes)

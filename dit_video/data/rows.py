@@ -54,6 +54,7 @@ class Layout:
       names: of the examples, for errors.
       mixture: which examples an epoch has; None for each one once.
       balance: how rows are put into steps; None for random order.
+      intervals: of two tokens along time, for each example, in the unit of the coordinates; None counts tokens.
 
     Raises:
       UserError: an example larger than a row, or a mixture of other examples.
@@ -69,8 +70,10 @@ class Layout:
         names: Sequence[str],
         mixture: Mixture | None = None,
         balance: Balance | None = None,
+        intervals: Sequence[float] | None = None,
     ):
         self.grids, self.texts, self.shape, self.names, self._seed = grids, texts, shape, names, seed
+        self._intervals = intervals
         self.stream = RowStream(
             np.asarray([grid.volume for grid in grids], np.int64),
             np.asarray([max(lengths) for lengths in texts.lengths], np.int64),
@@ -83,6 +86,8 @@ class Layout:
         told = hashlib.sha256(repr((self.stream.hash, tuple(names), tuple(grids))).encode())
         for facts in texts.facts():
             told.update(facts)
+        if intervals is not None:
+            told.update(repr(tuple(intervals)).encode())
         self.hash: str = told.hexdigest()[:16]
         """Of the plan, the examples' names, sizes and texts."""
 
@@ -105,7 +110,7 @@ class Layout:
             items.append(
                 Item(
                     np.zeros((grid.volume, width), np.float32) if values is None else values,
-                    _coordinates(grid),
+                    _coordinates(grid, 1.0 if self._intervals is None else self._intervals[member.example]),
                     self.texts.empty if text is None else text,
                     member.rank,
                 )
@@ -229,5 +234,5 @@ def set_aside(name: str, error: UserError) -> None:
 
 
 @functools.lru_cache(maxsize=1024)
-def _coordinates(grid: Grid) -> Float32[np.ndarray, "n 3"]:
-    return coordinates(grid)
+def _coordinates(grid: Grid, interval: float) -> Float32[np.ndarray, "n 3"]:
+    return coordinates(grid, step=(interval, 1.0, 1.0))

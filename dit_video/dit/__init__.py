@@ -9,8 +9,9 @@ from dit_video.dit.conditioning import (
     PooledContext,
     TimeEmbedding,
 )
-from dit_video.dit.config import DitConfig
+from dit_video.dit.config import DitConfig, Temporal
 from dit_video.dit.denoise import packed_denoise
+from dit_video.dit.growing import image_to_video, with_given
 from dit_video.dit.model import Dit
 from dit_video.dit.positions import EndDistances, Factorised, ImageSineCosine, SineCosine
 from dit_video.dit.wan import WanDit, WanDitConfig
@@ -28,8 +29,11 @@ __all__ = [
     "NoContext",
     "PooledContext",
     "SineCosine",
+    "Temporal",
     "TimeEmbedding",
     "WanDit",
     "WanDitConfig",
+    "image_to_video",
     "packed_denoise",
+    "with_given",
 ]

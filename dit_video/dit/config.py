@@ -5,14 +5,56 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from flax import nnx
 
-from dit_video.dit.conditioning import ClassLabels, Context, CrossAttention, NoContext, TimeEmbedding
+from dit_video.dit.conditioning import (
+    ClassLabels,
+    Context,
+    CrossAttention,
+    JointAttention,
+    NoContext,
+    TimeEmbedding,
+)
 from dit_video.dit.positions import AbsolutePosition, EndDistances
 from dit_video.errors import UserError
 from dit_video.nn import Backend, Remat
+from dit_video.nn.attention import (
+    Full,
+    Pattern,
+    PatternChoice,
+    RelativeBias,
+    SpaceOnly,
+    WithPlaceless,
+    check_attention,
+)
 from dit_video.tokens import Grid, Rotary3d
 
 if TYPE_CHECKING:
     from dit_video.dit.model import Dit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Temporal:
+    """Layers in which every token sees the same place in all frames, among spatial layers that see one frame each.
+
+    After every `every` spatial layers come `layers` temporal ones: 1 and 1 alternate (Latte, arXiv 2401.03048, variant
+    1), 4 and 2 are blocks, and `every` as large as the number of spatial layers puts all of them at the end. They begin
+    as the identity: a fresh video model is an image model of each frame (`image_to_video`). Their parameters alone have
+    `temporal` in their paths.
+
+    Raises:
+      UserError: fewer than 1 of something.
+    """
+
+    every: int = 1
+    layers: int = 1
+    theta: float = 10_000.0
+    scale: float = 1.0
+    """of their rotary positions, of time alone over the whole head width; see `Rotary3d`"""
+
+    def __post_init__(self):
+        if self.every < 1 or self.layers < 1:
+            raise UserError(
+                f"after 1 spatial layer or more comes 1 temporal one or more, not {self.layers} after {self.every}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +63,8 @@ class DitConfig:
 
     Raises:
       UserError: heads that do not divide the width, a rotary split that does not add up to the head width, a negative
-        number of something, or a context without a width.
+        number of something, a context without a width, patterns that do not divide the layers or that the attention
+        backend cannot do, or temporal layers beside what is not of one frame.
     """
 
     channels: int
@@ -41,10 +84,20 @@ class DitConfig:
     """RMS norm of queries and keys: over each head, or over the full width before it is divided into heads"""
     order: Literal["sequential", "parallel"] = "sequential"
     """whether a block's attention and MLP follow each other, or are computed of the same input (arXiv 2302.05442)"""
+    clock: Literal["tokens", "seconds"] = "tokens"
+    """what coordinates count along time; with seconds, `Rotary3d.scale` says how many steps one is worth"""
     rotary: Rotary3d | Literal["even", "none"] | None = "even"
     """`even`, or None as files of earlier versions may have it: `Rotary3d.even` of the head width"""
     absolute_position: AbsolutePosition | Literal["sinusoidal", "none"] | None = EndDistances()
     """what is added to the tokens; `sinusoidal` and `none` are earlier names of `EndDistances()` and None"""
+    relative_bias: RelativeBias | None = None
+    """learned, by each layer for itself; for the attention backends dense and chunked, which are those of auto"""
+    pattern: PatternChoice | tuple[PatternChoice, ...] = Full()
+    """what self-attention sees of the clip, or what the layers in turn see: `(SpaceOnly(), TimeOnly())` is factorised
+    attention. Registers and the texts of a joint attention lie in no frame: all of the clip see them, and they see all
+    of it; but only each other where a pattern is causal, as no frame shall learn of later ones through them."""
+    temporal: Temporal | None = None
+    """layers of their own, beside those of this pattern, which is `SpaceOnly()`"""
     context: Context = CrossAttention()
     labels: ClassLabels | None = None
     modulation: Literal["shared", "own"] = "shared"
@@ -86,6 +139,42 @@ class DitConfig:
                 f"a context_width of {self.context_width} does not go with {type(self.context).__name__}; "
                 "NoContext has 0, all others have the text encoder's"
             )
+        check_patterns(self.patterns, self.layers)
+        check_attention(self.attention, *self.layer_patterns, biased=self.relative_bias is not None)
+        if self.temporal is not None:
+            self._check_temporal(self.temporal)
+
+    def _check_temporal(self, temporal: Temporal) -> None:
+        if self.pattern != SpaceOnly():
+            raise UserError(f"temporal layers go between spatial ones: set pattern=SpaceOnly(), not {self.pattern}")
+        if self.registers or isinstance(self.context, JointAttention):
+            raise UserError("registers and joint attention join frames: temporal layers go with neither")
+        if self.layers % temporal.every:
+            raise UserError(f"{self.layers} layers cannot have temporal ones after every {temporal.every}")
+        self.time_rotary.check(self.width // self.heads)
+
+    @property
+    def patterns(self) -> tuple[PatternChoice, ...]:
+        """Of the layers in turn."""
+        return self.pattern if isinstance(self.pattern, tuple) else (self.pattern,)
+
+    @property
+    def layer_patterns(self) -> tuple[Pattern, ...]:
+        """The same, with what they say of tokens that lie in no frame."""
+        if not self.registers and not isinstance(self.context, JointAttention):
+            return self.patterns
+        seeing = not any(pattern.causal for pattern in self.patterns)
+        return tuple(
+            pattern if isinstance(pattern, Full) else WithPlaceless(pattern=pattern, seeing=seeing)
+            for pattern in self.patterns
+        )
+
+    @property
+    def time_rotary(self) -> Rotary3d:
+        """Of the temporal layers."""
+        assert self.temporal is not None
+        split, scale = (self.width // self.heads, 0, 0), (self.temporal.scale, 1.0, 1.0)
+        return Rotary3d(split=split, theta=self.temporal.theta, scale=scale)
 
     @property
     def token_width(self) -> int:
@@ -158,3 +247,9 @@ class DitConfig:
     def billion_14(cls, **fields: Any) -> "DitConfig":
         """14 billion parameters with cross-attention."""
         return cls(**{"width": 5120, "layers": 33, "heads": 40} | fields)
+
+
+def check_patterns(patterns: tuple[PatternChoice, ...], layers: int) -> None:
+    """Raises UserError where the layers cannot take the patterns in turn."""
+    if not patterns or layers % len(patterns):
+        raise UserError(f"{layers} layers cannot take {len(patterns)} patterns in turn; give them 1, or a divisor")

@@ -7,14 +7,20 @@ nothing else; the modulation is projected once and shared, each block adding its
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dit_video.dit.blocks import make_block, spread
+from dit_video.dit.blocks import Row, TemporalBlock, make_block
 from dit_video.dit.conditioning import CrossAttention, Given, JointAttention
 from dit_video.dit.config import DitConfig
-from dit_video.nn import Linear, apply_stack, make_stack, modulate, sinusoidal
+from dit_video.dit.positions import EndDistances
+from dit_video.nn import Linear, Tokens, Turns, apply_groups, make_attention, make_stack, modulate, sinusoidal
+from dit_video.nn.attention import NOWHERE, Full, TimeOnly, grid_indices
 from dit_video.tokens import Rotary3d, rotary_angles, segment_mean, to_tokens
+
+_TIME = np.asarray([1, 0, 0], np.float32)
+"""what of coordinates (t, h, w) is time"""
 
 
 class _Sequence(NamedTuple):
@@ -53,6 +59,10 @@ class Dit(nnx.Module):
             self.registers = nnx.Param(normal(rngs.params(), (config.registers, width), jnp.float32))
         if config.labels is not None:
             self.labels = nnx.Param(normal(rngs.params(), (config.labels.classes + 1, width), jnp.float32))
+        if config.temporal is not None:
+            self.temporal_position = EndDistances().make(width, init="zero", dtype=dtype, rngs=rngs)
+            number = config.layers // config.temporal.every * config.temporal.layers
+            self.temporal_blocks = make_stack(lambda r: TemporalBlock(config, rngs=r), number, rngs=rngs)
 
     def __call__(
         self,
@@ -79,7 +89,7 @@ class Dit(nnx.Module):
         row = self._sequence(noisy, time, segments, coordinates, given)
         if row.token_time is not None:
             of_tokens = nnx.silu(self._time(row.token_time) + to_tokens(steady, row.segments))
-        x = self._through_blocks(row, of_segments, of_tokens, context, context_segments)
+        x = self._through_blocks(row, noisy.shape[1], of_segments, of_tokens, context, context_segments)
         shift_scale = self.head_modulation(of_tokens)
         if row.token_time is None:
             shift_scale = to_tokens(shift_scale, segments)
@@ -140,8 +150,13 @@ class Dit(nnx.Module):
         if given.latents is not None:
             x = x + self.given(given.latents)
         count = time.shape[1]
+        if config.temporal is not None:
+            # What is not temporal takes every frame for an image.
+            of_time = EndDistances().features(coordinates * _TIME, segments, count=count, width=config.width)
+            x = x + self.temporal_position(of_time)
         if config.added_position is not None:
-            features = config.added_position.features(coordinates, segments, count=count, width=config.width)
+            at = coordinates if config.temporal is None else coordinates * (1 - _TIME)
+            features = config.added_position.features(at, segments, count=count, width=config.width)
             x = x + (features if self.position is None else self.position(features))
         row = _Sequence(x.astype(jnp.float32), segments, coordinates, given.token_time)
         return self._with_registers(row, time) if config.registers else row
@@ -165,15 +180,15 @@ class Dit(nnx.Module):
     def _through_blocks(
         self,
         row: _Sequence,
+        length: int,
         of_segments: Float[Array, "B G D"],
         of_tokens: Float[Array, "B M D"],
         context: Float[Array, "B S E"] | None,
         context_segments: Int[Array, "B S"] | None,
     ) -> Float[Array, "B T D"]:
-        """All tokens after the last block, those of a joint context at the end."""
+        """All tokens after the last block, those of a joint context at the end; the first `length` have a place."""
         config = self.config
-        angles = rotary_angles(row.coordinates, config.rotary) if isinstance(config.rotary, Rotary3d) else None
-        modulation = self._modulation(of_tokens, row.segments, per_token=row.token_time is not None)
+        modulation = self._modulation(of_tokens)
         x, third = row.x, None
         if isinstance(config.context, CrossAttention | JointAttention):
             assert context is not None
@@ -181,16 +196,44 @@ class Dit(nnx.Module):
             third = self.context_in(context)
             if isinstance(config.context, JointAttention):
                 x = jnp.concatenate([x, third.astype(jnp.float32)], axis=1)
-                third = self._modulation(of_segments, context_segments, per_token=False)
-        return apply_stack(
-            self.blocks, x, modulation, angles, row.segments, third, context_segments, remat=config.remat
+                third = self._modulation(of_segments)
+        told = self._told(row, length, context_segments if isinstance(config.context, JointAttention) else None)
+        attentions = [make_attention(config.attention, pattern=pattern) for pattern in config.layer_patterns]
+        turns = [(modulation, told, third, context_segments, attention) for attention in attentions]
+        if config.temporal is None:
+            return apply_groups(x, [Turns(self.blocks, turns)], remat=config.remat)
+        over_time = told._replace(angles=rotary_angles(row.coordinates, config.time_rotary))
+        temporal = (modulation, over_time, make_attention(config.attention, pattern=TimeOnly()))
+        stacks = [
+            Turns(self.blocks, turns * config.temporal.every),
+            Turns(self.temporal_blocks, [temporal] * config.temporal.layers),
+        ]
+        return apply_groups(x, stacks, remat=config.remat)
+
+    def _told(self, row: _Sequence, length: int, joint_segments: Int[Array, "B S"] | None) -> Row:
+        """Where tokens lie, in the forms that blocks read: found once for all of them."""
+        config = self.config
+        coordinates = row.coordinates if config.temporal is None else row.coordinates * (1 - _TIME)
+        segments = row.segments
+        if joint_segments is not None:
+            segments = jnp.concatenate([segments, joint_segments], axis=1)
+
+        def padded(of_placed: Array, fill: float | int) -> Array:
+            """With what stands for the place of registers and of a joint context."""
+            return jnp.pad(of_placed, ((0, 0), (0, segments.shape[1] - length), (0, 0)), constant_values=fill)
+
+        indices = None
+        if config.layer_patterns != (Full(),):
+            indices = padded(grid_indices(row.coordinates[:, :length], row.segments[:, :length]), NOWHERE)
+        return Row(
+            row.segments,
+            Tokens.among(segments, indices),
+            rotary_angles(coordinates, config.rotary) if isinstance(config.rotary, Rotary3d) else None,
+            None if config.relative_bias is None else padded(coordinates[:, :length], jnp.inf),
         )
 
-    def _modulation(
-        self, condition: Float[Array, "B M D"], segments: Int[Array, "B N"], *, per_token: bool
-    ) -> Float[Array, "B N 6 D"] | Float[Array, "B M D"]:
-        """The shared one of every token; or the condition, which each block projects for itself."""
+    def _modulation(self, condition: Float[Array, "B M D"]) -> Float[Array, "B M 6 D"] | Float[Array, "B M D"]:
+        """The shared one; or the condition, which each block projects for itself."""
         if self.config.modulation == "own":
             return condition
-        projected = self.modulation(condition).reshape(*condition.shape[:2], 6, -1)
-        return spread(projected, segments, per_token=per_token)
+        return self.modulation(condition).reshape(*condition.shape[:2], 6, -1)

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dit_video.errors import UserError
-from dit_video.nn import Linear, sinusoidal
+from dit_video.nn import Init, Linear, sinusoidal
 from dit_video.tokens import even_split, segment_max, to_tokens
 
 _DISTANCE_WIDTH = 32
@@ -25,8 +25,8 @@ class EndDistances:
     def check(self, width: int) -> None:
         """Fits every width."""
 
-    def make(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Module | None:
-        return Linear(6 * _DISTANCE_WIDTH, width, dtype=dtype, rngs=rngs)
+    def make(self, width: int, *, init: Init = "xavier", dtype: jnp.dtype, rngs: nnx.Rngs) -> Linear:
+        return Linear(6 * _DISTANCE_WIDTH, width, init=init, dtype=dtype, rngs=rngs)
 
     def features(
         self, coordinates: Float[Array, "B N 3"], segments: Int[Array, "B N"], *, count: int, width: int

@@ -6,15 +6,16 @@ learned; a text is padded with zeros to a fixed length, and the padding is atten
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from dit_video.dit.blocks import into_heads
+from dit_video.dit.blocks import Row, into_heads, spread
 from dit_video.dit.conditioning import TIME_SCALE, Given
+from dit_video.dit.config import check_patterns
 from dit_video.errors import UserError
 from dit_video.nn import (
     Attention,
@@ -23,12 +24,15 @@ from dit_video.nn import (
     Linear,
     Remat,
     RmsNorm,
-    apply_stack,
+    Tokens,
+    Turns,
+    apply_groups,
     make_attention,
     make_stack,
     modulate,
     sinusoidal,
 )
+from dit_video.nn.attention import Full, PatternChoice, check_attention, grid_indices
 from dit_video.tokens import Grid, Rotary3d, positions, rotary_angles, rotate, to_tokens
 
 
@@ -37,8 +41,8 @@ class WanDitConfig:
     """The shape of one of Wan's transformers; the defaults are those of Wan 2.1 T2V 1.3B.
 
     Raises:
-      UserError: heads that do not divide the width into even parts, a text length below 1, or positions of image
-        tokens without image tokens.
+      UserError: heads that do not divide the width into even parts, a text length below 1, positions of image tokens
+        without image tokens, or patterns that do not divide the layers or that the attention backend cannot do.
     """
 
     channels: int = 16
@@ -63,6 +67,10 @@ class WanDitConfig:
     """of the sines and cosines of the time"""
     time: Literal["segment", "token"] = "segment"
     """`token` in TI2V-5B, whose first latent frame is at time 0 where it is known (`Given.token_time`)"""
+    pattern: PatternChoice | tuple[PatternChoice, ...] = Full()
+    """what self-attention sees of the clip, or what the layers in turn see"""
+    clock: ClassVar[Literal["tokens"]] = "tokens"
+    """what coordinates count along time"""
     attention: Backend = "auto"
     dtype: str = "float32"
     """of the matrix products; norms, modulation and the residual stream are float32"""
@@ -75,6 +83,13 @@ class WanDitConfig:
             raise UserError(f"texts are padded to 1 token or more, not {self.text_length}")
         if self.image_positions is not None and self.image_width is None:
             raise UserError(f"{self.image_positions} positions of image tokens need an image_width")
+        check_patterns(self.patterns, self.layers)
+        check_attention(self.attention, *self.patterns)
+
+    @property
+    def patterns(self) -> tuple[PatternChoice, ...]:
+        """Of the layers in turn."""
+        return self.pattern if isinstance(self.pattern, tuple) else (self.pattern,)
 
     @property
     def token_width(self) -> int:
@@ -161,21 +176,20 @@ class WanDit(nnx.Module):
         modulation = self.modulation(nnx.silu(embedded)).reshape(*at.shape, 6, -1)
         head = embedded[:, :, None] + self.head_table[...]
         if given.token_time is None:
-            modulation, head = to_tokens(modulation, segments), to_tokens(head, segments)
+            head = to_tokens(head, segments)
         text, fits = self._text(context, context_segments, count=time.shape[1])
         image = None
         if self.image is not None:
             assert given.image is not None  # as checked
             assert given.image_segments is not None
             image = (self.image(given.image, given.image_segments), given.image_segments)
-        x = apply_stack(
-            self.blocks,
+        patterns = self.config.patterns
+        indices = None if patterns == (Full(),) else grid_indices(coordinates, segments)
+        row = Row(segments, Tokens.among(segments, indices), rotary_angles(coordinates, self.config.rotary))
+        attentions = [make_attention(self.config.attention, pattern=pattern) for pattern in patterns]
+        x = apply_groups(
             self.embed(self._beside(noisy, given.latents)).astype(jnp.float32),
-            modulation,
-            rotary_angles(coordinates, self.config.rotary),
-            segments,
-            text,
-            image,
+            [Turns(self.blocks, [(modulation, row, text, image, attention) for attention in attentions])],
             remat=self.config.remat,
         )
         prediction = self.head(modulate(x, head[:, :, 0], head[:, :, 1]))
@@ -258,8 +272,8 @@ class WanBlock(nnx.Module):
         def square() -> Linear:
             return Linear(width, width, dtype=dtype, rngs=rngs)
 
-        self.heads = config.heads
-        self.attention: Attention = make_attention(config.attention)
+        self.heads, self.per_token = config.heads, config.time == "token"
+        self.cross: Attention = make_attention(config.attention)
         self.table = _table(6, width, rngs)
         self.query, self.key, self.value, self.out = square(), square(), square(), square()
         self.query_norm, self.key_norm = RmsNorm(width), RmsNorm(width)
@@ -275,25 +289,26 @@ class WanBlock(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B N D"],
-        modulation: Float[Array, "B N 6 D"],
-        angles: Float[Array, "B N half"],
-        segments: Int[Array, "B N"],
+        modulation: Float[Array, "B M 6 D"],
+        row: Row,
         text: PaddedText,
         image: tuple[Float[Array, "B I D"], Int[Array, "B I"]] | None,
+        attention: Attention,
     ) -> Float[Array, "B N D"]:
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (
-            modulation[:, :, index] + self.table[...][index] for index in range(6)
+            spread(modulation[:, :, index] + self.table[...][index], row.segments, per_token=self.per_token)
+            for index in range(6)
         )
-        x = x + gate * self._self_attention(modulate(x, shift, scale), angles, segments)
-        x = x + self._cross_attention(self.cross_norm(x), segments, text, image)
+        x = x + gate * self._self_attention(modulate(x, shift, scale), row, attention)
+        x = x + self._cross_attention(self.cross_norm(x), row.segments, text, image)
         hidden = jax.nn.gelu(self.up(modulate(x, mlp_shift, mlp_scale)), approximate=True)
         return x + mlp_gate * self.down(hidden).astype(jnp.float32)
 
-    def _self_attention(self, x, angles, segments):
-        q = rotate(into_heads(self.query(x), self.query_norm, self.heads), angles)
-        k = rotate(into_heads(self.key(x), self.key_norm, self.heads), angles)
+    def _self_attention(self, x, row, attention):
+        q = rotate(into_heads(self.query(x), self.query_norm, self.heads), row.angles)
+        k = rotate(into_heads(self.key(x), self.key_norm, self.heads), row.angles)
         v = into_heads(self.value(x), None, self.heads)
-        mixed = self.attention(q, k, v, q_segments=segments, kv_segments=segments)
+        mixed = attention(q, k, v, row.at)
         return self.out(mixed.reshape(x.shape)).astype(jnp.float32)
 
     def _cross_attention(self, x, segments, text, image):
@@ -302,12 +317,12 @@ class WanBlock(nnx.Module):
         k = into_heads(self.cross_key(values), self.cross_key_norm, self.heads)
         v = into_heads(self.cross_value(values), None, self.heads)
         k, v = (jax.vmap(lambda row, at: row[at])(each, sources) for each in (k, v))
-        mixed = self.attention(q, k, v, q_segments=segments, kv_segments=of)
+        mixed = self.cross(q, k, v, Tokens(segments, of))
         if self.sees_image:
             tokens, image_segments = image
             k = into_heads(self.image_key(tokens), self.image_key_norm, self.heads)
             v = into_heads(self.image_value(tokens), None, self.heads)
-            mixed = mixed + self.attention(q, k, v, q_segments=segments, kv_segments=image_segments)
+            mixed = mixed + self.cross(q, k, v, Tokens(segments, image_segments))
         return self.cross_out(mixed.reshape(x.shape)).astype(jnp.float32)
 
 

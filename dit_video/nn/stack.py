@@ -1,7 +1,7 @@
 """A stack of equal layers, their parameters stacked along a first axis `L`."""
 
-from collections.abc import Callable
-from typing import Literal, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 from flax import nnx
@@ -18,21 +18,57 @@ def make_stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, *, rngs: nnx
 
 
 def apply_stack(stack: nnx.Module, x: Carried, *context: PyTree, remat: Remat = "none") -> Carried:
-    """`x` through all layers in order: `x = layer(x, *context)`.
+    """`x` through all layers in order: `x = layer(x, *context)`. See `apply_groups`."""
+    return apply_groups(x, [Turns(stack, [context])], remat=remat)
 
-    GPUs and TPUs run a scan, whose compile time does not grow with depth; on CPU the loop is unrolled, which is
-    about 1.5 times faster there. `remat="full"` recomputes each layer in the backward pass, in a scan everywhere.
+
+class Turns(NamedTuple):
+    """A stack, and what its layers are given by their turn in a group; so many of them are in each group."""
+
+    stack: nnx.Module
+    contexts: Sequence[tuple[Any, ...]]
+
+
+def apply_groups(x: Carried, stacks: Sequence[Turns], *, remat: Remat = "none") -> Carried:
+    """`x` through groups of layers: in every group, some of the first stack, then some of the second, …
+
+    A layer's turn in the group says what it is given: `x = layer(x, *contexts[turn])`. So layers may differ in what is
+    no parameter (patterns of attention that alternate), and kinds of layers may alternate. Every stack has as many
+    layers as all groups take.
+
+    GPUs and TPUs run a scan over groups, whose compile time does not grow with depth; on CPU the loop is unrolled,
+    which is about 1.5 times faster there. `remat="full"` recomputes each layer in the backward pass, in a scan
+    everywhere.
     """
-    graph, stacked = nnx.split(stack)
+    graphs, grouped = [], []
+    for stack, contexts in stacks:
+        graph, stacked = nnx.split(stack)
+        graphs.append(graph)
+        size = len(contexts)
+        grouped.append(jax.tree.map(lambda leaf, size=size: leaf.reshape(-1, size, *leaf.shape[1:]), stacked))
 
-    def body(x, layer):
-        return nnx.merge(graph, layer)(x, *context), None
+    def body(x, group):
+        for graph, layers, (_, contexts) in zip(graphs, group, stacks, strict=True):
+            for turn, context in enumerate(contexts):
+                x = _apply(graph, layers, turn, x, context, remat)
+        return x, None
 
     # Unrolled on CPU, XLA would find the two computations of a layer equal and keep one: no memory would be saved.
     unroll = remat == "none" and jax.default_backend() == "cpu"
-    if remat == "full":
-        body = jax.checkpoint(body, prevent_cse=False)
-    return jax.lax.scan(body, x, stacked, unroll=unroll)[0]
+    return jax.lax.scan(body, x, grouped, unroll=unroll)[0]
+
+
+def _apply(
+    graph: nnx.GraphDef, layers: PyTree, turn: int, x: Carried, context: tuple[Any, ...], remat: Remat
+) -> Carried:
+    """`x` through one of a group's layers."""
+
+    def call(layers, x):
+        # Taken out of the group in here: what is kept for the backward pass is the group, no copy of a layer.
+        layer = jax.tree.map(lambda leaf: leaf[turn], layers)
+        return nnx.merge(graph, layer)(x, *context)
+
+    return (jax.checkpoint(call, prevent_cse=False) if remat == "full" else call)(layers, x)
 
 
 def rematerialised(call: Callable[[nnx.Module, Array], Array], layer: nnx.Module, x: Array) -> Array:

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
 from dit_video.errors import UserError
-from dit_video.nn import LayerNorm, Linear, apply_stack, make_attention, make_stack, sinusoidal
+from dit_video.nn import LayerNorm, Linear, Tokens, apply_stack, make_attention, make_stack, sinusoidal
 from dit_video.text.interface import Context, Tokenizer
 from dit_video.tokens import positions
 
@@ -113,7 +113,7 @@ class _Block(nnx.Module):
     def __call__(self, x: Float[Array, "B S E"], segments: Int[Array, "B S"]) -> Float[Array, "B S E"]:
         qkv = self.qkv(self.norm_attention(x)).reshape(*x.shape[:2], 3, self.heads, -1)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        mixed = self.attention(q, k, v, q_segments=segments, kv_segments=segments)
+        mixed = self.attention(q, k, v, Tokens.among(segments))
         x = x + self.out(mixed.reshape(x.shape))
         return x + self.down(nnx.gelu(self.up(self.norm_mlp(x))))
 

@@ -112,7 +112,26 @@ def unpack(tokens: Float[np.ndarray, "N p"], segments: Int[np.ndarray, " N"]) ->
 
 def to_tokens(values: Shaped[Array, "B G *rest"], segments: Int[AnyArray, "B N"]) -> Shaped[Array, "B N *rest"]:
     """Give every token its segment's value; padding gets the first segment's."""
-    return jax.vmap(lambda row, ids: row[ids])(values, jax.numpy.maximum(segments - 1, 0))
+    places = jax.numpy.maximum(segments - 1, 0)
+    return _read(values, places) if jax.numpy.issubdtype(values.dtype, jax.numpy.inexact) else _gather(values, places)
+
+
+def _gather(values: Shaped[Array, "B G *rest"], places: Int[Array, "B N"]) -> Shaped[Array, "B N *rest"]:
+    if values.shape[1] == 1:
+        return jax.numpy.broadcast_to(values, (*places.shape, *values.shape[2:]))
+    return jax.vmap(lambda row, at: row[at])(values, places)
+
+
+_read = jax.custom_jvp(_gather)
+
+
+@_read.defjvp
+def _read_jvp(primals, tangents):
+    """As a product with a matrix of zeros and ones, whose transpose is a product too: a gather's adds one by one."""
+    values, places = primals
+    member = jax.nn.one_hot(places, values.shape[1], dtype=values.dtype)
+    tangent = jax.numpy.einsum("bng,bg...->bn...", member, tangents[0], precision=jax.lax.Precision.HIGHEST)
+    return _read(values, places), tangent
 
 
 def segment_mean(

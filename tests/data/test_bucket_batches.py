@@ -45,7 +45,7 @@ def buckets(clips):
     )
 
 
-def taken(clips, buckets, count, encode=pooled, texts=None, **reading):
+def taken(clips, buckets, count, encode=pooled, texts=None, intervals=None, **reading):
     batches = bucket_batches(
         clips,
         texts or TokenizedTexts([info.captions for info in clips.infos], tokenize),
@@ -57,10 +57,19 @@ def taken(clips, buckets, count, encode=pooled, texts=None, **reading):
         patch=PATCH,
         text=TEXT,
         reading=Reading(batch=2, seed=0, **reading),
+        intervals=intervals,
     )
     found = [next(batches) for _ in range(count)]
     batches.close()
     return found, batches
+
+
+def test_coordinates_along_time_in_seconds(clips, buckets):
+    counted, _ = taken(clips, buckets, 3)
+    timed, _ = taken(clips, buckets, 3, intervals=[0.5] * len(clips))
+    for rows, same in zip(counted, timed, strict=True):
+        np.testing.assert_array_equal(same.coordinates, rows.coordinates * np.float32([0.5, 1, 1]))
+    assert any(rows.coordinates[..., 0].any() for rows in counted)
 
 
 def test_a_batch_has_one_size_and_no_padding(clips, buckets):

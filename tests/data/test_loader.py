@@ -253,7 +253,7 @@ def clips(tmp_path_factory):
     return ClipSource(folder / "data")
 
 
-def encoded(clips, count, encode=pooled, **reading):
+def encoded(clips, count, encode=pooled, intervals=None, **reading):
     batches = encoded_batches(
         clips,
         TokenizedTexts([info.captions for info in clips.infos], tokenize),
@@ -264,6 +264,7 @@ def encoded(clips, count, encode=pooled, **reading):
         patch=PATCH,
         shape=RowShape(tokens=32, text=256, segments=8),
         reading=Reading(batch=2, seed=0, **reading),
+        intervals=intervals,
     )
     taken = [next(batches) for _ in range(count)]
     batches.close()
@@ -273,11 +274,33 @@ def encoded(clips, count, encode=pooled, **reading):
 def test_rows_of_video_files(clips):
     batches = encoded(clips, 8)
     assert all(batch.valid.sum() and batch.tokens.shape == (2, 32, 12) for batch in batches)
+    assert {at for batch in batches for at in batch.coordinates[..., 0].flat} == {0.0, 1.0}
     for start in (1, 6):
         assert_equal(encoded(clips, 1, start_step=start)[0], batches[start])
     shares = [encoded(clips, 2, host=host, hosts=2, workers=host) for host in range(2)]
     for step in range(2):
         assert_equal(joined([share[step] for share in shares]), batches[step])
+
+
+def test_coordinates_along_time_in_seconds(source, clips):
+    """Of cached latents and of video files; how many seconds lie between two tokens is every example's own."""
+    [cached] = take(source, 1, intervals=[0.25 + example for example in range(50)])
+    patches = {patchify(source[i], PATCH).tobytes(): i for i in range(50)}
+    for row in range(4):
+        both = [unpack(values[row], cached.segments[row]) for values in (cached.tokens, cached.coordinates)]
+        for tokens, at in zip(*both, strict=True):
+            example = patches[tokens.tobytes()]
+            t, h, w = source.sizes[example]
+            np.testing.assert_array_equal(at, coordinates(Grid(t, h // 2, w // 2), step=(0.25 + example, 1, 1)))
+    [live] = encoded(clips, 1, intervals=[0.5] * len(clips))
+    assert set(live.coordinates[..., 0].flat) == {0.0, 0.5}
+    counted = packed_batches(source, texts_of(source), patch=PATCH, shape=SHAPE, reading=Reading(batch=4, seed=0))
+    timed = packed_batches(
+        source, texts_of(source), patch=PATCH, shape=SHAPE, reading=Reading(batch=4, seed=0), intervals=[0.5] * 50
+    )
+    assert counted.hash != timed.hash
+    counted.close()
+    timed.close()
 
 
 def test_an_epoch_draws_another_stretch_of_a_long_clip(clips):

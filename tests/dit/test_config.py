@@ -16,10 +16,12 @@ from dit_video.dit import (
     JointAttention,
     NoContext,
     SineCosine,
+    Temporal,
     WanDitConfig,
 )
 from dit_video.errors import UserError
 from dit_video.nn import param_shapes
+from dit_video.nn.attention import RelativeBias, SlidingWindow, SpaceOnly, SparseCausal, TimeOnly
 from dit_video.tokens import Rotary3d
 from dit_video.tree import flatten, size
 
@@ -65,7 +67,9 @@ def test_the_shipped_model_is_one_of_the_default_options():
         made(context=JointAttention(), absolute_position=Factorised(sizes=(4, 5, 6)), registers=2),
         made(context=NoContext(), context_width=0, labels=ClassLabels(classes=7), absolute_position=SineCosine()),
         made(rotary=Rotary3d(split=(4, 4, 4), scale=(0.5, 1.0, 1.0), stretch=(1.0, 2.0, 2.0)), time="token"),
-        WanDitConfig.ti2v_5b(),
+        made(pattern=(SpaceOnly(), TimeOnly()), relative_bias=RelativeBias(), registers=1),
+        made(pattern=SpaceOnly(), temporal=Temporal(every=3, layers=2)),
+        WanDitConfig.ti2v_5b(pattern=SlidingWindow(radius=(1, None, None))),
     ],
 )
 def test_configs_survive_json(config):
@@ -117,6 +121,17 @@ def test_the_cost_of_a_layer():
         (lambda: made(context=NoContext()), "context_width of 6 does not go with NoContext"),
         (lambda: made(context_width=0), "context_width of 0 does not go with CrossAttention"),
         (lambda: ClassLabels(classes=0), "1 class or more, not 0"),
+        (lambda: made(layers=3, pattern=(SpaceOnly(), TimeOnly())), "3 layers cannot take 2 patterns in turn"),
+        (lambda: made(pattern=()), "cannot take 0 patterns"),
+        (lambda: made(attention="splash", pattern=SparseCausal()), "splash attention cannot do SparseCausal"),
+        (lambda: made(attention="tokamax", pattern=SpaceOnly(), registers=1), "cannot do WithPlaceless"),
+        (lambda: made(attention="cudnn", relative_bias=RelativeBias()), "cudnn attention cannot add a bias"),
+        (lambda: made(temporal=Temporal()), r"set pattern=SpaceOnly\(\), not Full"),
+        (lambda: made(temporal=Temporal(), pattern=SpaceOnly(), registers=1), "registers and joint attention join"),
+        (lambda: made(temporal=Temporal(every=4), pattern=SpaceOnly()), "6 layers cannot have .* after every 4"),
+        (lambda: Temporal(layers=0), "1 temporal one or more, not 0 after 1"),
+        (lambda: WanDitConfig(layers=4, pattern=(SpaceOnly(), TimeOnly(), SpaceOnly())), "cannot take 3 patterns"),
+        (lambda: WanDitConfig(attention="splash", pattern=SparseCausal()), "splash attention cannot do SparseCausal"),
         (lambda: WanDitConfig(width=36, heads=5), "divisible by its 5 heads"),
         (lambda: WanDitConfig(width=36, heads=12), "each an even part"),
         (lambda: WanDitConfig(text_length=0), "1 token or more, not 0"),

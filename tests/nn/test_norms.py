@@ -14,6 +14,21 @@ def test_layer_norm():
     np.testing.assert_allclose(layer_norm(jnp.asarray(X)), expected, atol=1e-5)
 
 
+def test_the_derivatives_of_layer_norm_are_those_of_its_operations():
+    def plain(x):
+        centred = x - x.mean(-1, keepdims=True)
+        return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-6)
+
+    weights, step = (jnp.asarray(np.random.default_rng(seed).normal(size=X.shape), jnp.float32) for seed in (1, 2))
+
+    def twice(norm):
+        return jax.grad(lambda x: (weights * jax.jvp(norm, (x,), (step,))[1]).sum())
+
+    for derive in (lambda norm: lambda x: jax.vjp(norm, x)[1](weights)[0], twice):
+        found, expected = (jax.jit(derive(norm))(jnp.asarray(X)) for norm in (layer_norm, plain))
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_layer_norm_ignores_shift_and_scale_of_its_input():
     normal = layer_norm(jnp.asarray(X))
     np.testing.assert_allclose(layer_norm(jnp.asarray(5 * X + 7)), normal, atol=1e-5)

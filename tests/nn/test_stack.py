@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dit_video.nn import Linear, apply_stack, graph_of, init_params, make_stack
+from dit_video.nn import Linear, Turns, apply_groups, apply_stack, graph_of, init_params, make_stack
 
 WIDTH, LAYERS = 8, 3
 
@@ -56,6 +56,45 @@ def test_a_stack_is_a_loop_over_its_layers_in_values_and_gradients(monkeypatch, 
     assert ("remat" in text or "checkpoint" in text) == (remat == "full")
     for left, right in zip(jax.jit(lambda: value_and_gradients(ours))(), expected, strict=True):
         np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-5)
+
+
+class Twice(nnx.Module):
+    """Another kind of layer, with the same parameters."""
+
+    def __init__(self, rngs):
+        self.up = Linear(WIDTH, WIDTH, rngs=rngs)
+
+    def __call__(self, x, function):
+        return x + function(self.up(x))
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("platform", ["cpu", "gpu"], ids=["unrolled", "scan"])
+def test_groups_take_turns_and_kinds_of_layers_alternate(monkeypatch, platform, remat):
+    """2 groups of 3 layers that differ in a function, with 2 of another kind after them."""
+    stacks = [make_stack(Twice, 6, rngs=nnx.Rngs(0)), make_stack(Twice, 4, rngs=nnx.Rngs(1))]
+    graphs, params = zip(*(nnx.split(stack) for stack in stacks), strict=True)
+    turns = [[(jnp.tanh,), (jnp.sin,), (jnp.cos,)], [(jnp.square,), (jnp.abs,)]]
+
+    def one_by_one(params, x):
+        for stack, index, (function,) in [
+            (0, 0, turns[0][0]), (0, 1, turns[0][1]), (0, 2, turns[0][2]), (1, 0, turns[1][0]), (1, 1, turns[1][1]),
+            (0, 3, turns[0][0]), (0, 4, turns[0][1]), (0, 5, turns[0][2]), (1, 2, turns[1][0]), (1, 3, turns[1][1]),
+        ]:  # fmt: skip
+            up = nnx.to_pure_dict(params[stack])["up"]
+            x = x + function(x @ up["kernel"][index] + up["bias"][index])
+        return (x**2).sum()
+
+    def grouped(params, x):
+        merged = [nnx.merge(graph, each) for graph, each in zip(graphs, params, strict=True)]
+        return (apply_groups(x, [Turns(*pair) for pair in zip(merged, turns, strict=True)], remat=remat) ** 2).sum()
+
+    expected = jax.tree.leaves(jax.jit(jax.value_and_grad(one_by_one))(params, X / 9))
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    for ours, theirs in zip(
+        jax.tree.leaves(jax.jit(jax.value_and_grad(grouped))(params, X / 9)), expected, strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-5)
 
 
 def test_layers_have_parameters_of_their_own_along_a_first_axis():

@@ -124,6 +124,25 @@ def test_the_mean_ignores_padding_and_other_segments():
 SEGMENTS = jnp.asarray([[1, 1, 1, 3, 3, 0, 0], [0, 0, 1, 2, 2, 2, 2]])
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_derivatives_of_to_tokens_are_those_of_reading_one_by_one(count):
+    segments = jnp.minimum(jnp.asarray(SEGMENTS), count)
+    draw = np.random.default_rng(0)
+    values, steps = (jnp.asarray(draw.normal(size=(len(segments), count, 2, 4)), jnp.float32) for _ in range(2))
+    weights = jnp.asarray(draw.normal(size=(*segments.shape, 2, 4)), jnp.float32)
+
+    def one_by_one(values):
+        return jnp.stack([row[jnp.maximum(ids - 1, 0)] for row, ids in zip(values, segments, strict=True)])
+
+    def ours(values):
+        return to_tokens(values, segments)
+
+    found, expected = (jax.vjp(f, values)[1](weights)[0] for f in (ours, one_by_one))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    found, expected = (jax.jvp(f, (values,), (steps,)) for f in (ours, one_by_one))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
 def test_to_tokens_takes_any_dtype_and_gives_padding_the_first_segments_value():
     for values in ([[5, 6, 7], [8, 9, 1]], [[True, False, True], [False, True, True]]):
         values = jnp.asarray(values)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from dit_video import rng
-from dit_video.nn import Attention, make_attention
+from dit_video.nn import Attention, Tokens, make_attention
 
 Peer = Callable[[Sequence[np.ndarray], bool], Callable[[], Any]]
 
@@ -72,19 +72,19 @@ def _ours(make: Callable[..., Any], attention: Attention, arrays: Any, ids: np.n
 
 
 def _forward(attention: Attention) -> Callable[..., Any]:
-    return jax.jit(lambda q, k, v, ids: attention(q, k, v, q_segments=ids, kv_segments=ids))
+    return jax.jit(lambda q, k, v, ids: attention(q, k, v, Tokens.among(ids)))
 
 
 def _training(attention: Attention) -> Callable[..., Any]:
     def loss(q, k, v, ids):
-        return attention(q, k, v, q_segments=ids, kv_segments=ids).sum()
+        return attention(q, k, v, Tokens.among(ids)).sum()
 
     return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
 
 
-def _of_jax(q: jax.Array, k: jax.Array, v: jax.Array, *, q_segments: jax.Array, kv_segments: jax.Array) -> jax.Array:
+def _of_jax(q: jax.Array, k: jax.Array, v: jax.Array, at: Tokens) -> jax.Array:
     """Of one segment, so no mask is needed: the fastest that it can be."""
-    del q_segments, kv_segments
+    del at
     return jax.nn.dot_product_attention(q, k, v)
 
 

@@ -33,7 +33,7 @@ _RATE = 1e-4
 
 def measure_against_diffusers(rounds: int) -> dict[str, Any]:
     """Encode, decode and a training step, by the width of the model."""
-    torch.set_num_threads(_cores())
+    torch.set_num_threads(cores())
     return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -44,7 +44,7 @@ def measure_against_diffusers(rounds: int) -> dict[str, Any]:
 
 def torch_attention(heads_first: Sequence[np.ndarray], backward: bool) -> Callable[[], Any]:
     """torch's attention without a mask, on as many threads as there are cores."""
-    torch.set_num_threads(_cores())
+    torch.set_num_threads(cores())
     tensors = [torch.from_numpy(np.ascontiguousarray(x)).requires_grad_(backward) for x in heads_first]
 
     def call() -> Any:
@@ -55,7 +55,7 @@ def torch_attention(heads_first: Sequence[np.ndarray], backward: bool) -> Callab
     return call
 
 
-def _cores() -> int:
+def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

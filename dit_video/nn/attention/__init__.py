@@ -4,27 +4,33 @@ One function type, `Attention`, is chosen when a model is built: a backend, and 
 backend is held equal to `Dense`, whose mask is the pattern's definition.
 """
 
+from dit_video.nn.attention.bias import Bias, BiasTable, RelativeBias
 from dit_video.nn.attention.chunked import Chunked
 from dit_video.nn.attention.dense import Dense
 from dit_video.nn.attention.gpu import Cudnn, Tokamax
-from dit_video.nn.attention.indices import Coordinates, grid_indices
 from dit_video.nn.attention.interface import Attention
-from dit_video.nn.attention.making import Auto, Backend, make_attention
+from dit_video.nn.attention.making import Auto, Backend, check_attention, make_attention
 from dit_video.nn.attention.patterns import (
     CausalFrames,
     Full,
     Pattern,
+    PatternChoice,
     SlidingWindow,
     SpaceOnly,
     SparseCausal,
     TimeOnly,
+    WithPlaceless,
 )
 from dit_video.nn.attention.splash import Splash
+from dit_video.nn.attention.tokens import NOWHERE, Coordinates, Tokens, grid_indices
 
 __all__ = [
+    "NOWHERE",
     "Attention",
     "Auto",
     "Backend",
+    "Bias",
+    "BiasTable",
     "CausalFrames",
     "Chunked",
     "Coordinates",
@@ -32,12 +38,17 @@ __all__ = [
     "Dense",
     "Full",
     "Pattern",
+    "PatternChoice",
+    "RelativeBias",
     "SlidingWindow",
     "SpaceOnly",
     "SparseCausal",
     "Splash",
     "TimeOnly",
     "Tokamax",
+    "Tokens",
+    "WithPlaceless",
+    "check_attention",
     "grid_indices",
     "make_attention",
 ]

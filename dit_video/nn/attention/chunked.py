@@ -7,8 +7,9 @@ sum of `n_i²`, not with the square of the row. Nothing has to be contiguous for
 together is only faster, so tokens are sorted first where a pattern has axes of its own.
 """
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -17,10 +18,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from dit_video.errors import UserError
-from dit_video.nn.attention.dense import MASKED, sight_of
-from dit_video.nn.attention.indices import Coordinates
-from dit_video.nn.attention.patterns import Full, Pattern, Sight, visible
+from dit_video.nn.attention import segmentwise
+from dit_video.nn.attention.bias import Bias, RelativeBias
+from dit_video.nn.attention.dense import MASKED
+from dit_video.nn.attention.interface import Keys, Queries
+from dit_video.nn.attention.patterns import Full, Pattern, Sight, sight, visible
 from dit_video.nn.attention.stretches import given_back, padded, sorting, stretches, taken
+from dit_video.nn.attention.tokens import Tokens
 
 _LEAST, _MOST = int(np.iinfo(np.int32).min), int(np.iinfo(np.int32).max)
 
@@ -37,26 +41,20 @@ class Chunked:
 
     pattern: Pattern = Full()
     chunk: int = 256
+    platform: str = field(default_factory=jax.default_backend, repr=False)
+    """that it is for: on CPU, full attention takes the form of `segmentwise`"""
 
     def __post_init__(self):
         if self.chunk < 1:
             raise UserError(f"blocks of attention have at least 1 token, not {self.chunk}")
 
-    def __call__(
-        self,
-        q: Float[Array, "B N K d"],
-        k: Float[Array, "B M K d"],
-        v: Float[Array, "B M K d"],
-        *,
-        q_segments: Int[Array, "B N"],
-        kv_segments: Int[Array, "B M"],
-        q_coordinates: Coordinates | None = None,
-        kv_coordinates: Coordinates | None = None,
-    ) -> Float[Array, "B N K d"]:
-        seen = sight_of(self.pattern, q_segments, kv_segments, q_coordinates, kv_coordinates)
+    def __call__(self, q: Queries, k: Keys, v: Keys, at: Tokens) -> Queries:
         q = q * q.shape[-1] ** -0.5
+        if isinstance(self.pattern, Full) and at.bias is None and self.platform == "cpu":
+            return segmentwise.attend(q, k, v, at.q_segments, at.kv_segments, chunk=self.chunk)
+        seen, bias = sight(self.pattern, at), at.bias
         if isinstance(self.pattern, Full):
-            return _attend(q, k, v, seen, self.chunk)
+            return _attend(q, k, v, seen, bias, self.chunk)
         if self.pattern.reach == "boxes":
             # The first box ends at a constant distance beyond a query's own value.
             order, key_order = sorting(seen.high[:, :, 0]), sorting(seen.at)
@@ -66,21 +64,29 @@ class Chunked:
             # A key's place is a single axis: narrower extremes, and one comparison for the mask.
             places = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=jnp.int32), k.shape[:2])
             seen = Sight(start[..., None, None], (stop - 1)[..., None, None], places[..., None])
-        out = _attend(taken(q, order), taken(k, key_order), taken(v, key_order), seen, self.chunk)
+        if bias is not None:
+            at_queries, at_keys = taken(bias.q_coordinates, order), taken(bias.kv_coordinates, key_order)
+            bias = replace(bias, q_coordinates=at_queries, kv_coordinates=at_keys)
+        out = _attend(taken(q, order), taken(k, key_order), taken(v, key_order), seen, bias, self.chunk)
         return given_back(out, order)
 
 
-def _attend(
-    q: Float[Array, "B N K d"], k: Float[Array, "B M K d"], v: Float[Array, "B M K d"], seen: Sight, chunk: int
-) -> Float[Array, "B N K d"]:
+def _attend(q: Queries, k: Keys, v: Keys, seen: Sight, bias: Bias | None, chunk: int) -> Queries:
     """Pad to whole blocks and lay out heads first. `q` is already scaled."""
     length, keys = q.shape[1], k.shape[1]
     q_chunk, kv_chunk = min(chunk, length), min(chunk, keys)
     low, high = (padded(ends, q_chunk, fill) for ends, fill in ((seen.low, 1), (seen.high, 0)))
     # -1 is the segment of padding, and a place in no stretch.
-    sights = _in_blocks(Sight(low, high, padded(seen.at, kv_chunk, -1)), q_chunk, kv_chunk)
+    blocks = _in_blocks(Sight(low, high, padded(seen.at, kv_chunk, -1)), q_chunk, kv_chunk)
+    table = relative = None
+    if bias is not None:
+        relative, heads = bias.relative, bias.table.T
+        table = jnp.broadcast_to(heads, (q.shape[0], *heads.shape))
+        pairs = (bias.q_coordinates, q_chunk), (bias.kv_coordinates, kv_chunk)
+        places = [padded(at, size).reshape(at.shape[0], -1, size, 3) for at, size in pairs]
+        blocks = blocks._replace(q_places=places[0], kv_places=places[1])
     q, k, v = (jnp.moveaxis(padded(x, size, 0), 2, 1) for x, size in ((q, q_chunk), (k, kv_chunk), (v, kv_chunk)))
-    return jnp.moveaxis(_blockwise(q, k, v, sights)[:, :, :length], 1, 2)
+    return jnp.moveaxis(_blockwise(relative, q, k, v, table, blocks)[:, :, :length], 1, 2)
 
 
 class _Blocks(NamedTuple):
@@ -93,6 +99,9 @@ class _Blocks(NamedTuple):
     highest: Int[Array, "*B n U A"]
     least: Int[Array, "*B m A"]
     most: Int[Array, "*B m A"]
+    q_places: Float[Array, "*B n b 3"] | None = None
+    kv_places: Float[Array, "*B m c 3"] | None = None
+    """coordinates, where there is a bias"""
 
     def needed(self, index: Int[Array, ""]) -> tuple[Int[Array, " m"], Int[Array, ""]]:
         """Of one row: the key blocks that a query block may see, those first, and their number."""
@@ -104,6 +113,16 @@ class _Blocks(NamedTuple):
         """Of one row: who sees whom between two blocks."""
         pair = (self.low[query_block], self.high[query_block], self.at[key_block])
         return visible(Sight(*(part[None] for part in pair)))[0]
+
+    def found(
+        self, relative: RelativeBias | None, query_block: Int[Array, ""], key_block: Int[Array, ""]
+    ) -> list[Int[Array, "b c"]]:
+        """Of one row: the entries of a bias' table for what lies between two blocks."""
+        if relative is None:
+            return []
+        assert self.q_places is not None
+        assert self.kv_places is not None
+        return relative.find(self.q_places[query_block], self.kv_places[key_block])
 
 
 def _in_blocks(seen: Sight, q_chunk: int, kv_chunk: int) -> _Blocks:
@@ -123,7 +142,7 @@ def _in_blocks(seen: Sight, q_chunk: int, kv_chunk: int) -> _Blocks:
     )
 
 
-def _each_head(row: Callable[..., Any], blocks: _Blocks, *arrays: Shaped[Array, "B K ..."]) -> Any:
+def _each_head(row: Callable[..., Any], blocks: _Blocks, *arrays: Shaped[Array, "B K ..."] | None) -> Any:
     """`row(blocks, ...)` for the heads of every row: one at a time on CPU, where matrices of two dimensions are the
     fastest, and together elsewhere. Rows differ in which blocks they need, so they take turns."""
     if jax.default_backend() != "cpu":
@@ -132,30 +151,41 @@ def _each_head(row: Callable[..., Any], blocks: _Blocks, *arrays: Shaped[Array, 
     return jax.lax.map(lambda given: jax.lax.map(lambda head: row(given[0], *head), given[1:]), (blocks, *arrays))
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _blockwise(
-    q: Float[Array, "B K N d"], k: Float[Array, "B K M d"], v: Float[Array, "B K M d"], blocks: _Blocks
+    relative: RelativeBias | None,
+    q: Float[Array, "B K N d"],
+    k: Float[Array, "B K M d"],
+    v: Float[Array, "B K M d"],
+    table: Float[Array, "B K T"] | None,
+    blocks: _Blocks,
 ) -> Float[Array, "B K N d"]:
-    return _each_head(_row, blocks, q, k, v)[0]
+    return _each_head(functools.partial(_row, relative), blocks, q, k, v, table)[0]
 
 
-def _forward(q, k, v, blocks):
-    out, lse = _each_head(_row, blocks, q, k, v)
-    return out, (q, k, v, blocks, out, lse)
+def _forward(relative, q, k, v, table, blocks):
+    out, lse = _each_head(functools.partial(_row, relative), blocks, q, k, v, table)
+    return out, (q, k, v, table, blocks, out, lse)
 
 
-def _backward(saved, d_out):
-    q, k, v, blocks, out, lse = saved
+def _backward(relative, saved, d_out):
+    q, k, v, table, blocks, out, lse = saved
     delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(axis=-1)
-    gradients = _each_head(_row_backward, blocks, q, k, v, lse, delta, d_out)
-    return *(g.astype(x.dtype) for g, x in zip(gradients, (q, k, v), strict=True)), None
+    row = functools.partial(_row_backward, relative)
+    *gradients, d_table = _each_head(row, blocks, q, k, v, table, lse, delta, d_out)
+    return *(g.astype(x.dtype) for g, x in zip(gradients, (q, k, v), strict=True)), d_table, None
 
 
 _blockwise.defvjp(_forward, _backward)
 
 
 def _row(
-    blocks: _Blocks, q: Float[Array, "N d"], k: Float[Array, "M d"], v: Float[Array, "M d"]
+    relative: RelativeBias | None,
+    blocks: _Blocks,
+    q: Float[Array, "N d"],
+    k: Float[Array, "M d"],
+    v: Float[Array, "M d"],
+    table: Float[Array, " T"] | None,
 ) -> tuple[Float[Array, "N d"], Float[Array, " N"]]:
     """One head of one row: what it mixes, and the logarithm of every query's sum of exponentials (float32)."""
     number, size = blocks.low.shape[:2]
@@ -167,9 +197,9 @@ def _row(
         def step(at, state):
             top, total, mixed = state
             key_block = wanted[at]
-            scores = jnp.where(
-                blocks.mask(index, key_block), _dot(queries, _key_block(k, blocks, key_block), 1, 1), MASKED
-            )
+            found = blocks.found(relative, index, key_block)
+            scores = _scores(relative, table, found, queries, _key_block(k, blocks, key_block))
+            scores = jnp.where(blocks.mask(index, key_block), scores, MASKED)
             new_top = jnp.maximum(top, scores.max(axis=-1))
             weights = jnp.exp(scores - new_top[:, None])
             shrink = jnp.exp(top - new_top)
@@ -189,14 +219,16 @@ def _row(
 
 
 def _row_backward(
+    relative: RelativeBias | None,
     blocks: _Blocks,
     q: Float[Array, "N d"],
     k: Float[Array, "M d"],
     v: Float[Array, "M d"],
+    table: Float[Array, " T"] | None,
     lse: Float[Array, " N"],
     delta: Float[Array, " N"],
     d_out: Float[Array, "N d"],
-) -> tuple[Float[Array, "N d"], Float[Array, "M d"], Float[Array, "M d"]]:
+) -> tuple[Float[Array, "N d"], Float[Array, "M d"], Float[Array, "M d"], Float[Array, " T"] | None]:
     """Gradients of one head of one row, in float32 (arXiv 2205.14135, appendix B.2)."""
     number, size = blocks.low.shape[:2]
 
@@ -206,23 +238,41 @@ def _row_backward(
         wanted, count = blocks.needed(index)
 
         def step(at, state):
-            d_q, d_k, d_v = state
+            d_q, d_k, d_v, d_table = state
             key_block = wanted[at]
             keys, values = _key_block(k, blocks, key_block), _key_block(v, blocks, key_block)
-            scores = jnp.where(blocks.mask(index, key_block), _dot(queries, keys, 1, 1), MASKED)
+            found = blocks.found(relative, index, key_block)
+            scores = _scores(relative, table, found, queries, keys)
+            scores = jnp.where(blocks.mask(index, key_block), scores, MASKED)
             weights = jnp.exp(scores - own_lse[:, None])
             d_scores = weights * (_dot(d_mixed, values, 1, 1) - own_delta[:, None])
+            if relative is not None:
+                d_table = d_table + relative.gradient(d_scores, found)
             weights, d_scores = weights.astype(v.dtype), d_scores.astype(k.dtype)
             d_v = _added(d_v, blocks, key_block, _dot(weights, d_mixed, 0, 0))
             d_k = _added(d_k, blocks, key_block, _dot(d_scores, queries, 0, 0))
-            return d_q + _dot(d_scores, keys, 1, 0), d_k, d_v
+            return d_q + _dot(d_scores, keys, 1, 0), d_k, d_v, d_table
 
         d_q, *gradients = jax.lax.fori_loop(0, count, step, (jnp.zeros(queries.shape), *gradients))
         return tuple(gradients), d_q
 
-    zeros = jnp.zeros(k.shape), jnp.zeros(v.shape)
-    (d_k, d_v), d_q = jax.lax.scan(block, zeros, jnp.arange(number))
-    return d_q.reshape(q.shape), d_k, d_v
+    zeros = jnp.zeros(k.shape), jnp.zeros(v.shape), None if table is None else jnp.zeros_like(table)
+    gradients, d_q = jax.lax.scan(block, zeros, jnp.arange(number))
+    return d_q.reshape(q.shape), *gradients
+
+
+def _scores(
+    relative: RelativeBias | None,
+    table: Float[Array, " T"] | None,
+    found: list[Int[Array, "b c"]],
+    queries: Float[Array, "b d"],
+    keys: Float[Array, "c d"],
+) -> Float[Array, "b c"]:
+    scores = _dot(queries, keys, 1, 1)
+    if relative is None:
+        return scores
+    assert table is not None
+    return scores + relative.read(table, found)
 
 
 def _dot(left: Float[Array, "_ _"], right: Float[Array, "_ _"], left_axis: int, right_axis: int) -> Float[Array, "_ _"]:

@@ -9,13 +9,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 
 from dit_video.errors import UserError
-from dit_video.nn.attention.dense import sight_of
-from dit_video.nn.attention.indices import Coordinates
-from dit_video.nn.attention.patterns import Full, Pattern, visible
+from dit_video.nn.attention.interface import Keys, Queries
+from dit_video.nn.attention.patterns import Full, Pattern, sight, visible
 from dit_video.nn.attention.stretches import given_back, require_stretches, stretches, taken
+from dit_video.nn.attention.tokens import Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,20 +28,10 @@ class Cudnn:
     implementation: Literal["cudnn", "xla"] = "cudnn"
     """"xla" is JAX's own, on any platform: for tests"""
 
-    def __call__(
-        self,
-        q: Float[Array, "B N K d"],
-        k: Float[Array, "B M K d"],
-        v: Float[Array, "B M K d"],
-        *,
-        q_segments: Int[Array, "B N"],
-        kv_segments: Int[Array, "B M"],
-        q_coordinates: Coordinates | None = None,
-        kv_coordinates: Coordinates | None = None,
-    ) -> Float[Array, "B N K d"]:
+    def __call__(self, q: Queries, k: Keys, v: Keys, at: Tokens) -> Queries:
         if self.implementation == "cudnn" and q.dtype not in (jnp.bfloat16, jnp.float16):
             raise UserError(f"cuDNN's attention computes in bfloat16 or float16, not {q.dtype}; set the model's dtype")
-        mask = visible(sight_of(self.pattern, q_segments, kv_segments, q_coordinates, kv_coordinates))
+        mask = visible(sight(self.pattern, at.without_bias("cudnn")))
         mixed = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation=self.implementation)
         return jnp.where(mask.any(axis=-1)[..., None, None], mixed, 0)
 
@@ -66,29 +55,19 @@ class Tokamax:
         require_stretches(self.pattern, "tokamax")
         _operations()
 
-    def __call__(
-        self,
-        q: Float[Array, "B N K d"],
-        k: Float[Array, "B M K d"],
-        v: Float[Array, "B M K d"],
-        *,
-        q_segments: Int[Array, "B N"],
-        kv_segments: Int[Array, "B M"],
-        q_coordinates: Coordinates | None = None,
-        kv_coordinates: Coordinates | None = None,
-    ) -> Float[Array, "B N K d"]:
-        at = stretches(self.pattern, sight_of(self.pattern, q_segments, kv_segments, q_coordinates, kv_coordinates))
-        seen = at.start < at.stop
+    def __call__(self, q: Queries, k: Keys, v: Keys, at: Tokens) -> Queries:
+        found = stretches(self.pattern, sight(self.pattern, at.without_bias("tokamax")))
+        seen = found.start < found.stop
         # No kernel is asked for a softmax of nothing: such queries see the first key, and get zeros afterwards.
-        start, stop = jnp.where(seen, at.start, 0), jnp.where(seen, at.stop, 1)
+        start, stop = jnp.where(seen, found.start, 0), jnp.where(seen, found.stop, 1)
         operations, mask = _operations()
         mixed = operations[self.implementation](
-            taken(q, at.order),
-            taken(k, at.key_order),
-            taken(v, at.key_order),
+            taken(q, found.order),
+            taken(k, found.key_order),
+            taken(v, found.key_order),
             mask=mask(k_start=start[:, None], k_end=stop[:, None]),
         )
-        return given_back(jnp.where(seen[..., None, None], mixed, 0), at.order)
+        return given_back(jnp.where(seen[..., None, None], mixed, 0), found.order)
 
 
 def _operations() -> tuple[Any, Any]:

@@ -3,16 +3,15 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxtyping import Array, Float, Int
-
 from dit_video.errors import UserError
 from dit_video.nn.attention.chunked import Chunked
 from dit_video.nn.attention.dense import Dense
 from dit_video.nn.attention.gpu import Cudnn, Tokamax
-from dit_video.nn.attention.indices import Coordinates
-from dit_video.nn.attention.interface import Attention
+from dit_video.nn.attention.interface import Attention, Keys, Queries
 from dit_video.nn.attention.patterns import Full, Pattern
 from dit_video.nn.attention.splash import Splash
+from dit_video.nn.attention.stretches import require_stretches
+from dit_video.nn.attention.tokens import Tokens
 
 Backend = Literal["auto", "dense", "chunked", "splash", "cudnn", "tokamax"]
 
@@ -53,32 +52,26 @@ def make_attention(backend: Backend = "auto", *, pattern: Pattern = Full(), chun
     )
 
 
+def check_attention(backend: Backend, *patterns: Pattern, biased: bool = False) -> None:
+    """What can be said of an attention before it is made, on machines that do not have the backend too.
+
+    Raises:
+      UserError: patterns, or a bias of the scores, that the backend cannot do.
+    """
+    if backend in ("splash", "tokamax"):
+        for pattern in patterns:
+            require_stretches(pattern, backend)
+    if biased and backend not in ("auto", "dense", "chunked"):
+        raise UserError(f"{backend} attention cannot add a bias to its scores; use the backend chunked or dense")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Auto:
-    """`short` for rows of up to `limit` tokens, `long` above."""
+    """`short` where there are no more scores than among `limit` tokens, `long` above."""
 
     limit: int
     short: Dense
     long: Chunked
 
-    def __call__(
-        self,
-        q: Float[Array, "B N K d"],
-        k: Float[Array, "B M K d"],
-        v: Float[Array, "B M K d"],
-        *,
-        q_segments: Int[Array, "B N"],
-        kv_segments: Int[Array, "B M"],
-        q_coordinates: Coordinates | None = None,
-        kv_coordinates: Coordinates | None = None,
-    ) -> Float[Array, "B N K d"]:
-        function = self.short if q.shape[1] <= self.limit else self.long
-        return function(
-            q,
-            k,
-            v,
-            q_segments=q_segments,
-            kv_segments=kv_segments,
-            q_coordinates=q_coordinates,
-            kv_coordinates=kv_coordinates,
-        )
+    def __call__(self, q: Queries, k: Keys, v: Keys, at: Tokens) -> Queries:
+        return (self.short if q.shape[1] * k.shape[1] <= self.limit**2 else self.long)(q, k, v, at)

@@ -20,9 +20,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from dit_video.errors import UserError
+from dit_video.nn.attention.tokens import Tokens
 
-BEFORE_ALL = int(np.iinfo(np.int32).min)
-"""The low end of a box that is open towards the past."""
+BEFORE_ALL, AFTER_ALL = int(np.iinfo(np.int32).min), int(np.iinfo(np.int32).max)
+"""The ends of a box that is open."""
 
 Reach = Literal["group", "prefix", "boxes"]
 """What a query sees of keys in the order of their values: all with its own; those and all before them in its segment;
@@ -36,6 +37,10 @@ class Pattern(Protocol):
     @property
     def reach(self) -> Reach: ...
 
+    @property
+    def causal(self) -> bool:
+        """Whether no frame sees a later one outside its chunk."""
+
     def axes(self, indices: Int[Array, "B N 3"]) -> tuple[Int[Array, "B N"], ...]:
         """The values along the pattern's axes; none of them: everything in the segment."""
 
@@ -48,6 +53,7 @@ class Full:
     """Every token of the clip: full spacetime attention. The only one that needs no coordinates."""
 
     reach: ClassVar[Reach] = "group"
+    causal: ClassVar[bool] = False
 
     def axes(self, indices):
         return ()
@@ -61,6 +67,7 @@ class SpaceOnly:
     """The tokens of one's own frame: the spatial half of factorised attention (Latte, arXiv 2401.03048)."""
 
     reach: ClassVar[Reach] = "group"
+    causal: ClassVar[bool] = False
 
     def axes(self, indices):
         return (indices[..., 0],)
@@ -74,6 +81,7 @@ class TimeOnly:
     """The tokens at one's own (h, w) in all frames: the temporal half of factorised attention."""
 
     reach: ClassVar[Reach] = "group"
+    causal: ClassVar[bool] = False
 
     def axes(self, indices):
         return indices[..., 1], indices[..., 2]
@@ -93,6 +101,7 @@ class CausalFrames:
     chunk: int = 1
 
     reach: ClassVar[Reach] = "prefix"
+    causal: ClassVar[bool] = True
 
     def __post_init__(self):
         if self.chunk < 1:
@@ -110,6 +119,7 @@ class SparseCausal:
     """One's own, the previous and the first frame (Tune-A-Video, arXiv 2212.11565, with one's own added)."""
 
     reach: ClassVar[Reach] = "boxes"
+    causal: ClassVar[bool] = True
 
     def axes(self, indices):
         return (indices[..., 0],)
@@ -133,6 +143,8 @@ class SlidingWindow:
 
     radius: tuple[int | None, int | None, int | None]
     tile: tuple[int, int, int] = (1, 1, 1)
+
+    causal: ClassVar[bool] = False
 
     def __post_init__(self):
         if any(radius is not None and radius < 0 for radius in self.radius):
@@ -158,6 +170,49 @@ class SlidingWindow:
         return ((value - radius, value + radius),)
 
 
+PatternChoice = Full | SpaceOnly | TimeOnly | CausalFrames | SparseCausal | SlidingWindow
+"""What a config can hold."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithPlaceless:
+    """A pattern among tokens some of which lie nowhere (`NOWHERE`): registers, and texts in joint attention.
+
+    All of their segment see these. They see all of their segment, too; or each other alone, where through them a frame
+    would learn of later ones.
+    """
+
+    pattern: Pattern
+    seeing: bool
+
+    reach: ClassVar[Reach] = "boxes"
+
+    @property
+    def causal(self) -> bool:
+        return self.pattern.causal and not self.seeing
+
+    def axes(self, indices):
+        placed = indices[..., 0] >= 0
+        return placed.astype(jnp.int32), *self.pattern.axes(indices)
+
+    def boxes(self, value):
+        placed = value[..., :1]
+        every = jnp.zeros_like(value[..., 1:])
+        first, last = every + BEFORE_ALL, every + AFTER_ALL
+        of_placed = placed > 0
+        # From 1 to 0: an empty box.
+        seen_last = jnp.where(of_placed | self.seeing, 1, 0)
+        boxes = [
+            (
+                jnp.concatenate([jnp.ones_like(placed), jnp.where(of_placed, low, first)], axis=-1),
+                jnp.concatenate([seen_last, jnp.where(of_placed, high, last)], axis=-1),
+            )
+            for low, high in self.pattern.boxes(value[..., 1:])
+        ]
+        nowhere = jnp.zeros_like(placed)
+        return *boxes, (jnp.concatenate([nowhere, first], axis=-1), jnp.concatenate([nowhere, last], axis=-1))
+
+
 class Sight(NamedTuple):
     """What queries see: key `j` where `at[j]` is in one of query `i`'s `U` boxes along all axes, the segment first."""
 
@@ -166,26 +221,20 @@ class Sight(NamedTuple):
     at: Int[Array, "B M A"]
 
 
-def sight(
-    pattern: Pattern,
-    q_segments: Int[Array, "B N"],
-    kv_segments: Int[Array, "B M"],
-    q_indices: Int[Array, "B N 3"] | None = None,
-    kv_indices: Int[Array, "B M 3"] | None = None,
-) -> Sight:
-    """The boxes of queries and the values of keys; a pattern with axes needs both arrays of indices.
+def sight(pattern: Pattern, at: Tokens) -> Sight:
+    """The boxes of queries and the values of keys; a pattern with axes needs the tokens' indices.
 
     Padding among the keys lies in segment -1, padding among the queries has an empty box, from 1 to 0.
     """
-    queries, keys = _axes(pattern, q_segments, q_indices), _axes(pattern, kv_segments, kv_indices)
-    own = q_segments[..., None]
+    queries, keys = _axes(pattern, at.q_segments, at.q_indices), _axes(pattern, at.kv_segments, at.kv_indices)
+    own = at.q_segments[..., None]
     first, last = jnp.where(own > 0, own, 1), jnp.where(own > 0, own, 0)
     boxes = [
         (jnp.concatenate([first, low], axis=-1), jnp.concatenate([last, high], axis=-1))
         for low, high in pattern.boxes(queries)
     ]
     low, high = (jnp.stack(ends, axis=-2) for ends in zip(*boxes, strict=True))
-    theirs = jnp.where(kv_segments > 0, kv_segments, -1)[..., None]
+    theirs = jnp.where(at.kv_segments > 0, at.kv_segments, -1)[..., None]
     return Sight(low, high, jnp.concatenate([theirs, keys], axis=-1))
 
 
@@ -193,7 +242,7 @@ def _axes(pattern: Pattern, segments: Int[Array, "B N"], indices: Int[Array, "B 
     if isinstance(pattern, Full):
         return jnp.zeros((*segments.shape, 0), jnp.int32)
     if indices is None:
-        raise UserError(f"{type(pattern).__name__} reads where tokens lie: give the attention q_coordinates")
+        raise UserError(f"{type(pattern).__name__} reads where tokens lie: give the attention their grid indices")
     return jnp.stack(pattern.axes(indices), axis=-1)
 
 

@@ -17,10 +17,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dit_video.errors import UserError
-from dit_video.nn.attention.dense import sight_of
-from dit_video.nn.attention.indices import Coordinates
-from dit_video.nn.attention.patterns import Full, Pattern
+from dit_video.nn.attention.interface import Keys, Queries
+from dit_video.nn.attention.patterns import Full, Pattern, sight
 from dit_video.nn.attention.stretches import given_back, padded, require_stretches, stretches, taken
+from dit_video.nn.attention.tokens import Tokens
 
 _LANES = 128
 _NO_QUERY, _NO_KEY = -1, -2
@@ -45,30 +45,21 @@ class Splash:
             raise UserError(f"blocks of splash attention are multiples of {_LANES} tokens, not {self.block}")
         require_stretches(self.pattern, "splash")
 
-    def __call__(
-        self,
-        q: Float[Array, "B N K d"],
-        k: Float[Array, "B M K d"],
-        v: Float[Array, "B M K d"],
-        *,
-        q_segments: Int[Array, "B N"],
-        kv_segments: Int[Array, "B M"],
-        q_coordinates: Coordinates | None = None,
-        kv_coordinates: Coordinates | None = None,
-    ) -> Float[Array, "B N K d"]:
+    def __call__(self, q: Queries, k: Keys, v: Keys, at: Tokens) -> Queries:
+        at = at.without_bias("splash")
         q = q * q.shape[-1] ** -0.5
         if isinstance(self.pattern, Full):
             # Ids are all that the kernel needs: tokens stay where they are.
-            ids = jnp.where(q_segments > 0, q_segments, _NO_QUERY)
-            key_ids = jnp.where(kv_segments > 0, kv_segments, _NO_KEY)
+            ids = jnp.where(at.q_segments > 0, at.q_segments, _NO_QUERY)
+            key_ids = jnp.where(at.kv_segments > 0, at.kv_segments, _NO_KEY)
             seen = jax.vmap(lambda row, keys: jnp.isin(row, keys, method="sort"))(ids, key_ids)
             return jnp.where(seen[..., None, None], self._rows(q, k, v, ids, key_ids, jnp.zeros_like(ids)), 0)
-        at = stretches(self.pattern, sight_of(self.pattern, q_segments, kv_segments, q_coordinates, kv_coordinates))
-        seen = at.start < at.stop
-        ids = jnp.where(seen, at.start, _NO_QUERY)
-        q, k, v = taken(q, at.order), taken(k, at.key_order), taken(v, at.key_order)
-        mixed = self._rows(q, k, v, ids, at.groups, at.stop)
-        return given_back(jnp.where(seen[..., None, None], mixed, 0), at.order)
+        found = stretches(self.pattern, sight(self.pattern, at))
+        seen = found.start < found.stop
+        ids = jnp.where(seen, found.start, _NO_QUERY)
+        q, k, v = taken(q, found.order), taken(k, found.key_order), taken(v, found.key_order)
+        mixed = self._rows(q, k, v, ids, found.groups, found.stop)
+        return given_back(jnp.where(seen[..., None, None], mixed, 0), found.order)
 
     def _rows(
         self,

@@ -21,10 +21,11 @@ from dit_video.nn.attention import (
     Splash,
     TimeOnly,
     Tokamax,
+    Tokens,
+    WithPlaceless,
     make_attention,
 )
-from dit_video.nn.attention.dense import sight_of
-from dit_video.nn.attention.patterns import visible
+from dit_video.nn.attention.patterns import sight, visible
 from dit_video.tokens import Grid, coordinates
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -35,6 +36,7 @@ PATTERNS = [
     TimeOnly(),
     CausalFrames(),
     CausalFrames(chunk=2),
+    WithPlaceless(pattern=CausalFrames(), seeing=False),
     SparseCausal(),
     SlidingWindow(radius=(1, 1, 1)),
     SlidingWindow(radius=(None, 0, 0), tile=(1, 2, 2)),
@@ -53,9 +55,9 @@ LENGTH, HEADS, WIDTH = 31, 2, 4
 
 
 def rows():
-    """Segments and coordinates: of clips and an image one after the other, and of clips whose tokens are shuffled."""
+    """Segments and grid indices: of clips and an image one after the other, and of clips whose tokens are shuffled."""
     draw = np.random.default_rng(0)
-    segments, places = np.zeros((2, LENGTH), np.int32), np.zeros((2, LENGTH, 3), np.float32)
+    segments, places = np.zeros((2, LENGTH), np.int32), np.zeros((2, LENGTH, 3), np.int32)
     for row, grids in enumerate(GRIDS):
         end = 0
         for number, grid in enumerate(grids):
@@ -66,9 +68,12 @@ def rows():
     return jnp.asarray(segments), jnp.asarray(places)
 
 
-SEGMENTS, PLACES = rows()
+SEGMENTS, INDICES = rows()
 CONTEXT_SEGMENTS = jnp.asarray([[1, 1, 2, 4, 4, 4, 0], [2] * 7])
 """of a text: the third clip of the first row and the first of the second have none"""
+NOWHERE = np.random.default_rng(1).uniform(size=(2, LENGTH, 1)) < 0.2
+"""tokens that lie nowhere, for the patterns that know of such"""
+AMONG, CONTEXT = Tokens.among(SEGMENTS, INDICES), Tokens(SEGMENTS, CONTEXT_SEGMENTS)
 
 
 def inputs(keys: int = LENGTH, width: int = WIDTH, seed: int = 0):
@@ -79,21 +84,21 @@ def inputs(keys: int = LENGTH, width: int = WIDTH, seed: int = 0):
 def reference(pattern):
     """JAX's own attention under the dense mask; what sees nothing gets zeros."""
 
-    def attend(q, k, v, *, q_segments, kv_segments, q_coordinates):
-        mask = visible(sight_of(pattern, q_segments, kv_segments, q_coordinates, None))
+    def attend(q, k, v, at):
+        mask = visible(sight(pattern, at))
         mixed = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
         return jnp.where(mask.any(axis=-1)[..., None, None], mixed, 0)
 
     return attend
 
 
-def value_and_gradients(attention, arrays, kv_segments=SEGMENTS):
+def value_and_gradients(attention, arrays, at=AMONG):
     weights = jnp.asarray(np.random.default_rng(9).normal(size=arrays[0].shape), jnp.float32)
 
     @jax.jit
     def run(arrays):
         def loss(arrays):
-            out = attention(*arrays, q_segments=SEGMENTS, kv_segments=kv_segments, q_coordinates=PLACES)
+            out = attention(*arrays, at)
             return (out * weights).sum(), out
 
         return jax.grad(loss, has_aux=True)(arrays)
@@ -109,9 +114,11 @@ def same(left, right, *, atol=2e-6, about=""):
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_every_backend_equals_the_dense_mask_in_values_and_gradients(pattern):
-    arrays = inputs()
-    expected = value_and_gradients(reference(pattern), arrays)
-    same(value_and_gradients(Dense(pattern=pattern), arrays), expected, about="dense")
+    arrays, at = inputs(), AMONG
+    if isinstance(pattern, WithPlaceless):
+        at = Tokens.among(SEGMENTS, jnp.where(NOWHERE, -1, INDICES))
+    expected = value_and_gradients(reference(pattern), arrays, at)
+    same(value_and_gradients(Dense(pattern=pattern), arrays, at), expected, about="dense")
     for name, backend in BACKENDS.items():
         try:
             attention = dataclasses.replace(backend, pattern=pattern)
@@ -119,14 +126,14 @@ def test_every_backend_equals_the_dense_mask_in_values_and_gradients(pattern):
             assert name in ("splash", "tokamax")
             assert pattern.reach == "boxes"
             continue
-        same(value_and_gradients(attention, arrays), expected, about=name)
+        same(value_and_gradients(attention, arrays, at), expected, about=name)
 
 
 def test_texts_are_seen_by_their_own_segments_and_a_segment_without_text_gets_zeros():
     arrays = inputs(CONTEXT_SEGMENTS.shape[1])
-    expected = value_and_gradients(reference(Full()), arrays, CONTEXT_SEGMENTS)
+    expected = value_and_gradients(reference(Full()), arrays, CONTEXT)
     for name, attention in {"dense": Dense(), **BACKENDS}.items():
-        found = value_and_gradients(attention, arrays, CONTEXT_SEGMENTS)
+        found = value_and_gradients(attention, arrays, CONTEXT)
         same(found, expected, about=name)
         without = np.asarray((jnp.asarray([[3], [1]]) == SEGMENTS) | (SEGMENTS == 0))
         assert (np.asarray(found[0])[without] == 0).all(), name
@@ -143,14 +150,14 @@ def test_packed_clips_equal_each_clip_alone(pattern):
     def alone(clip, places, weights):
         def loss(clip):
             ids = jnp.ones((1, places.shape[1]), jnp.int32)
-            out = Dense(pattern=pattern)(*clip, q_segments=ids, kv_segments=ids, q_coordinates=places)
+            out = Dense(pattern=pattern)(*clip, Tokens.among(ids, places))
             return (out * weights).sum(), out
 
         return jax.grad(loss, has_aux=True)(clip)
 
     for row, number in ((0, 1), (0, 2), (1, 1)):
         own = np.flatnonzero(np.asarray(SEGMENTS)[row] == number)
-        gradients, value = alone([x[row, own][None] for x in arrays], PLACES[row, own][None], weights[row, own][None])
+        gradients, value = alone([x[row, own][None] for x in arrays], INDICES[row, own][None], weights[row, own][None])
         same([x[row, own][None] for x in packed], [value, *gradients])
 
 
@@ -178,18 +185,33 @@ def test_a_segment_sees_no_other_bit_for_bit(attention):
 
 def test_the_branches_for_accelerators_equal_those_for_cpu(monkeypatch):
     arrays = inputs()
-    attentions = Dense(), Chunked(chunk=5)
-    expected = [value_and_gradients(attention, arrays) for attention in attentions]
+    expected = [value_and_gradients(attention, arrays) for attention in (Dense(), Chunked(chunk=5))]
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    for attention, values in zip(attentions, expected, strict=True):
+    for attention, values in zip((Dense(), Chunked(chunk=5)), expected, strict=True):
         same(value_and_gradients(attention, arrays), values, about=str(attention))
+
+
+@pytest.mark.parametrize("lengths", [(12, 7, 2, 5, 5), (3,) * 10 + (1,), (31,), (1, 16, 14)], ids=str)
+def test_blocks_that_begin_with_segments_equal_the_dense_mask(lengths):
+    ids = jnp.asarray(np.repeat(np.arange(len(lengths)), lengths)[None] + [[1], [0]], jnp.int32)  # one without padding
+    arrays, weights = inputs(), jnp.asarray(np.random.default_rng(9).normal(size=(2, LENGTH, HEADS, WIDTH)))
+
+    def gradients(attention):
+        return jax.jit(jax.value_and_grad(lambda *x: (attention(*x, Tokens.among(ids)) * weights).sum(), (0, 1, 2)))
+
+    value, expected = gradients(Dense())(*arrays)
+    for chunk in (2, 4):
+        found, theirs = gradients(Chunked(chunk=chunk, platform="cpu"))(*arrays)
+        np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-5)
+        for left, right in zip(theirs, expected, strict=True):
+            np.testing.assert_allclose(left, right, atol=2e-6)
 
 
 def test_a_known_answer():
     q = jnp.zeros((1, 3, 1, 4))
     v = jnp.arange(12.0).reshape(1, 3, 1, 4)
     segments = jnp.asarray([[1, 1, 2]])
-    out = Dense()(q, v, v, q_segments=segments, kv_segments=segments)
+    out = Dense()(q, v, v, Tokens.among(segments))
     np.testing.assert_allclose(out[0, :, 0], [[2, 3, 4, 5], [2, 3, 4, 5], [8, 9, 10, 11]], rtol=1e-6)
 
 
@@ -218,7 +240,7 @@ def test_memory_is_linear_in_the_row(pattern):
         places = jax.ShapeDtypeStruct((1, length, 3), jnp.int32)
 
         def loss(q, k, v, ids, places):
-            return attention(q, k, v, q_segments=ids, kv_segments=ids, q_coordinates=places).sum()
+            return attention(q, k, v, Tokens.among(ids, places)).sum()
 
         compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(array, array, array, ids, places).compile()
         return compiled.memory_analysis().temp_size_in_bytes
@@ -234,7 +256,7 @@ def test_foreign_blocks_are_not_computed():
     segments = jnp.repeat(jnp.asarray([[1, 2, 1, 3]]), 8, axis=1)
     q, k, v = (jnp.asarray(np.random.default_rng(1).normal(size=(1, 32, 1, 4)), jnp.float32) for _ in range(3))
     poisoned = jnp.where((segments == 2)[..., None, None], jnp.nan, v)
-    out = Chunked(chunk=8)(q, k, poisoned, q_segments=segments, kv_segments=segments)
+    out = Chunked(chunk=4)(q, k, poisoned, Tokens.among(segments))
     assert np.isnan(out[0, 8:16]).all()
     assert np.isfinite(np.delete(out[0], np.s_[8:16], axis=0)).all()
 
@@ -252,8 +274,7 @@ def test_backends_by_name():
 
 def test_auto_is_dense_for_short_rows_and_chunked_for_long_ones():
     def program(attention):
-        ids = {"q_segments": SEGMENTS, "kv_segments": SEGMENTS, "q_coordinates": PLACES}
-        return str(jax.make_jaxpr(lambda *arrays: attention(*arrays, **ids))(*inputs()))
+        return str(jax.make_jaxpr(lambda *arrays: attention(*arrays, AMONG))(*inputs()))
 
     short, long = Dense(pattern=SpaceOnly()), Chunked(pattern=SpaceOnly(), chunk=5)
     assert program(Auto(limit=LENGTH, short=short, long=long)) == program(short)
@@ -262,7 +283,7 @@ def test_auto_is_dense_for_short_rows_and_chunked_for_long_ones():
 
 def test_cudnn_takes_16_bits():
     with pytest.raises(UserError, match="bfloat16 or float16, not float32"):
-        Cudnn()(*inputs(), q_segments=SEGMENTS, kv_segments=SEGMENTS)
+        Cudnn()(*inputs(), AMONG)
 
 
 def test_tokamax_that_is_not_installed(monkeypatch):

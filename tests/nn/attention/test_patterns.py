@@ -9,17 +9,20 @@ from dit_video import configs
 from dit_video.errors import UserError
 from dit_video.nn import attention
 from dit_video.nn.attention import (
+    NOWHERE,
     CausalFrames,
     Full,
     SlidingWindow,
     SpaceOnly,
     SparseCausal,
     TimeOnly,
+    Tokens,
+    WithPlaceless,
+    check_attention,
     grid_indices,
     make_attention,
 )
-from dit_video.nn.attention.dense import sight_of
-from dit_video.nn.attention.patterns import visible
+from dit_video.nn.attention.patterns import sight, visible
 from dit_video.tokens import Grid, coordinates
 
 GRIDS = Grid(3, 2, 3), Grid(2, 3, 2), Grid(1, 2, 2)
@@ -51,8 +54,31 @@ def expected_mask(sees):
 
 @pytest.mark.parametrize(("pattern", "sees"), DEFINITIONS, ids=lambda value: str(value) if "(" in str(value) else "")
 def test_a_pattern_sees_what_it_says(pattern, sees):
-    mask = visible(sight_of(pattern, SEGMENTS, SEGMENTS, jnp.asarray(INDICES)[None], None))
+    mask = visible(sight(pattern, Tokens.among(SEGMENTS, jnp.asarray(INDICES)[None])))
     np.testing.assert_array_equal(mask[0], expected_mask(sees))
+
+
+REGISTER = INDICES[:, 1] + INDICES[:, 2] == 2
+"""tokens that are taken for such as lie nowhere"""
+
+
+@pytest.mark.parametrize("seeing", [True, False])
+@pytest.mark.parametrize("number", [1, 3, 5, 6], ids=lambda number: type(DEFINITIONS[number][0]).__name__)
+def test_what_lies_nowhere_is_seen_by_all_and_sees_all_or_only_its_like(number, seeing):
+    pattern, sees = DEFINITIONS[number]
+    indices = np.where(REGISTER[:, None], NOWHERE, INDICES)
+    ids = np.asarray(SEGMENTS)[0]
+    expected = [
+        [
+            ids[i] == ids[j] > 0 and (REGISTER[j] or (seeing if REGISTER[i] else bool(sees(INDICES[i], INDICES[j]))))
+            for j in range(len(ids))
+        ]
+        for i in range(len(ids))
+    ]
+    beside = WithPlaceless(pattern=pattern, seeing=seeing)
+    mask = visible(sight(beside, Tokens.among(SEGMENTS, jnp.asarray(indices)[None])))
+    np.testing.assert_array_equal(mask[0], expected)
+    assert beside.causal == (pattern.causal and not seeing)
 
 
 def test_real_coordinates_are_indices_by_rank():
@@ -68,14 +94,14 @@ def test_whole_coordinates_are_indices_as_they_are():
     assert grid_indices(late, SEGMENTS) is late
 
 
-def test_ranks_of_queries_and_keys_are_on_one_grid():
+def test_queries_may_be_some_of_the_tokens():
     """Two frames' queries among the keys of all frames, with real times."""
     times = jnp.asarray([[0.0, 0.5, 2.0, 2.5]])
-    keys = jnp.stack([times, 0 * times, 0 * times], axis=-1)
     ids = jnp.ones((1, 4), jnp.int32)
-    seen = sight_of(CausalFrames(), ids[:, :2], ids, keys[:, ::3], keys)
+    indices = grid_indices(jnp.stack([times, 0 * times, 0 * times], axis=-1), ids)
+    seen = sight(CausalFrames(), Tokens(ids[:, :2], ids, indices[:, ::3], indices))
     np.testing.assert_array_equal(visible(seen)[0], [[True, False, False, False], [True, True, True, True]])
-    seen = sight_of(SparseCausal(), ids[:, :1], ids, keys[:, 3:], keys)
+    seen = sight(SparseCausal(), Tokens(ids[:, :1], ids, indices[:, 3:], indices))
     np.testing.assert_array_equal(visible(seen)[0], [[True, False, True, True]])
 
 
@@ -91,6 +117,8 @@ def test_ranks_of_queries_and_keys_are_on_one_grid():
         (lambda: make_attention("splash", pattern=SparseCausal()), "splash attention cannot do SparseCausal"),
         (lambda: make_attention("splash", pattern=SlidingWindow(radius=(1, None, None))), "cannot do SlidingWindow"),
         (lambda: make_attention("tokamax", pattern=SparseCausal()), "tokamax attention cannot do SparseCausal"),
+        (lambda: check_attention("splash", WithPlaceless(pattern=SpaceOnly(), seeing=True)), "cannot do WithPlaceless"),
+        (lambda: check_attention("cudnn", Full(), biased=True), "cudnn attention cannot add a bias"),
         (lambda: inspect.unwrap(make_attention)("flash"), "unknown attention backend 'flash'; use auto, dense"),
     ],
 )
@@ -105,8 +133,8 @@ def test_a_pattern_that_reads_coordinates_needs_them():
     array = jnp.zeros((1, 4, 1, 2), jnp.bfloat16)
     ids = jnp.ones((1, 4), jnp.int32)
     for backend in ("dense", "chunked", "splash", "cudnn"):
-        with pytest.raises(UserError, match="SpaceOnly reads where tokens lie: give the attention q_coordinates"):
-            make_attention(backend, pattern=SpaceOnly())(array, array, array, q_segments=ids, kv_segments=ids)
+        with pytest.raises(UserError, match="SpaceOnly reads where tokens lie: give the attention their grid indices"):
+            make_attention(backend, pattern=SpaceOnly())(array, array, array, Tokens.among(ids))
 
 
 def test_patterns_are_values_that_a_config_can_hold():

@@ -15,7 +15,7 @@ import sys
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from dit_video.nn.attention import CausalFrames, Full, make_attention
+from dit_video.nn.attention import CausalFrames, Full, Tokens, make_attention
 
 topology, length, heads, width = sys.argv[1], 4096, 2, int(sys.argv[2])
 chips = topologies.get_topology_desc(platform="tpu", topology_name=topology)
@@ -29,7 +29,7 @@ for pattern in (Full(), CausalFrames(chunk=2)):
     attention = make_attention("splash", pattern=pattern)
 
     def of_chip(q, k, v, ids, places):
-        return attention(q, k, v, q_segments=ids, kv_segments=ids, q_coordinates=places)
+        return attention(q, k, v, Tokens.among(ids, places))
 
     over_rows = jax.shard_map(of_chip, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False)
 

@@ -1,0 +1,158 @@
+"""Model FLOPs utilisation of training on packed rows: what the model needs, against what the device could do.
+
+A segment's tokens attend to each other, so attention counts as the sum of `n_i²`; padding and what is computed again in
+the backward pass count for nothing. `python tools/benchmark.py mfu` measures 1.6 billion parameters on one row of 32k
+tokens in bfloat16, which wants a GPU; `--small` tries the same on anything.
+"""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from benchmarks.steps import compilations, peak_memory
+from benchmarks.training import start, step_of
+from dit_video import rng
+from dit_video.dit import DitConfig
+from dit_video.nn import Backend, graph_of, init_params
+from dit_video.tokens import Grid, coordinates
+from dit_video.tree import size as count
+
+PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12, "L40S": 362e12}
+"""FLOP/s in bfloat16 without sparsity, by a part of the device's name; the first that fits"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A model and the row that it is trained on."""
+
+    width: int = 2048
+    layers: int = 24
+    heads: int = 16
+    row: int = 32_768
+    text: int = 96
+    """tokens of each clip's text"""
+    text_width: int = 4096
+    clips: tuple[Grid, ...] = (
+        Grid(13, 20, 32),
+        Grid(13, 20, 24),
+        Grid(5, 24, 40),
+        Grid(3, 30, 52),
+        Grid(2, 30, 52),
+        Grid(1, 30, 52),
+        Grid(1, 52, 30),
+        Grid(1, 32, 32),
+        Grid(1, 32, 32),
+        Grid(1, 16, 16),
+    )
+    """in tokens: videos of up to 13 latent frames and images, which leave 0.6 % of the row empty"""
+
+    def config(self, attention: Backend) -> DitConfig:
+        return DitConfig(
+            channels=16,
+            context_width=self.text_width,
+            width=self.width,
+            layers=self.layers,
+            heads=self.heads,
+            attention=attention,
+            dtype="bfloat16",
+            remat="full",
+        )
+
+
+SMALL = Shape(
+    width=32, layers=2, heads=2, row=64, text=4, text_width=8, clips=(Grid(2, 4, 4), Grid(1, 4, 4), Grid(1, 2, 4))
+)
+
+
+def training_flops(config: DitConfig, tokens: Sequence[int], texts: Sequence[int]) -> int:
+    """Of one step on clips of so many tokens with texts of so many: three times those of the forward pass."""
+    return 3 * sum(forward_flops(config, *clip) for clip in zip(tokens, texts, strict=True))
+
+
+def forward_flops(config: DitConfig, tokens: int, text: int) -> int:
+    """Of the matrix products for one clip (2 for a multiplication and an addition), for blocks with cross-attention."""
+    width = config.width
+    square = width**2
+    layer = tokens * round(config.matrices * square) + text * 2 * square + 2 * width * tokens * (tokens + text)
+    ends = tokens * width * (2 * config.token_width + 192) + text * width * config.context_width
+    conditions = 256 * width + square + config.context_width * width + (6 + 2) * square
+    return 2 * (config.layers * layer + ends + conditions)
+
+
+def peak_of(device: str) -> float | None:
+    """FLOP/s that a device of this name can do at the most, where it is known."""
+    return next((peak for name, peak in PEAKS.items() if name in device), None)
+
+
+def measure(shape: Shape, steps: int, attention: Backend, peak: float | None = None) -> dict[str, Any]:
+    """Seconds of a training step, and which share of the device's peak that uses (None where the peak isn't known)."""
+    config = shape.config(attention)
+    graph = graph_of(config.make)
+    inputs = jax.device_put(_inputs(shape, config))
+
+    def error(params: Any, inputs: dict[str, Any], target: jax.Array) -> jax.Array:
+        prediction = nnx.merge(graph, params)(**inputs)
+        return jnp.where(inputs["segments"][..., None] > 0, jnp.square(prediction - target), 0).mean()
+
+    params = jax.jit(lambda key: init_params(config.make, key))(rng.key(0, "benchmark mfu"))
+    parameters = count(params)
+    target, step = jnp.ones_like(inputs["noisy"]), step_of(error)
+    held = start(params)
+    del params
+    taken = []
+    with compilations() as compiled:
+        began = time.perf_counter()
+        for _ in range(steps + 2):
+            *held, loss = step(*held, inputs, target)
+            jax.block_until_ready((held, loss))
+            now = time.perf_counter()
+            taken.append(now - began)
+            began = now
+        programs = compiled()
+    seconds = statistics.median(taken[2:])
+    clips = [clip.volume for clip in shape.clips]
+    flops = training_flops(config, clips, [shape.text] * len(clips))
+    peak = peak or peak_of(jax.devices()[0].device_kind)
+    return {
+        "attention": attention,
+        "parameters": parameters,
+        "tokens": shape.row,
+        "padding_share": round(1 - sum(clips) / shape.row, 4),
+        "attention_share_of_flops": round(
+            3 * 4 * config.layers * config.width * sum(clip**2 for clip in clips) / flops, 4
+        ),
+        "flops": flops,
+        "steps": steps,
+        "step_seconds": round(seconds, 4),
+        "first_step_seconds": round(taken[0], 2),
+        "compilations": programs,
+        "tflops_per_second": round(flops / seconds / 1e12, 3),
+        "peak_tflops_per_second": None if peak is None else peak / 1e12,
+        "utilisation": None if peak is None else round(flops / seconds / peak, 4),
+        "loss": float(loss),
+        "peak_memory": peak_memory(),
+    }
+
+
+def _inputs(shape: Shape, config: DitConfig) -> dict[str, Any]:
+    """One row, as the model takes it."""
+    draw = rng.host(0, "benchmark mfu")
+    number, used = len(shape.clips), sum(clip.volume for clip in shape.clips)
+    segments, places = np.zeros((1, shape.row), np.int32), np.zeros((1, shape.row, 3), np.float32)
+    segments[0, :used] = np.repeat(np.arange(number) + 1, [clip.volume for clip in shape.clips])
+    places[0, :used] = np.concatenate([coordinates(clip) for clip in shape.clips])
+    return {
+        "noisy": draw.normal(size=(1, shape.row, config.token_width)).astype(np.float32),
+        "time": np.linspace(0.05, 0.95, number, dtype=np.float32)[None],
+        "segments": segments,
+        "coordinates": places,
+        "context": draw.normal(size=(1, number * shape.text, shape.text_width)).astype(np.float32),
+        "context_segments": np.repeat(np.arange(number) + 1, shape.text)[None].astype(np.int32),
+    }

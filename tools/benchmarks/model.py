@@ -1,0 +1,219 @@
+"""A transformer like Wan's, forward and in training, beside diffusers' on the same weights and inputs.
+
+All of them run in one process, in turn, in float32, on as many threads as there are cores; the ratio is that of the
+medians, to the faster form of the peer.
+"""
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from benchmarks.attention import in_turn
+from benchmarks.training import start, step_of
+from dit_video import rng
+from dit_video.dit import WanDitConfig
+from dit_video.nn import graph_of, init_params, param_shapes
+from dit_video.tokens import Grid, coordinates, patchify, unpatchify
+from dit_video.tree import size as count
+from dit_video.weights import save_denoiser
+
+TIME = 0.6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A model and what it is given: by default 5 latent frames of 24 × 52, which are 1,560 tokens."""
+
+    width: int = 384
+    hidden_width: int = 2240
+    """in the proportion of Wan 2.1 T2V 1.3B"""
+    layers: int = 6
+    heads: int = 6
+    grid: Grid = Grid(5, 12, 26)
+    """of tokens"""
+    text: int = 64
+    text_width: int = 4096
+
+    def config(self) -> WanDitConfig:
+        return WanDitConfig(
+            width=self.width,
+            hidden_width=self.hidden_width,
+            layers=self.layers,
+            heads=self.heads,
+            text_length=self.text,
+            context_width=self.text_width,
+        )
+
+
+SMALL = Shape(width=16, hidden_width=24, layers=2, heads=2, grid=Grid(2, 3, 4), text=4, text_width=8)
+"""to try the command with"""
+
+
+class Inputs(NamedTuple):
+    """Of a batch of one clip."""
+
+    latents: np.ndarray
+    """[t h w c]"""
+    text: np.ndarray
+    """[s E]"""
+    target: np.ndarray
+    """[t h w c], what the prediction is trained towards"""
+
+
+class Calls(NamedTuple):
+    """One model in one form: its prediction `[t h w c]`, and a training step that returns the loss before it."""
+
+    forward: Callable[[], Any]
+    step: Callable[[], Any]
+    predicted: Callable[[], np.ndarray]
+
+
+Peer = Callable[[Path, Inputs], dict[str, Calls]]
+"""Forms of another project's model, from a folder of weights in the layout of diffusers."""
+
+
+def measure(shape: Shape, rounds: int, peer: Peer | None = None) -> dict[str, Any]:
+    """Seconds of a forward pass and of a training step (forward, backward, AdamW), and how far predictions differ."""
+    config = shape.config()
+    params = _weights(config)
+    inputs = _inputs(shape)
+    calls = {"ours": ours(config, params, shape, inputs)}
+    if peer is not None:
+        with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as folder:
+            # The length that texts are padded to is no part of the weights; theirs takes what it is given.
+            save_denoiser(folder, replace(config, text_length=512), jax.device_get(params))
+            calls |= peer(Path(folder), inputs)
+    expected = calls["ours"].predicted()
+    scale = float(np.abs(expected).max())
+    figures: dict[str, Any] = {
+        "tokens": shape.grid.volume,
+        "parameters": count(params),
+        "rounds": rounds,
+        "difference": {
+            name: float(np.abs(one.predicted() - expected).max()) / scale
+            for name, one in calls.items()
+            if name != "ours"
+        },
+        "forward": _compared({name: one.forward for name, one in calls.items()}, rounds, "forward"),
+    }
+    losses = {name: [float(one.step()) for _ in range(3)] for name, one in calls.items()}
+    figures["losses"] = losses
+    return figures | {
+        "training step": _compared({name: one.step for name, one in calls.items()}, rounds, "training step")
+    }
+
+
+def _compared(calls: dict[str, Callable[[], Any]], rounds: int, what: str) -> dict[str, Any]:
+    seconds = in_turn(calls, rounds)
+    print(f"{what}: " + ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in seconds.items()), file=sys.stderr)
+    found: dict[str, Any] = {"seconds": {name: round(value, 4) for name, value in seconds.items()}}
+    others = [value for name, value in seconds.items() if name != "ours"]
+    return found | ({"ratio": round(seconds["ours"] / min(others), 3)} if others else {})
+
+
+def _weights(config: WanDitConfig) -> dict[str, Any]:
+    """Random ones without zeros: a head of zeros would predict zeros whatever comes before it."""
+    params = init_params(config.make, rng.key(0, "benchmark model"))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(rng.key(0, "benchmark weights"), len(leaves))
+    return jax.tree.unflatten(
+        tree, [leaf + 0.02 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    )
+
+
+def _inputs(shape: Shape) -> Inputs:
+    draw = rng.host(0, "benchmark inputs")
+    patch, grid = shape.config().patch, shape.grid
+    size = (grid.t * patch.t, grid.h * patch.h, grid.w * patch.w, shape.config().channels)
+    latents, target = (draw.normal(size=size).astype(np.float32) for _ in range(2))
+    return Inputs(latents, draw.normal(size=(shape.text, shape.text_width)).astype(np.float32), target)
+
+
+def ours(config: WanDitConfig, params: dict[str, Any], shape: Shape, inputs: Inputs) -> Calls:
+    """From latents to latents, as one segment that fills its row; the state of training is donated."""
+    predict = _prediction(config, shape)
+    given = jax.device_put(_given(shape, inputs))
+    target = jax.device_put(inputs.target)
+
+    def error(params: Any, target: jax.Array, given: Any) -> jax.Array:
+        return jnp.square(predict(params, *given) - target).mean()
+
+    forward, train = jax.jit(predict), step_of(error)
+    held: list[Any] = []
+
+    def trained() -> float:
+        if not held:
+            held.extend(start(params))
+        *held[:], loss = train(*held, target, given)
+        jax.block_until_ready(held)
+        return float(loss)
+
+    return Calls(
+        lambda: jax.block_until_ready(forward(params, *given)), trained, lambda: np.asarray(forward(params, *given))
+    )
+
+
+def measure_compilation(shape: Shape, layers: Sequence[int] = (6, 48)) -> dict[str, Any]:
+    """Seconds in which a training step is traced and compiled, by depth, in the form that accelerators use: a scan.
+
+    It is the form of `remat="full"` on every platform, so this can be measured without one.
+    """
+    seconds = {}
+    for depth in layers:
+        deep = replace(shape, layers=depth)
+        config = replace(deep.config(), remat="full")
+        predict = _prediction(config, deep)
+
+        def error(params: Any, target: jax.Array, given: Any, predict: Any = predict) -> jax.Array:
+            return jnp.square(predict(params, *given) - target).mean()
+
+        params = param_shapes(config.make)
+        state = jax.eval_shape(start, params)
+        inputs = _inputs(deep)
+        jax.clear_caches()
+        began = time.perf_counter()
+        step_of(error).lower(*state, inputs.target, _given(deep, inputs)).compile()
+        seconds[depth] = time.perf_counter() - began
+        print(f"{depth} layers compile in {seconds[depth]:.1f} s", file=sys.stderr)
+    return {
+        "seconds": {f"{depth} layers": round(value, 2) for depth, value in seconds.items()},
+        "ratio": round(seconds[layers[-1]] / seconds[layers[0]], 3),
+    }
+
+
+def _prediction(config: WanDitConfig, shape: Shape) -> Callable[..., jax.Array]:
+    graph = graph_of(config.make)
+
+    def predict(params, latents, text, at, segments, places, text_segments):
+        prediction = nnx.merge(graph, params)(
+            patchify(latents[None], config.patch),
+            at,
+            segments=segments,
+            coordinates=places,
+            context=text,
+            context_segments=text_segments,
+        )
+        return unpatchify(prediction, shape.grid, config.patch)[0]
+
+    return predict
+
+
+def _given(shape: Shape, inputs: Inputs) -> tuple[np.ndarray, ...]:
+    tokens = shape.grid.volume
+    return (
+        inputs.latents,
+        inputs.text[None],
+        np.full((1, 1), TIME, np.float32),
+        np.ones((1, tokens), np.int32),
+        coordinates(shape.grid)[None],
+        np.ones((1, shape.text), np.int32),
+    )

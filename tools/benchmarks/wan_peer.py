@@ -1,0 +1,58 @@
+"""diffusers' `WanTransformer3DModel` for `benchmarks.model`, eager and compiled."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import WanTransformer3DModel
+
+from benchmarks.model import TIME, Calls, Inputs
+from benchmarks.peers import cores
+from benchmarks.training import DECAY, RATE
+
+
+def forms(folder: Path, inputs: Inputs) -> dict[str, Calls]:
+    """The model eager, and under `torch.compile` where that works, each with weights of its own."""
+    torch.set_num_threads(cores())
+    calls = {"diffusers": _calls(_read(folder), lambda model: model, inputs)}
+    try:
+        compiled = _calls(_read(folder), torch.compile, inputs)
+        compiled.forward()
+    except Exception as error:  # whatever a compiler that is missing or too old leads to
+        print(f"torch.compile: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
+        return calls
+    return calls | {"diffusers, compiled": compiled}
+
+
+def _read(folder: Path) -> WanTransformer3DModel:
+    return WanTransformer3DModel.from_pretrained(folder, torch_dtype=torch.float32)
+
+
+def _calls(model: WanTransformer3DModel, form: Callable[..., Any], inputs: Inputs) -> Calls:
+    called = form(model.eval())  # it has no dropout
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=DECAY, fused=True)
+    latents, target = (_channels_first(array) for array in (inputs.latents, inputs.target))
+    text, time = torch.from_numpy(inputs.text)[None], torch.full((1,), 1000 * TIME)
+
+    def predict() -> torch.Tensor:
+        return called(latents, time, text, return_dict=False)[0]
+
+    @torch.no_grad()
+    def forward() -> torch.Tensor:
+        return predict()
+
+    def step() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        loss = (predict() - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return Calls(forward, step, lambda: np.ascontiguousarray(forward()[0].permute(1, 2, 3, 0).numpy()))
+
+
+def _channels_first(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array).permute(3, 0, 1, 2)[None].contiguous()
