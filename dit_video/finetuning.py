@@ -89,7 +89,10 @@ def finetuning(folder: str | os.PathLike, options: FineTuning = FineTuning()) ->
     """
     folder = Path(folder)
     _check_index(folder)
-    dit = replace(denoiser_config(folder / "transformer"), dtype=options.dtype, remat="full")
+    found = denoiser_config(folder / "transformer")
+    if not isinstance(found, WanDitConfig):
+        raise UserError(f"{folder / 'transformer'} holds no Wan, which alone can be fine-tuned so; name another folder")
+    dit = replace(found, dtype=options.dtype, remat="full")
     if dit.given_channels or dit.image_width is not None:
         raise UserError(
             f"{folder / 'transformer'} animates an image, which the samples at the end could not be given; fine-tune a "

@@ -236,7 +236,8 @@ class Pipeline:
                 for name, module in wan_modules(self.config.dit).items()
             }
         adapted = copy.copy(self)  # with the same open text encoder
-        adapted._denoiser = self._denoiser._replace(params=merge_lora(params, load_lora(path, params, known), scale))
+        merged = merge_lora(params, load_lora(path, params, known), float(scale))
+        adapted._denoiser = self._denoiser._replace(params=params | merged)  # parts without parameters too
         return adapted
 
     def sampling(

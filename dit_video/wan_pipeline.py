@@ -140,4 +140,6 @@ def _read_denoiser(folder: Path, name: str, *, dtype: Dtype, place: Place) -> tu
     config, params = load_denoiser(
         folder, kernels=jnp.dtype(dtype), place=lambda path, array: place(f"{name}/{path}", array)
     )
+    if not isinstance(config, WanDitConfig):
+        raise UserError(f"{folder} holds no Wan, which a pipeline of class {' or '.join(CLASSES)} has; copy it again")
     return replace(config, dtype=dtype), params

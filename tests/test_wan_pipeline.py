@@ -63,7 +63,7 @@ def test_what_a_folder_says(pipeline, folder):
 
 
 def test_a_clip(one):
-    clip = one.generate(PROMPT, size=SIZE, steps=1, guidance=2.0)
+    clip = one.generate(PROMPT, size=SIZE, steps=4, guidance=2.0)
     assert clip.frames.shape == (*SIZE, 3)
     assert clip.fps == 16.0
 
@@ -166,7 +166,7 @@ def test_adapters_are_stacked_and_written(one, tmp_path):
     assert np.abs(drawn(stacked) - before).max() > 1e-3
     assert stacked._denoiser.tokenizer is one._denoiser.tokenizer
     params, modules = one.denoiser_params["dit"], wan_modules(DIT)
-    for name, weight in (("a", 0.5), ("b", 2)):
+    for name, weight in (("a", 0.5), ("b", 2.0)):
         adapter = load_lora(tmp_path / f"{name}.safetensors", params, modules)
         params = merge_lora(params, adapter, weight)
     found = flatten(stacked.denoiser_params["dit"])

@@ -1,11 +1,19 @@
 """Denoisers."""
 
-from dit_video.dit.conditioning import ClassLabels, CrossAttention, Given, JointAttention, NoContext, PooledContext
+from dit_video.dit.conditioning import (
+    ClassLabels,
+    CrossAttention,
+    Given,
+    JointAttention,
+    NoContext,
+    PooledContext,
+    TimeEmbedding,
+)
 from dit_video.dit.config import DitConfig, Temporal
 from dit_video.dit.denoise import packed_denoise
 from dit_video.dit.growing import image_to_video, with_given
 from dit_video.dit.model import Dit
-from dit_video.dit.positions import EndDistances, Factorised, SineCosine
+from dit_video.dit.positions import EndDistances, Factorised, ImageSineCosine, SineCosine
 from dit_video.dit.wan import WanDit, WanDitConfig
 
 __all__ = [
@@ -16,11 +24,13 @@ __all__ = [
     "EndDistances",
     "Factorised",
     "Given",
+    "ImageSineCosine",
     "JointAttention",
     "NoContext",
     "PooledContext",
     "SineCosine",
     "Temporal",
+    "TimeEmbedding",
     "WanDit",
     "WanDitConfig",
     "image_to_video",

@@ -69,6 +69,7 @@ class Stream(nnx.Module):
         width, hidden, dtype = config.width, config.hidden_width, jnp.dtype(config.dtype)
         self.up = Linear(width, hidden, bias=config.bias, dtype=dtype, rngs=rngs)
         self.down = Linear(hidden, width, bias=config.bias, init=self.end, dtype=dtype, rngs=rngs)
+        self.mlp_norm_eps = config.mlp_norm_eps
         gated = config.mlp == "swiglu"
         self.gate = Linear(width, hidden, bias=config.bias, dtype=dtype, rngs=rngs) if gated else None
 
@@ -101,8 +102,11 @@ class Stream(nnx.Module):
         """What attention adds to the stream."""
         return self.out(mixed.reshape(*mixed.shape[:2], -1)).astype(jnp.float32)
 
-    def mlp(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
-        """Linear, tanh-gelu, linear; or SwiGLU, `down(silu(gate(x)) * up(x))` (arXiv 2002.05202)."""
+    def mlp(
+        self, x: Float[Array, "B N D"], shift: Float[Array, "B N D"], scale: Float[Array, "B N D"]
+    ) -> Float[Array, "B N D"]:
+        """Modulation, linear, tanh-gelu, linear; or SwiGLU, `down(silu(gate(x)) * up(x))` (arXiv 2002.05202)."""
+        x = modulate(x, shift, scale, eps=self.mlp_norm_eps)
         up = self.up(x)
         hidden = jax.nn.gelu(up, approximate=True) if self.gate is None else nnx.silu(self.gate(x)) * up
         return self.down(hidden).astype(jnp.float32)
@@ -143,7 +147,7 @@ class Block(Stream):
         if self.crosses:
             seen = layer_norm(start if self.parallel else x)
             x = x + self._cross_attention(seen, row.segments, context, context_segments)
-        return x + mlp_gate * self.mlp(modulate(start if self.parallel else x, mlp_shift, mlp_scale))
+        return x + mlp_gate * self.mlp(start if self.parallel else x, mlp_shift, mlp_scale)
 
     def _cross_attention(self, x, segments, context, context_segments):
         q = into_heads(self.cross_query(x), self.cross_query_norm, self.heads)
@@ -176,7 +180,7 @@ class TemporalBlock(Stream):
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.parts(modulation, row.segments)
         q, k, v = self.project(modulate(x, shift, scale), row.angles)
         x = x + (1 + gate) * self.leave(attention(q, k, v, row.at))
-        return x + (1 + mlp_gate) * self.mlp(modulate(x, mlp_shift, mlp_scale))
+        return x + (1 + mlp_gate) * self.mlp(x, mlp_shift, mlp_scale)
 
 
 class JointBlock(nnx.Module):
@@ -216,7 +220,7 @@ class JointBlock(nnx.Module):
         ):
             attended = start + gate * stream.leave(part)
             seen = start if self.parallel else attended
-            ends.append(attended + mlp_gate * stream.mlp(modulate(seen, mlp_shift, mlp_scale)))
+            ends.append(attended + mlp_gate * stream.mlp(seen, mlp_shift, mlp_scale))
         return jnp.concatenate(ends, axis=1)
 
 

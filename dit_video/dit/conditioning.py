@@ -7,6 +7,9 @@ from jaxtyping import Array, Float, Int
 
 from dit_video.errors import UserError
 
+TIME_SCALE = 1000.0
+"""Diffusion time runs over [0, 1]; sinusoidal embeddings are made for steps of about one."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CrossAttention:
@@ -54,6 +57,31 @@ class ClassLabels:
     def __post_init__(self):
         if self.classes < 1:
             raise UserError(f"class labels need 1 class or more, not {self.classes}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeEmbedding:
+    """Which sines and cosines a denoiser sees of the diffusion time (0 = data, 1 = noise).
+
+    Raises:
+      UserError: a scale or a period that is not positive.
+    """
+
+    scale: float = TIME_SCALE
+    """what the time is multiplied by"""
+    period: float = 10_000.0
+    """of the slowest one, about"""
+    reversed: bool = False
+    """whether the denoiser's own time runs from noise to data (SiT): it is told `1 - time`, and what it predicts, a
+    velocity along its time, is negated"""
+
+    def __post_init__(self):
+        if not (self.scale > 0 and self.period > 0):
+            raise UserError(f"a time embedding has a positive scale and period, not {self.scale} and {self.period}")
+
+    def told(self, time: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+        """What sines and cosines are taken of."""
+        return self.scale * (1 - time if self.reversed else time)
 
 
 class Given(NamedTuple):

@@ -5,7 +5,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from flax import nnx
 
-from dit_video.dit.conditioning import ClassLabels, Context, CrossAttention, JointAttention, NoContext
+from dit_video.dit.conditioning import (
+    ClassLabels,
+    Context,
+    CrossAttention,
+    JointAttention,
+    NoContext,
+    TimeEmbedding,
+)
 from dit_video.dit.positions import AbsolutePosition, EndDistances
 from dit_video.errors import UserError
 from dit_video.nn import Backend, Remat
@@ -95,6 +102,12 @@ class DitConfig:
     labels: ClassLabels | None = None
     modulation: Literal["shared", "own"] = "shared"
     """projected once, each block adding a table (PixArt, Wan), or by each block for itself (DiT)"""
+    mlp_norm_eps: float = 1e-6
+    """of the norm before the MLP; diffusers' `DiTTransformer2DModel` has another there than before attention"""
+    time_embedding: TimeEmbedding = TimeEmbedding()
+    variance: Literal["none", "predicted", "dropped"] = "none"
+    """whether the head has as many channels again, a learned variance (arXiv 2102.09672): with the prediction, as the
+    second half of each place's channels, or left out (SiT)"""
     time: Literal["segment", "token"] = "segment"
     """whether all tokens of a clip have one diffusion time, or each its own (`Given.token_time`)"""
     given_channels: int = 0
@@ -173,6 +186,11 @@ class DitConfig:
         """`absolute_position`, under whatever name it was given."""
         assert not isinstance(self.absolute_position, str)  # names are replaced above
         return self.absolute_position
+
+    @property
+    def head_width(self) -> int:
+        """Values that the head computes for one token."""
+        return self.token_width * (1 if self.variance == "none" else 2)
 
     @property
     def given_width(self) -> int:

@@ -1,6 +1,7 @@
 """A model on packed rows as the one function that diffusion knows."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -17,28 +18,26 @@ def packed_denoise(
     *,
     segments: Int[AnyArray, "B N"],
     coordinates: Float[AnyArray, "B N 3"],
-    context: Float[Array, "B S E"],
-    context_segments: Int[Array, "B S"],
+    context: Float[Array, "B S E"] | None,
+    context_segments: Int[Array, "B S"] | None,
     count: int,
     given: Given = Given(),
 ) -> Callable[[Float[Array, "B N p"], Float[Array, "B N"]], Float[Array, "B N p"]]:
     """`denoise(noisy, time)` of rows with up to `count` segments.
 
     All tokens of a segment have one time, but for a model with a time per token; that one's segments count as being
-    at the largest time of their tokens, what is known being at 0.
+    at the largest time of their tokens, what is known being at 0. A model without context has None of it.
     """
-    segments, coordinates = jnp.asarray(segments), jnp.asarray(coordinates)
+    row: dict[str, Any] = {
+        "segments": jnp.asarray(segments),
+        "coordinates": jnp.asarray(coordinates),
+        "context": context,
+        "context_segments": context_segments,
+    }
 
     def denoise(noisy, time):
         per_token = {"token_time": time} if dit.config.time == "token" else {}
-        return dit(
-            noisy,
-            segment_max(time, segments, count=count),
-            segments=segments,
-            coordinates=coordinates,
-            context=context,
-            context_segments=context_segments,
-            given=given._replace(**per_token),
-        )
+        at = segment_max(time, row["segments"], count=count)
+        return dit(noisy, at, **row, given=given._replace(**per_token))
 
     return denoise

@@ -19,9 +19,6 @@ from dit_video.nn import Linear, Tokens, Turns, apply_groups, make_attention, ma
 from dit_video.nn.attention import NOWHERE, Full, TimeOnly, grid_indices
 from dit_video.tokens import Rotary3d, rotary_angles, segment_mean, to_tokens
 
-TIME_SCALE = 1000.0
-"""Diffusion time runs over [0, 1]; sinusoidal embeddings are made for steps of about one."""
-
 _TIME = np.asarray([1, 0, 0], np.float32)
 """what of coordinates (t, h, w) is time"""
 
@@ -53,7 +50,7 @@ class Dit(nnx.Module):
             self.modulation = Linear(width, 6 * width, init="zero", rngs=rngs)
         self.blocks = make_stack(lambda r: make_block(config, rngs=r), config.layers, rngs=rngs)
         self.head_modulation = Linear(width, 2 * width, init="zero", rngs=rngs)
-        self.head = Linear(width, config.token_width, init="zero", rngs=rngs)
+        self.head = Linear(width, config.head_width, init="zero", rngs=rngs)
         normal = nnx.initializers.normal(0.02)
         if config.given_channels:
             # From zero: a model that is given more than it was trained with begins as it was.
@@ -77,8 +74,11 @@ class Dit(nnx.Module):
         context: Float[Array, "B S E"] | None,
         context_segments: Int[Array, "B S"] | None,
         given: Given = Given(),
-    ) -> Float[Array, "B N p"]:
+    ) -> Float[Array, "B N prediction"]:
         """Predict from noisy tokens at one diffusion time per segment (0 = data, 1 = noise).
+
+        A prediction is as wide as a token, or twice with its variance: `[prediction, variance]` at each place of a
+        patch.
 
         Raises:
           UserError: something is given that the config does not ask for, or the other way round.
@@ -94,7 +94,15 @@ class Dit(nnx.Module):
         if row.token_time is None:
             shift_scale = to_tokens(shift_scale, segments)
         shift, scale = jnp.split(shift_scale[:, : noisy.shape[1]], 2, axis=-1)
-        return self.head(modulate(x[:, : noisy.shape[1]], shift, scale))
+        return self._predicted(self.head(modulate(x[:, : noisy.shape[1]], shift, scale)))
+
+    def _predicted(self, head: Float[Array, "B N o"]) -> Float[Array, "B N prediction"]:
+        """What is given of the head's values, with their sign."""
+        config = self.config
+        if config.variance == "dropped":
+            places = head.reshape(*head.shape[:2], config.patch.volume, -1)
+            head = places[..., : config.channels].reshape(*head.shape[:2], -1)
+        return -head if config.time_embedding.reversed else head
 
     def _wanted(self) -> list[str]:
         config = self.config
@@ -106,7 +114,8 @@ class Dit(nnx.Module):
         return [name for name, needed in wanted.items() if needed]
 
     def _time(self, time: Float[Array, "*batch"]) -> Float[Array, "*batch D"]:
-        return self.time_out(nnx.silu(self.time_in(sinusoidal(TIME_SCALE * time, 256))))
+        of = self.config.time_embedding
+        return self.time_out(nnx.silu(self.time_in(sinusoidal(of.told(time), 256, period=of.period))))
 
     def _steady(
         self,

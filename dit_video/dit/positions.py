@@ -65,6 +65,44 @@ class SineCosine:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImageSineCosine:
+    """Sines and cosines of column and row, without parameters: half of the width each (DiT, arXiv 2212.09748).
+
+    Columns go first. Those of an image of another size than the trained one are drawn together or apart, so that they
+    cover what was trained. Frames of a clip are told apart by nothing here.
+
+    Raises:
+      UserError: no token.
+    """
+
+    side: int = 16
+    """height and width of the images of the training, in tokens"""
+    period: float = 10_000.0
+
+    def __post_init__(self):
+        if self.side < 1:
+            raise UserError(f"images are 1 token high and wide or more, not {self.side}")
+
+    def check(self, width: int) -> None:
+        """Raises UserError where the width can't be divided by 4."""
+        if width % 4:
+            raise UserError(f"sine-cosine positions of images need a width divisible by 4, not {width}")
+
+    def make(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Module | None:
+        return None
+
+    def features(
+        self, coordinates: Float[Array, "B N 3"], segments: Int[Array, "B N"], *, count: int, width: int
+    ) -> Float[Array, "B N {width}"]:
+        stretched = coordinates * (self.side / (_extents(coordinates, segments, count=count) + 1))
+        parts = []
+        for axis in (2, 1):
+            cosines, sines = jnp.split(sinusoidal(stretched[..., axis], width // 2, period=self.period), 2, axis=-1)
+            parts += [sines, cosines]
+        return jnp.concatenate(parts, axis=-1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Factorised:
     """A learned table for each axis, read at the fraction of the clip that lies before the token.
 
@@ -96,7 +134,7 @@ class Factorised:
         return jnp.clip(coordinates / jnp.where(extents > 0, extents, 1.0), 0.0, 1.0)
 
 
-AbsolutePosition = EndDistances | SineCosine | Factorised
+AbsolutePosition = EndDistances | SineCosine | ImageSineCosine | Factorised
 
 
 class AxisTables(nnx.Module):

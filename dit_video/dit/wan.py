@@ -14,9 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dit_video.dit.blocks import Row, into_heads, spread
-from dit_video.dit.conditioning import Given
+from dit_video.dit.conditioning import TIME_SCALE, Given
 from dit_video.dit.config import check_patterns
-from dit_video.dit.model import TIME_SCALE
 from dit_video.errors import UserError
 from dit_video.nn import (
     Attention,

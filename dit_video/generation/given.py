@@ -35,7 +35,8 @@ class GivenRows(NamedTuple):
 
     @property
     def given(self) -> Given:
-        return Given(latents=self.beside, image=self.image, image_segments=self.image_segments)
+        fields = {"latents": self.beside, "image": self.image, "image_segments": self.image_segments}
+        return Given(**{name: jnp.asarray(value) for name, value in fields.items() if value is not None})
 
     def held(self, denoise: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
         """`denoise(noisy, time of each token)` as one of the time, which sees known tokens clean, at time 0."""
@@ -50,22 +51,25 @@ class GivenRows(NamedTuple):
 
     def restored(self, tokens: Float[Array, "B N p"]) -> Float[Array, "B N p"]:
         """With the known tokens in their places."""
-        return tokens if self.known is None else jnp.where(self.known[..., None], self.clean, tokens)
+        if self.known is None or self.clean is None:
+            return tokens
+        return jnp.where(self.known[..., None], self.clean, tokens)
 
 
 def given_rows(
     members: Sequence[Sequence[tuple[GivenClip, Grid, int]]], *, patch: Grid, shape: RowShape, rows: int
 ) -> GivenRows:
     """What `rows` rows of `shape` are given: of each row's clips with their latents' sizes and channels, in order."""
-    first, _, channels = members[0][0]
+    channels = members[0][0][2]
     fields: dict[str, np.ndarray] = {}
-    if first.beside is not None:
-        values = [[patchify(clip.beside, patch) for clip, *_ in row] for row in members]
-        fields["beside"] = _filled(values, shape.tokens, rows)
-    if first.image is not None:
-        length = shape.segments * len(first.image)
-        fields["image"] = _filled([[clip.image for clip, *_ in row] for row in members], length, rows)
-        ids = [[np.full((len(first.image), 1), number) for number, _ in enumerate(row, 1)] for row in members]
+    beside = [[patchify(clip.beside, patch) for clip, *_ in row if clip.beside is not None] for row in members]
+    if beside[0]:
+        fields["beside"] = _filled(beside, shape.tokens, rows)
+    images = [[clip.image for clip, *_ in row if clip.image is not None] for row in members]
+    if images[0]:
+        length = shape.segments * len(images[0][0])
+        ids = [[np.full((len(image), 1), number) for number, image in enumerate(row, 1)] for row in images]
+        fields["image"] = _filled(images, length, rows)
         fields["image_segments"] = _filled(ids, length, rows)[..., 0].astype(np.int32)
     if any(clip.known is not None for row in members for clip, *_ in row):
         values = [[patchify(_marked(clip.known, grid, channels), patch) for clip, grid, _ in row] for row in members]

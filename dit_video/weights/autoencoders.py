@@ -7,19 +7,22 @@ from typing import Any
 
 from dit_video.autoencoder import AutoencoderConfig, CausalVaeConfig, ImageVaeConfig, VqConfig
 from dit_video.errors import UserError
-from dit_video.weights import diffusers, image_vae, vq, wan
+from dit_video.weights import diffusers, image_vae, parts, vq, wan
 from dit_video.weights.exchange import SHARD_BYTES
 
 _Loaded = tuple[AutoencoderConfig, dict[str, Any]]
-_KINDS: dict[str, Callable[[Path, dict[str, Any]], _Loaded]] = {
+_LOADERS: dict[str, Callable[[Path, dict[str, Any]], _Loaded]] = {
     wan.CLASS: wan.load,
     image_vae.CLASS: image_vae.load,
     vq.CLASS: vq.load,
 }
+KINDS = tuple(_LOADERS)
+"""the classes of diffusers that are known"""
+KNOWN = (*KINDS, parts.CLASS)
 
 
 def load_autoencoder(folder: str | os.PathLike) -> _Loaded:
-    """The config and parameters of an autoencoder from diffusers.
+    """The config and parameters of an autoencoder from diffusers, or in our own layout.
 
     Raises:
       MissingError: no such folder, or files that it lacks.
@@ -27,22 +30,34 @@ def load_autoencoder(folder: str | os.PathLike) -> _Loaded:
     """
     folder = Path(folder)
     document = _document(folder)
-    return _KINDS[document["_class_name"]](folder, document)
+    if document["_class_name"] != parts.CLASS:
+        return _LOADERS[document["_class_name"]](folder, document)
+    config, params = parts.read_part(folder, document)
+    return _own(folder, config), params
 
 
 def autoencoder_config(folder: str | os.PathLike) -> AutoencoderConfig:
     """The config of an autoencoder, of Wan's without reading its weights; raises as `load_autoencoder`."""
     folder = Path(folder)
     document = _document(folder)
+    if document["_class_name"] == parts.CLASS:
+        return _own(folder, parts.part_config(folder, document))
     return wan.read_config(folder, document) if document["_class_name"] == wan.CLASS else load_autoencoder(folder)[0]
+
+
+def _own(folder: Path, config: Any) -> AutoencoderConfig:
+    """The config of a model in our own layout, if it is an autoencoder's."""
+    if not isinstance(config, AutoencoderConfig):
+        raise UserError(f"{folder} holds a {type(config).__name__}, which is no autoencoder's")
+    return config
 
 
 def _document(folder: Path) -> dict[str, Any]:
     """`config.json` of a model that is known here."""
     document = diffusers.document_of(folder)
     kind = document.get("_class_name")
-    if kind not in _KINDS:
-        raise UserError(f"{folder} holds a model of class {kind}; known here: {', '.join(_KINDS)}")
+    if kind not in KNOWN:
+        raise UserError(f"{folder} holds a model of class {kind}; known here: {', '.join(KNOWN)}")
     return document
 
 
@@ -64,4 +79,4 @@ def save_autoencoder(
         case VqConfig():
             vq.save(folder, config, params, shard_bytes=shard_bytes)
         case _:
-            raise UserError(f"diffusers has no class for {type(config).__name__}; it can write {', '.join(_KINDS)}")
+            raise UserError(f"diffusers has no class for {type(config).__name__}; it can write {', '.join(KINDS)}")

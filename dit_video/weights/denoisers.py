@@ -1,7 +1,9 @@
-"""Denoisers of other projects, in and out: `config.json` and `diffusion_pytorch_model.safetensors`, or its parts."""
+"""Denoisers of other projects, in and out: `config.json` and `diffusion_pytorch_model.safetensors`, or its parts.
+
+Image transformers of classes may also be one file, named as their authors name it.
+"""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,14 @@ import numpy as np
 
 from dit_video.dit import DitConfig, WanDitConfig
 from dit_video.errors import UserError
-from dit_video.weights import diffusers, wan_transformer
-from dit_video.weights.exchange import SHARD_BYTES
+from dit_video.weights import class_dit, diffusers, parts, wan_transformer
+from dit_video.weights.exchange import SHARD_BYTES, Place
 from dit_video.weights.wan_transformer import Layout
 
-_KINDS = {wan_transformer.CLASS: wan_transformer.load, wan_transformer.AUTHORS_CLASS: wan_transformer.load}
+_IMAGES = (class_dit.CLASS, class_dit.OLDER_CLASS, *class_dit.AUTHORS_CLASSES)
+KINDS = (*wan_transformer.CLASSES, *_IMAGES)
+"""the classes of other projects that are known"""
+KNOWN = (*KINDS, parts.CLASS)
 
 
 def load_denoiser(
@@ -21,12 +26,13 @@ def load_denoiser(
     *,
     dtype: Any = np.float32,
     kernels: Any = None,
-    place: Callable[[str, np.ndarray], Any] = lambda path, array: array,
-) -> tuple[WanDitConfig, dict[str, Any]]:
-    """The config and parameters of a transformer, of diffusers or in its authors' layout.
+    place: Place = lambda path, array: array,
+) -> tuple[DitConfig | WanDitConfig, dict[str, Any]]:
+    """The config and parameters of a transformer, of diffusers, in its authors' layout or in our own.
 
     Args:
-      folder: such as `transformer` of a pipeline of diffusers.
+      folder: such as `transformer` of a pipeline of diffusers; or a file of the authors of DiT and SiT, such as
+        `DiT-XL-2-256x256.safetensors`.
       dtype: floating tensors are cast to it; None keeps the file's.
       kernels: what those of linear maps are cast to, if to something else.
       place: what becomes of a parameter as soon as it is read, by its path.
@@ -36,23 +42,52 @@ def load_denoiser(
       UserError: a model class that isn't known here, a setting of it that isn't, or weights that do not fit.
     """
     folder = Path(folder)
+    if folder.is_file():
+        return class_dit.load_file(folder, dtype=dtype, kernels=kernels, place=place)
     document = _document(folder)
-    return _KINDS[document["_class_name"]](folder, document, dtype=dtype, kernels=kernels, place=place)
+    kind = document["_class_name"]
+    if kind in wan_transformer.CLASSES:
+        return wan_transformer.load(folder, document, dtype=dtype, kernels=kernels, place=place)
+    if kind != parts.CLASS:
+        return class_dit.load(folder, document, dtype=dtype, kernels=kernels, place=place)
+
+    def stored(path: str) -> Any:
+        return kernels if kernels is not None and path.endswith("kernel") else dtype
+
+    config = _own(folder, document)
+    return config, parts.read_part(folder, document, stored=stored, place=place)[1]
 
 
-def denoiser_config(folder: str | os.PathLike) -> WanDitConfig:
-    """The config of a transformer, without its weights; arguments and errors are those of `load_denoiser`."""
+def denoiser_config(folder: str | os.PathLike) -> DitConfig | WanDitConfig:
+    """The config of a transformer, without its weights; errors are those of `load_denoiser`.
+
+    Args:
+      folder: of the model; what is one file alone has its config in its tensors' shapes too.
+    """
     folder = Path(folder)
-    return wan_transformer.read_config(folder, _document(folder))
+    document = _document(folder)
+    if document["_class_name"] == parts.CLASS:
+        return _own(folder, document)
+    if document["_class_name"] in wan_transformer.CLASSES:
+        return wan_transformer.read_config(folder, document)
+    return class_dit.config_of(folder, document)
 
 
 def _document(folder: Path) -> dict[str, Any]:
     """`config.json` of a model that is known here."""
     document = diffusers.document_of(folder)
     kind = document.get("_class_name")
-    if kind not in _KINDS:
-        raise UserError(f"{folder} holds a model of class {kind}; known here: {', '.join(_KINDS)}")
+    if kind not in KNOWN:
+        raise UserError(f"{folder} holds a model of class {kind}; known here: {', '.join(KNOWN)}")
     return document
+
+
+def _own(folder: Path, document: dict[str, Any]) -> DitConfig | WanDitConfig:
+    """The config of a model in our own layout, if it is a denoiser's."""
+    config = parts.part_config(folder, document)
+    if not isinstance(config, DitConfig | WanDitConfig):
+        raise UserError(f"{folder} holds a {type(config).__name__}, which is no denoiser's")
+    return config
 
 
 def save_denoiser(
@@ -65,11 +100,13 @@ def save_denoiser(
 ) -> None:
     """Write a transformer as diffusers reads it, or its authors do; the inverse of `load_denoiser`.
 
-    A file that would be larger than `shard_bytes` is split.
+    A `WanDitConfig` is written as a Wan; a `DitConfig` as a SiT, if its time is reversed, or as a DiT. What would be a
+    larger file than `shard_bytes` is split.
 
     Raises:
       UserError: a config that diffusers has no class for, or that the layout can't express.
     """
-    if not isinstance(config, WanDitConfig):
-        raise UserError(f"diffusers has no class for {type(config).__name__}; it can write {', '.join(_KINDS)}")
-    wan_transformer.save(folder, config, params, layout=layout, shard_bytes=shard_bytes)
+    if isinstance(config, WanDitConfig):
+        wan_transformer.save(folder, config, params, layout=layout, shard_bytes=shard_bytes)
+    else:
+        class_dit.save(folder, config, params, layout=layout, shard_bytes=shard_bytes)

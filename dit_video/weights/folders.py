@@ -2,8 +2,9 @@
 
 import contextlib
 import json
+import math
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from io import RawIOBase
 from pathlib import Path
 from types import TracebackType
@@ -79,12 +80,39 @@ class TensorFolder:
         Raises:
           UserError: a damaged file, or a dtype that NumPy lacks.
         """
+        return self._read(name, 0, self.shapes[name])
+
+    def dtype(self, name: str) -> np.dtype:
+        """Of one tensor, in the file.
+
+        Raises:
+          UserError: one that NumPy lacks.
+        """
         place = self._places[name]
         if place.dtype not in NUMPY:
             raise unread_dtype(place.path, place.dtype)
-        array = np.empty(self.shapes[name], NUMPY[place.dtype])
-        place.file.seek(place.start)
-        into = memoryview(array.reshape(-1).view(np.uint8))
+        return NUMPY[place.dtype]
+
+    def row(self, name: str, index: int) -> np.ndarray:
+        """`read(name)[index]`, without the others."""
+        return self._read(name, index, self.shapes[name][1:])
+
+    def stretches(self, name: str, size: int) -> Iterator[np.ndarray]:
+        """`read(name)` in stretches of its first axis, each of so many bytes or, where it is more, one row."""
+        shape = self.shapes[name]
+        if not shape:
+            yield self.read(name)
+            return
+        rows = max(1, size // max(1, math.prod(shape[1:]) * self.dtype(name).itemsize))
+        for start in range(0, shape[0], rows):
+            yield self._read(name, start, (min(rows, shape[0] - start), *shape[1:]))
+
+    def _read(self, name: str, row: int, shape: tuple[int, ...]) -> np.ndarray:
+        """So much of a tensor, from a row of it on."""
+        place = self._places[name]
+        array = np.empty(shape, self.dtype(name))
+        place.file.seek(place.start + row * math.prod(self.shapes[name][1:]) * array.itemsize)
+        into = array.reshape(-1).view(np.uint8).data
         while into.nbytes and (count := place.file.readinto(into)):
             into = into[count:]
         if into.nbytes:

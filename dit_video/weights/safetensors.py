@@ -6,7 +6,8 @@ its file differs from run to run, while this one is a function of its content.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -43,6 +44,20 @@ _PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 _SHOWN = 10
 
 
+@dataclass(frozen=True)
+class Streamed:
+    """An array to be written that is read only then, in stretches of its first axis."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    """what is read is cast to it"""
+    read: Callable[[], Iterator[np.ndarray]]
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
 def save(
     path: str | os.PathLike, tree: Mapping[str, Any], *, metadata: Mapping[str, str] | None = None, dtype: Any = None
 ) -> None:
@@ -50,7 +65,8 @@ def save(
 
     Args:
       path: the file, by convention `*.safetensors`; one that exists is replaced.
-      tree: a nested dictionary of JAX or NumPy arrays. Keys hold no `/`, which joins them in the file.
+      tree: a nested dictionary of JAX or NumPy arrays, or of `Streamed` ones. Keys hold no `/`, which joins them in the
+        file.
       metadata: free text by name, kept in the header.
       dtype: a floating dtype such as `jnp.bfloat16`, or None to write what is given. Integers and booleans stay.
 
@@ -80,8 +96,10 @@ def save(
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         _write_header(file, header)
         for name in order:
-            array = np.asarray(jax.device_get(arrays[name])).astype(dtypes[name], order="C", copy=False)
-            file.write(array.tobytes())
+            array = arrays[name]
+            for stretch in array.read() if isinstance(array, Streamed) else (array,):
+                values = np.asarray(jax.device_get(stretch)).astype(dtypes[name], order="C", copy=False)
+                file.write(values.reshape(-1).view(np.uint8).data)
 
 
 def load(path: str | os.PathLike, *, like: Any = None, dtype: Any = np.float32) -> Any:

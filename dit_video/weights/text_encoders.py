@@ -62,16 +62,26 @@ def load_text_encoder(folder: str | os.PathLike, *, dtype: str = "float32") -> L
     folder = model_folder(folder, "text_encoder")
     config = t5_config(folder, dtype=dtype)
     with TensorFolder(folder) as tensors:
-        embedding = _embedding_name(tensors)
+        names, unread = t5_names(tensors, config)
+        params, digest = read_encoder(tensors, names, param_shapes(config.make), ignored=unread, dtype=dtype)
         ignored = tuple(name for name in tensors.shapes if name.startswith(_IGNORED))
-        params, digest = read_encoder(
-            tensors,
-            {**_names(config), "embedding": Foreign(embedding)},
-            param_shapes(config.make),
-            ignored={*ignored, *_EMBEDDINGS} - {embedding},
-            dtype=dtype,
-        )
     return LoadedEncoder(config, params, digest, ignored)
+
+
+def t5_names(tensors: TensorFolder, config: T5Config) -> tuple[Names, set[str]]:
+    """Where a folder keeps each parameter, and its tensors that are of no use here.
+
+    Raises:
+      UserError: its embedding has two names, with different values.
+    """
+    embedding = _embedding_name(tensors)
+    unread = {name for name in tensors.shapes if name.startswith(_IGNORED)}
+    return {**_names(config), "embedding": Foreign(embedding)}, {*unread, *_EMBEDDINGS} - {embedding}
+
+
+def t5_written(config: T5Config) -> tuple[Names, dict[str, Any]]:
+    """Where each parameter is written to, and the settings beside them."""
+    return {**_names(config), "embedding": Foreign(_EMBEDDINGS[0])}, _their_config(config)
 
 
 def t5_config(folder: str | os.PathLike, *, dtype: str = "float32") -> T5Config:
@@ -118,9 +128,9 @@ def save_text_encoder(
       dtype: of all tensors in the file; None writes them as they are.
       shard_bytes: what would be a larger file is split, with an index.
     """
-    names = {**_names(config), "embedding": Foreign(_EMBEDDINGS[0])}
+    names, document = t5_written(config)
     write_foreign(folder, "model", names, params, dtype=dtype, shard_bytes=shard_bytes)
-    write_json(Path(folder) / "config.json", _their_config(config))
+    write_json(Path(folder) / "config.json", document)
 
 
 def _names(config: T5Config) -> Names:

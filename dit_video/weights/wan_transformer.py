@@ -22,7 +22,7 @@ from dit_video.weights.exchange import SHARD_BYTES, Foreign, Names, read_tensors
 from dit_video.weights.folders import TensorFolder
 from dit_video.weights.lora import Module
 
-CLASS, AUTHORS_CLASS = "WanTransformer3DModel", "WanModel"
+CLASS, AUTHORS_CLASS = CLASSES = "WanTransformer3DModel", "WanModel"
 Layout = Literal["diffusers", "authors"]
 _LAYOUTS: tuple[Layout, ...] = ("diffusers", "authors")
 
@@ -162,8 +162,12 @@ def save(
     Raises:
       UserError: a config that the layout can't express.
     """
-    document = _document(config) if layout == "diffusers" else _authors_document(config)
-    diffusers.write(folder, document, wan_names(config, layout), params, shard_bytes=shard_bytes)
+    diffusers.write(folder, document_of(config, layout), wan_names(config, layout), params, shard_bytes=shard_bytes)
+
+
+def document_of(config: WanDitConfig, layout: Layout) -> dict[str, Any]:
+    """The inverse; see `save`."""
+    return _document(config) if layout == "diffusers" else _authors_document(config)
 
 
 def wan_names(config: WanDitConfig, layout: Layout) -> Names:

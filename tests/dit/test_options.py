@@ -14,11 +14,13 @@ from dit_video.dit import (
     DitConfig,
     Factorised,
     Given,
+    ImageSineCosine,
     JointAttention,
     NoContext,
     PooledContext,
     SineCosine,
     Temporal,
+    TimeEmbedding,
     WanDitConfig,
     packed_denoise,
 )
@@ -56,7 +58,14 @@ OPTIONS = {
         "modulation": "own",
     },
     "joint": {"context": JointAttention()},
-    "pooled, labels": {"context": PooledContext(), "labels": ClassLabels(classes=CLASSES)},
+    "pooled, labels": {
+        "context": PooledContext(),
+        "labels": ClassLabels(classes=CLASSES),
+        "absolute_position": ImageSineCosine(side=2),
+        "variance": "dropped",
+        "time_embedding": TimeEmbedding(scale=1.0, period=100.0, reversed=True),
+        "mlp_norm_eps": 0.1,
+    },
     "parallel": {"order": "parallel", "mlp": "swiglu", "bias": False},
     "registers, not pooled": {
         "registers": 2,
@@ -217,3 +226,28 @@ def test_factorised_positions_are_fractions_of_the_clip():
     np.testing.assert_allclose(
         predict(params, larger, config)[0, :14], predict(params, given, config)[0, :14], atol=1e-5
     )
+
+
+def test_a_variance_comes_beside_the_prediction():
+    dropped = CONFIGS["pooled, labels"]
+    params, given = rough_params(dropped.make), batch((0, 1), ())
+    both = predict(params, given, dataclasses.replace(dropped, variance="predicted"))
+    assert both.shape == (*given.noisy.shape[:2], 2 * dropped.token_width)
+    halves = both.reshape(*both.shape[:2], dropped.patch.volume, 2, dropped.channels)
+    expected = predict(params, given, dropped)
+    np.testing.assert_array_equal(halves[:, :, :, 0].reshape(expected.shape)[0, :14], expected[0, :14])
+    assert np.std(halves[0, :14, :, 1]) > 0.1
+
+
+def test_a_reversed_time_reverses_the_velocity():
+    config = CONFIGS["pooled, labels"]
+    params, given = rough_params(config.make), batch((0, 1), ())
+    forward = dataclasses.replace(config, time_embedding=TimeEmbedding(scale=1.0, period=100.0))
+    expected = -predict(params, given._replace(time=1 - given.time), forward)
+    np.testing.assert_allclose(predict(params, given, config)[0, :14], expected[0, :14], atol=1e-5)
+
+
+@pytest.mark.parametrize("fields", [{"scale": 0.0}, {"period": -1.0}])
+def test_time_embeddings_that_are_none(fields):
+    with pytest.raises(UserError, match="positive scale and period"):
+        TimeEmbedding(**fields)

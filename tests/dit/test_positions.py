@@ -1,9 +1,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
-from dit_video.dit.positions import AxisTables, Factorised, SineCosine
+from dit_video.dit.positions import AxisTables, Factorised, ImageSineCosine, SineCosine
+from dit_video.errors import UserError
 from dit_video.nn import sinusoidal
 from dit_video.tokens import even_split, to_tokens
 from packed_rows import SEGMENTS, batch
@@ -24,6 +26,19 @@ def test_sines_and_cosines_of_each_axis_side_by_side():
 def test_narrow_widths_leave_axes_out():
     found = SineCosine().features(GIVEN.coordinates, GIVEN.segments, count=SEGMENTS, width=4)
     np.testing.assert_array_equal(found, sinusoidal(GIVEN.coordinates[..., 0], 4))
+
+
+def test_an_images_columns_go_first_and_cover_what_was_trained():
+    found = ImageSineCosine(side=4).features(GIVEN.coordinates, GIVEN.segments, count=SEGMENTS, width=16)
+    side = jnp.asarray([4 / 2, 4 / 3])  # of 1x2x3: rows are twice as far apart as trained, columns 4/3
+    for start, axis, stretch in ((0, 2, side[1]), (8, 1, side[0])):
+        angles = stretch * GIVEN.coordinates[0, 8:14, axis, None] * 10_000.0 ** -(jnp.arange(4) / 4)
+        np.testing.assert_allclose(found[0, 8:14, start : start + 4], jnp.sin(angles), atol=1e-6)
+        np.testing.assert_allclose(found[0, 8:14, start + 4 : start + 8], jnp.cos(angles), atol=1e-6)
+    with pytest.raises(UserError, match="divisible by 4, not 6"):
+        ImageSineCosine().check(6)
+    with pytest.raises(UserError, match="1 token high"):
+        ImageSineCosine(side=0)
 
 
 def test_fractions_go_from_the_first_to_the_last_token():

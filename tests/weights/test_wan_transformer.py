@@ -164,5 +164,5 @@ def test_what_cannot_be_written(tmp_path):
     with pytest.raises(UserError, match="don't say the patch"):
         save_denoiser(tmp_path, thick, rough_params(thick.make), layout="authors")
     small = DitConfig(channels=4, context_width=6)
-    with pytest.raises(UserError, match="no class for DitConfig"):
+    with pytest.raises(UserError, match="DiTTransformer2DModel has classes"):
         save_denoiser(tmp_path, small, {})

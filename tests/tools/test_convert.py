@@ -1,0 +1,42 @@
+"""The command that converts weights, as a user starts it."""
+
+import dit_video
+from dit_video.weights import load_autoencoder, load_denoiser, load_metadata
+from tiny_wan import DIT, TWO, VAE, write_wan
+
+TOOL = "tools/convert.py"
+
+
+def test_a_part_in_another_dtype(tmp_path, script):
+    write_wan(tmp_path / "wan")
+    done = script(TOOL, tmp_path / "wan" / "transformer", tmp_path / "own", "--to", "dit_video", "--dtype", "bfloat16")
+    assert done.code == 0, done.err
+    assert "MB in 2 files" in done.out
+    assert load_denoiser(tmp_path / "own")[0] == DIT
+    again = script(TOOL, tmp_path / "wan" / "transformer", tmp_path / "own", "--to", "authors")
+    assert again.code == 2
+    assert "exists and is not empty" in again.err
+
+
+def test_pipelines_there_and_back(tmp_path, script):
+    write_wan(tmp_path / "wan", **TWO)
+    refused = script(TOOL, tmp_path / "wan", tmp_path / "none", "--to", "authors")
+    assert refused.code == 2
+    assert "one by one: text_encoder, transformer, transformer_2, vae" in refused.err.replace("\n", " ")
+    done = script(TOOL, tmp_path / "wan", tmp_path / "own", "--to", "dit_video")
+    assert done.code == 0, done.err
+    assert dit_video.load(tmp_path / "own").config.dit == DIT
+    back = script(TOOL, tmp_path / "own", tmp_path / "back", "--to", "diffusers")
+    assert back.code == 0, back.err
+    name = "diffusion_pytorch_model.safetensors"
+    for part in ("transformer", "transformer_2", "vae"):
+        assert (tmp_path / "back" / part / name).read_bytes() == (tmp_path / "wan" / part / name).read_bytes(), part
+    assert load_autoencoder(tmp_path / "back" / "vae")[0] == VAE
+    assert load_metadata(tmp_path / "back" / "vae" / name) == {"format": "pt"}
+
+
+def test_another_class(tmp_path, script):
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    done = script(TOOL, tmp_path, tmp_path / "out", "--to", "diffusers")
+    assert done.code == 2
+    assert "known here: WanTransformer3DModel" in done.err.replace("\n", " ")

@@ -1,0 +1,78 @@
+"""Weights from one layout of files to another: diffusers' (or transformers'), the authors' own, ours.
+
+    python tools/convert.py Wan2.1-T2V-1.3B-Diffusers/transformer wan --to authors
+    python tools/convert.py DiT-XL-2-256x256.safetensors dit --to diffusers --dtype bfloat16
+    python tools/convert.py runs/mine/pipeline mine --to diffusers
+    python tools/convert.py style.safetensors style-comfyui.safetensors --to authors --model wan
+
+A source is the folder of a model (a denoiser, an autoencoder, a T5 or UMT5), a checkpoint file of DiT or SiT, a
+pipeline folder, of ours or of diffusers, or with --model a LoRA.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax.numpy as jnp
+import tyro
+
+import dit_video
+from dit_video import configs
+from dit_video.errors import UserError, script
+from dit_video.files import read_json
+from dit_video.pipeline import CONFIG
+from dit_video.pipeline_config import PipelineConfig
+from dit_video.wan_pipeline import INDEX
+from dit_video.weights import load, save_autoencoder
+from dit_video.weights.convert import To, check_destination, convert, convert_lora, convert_own
+
+
+def main(
+    source: Annotated[Path, tyro.conf.Positional],
+    destination: Annotated[Path, tyro.conf.Positional],
+    to: To,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    model: Path | None = None,
+) -> None:
+    """Convert.
+
+    Args:
+        source: a model's folder, a checkpoint of DiT or SiT, a pipeline's folder, or a LoRA.
+        destination: a folder that does not exist; of a LoRA a file.
+        to: diffusers, authors or dit_video.
+        dtype: of the weights; the source's by default.
+        model: of a LoRA, the folder of the transformer that it is of.
+    """
+    cast = None if dtype is None else jnp.dtype(dtype)
+    if model is not None:
+        convert_lora(source, destination, model, to=to, dtype=cast)
+    elif (source / CONFIG).is_file():
+        _pipeline(source, destination, to, cast)
+    elif (source / INDEX).is_file():
+        if to != "dit_video":
+            parts = ", ".join(sorted(path.parent.name for path in source.glob("*/config.json")))
+            raise UserError(f"{source} is a whole pipeline of diffusers; convert its parts one by one: {parts}")
+        check_destination(destination)
+        dit_video.load(source).save(destination, dtype=dtype or "float32")
+    else:
+        convert(source, destination, to=to, dtype=cast)
+    files = [destination] if destination.is_file() else [path for path in destination.rglob("*") if path.is_file()]
+    print(f"{destination}: {sum(path.stat().st_size for path in files) / 1e6:.2f} MB in {len(files)} files")
+
+
+def _pipeline(source: Path, destination: Path, to: To, dtype: jnp.dtype | None) -> None:
+    """A pipeline of ours, to folders of its denoisers and its autoencoder."""
+    if to == "dit_video":
+        raise UserError(f"{source} is a pipeline of ours already; tools/export.py writes it in another dtype")
+    config = configs.from_json(read_json(source / CONFIG).get("config"))
+    if not isinstance(config, PipelineConfig):
+        raise UserError(f"{source / CONFIG} holds no pipeline's config; export it again")
+    check_destination(destination)
+    experts = {"dit": "transformer"} | ({} if config.boundary is None else {"low_noise": "transformer_2"})
+    for name, folder in experts.items():
+        file = source / "denoiser.safetensors"
+        convert_own(file, f"{name}/", config.dit, destination / folder, to=to, dtype=dtype)
+    save_autoencoder(destination / "vae", config.autoencoder, load(source / "autoencoder.safetensors"))
+
+
+if __name__ == "__main__":
+    script(tyro.cli)(main)
