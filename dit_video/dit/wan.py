@@ -289,7 +289,7 @@ class WanBlock(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B N D"],
-        modulation: Float[Array, "B M 6 D"],
+        modulation: Float[Array, "B _ 6 D"],
         row: Row,
         text: PaddedText,
         image: tuple[Float[Array, "B I D"], Int[Array, "B I"]] | None,

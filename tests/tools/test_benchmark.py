@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 
 from dit_video.data.ingest import list_clips
 from dit_video.errors import UserError
@@ -159,7 +160,7 @@ def matrix_flops(jaxpr):
             contracted = equation.params["dimension_numbers"][0][0]
             left = equation.invars[0].aval.shape
             total += 2 * equation.outvars[0].aval.size * int(np.prod([left[axis] for axis in contracted]))
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jaxprs_in_params(equation.params):
             total += times * matrix_flops(inner)
     return total
 
