@@ -8,28 +8,14 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dit_video.dit import ClassLabels, DitConfig, ImageSineCosine, NoContext, TimeEmbedding
+from dit_video.dit import TimeEmbedding
 from dit_video.errors import UserError
 from dit_video.tokens import Grid
 from dit_video.tree import flatten
 from dit_video.weights import load_denoiser, save_denoiser
 from rough import rough_params
+from tiny_class_dit import DIT, SIT
 
-DIT = DitConfig(
-    channels=3,
-    context_width=0,
-    context=NoContext(),
-    labels=ClassLabels(classes=5),
-    width=16,
-    layers=2,
-    heads=2,
-    qk_norm="none",
-    rotary="none",
-    absolute_position=ImageSineCosine(side=4),
-    modulation="own",
-    variance="predicted",
-)
-SIT = dataclasses.replace(DIT, time_embedding=TimeEmbedding(scale=1.0, reversed=True), variance="dropped")
 DIFFUSERS = dataclasses.replace(
     DIT, mlp_norm_eps=1e-5, time_embedding=TimeEmbedding(period=10_000 ** (128 / 127)), patch=Grid(1, 4, 4)
 )

@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 
 from dit_video.autoencoder import CausalVaeConfig
-from dit_video.dit import ClassLabels, DitConfig, ImageSineCosine, NoContext, TimeEmbedding, WanDitConfig
+from dit_video.dit import WanDitConfig
 from dit_video.errors import MissingError, UserError
 from dit_video.nn import param_shapes
 from dit_video.tokens import Grid
@@ -30,27 +30,13 @@ from dit_video.weights import (
 )
 from dit_video.weights.convert import convert, convert_lora, convert_own
 from rough import rough_params
+from tiny_class_dit import DIT, SIT
 from tiny_t5 import CONFIG as TEXT
 from tiny_t5 import write_encoder
 
 WAN = WanDitConfig(
     channels=4, given_channels=5, image_width=7, context_width=6, width=16, hidden_width=24, layers=3, heads=2
 )
-DIT = DitConfig(
-    channels=3,
-    context_width=0,
-    context=NoContext(),
-    labels=ClassLabels(classes=5),
-    width=16,
-    layers=2,
-    heads=2,
-    qk_norm="none",
-    rotary="none",
-    absolute_position=ImageSineCosine(side=4),
-    modulation="own",
-    variance="predicted",
-)
-SIT = dataclasses.replace(DIT, time_embedding=TimeEmbedding(scale=1.0, reversed=True), variance="dropped")
 VAE = CausalVaeConfig(channels=4, width=4, multipliers=(1, 2), factors=(Grid(2, 2, 2),), blocks=1)
 FILE = "diffusion_pytorch_model.safetensors"
 

@@ -7,7 +7,7 @@ import pytest
 import safetensors.numpy
 
 from dit_video.autoencoder import CausalVaeConfig, CodebookConfig, ImageLevels, ImageVaeConfig, VqConfig
-from dit_video.dit import ClassLabels, DitConfig, ImageSineCosine, NoContext, WanDitConfig
+from dit_video.dit import WanDitConfig
 from dit_video.errors import UserError
 from dit_video.tokens import Grid
 from dit_video.weights import (
@@ -23,23 +23,11 @@ from dit_video.weights import (
 from dit_video.weights.parts import write_part
 from dit_video.weights.streaming import ParamsSource
 from rough import rough_params
+from tiny_class_dit import DIT
 from tiny_clip import CONFIG as CLIP
 from tiny_t5 import CONFIG as T5
 
 WAN = WanDitConfig(channels=4, context_width=6, width=16, hidden_width=24, layers=2, heads=2, time_width=8)
-DIT = DitConfig(
-    channels=3,
-    context_width=0,
-    context=NoContext(),
-    labels=ClassLabels(classes=5),
-    width=16,
-    layers=2,
-    heads=2,
-    qk_norm="none",
-    rotary="none",
-    absolute_position=ImageSineCosine(side=4),
-    modulation="own",
-)
 WAN_VAE = CausalVaeConfig(channels=4, width=4, multipliers=(1, 2), factors=(Grid(2, 2, 2),), blocks=1)
 IMAGE_VAE = ImageVaeConfig(levels=ImageLevels(widths=(4, 8), blocks=1, groups=2))
 VQ = VqConfig(
