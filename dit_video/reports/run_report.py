@@ -1,7 +1,7 @@
 """The report of a run: its files, gathered into one page."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def report_run(
     summary = (
         f"{sum(counts.values()) / 1e6:.2f} million parameters, made by: {pipeline.config.made_by.get('command', '?')} "
         f"(seed {pipeline.config.made_by.get('seed', '?')}). Samples: {drawn['steps']} steps of {drawn['sampler']}, "
-        f"guidance {drawn['guidance']:g}, one sample a prompt, none selected."
+        f"guidance {_guidance(drawn['guidance'])}, one sample a prompt, none selected."
     )
     report = Report(
         title=title,
@@ -75,6 +75,11 @@ def report_autoencoder(path: str | Path, run: Run, measured: Measured) -> None:
         config=configs.to_json(experiment),
     )
     write_report(path, report)
+
+
+def _guidance(scales: float | Sequence[float]) -> str:
+    """One number, or those of two experts."""
+    return " and ".join(f"{scale:g}" for scale in (scales if isinstance(scales, Sequence) else (scales,)))
 
 
 def _reconstructions(measured: Measured) -> tuple[Reconstruction, ...]:

@@ -44,6 +44,13 @@ def page(path):
     return path.read_text(encoding="utf-8")
 
 
+def test_two_experts_have_their_guidance_each(tiny_pipeline, measured, tmp_path):
+    drawn = measured.metrics["sampling"] | {"guidance": (4.0, 3.5)}
+    measured = measured._replace(metrics=measured.metrics | {"sampling": drawn})
+    report_run(tmp_path / "report.html", tiny_pipeline, measured, title="A run", source=tmp_path)
+    assert "guidance 4 and 3.5, one sample" in page(tmp_path / "report.html")
+
+
 def test_the_report_of_a_run_shows_all_of_it(tiny, tiny_run, tiny_pipeline, measured, tmp_path):
     report_run(
         tmp_path / "report.html",
@@ -78,7 +85,7 @@ def test_a_pipeline_without_a_run_has_no_curves(tiny_run, tiny_pipeline, measure
     text = page(tmp_path / "report.html")
     assert ">Training" not in text
     assert "whole run" not in text
-    assert "dit_video.pipeline:PipelineConfig" in text
+    assert "dit_video.pipeline_config:PipelineConfig" in text
     assert str(tiny_run / "pipeline") in text
 
 
