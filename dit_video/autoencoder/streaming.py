@@ -83,8 +83,8 @@ def encode_stream(
       sharding: of a chunk's frames over devices.
 
     Raises:
-      UserError: frames that are not uint8 [B T H W 3], a chunk of no frames, tiles or frames that do not fit the stride
-        (their number when they end), or a height that the devices do not divide.
+      UserError: frames that are not [B T H W 3] in 0..255, a chunk of no frames, tiles or frames that do not fit the
+        stride (their number when they end), or a height that the devices do not divide.
     """
     stride = config.stride
     portions = _regrouped(frames, stride, chunk)
@@ -131,6 +131,14 @@ def _check(chunk: int, sharding: Layout, rows: int, what: str) -> None:
             raise UserError(f"{rows} {what} are not divisible by the {devices} devices that share them")
 
 
+def _are_pixels(frames: np.ndarray) -> bool:
+    if frames.ndim != 5 or frames.shape[-1] != 3:
+        return False
+    if frames.dtype == np.uint8:
+        return True
+    return frames.dtype == np.float32 and bool((frames >= 0).all() and (frames <= 255).all())  # NaN is neither
+
+
 def _regrouped(
     frames: Iterable[UInt8[np.ndarray, "B _ H W 3"] | Float32[np.ndarray, "B _ H W 3"]], stride: Grid, chunk: int
 ) -> Iterator[UInt8[np.ndarray, "B _ H W 3"] | Float32[np.ndarray, "B _ H W 3"]]:
@@ -142,10 +150,11 @@ def _regrouped(
     held: list[np.ndarray] = []
     wanted, total = 1 + (chunk - 1) * stride.t, 0
     for portion in frames:
-        if portion.dtype != np.uint8 or portion.ndim != 5 or portion.shape[-1] != 3:
+        if not _are_pixels(portion):
             raise UserError(
-                f"frames are uint8 [B T H W 3], {portion.dtype} {list(portion.shape)} were given; see "
-                "dit_video.pixels.to_uint8"
+                "frames are [B T H W 3] in 0..255, uint8 or float32, "
+                f"{portion.dtype} {list(portion.shape)} were given; "
+                "see dit_video.pixels.to_uint8"
             )
         held.append(portion)
         total += portion.shape[1]

@@ -113,8 +113,9 @@ def test_frames_of_another_number():
 
 def test_frames_and_latents_that_are_none():
     config, params, _, _ = setting("patches")
-    for frames in (FRAMES[..., :2], FRAMES.astype(np.float32), FRAMES[0]):
-        with pytest.raises(UserError, match=r"frames are uint8 \[B T H W 3\], .* were given; see dit_video.pixels"):
+    real = FRAMES.astype(np.float32)
+    for frames in (FRAMES[..., :2], FRAMES[0], real - 128, real * np.nan, real.astype(np.float64)):
+        with pytest.raises(UserError, match=r"frames are \[B T H W 3\] in 0..255, .* were given; see dit_video.pixels"):
             list(encode_stream(config, params, iter([frames])))
     with pytest.raises(
         UserError, match=r"latents are \[B t h w 3\] for this autoencoder, \[1, 1, 4, 6, 4\] were given"

@@ -291,7 +291,7 @@ def test_coordinates_along_time_in_seconds(source, clips):
         for tokens, at in zip(*both, strict=True):
             example = patches[tokens.tobytes()]
             t, h, w = source.sizes[example]
-            np.testing.assert_array_equal(at, coordinates(Grid(t, h // 2, w // 2), step=(0.25 + example, 1, 1)))
+            np.testing.assert_array_equal(at, coordinates(Grid(t, h // 2, w // 2), step=(0.25 + example, 1.0, 1.0)))
     [live] = encoded(clips, 1, intervals=[0.5] * len(clips))
     assert set(live.coordinates[..., 0].flat) == {0.0, 0.5}
     counted = packed_batches(source, texts_of(source), patch=PATCH, shape=SHAPE, reading=Reading(batch=4, seed=0))
