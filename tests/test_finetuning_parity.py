@@ -36,10 +36,10 @@ def torch():
 
 def ours(params):
     prediction = nnx.merge(graph_of(DIT.make), params["dit"])(
-        patchify(LATENTS, DIT.patch)[None],
+        jnp.asarray(patchify(LATENTS, DIT.patch)[None]),
         jnp.full((1, 1), TIME),
         segments=jnp.ones((1, GRID.volume), jnp.int32),
-        coordinates=coordinates(GRID)[None],
+        coordinates=jnp.asarray(coordinates(GRID)[None]),
         context=jnp.asarray(CONTEXT)[None],
         context_segments=jnp.ones((1, TEXT), jnp.int32),
     )
