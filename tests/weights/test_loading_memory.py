@@ -17,7 +17,16 @@ pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/clear_refs").is_file(), reason="reads peaks from Linux's /proc"),
 ]
 
-CONFIG = WanDitConfig(channels=4, context_width=64, width=512, hidden_width=1024, layers=12, heads=4, time_width=32)
+SHAPE = {
+    "channels": 4,
+    "context_width": 64,
+    "width": 512,
+    "hidden_width": 1024,
+    "layers": 12,
+    "heads": 4,
+    "time_width": 32,
+}
+CONFIG = WanDitConfig(**SHAPE)
 
 READ = f"""
 import sys
@@ -25,7 +34,6 @@ from pathlib import Path
 
 from dit_video.dit import WanDitConfig
 from dit_video.nn import param_shapes
-from dit_video.tokens import Grid
 from dit_video.weights import load_denoiser
 
 
@@ -33,7 +41,7 @@ def resident(name):
     return 1024 * int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0])
 
 
-param_shapes({CONFIG!r}.make)  # imports and traces what the model needs
+param_shapes(WanDitConfig(**{SHAPE!r}).make)  # imports and traces what the model needs
 Path("/proc/self/clear_refs").write_text("5")  # the peak counts from now on
 before = resident("VmRSS")
 load_denoiser(sys.argv[1], place=lambda path, array: None)
