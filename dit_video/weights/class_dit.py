@@ -27,7 +27,7 @@ from dit_video.nn import param_shapes
 from dit_video.tokens import Grid
 from dit_video.weights import diffusers, streaming
 from dit_video.weights.diffusers import DENSE
-from dit_video.weights.exchange import SHARD_BYTES, Foreign, Place
+from dit_video.weights.exchange import SHARD_BYTES, Foreign, Place, stored_as
 from dit_video.weights.folders import TensorFolder
 from dit_video.weights.safetensors import refuse
 from dit_video.weights.streaming import FileMap, Fixed, FolderSource, ParamsSource
@@ -358,10 +358,9 @@ def _read(
 ) -> dict[str, Any]:
     names, shapes = file_map(config, layout), param_shapes(config.make)
 
-    def stored(path: str) -> Any:
-        return kernels if kernels is not None and path.endswith("kernel") else dtype
-
-    return streaming.read(FolderSource(tensors, names, shapes), shapes, names.depths, stored=stored, place=place)
+    return streaming.read(
+        FolderSource(tensors, names, shapes), shapes, names.depths, stored=stored_as(dtype, kernels), place=place
+    )
 
 
 def _kept(config: DitConfig) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 from dit_video.dit import DitConfig, WanDitConfig
 from dit_video.errors import UserError
 from dit_video.weights import class_dit, diffusers, parts, wan_transformer
-from dit_video.weights.exchange import SHARD_BYTES, Place
+from dit_video.weights.exchange import SHARD_BYTES, Place, stored_as
 from dit_video.weights.wan_transformer import Layout
 
 _IMAGES = (class_dit.CLASS, class_dit.OLDER_CLASS, *class_dit.AUTHORS_CLASSES)
@@ -51,11 +51,8 @@ def load_denoiser(
     if kind != parts.CLASS:
         return class_dit.load(folder, document, dtype=dtype, kernels=kernels, place=place)
 
-    def stored(path: str) -> Any:
-        return kernels if kernels is not None and path.endswith("kernel") else dtype
-
     config = _own(folder, document)
-    return config, parts.read_part(folder, document, stored=stored, place=place)[1]
+    return config, parts.read_part(folder, document, stored=stored_as(dtype, kernels), place=place)[1]
 
 
 def denoiser_config(folder: str | os.PathLike) -> DitConfig | WanDitConfig:

@@ -60,6 +60,14 @@ Place = Callable[[str, np.ndarray], Any]
 """From a path and its parameter to what is kept of it."""
 
 
+def stored_as(dtype: Any, kernels: Any = None) -> Callable[[str], Any]:
+    """The dtype that a floating parameter is cast to, by its path: `dtype`, but that of linear maps' kernels `kernels`.
+
+    None keeps what the file has; for `kernels` it is as for all others.
+    """
+    return lambda path: kernels if kernels is not None and path.endswith("kernel") else dtype
+
+
 def read_foreign(
     folder: str | os.PathLike,
     stem: str,
@@ -87,7 +95,7 @@ def read_foreign(
       UserError: pickled or corrupt files, or tensors that are missing, unexpected or of another shape.
     """
     with TensorFolder(folder, stem=stem) as tensors:
-        return read_tensors(tensors, names, like, ignored=ignored, stored=lambda path: dtype, place=place)
+        return read_tensors(tensors, names, like, ignored=ignored, stored=stored_as(dtype), place=place)
 
 
 def read_tensors(

@@ -18,7 +18,7 @@ from dit_video.nn import param_shapes
 from dit_video.tokens import Grid
 from dit_video.weights import diffusers
 from dit_video.weights.diffusers import DENSE
-from dit_video.weights.exchange import SHARD_BYTES, Foreign, Names, read_tensors
+from dit_video.weights.exchange import SHARD_BYTES, Foreign, Names, read_tensors, stored_as
 from dit_video.weights.folders import TensorFolder
 from dit_video.weights.lora import Module
 
@@ -128,11 +128,8 @@ def load(
     shapes = param_shapes(config.make)
     names = wan_names(config, _layout(document))
 
-    def stored(path: str) -> Any:
-        return kernels if kernels is not None and path.endswith("kernel") else dtype
-
     with TensorFolder(folder, stem=diffusers.STEM) as tensors:
-        return config, read_tensors(tensors, names, shapes, stored=stored, place=place)
+        return config, read_tensors(tensors, names, shapes, stored=stored_as(dtype, kernels), place=place)
 
 
 def read_config(folder: Path, document: dict[str, Any]) -> WanDitConfig:
