@@ -25,7 +25,7 @@ from dit_video.pipeline_config import PipelineConfig
 from dit_video.text import FrozenTextConfig
 from dit_video.tokens import Grid
 from dit_video.weights import clip_vision_config, load_autoencoder, load_denoiser, load_scheduler, text_encoder_config
-from dit_video.weights.exchange import Place
+from dit_video.weights.foreign import Place
 
 INDEX = "model_index.json"
 _TWO_EXPERTS, _IMAGE_PARTS = "transformer_2", ("image_encoder", "image_processor")

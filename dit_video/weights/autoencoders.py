@@ -8,7 +8,7 @@ from typing import Any
 from dit_video.autoencoder import AutoencoderConfig, CausalVaeConfig, ImageVaeConfig, VqConfig
 from dit_video.errors import UserError
 from dit_video.weights import diffusers, image_vae, parts, vq, wan
-from dit_video.weights.exchange import SHARD_BYTES
+from dit_video.weights.foreign import SHARD_BYTES
 
 _Loaded = tuple[AutoencoderConfig, dict[str, Any]]
 _LOADERS: dict[str, Callable[[Path, dict[str, Any]], _Loaded]] = {

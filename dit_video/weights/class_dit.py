@@ -27,8 +27,8 @@ from dit_video.nn import param_shapes
 from dit_video.tokens import Grid
 from dit_video.weights import diffusers, streaming
 from dit_video.weights.diffusers import DENSE
-from dit_video.weights.exchange import SHARD_BYTES, Foreign, Place, stored_as
 from dit_video.weights.folders import TensorFolder
+from dit_video.weights.foreign import SHARD_BYTES, Foreign, Place, stored_as
 from dit_video.weights.safetensors import refuse
 from dit_video.weights.streaming import FileMap, Fixed, FolderSource, ParamsSource
 

@@ -10,8 +10,9 @@ from dit_video.errors import UserError
 from dit_video.features.clip import ACTIVATIONS, ClipConfig, ClipTextConfig, ClipTower, ClipVisionConfig
 from dit_video.files import write_json
 from dit_video.nn import param_shapes
-from dit_video.weights.exchange import SHARD_BYTES, Foreign, read_encoder, write_foreign
+from dit_video.weights.exchange import read_encoder, write_foreign
 from dit_video.weights.folders import TensorFolder, model_folder, transformers_config
+from dit_video.weights.foreign import SHARD_BYTES, Foreign
 
 _BOTH = "CLIPModel"
 _TEXT, _VISION = ("CLIPTextModel", "CLIPTextModelWithProjection"), ("CLIPVisionModel", "CLIPVisionModelWithProjection")

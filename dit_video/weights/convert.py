@@ -19,8 +19,8 @@ from dit_video.weights import class_dit, diffusers, parts, streaming, wan_transf
 from dit_video.weights.autoencoders import KINDS as AUTOENCODERS
 from dit_video.weights.autoencoders import load_autoencoder, save_autoencoder
 from dit_video.weights.denoisers import KINDS as DENOISERS
-from dit_video.weights.exchange import SHARD_BYTES
 from dit_video.weights.folders import TensorFolder
+from dit_video.weights.foreign import SHARD_BYTES
 from dit_video.weights.lora import load_lora, own_modules, save_lora
 from dit_video.weights.streaming import FileMap, FolderSource, ParamsSource
 from dit_video.weights.text_encoders import T5_KINDS, t5_config, t5_names, t5_written

@@ -12,7 +12,7 @@ import numpy as np
 from dit_video.dit import DitConfig, WanDitConfig
 from dit_video.errors import UserError
 from dit_video.weights import class_dit, diffusers, parts, wan_transformer
-from dit_video.weights.exchange import SHARD_BYTES, Place, stored_as
+from dit_video.weights.foreign import SHARD_BYTES, Place, stored_as
 from dit_video.weights.wan_transformer import Layout
 
 _IMAGES = (class_dit.CLASS, class_dit.OLDER_CLASS, *class_dit.AUTHORS_CLASSES)

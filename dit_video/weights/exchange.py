@@ -1,71 +1,25 @@
-"""Weights in other projects' folders: their names and layouts to ours and back, bit for bit.
+"""Weights in other projects' folders, to ours and back, bit for bit; a map of `foreign` tells where they lie.
 
-A model's map gives, for each of our paths, the other project's name and an einops pattern from its layout to ours, so
-that one map serves both ways. A folder holds one safetensors file, or several with an index, as Hugging Face's
-libraries write them.
+A folder holds one safetensors file, or several with an index, as Hugging Face's libraries write them.
 """
 
 import hashlib
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 
 from dit_video import tree as trees
 from dit_video.errors import UserError
-from dit_video.files import write_json
 from dit_video.weights import safetensors as ours
+from dit_video.weights import streaming
 from dit_video.weights.folders import TensorFolder
-
-SHARD_BYTES = 5_000_000_000
-
-
-class Foreign(NamedTuple):
-    """Where a parameter lies in another project's files."""
-
-    name: str
-    """for a stack of layers with `{}` in the place of a layer's number"""
-    pattern: str = ""
-    """an einops pattern from theirs to ours, such as `o i -> i o`; empty where the layouts are the same"""
-    sizes: tuple[tuple[str, int], ...] = ()
-    """of axes that the pattern splits or joins, where the arrays don't tell"""
-    layers: int | None = None
-    """how many layers our parameter has along its first axis, each a tensor of theirs; None: it is one tensor"""
-
-    @property
-    def names(self) -> list[str]:
-        """of their tensors, in order"""
-        return [self.name] if self.layers is None else [self.name.format(layer) for layer in range(self.layers)]
-
-    def to_ours(self, array: np.ndarray) -> np.ndarray:
-        """One of their tensors in our layout."""
-        return rearrange(array, self.pattern, **dict(self.sizes)) if self.pattern else array
-
-    def to_theirs(self, array: np.ndarray) -> np.ndarray:
-        """The inverse: of a stack, one layer."""
-        if not self.pattern:
-            return array
-        theirs, ours = self.pattern.split("->")
-        return rearrange(array, f"{ours} -> {theirs}", **dict(self.sizes))
-
-
-Names = Mapping[str, Foreign]
-"""By our path."""
-Place = Callable[[str, np.ndarray], Any]
-"""From a path and its parameter to what is kept of it."""
-
-
-def stored_as(dtype: Any, kernels: Any = None) -> Callable[[str], Any]:
-    """The dtype that a floating parameter is cast to, by its path: `dtype`, but that of linear maps' kernels `kernels`.
-
-    None keeps what the file has; for `kernels` it is as for all others.
-    """
-    return lambda path: kernels if kernels is not None and path.endswith("kernel") else dtype
+from dit_video.weights.foreign import SHARD_BYTES, Names, Place, stored_as, their_shape
+from dit_video.weights.streaming import FileMap, ParamsSource
 
 
 def read_foreign(
@@ -199,38 +153,5 @@ def write_foreign(
 
     Files that would be larger than `shard_bytes` are split, with an index.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    leaves = {
-        name: (names[path], leaf if names[path].layers is None else leaf[layer])
-        for path, leaf in trees.flatten(params).items()
-        for layer, name in enumerate(names[path].names)
-    }
-    shards: list[list[str]] = [[]]
-    used = 0
-    for name in sorted(leaves):
-        size = int(np.prod(leaves[name][1].shape)) * ours.stored(leaves[name][1].dtype, dtype).itemsize
-        if shards[-1] and used + size > shard_bytes:
-            shards.append([])
-            used = 0
-        shards[-1].append(name)
-        used += size
-    single = len(shards) == 1
-    of_tensor: dict[str, str] = {}
-    for number, members in enumerate(shards, 1):
-        file = f"{stem}.safetensors" if single else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        arrays = {name: leaves[name][0].to_theirs(np.asarray(leaves[name][1])) for name in members}
-        ours.save(folder / file, arrays, metadata={"format": "pt"}, dtype=dtype)
-        of_tensor |= dict.fromkeys(members, file)
-    if not single:
-        total = sum((folder / file).stat().st_size for file in set(of_tensor.values()))
-        write_json(
-            folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": of_tensor}
-        )
-        (folder / f"{stem}.safetensors").unlink(missing_ok=True)  # an earlier one, which would be read before the index
-
-
-def their_shape(foreign: Foreign, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """What shape their tensor must have, for a stack each of theirs."""
-    one = shape if foreign.layers is None else shape[1:]
-    return foreign.to_theirs(np.broadcast_to(np.zeros((), np.int8), one)).shape
+    layout, source = FileMap.of(names), ParamsSource(params)
+    streaming.write(folder, stem, source, layout, params, layout.depths, dtype=dtype, shard_bytes=shard_bytes)

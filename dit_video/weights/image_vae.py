@@ -15,7 +15,7 @@ from dit_video.errors import UserError
 from dit_video.nn import param_shapes
 from dit_video.weights import diffusers
 from dit_video.weights.diffusers import DENSE, DENSE_PICTURE, PICTURE, both
-from dit_video.weights.exchange import SHARD_BYTES, Foreign, Names
+from dit_video.weights.foreign import SHARD_BYTES, Foreign, Names
 
 CLASS = "AutoencoderKL"
 _DOWN, _UP = "EncoderBlock2D", "DecoderBlock2D"

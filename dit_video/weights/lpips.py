@@ -10,7 +10,8 @@ from dit_video.errors import MissingError, UserError
 from dit_video.features import Lpips
 from dit_video.features.lpips import STAGES
 from dit_video.nn import graph_of, param_shapes
-from dit_video.weights.exchange import Foreign, read_foreign
+from dit_video.weights.exchange import read_foreign
+from dit_video.weights.foreign import Foreign
 from dit_video.weights.safetensors import refuse
 
 COMMAND = (

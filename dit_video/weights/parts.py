@@ -12,8 +12,8 @@ from dit_video.errors import UserError
 from dit_video.files import write_json
 from dit_video.nn import param_shapes
 from dit_video.weights import streaming
-from dit_video.weights.exchange import SHARD_BYTES, Place
 from dit_video.weights.folders import TensorFolder
+from dit_video.weights.foreign import SHARD_BYTES, Place
 from dit_video.weights.streaming import FileMap, FolderSource, Source
 
 CLASS, STEM = "dit_video", "model"

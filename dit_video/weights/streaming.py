@@ -17,8 +17,8 @@ from dit_video import tree as trees
 from dit_video.errors import UserError
 from dit_video.files import write_json
 from dit_video.weights import safetensors as ours
-from dit_video.weights.exchange import SHARD_BYTES, Foreign, Names, Place, their_shape
 from dit_video.weights.folders import TensorFolder
+from dit_video.weights.foreign import SHARD_BYTES, Foreign, Names, Place, their_shape
 
 _ROWS_BYTES = 16_000_000
 """of a large tensor, in memory at once where it is copied as it is"""

@@ -11,8 +11,9 @@ from dit_video.errors import UserError
 from dit_video.files import write_json
 from dit_video.nn import param_shapes
 from dit_video.text import T5Config
-from dit_video.weights.exchange import SHARD_BYTES, Foreign, Names, read_encoder, write_foreign
+from dit_video.weights.exchange import read_encoder, write_foreign
 from dit_video.weights.folders import TensorFolder, model_folder, transformers_config
+from dit_video.weights.foreign import SHARD_BYTES, Foreign, Names
 
 _EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")
 """one tensor under two names: a file has either, or both"""

@@ -9,7 +9,7 @@ from dit_video.errors import UserError
 from dit_video.nn import param_shapes
 from dit_video.weights import diffusers, image_vae
 from dit_video.weights.diffusers import DENSE_PICTURE, both
-from dit_video.weights.exchange import SHARD_BYTES, Foreign, Names
+from dit_video.weights.foreign import SHARD_BYTES, Foreign, Names
 
 CLASS = "VQModel"
 _GROUPS = 32

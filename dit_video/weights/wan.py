@@ -12,7 +12,7 @@ from dit_video.nn import param_shapes
 from dit_video.tokens import Grid
 from dit_video.weights import diffusers
 from dit_video.weights.diffusers import DENSE_PICTURE, PICTURE, both
-from dit_video.weights.exchange import SHARD_BYTES, Foreign
+from dit_video.weights.foreign import SHARD_BYTES, Foreign
 
 CLASS = "AutoencoderKLWan"
 _VOLUME, _DENSE_VOLUME = "o i t h w -> t h w i o", "o i 1 1 1 -> i o"

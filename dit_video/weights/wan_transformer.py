@@ -18,8 +18,9 @@ from dit_video.nn import param_shapes
 from dit_video.tokens import Grid
 from dit_video.weights import diffusers
 from dit_video.weights.diffusers import DENSE
-from dit_video.weights.exchange import SHARD_BYTES, Foreign, Names, read_tensors, stored_as
+from dit_video.weights.exchange import read_tensors
 from dit_video.weights.folders import TensorFolder
+from dit_video.weights.foreign import SHARD_BYTES, Foreign, Names, stored_as
 from dit_video.weights.lora import Module
 
 CLASS, AUTHORS_CLASS = CLASSES = "WanTransformer3DModel", "WanModel"
