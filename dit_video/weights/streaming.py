@@ -94,9 +94,14 @@ class FolderSource:
         something else in them.
     """
 
-    def __init__(self, tensors: TensorFolder, names: FileMap, like: Any, *, ignored: Collection[str] = ()):
-        """`ignored` are its tensors that are of no use; all others must be mapped."""
-        self._tensors, self._names = tensors, names
+    def __init__(
+        self, tensors: TensorFolder, names: FileMap, like: Any, *, ignored: Collection[str] = (), digest: Any = None
+    ):
+        """`ignored` are its tensors that are of no use; all others must be mapped.
+
+        `digest`, of `hashlib`, is fed the tensors of every block that is read, as they are stored.
+        """
+        self._tensors, self._names, self._digest = tensors, names, digest
         found = {name: shape for name, shape in tensors.shapes.items() if name not in ignored}
         ours.match(tensors.folder, found, names.shapes(like))
         for path, copies in names.copies.items():
@@ -112,11 +117,16 @@ class FolderSource:
             if not np.allclose(table.astype(np.float32), fixed.array, atol=2 * _resolution(table.dtype)):
                 raise UserError(f"{tensors.folder}: {name} is not the table that it should be; it can't be kept here")
 
+    @property
+    def depths(self) -> dict[str, int]:
+        """How many layers those parameters have that are stacks of tensors."""
+        return self._names.depths
+
     def dtype(self, path: str, layer: int | None) -> np.dtype:
         return self._tensors.dtype(self._parts(path, layer)[0][0])
 
     def block(self, path: str, layer: int | None) -> np.ndarray:
-        read = [foreign.to_ours(self._read(name, foreign, layer)) for name, foreign in self._parts(path, layer)]
+        read = [foreign.to_ours(self._read(path, name, foreign, layer)) for name, foreign in self._parts(path, layer)]
         return read[0] if len(read) == 1 else np.concatenate(read, axis=-1)
 
     def rows(self, path: str, layer: int | None, like: Foreign) -> Iterator[np.ndarray] | None:
@@ -133,10 +143,15 @@ class FolderSource:
             for foreign in self._names.parts[path]
         ]
 
-    def _read(self, name: str, foreign: Foreign, layer: int | None) -> np.ndarray:
-        if layer is not None and foreign.layers is None:
-            return self._tensors.row(name, layer)
-        return self._tensors.read(name)
+    def _read(self, path: str, name: str, foreign: Foreign, layer: int | None) -> np.ndarray:
+        if layer is None or foreign.layers is not None:
+            tensor = self._tensors.read(name)
+        else:
+            tensor = self._tensors.row(name, layer)
+        if self._digest is not None:
+            self._digest.update(f"{path} {layer or 0} {tensor.dtype} {tensor.shape} ".encode())
+            self._digest.update(np.ascontiguousarray(tensor).view(np.uint8).data)
+        return tensor
 
 
 Source = ParamsSource | FolderSource
