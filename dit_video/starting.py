@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ from dit_video.training.step import Loss
 from dit_video.training.vq import VqLoss
 from dit_video.tree import flatten, map_with_path, unflatten
 from dit_video.weights import denoiser_config, load_autoencoder, load_denoiser, load_lpips
+from dit_video.weights.parameter import Parameter
 
 _OF_TRAINING = ("bfloat16", "std", "attention", "dtype", "remat", "folder", "identity")
 """Fields of configs that weights do not depend on, so that their files do not hold them."""
@@ -209,13 +210,13 @@ def _given_denoiser(training: DenoiserTraining, placing: "_Placing") -> dict[str
     assert training.start is not None
     if folder := _foreign(training.start):
         kernels = placing.kernels
-        placed = load_denoiser(folder, kernels=kernels, place=lambda path, leaf: placing(f"dit/{path}", leaf))[1]
+        placed = load_denoiser(folder, kernels=kernels, place=lambda path, each: placing(f"dit/{path}", each))[1]
         return {"dit": placed, "text": {}}
     folder = Path(training.start)
     pipeline = load_pipeline(folder if (folder / PIPELINE).is_file() else folder / "pipeline")
     for part in ("dit", "text"):
         _check_same(str(folder), part, getattr(pipeline.config, part), getattr(training, part))
-    return map_with_path(placing, pipeline.denoiser_params)
+    return map_with_path(lambda path, leaf: placing(path, Parameter.of(leaf)), pipeline.denoiser_params)
 
 
 def _check_same(folder: str, part: str, found: Any, wanted: Any) -> None:
@@ -243,11 +244,19 @@ class _Placing:
         adapts_wan = training.lora is not None and isinstance(training.dit, WanDitConfig)
         self.kernels = jnp.dtype(training.dit.dtype if adapts_wan else "float32")
 
-    def __call__(self, path: str, leaf: np.ndarray) -> Array:
+    def __call__(self, path: str, parameter: Parameter) -> Array:
         wanted = self.kernels if path.endswith("kernel") else np.dtype(np.float32)
-        leaf = np.ascontiguousarray(leaf.astype(wanted, copy=False))
-        self._digests[path] = hashlib.sha256(leaf.reshape(-1).view(np.uint8).data).hexdigest()
-        return jax.device_put(leaf, shardings({path: leaf}, self._mesh)[path])
+        digest = hashlib.sha256()
+
+        def noted() -> Iterator[np.ndarray]:
+            for piece in parameter.pieces():
+                leaf = np.ascontiguousarray(piece.astype(wanted, copy=False))
+                digest.update(leaf.reshape(-1).view(np.uint8).data)
+                yield leaf
+
+        placed = Parameter(parameter.shape, wanted, noted).on(shardings({path: parameter}, self._mesh)[path])
+        self._digests[path] = digest.hexdigest()
+        return placed
 
     @functools.cached_property
     def identity(self) -> str:

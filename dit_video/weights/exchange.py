@@ -8,13 +8,13 @@ import os
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dit_video.weights import streaming
 from dit_video.weights.folders import TensorFolder
-from dit_video.weights.foreign import SHARD_BYTES, Names, Place, stored_as
+from dit_video.weights.foreign import SHARD_BYTES, Names, stored_as
+from dit_video.weights.parameter import Place, on_device, on_host
 from dit_video.weights.streaming import FileMap, FolderSource, ParamsSource
 
 
@@ -26,7 +26,7 @@ def read_foreign(
     *,
     ignored: Collection[str] = (),
     dtype: Any = np.float32,
-    place: Place = lambda path, array: array,
+    place: Place = on_host,
 ) -> Any:
     """Our parameters from another project's folder, tensor by tensor.
 
@@ -37,8 +37,8 @@ def read_foreign(
       like: our parameters' shapes: a tree of `jax.ShapeDtypeStruct`, whose structure the result has.
       ignored: their tensors that are of no use here; all others must be mapped.
       dtype: floating tensors are cast to it; None keeps the file's.
-      place: what becomes of a parameter as soon as it is read, by its path: it may be laid out on devices, so that the
-        host never holds all of them.
+      place: reads each parameter to where it is kept, by its path: to devices, so that the host never holds a whole one
+        of all layers; by default to the host.
 
     Raises:
       MissingError: no such folder, or no such file in it.
@@ -71,8 +71,7 @@ def read_encoder(
         like,
         source.depths,
         stored=lambda path: jnp.dtype(dtype) if path.endswith(("kernel", "embedding")) else np.float32,
-        # Waits: the host's copy is needed until it is on its device, and the next parameter's comes now.
-        place=lambda path, array: jax.block_until_ready(jnp.asarray(array)),
+        place=on_device,
     )
     return params, digest.hexdigest()
 

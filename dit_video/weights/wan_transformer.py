@@ -5,7 +5,6 @@ order here: a head's pairs, which rotary positions turn, are neighbours there an
 """
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ from dit_video.weights.diffusers import DENSE
 from dit_video.weights.folders import TensorFolder
 from dit_video.weights.foreign import SHARD_BYTES, Foreign, Names, stored_as
 from dit_video.weights.lora import Module
+from dit_video.weights.parameter import Place, on_host
 from dit_video.weights.streaming import FileMap, FolderSource
 
 CLASS, AUTHORS_CLASS = CLASSES = "WanTransformer3DModel", "WanModel"
@@ -114,7 +114,7 @@ def load(
     *,
     dtype: Any = np.float32,
     kernels: Any = None,
-    place: Callable[[str, np.ndarray], Any] = lambda path, array: array,
+    place: Place = on_host,
 ) -> tuple[WanDitConfig, dict[str, Any]]:
     """The config and parameters of a folder in either layout, whose config file is `document`.
 

@@ -77,9 +77,9 @@ def test_several_files_and_parameters_that_go_to_their_place_at_once(tmp_path):
     assert len(list(tmp_path.glob("*-of-*.safetensors"))) > 2
     placed = []
 
-    def place(path, array):
-        placed.append((path, array.shape))
-        return jax.device_put(array)
+    def place(path, parameter):
+        placed.append((path, parameter.shape))
+        return parameter.on()
 
     _, read = load_denoiser(tmp_path, place=place)
     assert_same(read, params)
