@@ -5,9 +5,9 @@ r"""Diffusion as pure functions: a process, an objective, samplers and guidance,
 $$x_t = \alpha(t)\,x_0 + \sigma(t)\,\epsilon, \qquad \epsilon \sim N(0, 1)$$
 
 and everything follows from the two functions. Their ratio is the signal-to-noise ratio, of logarithm
-$2\lambda = 2 \log(\alpha / \sigma)$. Given the data, $x_t$ is normal of variance $\sigma^2$ around $\alpha x_0$, and the
-gradient of its log density $-\epsilon / \sigma$; the mean of that over all data that $x_t$ may stem from is the score of
-the density of all $x_t$, so that a model that predicts the noise by least squares knows it (arXiv 1907.05600):
+$2\lambda = 2 \log(\alpha / \sigma)$. Given the data, $x_t$ is normal of variance $\sigma^2$ around $\alpha x_0$, and
+the gradient of its log density is $-\epsilon / \sigma$; the mean of that over all data that $x_t$ may stem from is the
+score of the density of all $x_t$, so that a model that predicts the noise by least squares knows it (arXiv 1907.05600):
 
 $$\nabla_x \log p_t(x) = -\hat\epsilon(x, t) / \sigma, \qquad \hat\epsilon = E[\epsilon \mid x_t = x]$$
 
