@@ -62,7 +62,7 @@ def load_wan(
         fit.
     """
     folder = Path(folder)
-    index = _checked_index(folder)
+    index = checked_index(folder)
     schedule = load_scheduler(folder / "scheduler")
     encoder = folder / "text_encoder" if text_encoder is None else Path(text_encoder)
     width = text_encoder_config(encoder).width
@@ -103,8 +103,13 @@ def load_wan(
     return Pipeline(config, autoencoder=placed, denoiser=denoiser)
 
 
-def _checked_index(folder: Path) -> dict[str, Any]:
-    """What `model_index.json` says, if all that it names is there."""
+def checked_index(folder: Path) -> dict[str, Any]:
+    """What `model_index.json` says, if all that it names is there; of two experts it has a `boundary_ratio`.
+
+    Raises:
+      MissingError: no such folder, or parts that it lacks.
+      UserError: a pipeline of a class that isn't known here, or half of what two experts have.
+    """
     index = read_json(folder / INDEX)
     name = index.get("_class_name") if isinstance(index, dict) else None
     if name not in CLASSES:
