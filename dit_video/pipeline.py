@@ -136,9 +136,8 @@ class Pipeline:
         """
         if output not in ("clip", "latents"):
             raise UserError(f"unknown output {output!r}; use clip or latents")
-        request = Request(
-            prompt, self.config.size if size is None else as_grid(size), seed, negative, image, last_image
-        )
+        size = self.config.size if size is None else as_grid(size)
+        request = Request(prompt, size, seed, negative, image, last_image)
         drawn = self.sampling(steps=steps, guidance=guidance, sampler=sampler)
         latents = self._latents([request], drawn, noise=noise)
         return latents[0] if output == "latents" else self._clips(latents, [request])[0]
