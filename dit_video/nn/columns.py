@@ -89,7 +89,7 @@ def _of_kernel(
     gradients = gradient.reshape(len(parts), -1, gradient.shape[-1])
 
     def product(part: tuple[Array, Array]) -> Array:
-        return _dot(jax.lax.optimization_barrier(part[1].T), _columns(part[0], size))
+        return _dot(_transposed(part[1]), _columns(part[0], size))
 
     if len(parts) == 1:
         return product((parts[0], gradients[0])).T
@@ -98,7 +98,14 @@ def _of_kernel(
 
 
 def _dot(left: Float[Array, "p k"], right: Float[Array, "k o"]) -> Float[Array, "p o"]:
-    return jnp.dot(left, right, preferred_element_type=jnp.float32)
+    """A product whose transpose XLA may not take for one of transposed factors."""
+    return jax.lax.optimization_barrier(jnp.dot(left, right, preferred_element_type=jnp.float32))
+
+
+def _transposed(x: Float[Array, "p o"]) -> Float[Array, "o p"]:
+    """The transpose, in two halves, as XLA would have a product do it itself, of which bfloat16 is not capable."""
+    half = x.shape[1] // 2
+    return jnp.concatenate([x[:, :half].T, x[:, half:].T])
 
 
 def _parts(x: Float[Array, "B t h w i"], size: Sequence[int]) -> Float[Array, "parts n h w i"]:
