@@ -93,9 +93,9 @@ class CausalConv(nnx.Module):
 
     `form` chooses how it is computed: `offsets` as one 2-D convolution for each time offset, summed; `stacked` as one
     2-D convolution over the offsets as channels; `winograd` as `offsets`, with fewer products; `columns` as one product
-    of matrices, where kernels are odd and no place is left out; `native` as a 3-D convolution, whose backward pass is 2.4
-    times slower on XLA's CPU; `auto` takes what was measured fastest on CPU for the size, and `native` elsewhere, where
-    nothing was measured yet. In bfloat16 products are summed in float32 and rounded once.
+    of matrices, where kernels are odd and no place is left out; `native` as a 3-D convolution, whose backward pass is
+    2.4 times slower on XLA's CPU; `auto` takes what was measured fastest on CPU for the size, and `native` elsewhere,
+    where nothing was measured yet. In bfloat16 products are summed in float32 and rounded once.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class CausalConv(nnx.Module):
     def valid(self, x: Float[Array, "B _ h w i"], *, step: int = 1) -> Float[Array, "B _ _ _ o"]:
         """Without padding in time: an output for every `step`-th run of as many frames as the kernel has."""
         if self._is_of_columns(x, step):
-            return columns(x, self.kernel[...], self.dtype).astype(self.dtype) + self.bias[...].astype(self.dtype)
+            return columns(x, self.kernel[...], self.bias[...], self.dtype).astype(self.dtype)
         kernel = jnp.asarray(self.kernel[...], self.dtype)
         x = x.astype(self.dtype)
         length = (x.shape[1] - kernel.shape[0]) // step + 1

@@ -14,22 +14,23 @@ SHAPES = {
 }
 
 
-def three_dimensional(x, kernel):
+def three_dimensional(x, kernel, bias):
     space = [(size // 2, size // 2) for size in kernel.shape[1:3]]
-    return jax.lax.conv_general_dilated(
+    y = jax.lax.conv_general_dilated(
         x, kernel, (1, 1, 1), [(0, 0), *space], dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
     )
+    return y + bias
 
 
 def arrays(kernel, width, out):
-    """A clip, a kernel and the gradient of what they make, of values that bfloat16 holds."""
+    """A clip, a kernel, a bias, and the gradient of what they make, of values that bfloat16 holds."""
     draw = np.random.default_rng(0)
-    shapes = ((2, 4, 5, 6, width), (*kernel, width, out), (2, 5 - kernel[0], 5, 6, out))
+    shapes = ((2, 4, 5, 6, width), (*kernel, width, out), (out,), (2, 5 - kernel[0], 5, 6, out))
     return tuple(jnp.asarray(draw.normal(size=shape), jnp.bfloat16).astype(jnp.float32) for shape in shapes)
 
 
-def values(function, x, kernel, gradient):
-    y, pull = jax.vjp(function, x, kernel)
+def values(function, x, kernel, bias, gradient):
+    y, pull = jax.vjp(function, x, kernel, bias)
     return (y, *pull(gradient))
 
 
@@ -39,16 +40,16 @@ def values(function, x, kernel, gradient):
 def test_it_is_the_convolution_in_values_and_gradients(case, dtype, limit, monkeypatch):
     monkeypatch.setattr(module, "LIMIT", limit)
     given = arrays(*SHAPES[case])
-    found = jax.jit(lambda *given: values(lambda x, kernel: columns(x, kernel, dtype), *given))(*given)
+    found = jax.jit(lambda *given: values(lambda *given: columns(*given, dtype), *given))(*given)
     for left, right in zip(found, values(three_dimensional, *given), strict=True):
         assert left.dtype == jnp.float32
         np.testing.assert_allclose(left, right, rtol=1e-5, atol=2e-5)
 
 
 def test_the_gradient_of_the_input_has_its_dtype_and_that_of_the_kernel_is_float32():
-    x, kernel, gradient = arrays((3, 3, 3), 4, 6)
-    y, of_x, of_kernel = jax.jit(lambda *given: values(columns, *given))(x.astype(jnp.bfloat16), kernel, gradient)
-    assert (y.dtype, of_x.dtype, of_kernel.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
+    x, *rest = arrays((3, 3, 3), 4, 6)
+    found = jax.jit(lambda *given: values(columns, *given))(x.astype(jnp.bfloat16), *rest)
+    assert [array.dtype for array in found] == [jnp.float32, jnp.bfloat16, jnp.float32, jnp.float32]
 
 
 def test_what_is_computed_again_in_the_backward_pass_is_the_same():
