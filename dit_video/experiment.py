@@ -17,7 +17,7 @@ from dit_video.conditioning import KnownFrames
 from dit_video.data.bucket_batches import BucketConfig
 from dit_video.data.sizes import SizeLimits
 from dit_video.data.windows import WindowConfig
-from dit_video.diffusion import FlowMatching
+from dit_video.diffusion import FlowMatching, Objective
 from dit_video.distributed import MeshConfig
 from dit_video.dit import DitConfig, WanDitConfig
 from dit_video.errors import UserError
@@ -108,7 +108,7 @@ class DenoiserTraining:
     into."""
     optimizer: OptimizerConfig
     steps: int
-    objective: FlowMatching = field(default_factory=FlowMatching)
+    objective: Objective = field(default_factory=FlowMatching)
     caption_dropout: float = 0.1
     ema_decay: float = 0.999
     known: KnownFrames | None = None

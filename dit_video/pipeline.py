@@ -7,7 +7,7 @@ and nothing of the training state.
 import copy
 import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -332,8 +332,17 @@ def _is_empty(path: Path) -> bool:
 
 
 def identity(config: AutoencoderConfig, params: dict[str, Any]) -> str:
-    """A hash of an autoencoder's config and weights: latents of one are of no use to another."""
-    digest = hashlib.sha256(str(configs.to_json(config)).encode())
+    """A hash of an autoencoder's config and weights: latents of one are of no use to another.
+
+    Options at their default don't count, so that a new one leaves the latents of before valid; nor do those that say
+    how the same is computed (a field's metadata has `how`).
+    """
+    chosen = {
+        field.name: configs.to_json(getattr(config, field.name))
+        for field in fields(config)
+        if not field.metadata.get("how") and getattr(config, field.name) != field.default
+    }
+    digest = hashlib.sha256(f"{type(config).__qualname__} {chosen}".encode())
     for name, leaf in sorted(flatten(params).items()):
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(leaf).tobytes())

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from dit_video.autoencoder import AutoencoderConfig, latent_grid
-from dit_video.diffusion import RectifiedFlow
+from dit_video.diffusion import Process
 from dit_video.dit import DitConfig, WanDitConfig
 from dit_video.errors import UserError
 from dit_video.evaluation.kinds import CaptionEvaluation, Evaluation
@@ -27,7 +27,7 @@ class PipelineConfig:
     dit: DitConfig | WanDitConfig
     text: TextConfig
     """of a frozen encoder with its folder and identity: its weights are no part of the pipeline"""
-    process: RectifiedFlow
+    process: Process
     rows: RowShape | None
     """of the rows that the denoiser was trained on; None: every clip has a row to itself, of its own length"""
     batch: int

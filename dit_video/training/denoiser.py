@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Shaped
 
 from dit_video.conditioning import KnownFrames, drop_captions, given_latents, known_tokens
-from dit_video.diffusion import FlowMatching, low_discrepancy
+from dit_video.diffusion import Objective, low_discrepancy
 from dit_video.dit import DitConfig, Given, WanDitConfig, packed_denoise
 from dit_video.rng import example_keys, key
 from dit_video.tokens import Rows, positions, segment_mean, to_tokens
@@ -30,7 +30,7 @@ class DenoiserLoss:
 
     dit: nnx.GraphDef
     text: nnx.GraphDef
-    objective: FlowMatching
+    objective: Objective
     caption_dropout: float
     empty_caption: Shaped[np.ndarray, "s *E"]
     """the tokens of an empty caption, or their embeddings"""
