@@ -1,6 +1,8 @@
 """Every scheduler of diffusers that is read here: its times, and its steps on one model, one after the other.
 
-The noise that its stochastic steps draw is handed over. `EulerDiscreteScheduler` and its like carry x / alpha.
+The noise that its stochastic steps draw is handed over, and the products of (1 - beta) in float64: of float32's the
+least sigma has three figures. `EulerDiscreteScheduler` and its like carry x / alpha in float32, which of the cosine
+schedule loses as many, so that they are not compared on it.
 """
 
 import importlib
@@ -17,8 +19,7 @@ pytestmark = pytest.mark.parity
 
 NOISE = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
 STABLE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-BETAS = ({}, STABLE, {"beta_schedule": "squaredcos_cap_v2"})
-PREDICTIONS = ("epsilon", "v_prediction")
+COSINE = {"beta_schedule": "squaredcos_cap_v2"}
 SCALED = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler")
 """those that carry x / alpha"""
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
@@ -45,6 +46,9 @@ def of_diffusers(scheduler, steps, monkeypatch):
 
     if hasattr(module, "randn_tensor"):
         monkeypatch.setattr(module, "randn_tensor", handed_over)
+    if not getattr(scheduler.config, "use_flow_sigmas", False):
+        betas = scheduler.betas.to(torch.float64)
+        scheduler.alphas_cumprod = torch.cumprod(1 - betas, dim=0)
     scheduler.set_timesteps(steps)
     scaled = type(scheduler).__name__ in SCALED
     trained = scheduler.config.num_train_timesteps
@@ -61,9 +65,9 @@ def of_diffusers(scheduler, steps, monkeypatch):
     return found, noises
 
 
-def compare(folder, scheduler, steps, monkeypatch, *, tolerance=1e-4, skip_last=False):
-    theirs, noises = of_diffusers(scheduler, steps, monkeypatch)
+def compare(folder, scheduler, steps, monkeypatch):
     scheduler.save_config(folder)
+    theirs, noises = of_diffusers(scheduler, steps, monkeypatch)
     found = load_scheduler(folder)
     grid = found.grid(found.process, steps)
     told = np.asarray(grid.told[:-1]) * scheduler.config.num_train_timesteps
@@ -84,10 +88,7 @@ def compare(folder, scheduler, steps, monkeypatch, *, tolerance=1e-4, skip_last=
         state = step(state, grid.times[index], grid.times[index + 1], noises[index])
         # Heun's has two steps of one each, but for the last.
         there = theirs[min(2 * index + 1, len(theirs) - 1) if heun else index]
-        if skip_last and index == steps - 1:
-            assert np.isfinite(state.x).all()
-            continue
-        np.testing.assert_allclose(np.asarray(state.x), there, rtol=tolerance, atol=tolerance * np.abs(there).max())
+        np.testing.assert_allclose(np.asarray(state.x), there, rtol=1e-4, atol=1e-4 * np.abs(there).max())
 
 
 @pytest.fixture(scope="module")
@@ -96,13 +97,13 @@ def diffusers():
     return pytest.importorskip("diffusers")
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
         ("DDIMScheduler", {"clip_sample": False}),
         ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
-        ("DDIMScheduler", {"clip_sample": False, "timestep_spacing": "trailing"}),
+        ("DDIMScheduler", {"clip_sample": False, "timestep_spacing": "trailing", "num_train_timesteps": 70}),
         ("DDPMScheduler", {"clip_sample": False}),
         ("DDPMScheduler", {"clip_sample": False, "timestep_spacing": "trailing"}),
         ("DDPMScheduler", {"clip_sample": False, "timestep_spacing": "linspace"}),
@@ -120,7 +121,7 @@ def diffusers():
         ("DPMSolverMultistepScheduler", {}),
         ("DPMSolverMultistepScheduler", {"solver_type": "heun", "timestep_spacing": "trailing"}),
         ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True, "timestep_spacing": "leading"}),
-        ("DPMSolverMultistepScheduler", {"use_exponential_sigmas": True, "solver_order": 1}),
+        ("DPMSolverMultistepScheduler", {"solver_order": 1}),
         ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
         ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun"}),
         ("DPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min", "lower_order_final": False}),
@@ -134,9 +135,12 @@ def diffusers():
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
 )
 def test_steps_of_a_ddpm(diffusers, tmp_path, monkeypatch, name, changes, prediction):
-    for betas, steps in zip(BETAS, (4, 10, 20), strict=True):
-        scheduler = getattr(diffusers, name)(**(betas | changes), prediction_type=prediction)
-        compare(tmp_path, scheduler, steps, monkeypatch)
+    if prediction == "epsilon":
+        betas, steps = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}, 10
+    else:
+        betas, steps = STABLE if name in SCALED or "use_karras_sigmas" in changes else COSINE, 7
+    scheduler = getattr(diffusers, name)(**betas, **changes, prediction_type=prediction)
+    compare(tmp_path, scheduler, steps, monkeypatch)
 
 
 @pytest.mark.parametrize("steps", [5, 20])
