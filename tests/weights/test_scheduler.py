@@ -64,7 +64,7 @@ def test_flow_matching(tmp_path):
     ("changes", "words"),
     [
         ({"_class_name": "PNDMScheduler"}, "PNDMScheduler; known here: UniPCMultistepScheduler, FlowMatchEuler"),
-        ({"warp": 2}, "sets warp; of UniPCMultistepScheduler these are known here: num_train_timesteps, solver_order"),
+        ({"warp": 2}, "sets warp; of UniPCMultistepScheduler these are known here: num_train_timesteps, beta_start"),
         ({"prediction_type": "epsilon"}, "prediction_type='epsilon'; known here is 'flow_prediction'"),
         ({"use_flow_sigmas": False}, "prediction_type='flow_prediction'; known here is 'epsilon' or 'sample' or 'v_p"),
         ({"use_karras_sigmas": True}, "use_karras_sigmas=True"),
