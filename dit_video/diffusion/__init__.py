@@ -47,30 +47,40 @@ from dit_video.diffusion.predictions import (
 )
 from dit_video.diffusion.process import Estimate, Normal, Process
 from dit_video.diffusion.samplers import SAMPLERS, Draw, Sampler, advance, sample, sampler
+from dit_video.diffusion.shift import ClipSize, ExponentialShift, LinearShift, SizeShift
 from dit_video.diffusion.solvers import Euler, Heun, Interval
-from dit_video.diffusion.times import LogitNormal, Times, Uniform, low_discrepancy
+from dit_video.diffusion.times import LogitNormal, LogNormalSigma, Mode, Times, Uniform, low_discrepancy
 from dit_video.diffusion.unipc import UniPc
 from dit_video.diffusion.variance_preserving import Betas, Cosine, Linear, ScaledLinear, VariancePreserving
+from dit_video.diffusion.weighting import AsPredicted, EdmWeight, MinSnr, SigmoidWeight, Weighting
 
 __all__ = [
     "SAMPLERS",
     "X0",
+    "AsPredicted",
     "Betas",
+    "ClipSize",
     "Cosine",
     "Denoise",
     "Draw",
     "Edm",
+    "EdmWeight",
     "Epsilon",
     "Estimate",
     "Estimator",
     "Euler",
     "Even",
+    "ExponentialShift",
     "FlowMatchGrid",
     "FlowMatching",
     "Heun",
     "Interval",
     "Linear",
+    "LinearShift",
+    "LogNormalSigma",
     "LogitNormal",
+    "MinSnr",
+    "Mode",
     "Normal",
     "Objective",
     "Preconditioned",
@@ -80,6 +90,8 @@ __all__ = [
     "SampleTimes",
     "Sampler",
     "ScaledLinear",
+    "SigmoidWeight",
+    "SizeShift",
     "TimeGrid",
     "Times",
     "UniPc",
@@ -88,6 +100,7 @@ __all__ = [
     "V",
     "VariancePreserving",
     "Velocity",
+    "Weighting",
     "advance",
     "classifier_free",
     "estimator",
