@@ -37,6 +37,7 @@ from dit_video.diffusion.flow import RectifiedFlow
 from dit_video.diffusion.grids import Even, Exponential, Given, Karras, Shifted, TimeGrid, time_grid
 from dit_video.diffusion.guidance import classifier_free
 from dit_video.diffusion.inversion import Inversion, invert
+from dit_video.diffusion.learned_variance import LearnedVariance
 from dit_video.diffusion.objective import FlowMatching, Objective
 from dit_video.diffusion.predictions import (
     X0,
@@ -92,6 +93,7 @@ __all__ = [
     "Karras",
     "Lcm",
     "LcmGrid",
+    "LearnedVariance",
     "Linear",
     "LinearShift",
     "LogNormalSigma",
