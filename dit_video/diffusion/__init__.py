@@ -38,6 +38,7 @@ from dit_video.diffusion.grids import Even, Exponential, Given, Karras, Shifted,
 from dit_video.diffusion.guidance import classifier_free
 from dit_video.diffusion.inversion import Inversion, invert
 from dit_video.diffusion.learned_variance import LearnedVariance
+from dit_video.diffusion.likelihood import Divergence, Exact, Hutchinson, Likelihood, log_likelihood
 from dit_video.diffusion.objective import FlowMatching, Objective
 from dit_video.diffusion.predictions import (
     X0,
@@ -71,6 +72,7 @@ __all__ = [
     "Ddim",
     "Ddpm",
     "Denoise",
+    "Divergence",
     "DpmFlowGrid",
     "DpmMultistep",
     "DpmSinglestep",
@@ -82,18 +84,21 @@ __all__ = [
     "Estimator",
     "Euler",
     "Even",
+    "Exact",
     "Exponential",
     "ExponentialShift",
     "FlowMatchGrid",
     "FlowMatching",
     "Given",
     "Heun",
+    "Hutchinson",
     "Interval",
     "Inversion",
     "Karras",
     "Lcm",
     "LcmGrid",
     "LearnedVariance",
+    "Likelihood",
     "Linear",
     "LinearShift",
     "LogNormalSigma",
@@ -129,6 +134,7 @@ __all__ = [
     "draws",
     "estimator",
     "invert",
+    "log_likelihood",
     "low_discrepancy",
     "sample",
     "sampler",
