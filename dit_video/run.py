@@ -262,6 +262,7 @@ class Run:
             empty_caption=texts.empty,
             seed=experiment.seed,
             known=config.known,
+            times_of=config.times_of,
             optimizer=optimizer_of(config) if config.lora is None else None,
         )
 
