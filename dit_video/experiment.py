@@ -17,7 +17,7 @@ from dit_video.conditioning import KnownFrames
 from dit_video.data.bucket_batches import BucketConfig
 from dit_video.data.sizes import SizeLimits
 from dit_video.data.windows import WindowConfig
-from dit_video.diffusion import FlowMatching, Objective
+from dit_video.diffusion import FlowMatching, LearnedVariance, Objective
 from dit_video.distributed import MeshConfig
 from dit_video.dit import DitConfig, WanDitConfig
 from dit_video.errors import UserError
@@ -128,6 +128,9 @@ class DenoiserTraining:
     optimizer: OptimizerConfig
     steps: int
     objective: Objective = field(default_factory=FlowMatching)
+    times_of: Literal["clip", "frame"] = "clip"
+    """Whether all frames of a clip have one diffusion time, or each its own (diffusion forcing, arXiv 2407.01392), for
+    a denoiser with a time per token: it then knows frames at any mixture of times, what is given being at 0."""
     caption_dropout: float = 0.1
     ema_decay: float = 0.999
     known: KnownFrames | None = None
@@ -267,6 +270,14 @@ class Experiment:
             raise UserError(
                 "the denoiser attends to an image encoder's tokens, which training does not make; take one without "
                 "image_width, such as Wan 2.2's"
+            )
+        if self.denoiser.times_of == "frame" and dit.time != "token":
+            raise UserError("frames have a time of their own in a denoiser with time='token'; or set times_of='clip'")
+        learned = isinstance(self.denoiser.objective.prediction, LearnedVariance)
+        if learned != (isinstance(dit, DitConfig) and dit.variance == "predicted"):
+            raise UserError(
+                "a denoiser with variance='predicted' goes with an objective that predicts a LearnedVariance, and the "
+                "other way round; change one of the two"
             )
         if dit.given_channels and known is None:
             raise UserError("the denoiser takes given latents: say what is known of a clip with known=KnownFrames()")

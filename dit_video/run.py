@@ -272,6 +272,7 @@ class Run:
             seed=experiment.seed,
             known=config.known,
             shares=shares_of(config),
+            times_of=config.times_of,
             optimizer=optimizer_of(config) if config.lora is None else None,
         )
 

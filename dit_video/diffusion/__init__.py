@@ -37,6 +37,8 @@ from dit_video.diffusion.flow import RectifiedFlow
 from dit_video.diffusion.grids import Even, Exponential, Given, Karras, Shifted, TimeGrid, time_grid
 from dit_video.diffusion.guidance import classifier_free
 from dit_video.diffusion.inversion import Inversion, invert
+from dit_video.diffusion.learned_variance import LearnedVariance
+from dit_video.diffusion.likelihood import Divergence, Exact, Hutchinson, Likelihood, log_likelihood
 from dit_video.diffusion.objective import FlowMatching, Objective
 from dit_video.diffusion.predictions import (
     X0,
@@ -53,41 +55,56 @@ from dit_video.diffusion.process import Estimate, Normal, Process
 from dit_video.diffusion.sample_times import SampleTimes
 from dit_video.diffusion.samplers import SAMPLERS, Draw, Sampler, Trace, advance, draws, sample, sampler, trace
 from dit_video.diffusion.scheduler_grids import DpmFlowGrid, FlowMatchGrid, LcmGrid, StepGrid, UniPcGrid
+from dit_video.diffusion.shift import ClipSize, ExponentialShift, LinearShift, SizeShift
 from dit_video.diffusion.solvers import Euler, Heun, Interval, Solver
-from dit_video.diffusion.times import LogitNormal, Times, Uniform, low_discrepancy
+from dit_video.diffusion.times import LogitNormal, LogNormalSigma, Mode, Times, Uniform, low_discrepancy
 from dit_video.diffusion.unipc import UniPc
 from dit_video.diffusion.variance_preserving import Betas, Cosine, Linear, ScaledLinear, VariancePreserving
+from dit_video.diffusion.weighting import AsPredicted, EdmWeight, MinSnr, SigmoidWeight, Weighting
 
 __all__ = [
     "SAMPLERS",
     "X0",
+    "AsPredicted",
     "Betas",
+    "ClipSize",
     "Cosine",
     "Ddim",
     "Ddpm",
     "Denoise",
+    "Divergence",
     "DpmFlowGrid",
     "DpmMultistep",
     "DpmSinglestep",
     "Draw",
     "Edm",
+    "EdmWeight",
     "Epsilon",
     "Estimate",
     "Estimator",
     "Euler",
     "Even",
+    "Exact",
     "Exponential",
+    "ExponentialShift",
     "FlowMatchGrid",
     "FlowMatching",
     "Given",
     "Heun",
+    "Hutchinson",
     "Interval",
     "Inversion",
     "Karras",
     "Lcm",
     "LcmGrid",
+    "LearnedVariance",
+    "Likelihood",
     "Linear",
+    "LinearShift",
+    "LogNormalSigma",
     "LogitNormal",
+    "MinSnr",
+    "Mode",
     "Normal",
     "Objective",
     "Preconditioned",
@@ -98,6 +115,8 @@ __all__ = [
     "Sampler",
     "ScaledLinear",
     "Shifted",
+    "SigmoidWeight",
+    "SizeShift",
     "Solver",
     "StepGrid",
     "TimeGrid",
@@ -109,11 +128,13 @@ __all__ = [
     "V",
     "VariancePreserving",
     "Velocity",
+    "Weighting",
     "advance",
     "classifier_free",
     "draws",
     "estimator",
     "invert",
+    "log_likelihood",
     "low_discrepancy",
     "sample",
     "sampler",

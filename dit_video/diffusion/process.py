@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dit_video.arrays import AnyArray, SameArray
+from dit_video.diffusion.shift import ClipSize
 
 LEAST_ALPHA = 1e-6
 """Of pure noise the log-SNR would be infinite."""
@@ -58,9 +59,16 @@ class Process(ABC):
     def time_at(self, ratio: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:
         r"""The time at which noise and data are in a ratio: the inverse of $\sigma / \alpha$."""
 
-    def shifted(self, time: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:
-        """Evenly spaced times as this process wants them spaced, in training and in sampling alike."""
+    def shifted(self, time: Float[SameArray, "*shape"], size: ClipSize | None = None) -> Float[SameArray, "*shape"]:
+        """Evenly spaced times as this process wants them spaced, in training and in sampling alike.
+
+        Where that depends on the size of a clip, `size` is that of each clip whose times they are.
+        """
         return time
+
+    def for_size(self, size: ClipSize) -> "Process":
+        """The process of clips of one size."""
+        return self
 
     def input_scale(self, time: Float[Array, "*time"]) -> Float[Array, "*time"] | float:
         """What a noisy value is multiplied by before a model is given it."""
