@@ -32,7 +32,16 @@ $q(x_t \mid x_s)\,q(x_s \mid x_0)$ are (`Process.posterior`); drawn at $x_0 = \h
 from dit_video.diffusion.edm import Edm
 from dit_video.diffusion.flow import RectifiedFlow
 from dit_video.diffusion.grids import Even, FlowMatchGrid, SampleTimes, TimeGrid, UniPcGrid, time_grid
-from dit_video.diffusion.guidance import classifier_free
+from dit_video.diffusion.guidance import (
+    Guidance,
+    Projected,
+    Strength,
+    apart,
+    batched,
+    classifier_free,
+    guided,
+    mean_of_each,
+)
 from dit_video.diffusion.objective import FlowMatching, Objective
 from dit_video.diffusion.predictions import (
     X0,
@@ -67,6 +76,7 @@ __all__ = [
     "Even",
     "FlowMatchGrid",
     "FlowMatching",
+    "Guidance",
     "Heun",
     "Interval",
     "Linear",
@@ -76,10 +86,12 @@ __all__ = [
     "Preconditioned",
     "Prediction",
     "Process",
+    "Projected",
     "RectifiedFlow",
     "SampleTimes",
     "Sampler",
     "ScaledLinear",
+    "Strength",
     "TimeGrid",
     "Times",
     "UniPc",
@@ -89,9 +101,13 @@ __all__ = [
     "VariancePreserving",
     "Velocity",
     "advance",
+    "apart",
+    "batched",
     "classifier_free",
     "estimator",
+    "guided",
     "low_discrepancy",
+    "mean_of_each",
     "sample",
     "sampler",
     "time_grid",
