@@ -94,7 +94,6 @@ class Guidance:
     def __post_init__(self):
         scales = [*self.scales, *([] if self.image is None else [self.image])]
         if not all(0 <= scale < math.inf for scale in scales):
-            named = ", ".join(map(str, scales))
             raise UserError(
                 f"scales of guidance are numbers from 0 on, 1 being none; got {', '.join(map(str, scales))}"
             )
