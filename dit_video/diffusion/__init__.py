@@ -60,6 +60,7 @@ from dit_video.diffusion.solvers import Euler, Heun, Interval
 from dit_video.diffusion.times import LogitNormal, Times, Uniform, low_discrepancy
 from dit_video.diffusion.unipc import UniPc
 from dit_video.diffusion.variance_preserving import Betas, Cosine, Linear, ScaledLinear, VariancePreserving
+from dit_video.diffusion.watched import Recorded, Watched, WatchedState
 
 __all__ = [
     "SAMPLERS",
@@ -87,6 +88,7 @@ __all__ = [
     "Prediction",
     "Process",
     "Projected",
+    "Recorded",
     "RectifiedFlow",
     "SampleTimes",
     "Sampler",
@@ -100,6 +102,8 @@ __all__ = [
     "V",
     "VariancePreserving",
     "Velocity",
+    "Watched",
+    "WatchedState",
     "advance",
     "apart",
     "batched",

@@ -71,7 +71,7 @@ def advance(
     times: Float[Array, " times"],
     *,
     process: Process,
-    solver: Sampler,
+    solver: Any,
     prediction: Prediction = Velocity(),  # noqa: B008 (a value)
     told: Float[Array, " times"] | None = None,
     draw: Draw | None = None,
