@@ -334,6 +334,8 @@ class Run:
             dit=experiment.denoiser.dit,
             text=encoder.pinned if isinstance(encoder, FrozenEncoder) else experiment.denoiser.text,
             process=experiment.denoiser.objective.process,
+            prediction=experiment.denoiser.objective.prediction,
+            caption_dropout=experiment.denoiser.caption_dropout,
             rows=experiment.denoiser.rows,
             batch=experiment.denoiser.batch,
             sampling=experiment.sampling,

@@ -1,6 +1,7 @@
 """Sampling from random parameters, held to a loop over the unpacked model."""
 
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dit_video.diffusion import Heun, RectifiedFlow
+from dit_video.diffusion import Heun, RectifiedFlow, Watched
 from dit_video.dit import DitConfig
 from dit_video.errors import UserError
 from dit_video.generation import Denoiser, LatentRequest, Sampling, initial_noise, sample_latents
-from dit_video.generation.text_to_video import _program
 from dit_video.nn import graph_of
 from dit_video.text import ByteEncoderConfig
 from dit_video.tokens import Grid, RowShape, coordinates, patchify, token_grid, unpatchify
@@ -122,10 +122,15 @@ def test_more_requests_than_rows_have_room_for():
 
 def test_one_program_serves_every_prompt_size_seed_and_guidance():
     mixed()
-    program = _program(DENOISER.dit, DENOISER.text, DENOISER.process, SAMPLING.solver, True)
+    program = program_of(
+        DENOISER.dit, DENOISER.text, DENOISER.process, DENOISER.prediction, Watched(solver=SAMPLING.solver), True
+    )
     before = program._cache_size()
+    assert before > 0
     sampled([request("other words", (1, 4, 4), seed=9, negative="no")], Sampling(steps=2, guidance=5.5))
     sampled([request("", (2, 2, 2), seed=10)] * 5)
+    for steps in (1, 3, 64):
+        sampled([SMALL], replace(SAMPLING, steps=steps))
     assert program._cache_size() == before
 
 
