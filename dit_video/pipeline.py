@@ -29,8 +29,8 @@ from dit_video.generation import (
     Denoiser,
     GivenClip,
     LatentRequest,
+    LatentTrace,
     Sampling,
-    Trace,
     initial_noise,
     sample_latents,
     trace_latents,
@@ -168,7 +168,7 @@ class Pipeline:
         seed: int = 0,
         sampler: str | None = None,
         noise: Float32[np.ndarray, "t h w c"] | None = None,
-    ) -> Trace:
+    ) -> LatentTrace:
         """What `generate` goes through: the latents after every step, and what the result was thought to be.
 
         Arguments and errors are those of `generate`; `decode` makes a clip of latents.

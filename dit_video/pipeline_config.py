@@ -37,7 +37,7 @@ class PipelineConfig:
     """of the clips that it was trained on"""
     size: Grid
     """what is generated if nothing else is asked for: frames, height, width"""
-    prediction: Prediction = Velocity()
+    prediction: Prediction = field(default_factory=Velocity)
     """what the denoiser was trained to predict"""
     caption_dropout: float | None = None
     """share of captions that were left out in training, so that guidance knows what none is; None if unknown"""

@@ -9,17 +9,8 @@ from jaxtyping import Array, Float, Int
 
 from dit_video.diffusion.predictions import Estimator
 from dit_video.diffusion.process import Process
-from dit_video.diffusion.samplers import Sampler
-from dit_video.diffusion.solvers import Interval
-
-
-class Recorded(NamedTuple):
-    """What a run went through."""
-
-    x: Float[Array, "steps *shape"]
-    """the sample after each step"""
-    data: Float[Array, "steps *shape"]
-    """as they were estimated at the start of each"""
+from dit_video.diffusion.samplers import Sampler, Trace
+from dit_video.diffusion.solvers import Interval, Solver
 
 
 class WatchedState(NamedTuple):
@@ -30,7 +21,7 @@ class WatchedState(NamedTuple):
     """steps"""
     failed: Int[Array, ""]
     """number of the first step, from 0 on, after which a value was not finite; -1 if there was none"""
-    recorded: Recorded | None
+    recorded: Trace | None
 
     @property
     def x(self) -> Float[Array, "*shape"]:
@@ -39,7 +30,7 @@ class WatchedState(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Watched:
+class Watched(Solver):
     """Another solver, but for three things.
 
     An interval of no length is no step, and costs nothing: times may be padded by their last, so that one program
@@ -52,17 +43,15 @@ class Watched:
 
     @property
     def stochastic(self) -> bool:
-        """Whether a step needs noise."""
-        return getattr(self.solver, "stochastic", False)
+        return self.solver.stochastic
 
     def check(self, process: Process) -> None:
-        """As the solver's own."""
-        getattr(self.solver, "check", lambda process: None)(process)
+        self.solver.check(process)
 
     def init(self, noisy: Float[Array, "*shape"], *, steps: int) -> WatchedState:
         """Before the first of `steps` steps, those of no length not counted."""
         # Two arrays, as each is given to the program for good.
-        recorded = Recorded(*(jnp.zeros((steps, *noisy.shape), noisy.dtype) for _ in range(2)))
+        recorded = Trace(*(jnp.zeros((steps, *noisy.shape), noisy.dtype) for _ in range(2)))
         return WatchedState(
             solver=self.solver.init(noisy, steps=steps),
             done=jnp.zeros((), jnp.int32),
@@ -88,7 +77,7 @@ class Watched:
         following = self.solver.step(noted, process, state.solver, interval)
         recorded = state.recorded
         if recorded is not None:
-            recorded = Recorded(
+            recorded = Trace(
                 recorded.x.at[state.done].set(following.x), recorded.data.at[state.done].set(found[0].data)
             )
         wrong = (state.failed < 0) & ~jnp.isfinite(following.x).all(axis=None)

@@ -4,8 +4,8 @@ from dit_video.generation.given import GivenClip
 from dit_video.generation.rows import LatentRequest
 from dit_video.generation.text_to_video import (
     Denoiser,
+    LatentTrace,
     Sampling,
-    Trace,
     initial_noise,
     sample_latents,
     trace_latents,
@@ -15,8 +15,8 @@ __all__ = [
     "Denoiser",
     "GivenClip",
     "LatentRequest",
+    "LatentTrace",
     "Sampling",
-    "Trace",
     "initial_noise",
     "sample_latents",
     "trace_latents",

@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Float32
 
 from dit_video.diffusion import (
+    ClipSize,
     Euler,
     Even,
     Guidance,
@@ -84,7 +85,7 @@ class Denoiser(NamedTuple):
     """of two tokens along time, in what coordinates count"""
 
 
-class Trace(NamedTuple):
+class LatentTrace(NamedTuple):
     """What the sampling of one video went through."""
 
     times: Float32[np.ndarray, " steps+1"]
@@ -120,9 +121,9 @@ def sample_latents(
 
 def trace_latents(
     denoiser: Denoiser, requests: Sequence[LatentRequest], *, sampling: Sampling, shape: RowShape, rows: int
-) -> list[Trace]:
+) -> list[LatentTrace]:
     """As `sample_latents`, with all that sampling went through; of a program for just so many steps."""
-    results: dict[int, Trace] = {}
+    results: dict[int, LatentTrace] = {}
     for run in _runs(denoiser, requests, sampling, shape, rows, recorded=True):
         assert run.state.recorded is not None
         seen = [
@@ -131,7 +132,7 @@ def trace_latents(
         ]
         for index in seen[0][0]:
             latents, data = (np.stack([step[index] for step in steps]) for steps in seen)
-            results[index] = Trace(np.asarray(run.times, np.float32), latents, data)
+            results[index] = LatentTrace(np.asarray(run.times, np.float32), latents, data)
     return [results[index] for index in range(len(requests))]
 
 
@@ -181,15 +182,27 @@ def _runs(
         for request, branches in zip(requests, conditions, strict=True)
     ]
     packer = Packer(requests, texts, denoiser.patch, denoiser.interval, guidance.branches, rows)
-    grid = sampling.grid(denoiser.process, sampling.steps)
-    for group in plan(needs, shape, rows=rows, together=sampling.branches == "together"):
-        for start in range(0, len(group.rows), rows):
-            members = group.rows[start : start + rows]
-            batch = packer.batch(group, members)
-            state = _sampled(denoiser, batch, group, sampling, grid, recorded=recorded)
-            run = _Run(denoiser, requests, members, batch, np.asarray(grid.times), state)
-            _check_finite(run, sampling)
-            yield run
+    for process, alike in _by_process(denoiser, requests).items():
+        grid = sampling.grid(process, sampling.steps)
+        groups = plan([needs[index] for index in alike], shape, rows=rows, together=sampling.branches == "together")
+        for group in groups:
+            for start in range(0, len(group.rows), rows):
+                members = [[alike[place] for place in row] for row in group.rows[start : start + rows]]
+                batch = packer.batch(group, members)
+                state = _sampled(denoiser, batch, group, sampling, grid, recorded=recorded)
+                run = _Run(denoiser, requests, members, batch, np.asarray(grid.times), state)
+                _check_finite(run, sampling)
+                yield run
+
+
+def _by_process(denoiser: Denoiser, requests: Sequence[LatentRequest]) -> dict[Process, list[int]]:
+    """Requests that are sampled at the same times: all of them, where the times don't depend on the size."""
+    found: dict[Process, list[int]] = {}
+    for index, request in enumerate(requests):
+        grid = token_grid(Grid(*request.noise.shape[:3]), denoiser.patch)
+        process = denoiser.process.for_size(ClipSize(frames=grid.t, frame_tokens=grid.h * grid.w))
+        found.setdefault(process, []).append(index)
+    return found
 
 
 def _check_finite(run: _Run, sampling: Sampling) -> None:
