@@ -381,7 +381,7 @@ def _guidance(own: Sampling, given: Scale) -> float | tuple[float, float] | Guid
     if isinstance(given, Guidance):
         return given
     scale = tuple(map(float, given)) if isinstance(given, tuple) else float(given)
-    return replace(own.guidance, scale=scale) if isinstance(own.guidance, Guidance) else scale
+    return own.guided(scale=scale) if isinstance(own.guidance, Guidance) else scale
 
 
 def _is_empty(path: Path) -> bool:

@@ -9,7 +9,7 @@ sample one after the other, and only the one at work is handed to the devices.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -25,6 +25,7 @@ from dit_video.diffusion import (
     Guidance,
     Prediction,
     Process,
+    Projected,
     Sampler,
     SampleTimes,
     Strength,
@@ -66,6 +67,28 @@ class Sampling:
     def full_guidance(self) -> Guidance:
         """With all that a number leaves out."""
         return self.guidance if isinstance(self.guidance, Guidance) else Guidance(scale=self.guidance)
+
+    def guided(
+        self,
+        *,
+        scale: float | tuple[float, float] | None = None,
+        interval: tuple[float, float] | None = None,
+        rescale: float | None = None,
+        projected: bool | None = None,
+    ) -> Guidance:
+        """Its guidance, with what is given in its place.
+
+        Raises:
+          UserError: as of `Guidance`.
+        """
+        changes: dict[str, Any] = {
+            "scale": scale,
+            "interval": interval,
+            "rescale": rescale,
+            "projected": Projected() if projected else None,
+        }
+        kept = replace(self.full_guidance, projected=None) if projected is False else self.full_guidance
+        return replace(kept, **{name: value for name, value in changes.items() if value is not None})
 
 
 class Denoiser(NamedTuple):

@@ -8,38 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny_denoiser import DENOISER, DIT, SAMPLING, SHAPE, SMALL, request
 
-from dit_video.diffusion import Heun, RectifiedFlow, Watched
-from dit_video.dit import DitConfig
+from dit_video.diffusion import Heun, Watched
 from dit_video.errors import UserError
-from dit_video.generation import Denoiser, LatentRequest, Sampling, initial_noise, sample_latents
+from dit_video.generation import LatentRequest, Sampling, initial_noise, sample_latents
 from dit_video.generation.program import program_of
-from dit_video.nn import graph_of
-from dit_video.text import ByteEncoderConfig
-from dit_video.tokens import Grid, RowShape, coordinates, patchify, token_grid, unpatchify
-from rough import rough_params
+from dit_video.tokens import Grid, coordinates, patchify, token_grid, unpatchify
 
-TEXT = ByteEncoderConfig(width=8, layers=1, heads=1, max_tokens=32)
-DIT = DitConfig(channels=2, context_width=8, patch=Grid(1, 2, 2), width=12, layers=1, heads=1, mlp_ratio=2.0)
-SHAPE = RowShape(tokens=16, text=20, segments=3)
-SAMPLING = Sampling(steps=2, guidance=2.0)
-
-
-DENOISER = Denoiser(
-    dit=graph_of(DIT.make),
-    text=graph_of(TEXT.make),
-    params={"dit": rough_params(DIT.make), "text": rough_params(TEXT.make)},
-    tokenizer=TEXT.tokenizer(),
-    process=RectifiedFlow(shift=2.0),
-    patch=DIT.patch,
-)
-
-
-def request(prompt: str, latents: tuple[int, int, int] = (2, 4, 4), *, seed: int = 0, negative: str = ""):
-    return LatentRequest(prompt, negative, initial_noise(seed, Grid(*latents), 2))
-
-
-SMALL = request("dot", (1, 2, 4), seed=1)
 MIXED = [request("red"), SMALL, request("a box", (1, 4, 6), seed=2), request("", (3, 2, 2), seed=3)]
 
 
