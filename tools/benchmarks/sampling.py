@@ -1,10 +1,10 @@
 """Sampling beside the forward passes that it is made of.
 
 `steps`: N steps beside N calls of the jitted forward. `guidance`: with both branches evaluated at once, beside one
-after the other: of clips that fill a row each, and of one clip in a row with room for both branches. Times are medians of
-rounds that run all of them in turn. `compilations` counts what is compiled for other prompts, seeds, scales and numbers
-of steps, which should be nothing. `first result` is the time of a process that loads the shipped pipeline and samples
-one clip, where no program was kept, and where the one before it kept them.
+after the other: of clips that fill a row each, and of one clip in a row with room for both branches. Times are medians
+of rounds that run all of them in turn. `compilations` counts what is compiled for other prompts, seeds, scales and
+numbers of steps, which should be nothing. `first result` is the time of a process that loads the shipped pipeline and
+samples one clip, where no program was kept, and where the one before it kept them.
 """
 
 import json
