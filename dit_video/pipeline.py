@@ -8,7 +8,7 @@ import copy
 import hashlib
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from dit_video import configs
-from dit_video.animation import Image, Images
+from dit_video.animation import Images
 from dit_video.autoencoder import AutoencoderConfig
 from dit_video.codec import Codec
 from dit_video.diffusion import Guidance
@@ -27,7 +27,6 @@ from dit_video.errors import UserError
 from dit_video.files import atomic_path, read_json, write_json
 from dit_video.generation import (
     Denoiser,
-    GivenClip,
     LatentRequest,
     LatentTrace,
     Sampling,
@@ -36,7 +35,7 @@ from dit_video.generation import (
     trace_latents,
 )
 from dit_video.nn import graph_of, merge_lora, param_shapes
-from dit_video.pipeline_config import PipelineConfig, Request, as_grid
+from dit_video.pipeline_config import Image, PipelineConfig, Request, as_grid
 from dit_video.text_encoder import moved, open_tokenizer
 from dit_video.tree import flatten
 from dit_video.tree import size as count
@@ -150,33 +149,28 @@ class Pipeline:
         """
         if output not in ("clip", "latents"):
             raise UserError(f"unknown output {output!r}; use clip or latents")
-        request = Request(prompt, self.config.size if size is None else as_grid(size), seed, negative)
+        request = Request(
+            prompt, self.config.size if size is None else as_grid(size), seed, negative, image, last_image
+        )
         drawn = self.sampling(steps=steps, guidance=guidance, sampler=sampler)
-        given = self._images(as_grid(request.size), image, last_image)
-        asked = self._latent_requests([request], noise=noise, given=given)
+        asked = self._latent_requests([request], noise=noise)
         latents = sample_latents(self._denoiser, asked, **self._how(drawn, 1))
         return latents[0] if output == "latents" else self._clips(latents, [request])[0]
 
     def trace(
         self,
-        prompt: str,
+        request: Request,
         *,
-        size: tuple[int, int, int] | None = None,
         steps: int | None = None,
         guidance: Scale | None = None,
-        negative: str = "",
-        seed: int = 0,
         sampler: str | None = None,
-        noise: Float32[np.ndarray, "t h w c"] | None = None,
     ) -> LatentTrace:
-        """What `generate` goes through: the latents after every step, and what the result was thought to be.
+        """What sampling goes through: the latents after every step, and what the result was thought to be.
 
-        Arguments and errors are those of `generate`; `decode` makes a clip of latents.
+        Arguments and errors are as for `generate`; `decode` makes a clip of latents.
         """
-        request = Request(prompt, self.config.size if size is None else as_grid(size), seed, negative)
         drawn = self.sampling(steps=steps, guidance=guidance, sampler=sampler)
-        asked = self._latent_requests([request], noise=noise)
-        return trace_latents(self._denoiser, asked, **self._how(drawn, 1))[0]
+        return trace_latents(self._denoiser, self._latent_requests([request]), **self._how(drawn, 1))[0]
 
     def generate_many(
         self,
@@ -186,7 +180,10 @@ class Pipeline:
         guidance: Scale | None = None,
         sampler: str | None = None,
     ) -> list[Clip]:
-        """The clips of all requests, of any sizes, packed and sampled together. Arguments are as for `generate`."""
+        """The clips of all requests, of any sizes, packed and sampled together. Arguments are as for `generate`.
+
+        A request has its own images, in models that take them: `Request(prompt, size, image=pixels)`.
+        """
         drawn = self.sampling(steps=steps, guidance=guidance, sampler=sampler)
         asked = self._latent_requests(requests)
         return self._clips(sample_latents(self._denoiser, asked, **self._how(drawn, len(asked))), requests)
@@ -310,7 +307,6 @@ class Pipeline:
         requests: Sequence[Request],
         *,
         noise: Float32[np.ndarray, "t h w c"] | None = None,
-        given: GivenClip | None = None,
     ) -> list[LatentRequest]:
         config = self.config
         latent_requests = []
@@ -326,7 +322,7 @@ class Pipeline:
                 raise UserError(f"noise for {'x'.join(map(str, request.size))} has shape {shape}, not {start.shape}")
             if not np.isfinite(start).all():
                 raise UserError("the noise to start from holds NaN or infinity; draw standard normal noise")
-            told = self._images(as_grid(request.size), None, None) if given is None else given
+            told = self._images(as_grid(request.size), request.image, request.last_image)
             latent_requests.append(
                 LatentRequest(request.prompt, request.negative, start.astype(np.float32), told, request.seed)
             )
@@ -389,8 +385,17 @@ def _is_empty(path: Path) -> bool:
 
 
 def identity(config: AutoencoderConfig, params: dict[str, Any]) -> str:
-    """A hash of an autoencoder's config and weights: latents of one are of no use to another."""
-    digest = hashlib.sha256(str(configs.to_json(config)).encode())
+    """A hash of an autoencoder's config and weights: latents of one are of no use to another.
+
+    Options at their default don't count, so that a new one leaves the latents of before valid; nor do those that say
+    how the same is computed (a field's metadata has `how`).
+    """
+    chosen = {
+        field.name: configs.to_json(getattr(config, field.name))
+        for field in fields(config)
+        if not field.metadata.get("how") and getattr(config, field.name) != field.default
+    }
+    digest = hashlib.sha256(f"{type(config).__qualname__} {chosen}".encode())
     for name, leaf in sorted(flatten(params).items()):
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(leaf).tobytes())

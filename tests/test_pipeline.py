@@ -7,6 +7,7 @@ import pytest
 import dit_video
 from dit_video import configs
 from dit_video import tree as trees
+from dit_video.autoencoder import CausalVaeConfig
 from dit_video.diffusion import Edm, Euler, Guidance, Heun, Projected, RectifiedFlow, UniPc, UniPcGrid
 from dit_video.errors import UserError
 from dit_video.generation import text_to_video
@@ -244,7 +245,7 @@ def test_guidance_with_all_that_it_has(pipeline, latents):
 
 
 def test_a_trace_ends_at_the_clip(pipeline, latents):
-    trace = pipeline.trace(PROMPT, size=SMALL, steps=2)
+    trace = pipeline.trace(Request(PROMPT, SMALL), steps=2)
     assert trace.latents.shape == trace.data.shape == (2, *latents.shape)
     np.testing.assert_allclose(trace.latents[-1], latents, rtol=1e-4, atol=1e-3)
     assert pipeline.decode(trace.data[0]).frames.shape == (*SMALL, 3)
@@ -347,10 +348,15 @@ def test_the_identity_of_an_autoencoder_is_its_config_and_weights(tiny_pipeline)
     mark = identity(config, params)
     assert identity(config, {**params}) == mark
     assert identity(replace(config, width=16), params) != mark
-    assert (
-        identity(config, params | {"normalizer": {"mean": np.ones(4, np.float32), "std": np.ones(4, np.float32)}})
-        != mark
-    )
+    other = {"normalizer": {"mean": np.ones(4, np.float32), "std": np.ones(4, np.float32)}}
+    assert identity(config, params | other) != mark
+
+
+def test_how_an_autoencoder_is_computed_is_not_what_it_is():
+    config, params = CausalVaeConfig.wan21(), {"kernel": np.ones(3, np.float32)}
+    mark = identity(config, params)
+    assert identity(replace(config, form="native", remat=True), params) == mark
+    assert identity(replace(config, bfloat16=True), params) != mark
 
 
 # In a notebook.
