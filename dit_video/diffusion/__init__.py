@@ -46,6 +46,8 @@ from dit_video.diffusion.guidance import (
     mean_of_each,
 )
 from dit_video.diffusion.inversion import Inversion, invert
+from dit_video.diffusion.learned_variance import LearnedVariance
+from dit_video.diffusion.likelihood import Divergence, Exact, Hutchinson, Likelihood, log_likelihood
 from dit_video.diffusion.objective import FlowMatching, Objective
 from dit_video.diffusion.predictions import (
     X0,
@@ -80,6 +82,7 @@ __all__ = [
     "Ddim",
     "Ddpm",
     "Denoise",
+    "Divergence",
     "DpmFlowGrid",
     "DpmMultistep",
     "DpmSinglestep",
@@ -91,6 +94,7 @@ __all__ = [
     "Estimator",
     "Euler",
     "Even",
+    "Exact",
     "Exponential",
     "ExponentialShift",
     "FlowMatchGrid",
@@ -98,11 +102,14 @@ __all__ = [
     "Given",
     "Guidance",
     "Heun",
+    "Hutchinson",
     "Interval",
     "Inversion",
     "Karras",
     "Lcm",
     "LcmGrid",
+    "LearnedVariance",
+    "Likelihood",
     "Linear",
     "LinearShift",
     "LogNormalSigma",
@@ -145,6 +152,7 @@ __all__ = [
     "estimator",
     "guided",
     "invert",
+    "log_likelihood",
     "low_discrepancy",
     "mean_of_each",
     "sample",

@@ -51,9 +51,11 @@ class Objective:
         if known is not None:
             noisy, told = jnp.where(known[..., None], data, noisy), jnp.where(known, 0, time)
         predicted = denoise(self.process.input_scale(told[..., None]) * noisy, told)
-        error = predicted - self.prediction.target(self.process, data, noise, at)
+        error = self.prediction.values(predicted) - self.prediction.target(self.process, data, noise, at)
         weight = self.weighting(self.process, self.prediction, time)
         loss = weight * jnp.square(error.astype(jnp.float32)).mean(axis=-1)
+        further = self.prediction.further_loss(self.process, data, noisy, predicted, at)
+        loss = loss if further is None else loss + further
         return loss if known is None else jnp.where(known, 0, loss)
 
 

@@ -59,6 +59,21 @@ class Prediction(ABC):
         of = self.coefficients(process, time)
         return of.data * data + of.noise * noise
 
+    def values(self, predicted: Float[Array, "*batch o"]) -> Float[Array, "*batch p"]:
+        """What of a model's output is to be the target."""
+        return predicted
+
+    def further_loss(
+        self,
+        process: Process,
+        data: Float[Array, "*batch p"],
+        noisy: Float[Array, "*batch p"],
+        predicted: Float[Array, "*batch o"],
+        time: Float[Array, "*batch 1"],
+    ) -> Float[Array, "*batch"] | None:
+        """What of a model's output beside that is trained by, if there is more."""
+        return None
+
     def data_error(self, process: Process, time: Float[Array, "*time"]) -> Float[Array, "*time"]:
         """How large an error of the data is that comes with an error of 1 of the prediction."""
         return jnp.abs(process.sigma(time) / self.determinant(process, time))
