@@ -184,7 +184,10 @@ def guided(
 
     def combined(noisy, time):
         predictions = branches(noisy, time)
-        return predictions[0], _combined(predictions, strength, noisy, time, projection, mean)
+        values = [prediction.values(predicted) for predicted in predictions]
+        beside = predictions[0][..., values[0].shape[-1] :]  # a variance, which is not guided
+        found = _combined(values, strength, noisy, time, projection, mean)
+        return predictions[0], jnp.concatenate([found, beside], axis=-1) if beside.size else found
 
     def denoise(noisy, time):
         if strength.interval is None:
@@ -207,7 +210,7 @@ class _Projection(NamedTuple):
     def __call__(self, step: Array, predicted: Array, noisy: Array, time: Array) -> Array:
         """A difference of predictions, which is one of the data times a number: directions are the same."""
         x = noisy / self.process.input_scale(time)
-        data = self.prediction.estimate(self.process, x, predicted, time).data
+        data = Prediction.estimate(self.prediction, self.process, x, predicted, time).data  # of values alone
         along = self.mean(step * data) / jnp.maximum(self.mean(data * data), 1e-12)
         changed = step + (self.parallel - 1) * along * data
         if self.largest is None:

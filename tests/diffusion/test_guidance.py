@@ -8,6 +8,7 @@ from dit_video.diffusion import (
     X0,
     Epsilon,
     Guidance,
+    LearnedVariance,
     Projected,
     RectifiedFlow,
     V,
@@ -170,6 +171,22 @@ def test_projection_is_of_the_data_whatever_is_predicted(prediction):
     expected = run((conditional, unconditional), X0())
     found = run((as_predicted(conditional), as_predicted(unconditional)), prediction)
     np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_a_variance_beside_the_prediction_is_not_guided():
+    def beside(branch, variance):
+        return lambda x, t: jnp.concatenate([branch(x, t), jnp.full_like(x, variance)], axis=-1)
+
+    guidance = Guidance(scale=4.0, rescale=0.5, projected=Projected(largest=0.3))
+
+    def run(branches, prediction):
+        process = VariancePreserving()
+        return guided(apart(*branches), guidance.strength(), process=process, prediction=prediction)(NOISY, TIME)
+
+    found = run((beside(conditional, 0.3), beside(unconditional, -0.8)), LearnedVariance())
+    values, variance = jnp.split(found, 2, axis=-1)
+    np.testing.assert_allclose(values, run((conditional, unconditional), Epsilon()), rtol=1e-5)
+    np.testing.assert_array_equal(variance, jnp.full_like(NOISY, 0.3))
 
 
 @pytest.mark.parametrize("guidance", [Guidance(scale=6.0, rescale=0.7), Guidance(projected=Projected(largest=0.2))])
