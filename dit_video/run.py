@@ -347,6 +347,8 @@ class Run:
             dit=experiment.denoiser.dit,
             text=encoder.pinned if isinstance(encoder, FrozenEncoder) else experiment.denoiser.text,
             process=experiment.denoiser.objective.process,
+            prediction=experiment.denoiser.objective.prediction,
+            caption_dropout=experiment.denoiser.caption_dropout,
             boundary=None if experiment.denoiser.expert is None else experiment.denoiser.expert.boundary,
             rows=experiment.denoiser.rows,
             batch=experiment.denoiser.batch,

@@ -35,7 +35,16 @@ from dit_video.diffusion.dpm_solver import DpmMultistep, DpmSinglestep
 from dit_video.diffusion.edm import Edm
 from dit_video.diffusion.flow import RectifiedFlow
 from dit_video.diffusion.grids import Even, Exponential, Given, Karras, Shifted, TimeGrid, time_grid
-from dit_video.diffusion.guidance import classifier_free
+from dit_video.diffusion.guidance import (
+    Guidance,
+    Projected,
+    Strength,
+    apart,
+    batched,
+    classifier_free,
+    guided,
+    mean_of_each,
+)
 from dit_video.diffusion.inversion import Inversion, invert
 from dit_video.diffusion.learned_variance import LearnedVariance
 from dit_video.diffusion.likelihood import Divergence, Exact, Hutchinson, Likelihood, log_likelihood
@@ -60,6 +69,7 @@ from dit_video.diffusion.solvers import Euler, Heun, Interval, Solver
 from dit_video.diffusion.times import LogitNormal, LogNormalSigma, Mode, Times, Uniform, low_discrepancy
 from dit_video.diffusion.unipc import UniPc
 from dit_video.diffusion.variance_preserving import Betas, Cosine, Linear, ScaledLinear, VariancePreserving
+from dit_video.diffusion.watched import Watched, WatchedState
 from dit_video.diffusion.weighting import AsPredicted, EdmWeight, MinSnr, SigmoidWeight, Weighting
 
 __all__ = [
@@ -90,6 +100,7 @@ __all__ = [
     "FlowMatchGrid",
     "FlowMatching",
     "Given",
+    "Guidance",
     "Heun",
     "Hutchinson",
     "Interval",
@@ -110,6 +121,7 @@ __all__ = [
     "Preconditioned",
     "Prediction",
     "Process",
+    "Projected",
     "RectifiedFlow",
     "SampleTimes",
     "Sampler",
@@ -119,6 +131,7 @@ __all__ = [
     "SizeShift",
     "Solver",
     "StepGrid",
+    "Strength",
     "TimeGrid",
     "Times",
     "Trace",
@@ -128,14 +141,20 @@ __all__ = [
     "V",
     "VariancePreserving",
     "Velocity",
+    "Watched",
+    "WatchedState",
     "Weighting",
     "advance",
+    "apart",
+    "batched",
     "classifier_free",
     "draws",
     "estimator",
+    "guided",
     "invert",
     "log_likelihood",
     "low_discrepancy",
+    "mean_of_each",
     "sample",
     "sampler",
     "time_grid",

@@ -150,4 +150,5 @@ def time_grid(process: Process, steps: int) -> Float[Array, " {steps}+1"]:
       UserError: less than one step.
     """
     check_steps(steps)
-    return process.shifted(jnp.linspace(1.0, 0.0, steps + 1))
+    # In NumPy, where another number of steps compiles nothing.
+    return jnp.asarray(process.shifted(np.linspace(1.0, 0.0, steps + 1)), jnp.float32)

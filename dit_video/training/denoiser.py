@@ -13,7 +13,7 @@ from dit_video.conditioning import KnownFrames, drop_captions, given_latents, kn
 from dit_video.diffusion import ClipSize, Objective, low_discrepancy
 from dit_video.dit import DitConfig, Given, WanDitConfig, packed_denoise
 from dit_video.rng import example_keys, key
-from dit_video.tokens import Rows, positions, segment_mean, to_tokens
+from dit_video.tokens import Rows, packed_noise, segment_mean, to_tokens
 from dit_video.training.optimizer import OptimizerConfig, hold_still
 
 TEMPORAL = r"(^|/)temporal"
@@ -137,16 +137,3 @@ def _given(dit: DitConfig | WanDitConfig, rows: Rows, known: Bool[Array, "B N"])
     if not dit.given_channels:
         return Given()
     return Given(latents=given_latents(rows.tokens, known, places=dit.patch.volume, channels=dit.given_channels))
-
-
-def packed_noise(rows: Rows, keys: Array) -> Float[Array, "B N p"]:
-    """Standard normal noise; an example's depends on its key and its own tokens' order, not on the row around it."""
-    width = rows.tokens.shape[-1]
-    index = positions(rows.segments)
-
-    def token(row_keys, segment, at):
-        return jax.random.normal(jax.random.fold_in(row_keys[jnp.maximum(segment - 1, 0)], at), (width,))
-
-    return jax.vmap(lambda row_keys, ids, at: jax.vmap(lambda i, a: token(row_keys, i, a))(ids, at))(
-        keys, rows.segments, index
-    )
