@@ -1,7 +1,8 @@
-"""A trained model taken apart: its denoiser on clips, as the function that diffusion knows, and where its tokens look."""
+"""A trained model taken apart: its denoiser as the function that diffusion knows, and where its tokens look."""
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -36,15 +37,16 @@ class ClipDenoiser:
             raise UserError("a clip needs a prompt; name one, the empty one is none")
         if config.boundary is not None or config.dit.given_channels or config.dit.time == "token":
             raise UserError(
-                "clips are denoised alone: by one model, which is given noise and a prompt and nothing else"
+                "one model that is given noise and a prompt is taken apart here, none with experts or given frames"
             )
         latents = config.latent_grid(config.size if size is None else as_grid(size))
         self.patch, self.channels = config.dit.patch, config.autoencoder.channels
         self.latents, self.grid = latents, token_grid(latents, config.dit.patch)
         """sizes of a clip's latents, and of its tokens"""
-        self.dit = nnx.merge(graph_of(config.dit.make), pipeline.denoiser_params["dit"])
+        params = jax.tree.map(jnp.asarray, pipeline.denoiser_params)
+        self.dit = nnx.merge(graph_of(config.dit.make), params["dit"])
         self._rows = self._packed(prompts, pipeline)
-        text = nnx.merge(graph_of(config.text.make), pipeline.denoiser_params["text"])
+        text = nnx.merge(graph_of(config.text.make), params["text"])
         self._context = text(jnp.asarray(self._rows.text), jnp.asarray(self._rows.text_segments))
         self._denoise = packed_denoise(
             self.dit,
