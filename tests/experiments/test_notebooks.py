@@ -22,7 +22,7 @@ SPIRAL = {
     "blind": "blind_distance",
     "fields": "[field_errors[time] for time in sorted(field_errors)]",
     "losses": "[[float(value) for value in by_time[name]] for name in ('exact', 'trained', 'blind to time')]",
-    "mistake": "[repaired[name] for name in ('unmoved, no noise', 'with noise', 'no noise')]",
+    "mistake": "list(repaired.values())",
     "reached": "list(reached.values())",
     "ddpm": "float(difference)",
     "errors": "{name: [errors[name, number] for number in evaluations] for name in solvers}",
@@ -133,8 +133,8 @@ def test_the_spiral_is_learned_when_the_notebook_runs_in_full(monkeypatch):
     exact, trained, blind = (np.asarray(values) for values in found["losses"])
     assert (trained < 1.1 * exact).all()
     assert (blind > trained).mean() > 0.9
-    unmoved, healed, carried = found["mistake"]
-    assert max(unmoved, healed) < carried / 5
+    smooth, carried, healed = found["mistake"]
+    assert min(smooth, healed) > carried + 0.05
     assert max(found["reached"]) < 3 * floor
     for solver in ("Heun", "DPM-Solver++ 2M", "UniPC"):
         assert found["errors"][solver][-1] < 0.5 * found["errors"]["Euler (DDIM)"][-1]
