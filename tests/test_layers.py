@@ -22,6 +22,7 @@ LEVELS = {
         "intake",
         "encoding",
         "codec",
+        "inspection",
         "live",
         "feed",
         "run",
