@@ -29,6 +29,8 @@ A step of either that holds the estimate still is $x_s = \alpha_s \hat x_0 + \si
 $q(x_t \mid x_s)\,q(x_s \mid x_0)$ are (`Process.posterior`); drawn at $x_0 = \hat x_0$ it is a step of DDPM.
 """
 
+from dit_video.diffusion.consistency import consistency_function, consistency_loss, flow_step, multistep
+from dit_video.diffusion.distribution_matching import distance, matching_gradient, matching_loss
 from dit_video.diffusion.edm import Edm
 from dit_video.diffusion.flow import RectifiedFlow
 from dit_video.diffusion.grids import Even, FlowMatchGrid, SampleTimes, TimeGrid, UniPcGrid, time_grid
@@ -90,8 +92,15 @@ __all__ = [
     "Velocity",
     "advance",
     "classifier_free",
+    "consistency_function",
+    "consistency_loss",
+    "distance",
     "estimator",
+    "flow_step",
     "low_discrepancy",
+    "matching_gradient",
+    "matching_loss",
+    "multistep",
     "sample",
     "sampler",
     "time_grid",
