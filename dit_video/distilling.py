@@ -1,4 +1,4 @@
-"""Distillation of any checkpoint into few steps: the experiment that a run or a pipeline gives, and what it has lost."""
+"""Distillation of any checkpoint into few steps: the experiment that it gives, and what a student has lost."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -111,9 +111,7 @@ def distilling(folder: str | os.PathLike, options: Distilling = Distilling()) ->
 def _method(options: Distilling, guidance: float) -> Distillation:
     if options.method == "consistency":
         return ConsistencyDistillation(guidance=guidance, intervals=options.intervals)
-    return DistributionMatching(
-        guidance=guidance, steps=options.sampling_steps, critic_steps=options.critic_steps
-    )
+    return DistributionMatching(guidance=guidance, steps=options.sampling_steps, critic_steps=options.critic_steps)
 
 
 def _largest(config: Any) -> int:
@@ -168,9 +166,7 @@ def _figures(pipeline: Pipeline, steps: int, seeds: Sequence[int]) -> dict[str, 
     for seed in seeds:
         requests = shape_requests(seed)
         clips = pipeline.generate_many(requests, steps=steps)
-        results += [
-            examine(shapes.parse(request.prompt), clip) for request, clip in zip(requests, clips, strict=True)
-        ]
+        results += [examine(shapes.parse(request.prompt), clip) for request, clip in zip(requests, clips, strict=True)]
     found = prompt_following(results)
     rates = {name: found["all"][name]["rate"] for name in ATTRIBUTES}
     entries = [entry for entry in found["start_spread"].values() if isinstance(entry, dict)]
@@ -182,5 +178,3 @@ def _figures(pipeline: Pipeline, steps: int, seeds: Sequence[int]) -> dict[str, 
         "spread": float(np.mean(known)) if known else None,
         "samples": len(results),
     }
-
-

@@ -1,17 +1,17 @@
 r"""Consistency: from any time straight to the data, where the probability flow ends (arXiv 2303.01469).
 
-$f(x_t, t)$ is the same all along a trajectory, and at time 0 it is $x$ itself. The data that a model estimates have that
-second property for every prediction in which the noise has a part: at time 0, where $\alpha = 1$ and $\sigma = 0$, they
-are what the model is given, whatever it says. (Of rectified flow $f = x - t\,v$.) So a trained model is a consistency
-function already, but for the first property, and that is what distillation teaches: $f$ is to be the same at both ends
-of a step along the teacher's flow (latent consistency, arXiv 2310.04378).
+$f(x_t, t)$ is the same all along a trajectory, and at time 0 it is $x$ itself. The data that a model estimates have
+that second property for every prediction in which the noise has a part: at time 0, where $\alpha = 1$ and
+$\sigma = 0$, they are what the model is given, whatever it says. (Of rectified flow $f = x - t\,v$.) The first one is
+what distillation teaches: $f$ is to be the same at both ends of a step along the teacher's flow (latent consistency,
+arXiv 2310.04378).
 """
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dit_video.diffusion.predictions import X0, Denoise, Estimator, Prediction, estimator
 from dit_video.diffusion.process import Process
@@ -86,7 +86,7 @@ def multistep(
     *,
     process: Process,
     draw: Draw,
-    steps: Float[Array, ""] | int,
+    steps: Int[Array, ""] | int,
 ) -> Float[Array, "*shape"]:
     r"""What $f$ is given at its step of number `steps` (from 0 on): the samples of those before it, noised again.
 

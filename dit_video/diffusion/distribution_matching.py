@@ -39,9 +39,7 @@ def distance(generated: Float[Array, "*batch p"], real: Float[Array, "*batch p"]
     return jnp.abs(generated - real).mean(axis=-1)
 
 
-def matching_loss(
-    generated: Float[Array, "*batch p"], gradient: Float[Array, "*batch p"]
-) -> Float[Array, "*batch"]:
+def matching_loss(generated: Float[Array, "*batch p"], gradient: Float[Array, "*batch p"]) -> Float[Array, "*batch"]:
     """What has this gradient in the samples, but for the mean over a token's values: half its square, for every token.
 
     The gradient is held still, whatever the samples' parameters have to do with it.

@@ -224,9 +224,7 @@ class ConsistencyLoss(_Taught):
 
         return with_constants(jax.jit(step, donate_argnums=0), constants)
 
-    def __call__(
-        self, params: PyTree, average: PyTree, rows: Rows, step: Array, teacher: PyTree
-    ) -> Float[Array, ""]:
+    def __call__(self, params: PyTree, average: PyTree, rows: Rows, step: Array, teacher: PyTree) -> Float[Array, ""]:
         """The mean over clips, each at a time of its own."""
         process, intervals = self.objective.process, self.config.intervals
         times = Even()(process, intervals).times
