@@ -31,7 +31,7 @@ from dit_video.training.autoencoder import AutoencoderLoss
 from dit_video.training.denoiser import TEMPORAL, share_below
 from dit_video.training.lora import LoraLoss
 from dit_video.training.optimizer import OptimizerConfig
-from dit_video.training.step import Loss
+from dit_video.training.step import Loss, OwnStep
 from dit_video.training.vq import VqLoss
 from dit_video.tree import flatten, map_with_path, unflatten
 from dit_video.weights import denoiser_config, load_autoencoder, load_denoiser, load_lpips
@@ -120,9 +120,9 @@ class TrainedDenoiser(NamedTuple):
     teacher: dict[str, Any] | None = None
     """the weights that a student learns from, laid out on the devices"""
 
-    def loss(self, loss: Loss) -> Loss:
+    def loss(self, loss: Loss | OwnStep) -> Loss | OwnStep:
         """Of what is trained, from that of the model's parameters."""
-        return loss if self.lora is None else LoraLoss(loss=loss, scale=self.lora.scale)
+        return loss if self.lora is None or isinstance(loss, OwnStep) else LoraLoss(loss=loss, scale=self.lora.scale)
 
     def arguments(self) -> dict[str, Any]:
         """Of `Training`."""

@@ -29,6 +29,7 @@ LEVELS = {
         "stages",
         "results",
         "finetuning",
+        "distilling",
         "text_encoder",
         "measure",
         "reports",
