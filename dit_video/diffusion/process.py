@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dit_video.arrays import SameArray
+from dit_video.arrays import AnyArray, SameArray
 
 LEAST_ALPHA = 1e-6
 """Of pure noise the log-SNR would be infinite."""
@@ -36,8 +36,8 @@ class Normal(NamedTuple):
 class Path(NamedTuple):
     """In which coordinates the probability flow is solved: $d(x / scale) = slope \\; d(clock)$."""
 
-    scale: Float[Array, "*shape"]
-    clock: Float[Array, "*shape"]
+    scale: Float[AnyArray, "*shape"]
+    clock: Float[AnyArray, "*shape"]
 
 
 class Process(ABC):
@@ -116,12 +116,16 @@ class Process(ABC):
         $\sigma^2_{t|s} \sigma_s^2 / \sigma_t^2$ (arXiv 2107.00630, appendix A).
         """
         alpha, sigma, before = self.alpha(following), self.sigma(following), self.sigma(time)
-        step = self.alpha(time) / alpha
-        added = jnp.maximum(before**2 - (step * sigma) ** 2, 0.0)
-        mean = (step * sigma**2 * noisy + alpha * added * data) / before**2
+        kept, added = self.alpha(time) / alpha, self.added_variance(time, following)
+        mean = (kept * sigma**2 * noisy + alpha * added * data) / before**2
         return Normal(mean, added * sigma**2 / before**2)
 
-    def path(self, time: Float[Array, "*time"]) -> Path:
+    def added_variance(self, time: Float[Array, "*time"], following: Float[Array, "*time"]) -> Float[Array, "*time"]:
+        r"""$\sigma^2_{t|s}$ of `posterior`: of the noise that comes between `following` and `time` (DDPM's beta)."""
+        kept = self.alpha(time) / self.alpha(following)
+        return jnp.maximum(self.sigma(time) ** 2 - (kept * self.sigma(following)) ** 2, 0.0)
+
+    def path(self, time: Float[SameArray, "*time"]) -> Path:
         r"""$x/\alpha$ moves with $\sigma/\alpha$, its slope being $\epsilon$ (arXiv 2206.00364, eq. 1)."""
         alpha = self.alpha(time)
         return Path(alpha, self.sigma(time) / alpha)
