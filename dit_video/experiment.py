@@ -28,6 +28,7 @@ from dit_video.nn import LoraConfig
 from dit_video.text import ByteEncoderConfig, TextConfig
 from dit_video.tokens import Grid, RowShape
 from dit_video.training.codebook import CodebookLearning
+from dit_video.training.distillation import Distillation
 from dit_video.training.optimizer import OptimizerConfig, learning_rates
 
 
@@ -85,9 +86,9 @@ class GivenAutoencoder:
       UserError: no folder.
     """
 
-    model: CausalVaeConfig | ImageVaeConfig | VqConfig
+    model: PatchVaeConfig | CausalVaeConfig | ImageVaeConfig | InflatedConfig | VqConfig
     folder: str
-    """of its weights, in diffusers' layout"""
+    """of its weights, in diffusers' layout, or of a pipeline that it is a part of"""
 
     def __post_init__(self):
         if not self.folder:
@@ -148,6 +149,9 @@ class DenoiserTraining:
     """of a model with two: that whose weights `start` holds"""
     lora: LoraConfig | None = None
     """Instead of the weights, adapters to those of `start` are trained; paths begin with `dit/` and `text/`."""
+    distillation: Distillation | None = None
+    """The model of `start` is the teacher of one that begins as it, and that samples in few steps; `objective` is what
+    the teacher was trained with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,8 +230,19 @@ class Experiment:
             raise UserError("LoRA adapts weights that are there: name their folder as the denoiser's start")
         if denoiser.lora is not None and denoiser.trained != "full":
             raise UserError(f"adapters are trained, not the weights: leave out lora, or trained={denoiser.trained!r}")
+        if denoiser.distillation is not None:
+            self._check_distillation()
         if denoiser.trained == "temporal" and denoiser.optimizer.trainable:
             raise UserError("trained='temporal' says what is trained; leave the optimizer's trainable empty")
+
+    def _check_distillation(self) -> None:
+        denoiser = self.denoiser
+        if denoiser.start is None:
+            raise UserError("a student is distilled from a teacher: name its folder as the denoiser's start")
+        if denoiser.lora is not None or denoiser.trained != "full":
+            raise UserError("of a student all weights are trained; leave out lora and trained, or distillation")
+        if denoiser.known is not None:
+            raise UserError("a student is told of no known frames; leave out known, and take a teacher without them")
 
     def _check_models(self) -> None:
         model, denoiser = self.autoencoder.model, self.denoiser

@@ -30,6 +30,7 @@ LEVELS = {
         "stages",
         "results",
         "finetuning",
+        "distilling",
         "text_encoder",
         "measure",
         "reports",
