@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, cast, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import jax.numpy as jnp
 import numpy as np
