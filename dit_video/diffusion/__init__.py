@@ -24,15 +24,32 @@ $x = \alpha \hat x_0 + \sigma \hat\epsilon$ for $x$: the flow is $dx/dt = \alpha
 derivative of the process with its parts held still. Two ways to solve it are used here. In $x / \alpha$ over
 $\sigma / \alpha$ the slope is $\hat\epsilon$ alone; and over $\lambda$ the linear part is solved exactly (`unipc`).
 A step of either that holds the estimate still is $x_s = \alpha_s \hat x_0 + \sigma_s \hat\epsilon$: DDIM.
+With noise, the second way is `dpm_solver`'s, and a step of DDPM its first order.
 
 **The posterior** $q(x_s \mid x_t, x_0)$ of an earlier time $s$ is normal, as both factors of
 $q(x_t \mid x_s)\,q(x_s \mid x_0)$ are (`Process.posterior`); drawn at $x_0 = \hat x_0$ it is a step of DDPM.
 """
 
+from dit_video.diffusion.ancestral import Ddim, Ddpm, Lcm
+from dit_video.diffusion.consistency import consistency_function, consistency_loss, flow_step, multistep
+from dit_video.diffusion.distribution_matching import distance, matching_gradient, matching_loss
+from dit_video.diffusion.dpm_solver import DpmMultistep, DpmSinglestep
 from dit_video.diffusion.edm import Edm
 from dit_video.diffusion.flow import RectifiedFlow
-from dit_video.diffusion.grids import Even, FlowMatchGrid, SampleTimes, TimeGrid, UniPcGrid, time_grid
-from dit_video.diffusion.guidance import classifier_free
+from dit_video.diffusion.grids import Even, Exponential, Given, Karras, Shifted, TimeGrid, time_grid
+from dit_video.diffusion.guidance import (
+    Guidance,
+    Projected,
+    Strength,
+    apart,
+    batched,
+    classifier_free,
+    guided,
+    mean_of_each,
+)
+from dit_video.diffusion.inversion import Inversion, invert
+from dit_video.diffusion.learned_variance import LearnedVariance
+from dit_video.diffusion.likelihood import Divergence, Exact, Hutchinson, Likelihood, log_likelihood
 from dit_video.diffusion.objective import FlowMatching, Objective
 from dit_video.diffusion.predictions import (
     X0,
@@ -46,53 +63,109 @@ from dit_video.diffusion.predictions import (
     estimator,
 )
 from dit_video.diffusion.process import Estimate, Normal, Process
-from dit_video.diffusion.samplers import SAMPLERS, Draw, Sampler, advance, sample, sampler
-from dit_video.diffusion.solvers import Euler, Heun, Interval
-from dit_video.diffusion.times import LogitNormal, Times, Uniform, low_discrepancy
+from dit_video.diffusion.sample_times import SampleTimes
+from dit_video.diffusion.samplers import SAMPLERS, Draw, Sampler, Trace, advance, draws, sample, sampler, trace
+from dit_video.diffusion.scheduler_grids import DpmFlowGrid, FlowMatchGrid, LcmGrid, StepGrid, UniPcGrid
+from dit_video.diffusion.shift import ClipSize, ExponentialShift, LinearShift, SizeShift
+from dit_video.diffusion.solvers import Euler, Heun, Interval, Solver
+from dit_video.diffusion.times import LogitNormal, LogNormalSigma, Mode, Times, Uniform, low_discrepancy
 from dit_video.diffusion.unipc import UniPc
 from dit_video.diffusion.variance_preserving import Betas, Cosine, Linear, ScaledLinear, VariancePreserving
+from dit_video.diffusion.watched import Watched, WatchedState
+from dit_video.diffusion.weighting import AsPredicted, EdmWeight, MinSnr, SigmoidWeight, Weighting
 
 __all__ = [
     "SAMPLERS",
     "X0",
+    "AsPredicted",
     "Betas",
+    "ClipSize",
     "Cosine",
+    "Ddim",
+    "Ddpm",
     "Denoise",
+    "Divergence",
+    "DpmFlowGrid",
+    "DpmMultistep",
+    "DpmSinglestep",
     "Draw",
     "Edm",
+    "EdmWeight",
     "Epsilon",
     "Estimate",
     "Estimator",
     "Euler",
     "Even",
+    "Exact",
+    "Exponential",
+    "ExponentialShift",
     "FlowMatchGrid",
     "FlowMatching",
+    "Given",
+    "Guidance",
     "Heun",
+    "Hutchinson",
     "Interval",
+    "Inversion",
+    "Karras",
+    "Lcm",
+    "LcmGrid",
+    "LearnedVariance",
+    "Likelihood",
     "Linear",
+    "LinearShift",
+    "LogNormalSigma",
     "LogitNormal",
+    "MinSnr",
+    "Mode",
     "Normal",
     "Objective",
     "Preconditioned",
     "Prediction",
     "Process",
+    "Projected",
     "RectifiedFlow",
     "SampleTimes",
     "Sampler",
     "ScaledLinear",
+    "Shifted",
+    "SigmoidWeight",
+    "SizeShift",
+    "Solver",
+    "StepGrid",
+    "Strength",
     "TimeGrid",
     "Times",
+    "Trace",
     "UniPc",
     "UniPcGrid",
     "Uniform",
     "V",
     "VariancePreserving",
     "Velocity",
+    "Watched",
+    "WatchedState",
+    "Weighting",
     "advance",
+    "apart",
+    "batched",
     "classifier_free",
+    "consistency_function",
+    "consistency_loss",
+    "distance",
+    "draws",
     "estimator",
+    "flow_step",
+    "guided",
+    "invert",
+    "log_likelihood",
     "low_discrepancy",
+    "matching_gradient",
+    "matching_loss",
+    "mean_of_each",
+    "multistep",
     "sample",
     "sampler",
     "time_grid",
+    "trace",
 ]
