@@ -28,6 +28,7 @@ from dit_video.nn import LoraConfig
 from dit_video.text import ByteEncoderConfig, TextConfig
 from dit_video.tokens import Grid, RowShape
 from dit_video.training.codebook import CodebookLearning
+from dit_video.training.distillation import Distillation
 from dit_video.training.optimizer import OptimizerConfig, learning_rates
 
 
@@ -85,13 +86,32 @@ class GivenAutoencoder:
       UserError: no folder.
     """
 
-    model: CausalVaeConfig | ImageVaeConfig | VqConfig
+    model: PatchVaeConfig | CausalVaeConfig | ImageVaeConfig | InflatedConfig | VqConfig
     folder: str
-    """of its weights, in diffusers' layout"""
+    """of its weights, in diffusers' layout, or of a pipeline that it is a part of"""
 
     def __post_init__(self):
         if not self.folder:
             raise UserError("an autoencoder that is given lies in a folder; name it, such as MODEL/vae")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneOfTwo:
+    """Which of a model's two experts is trained (Wan 2.2 A14B), at its times alone; the other stays as it is.
+
+    Raises:
+      UserError: a boundary that leaves one of them no times.
+    """
+
+    expert: Literal["high", "low"]
+    """`high` denoises at times from the boundary on, `low` below it"""
+    boundary: float
+    other: str
+    """folder of the other's transformer, in diffusers' layout"""
+
+    def __post_init__(self):
+        if not 0 < self.boundary < 1:
+            raise UserError(f"the boundary between two experts is a time between 0 and 1, not {self.boundary}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,8 +145,13 @@ class DenoiserTraining:
     layers in time alone, those with `temporal` in their paths, all others being kept as they are (as Kandinsky Video
     adds motion to an image model, arXiv 2311.13073). `scratch`: all, from random weights; `start` is not read. Any
     other choice is made by path, with the optimizer's `trainable` and `frozen`."""
+    expert: OneOfTwo | None = None
+    """of a model with two: that whose weights `start` holds"""
     lora: LoraConfig | None = None
     """Instead of the weights, adapters to those of `start` are trained; paths begin with `dit/` and `text/`."""
+    distillation: Distillation | None = None
+    """The model of `start` is the teacher of one that begins as it, and that samples in few steps; `objective` is what
+    the teacher was trained with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,8 +230,19 @@ class Experiment:
             raise UserError("LoRA adapts weights that are there: name their folder as the denoiser's start")
         if denoiser.lora is not None and denoiser.trained != "full":
             raise UserError(f"adapters are trained, not the weights: leave out lora, or trained={denoiser.trained!r}")
+        if denoiser.distillation is not None:
+            self._check_distillation()
         if denoiser.trained == "temporal" and denoiser.optimizer.trainable:
             raise UserError("trained='temporal' says what is trained; leave the optimizer's trainable empty")
+
+    def _check_distillation(self) -> None:
+        denoiser = self.denoiser
+        if denoiser.start is None:
+            raise UserError("a student is distilled from a teacher: name its folder as the denoiser's start")
+        if denoiser.lora is not None or denoiser.trained != "full":
+            raise UserError("of a student all weights are trained; leave out lora and trained, or distillation")
+        if denoiser.known is not None:
+            raise UserError("a student is told of no known frames; leave out known, and take a teacher without them")
 
     def _check_models(self) -> None:
         model, denoiser = self.autoencoder.model, self.denoiser

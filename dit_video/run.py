@@ -12,7 +12,8 @@ from their checkpoints. So a run that was interrupted is continued by running th
     denoiser/                 checkpoints, metrics.jsonl, rows.json (what an epoch holds)
     adapter.safetensors       the trained adapter, where one is trained, with our names
     pytorch_lora_weights.safetensors   the same of Wan, with diffusers' names
-    transformer/              all weights of Wan, where these are trained, as diffusers reads them
+    transformer/              all weights of Wan, where these are trained, as diffusers reads them; of the second of two
+                              experts transformer_2/
     pipeline/                 the result: what `dit_video.load` reads
 """
 
@@ -51,14 +52,24 @@ from dit_video.files import read_json, write_json
 from dit_video.nn import graph_of
 from dit_video.pipeline import Pipeline, PipelineConfig
 from dit_video.stages import AutoencoderStage
-from dit_video.starting import TrainedDenoiser, check_start, optimizer_of, trained_denoiser
+from dit_video.starting import (
+    TrainedDenoiser,
+    check_start,
+    experts_of,
+    optimizer_of,
+    shares_of,
+    trained_denoiser,
+    with_other,
+)
 from dit_video.text import FrozenTextConfig, Tokenizer
 from dit_video.text_encoder import FrozenEncoder, check_width, open_tokenizer
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.denoiser import DenoiserLoss
+from dit_video.training.distillation import distillation_loss
 from dit_video.training.logging import Progress, remark
 from dit_video.training.optimizer import make_optimizer
 from dit_video.training.state import state_shapes
+from dit_video.training.step import Loss, OwnStep
 
 FORMAT = 1
 CONFIG = "experiment.json"
@@ -87,7 +98,7 @@ class Run:
             difference = configs.difference(configs.to_json(existing.experiment), configs.to_json(experiment))
             if not difference:
                 return existing
-            if (folder / "autoencoder").exists():
+            if any((folder / part).exists() for part in ("autoencoder", "denoiser")):
                 raise UserError(
                     f"{folder} holds a run of another config ({difference}); use another folder or remove it"
                 )
@@ -254,7 +265,7 @@ class Run:
             texts = feed.texts_of(self._tokenizer(cache=self.folder / "texts"), captions)
             encode = feed.live_encoder(experiment, self.train_autoencoder(), self.training_clips)
             rows = feed.live(experiment, self.training_clips, texts, encode)
-        loss = DenoiserLoss(
+        loss: Loss | OwnStep = DenoiserLoss(
             dit=graph_of(config.dit.make),
             text=graph_of(config.text.make),
             objective=config.objective,
@@ -262,9 +273,12 @@ class Run:
             empty_caption=texts.empty,
             seed=experiment.seed,
             known=config.known,
+            shares=shares_of(config),
             times_of=config.times_of,
             optimizer=optimizer_of(config) if config.lora is None else None,
         )
+        if config.distillation is not None:
+            loss = distillation_loss(config.distillation, loss)
 
         def batches(start: int) -> Batches:
             opened = rows(start)
@@ -276,10 +290,11 @@ class Run:
         state = stages.train(experiment, folder, trained.init, trained.loss(loss), batches, **arguments)
         averaged = jax.device_get(state.ema)
         del state
+        expert, _ = experts_of(config)
         if (adapter := trained.adapter(averaged)) is None:
-            results.save_transformer(self.folder, config.dit, averaged)
+            results.save_transformer(self.folder, config.dit, averaged, expert=expert)
         else:
-            results.save_adapter(self.folder, config.dit, adapter, trained.adapted or {})
+            results.save_adapter(self.folder, config.dit, adapter, trained.adapted or {}, expert=expert)
         return trained.whole(averaged)
 
     def _tokenizer(self, *, cache: Path | None = None) -> Tokenizer | FrozenEncoder:
@@ -301,6 +316,7 @@ class Run:
     def export(self) -> Pipeline:
         """Write `pipeline/`, after training what is not trained yet: the autoencoder, on its latents the denoiser."""
         denoiser = self.train_denoiser()  # first, as it takes memory, and makes the autoencoder that it needs
+        denoiser = with_other(self.experiment.denoiser, denoiser)
         autoencoder = self.train_autoencoder()
         pipeline = Pipeline(self.pipeline_config(), autoencoder=autoencoder, denoiser=denoiser)
         if not (self.folder / "pipeline").is_dir():
@@ -319,8 +335,11 @@ class Run:
             raise UserError(f"{self.folder} has no checkpoint of its denoiser yet; continue it with: {self.command}")
         trained = self._trained_denoiser()
         optimizer = make_optimizer(optimizer_of(config), steps=config.steps)
-        state, _ = checkpoints.restore(state_shapes(trained.init, optimizer))
-        denoiser = trained.whole(jax.device_get(state.ema))
+        shapes = state_shapes(trained.init, optimizer)
+        if (distillation := config.distillation) is not None:
+            shapes = jax.eval_shape(lambda state: distillation.begin(state, optimizer), shapes)
+        state, _ = checkpoints.restore(shapes)
+        denoiser = with_other(config, trained.whole(jax.device_get(state.ema)))
         return Pipeline(self.pipeline_config(), autoencoder=self.train_autoencoder(), denoiser=denoiser)
 
     def pipeline_config(self) -> PipelineConfig:
@@ -335,6 +354,9 @@ class Run:
             dit=experiment.denoiser.dit,
             text=encoder.pinned if isinstance(encoder, FrozenEncoder) else experiment.denoiser.text,
             process=experiment.denoiser.objective.process,
+            prediction=experiment.denoiser.objective.prediction,
+            caption_dropout=experiment.denoiser.caption_dropout,
+            boundary=None if experiment.denoiser.expert is None else experiment.denoiser.expert.boundary,
             rows=experiment.denoiser.rows,
             batch=experiment.denoiser.batch,
             sampling=experiment.sampling,

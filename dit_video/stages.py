@@ -1,6 +1,7 @@
 """The two trainings of a run in its folder: the autoencoder's stage, and what both have in common."""
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.logging import remark
 from dit_video.training.optimizer import make_optimizer
 from dit_video.training.state import TrainState
-from dit_video.training.step import Loss
+from dit_video.training.step import Loss, OwnStep
 from dit_video.weights import load as load_weights
 from dit_video.weights import save as save_weights
 
@@ -41,7 +42,7 @@ def train(
     experiment: Experiment,
     folder: Path,
     init: Callable[[Array], dict[str, Any]],
-    loss: Loss,
+    loss: Loss | OwnStep,
     batches: Callable[[int], Batches | WindowBatches],
     **given: Any,
 ) -> TrainState | AdversarialState:
@@ -118,13 +119,16 @@ class AutoencoderStage:
         save_weights(path, params)
         return params
 
-    def windows(self, stretches: Stretches, start: int, purpose: str) -> WindowBatches:
-        """Batches of the window shapes in turn, from step `start` on. Each purpose has windows of its own."""
+    def windows(self, stretches: Stretches, start: int, purpose: str, *, augment: bool = True) -> WindowBatches:
+        """Batches of the window shapes in turn, from step `start` on. Each purpose has windows of its own.
+
+        With `augment` they are augmented where the config says so.
+        """
         training = self.experiment.autoencoder
         assert isinstance(training, AutoencoderTraining)  # one that is given has no windows
         opened = WindowBatches(
             stretches,
-            training.windows,
+            tuple(dataclasses.replace(window, augment=augment and window.augment) for window in training.windows),
             seed=int(rng.host(self.experiment.seed, purpose).integers(2**31)),
             start_step=start,
             host=jax.process_index(),
@@ -145,12 +149,12 @@ class AutoencoderStage:
         return self._linear(Stretches(self.clips(), self.experiment.limits))
 
     def _linear(self, stretches: Stretches) -> LinearAutoencoder:
-        """Principal components of the training clips, which are kept in the run's folder."""
+        """Principal components of the training clips as they are, which are kept in the run's folder."""
         model = self.experiment.autoencoder.model
         path = self.folder / "linear.safetensors"
         if path.is_file():
             return LinearAutoencoder(**load_weights(path))
-        with contextlib.closing(self.windows(stretches, 0, "linear start")) as batches:
+        with contextlib.closing(self.windows(stretches, 0, "linear start", augment=False)) as batches:
             first = itertools.islice(batches, _LINEAR_BATCHES)
             fitted = fit_linear(map(pixels.to_float, first), stride=model.stride, channels=model.channels)
         save_weights(path, fitted._asdict())

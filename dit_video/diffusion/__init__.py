@@ -35,11 +35,22 @@ $q(x_t \mid x_s)\,q(x_s \mid x_0)$ are (`Process.posterior`); drawn at $x_0 = \h
 """
 
 from dit_video.diffusion.ancestral import Ddim, Ddpm, Lcm
+from dit_video.diffusion.consistency import consistency_function, consistency_loss, flow_step, multistep
+from dit_video.diffusion.distribution_matching import distance, matching_gradient, matching_loss
 from dit_video.diffusion.dpm_solver import DpmMultistep, DpmSinglestep
 from dit_video.diffusion.edm import Edm
 from dit_video.diffusion.flow import RectifiedFlow
 from dit_video.diffusion.grids import Even, Exponential, Given, Karras, Shifted, TimeGrid, time_grid
-from dit_video.diffusion.guidance import classifier_free
+from dit_video.diffusion.guidance import (
+    Guidance,
+    Projected,
+    Strength,
+    apart,
+    batched,
+    classifier_free,
+    guided,
+    mean_of_each,
+)
 from dit_video.diffusion.inversion import Inversion, invert
 from dit_video.diffusion.learned_variance import LearnedVariance
 from dit_video.diffusion.likelihood import Divergence, Exact, Hutchinson, Likelihood, log_likelihood
@@ -64,6 +75,7 @@ from dit_video.diffusion.solvers import Euler, Heun, Interval, Solver
 from dit_video.diffusion.times import LogitNormal, LogNormalSigma, Mode, Times, Uniform, low_discrepancy
 from dit_video.diffusion.unipc import UniPc
 from dit_video.diffusion.variance_preserving import Betas, Cosine, Linear, ScaledLinear, VariancePreserving
+from dit_video.diffusion.watched import Watched, WatchedState
 from dit_video.diffusion.weighting import AsPredicted, EdmWeight, MinSnr, SigmoidWeight, Weighting
 
 __all__ = [
@@ -94,6 +106,7 @@ __all__ = [
     "FlowMatchGrid",
     "FlowMatching",
     "Given",
+    "Guidance",
     "Heun",
     "Hutchinson",
     "Interval",
@@ -114,6 +127,7 @@ __all__ = [
     "Preconditioned",
     "Prediction",
     "Process",
+    "Projected",
     "RectifiedFlow",
     "SampleTimes",
     "Sampler",
@@ -123,6 +137,7 @@ __all__ = [
     "SizeShift",
     "Solver",
     "StepGrid",
+    "Strength",
     "TimeGrid",
     "Times",
     "Trace",
@@ -132,14 +147,27 @@ __all__ = [
     "V",
     "VariancePreserving",
     "Velocity",
+    "Watched",
+    "WatchedState",
     "Weighting",
     "advance",
+    "apart",
+    "batched",
     "classifier_free",
+    "consistency_function",
+    "consistency_loss",
+    "distance",
     "draws",
     "estimator",
+    "flow_step",
+    "guided",
     "invert",
     "log_likelihood",
     "low_discrepancy",
+    "matching_gradient",
+    "matching_loss",
+    "mean_of_each",
+    "multistep",
     "sample",
     "sampler",
     "time_grid",

@@ -132,12 +132,13 @@ def _advance(
     alpha, sigma, h = process.alpha(following), process.sigma(following), _length(process, time, following)
     rate = 1 + eta**2
     share = -jnp.expm1(-rate * h)
-    mean = sigma / process.sigma(time) * jnp.exp(-(eta**2) * h) * x + alpha * share * data
-    mean += alpha * (share / 2 if kind == "midpoint" else 1 - share / (rate * h)) * rise
+    rising = alpha * (share / 2 if kind == "midpoint" else 1 - share / (rate * h)) * rise
+    ahead = sigma / process.sigma(time) * x + alpha * share * data + rising
     if eta == 0:
-        return mean
+        return ahead
     assert noise is not None, "of a stochastic solver the loop sees to it"
-    return mean + sigma * jnp.sqrt(-jnp.expm1(-2 * eta**2 * h)) * noise
+    forgotten = sigma / process.sigma(time) * jnp.expm1(-(eta**2) * h) * x
+    return ahead + forgotten + sigma * jnp.sqrt(-jnp.expm1(-2 * eta**2 * h)) * noise
 
 
 def _length(process: Process, time: Float[Array, ""], following: Float[Array, ""]) -> Float[Array, ""]:

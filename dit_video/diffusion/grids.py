@@ -104,18 +104,18 @@ class _Ratios:
           UserError: less than one step, or a first time that is none of noise alone.
         """
         check_steps(steps)
-        one = np.ones(())
+        one = np.ones(1)
         with np.errstate(divide="ignore"):
-            end = process.sigma(one) / process.alpha(one)
+            end = (process.sigma(one) / process.alpha(one)).item()
         most = end if self.most is None else self.most
         kind = type(process).__name__
         if not np.isfinite(most):
             raise UserError(f"the noise of {kind} is without data, so that their ratio is infinite; give `most`")
-        first = process.time_at(np.asarray(most, np.float64))
-        size = np.hypot(process.alpha(first), process.sigma(first))
-        if most > end * (1 + 1e-6) or abs(size / process.start(one) - 1) > 0.1:
+        first = process.time_at(np.asarray([most], np.float64))
+        size = np.hypot(process.alpha(first), process.sigma(first)) / process.start(one)
+        if most > end * (1 + 1e-6) or abs(size.item() - 1) > 0.1:
             raise UserError(f"sampling starts from noise, whose ratio to the data in {kind} is {end:g}, not {most:g}")
-        times = process.time_at(self.ratios(float(most), steps))
+        times = process.time_at(self.ratios(most, steps))
         return ending(times, times)
 
     def ratios(self, most: float, steps: int) -> np.ndarray:
@@ -150,4 +150,5 @@ def time_grid(process: Process, steps: int) -> Float[Array, " {steps}+1"]:
       UserError: less than one step.
     """
     check_steps(steps)
-    return process.shifted(jnp.linspace(1.0, 0.0, steps + 1))
+    # In NumPy, where another number of steps compiles nothing.
+    return jnp.asarray(process.shifted(np.linspace(1.0, 0.0, steps + 1)), jnp.float32)

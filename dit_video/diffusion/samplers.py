@@ -15,7 +15,7 @@ from dit_video.diffusion.ancestral import Ddim, Ddpm, Lcm
 from dit_video.diffusion.dpm_solver import DpmMultistep, DpmSinglestep
 from dit_video.diffusion.predictions import Denoise, Estimator, Prediction, Velocity, estimator
 from dit_video.diffusion.process import Process
-from dit_video.diffusion.solvers import Euler, Heun, Interval
+from dit_video.diffusion.solvers import Euler, Heun, Interval, Solver
 from dit_video.diffusion.unipc import UniPc
 from dit_video.errors import UserError
 
@@ -132,7 +132,7 @@ def advance(
     times: Float[Array, " times"],
     *,
     process: Process,
-    solver: Sampler,
+    solver: Solver,
     prediction: Prediction = Velocity(),  # noqa: B008 (a value)
     told: Float[Array, " times"] | None = None,
     draw: Draw | None = None,
@@ -163,7 +163,7 @@ def _scan(step: Callable, state: Any, times: Float[Array, " times"], draw: Draw 
     return jax.lax.scan(of_interval, state, (times[:-1], times[1:], numbers))
 
 
-def _check(solver: Sampler, process: Process, draw: Draw | None) -> None:
+def _check(solver: Solver, process: Process, draw: Draw | None) -> None:
     solver.check(process)
     if solver.stochastic and draw is None:
         raise UserError(

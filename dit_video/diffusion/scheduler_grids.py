@@ -106,9 +106,9 @@ class LcmGrid:
         """
         check_steps(steps)
         trained = _trained_steps(process, self)
-        if steps > self.distilled or self.distilled > trained:
+        if not steps <= self.distilled <= trained:
             raise UserError(
-                f"{steps} steps are more than the {self.distilled} of distillation, or those than {trained}"
+                f"{steps} steps of sampling, {self.distilled} of distillation and {trained} of noise must rise"
             )
         origin = np.arange(1, self.distilled + 1) * (trained // self.distilled) - 1.0
         chosen = origin[::-1][np.floor(np.arange(steps) * (self.distilled / steps)).astype(int)]

@@ -78,8 +78,8 @@ class Heun(OneStep):
 
     def check(self, process: Process) -> None:
         with np.errstate(divide="ignore"):
-            clock = process.path(np.ones(())).clock
-        if not np.isfinite(clock):
+            clock = process.path(np.ones(1)).clock
+        if not np.isfinite(clock).all():
             raise UserError(
                 f"heun solves {type(process).__name__} in x / alpha, and alpha is 0 at its noise; "
                 "use euler, ddim, dpm++2m or unipc"

@@ -13,7 +13,7 @@ from dit_video.conditioning import KnownFrames, drop_captions, given_latents, kn
 from dit_video.diffusion import ClipSize, Objective, low_discrepancy
 from dit_video.dit import DitConfig, Given, WanDitConfig, packed_denoise
 from dit_video.rng import example_keys, key
-from dit_video.tokens import Rows, positions, segment_mean, to_tokens
+from dit_video.tokens import Rows, packed_noise, segment_mean, to_tokens
 from dit_video.training.optimizer import OptimizerConfig, hold_still
 
 TEMPORAL = r"(^|/)temporal"
@@ -39,6 +39,9 @@ class DenoiserLoss:
     known: KnownFrames | None = None
     """For a model that is told what is known of a clip: by given latents beside the noisy ones, or, where each token
     has its own time, by time 0. Tokens at time 0 hold no noise, and do not count in the loss."""
+    shares: tuple[float, float] = (0.0, 1.0)
+    """which of the objective's times, by the shares of them that are lower: of a model for some times, such as one of
+    two experts, those between; see `share_below`"""
     times_of: Literal["clip", "frame"] = "clip"
     """what has a diffusion time of its own; frames have it where tokens may (`time="token"`)"""
     optimizer: OptimizerConfig | None = None
@@ -87,7 +90,7 @@ class DenoiserLoss:
     def times(self, rows: Rows, step: Array) -> Float[Array, "B G"]:
         """Diffusion times, evenly spread over consecutive ranks of the plan."""
         offset = jax.random.uniform(jax.random.fold_in(key(self.seed, "time"), step))
-        return self.objective.time(low_discrepancy(offset, rows.examples), clip_sizes(rows))
+        return self.objective.time(self._shared(low_discrepancy(offset, rows.examples)), clip_sizes(rows))
 
     def token_times(self, rows: Rows, step: Array) -> Float[Array, "B N"]:
         """Of every token: its clip's time, or its frame's, drawn for each frame alone (arXiv 2407.01392)."""
@@ -102,7 +105,14 @@ class DenoiserLoss:
             return jax.random.uniform(jax.random.fold_in(row_keys[place], frame))
 
         u = jax.vmap(lambda row_keys, *at: jax.vmap(lambda *one: draw(row_keys, *one))(*at))(keys, places, frames)
-        return self.objective.time(u, ClipSize(*(to_tokens(jnp.asarray(part), rows.segments) for part in sizes)))
+        return self.objective.time(
+            self._shared(u), ClipSize(*(to_tokens(jnp.asarray(part), rows.segments) for part in sizes))
+        )
+
+    def _shared(self, u: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """Numbers in [0, 1), in the share of them that this model is trained at."""
+        first, last = self.shares
+        return first + (last - first) * u
 
 
 def clip_sizes(rows: Rows) -> ClipSize:
@@ -113,20 +123,17 @@ def clip_sizes(rows: Rows) -> ClipSize:
     return ClipSize(frames=jnp.maximum(member.sum(axis=1), 1) // frame_tokens, frame_tokens=frame_tokens)
 
 
+def share_below(objective: Objective, time: float) -> float:
+    """The share of an objective's training times that are below a time: the inverse of `objective.time`."""
+    low, high = 0.0, 1.0
+    for _ in range(24):  # bits of a float32
+        middle = (low + high) / 2
+        below = float(objective.time(jnp.float32(middle))) < time
+        low, high = (middle, high) if below else (low, middle)
+    return high
+
+
 def _given(dit: DitConfig | WanDitConfig, rows: Rows, known: Bool[Array, "B N"]) -> Given:
     if not dit.given_channels:
         return Given()
     return Given(latents=given_latents(rows.tokens, known, places=dit.patch.volume, channels=dit.given_channels))
-
-
-def packed_noise(rows: Rows, keys: Array) -> Float[Array, "B N p"]:
-    """Standard normal noise; an example's depends on its key and its own tokens' order, not on the row around it."""
-    width = rows.tokens.shape[-1]
-    index = positions(rows.segments)
-
-    def token(row_keys, segment, at):
-        return jax.random.normal(jax.random.fold_in(row_keys[jnp.maximum(segment - 1, 0)], at), (width,))
-
-    return jax.vmap(lambda row_keys, ids, at: jax.vmap(lambda i, a: token(row_keys, i, a))(ids, at))(
-        keys, rows.segments, index
-    )

@@ -1,6 +1,7 @@
 """On a mixture whose score is known: solvers of the flow converge at their order, those with noise to the data."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +65,7 @@ def end(solver, setting, steps):
         noise = jnp.asarray(np.random.default_rng(1).normal(size=(16, 2)))
         x = process.add_noise(jnp.asarray(mixture.drawn(0, 16)), noise, jnp.asarray(first))
         state, times = solver.init(x, steps=steps), jnp.linspace(first, last, steps + 1)
-        for time, following in zip(times[:-1], times[1:], strict=True):
+        for time, following in itertools.pairwise(times):
             state = stepper(solver, setting)(state, Interval(time, following))
         return np.asarray(state.x)
 
