@@ -13,6 +13,9 @@ $$\nabla_x \log p_t(x) = -\hat\epsilon(x, t) / \sigma, \qquad \hat\epsilon = E[\
 
 **A prediction** is any other sum of the two parts, and is taken apart again (`predictions`).
 
+**An objective** is a prediction, learned by least squares at times drawn from a distribution (`times`); how much an
+error counts at each time is defined once for all predictions (`weighting`).
+
 **The process as a differential equation** that passes through the same densities is $dx = f x\,dt + g\,dw$, of
 $f = \alpha'/\alpha$ and $g^2 = 2\sigma(\sigma' - f\sigma)$. Backwards it is, for any $\eta \ge 0$ (arXiv 2011.13456,
 2206.00364),
@@ -21,8 +24,9 @@ $$dx = \Big(f x - \frac{1 + \eta^2}{2} g^2\, \nabla_x \log p_t(x)\Big) dt + \eta
 
 of which $\eta = 0$ is the probability flow. Put $\hat\epsilon$ in for the score and
 $x = \alpha \hat x_0 + \sigma \hat\epsilon$ for $x$: the flow is $dx/dt = \alpha' \hat x_0 + \sigma' \hat\epsilon$, the
-derivative of the process with its parts held still. Two ways to solve it are used here. In $x / \alpha$ over
-$\sigma / \alpha$ the slope is $\hat\epsilon$ alone; and over $\lambda$ the linear part is solved exactly (`unipc`).
+derivative of the process with its parts held still. Three ways to solve it are used here. In $x / \alpha$ over
+$\sigma / \alpha$ the slope is $\hat\epsilon$ alone; over $\lambda$ the linear part is solved exactly (`unipc`); and over
+the angle between data and noise the slope is $v$, which the density is carried along with (`likelihood`).
 A step of either that holds the estimate still is $x_s = \alpha_s \hat x_0 + \sigma_s \hat\epsilon$: DDIM.
 With noise, the second way is `dpm_solver`'s, and a step of DDPM its first order.
 
