@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import jax.numpy as jnp
 import numpy as np
@@ -392,7 +392,7 @@ def identity(config: AutoencoderConfig, params: dict[str, Any]) -> str:
     """
     chosen = {
         field.name: configs.to_json(getattr(config, field.name))
-        for field in fields(config)
+        for field in fields(cast(Any, config))
         if not field.metadata.get("how") and getattr(config, field.name) != field.default
     }
     digest = hashlib.sha256(f"{type(config).__qualname__} {chosen}".encode())

@@ -31,6 +31,8 @@ $q(x_t \mid x_s)\,q(x_s \mid x_0)$ are (`Process.posterior`); drawn at $x_0 = \h
 """
 
 from dit_video.diffusion.ancestral import Ddim, Ddpm, Lcm
+from dit_video.diffusion.consistency import consistency_function, consistency_loss, flow_step, multistep
+from dit_video.diffusion.distribution_matching import distance, matching_gradient, matching_loss
 from dit_video.diffusion.dpm_solver import DpmMultistep, DpmSinglestep
 from dit_video.diffusion.edm import Edm
 from dit_video.diffusion.flow import RectifiedFlow
@@ -148,13 +150,20 @@ __all__ = [
     "apart",
     "batched",
     "classifier_free",
+    "consistency_function",
+    "consistency_loss",
+    "distance",
     "draws",
     "estimator",
+    "flow_step",
     "guided",
     "invert",
     "log_likelihood",
     "low_discrepancy",
+    "matching_gradient",
+    "matching_loss",
     "mean_of_each",
+    "multistep",
     "sample",
     "sampler",
     "time_grid",
