@@ -375,7 +375,7 @@ def _guidance(own: Sampling, given: Scale) -> float | tuple[float, float] | Guid
     """What takes the place of a pipeline's own: of numbers alone, the scale."""
     if isinstance(given, Guidance):
         return given
-    scale = tuple(map(float, given)) if isinstance(given, tuple) else float(given)
+    scale = (float(given[0]), float(given[1])) if isinstance(given, tuple) else float(given)
     return own.guided(scale=scale) if isinstance(own.guidance, Guidance) else scale
 
 

@@ -42,6 +42,7 @@ from dit_video.diffusion.edm import Edm
 from dit_video.diffusion.flow import RectifiedFlow
 from dit_video.diffusion.grids import Even, Exponential, Given, Karras, Shifted, TimeGrid, time_grid
 from dit_video.diffusion.guidance import (
+    Branches,
     Guidance,
     Projected,
     Strength,
@@ -83,6 +84,7 @@ __all__ = [
     "X0",
     "AsPredicted",
     "Betas",
+    "Branches",
     "ClipSize",
     "Cosine",
     "Ddim",

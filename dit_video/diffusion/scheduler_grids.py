@@ -64,7 +64,7 @@ class StepGrid:
         if self.ratios != "spaced":
             most, least = (table[-1], table[0]) if self.spare else (ratios[0], ratios[-1])
             ratios = _between(self.ratios, most, least, steps)
-            chosen = np.interp(np.log(ratios), np.log(table), np.arange(trained))
+            chosen = np.asarray(np.interp(np.log(ratios), np.log(table), np.arange(trained)), np.float64)
         # A ratio that is a step's own gives the step to within rounding, which a step below would be told of.
         told = {"between": chosen, "nearest": np.round(chosen), "below": np.floor(chosen + 1e-9)}[self.told]
         return ending(process.time_at(ratios), told / trained, 0.0 if self.last == "data" else 1 / trained)
