@@ -75,14 +75,16 @@ def distilling(folder: str | os.PathLike, options: Distilling = Distilling()) ->
             "of one denoiser"
         )
     scale = config.sampling.guidance if options.guidance is None else options.guidance
-    assert not isinstance(scale, tuple)  # which is of two experts
-    sampling = Sampling(steps=options.sampling_steps, guidance=1.0, solver=Lcm())
+    if not isinstance(scale, float | int):
+        raise UserError(f"the teacher's guidance is one scale when it is distilled, not {scale}; give --guidance")
+    autoencoder: Any = config.autoencoder
+    objective = FlowMatching(process=config.process, prediction=config.prediction)
     data = Data(max_pixels=config.size.h * config.size.w, max_frames=config.size.t, fps=config.fps)
     return Experiment(
         name=f"{'shapes' if run is None else run.name}-{options.method}",
         seed=options.seed,
         data=data if run is None else run.data,
-        autoencoder=GivenAutoencoder(model=config.autoencoder, folder=os.fspath(start)),
+        autoencoder=GivenAutoencoder(model=autoencoder, folder=os.fspath(start)),
         denoiser=DenoiserTraining(
             dit=config.dit,
             text=config.text,
@@ -96,12 +98,12 @@ def distilling(folder: str | os.PathLike, options: Distilling = Distilling()) ->
                 warmup=min(options.warmup, options.steps - 1),
             ),
             steps=options.steps,
-            objective=FlowMatching(process=config.process) if run is None else run.denoiser.objective,
+            objective=objective if run is None else run.denoiser.objective,
             ema_decay=options.ema_decay,
             start=os.fspath(start),
             distillation=_method(options, scale),
         ),
-        sampling=sampling,
+        sampling=Sampling(steps=options.sampling_steps, guidance=1.0, solver=Lcm()),
         evaluation=config.evaluation,
         log_every=options.log_every,
         save_every=options.save_every,

@@ -241,6 +241,8 @@ class Experiment:
             raise UserError("a student is distilled from a teacher: name its folder as the denoiser's start")
         if denoiser.lora is not None or denoiser.trained != "full":
             raise UserError("of a student all weights are trained; leave out lora and trained, or distillation")
+        if denoiser.expert is not None:
+            raise UserError("a student is one model of all times; leave out expert, or distillation")
         if denoiser.known is not None:
             raise UserError("a student is told of no known frames; leave out known, and take a teacher without them")
 

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import jax.numpy as jnp
 import numpy as np
@@ -149,9 +149,8 @@ class Pipeline:
         """
         if output not in ("clip", "latents"):
             raise UserError(f"unknown output {output!r}; use clip or latents")
-        request = Request(
-            prompt, self.config.size if size is None else as_grid(size), seed, negative, image, last_image
-        )
+        size = self.config.size if size is None else as_grid(size)
+        request = Request(prompt, size, seed, negative, image, last_image)
         drawn = self.sampling(steps=steps, guidance=guidance, sampler=sampler)
         asked = self._latent_requests([request], noise=noise)
         latents = sample_latents(self._denoiser, asked, **self._how(drawn, 1))
@@ -392,7 +391,7 @@ def identity(config: AutoencoderConfig, params: dict[str, Any]) -> str:
     """
     chosen = {
         field.name: configs.to_json(getattr(config, field.name))
-        for field in fields(config)
+        for field in fields(cast(Any, config))
         if not field.metadata.get("how") and getattr(config, field.name) != field.default
     }
     digest = hashlib.sha256(f"{type(config).__qualname__} {chosen}".encode())

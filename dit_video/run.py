@@ -265,7 +265,7 @@ class Run:
             texts = feed.texts_of(self._tokenizer(cache=self.folder / "texts"), captions)
             encode = feed.live_encoder(experiment, self.train_autoencoder(), self.training_clips)
             rows = feed.live(experiment, self.training_clips, texts, encode)
-        loss: Loss | OwnStep = DenoiserLoss(
+        base = DenoiserLoss(
             dit=graph_of(config.dit.make),
             text=graph_of(config.text.make),
             objective=config.objective,
@@ -277,8 +277,8 @@ class Run:
             times_of=config.times_of,
             optimizer=optimizer_of(config) if config.lora is None else None,
         )
-        if config.distillation is not None:
-            loss = distillation_loss(config.distillation, loss)
+        distillation = config.distillation
+        loss: Loss | OwnStep = base if distillation is None else distillation_loss(distillation, base)
 
         def batches(start: int) -> Batches:
             opened = rows(start)

@@ -82,7 +82,7 @@ def consistency_loss(
 def multistep(
     f: Consistency,
     noise: Float[Array, "*shape"],
-    times: Float[Array, " times"],
+    times: Float[Array, "times *time"],
     *,
     process: Process,
     draw: Draw,
@@ -96,7 +96,7 @@ def multistep(
     Args:
       f: the model.
       noise: standard normal, of time 1.
-      times: falling from 1; see `grids`.
+      times: falling from 1; they may differ by token.
       process: of the model.
       draw: standard normal noise for a step.
       steps: how many are done.

@@ -13,7 +13,7 @@ from dit_video.conditioning import KnownFrames, drop_captions, given_latents, kn
 from dit_video.diffusion import ClipSize, Objective, low_discrepancy
 from dit_video.dit import DitConfig, Given, WanDitConfig, packed_denoise
 from dit_video.rng import example_keys, key
-from dit_video.tokens import Rows, packed_noise, segment_mean, to_tokens
+from dit_video.tokens import Rows, packed_noise, positions, segment_mean, to_tokens
 from dit_video.training.optimizer import OptimizerConfig, hold_still
 
 TEMPORAL = r"(^|/)temporal"

@@ -20,7 +20,6 @@ from dit_video.conditioning import drop_captions
 from dit_video.diffusion import (
     Denoise,
     Estimator,
-    Even,
     Objective,
     classifier_free,
     consistency_function,
@@ -37,7 +36,7 @@ from dit_video.dit import packed_denoise
 from dit_video.errors import UserError
 from dit_video.rng import example_keys, key
 from dit_video.tokens import Rows, segment_mean, to_tokens
-from dit_video.training.denoiser import DenoiserLoss, packed_noise
+from dit_video.training.denoiser import DenoiserLoss, clip_sizes, packed_noise
 from dit_video.training.state import TrainState
 from dit_video.training.step import Step, float_figures, following, with_constants
 
@@ -146,7 +145,7 @@ def distillation_loss(config: Distillation, loss: DenoiserLoss) -> "ConsistencyL
 
 @dataclass(frozen=True, kw_only=True)
 class _Taught:
-    """A student and its teacher, one model with two sets of parameters, on rows. Times are `[B N 1]`, or one for all.
+    """A student and its teacher, one model with two sets of parameters, on rows. Times are `[B N 1]`.
 
     Noise and times are functions of the seed, the step and the example, as everywhere.
     """
@@ -194,6 +193,10 @@ class _Taught:
         offset = jax.random.uniform(jax.random.fold_in(key(self.seed, purpose), step))
         return low_discrepancy(offset, rows.examples)
 
+    def shifted(self, time: Float[Array, "B G"], rows: Rows) -> Float[Array, "B N 1"]:
+        """Evenly spaced times of clips as the process wants them spaced, for their tokens."""
+        return to_tokens(self.objective.process.shifted(time, clip_sizes(rows)), rows.segments)[..., None]
+
     def mean(self, per_token: Float[Array, "B N"], rows: Rows) -> Float[Array, ""]:
         """Over the clips of a batch, of each clip's mean."""
         per_example = segment_mean(per_token, rows.segments, count=rows.examples.shape[1])
@@ -227,9 +230,8 @@ class ConsistencyLoss(_Taught):
     def __call__(self, params: PyTree, average: PyTree, rows: Rows, step: Array, teacher: PyTree) -> Float[Array, ""]:
         """The mean over clips, each at a time of its own."""
         process, intervals = self.objective.process, self.config.intervals
-        times = Even()(process, intervals).times
-        index = jnp.minimum((self.uniform("time", rows, step) * intervals).astype(jnp.int32), intervals - 1)
-        time, ahead = (to_tokens(times[index + late], rows.segments)[..., None] for late in (0, 1))
+        index = jnp.minimum(jnp.floor(self.uniform("time", rows, step) * intervals), intervals - 1)
+        time, ahead = (self.shifted(1 - (index + late) / intervals, rows) for late in (0, 1))
         noisy = process.add_noise(jnp.asarray(rows.tokens), self.noise("noise", rows, step), time)
         taught = self.estimate(self.guided(teacher, rows, self.config.guidance))
         reached = jax.lax.stop_gradient(flow_step(taught, process, noisy, time, ahead))
@@ -281,7 +283,7 @@ class MatchingLoss(_Taught):
         self,
         params: PyTree,
         critic: PyTree,
-        noised: tuple[Float[Array, "B N p"], Float[Array, ""]],
+        noised: tuple[Float[Array, "B N p"], Float[Array, "B N 1"]],
         rows: Rows,
         step: Array,
         teacher: PyTree,
@@ -290,8 +292,7 @@ class MatchingLoss(_Taught):
         process, count = self.objective.process, rows.examples.shape[1]
         generated = self.generated(params, rows, *noised)
         samples = jax.lax.stop_gradient(generated)
-        u = _EDGE + (1 - 2 * _EDGE) * self.uniform("time", rows, step)
-        time = to_tokens(process.shifted(u), rows.segments)[..., None]
+        time = self.shifted(_EDGE + (1 - 2 * _EDGE) * self.uniform("time", rows, step), rows)
         noisy = process.add_noise(samples, self.noise("noise", rows, step), time)
         real = self.estimate(self.guided(teacher, rows, self.config.guidance))(noisy, time).data
         fake = self.estimate(self.denoise(critic, rows))(noisy, time).data
@@ -304,7 +305,8 @@ class MatchingLoss(_Taught):
         self, critic: PyTree, generated: Float[Array, "B N p"], rows: Rows, step: Array
     ) -> Float[Array, ""]:
         """Of denoising samples, at the times that the teacher was trained at."""
-        time = to_tokens(self.objective.time(self.uniform("critic time", rows, step)), rows.segments)
+        time = self.objective.time(self.uniform("critic time", rows, step), clip_sizes(rows))
+        time = to_tokens(time, rows.segments)
         noise = self.noise("critic noise", rows, step)
         denoise = self.denoise(critic, rows)
         per_token = self.objective.loss(lambda noisy, at: denoise(noisy, at[..., None]), generated, noise, time)
@@ -312,13 +314,14 @@ class MatchingLoss(_Taught):
 
     def noised(
         self, params: PyTree, rows: Rows, step: Array, *, purpose: str = ""
-    ) -> tuple[Float[Array, "B N p"], Float[Array, ""]]:
+    ) -> tuple[Float[Array, "B N p"], Float[Array, "B N 1"]]:
         """What one of the student's steps is given, drawn for the whole batch, and its time (section 4.5 of the paper).
 
         It is what the steps before it have made, as in sampling.
         """
         process, steps = self.objective.process, self.config.steps
-        times = Even()(process, steps).times
+        every = jnp.ones(rows.examples.shape)
+        times = jnp.stack([self.shifted((1 - number / steps) * every, rows) for number in range(steps + 1)])
         drawn: Int[Array, ""] = jax.random.randint(
             jax.random.fold_in(key(self.seed, f"{purpose}generator step"), step), (), 0, steps
         )
@@ -331,7 +334,7 @@ class MatchingLoss(_Taught):
         return multistep(f, start, times, process=process, draw=draw, steps=drawn), times[drawn]
 
     def generated(
-        self, params: PyTree, rows: Rows, noisy: Float[Array, "B N p"], time: Float[Array, ""]
+        self, params: PyTree, rows: Rows, noisy: Float[Array, "B N p"], time: Float[Array, "B N 1"]
     ) -> Float[Array, "B N p"]:
         """The samples of one step."""
         return self.consistency(params, rows)(noisy, time)
