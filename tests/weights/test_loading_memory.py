@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from devices import HANG
 from dit_video.dit import WanDitConfig
 from dit_video.nn import param_shapes
 from dit_video.weights import save_denoiser
@@ -61,7 +62,7 @@ def test_reading_takes_less_than_one_and_a_fifth_of_the_largest_file(tmp_path):
     assert len(files) > 3
     assert sum(files) > 3 * 1.2 * max(files)
     done = subprocess.run(
-        [sys.executable, "-c", READ, str(tmp_path)], capture_output=True, text=True, check=False, timeout=600
+        [sys.executable, "-c", READ, str(tmp_path)], capture_output=True, text=True, check=False, timeout=HANG
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) <= 1.2 * max(files)
