@@ -17,7 +17,6 @@ PRETRAINED = ROOT / "experiments" / "pretrained" / "shapes"
 def executed(path, run, monkeypatch):
     """The notebook after all its cells ran, in its own folder, with another run."""
     monkeypatch.setenv("DIT_VIDEO_RUN", str(run))
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
     notebook = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(path.parent)}}
