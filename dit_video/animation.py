@@ -16,13 +16,10 @@ from dit_video.conditioning import blanked, folded
 from dit_video.errors import UserError
 from dit_video.features import FrameEncoder
 from dit_video.generation import GivenClip
-from dit_video.pipeline_config import PipelineConfig
+from dit_video.pipeline_config import Image, PipelineConfig
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 from dit_video.weights import load_clip_images, load_clip_vision
-
-Image = Clip | UInt8[np.ndarray, "H W 3"]
-"""A clip of one frame, or its pixels."""
 
 
 class Images:

@@ -17,7 +17,7 @@ from dit_video.conditioning import KnownFrames
 from dit_video.data.bucket_batches import BucketConfig
 from dit_video.data.sizes import SizeLimits
 from dit_video.data.windows import WindowConfig
-from dit_video.diffusion import FlowMatching
+from dit_video.diffusion import FlowMatching, Objective
 from dit_video.distributed import MeshConfig
 from dit_video.dit import DitConfig, WanDitConfig
 from dit_video.errors import UserError
@@ -95,6 +95,25 @@ class GivenAutoencoder:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OneOfTwo:
+    """Which of a model's two experts is trained (Wan 2.2 A14B), at its times alone; the other stays as it is.
+
+    Raises:
+      UserError: a boundary that leaves one of them no times.
+    """
+
+    expert: Literal["high", "low"]
+    """`high` denoises at times from the boundary on, `low` below it"""
+    boundary: float
+    other: str
+    """folder of the other's transformer, in diffusers' layout"""
+
+    def __post_init__(self):
+        if not 0 < self.boundary < 1:
+            raise UserError(f"the boundary between two experts is a time between 0 and 1, not {self.boundary}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DenoiserTraining:
     """A denoiser, its text encoder, and how they are trained together, unless the encoder is a frozen one."""
 
@@ -108,7 +127,7 @@ class DenoiserTraining:
     into."""
     optimizer: OptimizerConfig
     steps: int
-    objective: FlowMatching = field(default_factory=FlowMatching)
+    objective: Objective = field(default_factory=FlowMatching)
     caption_dropout: float = 0.1
     ema_decay: float = 0.999
     known: KnownFrames | None = None
@@ -122,6 +141,8 @@ class DenoiserTraining:
     layers in time alone, those with `temporal` in their paths, all others being kept as they are (as Kandinsky Video
     adds motion to an image model, arXiv 2311.13073). `scratch`: all, from random weights; `start` is not read. Any
     other choice is made by path, with the optimizer's `trainable` and `frozen`."""
+    expert: OneOfTwo | None = None
+    """of a model with two: that whose weights `start` holds"""
     lora: LoraConfig | None = None
     """Instead of the weights, adapters to those of `start` are trained; paths begin with `dit/` and `text/`."""
 

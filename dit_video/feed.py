@@ -212,6 +212,7 @@ def _reading(experiment: Experiment, start: int, mixed: Mixture | None, *, threa
         workers=experiment.data.workers,
         mixture=mixed,
         balance=Balance(cost=_cost(config.dit), batch=config.batch),
+        pairs=config.dit.pairs,
     )
 
 

@@ -11,13 +11,14 @@ from dit_video.diffusion import FlowMatching, LogitNormal
 from dit_video.dit import WanDitConfig
 from dit_video.errors import UserError
 from dit_video.evaluation.kinds import CaptionEvaluation
-from dit_video.experiment import Data, DenoiserTraining, Experiment, GivenAutoencoder
+from dit_video.experiment import Data, DenoiserTraining, Experiment, GivenAutoencoder, OneOfTwo
 from dit_video.files import read_json
 from dit_video.generation import Sampling
 from dit_video.nn import LoraConfig
 from dit_video.text import FrozenTextConfig
 from dit_video.tokens import Grid, RowShape
 from dit_video.training.optimizer import OptimizerConfig
+from dit_video.wan_pipeline import INDEX, checked_index
 from dit_video.weights import autoencoder_config, denoiser_config, load_scheduler, text_encoder_config
 
 _CLASS = "WanPipeline"
@@ -37,6 +38,9 @@ class FineTuning:
     train: Literal["lora", "full", "temporal", "scratch"] = "lora"
     """`lora`: adapters alone. `full`: all weights. `temporal`: those of layers in time. `scratch`: all, from random
     weights of the same shapes."""
+    expert: Literal["high", "low"] | None = None
+    """of a model with two experts (Wan 2.2 A14B) the one that is trained, at its own times: `high`, that of noisy
+    times, or `low`"""
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(targets=(r"^dit/blocks/.*kernel$",)))
     steps: int = 1000
     batch: int = 1
@@ -88,7 +92,7 @@ def finetuning(folder: str | os.PathLike, options: FineTuning = FineTuning()) ->
         fit it.
     """
     folder = Path(folder)
-    _check_index(folder)
+    start, expert = _start(folder, options)
     found = denoiser_config(folder / "transformer")
     if not isinstance(found, WanDitConfig):
         raise UserError(f"{folder / 'transformer'} holds no Wan, which alone can be fine-tuned so; name another folder")
@@ -126,7 +130,8 @@ def finetuning(folder: str | os.PathLike, options: FineTuning = FineTuning()) ->
             objective=FlowMatching(process=schedule.process, times=LogitNormal()),
             ema_decay=0.99,
             known=_known(options, dit),
-            start=os.fspath(folder),
+            start=os.fspath(start),
+            expert=expert,
             **_trained(options),
         ),
         sampling=Sampling(
@@ -138,13 +143,25 @@ def finetuning(folder: str | os.PathLike, options: FineTuning = FineTuning()) ->
     )
 
 
-def _check_index(folder: Path) -> None:
-    index = read_json(folder / "model_index.json")
+def _start(folder: Path, options: FineTuning) -> tuple[Path, OneOfTwo | None]:
+    """The folder of the weights that are trained, and which of two experts that is."""
+    index = read_json(folder / INDEX)
     name = index.get("_class_name") if isinstance(index, dict) else None
     if name != _CLASS:
         raise UserError(f"{folder} holds a pipeline of class {name}; fine-tuning is known here of {_CLASS}")
-    if index.get("boundary_ratio") is not None:
-        raise UserError(f"{folder} has two experts, which are trained apart; one transformer is fine-tuned here")
+    boundary = checked_index(folder).get("boundary_ratio")
+    if boundary is None:
+        if options.expert is not None:
+            raise UserError(f"{folder} has one transformer for all times; leave out expert")
+        return folder, None
+    if options.expert is None:
+        raise UserError(
+            f"{folder} has two experts, which are trained one at a time; say expert=high, for times from {boundary} "
+            "on, or expert=low"
+        )
+    high, low = folder / "transformer", folder / "transformer_2"
+    start, other = (high, low) if options.expert == "high" else (low, high)
+    return start, OneOfTwo(expert=options.expert, boundary=boundary, other=os.fspath(other))
 
 
 def _data(options: FineTuning, dit: WanDitConfig) -> Data:

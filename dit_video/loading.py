@@ -27,7 +27,7 @@ def load(
         is fetched once and kept where `huggingface_hub` keeps such folders.
       text_encoder: where the model's frozen text encoder lies, if that has moved.
       dtype: of open weights alone: that of the matrix products, float32 by default; see `wan_pipeline.load_wan`.
-      place: of open weights alone: what becomes of each parameter once it is read, such as its place on devices.
+      place: of open weights alone: reads each parameter to where it is kept, such as its place on devices; see there.
 
     Raises:
       MissingError: no such folder, here or on the hub, or parts that it lacks.

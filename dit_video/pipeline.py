@@ -7,7 +7,7 @@ and nothing of the training state.
 import copy
 import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -16,16 +16,16 @@ import numpy as np
 from jaxtyping import Float32
 
 from dit_video import configs
-from dit_video.animation import Image, Images
+from dit_video.animation import Images
 from dit_video.autoencoder import AutoencoderConfig
 from dit_video.codec import Codec
 from dit_video.diffusion import sampler as sampler_of
 from dit_video.dit import WanDitConfig
 from dit_video.errors import UserError
 from dit_video.files import atomic_path, read_json, write_json
-from dit_video.generation import Denoiser, GivenClip, LatentRequest, Sampling, initial_noise, sample_latents
+from dit_video.generation import Denoiser, LatentRequest, Sampling, initial_noise, sample_latents
 from dit_video.nn import graph_of, merge_lora, param_shapes
-from dit_video.pipeline_config import PipelineConfig, Request, as_grid
+from dit_video.pipeline_config import Image, PipelineConfig, Request, as_grid
 from dit_video.text_encoder import moved, open_tokenizer
 from dit_video.tree import flatten
 from dit_video.tree import size as count
@@ -136,10 +136,11 @@ class Pipeline:
         """
         if output not in ("clip", "latents"):
             raise UserError(f"unknown output {output!r}; use clip or latents")
-        request = Request(prompt, self.config.size if size is None else as_grid(size), seed, negative)
+        request = Request(
+            prompt, self.config.size if size is None else as_grid(size), seed, negative, image, last_image
+        )
         drawn = self.sampling(steps=steps, guidance=guidance, sampler=sampler)
-        given = self._images(as_grid(request.size), image, last_image)
-        latents = self._latents([request], drawn, noise=noise, given=given)
+        latents = self._latents([request], drawn, noise=noise)
         return latents[0] if output == "latents" else self._clips(latents, [request])[0]
 
     def generate_many(
@@ -150,7 +151,10 @@ class Pipeline:
         guidance: Guidance | None = None,
         sampler: str | None = None,
     ) -> list[Clip]:
-        """The clips of all requests, of any sizes, packed and sampled together. Arguments are as for `generate`."""
+        """The clips of all requests, of any sizes, packed and sampled together. Arguments are as for `generate`.
+
+        A request has its own images, in models that take them: `Request(prompt, size, image=pixels)`.
+        """
         drawn = self.sampling(steps=steps, guidance=guidance, sampler=sampler)
         return self._clips(self._latents(requests, drawn), requests)
 
@@ -264,7 +268,6 @@ class Pipeline:
         sampling: Sampling,
         *,
         noise: Float32[np.ndarray, "t h w c"] | None = None,
-        given: GivenClip | None = None,
     ) -> list[Float32[np.ndarray, "t h w c"]]:
         config = self.config
         latent_requests = []
@@ -278,7 +281,7 @@ class Pipeline:
             )
             if start.shape != shape:
                 raise UserError(f"noise for {'x'.join(map(str, request.size))} has shape {shape}, not {start.shape}")
-            told = self._images(as_grid(request.size), None, None) if given is None else given
+            told = self._images(as_grid(request.size), request.image, request.last_image)
             latent_requests.append(LatentRequest(request.prompt, request.negative, start.astype(np.float32), told))
         rows = min(config.batch, len(requests))
         return sample_latents(self._denoiser, latent_requests, sampling=sampling, shape=config.row_shape, rows=rows)
@@ -332,8 +335,17 @@ def _is_empty(path: Path) -> bool:
 
 
 def identity(config: AutoencoderConfig, params: dict[str, Any]) -> str:
-    """A hash of an autoencoder's config and weights: latents of one are of no use to another."""
-    digest = hashlib.sha256(str(configs.to_json(config)).encode())
+    """A hash of an autoencoder's config and weights: latents of one are of no use to another.
+
+    Options at their default don't count, so that a new one leaves the latents of before valid; nor do those that say
+    how the same is computed (a field's metadata has `how`).
+    """
+    chosen = {
+        field.name: configs.to_json(getattr(config, field.name))
+        for field in fields(config)
+        if not field.metadata.get("how") and getattr(config, field.name) != field.default
+    }
+    digest = hashlib.sha256(f"{type(config).__qualname__} {chosen}".encode())
     for name, leaf in sorted(flatten(params).items()):
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(leaf).tobytes())

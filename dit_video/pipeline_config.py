@@ -4,8 +4,11 @@ import operator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
+from jaxtyping import UInt8
+
 from dit_video.autoencoder import AutoencoderConfig, latent_grid
-from dit_video.diffusion import RectifiedFlow
+from dit_video.diffusion import Process
 from dit_video.dit import DitConfig, WanDitConfig
 from dit_video.errors import UserError
 from dit_video.evaluation.kinds import CaptionEvaluation, Evaluation
@@ -13,6 +16,10 @@ from dit_video.generation import Sampling
 from dit_video.nn import param_shapes
 from dit_video.text import TextConfig
 from dit_video.tokens import Grid, RowShape, token_grid
+from dit_video.video import Clip
+
+Image = Clip | UInt8[np.ndarray, "H W 3"]
+"""A clip of one frame, or its pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +34,7 @@ class PipelineConfig:
     dit: DitConfig | WanDitConfig
     text: TextConfig
     """of a frozen encoder with its folder and identity: its weights are no part of the pipeline"""
-    process: RectifiedFlow
+    process: Process
     rows: RowShape | None
     """of the rows that the denoiser was trained on; None: every clip has a row to itself, of its own length"""
     batch: int
@@ -97,6 +104,10 @@ class Request(NamedTuple):
     """frames, height, width in pixels"""
     seed: int = 0
     negative: str = ""
+    image: Image | None = None
+    """what it begins with, in models that take one"""
+    last_image: Image | None = None
+    """what it ends with, in those that take that too"""
 
 
 def as_grid(size: Any) -> Grid:

@@ -7,10 +7,14 @@ from dit_video.dit import DitConfig, WanDitConfig
 from dit_video.files import atomic_path
 from dit_video.weights import own_modules, save_denoiser, save_lora, wan_modules
 
-ADAPTER, LORA, TRANSFORMER = "adapter.safetensors", "pytorch_lora_weights.safetensors", "transformer"
+ADAPTER, LORA = "adapter.safetensors", "pytorch_lora_weights.safetensors"
+TRANSFORMERS = {"dit": "transformer", "low_noise": "transformer_2"}
+"""folders of diffusers, by the expert"""
 
 
-def save_adapter(folder: Path, dit: DitConfig | WanDitConfig, adapter: dict[str, Any], params: dict[str, Any]) -> None:
+def save_adapter(
+    folder: Path, dit: DitConfig | WanDitConfig, adapter: dict[str, Any], params: dict[str, Any], *, expert: str = "dit"
+) -> None:
     """Write an adapter under our own names, and one of Wan as diffusers reads it: `load_lora_weights(folder)`.
 
     Args:
@@ -18,15 +22,19 @@ def save_adapter(folder: Path, dit: DitConfig | WanDitConfig, adapter: dict[str,
       dit: the denoiser's config.
       adapter: with the parts of `params` that it changes.
       params: that it is of, `{"dit": ..., "text": ...}`, or their shapes.
+      expert: what a pipeline calls the model, `dit` or, of the second of two experts, `low_noise`.
     """
-    save_lora(folder / ADAPTER, adapter, own_modules(params))
+    named, of = ({expert if part == "dit" else part: tree[part] for part in tree} for tree in (adapter, params))
+    save_lora(folder / ADAPTER, named, own_modules(of))
     if isinstance(dit, WanDitConfig) and "dit" in adapter:
         save_lora(folder / LORA, adapter["dit"], wan_modules(dit))
 
 
-def save_transformer(folder: Path, dit: DitConfig | WanDitConfig, params: dict[str, Any]) -> None:
+def save_transformer(
+    folder: Path, dit: DitConfig | WanDitConfig, params: dict[str, Any], *, expert: str = "dit"
+) -> None:
     """Write a whole transformer of Wan as diffusers reads it: `WanTransformer3DModel.from_pretrained(folder)`."""
     if not isinstance(dit, WanDitConfig):
         return
-    with atomic_path(folder / TRANSFORMER) as temporary:
+    with atomic_path(folder / TRANSFORMERS[expert]) as temporary:
         save_denoiser(temporary, dit, params["dit"])

@@ -12,7 +12,8 @@ from their checkpoints. So a run that was interrupted is continued by running th
     denoiser/                 checkpoints, metrics.jsonl, rows.json (what an epoch holds)
     adapter.safetensors       the trained adapter, where one is trained, with our names
     pytorch_lora_weights.safetensors   the same of Wan, with diffusers' names
-    transformer/              all weights of Wan, where these are trained, as diffusers reads them
+    transformer/              all weights of Wan, where these are trained, as diffusers reads them; of the second of two
+                              experts transformer_2/
     pipeline/                 the result: what `dit_video.load` reads
 """
 
@@ -51,7 +52,15 @@ from dit_video.files import read_json, write_json
 from dit_video.nn import graph_of
 from dit_video.pipeline import Pipeline, PipelineConfig
 from dit_video.stages import AutoencoderStage
-from dit_video.starting import TrainedDenoiser, check_start, optimizer_of, trained_denoiser
+from dit_video.starting import (
+    TrainedDenoiser,
+    check_start,
+    experts_of,
+    optimizer_of,
+    shares_of,
+    trained_denoiser,
+    with_other,
+)
 from dit_video.text import FrozenTextConfig, Tokenizer
 from dit_video.text_encoder import FrozenEncoder, check_width, open_tokenizer
 from dit_video.training.checkpoint import Checkpoints
@@ -262,6 +271,7 @@ class Run:
             empty_caption=texts.empty,
             seed=experiment.seed,
             known=config.known,
+            shares=shares_of(config),
             optimizer=optimizer_of(config) if config.lora is None else None,
         )
 
@@ -275,10 +285,11 @@ class Run:
         state = stages.train(experiment, folder, trained.init, trained.loss(loss), batches, **arguments)
         averaged = jax.device_get(state.ema)
         del state
+        expert, _ = experts_of(config)
         if (adapter := trained.adapter(averaged)) is None:
-            results.save_transformer(self.folder, config.dit, averaged)
+            results.save_transformer(self.folder, config.dit, averaged, expert=expert)
         else:
-            results.save_adapter(self.folder, config.dit, adapter, trained.adapted or {})
+            results.save_adapter(self.folder, config.dit, adapter, trained.adapted or {}, expert=expert)
         return trained.whole(averaged)
 
     def _tokenizer(self, *, cache: Path | None = None) -> Tokenizer | FrozenEncoder:
@@ -300,6 +311,7 @@ class Run:
     def export(self) -> Pipeline:
         """Write `pipeline/`, after training what is not trained yet: the autoencoder, on its latents the denoiser."""
         denoiser = self.train_denoiser()  # first, as it takes memory, and makes the autoencoder that it needs
+        denoiser = with_other(self.experiment.denoiser, denoiser)
         autoencoder = self.train_autoencoder()
         pipeline = Pipeline(self.pipeline_config(), autoencoder=autoencoder, denoiser=denoiser)
         if not (self.folder / "pipeline").is_dir():
@@ -319,7 +331,7 @@ class Run:
         trained = self._trained_denoiser()
         optimizer = make_optimizer(optimizer_of(config), steps=config.steps)
         state, _ = checkpoints.restore(state_shapes(trained.init, optimizer))
-        denoiser = trained.whole(jax.device_get(state.ema))
+        denoiser = with_other(config, trained.whole(jax.device_get(state.ema)))
         return Pipeline(self.pipeline_config(), autoencoder=self.train_autoencoder(), denoiser=denoiser)
 
     def pipeline_config(self) -> PipelineConfig:
@@ -334,6 +346,7 @@ class Run:
             dit=experiment.denoiser.dit,
             text=encoder.pinned if isinstance(encoder, FrozenEncoder) else experiment.denoiser.text,
             process=experiment.denoiser.objective.process,
+            boundary=None if experiment.denoiser.expert is None else experiment.denoiser.expert.boundary,
             rows=experiment.denoiser.rows,
             batch=experiment.denoiser.batch,
             sampling=experiment.sampling,

@@ -1,6 +1,7 @@
 """The two trainings of a run in its folder: the autoencoder's stage, and what both have in common."""
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
@@ -118,13 +119,16 @@ class AutoencoderStage:
         save_weights(path, params)
         return params
 
-    def windows(self, stretches: Stretches, start: int, purpose: str) -> WindowBatches:
-        """Batches of the window shapes in turn, from step `start` on. Each purpose has windows of its own."""
+    def windows(self, stretches: Stretches, start: int, purpose: str, *, augment: bool = True) -> WindowBatches:
+        """Batches of the window shapes in turn, from step `start` on. Each purpose has windows of its own.
+
+        With `augment` they are augmented where the config says so.
+        """
         training = self.experiment.autoencoder
         assert isinstance(training, AutoencoderTraining)  # one that is given has no windows
         opened = WindowBatches(
             stretches,
-            training.windows,
+            tuple(dataclasses.replace(window, augment=augment and window.augment) for window in training.windows),
             seed=int(rng.host(self.experiment.seed, purpose).integers(2**31)),
             start_step=start,
             host=jax.process_index(),
@@ -145,12 +149,12 @@ class AutoencoderStage:
         return self._linear(Stretches(self.clips(), self.experiment.limits))
 
     def _linear(self, stretches: Stretches) -> LinearAutoencoder:
-        """Principal components of the training clips, which are kept in the run's folder."""
+        """Principal components of the training clips as they are, which are kept in the run's folder."""
         model = self.experiment.autoencoder.model
         path = self.folder / "linear.safetensors"
         if path.is_file():
             return LinearAutoencoder(**load_weights(path))
-        with contextlib.closing(self.windows(stretches, 0, "linear start")) as batches:
+        with contextlib.closing(self.windows(stretches, 0, "linear start", augment=False)) as batches:
             first = itertools.islice(batches, _LINEAR_BATCHES)
             fitted = fit_linear(map(pixels.to_float, first), stride=model.stride, channels=model.channels)
         save_weights(path, fitted._asdict())

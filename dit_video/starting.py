@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,13 +28,14 @@ from dit_video.pipeline import load_pipeline
 from dit_video.text import FrozenTextConfig
 from dit_video.training.adversarial import Rival
 from dit_video.training.autoencoder import AutoencoderLoss
-from dit_video.training.denoiser import TEMPORAL
+from dit_video.training.denoiser import TEMPORAL, share_below
 from dit_video.training.lora import LoraLoss
 from dit_video.training.optimizer import OptimizerConfig
 from dit_video.training.step import Loss
 from dit_video.training.vq import VqLoss
 from dit_video.tree import flatten, map_with_path, unflatten
 from dit_video.weights import denoiser_config, load_autoencoder, load_denoiser, load_lpips
+from dit_video.weights.parameter import Parameter
 
 _OF_TRAINING = ("bfloat16", "std", "attention", "dtype", "remat", "folder", "identity")
 """Fields of configs that weights do not depend on, so that their files do not hold them."""
@@ -171,6 +172,29 @@ def trained_denoiser(training: DenoiserTraining, folder: Path, mesh: Mesh, *, co
     return TrainedDenoiser(init, start=lambda: _given_denoiser(training, _Placing(mesh, training)))
 
 
+def shares_of(training: DenoiserTraining) -> tuple[float, float]:
+    """Which of the objective's times are trained, as `DenoiserLoss.shares`: of one of two experts its own."""
+    if training.expert is None:
+        return 0.0, 1.0
+    boundary = share_below(training.objective, training.expert.boundary)
+    return (boundary, 1.0) if training.expert.expert == "high" else (0.0, boundary)
+
+
+def with_other(training: DenoiserTraining, params: dict[str, Any]) -> dict[str, Any]:
+    """A pipeline's parameters from the trained ones: of one of two experts with the other, read to the host."""
+    if (one := training.expert) is None:
+        return params
+    trained, kept = experts_of(training)
+    other = load_denoiser(one.other, kernels=_kernels(training))[1]
+    return {trained: params["dit"], kept: other, "text": params["text"]}
+
+
+def experts_of(training: DenoiserTraining) -> tuple[str, str]:
+    """What a pipeline calls the expert that is trained, and the other."""
+    low = training.expert is not None and training.expert.expert == "low"
+    return ("low_noise", "dit") if low else ("dit", "low_noise")
+
+
 def optimizer_of(training: DenoiserTraining) -> OptimizerConfig:
     """The optimizer, with what `training.trained` says of the parameters that it trains."""
     if training.trained != "temporal":
@@ -194,6 +218,9 @@ def check_start(training: DenoiserTraining) -> None:
             )
     if training.start is not None and training.trained != "scratch" and (folder := _foreign(training.start)):
         _check_same(str(folder), "the transformer", denoiser_config(folder), training.dit)
+        if training.expert is not None:
+            other = training.expert.other
+            _check_same(other, "the transformer", denoiser_config(other), training.dit)
         if not isinstance(training.text, FrozenTextConfig):
             raise UserError(f"{training.start} has no text encoder to train on; give text=FrozenTextConfig(...)")
     targets = () if training.lora is None or not isinstance(training.dit, WanDitConfig) else training.lora.targets
@@ -209,13 +236,13 @@ def _given_denoiser(training: DenoiserTraining, placing: "_Placing") -> dict[str
     assert training.start is not None
     if folder := _foreign(training.start):
         kernels = placing.kernels
-        placed = load_denoiser(folder, kernels=kernels, place=lambda path, leaf: placing(f"dit/{path}", leaf))[1]
+        placed = load_denoiser(folder, kernels=kernels, place=lambda path, each: placing(f"dit/{path}", each))[1]
         return {"dit": placed, "text": {}}
     folder = Path(training.start)
     pipeline = load_pipeline(folder if (folder / PIPELINE).is_file() else folder / "pipeline")
     for part in ("dit", "text"):
         _check_same(str(folder), part, getattr(pipeline.config, part), getattr(training, part))
-    return map_with_path(placing, pipeline.denoiser_params)
+    return map_with_path(lambda path, leaf: placing(path, Parameter.of(leaf)), pipeline.denoiser_params)
 
 
 def _check_same(folder: str, part: str, found: Any, wanted: Any) -> None:
@@ -231,23 +258,35 @@ def _foreign(start: str) -> Path | None:
     return folder if (folder / "config.json").is_file() else None
 
 
-class _Placing:
-    """Puts each parameter to its place on a mesh, and takes note of what it was.
+def _kernels(training: DenoiserTraining) -> np.dtype:
+    """What the kernels of linear maps are read in.
 
-    Where adapters alone are trained, Wan's kernels are kept in the dtype of its matrix products: half the memory in
-    bfloat16.
+    Where adapters alone are trained, Wan's are kept in the dtype of its matrix products: half the memory in bfloat16.
     """
+    adapts_wan = training.lora is not None and isinstance(training.dit, WanDitConfig)
+    return jnp.dtype(training.dit.dtype if adapts_wan else "float32")
+
+
+class _Placing:
+    """Puts each parameter to its place on a mesh, and takes note of what it was."""
 
     def __init__(self, mesh: Mesh, training: DenoiserTraining):
         self._mesh, self._digests = mesh, dict[str, str]()
-        adapts_wan = training.lora is not None and isinstance(training.dit, WanDitConfig)
-        self.kernels = jnp.dtype(training.dit.dtype if adapts_wan else "float32")
+        self.kernels = _kernels(training)
 
-    def __call__(self, path: str, leaf: np.ndarray) -> Array:
+    def __call__(self, path: str, parameter: Parameter) -> Array:
         wanted = self.kernels if path.endswith("kernel") else np.dtype(np.float32)
-        leaf = np.ascontiguousarray(leaf.astype(wanted, copy=False))
-        self._digests[path] = hashlib.sha256(leaf.reshape(-1).view(np.uint8).data).hexdigest()
-        return jax.device_put(leaf, shardings({path: leaf}, self._mesh)[path])
+        digest = hashlib.sha256()
+
+        def noted() -> Iterator[np.ndarray]:
+            for piece in parameter.pieces():
+                leaf = np.ascontiguousarray(piece.astype(wanted, copy=False))
+                digest.update(leaf.reshape(-1).view(np.uint8).data)
+                yield leaf
+
+        placed = Parameter(parameter.shape, wanted, noted).on(shardings({path: parameter}, self._mesh)[path])
+        self._digests[path] = digest.hexdigest()
+        return placed
 
     @functools.cached_property
     def identity(self) -> str:

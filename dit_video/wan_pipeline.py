@@ -11,9 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dit_video import tree as trees
 from dit_video.dit import WanDitConfig
@@ -25,7 +23,7 @@ from dit_video.pipeline_config import PipelineConfig
 from dit_video.text import FrozenTextConfig
 from dit_video.tokens import Grid
 from dit_video.weights import clip_vision_config, load_autoencoder, load_denoiser, load_scheduler, text_encoder_config
-from dit_video.weights.foreign import Place
+from dit_video.weights.parameter import Parameter, Place, on_device, on_host
 
 INDEX = "model_index.json"
 _TWO_EXPERTS, _IMAGE_PARTS = "transformer_2", ("image_encoder", "image_processor")
@@ -39,16 +37,6 @@ _FPS, _FPS_PER_TOKEN = 16.0, 24.0
 Dtype = Literal["float32", "bfloat16"]
 
 
-def on_host(path: str, array: np.ndarray) -> np.ndarray:
-    """A parameter where it was read to, on the host."""
-    return array
-
-
-def on_device(path: str, array: np.ndarray) -> jax.Array:
-    """A parameter on the default device, before the next is read."""
-    return jax.block_until_ready(jnp.asarray(array))
-
-
 def load_wan(
     folder: str | os.PathLike,
     *,
@@ -58,14 +46,15 @@ def load_wan(
 ) -> Pipeline:
     """A pipeline from a folder of diffusers; solver, shift and time grid are those of its scheduler.
 
-    Parameters are read one at a time, and `place` has each before the next is read.
+    Parameters are read one at a time, of a stack one layer at a time, to where `place` keeps them.
 
     Args:
       folder: holds `model_index.json` and the parts that it names.
       text_encoder: the folder of the text encoder, if not the pipeline's own. It is read at the first prompt.
       dtype: of the denoiser's matrix products and the weights that enter them, and of the text encoder's.
-      place: what becomes of a parameter, by its path: `dit/…`, `low_noise/…` of a second expert, `autoencoder/…`. By
-        default it goes to the device; of two experts both stay on the host, and only the one at work is on the device.
+      place: where a parameter is kept, by its path: `dit/…`, `low_noise/…` of a second expert, `autoencoder/…`; for
+        devices `lambda path, parameter: parameter.on(SHARDING)`. By default it goes to the device; of two experts both
+        stay on the host, and only the one at work is on the device.
 
     Raises:
       MissingError: no such folder, or parts that it lacks, all named.
@@ -73,7 +62,7 @@ def load_wan(
         fit.
     """
     folder = Path(folder)
-    index = _checked_index(folder)
+    index = checked_index(folder)
     schedule = load_scheduler(folder / "scheduler")
     encoder = folder / "text_encoder" if text_encoder is None else Path(text_encoder)
     width = text_encoder_config(encoder).width
@@ -110,12 +99,17 @@ def load_wan(
         made_by={"loaded from": os.fspath(folder), "class": index["_class_name"]},
     )
     put = place or on_device
-    placed = trees.map_with_path(lambda path, leaf: put(f"autoencoder/{path}", leaf), autoencoder_params)
+    placed = trees.map_with_path(lambda path, leaf: put(f"autoencoder/{path}", Parameter.of(leaf)), autoencoder_params)
     return Pipeline(config, autoencoder=placed, denoiser=denoiser)
 
 
-def _checked_index(folder: Path) -> dict[str, Any]:
-    """What `model_index.json` says, if all that it names is there."""
+def checked_index(folder: Path) -> dict[str, Any]:
+    """What `model_index.json` says, if all that it names is there; of two experts it has a `boundary_ratio`.
+
+    Raises:
+      MissingError: no such folder, or parts that it lacks.
+      UserError: a pipeline of a class that isn't known here, or half of what two experts have.
+    """
     index = read_json(folder / INDEX)
     name = index.get("_class_name") if isinstance(index, dict) else None
     if name not in CLASSES:
@@ -138,7 +132,7 @@ def _named(index: dict[str, Any], part: str) -> bool:
 def _read_denoiser(folder: Path, name: str, *, dtype: Dtype, place: Place) -> tuple[WanDitConfig, dict[str, Any]]:
     """One expert, with the weights of matrix products in `dtype` and all else in float32."""
     config, params = load_denoiser(
-        folder, kernels=jnp.dtype(dtype), place=lambda path, array: place(f"{name}/{path}", array)
+        folder, kernels=jnp.dtype(dtype), place=lambda path, parameter: place(f"{name}/{path}", parameter)
     )
     if not isinstance(config, WanDitConfig):
         raise UserError(f"{folder} holds no Wan, which a pipeline of class {' or '.join(CLASSES)} has; copy it again")

@@ -2,15 +2,19 @@
 
     python experiments/finetune.py MODEL --data CLIPS --workdir runs/mine
 
-MODEL is a folder of Wan in diffusers' layout (2.1 T2V 1.3B or 14B, 2.2 TI2V 5B), CLIPS as for `train.py`: video files
-with a `metadata.csv`, or a data set. The autoencoder and the text encoder stay as they are: clips and captions are
-encoded once, then the transformer is trained:
+MODEL is a folder of Wan in diffusers' layout (2.1 T2V 1.3B or 14B, 2.2 TI2V 5B or T2V A14B), CLIPS as for `train.py`:
+video files with a `metadata.csv`, or a data set. The autoencoder and the text encoder stay as they are: clips and
+captions are encoded once, then the transformer is trained:
 
     --train lora        adapters alone (--lora.rank 16, --lora.targets …): pytorch_lora_weights.safetensors in the run's
                         folder is what diffusers' load_lora_weights(RUN) and ComfyUI read
     --train full        all weights; RUN/transformer is what diffusers' WanTransformer3DModel reads
     --train temporal    layers in time alone, of a model that has them
     --train scratch     all weights, from random ones
+
+Of the two experts of A14B one is trained, at its own times: --expert high (noisy times) or low, which is then
+RUN/transformer_2. The run samples with both; adapters of both are put together by
+`dit_video.load(MODEL).load_lora(HIGH).load_lora(LOW, expert="low_noise")`.
 
 Samples of the clips' captions lie in RUN/samples, all figures in RUN/report.html; `dit_video.load(RUN)` and `sample.py`
 sample more. Interrupted, the same command continues where it was. What this command does not offer is set in a config
@@ -32,7 +36,7 @@ from train import train
 from dit_video import intake
 from dit_video.errors import UserError, script
 from dit_video.finetuning import FineTuning, finetuning
-from dit_video.results import ADAPTER, LORA, TRANSFORMER
+from dit_video.results import ADAPTER, LORA, TRANSFORMERS
 from dit_video.run import Run
 
 
@@ -60,7 +64,7 @@ def main() -> None:
     experiment = finetuning(arguments.model, arguments.options)
     run = Run.create(arguments.workdir or Path("runs") / experiment.name, experiment)
     train(run, arguments.data, latents=arguments.latents)
-    for name in (LORA, ADAPTER, TRANSFORMER):
+    for name in (LORA, ADAPTER, *TRANSFORMERS.values()):
         if (run.folder / name).exists():
             print(run.folder / name)
     print(f"{(time.perf_counter() - began) / 60:.1f} minutes; look at {run.folder / 'report.html'}")

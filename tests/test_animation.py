@@ -68,6 +68,17 @@ def test_the_known_frame_stays(knowing):
     assert np.abs(latents - free)[0].max() > 1e-3
 
 
+def test_several_clips_have_images_of_their_own(animating):
+    requests = [dit_video.Request("a red ball", SIZE, image=image) for image in IMAGES]
+    clips = animating.generate_many(requests, steps=2, guidance=1.0)
+    for image, clip in zip(IMAGES, clips, strict=True):
+        alone = animating.decode(drawn(animating, image=image)).frames
+        np.testing.assert_allclose(clip.frames.astype(int), alone.astype(int), atol=1)
+    assert np.abs(clips[0].frames.astype(int) - clips[1].frames.astype(int)).max() > 1
+    with pytest.raises(UserError, match="this model animates an image; give image="):
+        animating.generate_many([requests[0], requests[1]._replace(image=None)])
+
+
 def test_a_saved_one_knows_its_image_encoder(animating, tmp_path):
     animating.save(tmp_path / "own")
     again = dit_video.load(tmp_path / "own")

@@ -14,11 +14,19 @@ from dit_video.conditioning import KnownFrames
 from dit_video.diffusion import RectifiedFlow, UniPc, UniPcGrid
 from dit_video.distributed import MeshConfig, make_mesh
 from dit_video.errors import MissingError, UserError
-from dit_video.experiment import GivenAutoencoder
+from dit_video.experiment import GivenAutoencoder, OneOfTwo
 from dit_video.finetuning import FineTuning, finetuning
 from dit_video.nn import LoraConfig
 from dit_video.run import Run
-from dit_video.starting import check_start, given_autoencoder, optimizer_of, trained_denoiser
+from dit_video.starting import (
+    check_start,
+    experts_of,
+    given_autoencoder,
+    optimizer_of,
+    shares_of,
+    trained_denoiser,
+    with_other,
+)
 from dit_video.training.denoiser import TEMPORAL
 from dit_video.tree import flatten
 from dit_video.weights import load_denoiser
@@ -146,7 +154,7 @@ def test_what_cannot_be_trained_is_said_before_anything_is(folder):
     ("change", "error", "message"),
     [
         ({"_class_name": "LTXPipeline"}, UserError, "class LTXPipeline; fine-tuning is known here of WanPipeline"),
-        (TWO, UserError, "two experts"),
+        (TWO, MissingError, "lacks the folders transformer_2"),
     ],
 )
 def test_a_pipeline_that_cannot_be_fine_tuned(folder, tmp_path, change, error, message):
@@ -155,6 +163,49 @@ def test_a_pipeline_that_cannot_be_fine_tuned(folder, tmp_path, change, error, m
     (copied / "model_index.json").write_text(json.dumps(index | change))
     with pytest.raises(error, match=message):
         finetuning(copied, OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Read only."""
+    folder = tmp_path_factory.mktemp("wan") / "two"
+    write_wan(folder, **TWO)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("expert", "names"), [("high", ("transformer", "transformer_2")), ("low", ("transformer_2", "transformer"))]
+)
+def test_one_of_two_experts_is_trained_at_its_times(two, mesh, tmp_path, expert, names):
+    training = training_of(two, expert=expert)
+    own, other = (str(two / name) for name in names)
+    assert training.start == own
+    assert training.expert == OneOfTwo(expert=expert, boundary=0.875, other=other)
+    first, last = shares_of(training)
+    assert (last, first)[expert == "low"] == (1.0, 0.0)[expert == "low"]
+    between = training.objective.time(jnp.float32(first if expert == "high" else last))
+    assert float(between) == pytest.approx(0.875, abs=1e-5)
+    check_start(training)
+    trained = trained_denoiser(training, tmp_path, mesh, continues=False)
+    both = with_other(training, trained.adapted)
+    for name, path in zip(experts_of(training), (own, other), strict=True):
+        expected = flatten(load_denoiser(path)[1])
+        for leaf, value in flatten(both[name]).items():
+            np.testing.assert_array_equal(value, expected[leaf], err_msg=leaf)
+
+
+def test_two_experts_are_trained_one_at_a_time(folder, two, tmp_path):
+    with pytest.raises(UserError, match="two experts, which are trained one at a time; say expert=high"):
+        training_of(two)
+    with pytest.raises(UserError, match="one transformer for all times; leave out expert"):
+        training_of(folder, expert="low")
+    with pytest.raises(UserError, match="a time between 0 and 1, not 875"):
+        OneOfTwo(expert="low", boundary=875.0, other="transformer")
+    write_wan(tmp_path / "other", dit=dataclasses.replace(DIT, layers=3))
+    training = training_of(two, expert="low")
+    unlike = dataclasses.replace(training.expert, other=str(tmp_path / "other" / "transformer"))
+    with pytest.raises(UserError, match="other/transformer holds another denoiser"):
+        check_start(dataclasses.replace(training, expert=unlike))
 
 
 def test_options_that_do_not_fit(folder, tmp_path):

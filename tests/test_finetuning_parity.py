@@ -83,5 +83,5 @@ def test_all_weights(torch, tmp_path):
 
     trained = dataclasses.replace(DIT, dtype="bfloat16", remat="full")
     results.save_transformer(tmp_path, trained, PARAMS)
-    model = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / results.TRANSFORMER).eval()
+    model = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / results.TRANSFORMERS["dit"]).eval()
     np.testing.assert_allclose(ours(PARAMS), theirs(torch, model), atol=1e-4)

@@ -6,6 +6,7 @@ import pytest
 import dit_video
 from dit_video import configs
 from dit_video import tree as trees
+from dit_video.autoencoder import CausalVaeConfig
 from dit_video.diffusion import Euler, Heun, RectifiedFlow, UniPc, UniPcGrid
 from dit_video.errors import UserError
 from dit_video.generation import text_to_video
@@ -294,10 +295,15 @@ def test_the_identity_of_an_autoencoder_is_its_config_and_weights(tiny_pipeline)
     mark = identity(config, params)
     assert identity(config, {**params}) == mark
     assert identity(replace(config, width=16), params) != mark
-    assert (
-        identity(config, params | {"normalizer": {"mean": np.ones(4, np.float32), "std": np.ones(4, np.float32)}})
-        != mark
-    )
+    other = {"normalizer": {"mean": np.ones(4, np.float32), "std": np.ones(4, np.float32)}}
+    assert identity(config, params | other) != mark
+
+
+def test_how_an_autoencoder_is_computed_is_not_what_it_is():
+    config, params = CausalVaeConfig.wan21(), {"kernel": np.ones(3, np.float32)}
+    mark = identity(config, params)
+    assert identity(replace(config, form="native", remat=True), params) == mark
+    assert identity(replace(config, bfloat16=True), params) != mark
 
 
 # In a notebook.

@@ -186,6 +186,18 @@ def test_the_linear_start_is_fitted_once_by_a_new_run_alone(tiny_run, copy, monk
     assert fitted == [1]
 
 
+def test_the_linear_start_is_fitted_on_clips_as_they_are(tiny, tiny_run, copy):
+    experiment = tiny.EXPERIMENT
+    windows = tuple(dataclasses.replace(window, augment=True) for window in experiment.autoencoder.windows)
+    augmented = dataclasses.replace(
+        experiment, autoencoder=dataclasses.replace(experiment.autoencoder, windows=windows)
+    )
+    (copy / "autoencoder" / "linear.safetensors").unlink()
+    again = dataclasses.replace(Run.open(copy), experiment=augmented).autoencoder.linear_baseline()
+    for left, right in zip(again, Run.open(tiny_run).autoencoder.linear_baseline(), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
 def test_latents_of_another_autoencoder_are_refused(copy):
     path = copy / "autoencoder" / "weights.safetensors"
     weights = load_weights(path)

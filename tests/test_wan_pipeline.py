@@ -103,7 +103,7 @@ def test_our_own_folder_of_it_is_the_same_pipeline(pipeline, tmp_path):
 
 def test_parameters_go_to_their_place_one_at_a_time(folder, pipeline):
     placed = {}
-    loaded = dit_video.load(folder, place=lambda path, array: placed.setdefault(path, array.shape), dtype="bfloat16")
+    loaded = dit_video.load(folder, place=lambda path, each: placed.setdefault(path, each.shape), dtype="bfloat16")
     assert loaded.config.dit == replace(DIT, dtype="bfloat16")
     expected = {f"autoencoder/{path}": leaf.shape for path, leaf in flatten(pipeline.codec.params).items()}
     expected |= {path: leaf.shape for path, leaf in flatten(pipeline.denoiser_params).items()}

@@ -44,6 +44,9 @@ class PatchVaeConfig:
     start_std: float = 0.05
     """Standard deviation of the latents' noise at the start: what the decoder can't see through doesn't get better. In
     the units of all latents' root mean square, of which the finest have less than a tenth."""
+    bfloat16: bool = False
+    """whether convolutions are bfloat16, with products summed in float32; parameters, the features that they add to,
+    norms, linear maps and latents stay float32"""
 
     def __post_init__(self):
         if min(*self.stride, self.channels, self.width) < 1 or self.blocks < 0:
@@ -55,6 +58,11 @@ class PatchVaeConfig:
             raise UserError(
                 f"start_std {self.start_std} is outside of the posterior's standard deviations, 0.0025 to 2.7"
             )
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """What convolutions are computed in."""
+        return jnp.dtype(jnp.bfloat16 if self.bfloat16 else jnp.float32)
 
     @property
     def last_layer(self) -> str:
@@ -75,10 +83,10 @@ class PatchVae(Vae):
         self.encoder_in = Linear(values, width, rngs=rngs)
         block = _PreactivatedBlock if config.preactivated else _Block
         self.gains = _PREACTIVATED_GAINS if config.preactivated else _Gains()
-        self.encoder = nnx.List([block(width, rngs=rngs) for _ in range(config.blocks)])
+        self.encoder = nnx.List([block(width, dtype=config.dtype, rngs=rngs) for _ in range(config.blocks)])
         self.encoder_out = Linear(width, 2 * channels, init="zero", rngs=rngs)
         self.decoder_in = Linear(channels, width, rngs=rngs)
-        self.decoder = nnx.List([block(width, rngs=rngs) for _ in range(config.blocks)])
+        self.decoder = nnx.List([block(width, dtype=config.dtype, rngs=rngs) for _ in range(config.blocks)])
         self.decoder_out = Linear(width, values, init="zero", rngs=rngs)
 
     def posterior(
@@ -149,11 +157,11 @@ def start_from_linear(params: dict[str, Any], linear: LinearAutoencoder) -> dict
 class _Block(nnx.Module):
     """Space, then time: two causal convolutions, each residual."""
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.norm_space, self.norm_time = RmsNorm(width), RmsNorm(width)
-        self.space = CausalConv(width, width, (1, 3, 3), rngs=rngs)
+        self.space = CausalConv(width, width, (1, 3, 3), dtype=dtype, rngs=rngs)
         self.mix = Linear(width, width, init="zero", rngs=rngs)
-        self.time = CausalConv(width, width, (3, 1, 1), rngs=rngs)
+        self.time = CausalConv(width, width, (3, 1, 1), dtype=dtype, rngs=rngs)
         self.out = Linear(width, width, init="zero", rngs=rngs)
 
     def __call__(
@@ -169,10 +177,10 @@ class _PreactivatedBlock(nnx.Module):
     gain = 0.3
     """of a convolution, so that a fresh stack of blocks is close to the identity"""
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.norm = RmsNorm(width)
-        self.space = CausalConv(width, width, (1, 3, 3), rngs=rngs)
-        self.time = CausalConv(width, width, (3, 1, 1), rngs=rngs)
+        self.space = CausalConv(width, width, (1, 3, 3), dtype=dtype, rngs=rngs)
+        self.time = CausalConv(width, width, (3, 1, 1), dtype=dtype, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "B t h w D"], memory: Memory | None = None, places: Places | None = None

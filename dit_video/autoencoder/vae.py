@@ -6,7 +6,7 @@ level has a parameter-free path beside it, as in the autoencoder of Wan 2.2 (aft
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import get_args
 
 import jax
@@ -65,10 +65,10 @@ class CausalVaeConfig:
     autoencoder, whose latents have noise of about 3e-7: train it without a divergence."""
     bfloat16: bool = False
     """whether features are bfloat16, with products summed in float32; parameters, norms and latents stay float32"""
-    form: Form = "auto"
+    form: Form = field(default="auto", metadata={"how": True})
     """How convolutions are computed: see `CausalConv`. Which is the fastest for a device and width is found with
     `tools/benchmark.py autoencoder --config CONFIG --set autoencoder.model.form=FORM`."""
-    remat: bool = False
+    remat: bool = field(default=False, metadata={"how": True})
     """whether residual blocks are computed again in the backward pass, which then keeps their inputs alone"""
 
     def __post_init__(self):

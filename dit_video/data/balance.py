@@ -1,9 +1,9 @@
 """What a row costs, and which rows meet in a step, so that no device waits for another.
 
 A step ends when its costliest device is done. Every row has the same number of tokens, so the matrix products cost the
-same for each; attention costs the sum of the squares of its clips' lengths, which is eight times as much for one clip
-that fills a row as for eight clips. `fill_rows` makes rows of like costs where the clips allow it; what is left is
-balanced here, by choosing the rows of a step:
+same for each; attention costs the sum of its clips' pairs of tokens, where all see all the squares of their lengths,
+which is eight times as much for one clip that fills a row as for eight. `fill_rows` makes rows of like costs where the
+clips allow it; what is left is balanced here, by choosing the rows of a step:
 
 1. Rows are put into blocks of `block` rows, the least that a device holds, costly ones with cheap ones.
 2. Blocks of like costs make a step. Among those within half the tolerance, which ones meet is random, and so is the
@@ -37,12 +37,12 @@ METHOD = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a row costs: `linear * (its tokens, padding too) + attention * (sum of its clips' squared lengths)`.
+    """What a row costs: `linear * (its tokens, padding too) + attention * (pairs of tokens that attend to each other)`.
 
     Only the ratio matters. One layer of width D whose matrices hold m·D² weights takes 2·m·D² operations for a token,
-    and 4·n·D for its attention to the n tokens of its clip (scores and values, 2·n·D each); a backward pass takes twice
-    both. So attention costs as much as the matrices in clips of m·D/2 tokens: with m = 14, 8,064 at D = 1152 and 21,504
-    at D = 3072.
+    and 4·n·D for its attention to the n tokens that it sees (scores and values, 2·n·D each); a backward pass takes
+    twice both. So attention costs as much as the matrices in clips of m·D/2 tokens that all see each other: with m =
+    14, 8,064 at D = 1152 and 21,504 at D = 3072.
 
     This holds for attention that skips the blocks of other clips. One that computes them all costs the same for every
     row, and needs no balance.
@@ -54,7 +54,7 @@ class Cost:
     linear: float | int = 0
     """of a token"""
     attention: float | int = 1
-    """of a pair of tokens of one clip"""
+    """of a pair of tokens of which one sees the other"""
 
     def __post_init__(self):
         if not (self.linear >= 0 and self.attention >= 0 and self.linear + self.attention > 0):
@@ -72,11 +72,11 @@ class Cost:
         return cls(linear=2 * matrices * width**2, attention=4 * width)
 
     def __str__(self) -> str:
-        return f"{self.linear:g} * tokens of the row + {self.attention:g} * sum of squared clip lengths"
+        return f"{self.linear:g} * tokens of the row + {self.attention:g} * pairs in attention"
 
-    def rows(self, squares: Float[np.ndarray, "*r"], tokens: int) -> Float[np.ndarray, "*r"]:
-        """Of rows of `tokens` tokens, of which `squares` are the sums of squared clip lengths."""
-        return self.linear * tokens + self.attention * squares
+    def rows(self, pairs: Float[np.ndarray, "*r"], tokens: int) -> Float[np.ndarray, "*r"]:
+        """Of rows of `tokens` tokens, in which so many pairs attend to each other."""
+        return self.linear * tokens + self.attention * pairs
 
 
 @dataclass(frozen=True, kw_only=True)

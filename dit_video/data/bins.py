@@ -1,9 +1,10 @@
 """Which examples share a row: so that rows are full, and their attention costs as equal as can be.
 
-The cost of a row is the sum of its clips' squared lengths (attention never crosses clips). Rows are filled from the
-longest clip to the shortest; each goes to the row that wants the longest clips, which is the one with the most cost
-left per token left. So long clips end among short ones. Where the shortest clips are too long to fill every gap, a few
-rows are emptied, and other rows exchange a clip for one of theirs that is longer by what they lack.
+A row costs the sum of its clips' pairs in attention, which never crosses clips: their squared lengths, or fewer where a
+pattern leaves some out. Rows are filled from the longest clip to the shortest; each goes to the row that wants the
+longest clips, which is the one with the most cost left per token left. So long clips end among short ones. Where the
+shortest clips are too long to fill every gap, a few rows are emptied, and other rows exchange a clip for one of theirs
+that is longer by what they lack.
 """
 
 import bisect
@@ -12,7 +13,7 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from dit_video.tokens import RowShape
 
@@ -36,6 +37,7 @@ def fill_rows(
     text: Int[np.ndarray, " n"],
     shape: RowShape,
     generator: np.random.Generator,
+    pairs: Float[np.ndarray, " n"],
 ) -> list[list[int]]:
     """Shuffle the examples and pack each into one row; no row exceeds one of the budgets.
 
@@ -45,10 +47,11 @@ def fill_rows(
       text: text tokens of every example, at most a row's.
       shape: the budgets.
       generator: of the shuffle.
+      pairs: in the attention of every example.
     """
     order = generator.permutation(examples)
     sizes = tokens[order].astype(np.float64)
-    cost = float((sizes**2).sum() / sizes.sum()) * shape.tokens
+    cost = float(pairs[order].sum() / sizes.sum()) * shape.tokens
     chunks = max(1, round(sizes.sum() / (CHUNK * shape.tokens)))
     cuts = np.searchsorted(np.cumsum(sizes), sizes.sum() * np.arange(1, chunks) / chunks)
     rows: list[list[int]] = []
@@ -56,7 +59,7 @@ def fill_rows(
     for chunk in np.split(order, cuts):
         longest_first = np.argsort(-tokens[chunk] * generator.uniform(1 - JITTER, 1 + JITTER, len(chunk)))
         # Chunks are alike: what is best for the first is used for all.
-        filled, method = _fill_chunk(chunk[longest_first], tokens, text, shape, cost, generator, method)
+        filled, method = _fill_chunk(chunk[longest_first], tokens, text, shape, (pairs, cost), generator, method)
         rows += filled
     return rows
 
@@ -66,7 +69,7 @@ def _fill_chunk(
     tokens: np.ndarray,
     text: np.ndarray,
     shape: RowShape,
-    cost: float,
+    costs: tuple[np.ndarray, float],
     generator: np.random.Generator,
     method: int | None,
 ) -> tuple[list[list[int]], int]:
@@ -74,7 +77,7 @@ def _fill_chunk(
     total = int(tokens[order].sum())
     # Longest first is at its worst where text or segments run out before tokens do; a random order has them all mixed.
     orders = [order, generator.permutation(order)]
-    balanced, left = _balanced(order, tokens, text, shape, cost)
+    balanced, left = _balanced(order, tokens, text, shape, *costs)
 
     def fill(method: int) -> list[list[int]]:
         if method < len(POOLS):
@@ -94,7 +97,7 @@ def _fill_chunk(
 
 
 def _balanced(
-    order: np.ndarray, tokens: np.ndarray, text: np.ndarray, shape: RowShape, cost: float
+    order: np.ndarray, tokens: np.ndarray, text: np.ndarray, shape: RowShape, pairs: np.ndarray, cost: float
 ) -> tuple[list[list[int]], list[int]]:
     """Rows of equal cost, as far as that goes, from examples in descending order; and the examples that had no room."""
     least_text = int(text[order].min())
@@ -105,7 +108,8 @@ def _balanced(
     wanting = [(-cost / shape.tokens, row) for row in range(count)]
     narrow: list[tuple[int, int]] = []  # rows without room for the last example: a heap by room, negative
     left: list[int] = []
-    for example, size, words in zip(order.tolist(), tokens[order].tolist(), text[order].tolist(), strict=True):
+    columns = (each.tolist() for each in (order, tokens[order], text[order], pairs[order]))
+    for example, size, words, attended in zip(*columns, strict=True):
         while narrow and -narrow[0][0] >= size:
             row = heapq.heappop(narrow)[1]
             heapq.heappush(wanting, (-cost_room[row] / room[row], row))
@@ -128,7 +132,7 @@ def _balanced(
         rows[row].append(example)
         room[row] -= size
         words_room[row] -= words
-        cost_room[row] -= size * size
+        cost_room[row] -= attended
         if room[row] and words_room[row] >= least_text and len(rows[row]) < shape.segments:
             heapq.heappush(wanting, (-cost_room[row] / room[row], row))
     return [row for row in rows if row], left

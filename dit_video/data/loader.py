@@ -67,6 +67,8 @@ class Reading:
     """which examples an epoch has; None for each one once"""
     balance: Balance | None = None
     """how rows are put into steps; None for random order"""
+    pairs: Callable[[Grid], float] | None = None
+    """how many tokens of a clip's grid attend to each other, which is what rows cost; None where all do"""
 
     def __post_init__(self):
         if self.batch < 1 or self.hosts < 1 or self.batch % self.hosts:
@@ -179,6 +181,7 @@ def packed_batches(
         mixture=reading.mixture,
         balance=reading.balance,
         intervals=intervals,
+        pairs=reading.pairs,
     )
     rows = LatentRows(source, layout, patch, cache_bytes=reading.cache_bytes // max(1, reading.workers))
     ahead = read_ahead(_shared(rows, reading, _stacked), reading)
@@ -226,6 +229,7 @@ def encoded_batches(
         mixture=reading.mixture,
         balance=reading.balance,
         intervals=intervals,
+        pairs=reading.pairs,
     )
     row_bytes = shape.tokens * max(3 * size.volume / grid.volume for size, grid in zip(sizes, grids, strict=True))
     decoded = _HostRows(ClipRows(source, layout, limits, seed=reading.seed), reading, row_bytes)

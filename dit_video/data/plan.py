@@ -41,7 +41,7 @@ class RowPlan:
     padding: float
     """Share of video tokens that are padding."""
     cost: Float[np.ndarray, " R"]
-    """Of each row, the sum of its clips' squared tokens, in millions: what attention costs, up to a factor."""
+    """Of each row, the pairs in the attention of its clips, in millions: what attention costs, up to a factor."""
     left_out: tuple[int, ...] = ()
     """Examples of a mixture that had no room in this epoch."""
 
@@ -84,6 +84,7 @@ class RowStream:
       names: of the examples, for errors.
       mixture: which examples an epoch has; None for each one once.
       balance: how rows are put into steps; None for random order.
+      pairs: in the attention of every example; None where all its tokens see all.
 
     Raises:
       UserError: no examples, one that is larger than a row, or see `Draws`.
@@ -99,10 +100,14 @@ class RowStream:
         names: Sequence[str] | None = None,
         mixture: Mixture | None = None,
         balance: Balance | None = None,
+        pairs: Float[np.ndarray, " n"] | None = None,
     ):
         _check(tokens, text, shape, names)
         self.tokens, self.text, self.shape, self.balance = tokens, text, shape, balance
         """The sizes of every example: a place in a row stays as large if its example can't be read."""
+        all_pairs = tokens.astype(np.float64) ** 2
+        self.pairs = all_pairs if pairs is None else pairs
+        self._sparse = not np.array_equal(self.pairs, all_pairs)
         self._seed = seed
         self.draws: Draws | None = None if mixture is None else Draws(mixture, tokens, seed=seed)
         self._first = self._shuffled(0, 0)[0]
@@ -139,7 +144,8 @@ class RowStream:
         sizes = np.stack([self.tokens, self.text]).astype("<i8").tobytes()
         constants = (self.shape, self._seed, self.rows_per_epoch, bins.CONSTANTS, ATTEMPTS, SLACK, FORESEEN)
         options = (self.balance, balancing.METHOD, None if self.draws is None else self.draws.hash)
-        return hashlib.sha256(sizes + repr((constants, options)).encode()).hexdigest()[:16]
+        told = sizes + repr((constants, options)).encode()
+        return hashlib.sha256(told + (self.pairs.astype("<f8").tobytes() if self._sparse else b"")).hexdigest()[:16]
 
     def _examples(self, epoch: int) -> Int[np.ndarray, " m"]:
         return np.arange(len(self.tokens)) if self.draws is None else self.draws.epoch(epoch)
@@ -154,7 +160,8 @@ class RowStream:
 
     def _shuffled(self, epoch: int, attempt: int) -> tuple[list[list[int]], np.random.Generator]:
         generator = rng.host(self._seed, "row plan", epoch, attempt)
-        return bins.fill_rows(self._examples(epoch), self.tokens, self.text, self.shape, generator), generator
+        sizes = self.tokens, self.text, self.shape
+        return bins.fill_rows(self._examples(epoch), *sizes, generator, self.pairs), generator
 
     def _plan_epoch(self, epoch: int) -> RowPlan:
         left_out: list[int] = []
@@ -175,9 +182,9 @@ class RowStream:
         if self.balance is None:
             order = generator.permutation(len(rows))
         else:
-            costs = self.balance.cost.rows(_squares(rows, self.tokens), self.shape.tokens)
+            costs = self.balance.cost.rows(_summed(rows, self.pairs), self.shape.tokens)
             order = balancing.arrange(costs, self.balance, generator, first=epoch * self.rows_per_epoch)
-        return _plan(rows, order, self.tokens, self.shape, left_out=tuple(left_out))
+        return _plan(rows, order, self.tokens, self.pairs, self.shape, left_out=tuple(left_out))
 
 
 class _Recent:
@@ -235,6 +242,7 @@ def _plan(
     rows: list[list[int]],
     order: np.ndarray,
     tokens: np.ndarray,
+    pairs: np.ndarray,
     shape: RowShape,
     *,
     left_out: tuple[int, ...] = (),
@@ -245,11 +253,11 @@ def _plan(
         order=examples,
         offsets=offsets,
         padding=1 - int(tokens[examples].sum()) / (len(rows) * shape.tokens),
-        cost=_squares(rows, tokens) / 1e6,
+        cost=_summed(rows, pairs) / 1e6,
         left_out=left_out,
     )
 
 
-def _squares(rows: list[list[int]], tokens: np.ndarray) -> np.ndarray:
+def _summed(rows: list[list[int]], pairs: np.ndarray) -> np.ndarray:
     examples, offsets = bins.flat(rows)
-    return np.add.reduceat(tokens[examples].astype(np.float64) ** 2, offsets[:-1])
+    return np.add.reduceat(pairs[examples], offsets[:-1])

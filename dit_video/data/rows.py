@@ -55,6 +55,7 @@ class Layout:
       mixture: which examples an epoch has; None for each one once.
       balance: how rows are put into steps; None for random order.
       intervals: of two tokens along time, for each example, in the unit of the coordinates; None counts tokens.
+      pairs: how many tokens of a grid attend to each other; None where all do.
 
     Raises:
       UserError: an example larger than a row, or a mixture of other examples.
@@ -71,9 +72,11 @@ class Layout:
         mixture: Mixture | None = None,
         balance: Balance | None = None,
         intervals: Sequence[float] | None = None,
+        pairs: Callable[[Grid], float] | None = None,
     ):
         self.grids, self.texts, self.shape, self.names, self._seed = grids, texts, shape, names, seed
         self._intervals = intervals
+        counted = None if pairs is None else {grid: float(pairs(grid)) for grid in set(grids)}
         self.stream = RowStream(
             np.asarray([grid.volume for grid in grids], np.int64),
             np.asarray([max(lengths) for lengths in texts.lengths], np.int64),
@@ -82,6 +85,7 @@ class Layout:
             names=names,
             mixture=mixture,
             balance=balance,
+            pairs=None if counted is None else np.asarray([counted[grid] for grid in grids]),
         )
         told = hashlib.sha256(repr((self.stream.hash, tuple(names), tuple(grids))).encode())
         for facts in texts.facts():

@@ -1,32 +1,96 @@
-"""Diffusion as pure functions: a process, an objective, samplers and guidance, on any `denoise(noisy, time)`."""
+r"""Diffusion as pure functions: a process, an objective, samplers and guidance, on any `denoise(noisy, time)`.
 
+**A process** says how much of the data and of the noise there is at a time from 0 (data) to 1 (noise):
+
+$$x_t = \alpha(t)\,x_0 + \sigma(t)\,\epsilon, \qquad \epsilon \sim N(0, 1)$$
+
+and everything follows from the two functions. Their ratio is the signal-to-noise ratio, of logarithm
+$2\lambda = 2 \log(\alpha / \sigma)$. Given the data, $x_t$ is normal of variance $\sigma^2$ around $\alpha x_0$, and
+the gradient of its log density is $-\epsilon / \sigma$; the mean of that over all data that $x_t$ may stem from is the
+score of the density of all $x_t$, so that a model that predicts the noise by least squares knows it (arXiv 1907.05600):
+
+$$\nabla_x \log p_t(x) = -\hat\epsilon(x, t) / \sigma, \qquad \hat\epsilon = E[\epsilon \mid x_t = x]$$
+
+**A prediction** is any other sum of the two parts, and is taken apart again (`predictions`).
+
+**The process as a differential equation** that passes through the same densities is $dx = f x\,dt + g\,dw$, of
+$f = \alpha'/\alpha$ and $g^2 = 2\sigma(\sigma' - f\sigma)$. Backwards it is, for any $\eta \ge 0$ (arXiv 2011.13456,
+2206.00364),
+
+$$dx = \Big(f x - \frac{1 + \eta^2}{2} g^2\, \nabla_x \log p_t(x)\Big) dt + \eta\, g\, dw$$
+
+of which $\eta = 0$ is the probability flow. Put $\hat\epsilon$ in for the score and
+$x = \alpha \hat x_0 + \sigma \hat\epsilon$ for $x$: the flow is $dx/dt = \alpha' \hat x_0 + \sigma' \hat\epsilon$, the
+derivative of the process with its parts held still. Two ways to solve it are used here. In $x / \alpha$ over
+$\sigma / \alpha$ the slope is $\hat\epsilon$ alone; and over $\lambda$ the linear part is solved exactly (`unipc`).
+A step of either that holds the estimate still is $x_s = \alpha_s \hat x_0 + \sigma_s \hat\epsilon$: DDIM.
+
+**The posterior** $q(x_s \mid x_t, x_0)$ of an earlier time $s$ is normal, as both factors of
+$q(x_t \mid x_s)\,q(x_s \mid x_0)$ are (`Process.posterior`); drawn at $x_0 = \hat x_0$ it is a step of DDPM.
+"""
+
+from dit_video.diffusion.edm import Edm
+from dit_video.diffusion.flow import RectifiedFlow
 from dit_video.diffusion.grids import Even, FlowMatchGrid, SampleTimes, TimeGrid, UniPcGrid, time_grid
 from dit_video.diffusion.guidance import classifier_free
-from dit_video.diffusion.objective import Denoise, FlowMatching
-from dit_video.diffusion.process import RectifiedFlow
-from dit_video.diffusion.samplers import SAMPLERS, Euler, Heun, Sampler, advance, sample, sampler
+from dit_video.diffusion.objective import FlowMatching, Objective
+from dit_video.diffusion.predictions import (
+    X0,
+    Denoise,
+    Epsilon,
+    Estimator,
+    Preconditioned,
+    Prediction,
+    V,
+    Velocity,
+    estimator,
+)
+from dit_video.diffusion.process import Estimate, Normal, Process
+from dit_video.diffusion.samplers import SAMPLERS, Draw, Sampler, advance, sample, sampler
+from dit_video.diffusion.solvers import Euler, Heun, Interval
 from dit_video.diffusion.times import LogitNormal, Times, Uniform, low_discrepancy
 from dit_video.diffusion.unipc import UniPc
+from dit_video.diffusion.variance_preserving import Betas, Cosine, Linear, ScaledLinear, VariancePreserving
 
 __all__ = [
     "SAMPLERS",
+    "X0",
+    "Betas",
+    "Cosine",
     "Denoise",
+    "Draw",
+    "Edm",
+    "Epsilon",
+    "Estimate",
+    "Estimator",
     "Euler",
     "Even",
     "FlowMatchGrid",
     "FlowMatching",
     "Heun",
+    "Interval",
+    "Linear",
     "LogitNormal",
+    "Normal",
+    "Objective",
+    "Preconditioned",
+    "Prediction",
+    "Process",
     "RectifiedFlow",
     "SampleTimes",
     "Sampler",
+    "ScaledLinear",
     "TimeGrid",
     "Times",
     "UniPc",
     "UniPcGrid",
     "Uniform",
+    "V",
+    "VariancePreserving",
+    "Velocity",
     "advance",
     "classifier_free",
+    "estimator",
     "low_discrepancy",
     "sample",
     "sampler",

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from dit_video.diffusion.process import RectifiedFlow
+from dit_video.diffusion.process import Process
 from dit_video.errors import UserError
 
 
@@ -24,7 +24,7 @@ class SampleTimes(NamedTuple):
 class Even:
     """Evenly spaced, then shifted as in training."""
 
-    def __call__(self, process: RectifiedFlow, steps: int) -> SampleTimes:
+    def __call__(self, process: Process, steps: int) -> SampleTimes:
         """The times of so many steps.
 
         Raises:
@@ -44,7 +44,7 @@ class UniPcGrid:
 
     training_steps: int = 1000
 
-    def __call__(self, process: RectifiedFlow, steps: int) -> SampleTimes:
+    def __call__(self, process: Process, steps: int) -> SampleTimes:
         """The times of so many steps, computed in float64.
 
         Raises:
@@ -67,7 +67,7 @@ class FlowMatchGrid:
 
     training_steps: int = 1000
 
-    def __call__(self, process: RectifiedFlow, steps: int) -> SampleTimes:
+    def __call__(self, process: Process, steps: int) -> SampleTimes:
         """The times of so many steps, computed in float64.
 
         Raises:
@@ -82,7 +82,7 @@ class FlowMatchGrid:
 TimeGrid = Even | UniPcGrid | FlowMatchGrid
 
 
-def time_grid(process: RectifiedFlow, steps: int) -> Float[Array, " {steps}+1"]:
+def time_grid(process: Process, steps: int) -> Float[Array, " {steps}+1"]:
     """Times from 1 (noise) to 0 (data), evenly spaced and then shifted as in training.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from jaxtyping import Array, Float
 
-from dit_video.diffusion.objective import Denoise
+from dit_video.diffusion.predictions import Denoise
 
 
 def classifier_free(conditional: Denoise, unconditional: Denoise, scale: Float[Array, ""] | float) -> Denoise:

@@ -1,63 +1,131 @@
-"""From data to noise and back."""
+"""What holds for every process that turns data into noise.
 
-from dataclasses import dataclass
+The package's docstring derives the equations; a process says how much of the data and of the noise there is.
+"""
 
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dit_video.arrays import SameArray
-from dit_video.errors import UserError
+
+LEAST_ALPHA = 1e-6
+"""Of pure noise the log-SNR would be infinite."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RectifiedFlow:
-    r"""Straight paths between data and noise (arXiv 2209.03003; 2210.02747).
+class Estimate(NamedTuple):
+    """What a model says of a noisy value: its two parts."""
 
-    $x_t = (1 - t)\,x_0 + t\,\epsilon$ for time $t$ from 0 (data) to 1 (noise); the model predicts the velocity
-    $v = dx_t/dt = \epsilon - x_0$, so that $x_0 = x_t - t\,v$ and $\epsilon = x_t + (1 - t)\,v$.
+    data: Float[Array, "*shape"]
+    noise: Float[Array, "*shape"]
+    variance: Float[Array, "*shape"] | None = None
+    """where the model predicts one: how far between the posterior's two bounds, from 0 to 1, in logarithms; see
+    `LearnedVariance`"""
 
-    `shift` $s$ moves times towards noise, $t' = s t / (1 + (s - 1) t)$ (arXiv 2403.03206, eq. 23), in training and
-    in sampling alike.
 
-    Raises:
-      UserError: a shift that is not positive.
+class Normal(NamedTuple):
+    """A normal distribution of independent values."""
+
+    mean: Float[Array, "*shape"]
+    variance: Float[Array, "*scale"]
+
+
+class Path(NamedTuple):
+    """In which coordinates the probability flow is solved: $d(x / scale) = slope \\; d(clock)$."""
+
+    scale: Float[Array, "*shape"]
+    clock: Float[Array, "*shape"]
+
+
+class Process(ABC):
+    r"""$x_t = \alpha(t)\,x_0 + \sigma(t)\,\epsilon$ for time from 0 (data) to 1 (noise).
+
+    Times broadcast against values wherever both are given.
     """
 
-    shift: float = 1.0
+    @abstractmethod
+    def alpha(self, time: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:
+        """How much of the data is in $x_t$."""
 
-    def __post_init__(self):
-        if not self.shift > 0:
-            raise UserError(f"shift {self.shift} must be positive; 1 leaves times as they are")
+    @abstractmethod
+    def sigma(self, time: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:
+        """How much of the noise is in $x_t$."""
+
+    @abstractmethod
+    def time_at(self, ratio: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:
+        r"""The time at which noise and data are in a ratio: the inverse of $\sigma / \alpha$."""
 
     def shifted(self, time: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:
-        """$t'$ of the class docstring."""
-        return self.shift * time / (1 + (self.shift - 1) * time)
-
-    def alpha(self, time: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """How much of the data is in $x_t$."""
-        return 1 - time
-
-    def sigma(self, time: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """How much of the noise is in $x_t$."""
+        """Evenly spaced times as this process wants them spaced, in training and in sampling alike."""
         return time
+
+    def input_scale(self, time: Float[Array, "*time"]) -> Float[Array, "*time"] | float:
+        """What a noisy value is multiplied by before a model is given it."""
+        return 1.0
+
+    def start(self, noise: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:
+        """Where sampling starts, at time 1, from standard normal noise."""
+        return noise
 
     def add_noise(
         self, data: Float[Array, "*shape"], noise: Float[Array, "*shape"], time: Float[Array, "*time"]
     ) -> Float[Array, "*shape"]:
-        """$x_t$. `time` broadcasts against the data."""
+        """$x_t$."""
         return self.alpha(time) * data + self.sigma(time) * noise
 
-    def target(self, data: Float[Array, "*shape"], noise: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """The velocity that the model is to predict."""
-        return noise - data
+    def half_log_snr(self, time: Float[Array, "*time"]) -> Float[Array, "*time"]:
+        r"""$\lambda = \log(\alpha / \sigma)$."""
+        return jnp.log(jnp.maximum(self.alpha(time), LEAST_ALPHA)) - jnp.log(self.sigma(time))
 
-    def to_data(
-        self, noisy: Float[Array, "*shape"], velocity: Float[Array, "*shape"], time: Float[Array, "*time"]
-    ) -> Float[Array, "*shape"]:
-        """$x_0$ from a prediction."""
-        return noisy - time * velocity
+    def rates(self, time: Float[Array, "*time"]) -> tuple[Float[Array, "*time"], Float[Array, "*time"]]:
+        r"""$\alpha'(t)$ and $\sigma'(t)$."""
+        time = jnp.asarray(time)
+        one = jnp.ones_like(time)
+        return jax.jvp(self.alpha, (time,), (one,))[1], jax.jvp(self.sigma, (time,), (one,))[1]
 
-    def to_noise(
-        self, noisy: Float[Array, "*shape"], velocity: Float[Array, "*shape"], time: Float[Array, "*time"]
-    ) -> Float[Array, "*shape"]:
-        r"""$\epsilon$ from a prediction."""
-        return noisy + (1 - time) * velocity
+    def velocity(self, estimate: Estimate, time: Float[Array, "*time"]) -> Float[Array, "*shape"]:
+        r"""$dx_t/dt = \alpha' \hat x_0 + \sigma' \hat\epsilon$ along the probability flow."""
+        alpha_rate, sigma_rate = self.rates(time)
+        return alpha_rate * estimate.data + sigma_rate * estimate.noise
+
+    def score(self, noise: Float[Array, "*shape"], time: Float[Array, "*time"]) -> Float[Array, "*shape"]:
+        r"""$\nabla_x \log p_t(x) = -\hat\epsilon / \sigma$."""
+        return -noise / self.sigma(time)
+
+    def drift_and_diffusion(self, time: Float[Array, "*time"]) -> tuple[Float[Array, "*time"], Float[Array, "*time"]]:
+        r"""$f = \alpha' / \alpha$ and $g^2 = 2 \sigma (\sigma' - f \sigma)$ of $dx = f x\,dt + g\,dw$."""
+        alpha_rate, sigma_rate = self.rates(time)
+        drift = alpha_rate / jnp.maximum(self.alpha(time), LEAST_ALPHA)
+        sigma = self.sigma(time)
+        return drift, 2 * sigma * (sigma_rate - drift * sigma)
+
+    def posterior(
+        self,
+        noisy: Float[Array, "*shape"],
+        data: Float[Array, "*shape"],
+        time: Float[Array, "*time"],
+        following: Float[Array, "*time"],
+    ) -> Normal:
+        r"""$q(x_s \mid x_t, x_0)$ at a time $s$ = `following` before $t$ = `time`.
+
+        With $\alpha_{t|s} = \alpha_t/\alpha_s$ and $\sigma^2_{t|s} = \sigma_t^2 - \alpha_{t|s}^2 \sigma_s^2$ its mean
+        is $(\alpha_{t|s} \sigma_s^2\,x_t + \alpha_s \sigma^2_{t|s}\,x_0)/\sigma_t^2$ and its variance
+        $\sigma^2_{t|s} \sigma_s^2 / \sigma_t^2$ (arXiv 2107.00630, appendix A).
+        """
+        alpha, sigma, before = self.alpha(following), self.sigma(following), self.sigma(time)
+        step = self.alpha(time) / alpha
+        added = jnp.maximum(before**2 - (step * sigma) ** 2, 0.0)
+        mean = (step * sigma**2 * noisy + alpha * added * data) / before**2
+        return Normal(mean, added * sigma**2 / before**2)
+
+    def path(self, time: Float[Array, "*time"]) -> Path:
+        r"""$x/\alpha$ moves with $\sigma/\alpha$, its slope being $\epsilon$ (arXiv 2206.00364, eq. 1)."""
+        alpha = self.alpha(time)
+        return Path(alpha, self.sigma(time) / alpha)
+
+    def slope(self, estimate: Estimate) -> Float[Array, "*shape"]:
+        """Of `path`."""
+        return estimate.noise

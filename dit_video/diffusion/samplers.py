@@ -1,67 +1,24 @@
-"""From noise to data: ODE solvers, and the loop that runs one.
+"""From noise to data: the loop that runs a solver, and the solvers by name.
 
-A solver exports `init(noisy, steps=…) -> state` and `step(denoise, process, state, time, following) -> state`; a
-state's `x` is the sample at its time. The loop is one `lax.scan`: compiled once for a shape, whatever the times.
+A solver exports `init(noisy, steps=...) -> state` and `step(estimate, process, state, interval) -> state`; a state's
+`x` is the sample at its time. The loop is one `lax.scan`: compiled once for a shape, whatever the times.
 """
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from dit_video.diffusion.objective import Denoise
-from dit_video.diffusion.process import RectifiedFlow
+from dit_video.diffusion.predictions import Denoise, Prediction, Velocity, estimator
+from dit_video.diffusion.process import Process
+from dit_video.diffusion.solvers import Euler, Heun, Interval
 from dit_video.diffusion.unipc import UniPc
 from dit_video.errors import UserError
 
-
-class SolverState(NamedTuple):
-    """What a one-step solver carries."""
-
-    x: Float[Array, "*shape"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Euler:
-    """First order: one evaluation a step."""
-
-    def init(self, noisy: Float[Array, "*shape"], *, steps: int) -> SolverState:
-        return SolverState(noisy)
-
-    def step(
-        self,
-        denoise: Denoise,
-        process: RectifiedFlow,
-        state: SolverState,
-        time: Float[Array, ""],
-        following: Float[Array, ""],
-    ) -> SolverState:
-        """`x + (t' - t) v(x, t)`."""
-        return SolverState(state.x + (following - time) * denoise(state.x, time))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Heun:
-    """Second order: the slope averaged over both ends of the step; two evaluations a step."""
-
-    def init(self, noisy: Float[Array, "*shape"], *, steps: int) -> SolverState:
-        return SolverState(noisy)
-
-    def step(
-        self,
-        denoise: Denoise,
-        process: RectifiedFlow,
-        state: SolverState,
-        time: Float[Array, ""],
-        following: Float[Array, ""],
-    ) -> SolverState:
-        """The explicit trapezoidal rule."""
-        slope = denoise(state.x, time)
-        proposal = state.x + (following - time) * slope
-        return SolverState(state.x + (following - time) * (slope + denoise(proposal, following)) / 2)
-
+Draw = Callable[[Int[Array, ""]], Float[Array, "*shape"]]
+"""Standard normal noise for a step, by its number from 0 on, in the shape of the sample."""
 
 Sampler = Euler | Heun | UniPc
 SAMPLERS: dict[str, Sampler] = {"euler": Euler(), "heun": Heun(), "unipc": UniPc()}
@@ -83,22 +40,29 @@ def sample(
     noise: Float[Array, "*shape"],
     times: Float[Array, " times"],
     *,
-    process: RectifiedFlow,
+    process: Process,
     solver: Sampler,
+    prediction: Prediction = Velocity(),  # noqa: B008 (a value)
     told: Float[Array, " times"] | None = None,
+    draw: Draw | None = None,
 ) -> Float[Array, "*shape"]:
     """Run `solver` over the intervals of `times`, from noise to data. `denoise` is given the time as a scalar.
 
     Args:
       denoise: the model.
-      noise: where to start.
+      noise: standard normal.
       times: falling; see `grids`.
       process: what the model was trained on.
-      solver: of the flow.
+      solver: of the flow, or of the reverse process.
+      prediction: what the model predicts.
       told: what the model is given as its time at each of `times`, where that is something else.
+      draw: the noise of each step, of a solver that is stochastic.
+
+    Raises:
+      UserError: a stochastic solver that is given no noise.
     """
-    start = solver.init(noise, steps=times.shape[0] - 1)
-    return advance(denoise, start, times, process=process, solver=solver, told=told).x
+    start = solver.init(process.start(noise), steps=times.shape[0] - 1)
+    return advance(denoise, start, times, process=process, solver=solver, prediction=prediction, told=told, draw=draw).x
 
 
 def advance(
@@ -106,21 +70,29 @@ def advance(
     state: Any,
     times: Float[Array, " times"],
     *,
-    process: RectifiedFlow,
+    process: Process,
     solver: Sampler,
+    prediction: Prediction = Velocity(),  # noqa: B008 (a value)
     told: Float[Array, " times"] | None = None,
+    draw: Draw | None = None,
+    first: Int[Array, ""] | int = 0,
 ) -> Any:
     """A part of the way, from a solver's state to its state at the last of `times`; arguments are as for `sample`.
 
-    Parts that follow one another are the whole, whatever model each has: the state knows how many steps there are.
+    Parts that follow one another are the whole, whatever model each has: the state knows how many steps there are, and
+    `first` is the number of the part's first step.
     """
     if told is not None:
         denoise = _told(denoise, times, told)
+    estimate = estimator(denoise, process, prediction)
 
     def step(state, interval):
-        return solver.step(denoise, process, state, interval[0], interval[1]), None
+        time, following, number = interval
+        noise = None if draw is None else draw(number)
+        return solver.step(estimate, process, state, Interval(time, following, noise)), None
 
-    end, _ = jax.lax.scan(step, state, jnp.stack([times[:-1], times[1:]], axis=1))
+    numbers = first + jnp.arange(times.shape[0] - 1)
+    end, _ = jax.lax.scan(step, state, (times[:-1], times[1:], numbers))
     return end
 
 

@@ -24,12 +24,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dit_video.diffusion.objective import Denoise
-from dit_video.diffusion.process import RectifiedFlow
+from dit_video.diffusion.predictions import Estimator
+from dit_video.diffusion.process import Process
+from dit_video.diffusion.solvers import Interval
 from dit_video.errors import UserError
-
-_LEAST_ALPHA = 1e-6
-"""Of pure noise the log-SNR would be infinite."""
 
 
 class UniPcState(NamedTuple):
@@ -84,17 +82,11 @@ class UniPc:
             order=nothing,
         )
 
-    def step(
-        self,
-        denoise: Denoise,
-        process: RectifiedFlow,
-        state: UniPcState,
-        time: Float[Array, ""],
-        following: Float[Array, ""],
-    ) -> UniPcState:
-        """Evaluate at `x`, correct `x` by it, and predict the sample at `following`."""
+    def step(self, estimate: Estimator, process: Process, state: UniPcState, interval: Interval) -> UniPcState:
+        """Evaluate at `x`, correct `x` by it, and predict the sample at the following time."""
         advance = partial(_advance, process, self.kind)
-        now = process.to_data(state.x, denoise(state.x, time), time).astype(state.x.dtype)
+        time, following = interval.time, interval.following
+        now = estimate(state.x, time).data
 
         def corrected(order: int) -> Callable[[], Array]:
             past = range(1, order)
@@ -129,7 +121,7 @@ class UniPc:
 
 
 def _advance(
-    process: RectifiedFlow,
+    process: Process,
     kind: str,
     x: Float[Array, "*shape"],
     start: Float[Array, ""],
@@ -139,17 +131,13 @@ def _advance(
     values: Sequence[Float[Array, "*shape"]],
 ) -> Float[Array, "*shape"]:
     """The sample at time `end`, from `x` at `start` with its prediction, and those (`values`) at other times."""
-    h = _half_log_snr(process, end) - _half_log_snr(process, start)
+    h = process.half_log_snr(end) - process.half_log_snr(start)
     change = jnp.expm1(-h) * prediction
     if nodes:
-        ratios = [(_half_log_snr(process, node) - _half_log_snr(process, start)) / h for node in nodes]
+        ratios = [(process.half_log_snr(node) - process.half_log_snr(start)) / h for node in nodes]
         for weight, ratio, value in zip(_weights(kind, h, ratios), ratios, values, strict=True):
             change = change + weight * (value - prediction) / ratio
     return process.sigma(end) / process.sigma(start) * x - process.alpha(end) * change
-
-
-def _half_log_snr(process: RectifiedFlow, time: Float[Array, ""]) -> Float[Array, ""]:
-    return jnp.log(jnp.maximum(process.alpha(time), _LEAST_ALPHA)) - jnp.log(process.sigma(time))
 
 
 def _weights(kind: str, h: Float[Array, ""], ratios: Sequence[Float[Array, ""]]) -> list[Float[Array, ""]]:

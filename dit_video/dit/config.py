@@ -22,8 +22,10 @@ from dit_video.nn.attention import (
     PatternChoice,
     RelativeBias,
     SpaceOnly,
+    TimeOnly,
     WithPlaceless,
     check_attention,
+    pair_count,
 )
 from dit_video.tokens import Grid, Rotary3d
 
@@ -204,9 +206,24 @@ class DitConfig:
 
     @property
     def matrices(self) -> float:
-        """A layer's products for each video token, in units of width²: what its cost is counted by."""
+        """A layer's products for each video token, in units of width²: what its cost is counted by.
+
+        Of temporal layers each has its share of those between them.
+        """
         crossed = 2 if isinstance(self.context, CrossAttention) else 0
-        return 4 + crossed + (3 if self.mlp == "swiglu" else 2) * self.mlp_ratio
+        own = 4 + (3 if self.mlp == "swiglu" else 2) * self.mlp_ratio
+        return own + crossed + (0 if self.temporal is None else self.temporal.layers / self.temporal.every * own)
+
+    def pairs(self, grid: Grid) -> float:
+        """Pairs of a clip's tokens that attend to each other, in a layer on average: what attention costs.
+
+        Temporal layers are shared as in `matrices`; registers and texts in the same attention are not counted.
+        """
+        counts = [pair_count(pattern, grid) for pattern in self.patterns]
+        own = sum(counts[layer % len(counts)] for layer in range(self.layers)) / self.layers
+        if self.temporal is None:
+            return own
+        return own + self.temporal.layers / self.temporal.every * pair_count(TimeOnly(), grid)
 
     def make(self, rngs: nnx.Rngs) -> "Dit":
         from dit_video.dit.model import Dit  # here, as the model is built on this file

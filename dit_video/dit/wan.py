@@ -110,6 +110,10 @@ class WanDitConfig:
         """A layer's products for each video token, in units of width²: what its cost is counted by."""
         return 6 + 2 * self.hidden_width / self.width
 
+    def pairs(self, grid: Grid) -> float:
+        """Pairs of a clip's tokens that attend to each other: all."""
+        return float(grid.volume**2)
+
     def make(self, rngs: nnx.Rngs) -> "WanDit":
         return WanDit(self, rngs=rngs)
 

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
-from dit_video.diffusion import Euler, Even, RectifiedFlow, Sampler, SampleTimes, TimeGrid, advance, classifier_free
+from dit_video.diffusion import Euler, Even, Process, Sampler, SampleTimes, TimeGrid, advance, classifier_free
 from dit_video.dit import packed_denoise
 from dit_video.errors import UserError
 from dit_video.generation.given import GivenClip, GivenRows, given_rows
@@ -77,7 +77,7 @@ class Denoiser(NamedTuple):
     params: dict[str, Any]
     """`{"dit": ..., "text": ...}`, and of two experts `"low_noise"`, which has the structure of `"dit"`"""
     tokenizer: Tokenizer
-    process: RectifiedFlow
+    process: Process
     patch: Grid
     boundary: float | None = None
     """of two experts: at times below it `low_noise` denoises"""
@@ -223,7 +223,7 @@ def _stages(boundary: float | None, sampling: Sampling, told: Float32[np.ndarray
 
 
 @functools.lru_cache(maxsize=16)
-def _program(dit: nnx.GraphDef, text: nnx.GraphDef, process: RectifiedFlow, solver: Sampler, guided: bool):
+def _program(dit: nnx.GraphDef, text: nnx.GraphDef, process: Process, solver: Sampler, guided: bool):
     """The jitted sampler of packed rows: from a solver's state to its state at the last of the times."""
 
     @jax.jit

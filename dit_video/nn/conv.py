@@ -15,12 +15,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from dit_video.nn.columns import LIMIT, columns, frame_bytes
 from dit_video.nn.linear import Init, initial
 from dit_video.nn.winograd import winograd
 
 Past = Literal["first", "zero"]
 """What lies before a clip: its first frame, again and again, or zeros."""
-Form = Literal["auto", "offsets", "stacked", "winograd", "native"]
+Form = Literal["auto", "offsets", "stacked", "winograd", "columns", "native"]
 """How a convolution is computed; see `CausalConv`."""
 
 _NARROW = 48
@@ -91,10 +92,10 @@ class CausalConv(nnx.Module):
     alone, as Stable Diffusion's autoencoder has it, that of a kernel of 4 on both sides.
 
     `form` chooses how it is computed: `offsets` as one 2-D convolution for each time offset, summed; `stacked` as one
-    2-D convolution over the offsets as channels; `winograd` as `offsets`, with fewer products; `native` as a 3-D
-    convolution, whose backward pass is 2.4 times slower on XLA's CPU; `auto` takes what was measured fastest on CPU for
-    the size, and `native` elsewhere, where nothing was measured yet. In bfloat16 products are summed in float32 and
-    rounded once.
+    2-D convolution over the offsets as channels; `winograd` as `offsets`, with fewer products; `columns` as one product
+    of matrices, where kernels are odd and no place is left out; `native` as a 3-D convolution, whose backward pass is
+    2.4 times slower on XLA's CPU; `auto` takes what was measured fastest on CPU for the size, and `native` elsewhere,
+    where nothing was measured yet. In bfloat16 products are summed in float32 and rounded once.
     """
 
     def __init__(
@@ -123,6 +124,8 @@ class CausalConv(nnx.Module):
 
     def valid(self, x: Float[Array, "B _ h w i"], *, step: int = 1) -> Float[Array, "B _ _ _ o"]:
         """Without padding in time: an output for every `step`-th run of as many frames as the kernel has."""
+        if self._is_of_columns(x, step):
+            return columns(x, self.kernel[...], self.bias[...], self.dtype).astype(self.dtype)
         kernel = jnp.asarray(self.kernel[...], self.dtype)
         x = x.astype(self.dtype)
         length = (x.shape[1] - kernel.shape[0]) // step + 1
@@ -140,6 +143,16 @@ class CausalConv(nnx.Module):
                 parts = [self._spatial(x, kernel[offset], sums=jnp.float32) for offset, x in enumerate(offsets)]
                 y = functools.reduce(operator.add, parts).astype(self.dtype)
         return y + self.bias[...].astype(self.dtype)
+
+    def _is_of_columns(self, x: Float[Array, "B _ h w i"], step: int) -> bool:
+        """Whether `columns` computes this convolution. Of a frame's size alone, so that all chunks of a clip agree."""
+        _, *size, _, _ = self.kernel.shape
+        if self.stride != 1 or step != 1 or not all(length % 2 for length in size):
+            return False
+        if self.form != "auto":
+            return self.form == "columns"
+        held = self.kernel.shape[0] * frame_bytes(x.shape[2:], size, self.dtype)
+        return self.dtype == jnp.bfloat16 and held <= LIMIT and jax.default_backend() == "cpu"
 
     def _form(self) -> Form:
         if self.form != "auto":

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Shaped
 
 from dit_video.conditioning import KnownFrames, drop_captions, given_latents, known_tokens
-from dit_video.diffusion import FlowMatching, low_discrepancy
+from dit_video.diffusion import Objective, low_discrepancy
 from dit_video.dit import DitConfig, Given, WanDitConfig, packed_denoise
 from dit_video.rng import example_keys, key
 from dit_video.tokens import Rows, positions, segment_mean, to_tokens
@@ -30,7 +30,7 @@ class DenoiserLoss:
 
     dit: nnx.GraphDef
     text: nnx.GraphDef
-    objective: FlowMatching
+    objective: Objective
     caption_dropout: float
     empty_caption: Shaped[np.ndarray, "s *E"]
     """the tokens of an empty caption, or their embeddings"""
@@ -38,6 +38,9 @@ class DenoiserLoss:
     known: KnownFrames | None = None
     """For a model that is told what is known of a clip: by given latents beside the noisy ones, or, where each token
     has its own time, by time 0. Tokens at time 0 hold no noise, and do not count in the loss."""
+    shares: tuple[float, float] = (0.0, 1.0)
+    """which of the objective's times, by the shares of them that are lower: of a model for some times, such as one of
+    two experts, those between; see `share_below`"""
     optimizer: OptimizerConfig | None = None
     """the loss is constant in the parameters that it does not train"""
 
@@ -85,7 +88,18 @@ class DenoiserLoss:
     def times(self, rows: Rows, step: Array) -> Float[Array, "B G"]:
         """Diffusion times, evenly spread over consecutive ranks of the plan."""
         offset = jax.random.uniform(jax.random.fold_in(key(self.seed, "time"), step))
-        return self.objective.time(low_discrepancy(offset, rows.examples))
+        first, last = self.shares
+        return self.objective.time(first + (last - first) * low_discrepancy(offset, rows.examples))
+
+
+def share_below(objective: Objective, time: float) -> float:
+    """The share of an objective's training times that are below a time: the inverse of `objective.time`."""
+    low, high = 0.0, 1.0
+    for _ in range(24):  # bits of a float32
+        middle = (low + high) / 2
+        below = float(objective.time(jnp.float32(middle))) < time
+        low, high = (middle, high) if below else (low, middle)
+    return high
 
 
 def _given(dit: DitConfig | WanDitConfig, rows: Rows, known: Bool[Array, "B N"]) -> Given:

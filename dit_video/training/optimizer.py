@@ -12,6 +12,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from dit_video.errors import UserError
+from dit_video.training.muon import scale_by_muon
 from dit_video.tree import closest, flatten, map_with_path
 
 
@@ -100,21 +101,28 @@ def make_optimizer(config: OptimizerConfig, *, steps: int) -> optax.GradientTran
     rates = learning_rates(config, steps=steps)
     match config.kind:
         case "adamw":
-            main = optax.adamw(rates, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
+            main = _adamw(config, rates)
         case "muon":
-            main = optax.contrib.muon(
-                rates,
-                weight_decay=config.weight_decay,
-                adam_b1=config.b1,
-                adam_b2=config.b2,
-                adam_weight_decay=config.weight_decay,
-                muon_weight_dimension_numbers=functools.partial(_matrices, config.matrices),
-                consistent_rms=config.matrix_scale,
+            main = optax.partition(
+                {"matrix": _muon(config, rates), "other": _adamw(config, rates, nesterov=True)},
+                functools.partial(_matrices, config.matrices),
             )
     chain = optax.chain(optax.clip_by_global_norm(config.clip), main)
     if not (config.trainable or config.frozen):
         return chain
     return optax.partition({"train": chain, "frozen": _STILL}, lambda params: _labels(config, params))
+
+
+def _adamw(config: OptimizerConfig, rates: optax.Schedule, *, nesterov: bool = False) -> optax.GradientTransformation:
+    return optax.adamw(rates, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, nesterov=nesterov)
+
+
+def _muon(config: OptimizerConfig, rates: optax.Schedule) -> optax.GradientTransformation:
+    return optax.chain(
+        scale_by_muon(config.matrix_scale),
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale_by_learning_rate(rates),
+    )
 
 
 def hold_still(config: OptimizerConfig, params: PyTree) -> PyTree:
@@ -137,13 +145,10 @@ def _labels(config: OptimizerConfig, params: PyTree) -> PyTree:
 
 
 def _matrices(patterns: Sequence[str], params: PyTree) -> PyTree:
-    """How Muon sees the parameters that it updates: a convolution's kernel `[t h w i o]` maps what it sees to `o`."""
+    """`matrix` for every parameter that Muon updates, as `scale_by_muon` sees it, or `other`."""
 
-    def choose(path: str, leaf: Array) -> optax.contrib.MuonDimensionNumbers | None:
-        if leaf.ndim == 5 and path.endswith("kernel"):
-            return optax.contrib.MuonDimensionNumbers(reduction_axis=(-5, -4, -3, -2), output_axis=-1)
-        if leaf.ndim <= 3 and path.endswith("kernel") and any(re.search(pattern, path) for pattern in patterns):
-            return optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
-        return None
+    def choose(path: str, leaf: Array) -> str:
+        linear = leaf.ndim in (2, 3) and any(re.search(pattern, path) for pattern in patterns)
+        return "matrix" if path.endswith("kernel") and (linear or leaf.ndim == 5) else "other"
 
     return map_with_path(choose, params)

@@ -28,7 +28,8 @@ from dit_video.tokens import Grid
 from dit_video.weights import diffusers, streaming
 from dit_video.weights.diffusers import DENSE
 from dit_video.weights.folders import TensorFolder
-from dit_video.weights.foreign import SHARD_BYTES, Foreign, Place, stored_as
+from dit_video.weights.foreign import SHARD_BYTES, Foreign, stored_as
+from dit_video.weights.parameter import Place, on_host
 from dit_video.weights.safetensors import refuse
 from dit_video.weights.streaming import FileMap, Fixed, FolderSource, ParamsSource
 
@@ -121,7 +122,7 @@ def load(
     *,
     dtype: Any = np.float32,
     kernels: Any = None,
-    place: Place = lambda path, array: array,
+    place: Place = on_host,
 ) -> tuple[DitConfig, dict[str, Any]]:
     """The config and parameters of a folder in either layout, whose config file is `document`.
 
@@ -142,7 +143,7 @@ def load_file(
     *,
     dtype: Any = np.float32,
     kernels: Any = None,
-    place: Place = lambda path, array: array,
+    place: Place = on_host,
 ) -> tuple[DitConfig, dict[str, Any]]:
     """The same of the authors' checkpoint as one safetensors file, such as `SiT-XL-2-256.safetensors`.
 

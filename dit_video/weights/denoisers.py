@@ -12,7 +12,8 @@ import numpy as np
 from dit_video.dit import DitConfig, WanDitConfig
 from dit_video.errors import UserError
 from dit_video.weights import class_dit, diffusers, parts, wan_transformer
-from dit_video.weights.foreign import SHARD_BYTES, Place, stored_as
+from dit_video.weights.foreign import SHARD_BYTES, stored_as
+from dit_video.weights.parameter import Place, on_host
 from dit_video.weights.wan_transformer import Layout
 
 _IMAGES = (class_dit.CLASS, class_dit.OLDER_CLASS, *class_dit.AUTHORS_CLASSES)
@@ -26,7 +27,7 @@ def load_denoiser(
     *,
     dtype: Any = np.float32,
     kernels: Any = None,
-    place: Place = lambda path, array: array,
+    place: Place = on_host,
 ) -> tuple[DitConfig | WanDitConfig, dict[str, Any]]:
     """The config and parameters of a transformer, of diffusers, in its authors' layout or in our own.
 
@@ -35,7 +36,7 @@ def load_denoiser(
         `DiT-XL-2-256x256.safetensors`.
       dtype: floating tensors are cast to it; None keeps the file's.
       kernels: what those of linear maps are cast to, if to something else.
-      place: what becomes of a parameter as soon as it is read, by its path.
+      place: reads each parameter to where it is kept, by its path; by default to the host.
 
     Raises:
       MissingError: no such folder, or files that it lacks.

@@ -43,8 +43,6 @@ class Foreign(NamedTuple):
 
 Names = Mapping[str, Foreign]
 """By our path."""
-Place = Callable[[str, np.ndarray], Any]
-"""From a path and its parameter to what is kept of it."""
 
 
 def stored_as(dtype: Any, kernels: Any = None) -> Callable[[str], Any]:

@@ -13,7 +13,8 @@ from dit_video.files import write_json
 from dit_video.nn import param_shapes
 from dit_video.weights import streaming
 from dit_video.weights.folders import TensorFolder
-from dit_video.weights.foreign import SHARD_BYTES, Place
+from dit_video.weights.foreign import SHARD_BYTES
+from dit_video.weights.parameter import Place, on_host
 from dit_video.weights.streaming import FileMap, FolderSource, Source
 
 CLASS, STEM = "dit_video", "model"
@@ -24,7 +25,7 @@ def read_part(
     document: Mapping[str, Any],
     *,
     stored: Callable[[str], Any] = lambda path: np.float32,
-    place: Place = lambda path, array: array,
+    place: Place = on_host,
 ) -> tuple[Any, dict[str, Any]]:
     """The config and parameters of a folder, whose config file is `document`.
 
@@ -32,7 +33,7 @@ def read_part(
       folder: of the part.
       document: what its `config.json` says.
       stored: the dtype that a floating parameter is cast to, by its path; None keeps the file's.
-      place: what becomes of a parameter as soon as it is read, by its path.
+      place: reads each parameter to where it is kept, by its path; by default to the host.
 
     Raises:
       MissingError: files that it lacks.

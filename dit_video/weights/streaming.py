@@ -18,10 +18,11 @@ from dit_video.errors import UserError
 from dit_video.files import write_json
 from dit_video.weights import safetensors as ours
 from dit_video.weights.folders import TensorFolder
-from dit_video.weights.foreign import SHARD_BYTES, Foreign, Names, Place, their_shape
+from dit_video.weights.foreign import SHARD_BYTES, Foreign, Names, their_shape
+from dit_video.weights.parameter import Parameter, Place, on_host
 
 _ROWS_BYTES = 16_000_000
-"""of a large tensor, in memory at once where it is copied as it is"""
+"""of a large tensor, in memory at once where it is taken as it is"""
 
 
 class Fixed(NamedTuple):
@@ -82,6 +83,10 @@ class ParamsSource:
         leaf = self._leaves[path]
         return np.asarray(leaf if layer is None else leaf[layer])
 
+    def pieces(self, path: str, depth: int | None) -> Iterator[np.ndarray]:
+        """One parameter, in stretches of its first axis; a stack of `depth` layers in layers."""
+        return iter([self.block(path, None)])
+
     def rows(self, path: str, layer: int | None, like: Foreign) -> Iterator[np.ndarray] | None:
         return None
 
@@ -94,9 +99,14 @@ class FolderSource:
         something else in them.
     """
 
-    def __init__(self, tensors: TensorFolder, names: FileMap, like: Any, *, ignored: Collection[str] = ()):
-        """`ignored` are its tensors that are of no use; all others must be mapped."""
-        self._tensors, self._names = tensors, names
+    def __init__(
+        self, tensors: TensorFolder, names: FileMap, like: Any, *, ignored: Collection[str] = (), digest: Any = None
+    ):
+        """`ignored` are its tensors that are of no use; all others must be mapped.
+
+        `digest`, of `hashlib`, is fed the tensors of every block that is read, as they are stored.
+        """
+        self._tensors, self._names, self._digest = tensors, names, digest
         found = {name: shape for name, shape in tensors.shapes.items() if name not in ignored}
         ours.match(tensors.folder, found, names.shapes(like))
         for path, copies in names.copies.items():
@@ -112,12 +122,25 @@ class FolderSource:
             if not np.allclose(table.astype(np.float32), fixed.array, atol=2 * _resolution(table.dtype)):
                 raise UserError(f"{tensors.folder}: {name} is not the table that it should be; it can't be kept here")
 
+    @property
+    def depths(self) -> dict[str, int]:
+        """How many layers those parameters have that are stacks of tensors."""
+        return self._names.depths
+
     def dtype(self, path: str, layer: int | None) -> np.dtype:
         return self._tensors.dtype(self._parts(path, layer)[0][0])
 
     def block(self, path: str, layer: int | None) -> np.ndarray:
-        read = [foreign.to_ours(self._read(name, foreign, layer)) for name, foreign in self._parts(path, layer)]
+        read = [foreign.to_ours(self._read(path, name, foreign, layer)) for name, foreign in self._parts(path, layer)]
         return read[0] if len(read) == 1 else np.concatenate(read, axis=-1)
+
+    def pieces(self, path: str, depth: int | None) -> Iterator[np.ndarray]:
+        if depth is not None:
+            return (self.block(path, layer)[None] for layer in range(depth))
+        (name, foreign), *more = self._parts(path, None)
+        if more or foreign.pattern:
+            return iter([self.block(path, None)])
+        return self._noted(path, name)
 
     def rows(self, path: str, layer: int | None, like: Foreign) -> Iterator[np.ndarray] | None:
         (name, foreign), *more = self._parts(path, layer)
@@ -133,10 +156,25 @@ class FolderSource:
             for foreign in self._names.parts[path]
         ]
 
-    def _read(self, name: str, foreign: Foreign, layer: int | None) -> np.ndarray:
-        if layer is not None and foreign.layers is None:
-            return self._tensors.row(name, layer)
-        return self._tensors.read(name)
+    def _read(self, path: str, name: str, foreign: Foreign, layer: int | None) -> np.ndarray:
+        if layer is None or foreign.layers is not None:
+            tensor = self._tensors.read(name)
+        else:
+            tensor = self._tensors.row(name, layer)
+        self._note(f"{path} {layer or 0} {tensor.dtype} {tensor.shape} ".encode())
+        self._note(tensor.reshape(-1).view(np.uint8).data)
+        return tensor
+
+    def _noted(self, path: str, name: str) -> Iterator[np.ndarray]:
+        """A tensor in stretches."""
+        self._note(f"{path} 0 {self._tensors.dtype(name)} {self._tensors.shapes[name]} ".encode())
+        for stretch in self._tensors.stretches(name, _ROWS_BYTES):
+            self._note(stretch.reshape(-1).view(np.uint8).data)
+            yield stretch
+
+    def _note(self, content: Any) -> None:
+        if self._digest is not None:
+            self._digest.update(content)
 
 
 Source = ParamsSource | FolderSource
@@ -148,30 +186,26 @@ def read(
     depths: Mapping[str, int],
     *,
     stored: Callable[[str], Any],
-    place: Place = lambda path, array: array,
+    place: Place = on_host,
 ) -> Any:
-    """Parameters in memory, in the structure of `like`.
+    """Parameters to where they are kept, in the structure of `like`: of a stack one layer is in memory at a time.
 
     Args:
       source: where they come from.
       like: their shapes: a tree of `jax.ShapeDtypeStruct`.
       depths: how many layers those have that are stacks.
       stored: the dtype that a floating parameter is cast to, by its path; None keeps the source's.
-      place: what becomes of a parameter as soon as it is read, by its path.
+      place: reads each parameter to where it is kept, by its path; by default to the host.
 
     Raises:
       UserError: layers of several dtypes, which nothing casts.
     """
 
     def parameter(path: str, leaf: Any) -> Any:
-        if path not in depths:
-            array = source.block(path, None)
-            return place(path, np.asarray(array.astype(ours.stored(array.dtype, stored(path)), copy=False), order="C"))
-        kept = _one_dtype(source, path, depths[path], stored(path))
-        whole = np.empty(leaf.shape, ours.stored(kept, stored(path)))
-        for layer in range(depths[path]):
-            whole[layer] = source.block(path, layer)
-        return place(path, whole)
+        depth = depths.get(path)
+        kept = source.dtype(path, None) if depth is None else _one_dtype(source, path, depth, stored(path))
+        pieces = functools.partial(source.pieces, path, depth)
+        return place(path, Parameter(tuple(leaf.shape), ours.stored(kept, stored(path)), pieces))
 
     return trees.map_with_path(parameter, like)
 

@@ -53,7 +53,7 @@ class LoadedEncoder(NamedTuple):
 def load_text_encoder(folder: str | os.PathLike, *, dtype: str = "float32") -> LoadedEncoder:
     """The encoder of a `T5EncoderModel`, a `UMT5EncoderModel`, or a full T5 or UMT5 with its decoder.
 
-    Read tensor by tensor: host memory holds no more than one parameter of all layers at a time besides the result.
+    Read tensor by tensor: host memory holds little more than one of them at a time besides the result.
     `dtype` is that of the matrix products and of the weights that enter them; scales and position biases are float32.
 
     Raises:

@@ -5,7 +5,6 @@ order here: a head's pairs, which rotary positions turn, are neighbours there an
 """
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,12 +15,13 @@ from dit_video.errors import UserError
 from dit_video.files import read_json
 from dit_video.nn import param_shapes
 from dit_video.tokens import Grid
-from dit_video.weights import diffusers
+from dit_video.weights import diffusers, streaming
 from dit_video.weights.diffusers import DENSE
-from dit_video.weights.exchange import read_tensors
 from dit_video.weights.folders import TensorFolder
 from dit_video.weights.foreign import SHARD_BYTES, Foreign, Names, stored_as
 from dit_video.weights.lora import Module
+from dit_video.weights.parameter import Place, on_host
+from dit_video.weights.streaming import FileMap, FolderSource
 
 CLASS, AUTHORS_CLASS = CLASSES = "WanTransformer3DModel", "WanModel"
 Layout = Literal["diffusers", "authors"]
@@ -114,7 +114,7 @@ def load(
     *,
     dtype: Any = np.float32,
     kernels: Any = None,
-    place: Callable[[str, np.ndarray], Any] = lambda path, array: array,
+    place: Place = on_host,
 ) -> tuple[WanDitConfig, dict[str, Any]]:
     """The config and parameters of a folder in either layout, whose config file is `document`.
 
@@ -127,10 +127,10 @@ def load(
     """
     config = read_config(folder, document)
     shapes = param_shapes(config.make)
-    names = wan_names(config, _layout(document))
-
+    names = FileMap.of(wan_names(config, _layout(document)))
     with TensorFolder(folder, stem=diffusers.STEM) as tensors:
-        return config, read_tensors(tensors, names, shapes, stored=stored_as(dtype, kernels), place=place)
+        source = FolderSource(tensors, names, shapes)
+        return config, streaming.read(source, shapes, names.depths, stored=stored_as(dtype, kernels), place=place)
 
 
 def read_config(folder: Path, document: dict[str, Any]) -> WanDitConfig:

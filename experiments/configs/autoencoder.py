@@ -32,7 +32,15 @@ EXPERIMENT = Experiment(
     name="autoencoder",
     data=Data(max_pixels=192 * 256, max_frames=17, stretches=4),
     autoencoder=AutoencoderTraining(
-        model=PatchVaeConfig(stride=Grid(4, 8, 8), channels=16, width=192, blocks=3, preactivated=True, start_std=0.01),
+        model=PatchVaeConfig(
+            stride=Grid(4, 8, 8),
+            channels=16,
+            width=192,
+            blocks=3,
+            preactivated=True,
+            start_std=0.01,
+            bfloat16=True,
+        ),
         windows=(
             WindowConfig(size=Grid(9, 64, 64), batch=8, augment=True),
             WindowConfig(size=Grid(17, 64, 64), batch=5, augment=True),

@@ -146,6 +146,15 @@ def test_a_start_from_principal_components_is_the_linear_autoencoder(model):
     )
 
 
+def test_convolutions_in_bfloat16_change_what_is_rounded_alone(model):
+    config = dataclasses.replace(model.config, bfloat16=True)
+    latents = _call(config, "encode", model.params, CLIPS)
+    assert latents.dtype == jnp.float32
+    difference = np.abs(latents - model.latents)
+    assert 0 < difference.mean() < 0.01 * np.std(model.latents)
+    assert param_shapes(config.make) == param_shapes(model.config.make)  # float32
+
+
 def test_a_sample_of_the_posterior():
     mean, log_variance = jnp.full((1, 1, 2, 2, 3), 2.0), jnp.full((1, 1, 2, 2, 3), np.log(0.25))
     posterior = Posterior(mean, log_variance)

@@ -116,7 +116,7 @@ def test_cost_counts_padding_and_pairs():
     assert Cost(linear=2, attention=3).rows(np.array([10.0, 20.0]), 100).tolist() == [230, 260]
     wide = Cost.of_width(1152)
     assert wide.linear / wide.attention == 8064  # clips of this length take as much attention as matrices
-    assert str(Cost(linear=2, attention=3)) == "2 * tokens of the row + 3 * sum of squared clip lengths"
+    assert str(Cost(linear=2, attention=3)) == "2 * tokens of the row + 3 * pairs in attention"
 
 
 @pytest.mark.parametrize(

@@ -148,11 +148,16 @@ def test_the_summary_counts_sizes_and_costs(source):
     assert summary["plan"] == batches.hash
     assert summary["padding"] == pytest.approx(batches.padding, abs=1e-5)
     assert 0 <= summary["imbalance"]["mean"] <= summary["imbalance"]["worst"]
-    assert summary["cost"] == "28672 * tokens of the row + 128 * sum of squared clip lengths"
+    assert summary["cost"] == "28672 * tokens of the row + 128 * pairs in attention"
     assert batches.summary(devices=3)["imbalance"] is None
     assert summary["left_out"] == 0
     assert "0 left out" in str(batches)
     assert summary["sources"] is None
+    within = Reading(batch=4, seed=0, balance=balance, pairs=lambda grid: grid.t * (grid.h * grid.w) ** 2)
+    frames = packed_batches(source, texts_of(source), patch=PATCH, shape=SHAPE, reading=within)
+    assert frames.summary(devices=2)["imbalance"]["mean"] < summary["imbalance"]["mean"]
+    assert frames.hash != batches.hash
+    frames.close()
 
 
 def test_a_mixture_is_drawn_by_weight(source):

@@ -240,6 +240,20 @@ def test_an_epoch_is_planned_once_for_all_threads():
     np.testing.assert_array_equal(rows[0][0], RowStream(tokens, text, SHAPE, seed=0).row(0)[0])
 
 
+def test_pairs_in_attention_are_what_rows_cost():
+    """Of clips of frames that see themselves alone, none costs more than its tokens times a frame's."""
+    tokens, text = mix(300)
+    frames = tokens * 16.0
+    balance = Balance(cost=Cost(), batch=4)
+    full, sparse = (RowStream(tokens, text, SHAPE, seed=0, balance=balance, pairs=each) for each in (None, frames))
+    plan = sparse.epoch(0)
+    np.testing.assert_allclose(plan.cost, [frames[row].sum() / 1e6 for row in plan.rows])
+    assert plan.cost.std() < full.epoch(0).cost.std()
+    assert sparse.imbalance(batch=4, devices=4).mean < full.imbalance(batch=4, devices=4).mean
+    assert sparse.hash != full.hash
+    assert RowStream(tokens, text, SHAPE, seed=0, balance=balance, pairs=tokens.astype(float) ** 2).hash == full.hash
+
+
 def test_hash_changes_with_every_option(monkeypatch):
     tokens, text = mix(200)
     balance = Balance(cost=Cost(), batch=4)

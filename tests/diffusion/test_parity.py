@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_video.diffusion import Euler, RectifiedFlow, time_grid
+from dit_video.diffusion import Euler, Interval, RectifiedFlow, Velocity, estimator, time_grid
 
 pytestmark = pytest.mark.parity
 
@@ -30,11 +30,6 @@ def test_euler_equals_flow_match_euler(shift, steps):
         sigma = float(scheduler.sigmas[index])
         prediction = torch.from_numpy(velocity(theirs.numpy(), sigma).astype(np.float32))
         theirs = scheduler.step(prediction, timestep, theirs).prev_sample
-        state = Euler().step(
-            lambda x, time: jnp.asarray(velocity(np.asarray(x), float(time))),
-            process,
-            state,
-            times[index],
-            times[index + 1],
-        )
+        estimate = estimator(lambda x, time: jnp.asarray(velocity(np.asarray(x), float(time))), process, Velocity())
+        state = Euler().step(estimate, process, state, Interval(times[index], times[index + 1]))
         np.testing.assert_allclose(np.asarray(state.x), theirs.numpy(), rtol=1e-5, atol=1e-5)

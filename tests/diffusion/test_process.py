@@ -4,13 +4,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_video.diffusion import FlowMatching, RectifiedFlow, Uniform, time_grid
+from dit_video.diffusion import FlowMatching, RectifiedFlow, Uniform, Velocity, time_grid
 from dit_video.errors import UserError
 
 DRAW = np.random.default_rng(0)
 DATA, NOISE = (jnp.asarray(DRAW.normal(size=(3, 4, 5)), jnp.float32) for _ in range(2))
 TIME = jnp.asarray(DRAW.uniform(size=(3, 1, 1)), jnp.float32)
 PROCESS = RectifiedFlow()
+VELOCITY = Velocity()
 
 
 def test_time_0_is_data_and_1_is_noise():
@@ -19,22 +20,23 @@ def test_time_0_is_data_and_1_is_noise():
 
 
 def test_data_and_noise_come_back_from_the_velocity():
-    noisy, velocity = PROCESS.add_noise(DATA, NOISE, TIME), PROCESS.target(DATA, NOISE)
-    np.testing.assert_allclose(PROCESS.to_data(noisy, velocity, TIME), DATA, atol=1e-6)
-    np.testing.assert_allclose(PROCESS.to_noise(noisy, velocity, TIME), NOISE, atol=1e-6)
+    noisy, velocity = PROCESS.add_noise(DATA, NOISE, TIME), VELOCITY.target(PROCESS, DATA, NOISE, TIME)
+    found = VELOCITY.estimate(PROCESS, noisy, velocity, TIME)
+    np.testing.assert_allclose(found.data, DATA, atol=1e-6)
+    np.testing.assert_allclose(found.noise, NOISE, atol=1e-6)
 
 
 def test_any_prediction_is_data_and_noise_that_explain_the_noisy_value():
     noisy, velocity = PROCESS.add_noise(DATA, NOISE, TIME), 3 * DATA + 1
-    data, noise = PROCESS.to_data(noisy, velocity, TIME), PROCESS.to_noise(noisy, velocity, TIME)
+    data, noise, _ = VELOCITY.estimate(PROCESS, noisy, velocity, TIME)
     np.testing.assert_allclose(PROCESS.add_noise(data, noise, TIME), noisy, atol=1e-5)
-    np.testing.assert_allclose(PROCESS.target(data, noise), velocity, atol=1e-5)
+    np.testing.assert_allclose(VELOCITY.target(PROCESS, data, noise, TIME), velocity, atol=1e-5)
 
 
 def test_the_velocity_is_the_derivative_along_the_path():
     step = 1e-2
     ahead, behind = (PROCESS.add_noise(DATA, NOISE, TIME + sign * step) for sign in (1, -1))
-    np.testing.assert_allclose((ahead - behind) / (2 * step), PROCESS.target(DATA, NOISE), atol=1e-4)
+    np.testing.assert_allclose((ahead - behind) / (2 * step), VELOCITY.target(PROCESS, DATA, NOISE, TIME), atol=1e-4)
 
 
 def test_a_shift_moves_times_towards_noise_and_keeps_the_ends():

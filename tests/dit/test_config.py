@@ -22,7 +22,7 @@ from dit_video.dit import (
 from dit_video.errors import UserError
 from dit_video.nn import param_shapes
 from dit_video.nn.attention import RelativeBias, SlidingWindow, SpaceOnly, SparseCausal, TimeOnly
-from dit_video.tokens import Rotary3d
+from dit_video.tokens import Grid, Rotary3d
 from dit_video.tree import flatten, size
 
 CONFIG = DitConfig(channels=2, context_width=6, width=24, layers=2, heads=2, mlp_ratio=2.0)
@@ -38,6 +38,20 @@ def test_what_is_filled_in():
     assert CONFIG.rotary == Rotary3d(split=(4, 4, 4))
     assert CONFIG.absolute_position == EndDistances()
     assert made(given_channels=3).given_width == 12
+
+
+def test_what_a_layer_costs_is_counted_from_who_sees_whom():
+    grid = Grid(5, 2, 3)
+    whole, space, time = 30.0**2, 5 * 6.0**2, 6 * 5.0**2
+    assert made(layers=3).pairs(grid) == whole
+    assert made(layers=4, pattern=(SpaceOnly(), TimeOnly())).pairs(grid) == (space + time) / 2
+    assert made(layers=3, pattern=(SpaceOnly(), TimeOnly())).pairs(grid) == pytest.approx((2 * space + time) / 3)
+    latte = made(layers=4, pattern=SpaceOnly(), temporal=Temporal(every=2))
+    assert latte.pairs(grid) == space + time / 2
+    spatial = made(layers=4, pattern=SpaceOnly())
+    assert latte.matrices == spatial.matrices + (4 + 2 * latte.mlp_ratio) / 2
+    wan = WanDitConfig(channels=4, context_width=6, width=16, hidden_width=24, layers=2, heads=2, time_width=8)
+    assert wan.pairs(grid) == whole
 
 
 def test_names_of_earlier_versions():

@@ -9,13 +9,13 @@ import pytest
 
 import dit_video
 from dit_video.data import shapes
-from dit_video.results import ADAPTER, LORA, TRANSFORMER
+from dit_video.results import ADAPTER, LORA, TRANSFORMERS
 from dit_video.tokens import Grid
 from dit_video.training import logging
 from dit_video.tree import flatten
 from dit_video.video import decode
 from dit_video.weights import load_denoiser
-from tiny_wan import write_wan
+from tiny_wan import TWO, write_wan
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 
@@ -55,7 +55,7 @@ def clips(tmp_path_factory):
 def finetuned(process, model, clips, tmp_path):
     """Runs the command; returns the run's folder, after a look at what every such run has."""
 
-    def start(*options):
+    def start(*options, model=model):
         run = tmp_path / "run"
         ended = process("experiments/finetune.py", model, "--data", clips, "--workdir", run, *COMMON, *options)
         assert ended.code == 0, ended.err
@@ -75,7 +75,7 @@ def finetuned(process, model, clips, tmp_path):
 
 def test_adapters(finetuned, model):
     run = finetuned("--learning-rate", 3e-2, "--lora.rank", 4)
-    assert not (run / TRANSFORMER).exists()
+    assert not (run / TRANSFORMERS["dit"]).exists()
     start, trained = dit_video.load(model), flatten(dit_video.load(run).denoiser_params)
     for name in (LORA, ADAPTER):
         loaded = flatten(start.load_lora(run / name).denoiser_params)
@@ -90,10 +90,27 @@ def test_all_weights(finetuned, model):
     run = finetuned("--train", "full", "--learning-rate", 3e-3)
     assert not (run / LORA).exists()
     assert not (run / ADAPTER).exists()
-    config, written = load_denoiser(run / TRANSFORMER)
+    config, written = load_denoiser(run / TRANSFORMERS["dit"])
     before_config, before = load_denoiser(model / "transformer")
     assert config == before_config
     trained, before = flatten(dit_video.load(run).denoiser_params["dit"]), flatten(before)
     for path, leaf in flatten(written).items():
         np.testing.assert_array_equal(leaf, trained[path], err_msg=path)
         assert np.abs(leaf - before[path]).max() > 1e-6, path
+
+
+def test_one_of_two_experts(finetuned, tmp_path):
+    """Samples come from both: that which was trained, and the other as it was."""
+    write_wan(tmp_path / "two", **TWO | {"boundary_ratio": 0.5})
+    run = finetuned("--expert", "low", "--learning-rate", 3e-2, "--lora.rank", 4, model=tmp_path / "two")
+    assert not any((run / name).exists() for name in TRANSFORMERS.values())
+    start, pipeline = dit_video.load(tmp_path / "two"), dit_video.load(run)
+    assert pipeline.config.boundary == 0.5
+    trained, before = flatten(pipeline.denoiser_params), flatten(start.denoiser_params)
+    for name in (LORA, ADAPTER):
+        loaded = flatten(start.load_lora(run / name, expert="low_noise").denoiser_params)
+        for path, leaf in trained.items():
+            np.testing.assert_allclose(loaded[path], leaf, atol=1e-5, err_msg=path)
+    for path, leaf in before.items():
+        adapted = path.startswith("low_noise/blocks/") and path.endswith("kernel")
+        assert (np.abs(trained[path] - leaf).max() > 1e-4) == adapted, path

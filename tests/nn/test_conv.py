@@ -81,7 +81,7 @@ def test_parameters_and_dtype():
     assert not make((1, 1, 1), init="zero").kernel[...].any()
 
 
-@pytest.mark.parametrize("form", ["offsets", "stacked", "native"])
+@pytest.mark.parametrize("form", ["offsets", "stacked", "native", "columns", "auto"])
 def test_products_in_bfloat16_are_summed_in_float32_and_rounded_once(form):
     layer = CausalConv(64, 16, (3, 3, 3), form=form, dtype=jnp.dtype("bfloat16"), rngs=nnx.Rngs(0))
     x = video(frames=3, channels=64).astype(jnp.bfloat16)

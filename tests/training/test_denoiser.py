@@ -10,12 +10,12 @@ import pytest
 
 from devices import check_on_eight_devices
 from dit_video import rng
-from dit_video.diffusion import FlowMatching
+from dit_video.diffusion import FlowMatching, RectifiedFlow
 from dit_video.dit import DitConfig
 from dit_video.nn import graph_of, init_params
 from dit_video.text import ByteEncoderConfig, FrozenTextConfig
 from dit_video.tokens import Grid, Item, Rows, RowShape, coordinates, pack
-from dit_video.training.denoiser import DenoiserLoss, packed_noise
+from dit_video.training.denoiser import DenoiserLoss, packed_noise, share_below
 from dit_video.tree import flatten
 from rough import rough_params
 
@@ -255,3 +255,19 @@ ON_EIGHT_DEVICES = """
 
 def test_eight_devices_have_the_losses_of_one():
     check_on_eight_devices(ON_EIGHT_DEVICES, __file__)
+
+
+def test_a_model_for_some_times_is_trained_at_those_alone():
+    objective = FlowMatching(process=RectifiedFlow(shift=3.0))
+    share = share_below(objective, 0.6)
+    assert float(objective.time(jnp.float32(share))) == pytest.approx(0.6, abs=1e-5)
+    rows = batch(*([item(Grid(1, 2, 2), "a dot", number)] for number in range(64)))
+    both = {
+        shares: dataclasses.replace(LOSS, objective=objective, shares=shares).times(rows, jnp.asarray(3))[:, 0]
+        for shares in ((0.0, 1.0), (0.0, share), (share, 1.0))
+    }
+    every, low, high = both.values()
+    assert low.max() <= 0.6 + 1e-5
+    assert high.min() >= 0.6 - 1e-5
+    assert float((every < 0.6).mean()) == pytest.approx(share, abs=0.05)
+    np.testing.assert_allclose(jnp.sort(low)[32], objective.time(jnp.float32(share / 2)), atol=0.02)

@@ -8,7 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_video.diffusion import Euler, FlowMatchGrid, RectifiedFlow, UniPc, UniPcGrid
+from dit_video.diffusion import (
+    Euler,
+    FlowMatchGrid,
+    Interval,
+    RectifiedFlow,
+    UniPc,
+    UniPcGrid,
+    Velocity,
+    estimator,
+)
 from dit_video.errors import MissingError, UserError
 from dit_video.weights import Schedule, load_scheduler
 
@@ -89,7 +98,10 @@ def compare(folder, scheduler, steps):
 
     step = jax.jit(
         lambda state, time, following: found.solver.step(
-            lambda x, t: jnp.sin(3 * x) + t * x, found.process, state, time, following
+            estimator(lambda x, t: jnp.sin(3 * x) + t * x, found.process, Velocity()),
+            found.process,
+            state,
+            Interval(time, following),
         )
     )
     ours, theirs = found.solver.init(jnp.asarray(NOISE), steps=steps), torch.from_numpy(NOISE.copy())

@@ -10,6 +10,7 @@ from dit_video.nn.attention.dense import Dense
 from dit_video.nn.attention.gpu import Cudnn, Tokamax
 from dit_video.nn.attention.interface import Attention
 from dit_video.nn.attention.making import Auto, Backend, check_attention, make_attention
+from dit_video.nn.attention.pairs import pair_count
 from dit_video.nn.attention.patterns import (
     CausalFrames,
     Full,
@@ -51,4 +52,5 @@ __all__ = [
     "check_attention",
     "grid_indices",
     "make_attention",
+    "pair_count",
 ]

@@ -21,6 +21,7 @@ from dit_video.nn.attention import (
     check_attention,
     grid_indices,
     make_attention,
+    pair_count,
 )
 from dit_video.nn.attention.patterns import sight, visible
 from dit_video.tokens import Grid, coordinates
@@ -50,6 +51,13 @@ def expected_mask(sees):
     return np.array(
         [[ids[i] == ids[j] > 0 and sees(q, k) for j, k in enumerate(INDICES)] for i, q in enumerate(INDICES)]
     )
+
+
+@pytest.mark.parametrize("pattern", [pattern for pattern, _ in DEFINITIONS], ids=str)
+def test_pairs_are_those_of_the_dense_mask(pattern):
+    for grid in (Grid(5, 3, 4), *GRIDS):
+        at = Tokens.among(jnp.ones((1, grid.volume), jnp.int32), jnp.asarray(coordinates(grid), jnp.int32)[None])
+        assert pair_count(pattern, grid) == int(visible(sight(pattern, at)).sum())
 
 
 @pytest.mark.parametrize(("pattern", "sees"), DEFINITIONS, ids=lambda value: str(value) if "(" in str(value) else "")
