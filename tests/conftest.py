@@ -20,6 +20,11 @@ from devices import HANG
 ROOT = Path(__file__).resolve().parents[1]
 
 
+_DEFAULT = "not slow and not parity"
+_QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+"""Of what remains without most optimisations, the generation of code for fusions by way of MLIR takes two thirds."""
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Compile every program once a session: for tests that train anew, for scripts, and for workers of pytest-xdist."""
@@ -36,6 +41,9 @@ def pytest_configure(config: pytest.Config) -> None:
         float(os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", 1.0)),
     )
     _compile_quickly(True)  # what is computed while tests are collected
+    flags = os.environ.get("XLA_FLAGS", "")
+    if config.option.markexpr == _DEFAULT and _QUICK not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {_QUICK}"  # read when JAX first computes
 
 
 @pytest.hookimpl(tryfirst=True)

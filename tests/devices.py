@@ -107,7 +107,7 @@ def _free_port() -> str:
 def _environment(devices: int) -> dict[str, str]:
     return {
         **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([str(_ROOT), str(_ROOT / "tests")]),
         # gRPC would ask a proxy for the way to the other process.
