@@ -17,7 +17,7 @@ from dit_video.conditioning import KnownFrames
 from dit_video.data.bucket_batches import BucketConfig
 from dit_video.data.sizes import SizeLimits
 from dit_video.data.windows import WindowConfig
-from dit_video.diffusion import FlowMatching, Objective
+from dit_video.diffusion import FlowMatching, LearnedVariance, Objective
 from dit_video.distributed import MeshConfig
 from dit_video.dit import DitConfig, WanDitConfig
 from dit_video.errors import UserError
@@ -28,6 +28,7 @@ from dit_video.nn import LoraConfig
 from dit_video.text import ByteEncoderConfig, TextConfig
 from dit_video.tokens import Grid, RowShape
 from dit_video.training.codebook import CodebookLearning
+from dit_video.training.distillation import Distillation
 from dit_video.training.optimizer import OptimizerConfig, learning_rates
 
 
@@ -85,9 +86,9 @@ class GivenAutoencoder:
       UserError: no folder.
     """
 
-    model: CausalVaeConfig | ImageVaeConfig | VqConfig
+    model: PatchVaeConfig | CausalVaeConfig | ImageVaeConfig | InflatedConfig | VqConfig
     folder: str
-    """of its weights, in diffusers' layout"""
+    """of its weights, in diffusers' layout, or of a pipeline that it is a part of"""
 
     def __post_init__(self):
         if not self.folder:
@@ -128,6 +129,9 @@ class DenoiserTraining:
     optimizer: OptimizerConfig
     steps: int
     objective: Objective = field(default_factory=FlowMatching)
+    times_of: Literal["clip", "frame"] = "clip"
+    """Whether all frames of a clip have one diffusion time, or each its own (diffusion forcing, arXiv 2407.01392), for
+    a denoiser with a time per token: it then knows frames at any mixture of times, what is given being at 0."""
     caption_dropout: float = 0.1
     ema_decay: float = 0.999
     known: KnownFrames | None = None
@@ -145,6 +149,9 @@ class DenoiserTraining:
     """of a model with two: that whose weights `start` holds"""
     lora: LoraConfig | None = None
     """Instead of the weights, adapters to those of `start` are trained; paths begin with `dit/` and `text/`."""
+    distillation: Distillation | None = None
+    """The model of `start` is the teacher of one that begins as it, and that samples in few steps; `objective` is what
+    the teacher was trained with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,8 +230,21 @@ class Experiment:
             raise UserError("LoRA adapts weights that are there: name their folder as the denoiser's start")
         if denoiser.lora is not None and denoiser.trained != "full":
             raise UserError(f"adapters are trained, not the weights: leave out lora, or trained={denoiser.trained!r}")
+        if denoiser.distillation is not None:
+            self._check_distillation()
         if denoiser.trained == "temporal" and denoiser.optimizer.trainable:
             raise UserError("trained='temporal' says what is trained; leave the optimizer's trainable empty")
+
+    def _check_distillation(self) -> None:
+        denoiser = self.denoiser
+        if denoiser.start is None:
+            raise UserError("a student is distilled from a teacher: name its folder as the denoiser's start")
+        if denoiser.lora is not None or denoiser.trained != "full":
+            raise UserError("of a student all weights are trained; leave out lora and trained, or distillation")
+        if denoiser.expert is not None:
+            raise UserError("a student is one model of all times; leave out expert, or distillation")
+        if denoiser.known is not None:
+            raise UserError("a student is told of no known frames; leave out known, and take a teacher without them")
 
     def _check_models(self) -> None:
         model, denoiser = self.autoencoder.model, self.denoiser
@@ -267,6 +287,14 @@ class Experiment:
             raise UserError(
                 "the denoiser attends to an image encoder's tokens, which training does not make; take one without "
                 "image_width, such as Wan 2.2's"
+            )
+        if self.denoiser.times_of == "frame" and dit.time != "token":
+            raise UserError("frames have a time of their own in a denoiser with time='token'; or set times_of='clip'")
+        learned = isinstance(self.denoiser.objective.prediction, LearnedVariance)
+        if learned != (isinstance(dit, DitConfig) and dit.variance == "predicted"):
+            raise UserError(
+                "a denoiser with variance='predicted' goes with an objective that predicts a LearnedVariance, and the "
+                "other way round; change one of the two"
             )
         if dit.given_channels and known is None:
             raise UserError("the denoiser takes given latents: say what is known of a clip with known=KnownFrames()")

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dit_video import rng
+from dit_video import configs, rng
 from dit_video.autoencoder import LinearAutoencoder
 from dit_video.codec import Codec
 from dit_video.data import shapes
 from dit_video.data.sizes import SizeLimits, fit, read_fitted
 from dit_video.data.source import ClipInfo, ClipSource
+from dit_video.diffusion import SAMPLERS, Guidance, Sampler
 from dit_video.errors import UserError
 from dit_video.evaluation.kinds import Evaluation, ShapesEvaluation
 from dit_video.evaluation.reconstruction import psnr, ssim
@@ -96,8 +97,8 @@ def evaluate(pipeline: Pipeline, folder: str | Path, *, seed: int, run: Run | No
         "samples": len(asked),
         "seed": seed,
         "steps": drawn.steps,
-        "guidance": drawn.guidance,
-        "sampler": type(drawn.solver).__name__.lower(),
+        **_guidance_figures(drawn.full_guidance),
+        "sampler": _name(drawn.solver),
         "seconds": round(time.perf_counter() - began, 1),
     }
     samples = read_samples(folder / "samples")
@@ -106,6 +107,18 @@ def evaluate(pipeline: Pipeline, folder: str | Path, *, seed: int, run: Run | No
         metrics["prompt_following"] = prompt_following(verdicts)
     write_json(folder / "metrics.json", metrics)
     return Measured(metrics, reconstructions, samples, [seen for _, seen in asked], verdicts)
+
+
+def _name(solver: Sampler) -> str:
+    """What a person types, or else the class."""
+    names = [name for name, known in SAMPLERS.items() if known == solver]
+    return names[0] if names else type(solver).__name__.lower()
+
+
+def _guidance_figures(guidance: Guidance) -> dict[str, Any]:
+    """The scale, and what there is besides."""
+    plain = guidance == Guidance(scale=guidance.scale)
+    return {"guidance": guidance.scale} | ({} if plain else {"guidance_options": configs.to_json(guidance)})
 
 
 def evaluate_autoencoder(run: Run, folder: str | Path) -> Measured:

@@ -6,10 +6,11 @@ and nothing of the training state.
 
 import copy
 import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,11 +20,20 @@ from dit_video import configs
 from dit_video.animation import Images
 from dit_video.autoencoder import AutoencoderConfig
 from dit_video.codec import Codec
+from dit_video.diffusion import Guidance
 from dit_video.diffusion import sampler as sampler_of
 from dit_video.dit import WanDitConfig
 from dit_video.errors import UserError
 from dit_video.files import atomic_path, read_json, write_json
-from dit_video.generation import Denoiser, LatentRequest, Sampling, initial_noise, sample_latents
+from dit_video.generation import (
+    Denoiser,
+    LatentRequest,
+    LatentTrace,
+    Sampling,
+    initial_noise,
+    sample_latents,
+    trace_latents,
+)
 from dit_video.nn import graph_of, merge_lora, param_shapes
 from dit_video.pipeline_config import Image, PipelineConfig, Request, as_grid
 from dit_video.text_encoder import moved, open_tokenizer
@@ -40,7 +50,7 @@ _AUTOENCODER, _DENOISER = "autoencoder.safetensors", "denoiser.safetensors"
 _BATCH = 8
 """Clips that the autoencoder takes at once."""
 _DTYPES = ("float32", "bfloat16")
-Guidance = float | int | tuple[float, float]
+Scale = float | int | tuple[float, float] | Guidance
 Expert = Literal["dit", "low_noise"]
 
 
@@ -59,6 +69,7 @@ class Pipeline:
             params=denoiser,
             tokenizer=open_tokenizer(config.text),
             process=config.process,
+            prediction=config.prediction,
             patch=config.dit.patch,
             boundary=config.boundary,
             interval=config.interval,
@@ -71,7 +82,7 @@ class Pipeline:
         *,
         size: tuple[int, int, int] | None = ...,
         steps: int | None = ...,
-        guidance: Guidance | None = ...,
+        guidance: Scale | None = ...,
         negative: str = ...,
         seed: int = ...,
         sampler: str | None = ...,
@@ -88,7 +99,7 @@ class Pipeline:
         *,
         size: tuple[int, int, int] | None = ...,
         steps: int | None = ...,
-        guidance: Guidance | None = ...,
+        guidance: Scale | None = ...,
         negative: str = ...,
         seed: int = ...,
         sampler: str | None = ...,
@@ -120,10 +131,11 @@ class Pipeline:
           size: frames, height and width in pixels; the training size by default. Frames are 1 + k * temporal stride.
           steps: of the sampler; more is slower and closer to the exact flow.
           guidance: how strongly the prompt is followed at the cost of variety; 1 is none. Two numbers are for the two
-            experts of a model that has them, that of the noisy times first.
+            experts of a model that has them, that of the noisy times first. `Guidance` has an interval of times,
+            rescaling, projection and a scale of the image besides.
           negative: what guidance leads away from, instead of from no prompt at all.
           seed: the same seed, size and model give the same clip.
-          sampler: `euler`, `heun` or `unipc`.
+          sampler: its name, of `dit_video.diffusion.SAMPLERS`. Noise that it draws on the way is the seed's.
           noise: the starting point instead of the seed's, standard normal `[t h w c]` of the latents' size.
           image: what the clip begins with, a clip of one frame or pixels `[H W 3]` of its size, in models that take one
             (Wan's I2V, which need it, and TI2V).
@@ -132,23 +144,39 @@ class Pipeline:
 
         Raises:
           UserError: a size that the model cannot make (it names the nearest), an unknown sampler, less than one step,
-            a seed that is no whole number below 2**32, noise of another shape, or images that do not fit size or model.
+            a seed that is no whole number below 2**32, noise of another shape, images that do not fit size or model, or
+            a model whose values become NaN or infinite.
         """
         if output not in ("clip", "latents"):
             raise UserError(f"unknown output {output!r}; use clip or latents")
-        request = Request(
-            prompt, self.config.size if size is None else as_grid(size), seed, negative, image, last_image
-        )
+        size = self.config.size if size is None else as_grid(size)
+        request = Request(prompt, size, seed, negative, image, last_image)
         drawn = self.sampling(steps=steps, guidance=guidance, sampler=sampler)
-        latents = self._latents([request], drawn, noise=noise)
+        asked = self._latent_requests([request], noise=noise)
+        latents = sample_latents(self._denoiser, asked, **self._how(drawn, 1))
         return latents[0] if output == "latents" else self._clips(latents, [request])[0]
+
+    def trace(
+        self,
+        request: Request,
+        *,
+        steps: int | None = None,
+        guidance: Scale | None = None,
+        sampler: str | None = None,
+    ) -> LatentTrace:
+        """What sampling goes through: the latents after every step, and what the result was thought to be.
+
+        Arguments and errors are as for `generate`; `decode` makes a clip of latents.
+        """
+        drawn = self.sampling(steps=steps, guidance=guidance, sampler=sampler)
+        return trace_latents(self._denoiser, self._latent_requests([request]), **self._how(drawn, 1))[0]
 
     def generate_many(
         self,
         requests: Sequence[Request],
         *,
         steps: int | None = None,
-        guidance: Guidance | None = None,
+        guidance: Scale | None = None,
         sampler: str | None = None,
     ) -> list[Clip]:
         """The clips of all requests, of any sizes, packed and sampled together. Arguments are as for `generate`.
@@ -156,7 +184,8 @@ class Pipeline:
         A request has its own images, in models that take them: `Request(prompt, size, image=pixels)`.
         """
         drawn = self.sampling(steps=steps, guidance=guidance, sampler=sampler)
-        return self._clips(self._latents(requests, drawn), requests)
+        asked = self._latent_requests(requests)
+        return self._clips(sample_latents(self._denoiser, asked, **self._how(drawn, len(asked))), requests)
 
     def encode(self, clip: Clip) -> Float32[np.ndarray, "t h w c"]:
         """Normalised latents of a clip whose size fits the stride.
@@ -246,7 +275,7 @@ class Pipeline:
         return adapted
 
     def sampling(
-        self, *, steps: int | None = None, guidance: Guidance | None = None, sampler: str | None = None
+        self, *, steps: int | None = None, guidance: Scale | None = None, sampler: str | None = None
     ) -> Sampling:
         """The pipeline's own sampling, with what is given in its place.
 
@@ -257,18 +286,27 @@ class Pipeline:
         if steps is not None:
             changes["steps"] = steps
         if guidance is not None:
-            changes["guidance"] = tuple(map(float, guidance)) if isinstance(guidance, tuple) else float(guidance)
+            changes["guidance"] = _guidance(self.config.sampling, guidance)
         if sampler is not None:
             changes["solver"] = sampler_of(sampler)
         return replace(self.config.sampling, **changes)
 
-    def _latents(
+    def _how(self, sampling: Sampling, count: int) -> dict[str, Any]:
+        """So many requests are sampled."""
+        if sampling.full_guidance.branches > 1 and self.config.caption_dropout == 0:
+            warnings.warn(
+                "guidance leads away from what the model makes without a caption, and this one was trained without "
+                "caption dropout; use guidance=1, or train it with caption_dropout",
+                stacklevel=3,
+            )
+        return {"sampling": sampling, "shape": self.config.row_shape, "rows": max(1, min(self.config.batch, count))}
+
+    def _latent_requests(
         self,
         requests: Sequence[Request],
-        sampling: Sampling,
         *,
         noise: Float32[np.ndarray, "t h w c"] | None = None,
-    ) -> list[Float32[np.ndarray, "t h w c"]]:
+    ) -> list[LatentRequest]:
         config = self.config
         latent_requests = []
         for request in requests:
@@ -281,10 +319,13 @@ class Pipeline:
             )
             if start.shape != shape:
                 raise UserError(f"noise for {'x'.join(map(str, request.size))} has shape {shape}, not {start.shape}")
+            if not np.isfinite(start).all():
+                raise UserError("the noise to start from holds NaN or infinity; draw standard normal noise")
             told = self._images(as_grid(request.size), request.image, request.last_image)
-            latent_requests.append(LatentRequest(request.prompt, request.negative, start.astype(np.float32), told))
-        rows = min(config.batch, len(requests))
-        return sample_latents(self._denoiser, latent_requests, sampling=sampling, shape=config.row_shape, rows=rows)
+            latent_requests.append(
+                LatentRequest(request.prompt, request.negative, start.astype(np.float32), told, request.seed)
+            )
+        return latent_requests
 
     def _clips(self, latents: Sequence[Float32[np.ndarray, "_ _ _ c"]], requests: Sequence[Request]) -> list[Clip]:
         """Decode clips of one size together, so that a size compiles once."""
@@ -330,6 +371,14 @@ def load_pipeline(folder: str | Path, *, text_encoder: str | Path | None = None)
     return pipeline if text_encoder is None else pipeline.with_text_encoder(text_encoder)
 
 
+def _guidance(own: Sampling, given: Scale) -> float | tuple[float, float] | Guidance:
+    """What takes the place of a pipeline's own: of numbers alone, the scale."""
+    if isinstance(given, Guidance):
+        return given
+    scale = tuple(map(float, given)) if isinstance(given, tuple) else float(given)
+    return own.guided(scale=scale) if isinstance(own.guidance, Guidance) else scale
+
+
 def _is_empty(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
 
@@ -342,7 +391,7 @@ def identity(config: AutoencoderConfig, params: dict[str, Any]) -> str:
     """
     chosen = {
         field.name: configs.to_json(getattr(config, field.name))
-        for field in fields(config)
+        for field in fields(cast(Any, config))
         if not field.metadata.get("how") and getattr(config, field.name) != field.default
     }
     digest = hashlib.sha256(f"{type(config).__qualname__} {chosen}".encode())

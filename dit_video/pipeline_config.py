@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from dit_video.autoencoder import AutoencoderConfig, latent_grid
-from dit_video.diffusion import Process
+from dit_video.diffusion import Prediction, Process, Velocity
 from dit_video.dit import DitConfig, WanDitConfig
 from dit_video.errors import UserError
 from dit_video.evaluation.kinds import CaptionEvaluation, Evaluation
@@ -27,7 +27,7 @@ class PipelineConfig:
     """What a pipeline is made of, besides its weights.
 
     Raises:
-      UserError: a boundary that is no time.
+      UserError: a boundary that is no time, or a prediction that a model of the process can't make.
     """
 
     autoencoder: AutoencoderConfig
@@ -44,6 +44,10 @@ class PipelineConfig:
     """of the clips that it was trained on"""
     size: Grid
     """what is generated if nothing else is asked for: frames, height, width"""
+    prediction: Prediction = field(default_factory=Velocity)
+    """what the denoiser was trained to predict"""
+    caption_dropout: float | None = None
+    """share of captions that were left out in training, so that guidance knows what none is; None if unknown"""
     boundary: float | None = None
     """of two experts (Wan 2.2 A14B): at times from it on `dit` denoises, below it a second model of the same config"""
     image_encoder: str | None = None
@@ -55,6 +59,7 @@ class PipelineConfig:
     def __post_init__(self):
         if self.boundary is not None and not 0 <= self.boundary <= 1:
             raise UserError(f"the boundary between two experts is a time from 0 to 1, not {self.boundary}")
+        self.prediction.check(self.process)
 
     @property
     def interval(self) -> float:

@@ -65,9 +65,11 @@ from dit_video.text import FrozenTextConfig, Tokenizer
 from dit_video.text_encoder import FrozenEncoder, check_width, open_tokenizer
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.denoiser import DenoiserLoss
+from dit_video.training.distillation import distillation_loss
 from dit_video.training.logging import Progress, remark
 from dit_video.training.optimizer import make_optimizer
 from dit_video.training.state import state_shapes
+from dit_video.training.step import Loss, OwnStep
 
 FORMAT = 1
 CONFIG = "experiment.json"
@@ -96,7 +98,7 @@ class Run:
             difference = configs.difference(configs.to_json(existing.experiment), configs.to_json(experiment))
             if not difference:
                 return existing
-            if (folder / "autoencoder").exists():
+            if any((folder / part).exists() for part in ("autoencoder", "denoiser")):
                 raise UserError(
                     f"{folder} holds a run of another config ({difference}); use another folder or remove it"
                 )
@@ -263,7 +265,7 @@ class Run:
             texts = feed.texts_of(self._tokenizer(cache=self.folder / "texts"), captions)
             encode = feed.live_encoder(experiment, self.train_autoencoder(), self.training_clips)
             rows = feed.live(experiment, self.training_clips, texts, encode)
-        loss = DenoiserLoss(
+        base = DenoiserLoss(
             dit=graph_of(config.dit.make),
             text=graph_of(config.text.make),
             objective=config.objective,
@@ -272,8 +274,11 @@ class Run:
             seed=experiment.seed,
             known=config.known,
             shares=shares_of(config),
+            times_of=config.times_of,
             optimizer=optimizer_of(config) if config.lora is None else None,
         )
+        distillation = config.distillation
+        loss: Loss | OwnStep = base if distillation is None else distillation_loss(distillation, base)
 
         def batches(start: int) -> Batches:
             opened = rows(start)
@@ -330,7 +335,10 @@ class Run:
             raise UserError(f"{self.folder} has no checkpoint of its denoiser yet; continue it with: {self.command}")
         trained = self._trained_denoiser()
         optimizer = make_optimizer(optimizer_of(config), steps=config.steps)
-        state, _ = checkpoints.restore(state_shapes(trained.init, optimizer))
+        shapes = state_shapes(trained.init, optimizer)
+        if (distillation := config.distillation) is not None:
+            shapes = jax.eval_shape(lambda state: distillation.begin(state, optimizer), shapes)
+        state, _ = checkpoints.restore(shapes)
         denoiser = with_other(config, trained.whole(jax.device_get(state.ema)))
         return Pipeline(self.pipeline_config(), autoencoder=self.train_autoencoder(), denoiser=denoiser)
 
@@ -346,6 +354,8 @@ class Run:
             dit=experiment.denoiser.dit,
             text=encoder.pinned if isinstance(encoder, FrozenEncoder) else experiment.denoiser.text,
             process=experiment.denoiser.objective.process,
+            prediction=experiment.denoiser.objective.prediction,
+            caption_dropout=experiment.denoiser.caption_dropout,
             boundary=None if experiment.denoiser.expert is None else experiment.denoiser.expert.boundary,
             rows=experiment.denoiser.rows,
             batch=experiment.denoiser.batch,

@@ -28,7 +28,7 @@ from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.logging import remark
 from dit_video.training.optimizer import make_optimizer
 from dit_video.training.state import TrainState
-from dit_video.training.step import Loss
+from dit_video.training.step import Loss, OwnStep
 from dit_video.weights import load as load_weights
 from dit_video.weights import save as save_weights
 
@@ -42,7 +42,7 @@ def train(
     experiment: Experiment,
     folder: Path,
     init: Callable[[Array], dict[str, Any]],
-    loss: Loss,
+    loss: Loss | OwnStep,
     batches: Callable[[int], Batches | WindowBatches],
     **given: Any,
 ) -> TrainState | AdversarialState:

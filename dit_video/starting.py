@@ -31,7 +31,7 @@ from dit_video.training.autoencoder import AutoencoderLoss
 from dit_video.training.denoiser import TEMPORAL, share_below
 from dit_video.training.lora import LoraLoss
 from dit_video.training.optimizer import OptimizerConfig
-from dit_video.training.step import Loss
+from dit_video.training.step import Loss, OwnStep
 from dit_video.training.vq import VqLoss
 from dit_video.tree import flatten, map_with_path, unflatten
 from dit_video.weights import denoiser_config, load_autoencoder, load_denoiser, load_lpips
@@ -70,7 +70,11 @@ def given_autoencoder(given: GivenAutoencoder) -> dict[str, Any]:
 
 
 def _autoencoder_params(folder: str, wanted: Any) -> dict[str, Any]:
-    config, params = load_autoencoder(folder)
+    if (Path(folder) / PIPELINE).is_file():
+        codec = load_pipeline(folder).codec
+        config, params = codec.config, codec.params
+    else:
+        config, params = load_autoencoder(folder)
     if difference := configs.difference(_kept(configs.to_json(config)), _kept(configs.to_json(wanted))):
         raise UserError(f"{folder} holds another autoencoder than the config's: {difference}")
     return params
@@ -113,14 +117,16 @@ class TrainedDenoiser(NamedTuple):
     adapted: dict[str, Any] | None = None
     """the weights that adapters change, laid out on the devices"""
     lora: LoraConfig | None = None
+    teacher: dict[str, Any] | None = None
+    """the weights that a student learns from, laid out on the devices"""
 
-    def loss(self, loss: Loss) -> Loss:
+    def loss(self, loss: Loss | OwnStep) -> Loss | OwnStep:
         """Of what is trained, from that of the model's parameters."""
-        return loss if self.lora is None else LoraLoss(loss=loss, scale=self.lora.scale)
+        return loss if self.lora is None or isinstance(loss, OwnStep) else LoraLoss(loss=loss, scale=self.lora.scale)
 
     def arguments(self) -> dict[str, Any]:
         """Of `Training`."""
-        return {"start": self.start, "frozen": self.adapted}
+        return {"start": self.start, "frozen": self.teacher if self.adapted is None else self.adapted}
 
     def adapter(self, trained: dict[str, Any]) -> dict[str, Any] | None:
         """The adapter that was trained; None where weights were."""
@@ -151,7 +157,7 @@ def trained_denoiser(training: DenoiserTraining, folder: Path, mesh: Mesh, *, co
     Raises:
       MissingError: no such folder as `training.start`.
       UserError: one that holds no denoiser, or one of another model; other weights than those that adapters were
-        trained for before.
+        trained for, or that were distilled, before.
     """
 
     def init(key: Array) -> dict[str, Any]:
@@ -161,10 +167,14 @@ def trained_denoiser(training: DenoiserTraining, folder: Path, mesh: Mesh, *, co
         }
 
     check_start(training)
-    if training.lora is not None:
-        lora, placing = training.lora, _Placing(mesh, training)
+    if training.lora is not None or training.distillation is not None:
+        placing = _Placing(mesh, training)
         params = _given_denoiser(training, placing)
         _keep_identity(folder / "start.json", placing.identity, str(training.start))
+    if training.distillation is not None:
+        return TrainedDenoiser(init, start=lambda: jax.tree.map(jnp.copy, params), teacher=params)
+    if training.lora is not None:
+        lora = training.lora
         shapes = jax.eval_shape(init, jax.random.key(0))
         return TrainedDenoiser(lambda key: init_lora(shapes, lora, key), adapted=params, lora=lora)
     if training.start is None or training.trained == "scratch" or continues:
@@ -297,7 +307,7 @@ class _Placing:
 def _keep_identity(path: Path, identity: str, start: str) -> None:
     """Write down what is adapted; refuse to go on with something else."""
     if path.is_file() and (before := read_json(path).get("identity")) != identity:
-        raise UserError(f"{start} has other weights ({identity}) than those adapted before ({before}); put them back")
+        raise UserError(f"{start} has other weights ({identity}) than before ({before}); put them back")
     if jax.process_index() == 0 and not path.is_file():
         write_json(path, {"start": start, "identity": identity})
 

@@ -11,6 +11,7 @@ import tyro
 
 import dit_video
 from dit_video import configs, measure
+from dit_video.compiled import keep_programs
 from dit_video.errors import UserError, script
 from dit_video.reports.run_report import report_run
 from dit_video.run import CONFIG, Run
@@ -23,6 +24,10 @@ def main(
     steps: int | None = None,
     guidance: float | None = None,
     sampler: str | None = None,
+    interval: tuple[float, float] | None = None,
+    rescale: float | None = None,
+    projected: bool | None = None,
+    cache: bool = True,
 ) -> None:
     """Reconstruct held-out clips, sample, judge, and write the report.
 
@@ -32,8 +37,14 @@ def main(
         seed: of the samples.
         steps: of the sampler, instead of the run's.
         guidance: instead of the run's; 1 is none.
-        sampler: euler, heun or unipc, instead of the run's.
+        sampler: such as euler, heun, unipc, dpm++2m or ddim, instead of the run's.
+        interval: the times, from 0 (data) to 1 (noise), at which there is guidance at all.
+        rescale: from 0 to 1, how far guided predictions are brought to the deviation of those without guidance.
+        projected: whether guidance leaves out what lies along the prediction itself, which saturates.
+        cache: whether compiled programs are kept for the next start, in ~/.cache/dit_video/programs.
     """
+    if cache:
+        keep_programs()
     pipeline = dit_video.load(run)
     trained = Run.open(run) if (run / CONFIG).is_file() else None
     if trained is None and out is None:
@@ -45,7 +56,9 @@ def main(
         seed=seed,
         run=trained,
         steps=steps,
-        guidance=guidance,
+        guidance=pipeline.config.sampling.guided(
+            scale=guidance, interval=interval, rescale=rescale, projected=projected
+        ),
         sampler=sampler,
     )
     report_run(

@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from train import train
 
 from dit_video import intake
+from dit_video.compiled import keep_programs
 from dit_video.errors import UserError, script
 from dit_video.finetuning import FineTuning, finetuning
 from dit_video.results import ADAPTER, LORA, TRANSFORMERS
@@ -53,10 +54,14 @@ class Arguments:
     latents: str | None = None
     """where cached latents are, or are to be written: a folder or gs://…; WORKDIR/latents by default"""
     options: Annotated[FineTuning, tyro.conf.arg(name="")] = field(default_factory=FineTuning)
+    cache: bool = True
+    """whether compiled programs are kept for the next start, in ~/.cache/dit_video/programs"""
 
 
 def main() -> None:
     arguments = tyro.cli(Arguments)
+    if arguments.cache:
+        keep_programs()
     if not arguments.data:
         raise UserError("--data names no folder; give one or more: --data CLIPS")
     intake.check(arguments.data)  # before a run is made of it

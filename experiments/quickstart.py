@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from configs import quickstart
 from dit_video import configs, measure
+from dit_video.compiled import keep_programs
 from dit_video.data import shapes
 from dit_video.errors import script
 from dit_video.files import read_json, write_json
@@ -24,14 +25,17 @@ from dit_video.run import CONFIG, Run
 from dit_video.training.logging import Progress
 
 
-def main(workdir: Path = Path("runs/quickstart"), seed: int = 0, brief: bool = False) -> None:
+def main(workdir: Path = Path("runs/quickstart"), seed: int = 0, brief: bool = False, cache: bool = True) -> None:
     """Train, sample and report.
 
     Args:
         workdir: the run's folder.
         seed: of the data, the training and the samples.
         brief: a smoke test of a minute; its samples are no good.
+        cache: whether compiled programs are kept for the next start, in ~/.cache/dit_video/programs.
     """
+    if cache:
+        keep_programs()
     began = time.perf_counter()
     experiment = quickstart.experiment(seed, brief=brief)
     anew = not (workdir / CONFIG).is_file()

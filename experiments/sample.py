@@ -2,10 +2,12 @@
 
 python experiments/sample.py experiments/pretrained/shapes --prompt "a red circle moving left" --out clip.mp4
 python experiments/sample.py RUN --prompt "…" --size 17x32x48 --seed 3 --steps 50 --guidance 3 --out clip.gif
+python experiments/sample.py RUN --prompt "…" --sampler unipc --steps 12 --guidance 6 --rescale 0.7 --out clip.mp4
 python experiments/sample.py RUN --prompts prompts.json --out samples/
 """
 
 import re
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +15,7 @@ import tyro
 
 import dit_video
 from dit_video import measure
+from dit_video.compiled import keep_programs
 from dit_video.errors import UserError, script
 from dit_video.tokens import Grid
 from dit_video.training.logging import Progress
@@ -30,7 +33,11 @@ def main(
     steps: int | None = None,
     guidance: float | None = None,
     sampler: str | None = None,
+    interval: tuple[float, float] | None = None,
+    rescale: float | None = None,
+    projected: bool | None = None,
     text_encoder: Path | None = None,
+    cache: bool = True,
 ) -> None:
     """Sample one prompt into a file, or a list of prompts into a folder.
 
@@ -44,19 +51,29 @@ def main(
         negative: what guidance leads away from.
         steps: of the sampler.
         guidance: how strongly the prompt is followed; 1 is not at all stronger than it was trained.
-        sampler: euler, heun or unipc.
+        sampler: such as euler, heun, unipc, dpm++2m or ddim.
+        interval: the times, from 0 (data) to 1 (noise), at which there is guidance at all.
+        rescale: from 0 to 1, how far guided predictions are brought to the deviation of those without guidance.
+        projected: whether guidance leaves out what lies along the prediction itself, which saturates.
         text_encoder: where the model's frozen text encoder lies, if that has moved.
+        cache: whether compiled programs are kept for the next start, in ~/.cache/dit_video/programs.
     """
     if (prompt is None) == (prompts is None):
         raise UserError("give either --prompt TEXT or --prompts FILE")
+    if cache:
+        keep_programs()
+    began = time.perf_counter()
     if prompts is not None:
         if size is not None or seed is not None or negative:
             raise UserError("--size, --seed and --negative go with --prompt; in a file of prompts each has its own")
         requests = measure.read_requests(prompts)
         pipeline = dit_video.load(run, text_encoder=text_encoder)
+        guided = pipeline.config.sampling.guided(
+            scale=guidance, interval=interval, rescale=rescale, projected=projected
+        )
         with Progress("sampling", len(requests), unit="clip") as progress:
             measure.write_samples(
-                pipeline, requests, out, progress=progress.update, steps=steps, guidance=guidance, sampler=sampler
+                pipeline, requests, out, progress=progress.update, steps=steps, guidance=guided, sampler=sampler
             )
         print(f"{len(requests)} clips in {out}")
         return
@@ -64,11 +81,13 @@ def main(
         raise UserError(f"{out} has no suffix of a known format; use one of .{', .'.join(FORMATS)}")
     grid = None if size is None else parse_size(size)
     pipeline = dit_video.load(run, text_encoder=text_encoder)
+    guided = pipeline.config.sampling.guided(scale=guidance, interval=interval, rescale=rescale, projected=projected)
     clip = pipeline.generate(
-        str(prompt), size=grid, seed=seed or 0, negative=negative, steps=steps, guidance=guidance, sampler=sampler
+        str(prompt), size=grid, seed=seed or 0, negative=negative, steps=steps, guidance=guided, sampler=sampler
     )
+    seconds = time.perf_counter() - began
     clip.save(out)
-    print(f"{out}: {len(clip.frames)} frames of {clip.height}x{clip.width}")
+    print(f"{out}: {len(clip.frames)} frames of {clip.height}x{clip.width}, made in {seconds:.1f} s with loading")
 
 
 def parse_size(text: str) -> Grid:

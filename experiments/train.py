@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import tyro
 
 from dit_video import configs, intake, measure
+from dit_video.compiled import keep_programs
 from dit_video.errors import MissingError, UserError, script
 from dit_video.experiment import Experiment
 from dit_video.reports.run_report import report_autoencoder, report_run
@@ -39,6 +40,8 @@ class Arguments:
     """the run's folder; runs/NAME by default"""
     autoencoder_only: bool = False
     """stop when the autoencoder is trained, and report what it makes of the held-out clips; without it, go on"""
+    cache: bool = True
+    """whether compiled programs are kept for the next start, in ~/.cache/dit_video/programs"""
 
 
 def main() -> None:
@@ -55,6 +58,8 @@ def main() -> None:
         prog=f"train.py {config}",
         config=(tyro.conf.AvoidSubcommands,),
     )
+    if arguments.cache:
+        keep_programs()
     workdir = arguments.workdir or Path("runs") / arguments.experiment.name
     if not arguments.data:
         raise UserError("--data names no folder; give one or more: --data CLIPS")

@@ -66,6 +66,8 @@ DISAGREEMENTS = [
     ("denoiser.ema_decay", 1.0, "ema_decay 1.0 must lie in [0, 1)"),
     ("autoencoder.loss.adversarial", Adversarial(start=8), "starts at step 8, the autoencoder is trained for 8"),
     ("autoencoder.loss.adversarial", Adversarial(layers=5), "windows of 32 pixels or more, one has 16"),
+    ("denoiser.times_of", "frame", "a denoiser with time='token'"),
+    ("denoiser.dit.variance", "predicted", "goes with an objective that predicts a LearnedVariance"),
     ("log_every", 0, "log_every must be at least 1"),
     ("save_every", -5, "save_every must be at least 1"),
     ("seed", -1, "not -1"),

@@ -1,3 +1,4 @@
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -7,7 +8,7 @@ import dit_video
 from dit_video import configs
 from dit_video import tree as trees
 from dit_video.autoencoder import CausalVaeConfig
-from dit_video.diffusion import Euler, Heun, RectifiedFlow, UniPc, UniPcGrid
+from dit_video.diffusion import Edm, Euler, Guidance, Heun, Projected, RectifiedFlow, UniPc, UniPcGrid
 from dit_video.errors import UserError
 from dit_video.generation import text_to_video
 from dit_video.pipeline import Pipeline, Request, identity
@@ -84,13 +85,16 @@ def test_the_prompt_and_the_negative_prompt_decide(pipeline, latents):
 
 def test_guidance_of_one_asks_the_model_once(pipeline, monkeypatch):
     asked = []
-    real = text_to_video._program
+    real = text_to_video.program_of
 
-    def program(dit, text, process, solver, guided):
-        asked.append(guided)
-        return real(dit, text, process, solver, guided)
+    def program_of(*form):
+        def run(params, state, batch, strength, *rest):
+            asked.append(strength is not None)
+            return real(*form)(params, state, batch, strength, *rest)
 
-    monkeypatch.setattr(text_to_video, "_program", program)
+        return run
+
+    monkeypatch.setattr(text_to_video, "program_of", program_of)
     alone = pipeline.generate(PROMPT, size=SMALL, guidance=1.0, output="latents")
     other = pipeline.generate(PROMPT, size=SMALL, guidance=1.0, negative="a blue square", output="latents")
     assert asked == [False, False]
@@ -186,16 +190,65 @@ def test_a_size_that_cannot_be_made_names_the_nearest(pipeline, size, message):
     [
         ({"steps": 0}, "at least 1 step, not 0"),
         ({"steps": -3}, "at least 1 step"),
-        ({"sampler": "ddim"}, "unknown sampler 'ddim'; use one of euler, heun"),
+        ({"sampler": "plms"}, "unknown sampler 'plms'; use one of ddim, ddpm"),
         ({"output": "gif"}, "unknown output 'gif'"),
         ({"seed": -1}, "a seed is a whole number from 0"),
         ({"seed": 2**32}, "a seed is a whole number from 0"),
+        ({"guidance": -1.0}, "scales of guidance are numbers from 0 on"),
+        ({"guidance": (2.0, 3.0)}, r"guidance \(2.0, 3.0\) is for two experts"),
+        ({"noise": np.full((2, 2, 2, 4), np.nan, np.float32)}, "the noise to start from holds NaN or infinity"),
         ({"noise": np.zeros((1, 2, 2, 4), np.float32)}, r"has shape \(2, 2, 2, 4\), not \(1, 2, 2, 4\)"),
     ],
 )
 def test_other_wrong_arguments(pipeline, arguments, message):
     with pytest.raises(UserError, match=message):
         pipeline.generate(PROMPT, size=SMALL, **arguments)
+
+
+def test_guidance_of_a_model_that_always_had_captions(pipeline):
+    always = Pipeline(
+        replace(pipeline.config, caption_dropout=0.0),
+        autoencoder=pipeline.codec.params,
+        denoiser=pipeline.denoiser_params,
+    )
+    with pytest.warns(UserWarning, match="this one was trained without caption dropout; use guidance=1"):
+        always.generate(PROMPT, size=SMALL, output="latents")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        always.generate(PROMPT, size=SMALL, guidance=1.0, output="latents")
+        pipeline.generate(PROMPT, size=SMALL, output="latents")
+
+
+def test_what_a_run_hands_over(tiny, pipeline):
+    assert pipeline.config.caption_dropout == tiny.EXPERIMENT.denoiser.caption_dropout
+    assert pipeline.config.prediction == tiny.EXPERIMENT.denoiser.objective.prediction
+
+
+def test_a_config_of_before_predictions_were_said(pipeline):
+    document = configs.to_json(pipeline.config)
+    del document["prediction"], document["caption_dropout"]
+    assert configs.from_json(document) == replace(pipeline.config, caption_dropout=None)
+    with pytest.raises(UserError, match="the velocity of Edm"):
+        replace(pipeline.config, process=Edm())
+
+
+def test_guidance_with_all_that_it_has(pipeline, latents):
+    plain = pipeline.generate(PROMPT, size=SMALL, guidance=Guidance(scale=2.0), output="latents")
+    np.testing.assert_array_equal(plain, latents)
+    asked = pipeline.config.sampling.guided(scale=4.0, rescale=0.7, interval=(0.1, 1.0), projected=True)
+    assert asked == Guidance(scale=4.0, rescale=0.7, interval=(0.1, 1.0), projected=Projected())
+    other = pipeline.generate(PROMPT, size=SMALL, guidance=asked, output="latents")
+    assert np.abs(other - pipeline.generate(PROMPT, size=SMALL, guidance=4.0, output="latents")).max() > 1e-3
+    kept = replace(pipeline.config.sampling, guidance=asked)
+    assert configs.from_json(configs.to_json(kept)) == kept
+    assert kept.guided(scale=1.5, projected=False) == replace(asked, scale=1.5, projected=None)
+
+
+def test_a_trace_ends_at_the_clip(pipeline, latents):
+    trace = pipeline.trace(Request(PROMPT, SMALL), steps=2)
+    assert trace.latents.shape == trace.data.shape == (2, *latents.shape)
+    np.testing.assert_allclose(trace.latents[-1], latents, rtol=1e-4, atol=1e-3)
+    assert pipeline.decode(trace.data[0]).frames.shape == (*SMALL, 3)
 
 
 # Pixels to latents and back.

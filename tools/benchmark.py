@@ -5,6 +5,7 @@
     python tools/benchmark.py attention --tokens 8192 --peers    # packed rows beside dense attention, torch's too
     python tools/benchmark.py model --peers                      # a transformer beside diffusers' on the same weights
     python tools/benchmark.py mfu --attention tokamax            # model FLOPs utilisation, of a GPU
+    python tools/benchmark.py sampling                           # steps and guidance beside forward passes
     python tools/benchmark.py tiling --run RUN --clips CLIPS     # what tiles change of a trained autoencoder's frames
     python tools/benchmark.py data --clips CLIPS                 # with one's own clips instead of rendered ones
     python tools/benchmark.py --config experiments/configs/clips.py --steps 50
@@ -14,11 +15,13 @@
 `denoiser` and `autoencoder` time training steps on random latents and pixels of mixed sizes, packed as in training.
 `data` measures the loaders beside those steps (cached latents; video files; video files that are encoded on the way, as
 rows and in buckets), decoding against a bare loop, ingest with two processes against one, and the loader's memory.
-Four parts run where they are named: `attention` times attention that skips foreign blocks beside dense attention;
+Five parts run where they are named: `attention` times attention that skips foreign blocks beside dense attention;
 `tiling` says by how many steps of 0..255 frames decoded in blended tiles differ from whole ones, at the largest and in
 the mean, for several overlaps; `model` times a forward pass and a training step of a transformer like Wan's, and how
 compile time grows with its depth; `mfu` a training step of 1.6 billion parameters in bfloat16 on a row of 32k tokens,
-as a share of what the device can do (`--small` tries these two on little ones). `--peers` times the convolutional
+as a share of what the device can do; `sampling` says what N steps cost beside N forward passes, what guidance in one
+pass beside two, how many programs other prompts and settings compile, and how long a first clip takes with and without
+kept programs (`--small` tries these three on little models). `--peers` times the convolutional
 autoencoder and the transformer beside diffusers' on the same weights, and attention beside torch's. A part whose
 packages are missing is skipped, and the document says so: `denoiser`, `autoencoder` and `mfu` need JAX, Flax and optax
 alone. Where the quickstart's config cannot be imported for that reason, models of about its size are measured, and
@@ -41,14 +44,14 @@ import jax
 sys.path.insert(0, str(Path(__file__).parent))
 
 import dit_video
-from benchmarks import mfu
+from benchmarks import mfu, sampling
 from benchmarks.setting import Setting, changed, default_setting, read_setting
 from benchmarks.steps import Trained, measure_autoencoder, measure_denoiser
 from dit_video.errors import MissingError, UserError, script
 from dit_video.nn import Backend
 
 PARTS = ("denoiser", "autoencoder", "data")
-BY_NAME = ("attention", "tiling", "model", "mfu")
+BY_NAME = ("attention", "tiling", "model", "mfu", "sampling")
 """parts that run where they are named alone"""
 PRETRAINED = Path(__file__).resolve().parents[1] / "experiments" / "pretrained" / "shapes"
 
@@ -72,7 +75,7 @@ class Extent:
     tokens: int
     """of the rows that attention is timed on"""
     small: bool
-    """little models, for `model` and `mfu`"""
+    """little models, for `model`, `mfu` and `sampling`"""
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -124,6 +127,9 @@ def benchmark(
     if "mfu" in parts:
         print("utilisation", file=sys.stderr)
         document["mfu"] = mfu.measure(mfu.SMALL if extent.small else mfu.Shape(), extent.steps, attention, peak)
+    if "sampling" in parts:
+        print("sampling", file=sys.stderr)
+        document["sampling"] = measure_sampling(extent, run)
     if "tiling" in parts:
         print("tiles beside whole pictures", file=sys.stderr)
         document["tiling"] = measure_tiling(run, clips)
@@ -179,6 +185,15 @@ def measure_model(extent: Extent, *, peers: bool) -> dict[str, Any]:
     return model.measure(shape, extent.rounds, forms) | compilation
 
 
+def measure_sampling(extent: Extent, run: Path) -> dict[str, Any]:
+    """Steps and guidance beside forward passes, of models like the quickstart's and larger; the first result."""
+    shapes = {"small": sampling.SMALL}
+    if not extent.small:
+        shapes = {"quickstart": sampling.QUICKSTART, "larger": sampling.Shape()}
+    found = {name: sampling.measure(shape, extent.rounds) for name, shape in shapes.items()}
+    return found | ({} if extent.small else {"first result": sampling.first_result(run)})
+
+
 def measure_tiling(run: Path, clips: Path | None) -> dict[str, Any]:
     """Of a trained autoencoder."""
     try:
@@ -224,10 +239,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of what is compared in turn")
     parser.add_argument("--batches", type=int, default=10_000, help="over which the loader's memory is watched")
     parser.add_argument("--tokens", type=int, default=8192, help="of the rows that attention is timed on")
-    parser.add_argument("--small", action="store_true", help="little models, for `model` and `mfu`")
+    parser.add_argument("--small", action="store_true", help="little models, for `model`, `mfu` and `sampling`")
     parser.add_argument("--attention", choices=get_args(Backend), default="auto", help="the backend that `mfu` uses")
     parser.add_argument("--peak", type=float, help="TFLOP/s in bfloat16 of a device that `mfu` doesn't know")
-    parser.add_argument("--run", type=Path, default=PRETRAINED, help="whose autoencoder's tiles are measured")
+    parser.add_argument("--run", type=Path, default=PRETRAINED, help="whose tiles are measured, or first sample")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change the setting")
     parser.add_argument("--peers", action="store_true", help="time other projects' models, too")
     arguments = parser.parse_args()

@@ -1,23 +1,20 @@
-"""At which times a flow is sampled: from noise at 1 to data at 0."""
+"""At which times a model is sampled: from noise at 1 to data at 0.
+
+A grid says what the model is told at each time as well. The grids here tell it the time; those of `scheduler_grids` are
+for models of other projects.
+"""
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float
 
+from dit_video.diffusion.flow import RectifiedFlow
 from dit_video.diffusion.process import Process
+from dit_video.diffusion.sample_times import SampleTimes, check_steps, ending
+from dit_video.diffusion.scheduler_grids import DpmFlowGrid, FlowMatchGrid, LcmGrid, StepGrid, UniPcGrid
 from dit_video.errors import UserError
-
-
-class SampleTimes(NamedTuple):
-    """One more time than there are steps, falling."""
-
-    times: Float[Array, " times"]
-    """where the solver stops"""
-    told: Float[Array, " times"]
-    """what the model is given as its time there"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,51 +32,115 @@ class Even:
 
 
 @dataclass(frozen=True, kw_only=True)
-class UniPcGrid:
-    """As diffusers' `UniPCMultistepScheduler` with `use_flow_sigmas` has them.
+class Shifted:
+    """Evenly spaced, then shifted by `shift` (see `RectifiedFlow`), whatever the shift of training was.
 
-    The times before the shift end at `1 / training_steps` with the (left out) last one, the data. The first lies a
-    millionth below 1, where the log-SNR is finite. The model is told whole thousandths, rounded down.
+    Raises:
+      UserError: a shift that is not positive.
     """
 
-    training_steps: int = 1000
+    shift: float
+
+    def __post_init__(self):
+        RectifiedFlow(shift=self.shift)
 
     def __call__(self, process: Process, steps: int) -> SampleTimes:
-        """The times of so many steps, computed in float64.
+        """The times of so many steps.
 
         Raises:
           UserError: less than one step.
         """
-        _check(steps)
-        times = process.shifted(np.linspace(1.0, 1.0 / self.training_steps, steps + 1)[:-1])
-        if abs(times[0] - 1) < 1e-6:
-            times[0] -= 1e-6
-        told = np.floor(times * self.training_steps) / self.training_steps
-        return _ended(times, told)
+        times = time_grid(RectifiedFlow(shift=self.shift), steps)
+        return SampleTimes(times, times)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowMatchGrid:
-    """As diffusers' `FlowMatchEulerDiscreteScheduler` has them: from 1 to the shifted `1 / training_steps`, shifted.
+class Given:
+    """The times themselves.
 
-    So the shift is applied twice to the last time before the data.
+    Raises:
+      UserError: fewer than two, or times that do not fall from at most 1 to at least 0.
     """
 
-    training_steps: int = 1000
+    times: tuple[float, ...]
+
+    def __post_init__(self):
+        falling = all(time > following for time, following in zip(self.times, self.times[1:], strict=False))
+        if len(self.times) < 2 or not falling or not 0 <= self.times[-1] < self.times[0] <= 1:
+            raise UserError(f"times fall from at most 1 to at least 0, two of them or more; got {self.times}")
 
     def __call__(self, process: Process, steps: int) -> SampleTimes:
-        """The times of so many steps, computed in float64.
+        """The times.
 
         Raises:
-          UserError: less than one step.
+          UserError: another number of steps than there are between the times.
         """
-        _check(steps)
-        first, last = process.shifted(np.asarray([1.0, 1.0 / self.training_steps]))
-        times = process.shifted(np.linspace(first, last, steps))
-        return _ended(times, times)
+        if steps != len(self.times) - 1:
+            raise UserError(f"the given times make {len(self.times) - 1} steps, {steps} are asked for")
+        times = jnp.asarray(self.times, jnp.float32)
+        return SampleTimes(times, times)
 
 
-TimeGrid = Even | UniPcGrid | FlowMatchGrid
+@dataclass(frozen=True, kw_only=True)
+class _Ratios:
+    r"""Times of given ratios $\sigma / \alpha$, and at last the data.
+
+    Raises:
+      UserError: ratios that do not rise from above 0.
+    """
+
+    least: float = 0.002
+    most: float | None = None
+    """the first ratio; of the process's noise if None"""
+
+    def __post_init__(self):
+        if not 0 < self.least < (float("inf") if self.most is None else self.most):
+            raise UserError(f"ratios of noise to data rise from above 0; got least={self.least}, most={self.most}")
+
+    def __call__(self, process: Process, steps: int) -> SampleTimes:
+        """The times of so many steps.
+
+        Raises:
+          UserError: less than one step, or a first time that is none of noise alone.
+        """
+        check_steps(steps)
+        one = np.ones(1)
+        with np.errstate(divide="ignore"):
+            end = (process.sigma(one) / process.alpha(one)).item()
+        most = end if self.most is None else self.most
+        kind = type(process).__name__
+        if not np.isfinite(most):
+            raise UserError(f"the noise of {kind} is without data, so that their ratio is infinite; give `most`")
+        first = process.time_at(np.asarray([most], np.float64))
+        size = np.hypot(process.alpha(first), process.sigma(first)) / process.start(one)
+        if most > end * (1 + 1e-6) or abs(size.item() - 1) > 0.1:
+            raise UserError(f"sampling starts from noise, whose ratio to the data in {kind} is {end:g}, not {most:g}")
+        times = process.time_at(self.ratios(most, steps))
+        return ending(times, times)
+
+    def ratios(self, most: float, steps: int) -> np.ndarray:
+        """The falling ratios."""
+        return most * (self.least / most) ** np.linspace(0.0, 1.0, steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exponential(_Ratios):
+    r"""Evenly spaced in the log-SNR: $\sigma / \alpha$ falls by the same factor in every step, and then to 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Karras(_Ratios):
+    r"""$(\sigma / \alpha)^{1/\rho}$ evenly spaced for an `exponent` $\rho$, and then 0 (arXiv 2206.00364, eq. 5)."""
+
+    exponent: float = 7.0
+
+    def ratios(self, most: float, steps: int) -> np.ndarray:
+        """The falling ratios."""
+        ends = most ** (1 / self.exponent), self.least ** (1 / self.exponent)
+        return np.linspace(*ends, steps) ** self.exponent
+
+
+TimeGrid = Even | Shifted | Given | Karras | Exponential | StepGrid | LcmGrid | UniPcGrid | DpmFlowGrid | FlowMatchGrid
 
 
 def time_grid(process: Process, steps: int) -> Float[Array, " {steps}+1"]:
@@ -88,19 +149,6 @@ def time_grid(process: Process, steps: int) -> Float[Array, " {steps}+1"]:
     Raises:
       UserError: less than one step.
     """
-    _check(steps)
-    return process.shifted(jnp.linspace(1.0, 0.0, steps + 1))
-
-
-def _check(steps: int) -> None:
-    if steps < 1:
-        raise UserError(f"sampling takes at least 1 step, not {steps}")
-
-
-def _ended(times: np.ndarray, told: np.ndarray) -> SampleTimes:
-    """With the data at the end."""
-
-    def closed(values: np.ndarray) -> Float32[Array, " times"]:
-        return jnp.asarray(np.append(values, 0.0), jnp.float32)
-
-    return SampleTimes(closed(times), closed(told))
+    check_steps(steps)
+    # In NumPy, where another number of steps compiles nothing.
+    return jnp.asarray(process.shifted(np.linspace(1.0, 0.0, steps + 1)), jnp.float32)

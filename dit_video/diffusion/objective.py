@@ -3,17 +3,19 @@
 from dataclasses import dataclass, field
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from dit_video.diffusion.flow import RectifiedFlow
 from dit_video.diffusion.predictions import Denoise, Prediction, Velocity
 from dit_video.diffusion.process import Process
-from dit_video.diffusion.times import LogitNormal, Times
+from dit_video.diffusion.shift import ClipSize
+from dit_video.diffusion.times import LogitNormal, Times, Uniform
+from dit_video.diffusion.weighting import AsPredicted, Weighting
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    r"""$\lVert p_\theta(x_t, t) - p \rVert^2$ at times drawn from `times` and shifted by the process.
+    r"""$w(t) \lVert p_\theta(x_t, t) - p \rVert^2$ at times drawn from `times`.
 
     Raises:
       UserError: a prediction that a model of this process can't make.
@@ -21,14 +23,15 @@ class Objective:
 
     process: Process
     prediction: Prediction
-    times: Times
+    times: Times = field(default_factory=Uniform)
+    weighting: Weighting = field(default_factory=AsPredicted)
 
     def __post_init__(self):
         self.prediction.check(self.process)
 
-    def time(self, u: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """Training times from uniform numbers in [0, 1)."""
-        return self.process.shifted(self.times.quantile(u))
+    def time(self, u: Float[Array, "*shape"], size: ClipSize | None = None) -> Float[Array, "*shape"]:
+        """Training times of clips from uniform numbers in [0, 1)."""
+        return self.times(self.process, u, size)
 
     def loss(
         self,
@@ -36,13 +39,24 @@ class Objective:
         data: Float[Array, "*batch N p"],
         noise: Float[Array, "*batch N p"],
         time: Float[Array, "*batch N"],
+        *,
+        known: Bool[Array, "*batch N"] | None = None,
     ) -> Float[Array, "*batch N"]:
-        """The squared error of every token, averaged over its values."""
+        """The squared error of every token, averaged over its values, in float32.
+
+        Tokens that are `known` are given to the model as they are, at time 0, and have no loss, whatever their time.
+        """
         at = time[..., None]
-        noisy = self.process.add_noise(data, noise, at)
-        predicted = denoise(self.process.input_scale(at) * noisy, time)
-        error = predicted - self.prediction.target(self.process, data, noise, at)
-        return jnp.square(error.astype(jnp.float32)).mean(axis=-1)
+        noisy, told = self.process.add_noise(data, noise, at), time
+        if known is not None:
+            noisy, told = jnp.where(known[..., None], data, noisy), jnp.where(known, 0, time)
+        predicted = denoise(self.process.input_scale(told[..., None]) * noisy, told)
+        error = self.prediction.values(predicted) - self.prediction.target(self.process, data, noise, at)
+        weight = self.weighting(self.process, self.prediction, time)
+        loss = weight * jnp.square(error.astype(jnp.float32)).mean(axis=-1)
+        further = self.prediction.further_loss(self.process, data, noisy, predicted, at)
+        loss = loss if further is None else loss + further
+        return loss if known is None else jnp.where(known, 0, loss)
 
 
 @dataclass(frozen=True, kw_only=True)

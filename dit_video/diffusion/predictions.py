@@ -4,7 +4,8 @@ With $x_t = \alpha x_0 + \sigma \epsilon$ that gives both, for the determinant $
 
 $$x_0 = (\sigma p - b x_t) / d, \qquad \epsilon = (a x_t - \alpha p) / d$$
 
-so any prediction becomes any other, and an error $e$ of it is one of $\sigma e / d$ in the data.
+so any prediction becomes any other, and an error $e$ of it is one of $\sigma e / d$ in the data and of
+$\alpha e / d$, of the other sign, in the noise.
 """
 
 from abc import ABC, abstractmethod
@@ -58,9 +59,24 @@ class Prediction(ABC):
         of = self.coefficients(process, time)
         return of.data * data + of.noise * noise
 
+    def values(self, predicted: Float[Array, "*batch o"]) -> Float[Array, "*batch p"]:
+        """What of a model's output is to be the target."""
+        return predicted
+
+    def further_loss(
+        self,
+        process: Process,
+        data: Float[Array, "*batch p"],
+        noisy: Float[Array, "*batch p"],
+        predicted: Float[Array, "*batch o"],
+        time: Float[Array, "*batch 1"],
+    ) -> Float[Array, "*batch"] | None:
+        """What of a model's output beside that is trained by, if there is more."""
+        return None
+
     def data_error(self, process: Process, time: Float[Array, "*time"]) -> Float[Array, "*time"]:
         """How large an error of the data is that comes with an error of 1 of the prediction."""
-        return jnp.abs(process.sigma(time) / self._determinant(process, time))
+        return jnp.abs(process.sigma(time) / self.determinant(process, time))
 
     def estimate(
         self,
@@ -70,13 +86,14 @@ class Prediction(ABC):
         time: Float[Array, "*time"],
     ) -> Estimate:
         """The data and the noise that a prediction stands for."""
-        of, determinant = self.coefficients(process, time), self._determinant(process, time)
+        of, determinant = self.coefficients(process, time), self.determinant(process, time)
         return Estimate(
             (process.sigma(time) * prediction - of.noise * noisy) / determinant,
             (of.data * noisy - process.alpha(time) * prediction) / determinant,
         )
 
-    def _determinant(self, process: Process, time: Float[Array, "*time"]) -> Float[Array, "*time"]:
+    def determinant(self, process: Process, time: Float[Array, "*time"]) -> Float[Array, "*time"]:
+        """$d$ of the module's docstring, kept away from 0."""
         of = self.coefficients(process, time)
         found = of.data * process.sigma(time) - of.noise * process.alpha(time)
         return jnp.where(jnp.abs(found) < LEAST_ALPHA, jnp.where(found < 0, -LEAST_ALPHA, LEAST_ALPHA), found)

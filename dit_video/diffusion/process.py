@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dit_video.arrays import SameArray
+from dit_video.arrays import AnyArray, SameArray
+from dit_video.diffusion.shift import ClipSize
 
 LEAST_ALPHA = 1e-6
 """Of pure noise the log-SNR would be infinite."""
@@ -36,8 +37,8 @@ class Normal(NamedTuple):
 class Path(NamedTuple):
     """In which coordinates the probability flow is solved: $d(x / scale) = slope \\; d(clock)$."""
 
-    scale: Float[Array, "*shape"]
-    clock: Float[Array, "*shape"]
+    scale: Float[AnyArray, "*shape"]
+    clock: Float[AnyArray, "*shape"]
 
 
 class Process(ABC):
@@ -58,9 +59,16 @@ class Process(ABC):
     def time_at(self, ratio: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:
         r"""The time at which noise and data are in a ratio: the inverse of $\sigma / \alpha$."""
 
-    def shifted(self, time: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:
-        """Evenly spaced times as this process wants them spaced, in training and in sampling alike."""
+    def shifted(self, time: Float[SameArray, "*shape"], size: ClipSize | None = None) -> Float[SameArray, "*shape"]:
+        """Evenly spaced times as this process wants them spaced, in training and in sampling alike.
+
+        Where that depends on the size of a clip, `size` is that of each clip whose times they are.
+        """
         return time
+
+    def for_size(self, size: ClipSize) -> "Process":
+        """The process of clips of one size."""
+        return self
 
     def input_scale(self, time: Float[Array, "*time"]) -> Float[Array, "*time"] | float:
         """What a noisy value is multiplied by before a model is given it."""
@@ -116,12 +124,16 @@ class Process(ABC):
         $\sigma^2_{t|s} \sigma_s^2 / \sigma_t^2$ (arXiv 2107.00630, appendix A).
         """
         alpha, sigma, before = self.alpha(following), self.sigma(following), self.sigma(time)
-        step = self.alpha(time) / alpha
-        added = jnp.maximum(before**2 - (step * sigma) ** 2, 0.0)
-        mean = (step * sigma**2 * noisy + alpha * added * data) / before**2
+        kept, added = self.alpha(time) / alpha, self.added_variance(time, following)
+        mean = (kept * sigma**2 * noisy + alpha * added * data) / before**2
         return Normal(mean, added * sigma**2 / before**2)
 
-    def path(self, time: Float[Array, "*time"]) -> Path:
+    def added_variance(self, time: Float[Array, "*time"], following: Float[Array, "*time"]) -> Float[Array, "*time"]:
+        r"""$\sigma^2_{t|s}$ of `posterior`: of the noise that comes between `following` and `time` (DDPM's beta)."""
+        kept = self.alpha(time) / self.alpha(following)
+        return jnp.maximum(self.sigma(time) ** 2 - (kept * self.sigma(following)) ** 2, 0.0)
+
+    def path(self, time: Float[SameArray, "*time"]) -> Path:
         r"""$x/\alpha$ moves with $\sigma/\alpha$, its slope being $\epsilon$ (arXiv 2206.00364, eq. 1)."""
         alpha = self.alpha(time)
         return Path(alpha, self.sigma(time) / alpha)

@@ -1,27 +1,49 @@
 """From noise to data: the loop that runs a solver, and the solvers by name.
 
-A solver exports `init(noisy, steps=...) -> state` and `step(estimate, process, state, interval) -> state`; a state's
-`x` is the sample at its time. The loop is one `lax.scan`: compiled once for a shape, whatever the times.
+The loop is one `lax.scan` over the intervals of the times: compiled once for a shape and a number of steps, whatever
+the times. Noise for the stochastic ones comes from `draw`, a function of the step's number.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
-from dit_video.diffusion.predictions import Denoise, Prediction, Velocity, estimator
+from dit_video.diffusion.ancestral import Ddim, Ddpm, Lcm
+from dit_video.diffusion.dpm_solver import DpmMultistep, DpmSinglestep
+from dit_video.diffusion.predictions import Denoise, Estimator, Prediction, Velocity, estimator
 from dit_video.diffusion.process import Process
-from dit_video.diffusion.solvers import Euler, Heun, Interval
+from dit_video.diffusion.solvers import Euler, Heun, Interval, Solver
 from dit_video.diffusion.unipc import UniPc
 from dit_video.errors import UserError
 
 Draw = Callable[[Int[Array, ""]], Float[Array, "*shape"]]
 """Standard normal noise for a step, by its number from 0 on, in the shape of the sample."""
 
-Sampler = Euler | Heun | UniPc
-SAMPLERS: dict[str, Sampler] = {"euler": Euler(), "heun": Heun(), "unipc": UniPc()}
+Sampler = Euler | Heun | Ddim | Ddpm | DpmMultistep | DpmSinglestep | UniPc | Lcm
+SAMPLERS: dict[str, Sampler] = {
+    "ddim": Ddim(),
+    "ddpm": Ddpm(),
+    "dpm++2m": DpmMultistep(),
+    "dpm++2s": DpmSinglestep(),
+    "dpm++sde": DpmMultistep(eta=1.0),
+    "euler": Euler(),
+    "euler-ancestral": Ddim(eta=1.0),
+    "heun": Heun(),
+    "lcm": Lcm(),
+    "unipc": UniPc(),
+}
+
+
+class Trace(NamedTuple):
+    """What a run went through."""
+
+    x: Float[Array, "steps *shape"]
+    """the sample after each step"""
+    data: Float[Array, "steps *shape"]
+    """as they were estimated at the start of each"""
 
 
 def sampler(name: str) -> Sampler:
@@ -33,6 +55,16 @@ def sampler(name: str) -> Sampler:
     if name not in SAMPLERS:
         raise UserError(f"unknown sampler {name!r}; use one of {', '.join(sorted(SAMPLERS))}")
     return SAMPLERS[name]
+
+
+def draws(keys: Key[Array, " B"], shape: tuple[int, ...]) -> Draw:
+    """Noise of each sample of a batch by its own key, whatever else is in the batch.
+
+    Args:
+      keys: one a sample, used for nothing else.
+      shape: of one sample, without the batch's axis.
+    """
+    return lambda number: jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, number), shape))(keys)
 
 
 def sample(
@@ -56,13 +88,42 @@ def sample(
       solver: of the flow, or of the reverse process.
       prediction: what the model predicts.
       told: what the model is given as its time at each of `times`, where that is something else.
-      draw: the noise of each step, of a solver that is stochastic.
+      draw: the noise of each step, of a solver that is stochastic; see `draws`.
 
     Raises:
-      UserError: a stochastic solver that is given no noise.
+      UserError: a stochastic solver that is given no noise, or one that can't follow the process.
     """
     start = solver.init(process.start(noise), steps=times.shape[0] - 1)
     return advance(denoise, start, times, process=process, solver=solver, prediction=prediction, told=told, draw=draw).x
+
+
+def trace(
+    denoise: Denoise,
+    noise: Float[Array, "*shape"],
+    times: Float[Array, " times"],
+    *,
+    process: Process,
+    solver: Sampler,
+    prediction: Prediction = Velocity(),  # noqa: B008 (a value)
+    told: Float[Array, " times"] | None = None,
+    draw: Draw | None = None,
+) -> Trace:
+    """`sample` with all that it went through: `x[-1]` of the trace is the sample. Arguments and errors are the same."""
+    _check(solver, process, draw)
+    estimate = estimator(_told(denoise, times, told), process, prediction)
+
+    def step(state, interval):
+        found = []
+
+        def recorded(noisy, time):
+            found.append(estimate(noisy, time))
+            return found[-1]
+
+        state = solver.step(recorded, process, state, interval)
+        return state, Trace(state.x, found[0].data)
+
+    start = solver.init(process.start(noise), steps=times.shape[0] - 1)
+    return _scan(step, start, times, draw if solver.stochastic else None, 0)[1]
 
 
 def advance(
@@ -71,7 +132,7 @@ def advance(
     times: Float[Array, " times"],
     *,
     process: Process,
-    solver: Sampler,
+    solver: Solver,
     prediction: Prediction = Velocity(),  # noqa: B008 (a value)
     told: Float[Array, " times"] | None = None,
     draw: Draw | None = None,
@@ -82,20 +143,36 @@ def advance(
     Parts that follow one another are the whole, whatever model each has: the state knows how many steps there are, and
     `first` is the number of the part's first step.
     """
-    if told is not None:
-        denoise = _told(denoise, times, told)
-    estimate = estimator(denoise, process, prediction)
+    _check(solver, process, draw)
+    estimate: Estimator = estimator(_told(denoise, times, told), process, prediction)
 
     def step(state, interval):
+        return solver.step(estimate, process, state, interval), None
+
+    return _scan(step, state, times, draw if solver.stochastic else None, first)[0]
+
+
+def _scan(step: Callable, state: Any, times: Float[Array, " times"], draw: Draw | None, first: Any) -> tuple[Any, Any]:
+    """`step(state, interval) -> state, kept` over all intervals."""
+
+    def of_interval(state, interval):
         time, following, number = interval
-        noise = None if draw is None else draw(number)
-        return solver.step(estimate, process, state, Interval(time, following, noise)), None
+        return step(state, Interval(time, following, None if draw is None else draw(number)))
 
     numbers = first + jnp.arange(times.shape[0] - 1)
-    end, _ = jax.lax.scan(step, state, (times[:-1], times[1:], numbers))
-    return end
+    return jax.lax.scan(of_interval, state, (times[:-1], times[1:], numbers))
 
 
-def _told(denoise: Denoise, times: Float[Array, " times"], told: Float[Array, " times"]) -> Denoise:
+def _check(solver: Solver, process: Process, draw: Draw | None) -> None:
+    solver.check(process)
+    if solver.stochastic and draw is None:
+        raise UserError(
+            f"{type(solver).__name__} draws noise in every step; hand it over as draw, such as draws(keys, shape)"
+        )
+
+
+def _told(denoise: Denoise, times: Float[Array, " times"], told: Float[Array, " times"] | None) -> Denoise:
     """`denoise`, given another time; solvers evaluate it at the grid's times alone."""
+    if told is None:
+        return denoise
     return lambda noisy, time: denoise(noisy, told[jnp.argmin(jnp.abs(times - time), axis=0)])

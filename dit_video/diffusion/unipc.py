@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from dit_video.diffusion.predictions import Estimator
 from dit_video.diffusion.process import Process
-from dit_video.diffusion.solvers import Interval
+from dit_video.diffusion.solvers import Interval, Solver
 from dit_video.errors import UserError
 
 
@@ -48,7 +48,7 @@ class UniPcState(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class UniPc:
+class UniPc(Solver):
     """One evaluation a step; of accuracy `order` + 1 with the corrector.
 
     The first steps, which have no past yet, are of a lower order, and so is a step to time 0, where the log-SNR is

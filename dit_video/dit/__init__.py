@@ -1,5 +1,6 @@
 """Denoisers."""
 
+from dit_video.dit.attention_maps import attention_maps
 from dit_video.dit.conditioning import (
     ClassLabels,
     CrossAttention,
@@ -33,6 +34,7 @@ __all__ = [
     "TimeEmbedding",
     "WanDit",
     "WanDitConfig",
+    "attention_maps",
     "image_to_video",
     "packed_denoise",
     "with_given",

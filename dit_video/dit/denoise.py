@@ -22,11 +22,12 @@ def packed_denoise(
     context_segments: Int[Array, "B S"] | None,
     count: int,
     given: Given = Given(),
-) -> Callable[[Float[Array, "B N p"], Float[Array, "B N"]], Float[Array, "B N p"]]:
+) -> Callable[[Float[Array, "B N p"], Float[Array, "B N"]], Float[Array, "B N prediction"]]:
     """`denoise(noisy, time)` of rows with up to `count` segments.
 
     All tokens of a segment have one time, but for a model with a time per token; that one's segments count as being
-    at the largest time of their tokens, what is known being at 0. A model without context has None of it.
+    at the largest time of their tokens, what is known being at 0. A model without context has None of it. One that
+    predicts a variance gives it behind the whole prediction, as values of their own.
     """
     row: dict[str, Any] = {
         "segments": jnp.asarray(segments),
@@ -38,6 +39,11 @@ def packed_denoise(
     def denoise(noisy, time):
         per_token = {"token_time": time} if dit.config.time == "token" else {}
         at = segment_max(time, row["segments"], count=count)
-        return dit(noisy, at, **row, given=given._replace(**per_token))
+        prediction = dit(noisy, at, **row, given=given._replace(**per_token))
+        if prediction.shape[-1] == noisy.shape[-1]:
+            return prediction
+        # At each place of a patch stands the prediction, then the variance.
+        places = prediction.reshape(*noisy.shape[:2], dit.config.patch.volume, 2, -1)
+        return jnp.swapaxes(places, 2, 3).reshape(*noisy.shape[:2], -1)
 
     return denoise

@@ -4,6 +4,7 @@ Blocks as in DiT (arXiv 2212.09748) with text by cross-attention as in PixArt (a
 nothing else; the modulation is projected once and shared, each block adding its own table, as in Wan 2.1.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -15,8 +16,8 @@ from dit_video.dit.blocks import Row, TemporalBlock, make_block
 from dit_video.dit.conditioning import CrossAttention, Given, JointAttention
 from dit_video.dit.config import DitConfig
 from dit_video.dit.positions import EndDistances
-from dit_video.nn import Linear, Tokens, Turns, apply_groups, make_attention, make_stack, modulate, sinusoidal
-from dit_video.nn.attention import NOWHERE, Full, TimeOnly, grid_indices
+from dit_video.nn import Attention, Linear, Tokens, Turns, apply_groups, make_stack, modulate, sinusoidal
+from dit_video.nn.attention import NOWHERE, Chosen, Full, Pattern, TimeOnly, grid_indices
 from dit_video.tokens import Rotary3d, rotary_angles, segment_mean, to_tokens
 
 _TIME = np.asarray([1, 0, 0], np.float32)
@@ -37,6 +38,7 @@ class Dit(nnx.Module):
 
     def __init__(self, config: DitConfig, *, rngs: nnx.Rngs):
         self.config = config
+        self.attention: Callable[[Pattern], Attention] = Chosen(config.attention)
         width, dtype = config.width, jnp.dtype(config.dtype)
         self.embed = Linear(config.token_width, width, dtype=dtype, rngs=rngs)
         if config.added_position is not None:
@@ -198,12 +200,12 @@ class Dit(nnx.Module):
                 x = jnp.concatenate([x, third.astype(jnp.float32)], axis=1)
                 third = self._modulation(of_segments)
         told = self._told(row, length, context_segments if isinstance(config.context, JointAttention) else None)
-        attentions = [make_attention(config.attention, pattern=pattern) for pattern in config.layer_patterns]
+        attentions = [self.attention(pattern) for pattern in config.layer_patterns]
         turns = [(modulation, told, third, context_segments, attention) for attention in attentions]
         if config.temporal is None:
             return apply_groups(x, [Turns(self.blocks, turns)], remat=config.remat)
         over_time = told._replace(angles=rotary_angles(row.coordinates, config.time_rotary))
-        temporal = (modulation, over_time, make_attention(config.attention, pattern=TimeOnly()))
+        temporal = (modulation, over_time, self.attention(TimeOnly()))
         stacks = [
             Turns(self.blocks, turns * config.temporal.every),
             Turns(self.temporal_blocks, [temporal] * config.temporal.layers),

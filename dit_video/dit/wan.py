@@ -5,6 +5,7 @@ and the head's table is added to the time before that projection; the norm befor
 learned; a text is padded with zeros to a fixed length, and the padding is attended to.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -32,7 +33,7 @@ from dit_video.nn import (
     modulate,
     sinusoidal,
 )
-from dit_video.nn.attention import Full, PatternChoice, check_attention, grid_indices
+from dit_video.nn.attention import Chosen, Full, Pattern, PatternChoice, check_attention, grid_indices
 from dit_video.tokens import Grid, Rotary3d, positions, rotary_angles, rotate, to_tokens
 
 
@@ -144,6 +145,7 @@ class WanDit(nnx.Module):
 
     def __init__(self, config: WanDitConfig, *, rngs: nnx.Rngs):
         self.config = config
+        self.attention: Callable[[Pattern], Attention] = Chosen(config.attention)
         width, dtype = config.width, jnp.dtype(config.dtype)
         self.embed = Linear(config.token_width + config.given_width, width, dtype=dtype, rngs=rngs)
         self.text_in = Linear(config.context_width, width, init="normal", dtype=dtype, rngs=rngs)
@@ -190,7 +192,7 @@ class WanDit(nnx.Module):
         patterns = self.config.patterns
         indices = None if patterns == (Full(),) else grid_indices(coordinates, segments)
         row = Row(segments, Tokens.among(segments, indices), rotary_angles(coordinates, self.config.rotary))
-        attentions = [make_attention(self.config.attention, pattern=pattern) for pattern in patterns]
+        attentions = [self.attention(pattern) for pattern in patterns]
         x = apply_groups(
             self.embed(self._beside(noisy, given.latents)).astype(jnp.float32),
             [Turns(self.blocks, [(modulation, row, text, image, attention) for attention in attentions])],

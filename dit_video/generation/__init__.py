@@ -1,6 +1,23 @@
 """Generation tasks."""
 
 from dit_video.generation.given import GivenClip
-from dit_video.generation.text_to_video import Denoiser, LatentRequest, Sampling, initial_noise, sample_latents
+from dit_video.generation.rows import LatentRequest
+from dit_video.generation.text_to_video import (
+    Denoiser,
+    LatentTrace,
+    Sampling,
+    initial_noise,
+    sample_latents,
+    trace_latents,
+)
 
-__all__ = ["Denoiser", "GivenClip", "LatentRequest", "Sampling", "initial_noise", "sample_latents"]
+__all__ = [
+    "Denoiser",
+    "GivenClip",
+    "LatentRequest",
+    "LatentTrace",
+    "Sampling",
+    "initial_noise",
+    "sample_latents",
+    "trace_latents",
+]

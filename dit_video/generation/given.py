@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from dit_video.arrays import AnyArray
+from dit_video.diffusion import Process
 from dit_video.dit import Given
 from dit_video.tokens import Grid, RowShape, patchify
 
@@ -38,18 +39,19 @@ class GivenRows(NamedTuple):
         fields = {"latents": self.beside, "image": self.image, "image_segments": self.image_segments}
         return Given(**{name: jnp.asarray(value) for name, value in fields.items() if value is not None})
 
-    def held(self, denoise: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
+    def held(self, denoise: Callable[[Array, Array], Array], process: Process) -> Callable[[Array, Array], Array]:
         """`denoise(noisy, time of each token)` as one of the time, which sees known tokens clean, at time 0."""
 
         def at(noisy, time):
             times = jnp.full(noisy.shape[:2], time)
-            if self.known is not None:
-                times = jnp.where(self.known, 0.0, times)
-            return denoise(self.restored(noisy), times)
+            if self.known is None or self.clean is None:
+                return denoise(noisy, times)
+            clean = process.input_scale(jnp.zeros(())) * jnp.asarray(self.clean)
+            return denoise(jnp.where(self.known[..., None], clean, noisy), jnp.where(self.known, 0.0, times))
 
         return at
 
-    def restored(self, tokens: Float[Array, "B N p"]) -> Float[Array, "B N p"]:
+    def restored(self, tokens: Float[AnyArray, "*steps B N p"]) -> Float[AnyArray, "*steps B N p"]:
         """With the known tokens in their places."""
         if self.known is None or self.clean is None:
             return tokens

@@ -1,42 +1,45 @@
 """Videos from prompts: requests of any size packed into rows, sampled together.
 
-Rows have the shape that the model was trained on, so that one compiled program serves every size, prompt, seed and
-scale of guidance. Another number of steps, or of rows, is compiled anew, and so is sampling without guidance.
+Rows have the shape that the model was trained on, so that one compiled program serves every size, prompt, seed, number
+of steps (of up to 64, 128, …) and strength of guidance. Another number of rows is compiled anew, and so is guidance of
+another kind, or none.
 
 A model may have two experts (Wan 2.2, arXiv 2503.20314): one for the noisy times, one for those below a boundary. They
 sample one after the other, and only the one at work is handed to the devices.
 """
 
-import functools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Float32
 
-from dit_video.diffusion import Euler, Even, Process, Sampler, SampleTimes, TimeGrid, advance, classifier_free
-from dit_video.dit import packed_denoise
-from dit_video.errors import UserError
-from dit_video.generation.given import GivenClip, GivenRows, given_rows
-from dit_video.rng import key
-from dit_video.text import TextTokens, Tokenizer
-from dit_video.tokens import (
-    Grid,
-    Item,
-    Rows,
-    RowShape,
-    coordinates,
-    empty_row,
-    pack,
-    patchify,
-    token_grid,
-    unpack,
-    unpatchify,
+from dit_video.diffusion import (
+    ClipSize,
+    Euler,
+    Even,
+    Guidance,
+    Prediction,
+    Process,
+    Projected,
+    Sampler,
+    SampleTimes,
+    Strength,
+    TimeGrid,
+    Velocity,
+    Watched,
+    WatchedState,
 )
+from dit_video.errors import UserError
+from dit_video.generation.program import program_of, steps_of_program
+from dit_video.generation.rows import Batch, Group, LatentRequest, Need, Packer, plan
+from dit_video.rng import key
+from dit_video.text import Tokenizer
+from dit_video.tokens import Grid, RowShape, token_grid, unpack, unpatchify
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,29 +47,48 @@ class Sampling:
     """How samples are drawn.
 
     Raises:
-      UserError: less than one step.
+      UserError: less than one step, or a scale of guidance that there is not.
     """
 
     steps: int = 32
-    guidance: float | tuple[float, float] = 2.0
+    guidance: float | tuple[float, float] | Guidance = 2.0
     """classifier-free guidance; 1 is none. Of two experts each may have its own, that of the noisy times first."""
     solver: Sampler = Euler()
     grid: TimeGrid = Even()
+    branches: Literal["together", "apart"] = "together"
+    """whether what guidance combines is evaluated at once, or one after the other, in less memory"""
 
     def __post_init__(self):
         if self.steps < 1:
             raise UserError(f"sampling takes at least 1 step, not {self.steps}")
+        assert self.full_guidance
 
+    @property
+    def full_guidance(self) -> Guidance:
+        """With all that a number leaves out."""
+        return self.guidance if isinstance(self.guidance, Guidance) else Guidance(scale=self.guidance)
 
-class LatentRequest(NamedTuple):
-    """One video to be made."""
+    def guided(
+        self,
+        *,
+        scale: float | tuple[float, float] | None = None,
+        interval: tuple[float, float] | None = None,
+        rescale: float | None = None,
+        projected: bool | None = None,
+    ) -> Guidance:
+        """Its guidance, with what is given in its place.
 
-    prompt: str
-    negative: str
-    """what the unconditional branch of guidance is given; empty for nothing"""
-    noise: Float32[np.ndarray, "t h w c"]
-    """the starting point; its size is the size of the result"""
-    given: GivenClip = GivenClip()
+        Raises:
+          UserError: as of `Guidance`.
+        """
+        changes: dict[str, Any] = {
+            "scale": scale,
+            "interval": interval,
+            "rescale": rescale,
+            "projected": Projected() if projected else None,
+        }
+        kept = replace(self.full_guidance, projected=None) if projected is False else self.full_guidance
+        return replace(kept, **{name: value for name, value in changes.items() if value is not None})
 
 
 class Denoiser(NamedTuple):
@@ -79,10 +101,22 @@ class Denoiser(NamedTuple):
     tokenizer: Tokenizer
     process: Process
     patch: Grid
+    prediction: Prediction = Velocity()
     boundary: float | None = None
     """of two experts: at times below it `low_noise` denoises"""
     interval: float = 1.0
     """of two tokens along time, in what coordinates count"""
+
+
+class LatentTrace(NamedTuple):
+    """What the sampling of one video went through."""
+
+    times: Float32[np.ndarray, " steps+1"]
+    """from noise to data"""
+    latents: Float32[np.ndarray, "steps t h w c"]
+    """after each step"""
+    data: Float32[np.ndarray, "steps t h w c"]
+    """what the result was thought to be, at the start of each"""
 
 
 def initial_noise(seed: int, latents: Grid, channels: int) -> Float32[np.ndarray, "t h w c"]:
@@ -99,106 +133,135 @@ def sample_latents(
     of its own, for which a program is compiled. A result does not depend on what else is asked for.
 
     Raises:
-      UserError: a size that the patch does not divide, a prompt longer than a row's text, or two scales of guidance for
-        one model.
+      UserError: a size that the patch does not divide, a prompt longer than a row's text, two scales of guidance for
+        one model, or a model whose values become NaN or infinite, with the step.
     """
-    grids = [token_grid(Grid(*request.noise.shape[:3]), denoiser.patch) for request in requests]
-    prompts = dict.fromkeys(text for request in requests for text in (request.prompt, request.negative))
-    texts = {text: denoiser.tokenizer(text) for text in prompts}
     results: dict[int, Float32[np.ndarray, "t h w c"]] = {}
-    for group_shape, packed in _plan(requests, grids, texts, shape).items():
-        for start in range(0, len(packed), rows):
-            part = packed[start : start + rows]
-            sampled = _sample_rows(denoiser, part, requests, grids, texts, sampling, group_shape, rows)
-            for members, latents in zip(part, sampled, strict=True):
-                for index, tokens in zip(members, latents, strict=True):
-                    results[index] = unpatchify(tokens, grids[index], denoiser.patch)
+    for run in _runs(denoiser, requests, sampling, shape, rows, recorded=False):
+        results |= run.unpacked(run.state.x)
     return [results[index] for index in range(len(requests))]
 
 
-def _plan(
-    requests: Sequence[LatentRequest], grids: Sequence[Grid], texts: Mapping[str, TextTokens], shape: RowShape
-) -> dict[RowShape, list[list[int]]]:
-    """Rows of request numbers by row shape: first fit of the largest first."""
-    text = [max(len(texts[request.prompt]), len(texts[request.negative])) for request in requests]
-    plan: dict[RowShape, list[list[int]]] = {}
-    used: list[list[int]] = []
-    for index in sorted(range(len(requests)), key=lambda index: -grids[index].volume):
-        if text[index] > shape.text:
-            raise UserError(
-                f"a prompt of {text[index]} text tokens is longer than a row's {shape.text}; shorten the prompt"
-            )
-        if grids[index].volume > shape.tokens:
-            alone = RowShape(tokens=grids[index].volume, text=shape.text, segments=shape.segments)
-            plan.setdefault(alone, []).append([index])
-            continue
-        for row, room in zip(plan.setdefault(shape, []), used, strict=True):
-            fits = room[0] + grids[index].volume <= shape.tokens and room[1] + text[index] <= shape.text
-            if fits and len(row) < shape.segments:
-                break
-        else:
-            row, room = [], [0, 0]
-            plan[shape].append(row)
-            used.append(room)
-        row.append(index)
-        room[0] += grids[index].volume
-        room[1] += text[index]
-    return plan
+def trace_latents(
+    denoiser: Denoiser, requests: Sequence[LatentRequest], *, sampling: Sampling, shape: RowShape, rows: int
+) -> list[LatentTrace]:
+    """As `sample_latents`, with all that sampling went through; of a program for just so many steps."""
+    results: dict[int, LatentTrace] = {}
+    for run in _runs(denoiser, requests, sampling, shape, rows, recorded=True):
+        assert run.state.recorded is not None
+        seen = [
+            [run.unpacked(tokens) for tokens in np.asarray(run.batch.branches[0][1].restored(values))]
+            for values in run.state.recorded
+        ]
+        for index in seen[0][0]:
+            latents, data = (np.stack([step[index] for step in steps]) for steps in seen)
+            results[index] = LatentTrace(np.asarray(run.times, np.float32), latents, data)
+    return [results[index] for index in range(len(requests))]
 
 
-def _sample_rows(
+class _Run(NamedTuple):
+    """Rows that were sampled."""
+
+    denoiser: Denoiser
+    requests: Sequence[LatentRequest]
+    members: Sequence[Sequence[int]]
+    batch: Batch
+    times: np.ndarray
+    state: WatchedState
+
+    def unpacked(self, tokens: Any) -> dict[int, Float32[np.ndarray, "t h w c"]]:
+        """The latents of every request in rows of tokens, by its number."""
+        rows, given = self.batch.branches[0]
+        tokens, segments = np.asarray(given.restored(tokens)), np.asarray(rows.segments)
+        found = {}
+        for number, row in enumerate(self.members):
+            parts = unpack(tokens[number], segments[number])
+            for index, part in zip(row, parts[:: len(parts) // len(row)], strict=True):
+                grid = token_grid(Grid(*self.requests[index].noise.shape[:3]), self.denoiser.patch)
+                found[index] = unpatchify(part, grid, self.denoiser.patch)
+        return found
+
+
+def _runs(
     denoiser: Denoiser,
-    members: Sequence[Sequence[int]],
     requests: Sequence[LatentRequest],
-    grids: Sequence[Grid],
-    texts: Mapping[str, TextTokens],
     sampling: Sampling,
     shape: RowShape,
     rows: int,
-) -> list[list[Float32[np.ndarray, "n p"]]]:
-    """The tokens of each row's requests. Rows of padding fill up the batch, so that its shape is always the same."""
-
-    def packed(prompt_of) -> Rows:
-        items = [
-            [
-                Item(
-                    patchify(requests[index].noise, denoiser.patch),
-                    coordinates(grids[index], step=(denoiser.interval, 1.0, 1.0)),
-                    texts[prompt_of(requests[index])],
-                    index,
-                )
-                for index in row
-            ]
-            for row in members
-        ]
-        first = items[0][0]
-        widths = {"width": first.tokens.shape[1], "text_width": first.text.shape[1] if first.text.ndim == 2 else 0}
-        full = [pack(row, shape, **widths) for row in items]
-        full += [empty_row(shape, **widths)] * (rows - len(full))
-        return Rows(*map(np.stack, zip(*full, strict=True)))
-
-    conditional, unconditional = packed(lambda request: request.prompt), packed(lambda request: request.negative)
-    clips = [
-        [(request.given, Grid(*request.noise.shape[:3]), request.noise.shape[3]) for request in row]
-        for row in ([requests[index] for index in row] for row in members)
+    *,
+    recorded: bool,
+) -> Iterator[_Run]:
+    guidance = sampling.full_guidance
+    if denoiser.boundary is None and len(guidance.scales) > 1:
+        raise UserError(f"guidance {guidance.scales} is for two experts, this model is one; give one number")
+    conditions = [request.branches(guidance.branches) for request in requests]
+    prompts = dict.fromkeys(prompt for branches in conditions for prompt, _ in branches)
+    texts = {prompt: denoiser.tokenizer(prompt) for prompt in prompts}
+    needs = [
+        Need(
+            token_grid(Grid(*request.noise.shape[:3]), denoiser.patch).volume,
+            tuple(len(texts[prompt]) for prompt, _ in branches),
+        )
+        for request, branches in zip(requests, conditions, strict=True)
     ]
-    given = given_rows(clips, patch=denoiser.patch, shape=shape, rows=rows)
-    tokens = np.asarray(_sampled(denoiser, conditional, unconditional, given, sampling))
-    return [unpack(tokens[number], np.asarray(conditional.segments[number])) for number in range(len(members))]
+    packer = Packer(requests, texts, denoiser.patch, denoiser.interval, guidance.branches, rows)
+    for process, alike in _by_process(denoiser, requests).items():
+        grid = sampling.grid(process, sampling.steps)
+        groups = plan([needs[index] for index in alike], shape, rows=rows, together=sampling.branches == "together")
+        for group in groups:
+            for start in range(0, len(group.rows), rows):
+                members = [[alike[place] for place in row] for row in group.rows[start : start + rows]]
+                batch = packer.batch(group, members)
+                state = _sampled(denoiser, batch, group, sampling, grid, recorded=recorded)
+                run = _Run(denoiser, requests, members, batch, np.asarray(grid.times), state)
+                _check_finite(run, sampling)
+                yield run
+
+
+def _by_process(denoiser: Denoiser, requests: Sequence[LatentRequest]) -> dict[Process, list[int]]:
+    """Requests that are sampled at the same times: all of them, where the times don't depend on the size."""
+    found: dict[Process, list[int]] = {}
+    for index, request in enumerate(requests):
+        grid = token_grid(Grid(*request.noise.shape[:3]), denoiser.patch)
+        process = denoiser.process.for_size(ClipSize(frames=grid.t, frame_tokens=grid.h * grid.w))
+        found.setdefault(process, []).append(index)
+    return found
+
+
+def _check_finite(run: _Run, sampling: Sampling) -> None:
+    step = int(run.state.failed)
+    if step >= 0 and not all(np.isfinite(latents).all() for latents in run.unpacked(run.state.x).values()):
+        time = float(run.times[step])
+        raise UserError(
+            f"step {step + 1} of {sampling.steps}, at time {time:.4g}, gave NaN or infinity: the weights have "
+            "diverged, or the sampling is too rough for them; take an earlier checkpoint, or less guidance"
+        )
 
 
 def _sampled(
-    denoiser: Denoiser, conditional: Rows, unconditional: Rows, given: GivenRows, sampling: Sampling
-) -> Float[Array, "B N p"]:
-    """The sample, by each expert in its turn."""
-    grid = sampling.grid(denoiser.process, sampling.steps)
-    state = sampling.solver.init(jnp.asarray(conditional.tokens), steps=sampling.steps)
+    denoiser: Denoiser, batch: Batch, group: Group, sampling: Sampling, grid: SampleTimes, *, recorded: bool
+) -> WatchedState:
+    """The last state, by each expert in its turn."""
+    solver = Watched(solver=sampling.solver, recorded=recorded)
+    state = solver.init(denoiser.process.start(jnp.asarray(batch.branches[0][0].tokens)), steps=sampling.steps)
+    together = sampling.branches == "together"
+    program = program_of(denoiser.dit, denoiser.text, denoiser.process, denoiser.prediction, solver, together)
+    room = sampling.steps if recorded else steps_of_program(sampling.steps)
     for stage in _stages(denoiser.boundary, sampling, np.asarray(grid.told)):
-        program = _program(denoiser.dit, denoiser.text, denoiser.process, sampling.solver, stage.guidance != 1.0)
         params = {"dit": denoiser.params[stage.expert], "text": denoiser.params["text"]}
-        times = SampleTimes(*(values[stage.start : stage.stop + 1] for values in grid))
-        state = program(params, state, conditional, unconditional, given, times, stage.guidance)
-    return given.restored(state.x)
+        strength = stage.strength
+        if strength is not None and not group.inside and stage.alone:
+            strength = None
+        given = batch if strength is not None or group.inside else batch._replace(branches=batch.branches[:1])
+        times = SampleTimes(*(_padded(values, stage.start, stage.stop, room) for values in grid))
+        state = program(params, state, given, strength, times, np.int32(stage.start))
+    return state
+
+
+def _padded(times: Any, start: int, stop: int, room: int) -> Float32[np.ndarray, " {room}+1"]:
+    """The times of some steps, and then the last of them, so that there are `room` intervals."""
+    part = np.asarray(times, np.float32)[start : stop + 1]
+    return np.concatenate([part, np.full(room + 1 - len(part), part[-1], np.float32)])
 
 
 class _Stage(NamedTuple):
@@ -207,43 +270,21 @@ class _Stage(NamedTuple):
     expert: str
     start: int
     stop: int
-    guidance: float
+    strength: Strength | None
+    alone: bool
+    """whether this expert's conditional prediction is all that counts"""
 
 
 def _stages(boundary: float | None, sampling: Sampling, told: Float32[np.ndarray, " times"]) -> list[_Stage]:
-    scales = sampling.guidance
+    guidance = sampling.full_guidance
+
+    def stage(expert: str, number: int, start: int, stop: int) -> _Stage:
+        strength = guidance.strength(number) if guidance.branches > 1 else None
+        alone = guidance.branches == 2 and guidance.scales[min(number, len(guidance.scales) - 1)] == 1.0
+        return _Stage(expert, start, stop, strength, alone)
+
     if boundary is None:
-        if isinstance(scales, tuple):
-            raise UserError(f"guidance {scales} is for two experts, this model is one; give one number")
-        return [_Stage("dit", 0, sampling.steps, scales)]
-    high, low = scales if isinstance(scales, tuple) else (scales, scales)
+        return [stage("dit", 0, 0, sampling.steps)]
     noisy = int((told[:-1] >= np.float32(boundary)).sum())
-    stages = [_Stage("dit", 0, noisy, high), _Stage("low_noise", noisy, sampling.steps, low)]
+    stages = [stage("dit", 0, 0, noisy), stage("low_noise", 1, noisy, sampling.steps)]
     return [stage for stage in stages if stage.start < stage.stop]
-
-
-@functools.lru_cache(maxsize=16)
-def _program(dit: nnx.GraphDef, text: nnx.GraphDef, process: Process, solver: Sampler, guided: bool):
-    """The jitted sampler of packed rows: from a solver's state to its state at the last of the times."""
-
-    @jax.jit
-    def program(params, state, conditional: Rows, unconditional: Rows, given: GivenRows, grid: SampleTimes, guidance):
-        def branch(rows: Rows):
-            context = nnx.merge(text, params["text"])(rows.text, rows.text_segments)
-            denoise = packed_denoise(
-                nnx.merge(dit, params["dit"]),
-                segments=rows.segments,
-                coordinates=rows.coordinates,
-                context=context.values,
-                context_segments=context.segments,
-                count=rows.examples.shape[1],
-                given=given.given,
-            )
-            return given.held(denoise)
-
-        denoise = branch(conditional)
-        if guided:
-            denoise = classifier_free(denoise, branch(unconditional), guidance)
-        return advance(denoise, state, grid.times, process=process, solver=solver, told=grid.told)
-
-    return program

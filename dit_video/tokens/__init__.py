@@ -1,6 +1,7 @@
 """Spacetime patches as sequences: patchify, coordinates, packing, rotary positions."""
 
 from dit_video.tokens.coordinates import coordinates
+from dit_video.tokens.noise import packed_noise
 from dit_video.tokens.packing import (
     Item,
     Rows,
@@ -26,6 +27,7 @@ __all__ = [
     "empty_row",
     "even_split",
     "pack",
+    "packed_noise",
     "patchify",
     "positions",
     "rotary_angles",

@@ -1,6 +1,7 @@
 """The loss of a text-conditioned denoiser on packed rows."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Shaped
 
 from dit_video.conditioning import KnownFrames, drop_captions, given_latents, known_tokens
-from dit_video.diffusion import Objective, low_discrepancy
+from dit_video.diffusion import ClipSize, Objective, low_discrepancy
 from dit_video.dit import DitConfig, Given, WanDitConfig, packed_denoise
 from dit_video.rng import example_keys, key
-from dit_video.tokens import Rows, positions, segment_mean, to_tokens
+from dit_video.tokens import Rows, packed_noise, positions, segment_mean, to_tokens
 from dit_video.training.optimizer import OptimizerConfig, hold_still
 
 TEMPORAL = r"(^|/)temporal"
@@ -41,12 +42,13 @@ class DenoiserLoss:
     shares: tuple[float, float] = (0.0, 1.0)
     """which of the objective's times, by the shares of them that are lower: of a model for some times, such as one of
     two experts, those between; see `share_below`"""
+    times_of: Literal["clip", "frame"] = "clip"
+    """what has a diffusion time of its own; frames have it where tokens may (`time="token"`)"""
     optimizer: OptimizerConfig | None = None
     """the loss is constant in the parameters that it does not train"""
 
     def __call__(self, params, rows: Rows, step: Array) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         count = rows.examples.shape[1]
-        time = self.times(rows, step)
         noise = packed_noise(rows, example_keys(key(self.seed, "noise"), step, rows.examples))
         keys = example_keys(key(self.seed, "caption dropout"), step, rows.examples)
         drop = jax.vmap(jax.vmap(jax.random.uniform))(keys) < self.caption_dropout
@@ -65,10 +67,10 @@ class DenoiserLoss:
             count=count,
             given=_given(dit.config, rows, known),
         )
-        at, counted = to_tokens(time, rows.segments), rows.segments
-        if dit.config.time == "token":
-            at, counted = jnp.where(known, 0, at), jnp.where(known, 0, counted)
-        per_token = self.objective.loss(denoise, jnp.asarray(rows.tokens), noise, at)
+        clean = known if dit.config.time == "token" else None
+        data, time = jnp.asarray(rows.tokens), self.token_times(rows, step)
+        per_token = self.objective.loss(denoise, data, noise, time, known=clean)
+        counted = rows.segments if clean is None else jnp.where(clean, 0, rows.segments)
         per_example = segment_mean(per_token, counted, count=count)
         placed = rows.segments.max(axis=1).sum()
         metrics = {
@@ -88,8 +90,37 @@ class DenoiserLoss:
     def times(self, rows: Rows, step: Array) -> Float[Array, "B G"]:
         """Diffusion times, evenly spread over consecutive ranks of the plan."""
         offset = jax.random.uniform(jax.random.fold_in(key(self.seed, "time"), step))
+        return self.objective.time(self._shared(low_discrepancy(offset, rows.examples)), clip_sizes(rows))
+
+    def token_times(self, rows: Rows, step: Array) -> Float[Array, "B N"]:
+        """Of every token: its clip's time, or its frame's, drawn for each frame alone (arXiv 2407.01392)."""
+        if self.times_of == "clip":
+            return to_tokens(self.times(rows, step), rows.segments)
+        sizes = clip_sizes(rows)
+        places = jnp.maximum(rows.segments - 1, 0)
+        frames = positions(rows.segments) // to_tokens(jnp.asarray(sizes.frame_tokens), rows.segments)
+        keys = example_keys(key(self.seed, "frame time"), step, rows.examples)
+
+        def draw(row_keys, place, frame):
+            return jax.random.uniform(jax.random.fold_in(row_keys[place], frame))
+
+        u = jax.vmap(lambda row_keys, *at: jax.vmap(lambda *one: draw(row_keys, *one))(*at))(keys, places, frames)
+        return self.objective.time(
+            self._shared(u), ClipSize(*(to_tokens(jnp.asarray(part), rows.segments) for part in sizes))
+        )
+
+    def _shared(self, u: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """Numbers in [0, 1), in the share of them that this model is trained at."""
         first, last = self.shares
-        return self.objective.time(first + (last - first) * low_discrepancy(offset, rows.examples))
+        return first + (last - first) * u
+
+
+def clip_sizes(rows: Rows) -> ClipSize:
+    """Of every segment `[B G]`; of one that does not exist it is 1, 1."""
+    member = rows.segments[..., None] == jnp.arange(1, rows.examples.shape[1] + 1)
+    first = member & (rows.coordinates[..., :1] == 0)
+    frame_tokens = jnp.maximum(first.sum(axis=1), 1)
+    return ClipSize(frames=jnp.maximum(member.sum(axis=1), 1) // frame_tokens, frame_tokens=frame_tokens)
 
 
 def share_below(objective: Objective, time: float) -> float:
@@ -106,16 +137,3 @@ def _given(dit: DitConfig | WanDitConfig, rows: Rows, known: Bool[Array, "B N"])
     if not dit.given_channels:
         return Given()
     return Given(latents=given_latents(rows.tokens, known, places=dit.patch.volume, channels=dit.given_channels))
-
-
-def packed_noise(rows: Rows, keys: Array) -> Float[Array, "B N p"]:
-    """Standard normal noise; an example's depends on its key and its own tokens' order, not on the row around it."""
-    width = rows.tokens.shape[-1]
-    index = positions(rows.segments)
-
-    def token(row_keys, segment, at):
-        return jax.random.normal(jax.random.fold_in(row_keys[jnp.maximum(segment - 1, 0)], at), (width,))
-
-    return jax.vmap(lambda row_keys, ids, at: jax.vmap(lambda i, a: token(row_keys, i, a))(ids, at))(
-        keys, rows.segments, index
-    )

@@ -23,7 +23,7 @@ n x n matrices."""
 class MuonState(NamedTuple):
     """What the next update needs."""
 
-    count: Int[Array, ""]
+    step: Int[Array, ""]
     mu: PyTree
     """the running mean of the gradients"""
 
@@ -44,9 +44,9 @@ def scale_by_muon(rms: float, *, beta: float = 0.95, eps: float = 1e-8) -> optax
         return MuonState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
 
     def update(gradients: PyTree, state: MuonState, params: PyTree = None) -> tuple[PyTree, MuonState]:
-        count = optax.safe_increment(state.count)
+        step = optax.safe_increment(state.step)
         # As optax has it: both terms are corrected for the mean's start at zero, the momentum as of the step to come.
-        ahead, now = 1 - beta ** (count + 1), 1 - beta**count
+        ahead, now = 1 - beta ** (step + 1), 1 - beta**step
         mu = jax.tree.map(lambda mean, gradient: beta * mean + (1 - beta) * gradient, state.mu, gradients)
 
         def of_matrix(mean: Array, gradient: Array) -> Array:
@@ -55,7 +55,7 @@ def scale_by_muon(rms: float, *, beta: float = 0.95, eps: float = 1e-8) -> optax
             scale = rms * max(matrices.shape[-2:]) ** 0.5
             return (scale * orthogonalised(matrices, eps=eps)).reshape(momentum.shape)
 
-        return jax.tree.map(of_matrix, mu, gradients), MuonState(count, mu)
+        return jax.tree.map(of_matrix, mu, gradients), MuonState(step, mu)
 
     return optax.GradientTransformation(init, update)
 

@@ -34,6 +34,21 @@ class StatefulLoss(Protocol):
         ...
 
 
+@runtime_checkable
+class OwnStep(Protocol):
+    """A loss that makes the step itself, of a state that may hold more than a `TrainState`; it has `step` and `ema`."""
+
+    def begin(self, state: TrainState, optimizer: optax.GradientTransformation) -> Any:
+        """The state before the first step, from what it is of any other loss. Traceable."""
+        ...
+
+    def make_step(
+        self, optimizer: optax.GradientTransformation, *, ema_decay: float, constants: tuple[PyTree, ...]
+    ) -> "Step":
+        """`step(state, batch) -> (state, figures)`, jitted; arguments are as for the function of this name."""
+        ...
+
+
 Step = Callable[[TrainState, PyTree], tuple[TrainState, dict[str, Float[Array, ""]]]]
 
 

@@ -20,7 +20,7 @@ from dit_video.training.autoencoder import AutoencoderLoss
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.logging import MetricsLog
 from dit_video.training.state import TrainState, init_state, make_on_devices, shapes_on_devices
-from dit_video.training.step import Loss, StatefulLoss, Step, make_step
+from dit_video.training.step import Loss, OwnStep, StatefulLoss, Step, make_step
 
 
 @runtime_checkable
@@ -55,12 +55,12 @@ class Training:
     """Reads the parameters that a new training begins with, instead of `init`'s; they are not held any longer than it
     takes to make the state of them. (What `init` holds itself becomes a part of the program, which weights would make
     large.)"""
-    loss: Loss | StatefulLoss
+    loss: Loss | StatefulLoss | OwnStep
     constants: tuple[PyTree, ...] = ()
     """arrays that the loss is given too; see `make_step`"""
     frozen: dict[str, Any] | None = None
-    """Parameters that are not trained, of which the trained ones are adapters: the last argument of the loss. They are
-    laid out as parameters are, while constants lie whole on every device."""
+    """Parameters that are not trained, of which the trained ones are adapters or pupils: the last argument of the loss.
+    They are laid out as parameters are, while constants lie whole on every device."""
     optimizer: optax.GradientTransformation
     ema_decay: float
     rival: Rival | None = None
@@ -115,6 +115,8 @@ class Training:
         params = given[0] if given else self.init(key)
         extra = self.loss.start(params, fresh=not given) if isinstance(self.loss, StatefulLoss) else None
         state = init_state(params, self.optimizer, extra)
+        if isinstance(self.loss, OwnStep):
+            return self.loss.begin(state, self.optimizer)
         return state if self.rival is None else self.rival.join(state)
 
     def _step(self) -> Step:
@@ -122,6 +124,8 @@ class Training:
         if self.rival is None:
             if self.frozen is not None:
                 everywhere = (*everywhere, jax.device_put(self.frozen, shardings(self.frozen, self.mesh)))
+            if isinstance(self.loss, OwnStep):
+                return self.loss.make_step(self.optimizer, ema_decay=self.ema_decay, constants=everywhere)
             return make_step(self.loss, self.optimizer, ema_decay=self.ema_decay, constants=everywhere)
         if not isinstance(self.loss, AutoencoderLoss):
             raise TypeError(f"only an autoencoder is trained against a rival, not {type(self.loss).__name__}")

@@ -1,8 +1,25 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_video.diffusion import classifier_free
+from dit_video import configs
+from dit_video.diffusion import (
+    X0,
+    Epsilon,
+    Guidance,
+    LearnedVariance,
+    Projected,
+    RectifiedFlow,
+    V,
+    VariancePreserving,
+    Velocity,
+    apart,
+    batched,
+    classifier_free,
+    guided,
+)
+from dit_video.errors import UserError
 
 NOISY = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 4)), jnp.float32)
 TIME = jnp.asarray(0.7)
@@ -32,3 +49,174 @@ def test_guidance_is_linear_in_the_scale(scale):
 def test_equal_branches_are_not_moved_by_any_scale():
     found = classifier_free(conditional, conditional, 9.0)(NOISY, TIME)
     np.testing.assert_allclose(found, conditional(NOISY, TIME), rtol=1e-6)
+
+
+ALL = (conditional, unconditional, lambda noisy, time: jnp.cos(noisy) * time)
+PROCESS = RectifiedFlow()
+
+
+def of(guidance, branches=ALL, **options):
+    """The guided prediction of NOISY."""
+    chosen = apart(*branches[: guidance.branches])
+    return guided(chosen, guidance.strength(), process=PROCESS, **options)(NOISY, TIME)
+
+
+def test_image_and_text_have_a_scale_each():
+    c, u, b = (np.asarray(branch(NOISY, TIME)) for branch in ALL)
+    found = of(Guidance(scale=7.5, image=1.5))
+    np.testing.assert_allclose(found, b + 1.5 * (u - b) + 7.5 * (c - u), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(of(Guidance(scale=1.0, image=0.0)), c - u + b, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("guidance", "branches"),
+    [
+        (Guidance(scale=1.0), 1),
+        (Guidance(scale=(1.0, 2.0)), 2),
+        (Guidance(scale=3.0, image=1.0), 2),
+        (Guidance(scale=1.0, image=2.0), 3),
+    ],
+)
+def test_no_more_branches_than_count(guidance, branches):
+    assert guidance.branches == branches
+
+
+def test_all_branches_in_one_evaluation():
+    asked = []
+
+    def together(noisy, time):
+        asked.append(noisy.shape)
+        return jnp.concatenate([branch(part, time) for branch, part in zip(ALL, jnp.split(noisy, 3), strict=True)])
+
+    guidance = Guidance(scale=4.0, image=2.0)
+    found = guided(batched(together, 3), guidance.strength())(NOISY, TIME)
+    np.testing.assert_allclose(found, of(guidance), atol=1e-6)
+    assert asked == [(6, 3, 4)]
+
+
+@pytest.mark.parametrize("time", [0.1, 0.3, 0.5, 0.7, 0.9])
+def test_guidance_at_some_times_and_none_at_others(time):
+    strength = Guidance(scale=5.0, interval=(0.3, 0.7)).strength()
+    now = jnp.asarray(time, jnp.float32)
+    counted = []
+
+    def second(noisy, time):
+        jax.debug.callback(lambda: counted.append(1))
+        return unconditional(noisy, time)
+
+    either = apart(conditional, second)
+    found = jax.jit(guided(either, strength, conditional=conditional))(NOISY, now)
+    jax.effects_barrier()
+    inside = 0.3 <= time <= 0.7
+    scale = 5.0 if inside else 1.0
+    expected = classifier_free(conditional, unconditional, scale)(NOISY, now)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert len(counted) == inside  # outside it the second branch is not evaluated
+    np.testing.assert_allclose(guided(either, strength)(NOISY, now), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rescaled_predictions_have_the_deviation_of_the_conditional_one():
+    c = np.asarray(conditional(NOISY, TIME))
+    guided_alone = np.asarray(of(Guidance(scale=6.0)))
+    whole, half = (np.asarray(of(Guidance(scale=6.0, rescale=phi))) for phi in (1.0, 0.5))
+    assert (guided_alone.std(axis=(1, 2)) > 1.5 * c.std(axis=(1, 2))).all()
+    np.testing.assert_allclose(whole.std(axis=(1, 2)), c.std(axis=(1, 2)), rtol=1e-4)
+    np.testing.assert_allclose(half, (whole + guided_alone) / 2, rtol=1e-4, atol=1e-5)
+
+
+def test_equal_values_have_no_deviation_to_divide_by():
+    still = guided(apart(lambda x, t: 0 * x, lambda x, t: 0 * x), Guidance(rescale=1.0, scale=3.0).strength())
+    np.testing.assert_array_equal(still(NOISY, TIME), 0 * NOISY)
+
+
+def data_of(velocity):
+    return np.asarray(NOISY - TIME * velocity)
+
+
+def test_projected_steps_keep_away_from_the_data():
+    c, u = (branch(NOISY, TIME) for branch in (conditional, unconditional))
+    found = data_of(of(Guidance(scale=9.0, projected=Projected())))
+    data, step = data_of(c), found - data_of(c)
+    np.testing.assert_allclose((step * data).sum(axis=(1, 2)), 0, atol=1e-3)
+    assert (np.linalg.norm(step, axis=(1, 2)) > 1).all()
+    everything = of(Guidance(scale=9.0, projected=Projected(parallel=1.0)))
+    np.testing.assert_allclose(everything, u + 9.0 * (c - u), rtol=1e-4, atol=1e-4)
+
+
+def test_projected_steps_have_a_largest_length():
+    found = data_of(of(Guidance(scale=3.0, projected=Projected(parallel=1.0, largest=0.1))))
+    step = found - data_of(conditional(NOISY, TIME))
+    np.testing.assert_allclose(np.sqrt(np.square(step).mean(axis=(1, 2))), 2 * 0.1, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prediction", [X0(), Epsilon(), V(), Velocity()], ids=lambda kind: type(kind).__name__)
+def test_projection_is_of_the_data_whatever_is_predicted(prediction):
+    process = VariancePreserving()
+    guidance = Guidance(scale=4.0, projected=Projected(largest=0.3))
+
+    def data(denoise, kind):
+        return kind.estimate(process, NOISY, denoise(NOISY, TIME), TIME).data
+
+    def as_predicted(branch):
+        def denoise(noisy, time):
+            noise = (noisy - process.alpha(time) * branch(noisy, time)) / process.sigma(time)
+            return prediction.target(process, branch(noisy, time), noise, time)
+
+        return denoise
+
+    def run(branches, kind):
+        whole = guided(apart(*branches), guidance.strength(), process=process, prediction=kind)
+        return data(whole, kind)
+
+    expected = run((conditional, unconditional), X0())
+    found = run((as_predicted(conditional), as_predicted(unconditional)), prediction)
+    np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_a_variance_beside_the_prediction_is_not_guided():
+    def beside(branch, variance):
+        return lambda x, t: jnp.concatenate([branch(x, t), jnp.full_like(x, variance)], axis=-1)
+
+    guidance = Guidance(scale=4.0, rescale=0.5, projected=Projected(largest=0.3))
+
+    def run(branches, prediction):
+        process = VariancePreserving()
+        return guided(apart(*branches), guidance.strength(), process=process, prediction=prediction)(NOISY, TIME)
+
+    found = run((beside(conditional, 0.3), beside(unconditional, -0.8)), LearnedVariance())
+    values, variance = jnp.split(found, 2, axis=-1)
+    np.testing.assert_allclose(values, run((conditional, unconditional), Epsilon()), rtol=1e-5)
+    np.testing.assert_array_equal(variance, jnp.full_like(NOISY, 0.3))
+
+
+@pytest.mark.parametrize("guidance", [Guidance(scale=6.0, rescale=0.7), Guidance(projected=Projected(largest=0.2))])
+def test_samples_of_a_batch_do_not_matter_to_each_other(guidance):
+    def run(noisy):
+        return guided(apart(conditional, unconditional), guidance.strength(), process=PROCESS)(noisy, TIME)
+
+    changed = run(NOISY.at[1].mul(50.0))
+    np.testing.assert_allclose(changed[0], run(NOISY)[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Guidance(scale=-1.0), "scales of guidance are numbers from 0 on, 1 being none; got -1"),
+        (lambda: Guidance(scale=(2.0, float("nan"))), "got 2.0, nan"),
+        (lambda: Guidance(image=float("inf")), "got 2.0, inf"),
+        (lambda: Guidance(interval=(0.7, 0.3)), r"two rising times in \[0, 1\], not \(0.7, 0.3\)"),
+        (lambda: Guidance(interval=(0.0, 1.5)), "two rising times"),
+        (lambda: Guidance(rescale=1.5), r"rescale=1.5 of guidance must lie in \[0, 1\]"),
+        (lambda: Projected(largest=0.0), "largest=0.0 of projected guidance must be positive"),
+        (lambda: Projected(parallel=float("inf")), "parallel=inf .* must be a number"),
+        (lambda: guided(apart(*ALL), Guidance(projected=Projected()).strength()), "say of which process"),
+    ],
+)
+def test_guidance_that_there_is_not(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+def test_a_config_comes_back():
+    guidance = Guidance(scale=(3.0, 2.0), interval=(0.2, 0.9), rescale=0.5, projected=Projected(largest=0.06))
+    assert configs.from_json(configs.to_json(guidance)) == guidance

@@ -54,11 +54,11 @@ def test_a_shift_moves_times_towards_noise_and_keeps_the_ends():
 
 def test_the_shift_holds_for_training_and_for_sampling():
     plain, shifted = (FlowMatching(process=RectifiedFlow(shift=shift), times=Uniform()) for shift in (1.0, 3.0))
-    u = jnp.linspace(0, 1, 9)
+    u = jnp.linspace(0, 1, 9)[1:-1]
     np.testing.assert_allclose(plain.time(u), u, atol=1e-6)
     np.testing.assert_allclose(shifted.time(u), 3 * u / (1 + 2 * u), rtol=1e-6)
     # So a model is sampled at quantiles of the times that it was trained at.
-    np.testing.assert_allclose(time_grid(shifted.process, 8), shifted.time(u)[::-1], atol=1e-6)
+    np.testing.assert_allclose(time_grid(shifted.process, 8)[1:-1], shifted.time(u)[::-1], atol=1e-6)
 
 
 @pytest.mark.parametrize("shift", [0.0, -1.0, float("nan")])

@@ -106,7 +106,7 @@ def test_a_model_of_edm_is_given_values_of_unit_variance():
     for time in (0.1, 0.5, 1.0):
         estimate(process.add_noise(0.5 * DATA / DATA.std(), NOISE / NOISE.std(), jnp.asarray(time)), jnp.asarray(time))
     np.testing.assert_allclose([value.std() for value in seen], 1, atol=0.25)
-    assert process.start(NOISE).std() == pytest.approx(80 * NOISE.std(), rel=1e-5)
+    assert process.start(NOISE).std() == pytest.approx(float(80 * NOISE.std()), rel=1e-5)
 
 
 @pytest.mark.parametrize(

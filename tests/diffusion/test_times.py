@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dit_video.diffusion import LogitNormal, Uniform, low_discrepancy
+from dit_video.diffusion import (
+    Edm,
+    LogitNormal,
+    LogNormalSigma,
+    Mode,
+    RectifiedFlow,
+    Uniform,
+    VariancePreserving,
+    low_discrepancy,
+)
 from dit_video.errors import UserError
 
 OFFSET = jnp.asarray(0.3)
@@ -58,7 +67,7 @@ def test_logit_normal_quantiles(mean, std):
 
 
 def test_quantiles_at_the_ends_are_finite_times():
-    for times in (LogitNormal(), LogitNormal(mean=3.0, std=2.0), Uniform()):
+    for times in (LogitNormal(), LogitNormal(mean=3.0, std=2.0), Uniform(), Mode(scale=-1.0), Mode(scale=1.75)):
         found = times.quantile(jnp.asarray([0.0, 1.0 - 2**-24]))
         assert 0 <= found[0] < found[1] <= 1
 
@@ -73,3 +82,41 @@ def test_logit_normal_times_lie_in_the_middle():
 def test_a_deviation_that_is_not_positive(std):
     with pytest.raises(UserError, match="must be positive"):
         LogitNormal(std=std)
+
+
+@pytest.mark.parametrize("scale", [-1.0, -0.3, 0.0, 1.29, 1.75])
+def test_mode_times(scale):
+    """Of the paper's equation 20, which falls with its u."""
+    u = np.linspace(0.001, 0.999, 201)
+    expected = 1 - u - scale * (np.cos(np.pi / 2 * u) ** 2 - 1 + u)
+    found = np.asarray(Mode(scale=scale).quantile(jnp.asarray(1 - u, jnp.float32)))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert (np.diff(found) < 0).all()
+    if scale:  # more in the middle, or less
+        assert (np.mean((found > 0.25) & (found < 0.75)) > 0.5) == (scale > 0)
+
+
+@pytest.mark.parametrize("process", [Edm(), RectifiedFlow(shift=3.0), VariancePreserving()])
+def test_log_normal_noise_is_the_same_of_every_process(process):
+    u = jnp.linspace(0.01, 0.99, 99)
+    times = LogNormalSigma(mean=-0.5, std=0.8)(process, u)
+    ratio = np.log(process.sigma(times) / process.alpha(times))
+    np.testing.assert_allclose(ratio, stats.norm.ppf(u, loc=-0.5, scale=0.8), atol=2e-3)
+
+
+def test_noise_beyond_the_process_is_its_last():
+    found = LogNormalSigma(mean=6.0)(Edm(), jnp.asarray([0.5, 1 - 2**-24]))
+    np.testing.assert_array_equal(found, 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Mode(scale=1.8), "between -1 and 1.75"),
+        (lambda: Mode(scale=float("nan")), "between -1 and 1.75"),
+        (lambda: LogNormalSigma(std=0.0), "must be positive"),
+    ],
+)
+def test_distributions_that_are_none(make, message):
+    with pytest.raises(UserError, match=message):
+        make()

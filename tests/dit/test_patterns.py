@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_video.dit import DitConfig, JointAttention, WanDitConfig, model
-from dit_video.nn.attention import CausalFrames, SlidingWindow, SpaceOnly, SparseCausal, TimeOnly
+from dit_video.dit import DitConfig, JointAttention, WanDitConfig
+from dit_video.nn.attention import CausalFrames, Chosen, SlidingWindow, SpaceOnly, SparseCausal, TimeOnly
 from packed_rows import FIRST, TEXT_WIDTH, TOKENS, assert_trees_are_close, batch, predict, run
 from rough import rough_params
 
@@ -65,7 +65,7 @@ def test_patterns_are_their_dense_masks_in_values_and_gradients(monkeypatch, fie
     params, given = rough_params(config.make), batch((0, 1), (1, 0))
     found = run(params, given, config)
     explicit = iter([_explicit(given, config, sees) for sees in masks])
-    monkeypatch.setattr(model, "make_attention", lambda backend, pattern: next(explicit))
+    monkeypatch.setattr(Chosen, "__call__", lambda self, pattern: next(explicit))
     # Another config, so that nothing that is traced already serves; with it layers are scanned in groups.
     expected = run(params, given, dataclasses.replace(config, remat="full"))
     np.testing.assert_allclose(found[0][:, :14], expected[0][:, :14], atol=1e-5)

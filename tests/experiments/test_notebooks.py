@@ -1,9 +1,11 @@
 import asyncio
+import json
 import os
 from pathlib import Path
 
 import nbclient
 import nbformat
+import numpy as np
 import pytest
 
 import dit_video
@@ -12,16 +14,54 @@ from dit_video.evaluation.shapes import judge
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "experiments" / "notebooks").glob("*.ipynb"))
 PRETRAINED = ROOT / "experiments" / "pretrained" / "shapes"
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+BRIEF = {**QUICK, "DIT_VIDEO_BRIEF": "1"}
+SPIRAL = {
+    "floor": "floor",
+    "aware": "aware_distance",
+    "blind": "blind_distance",
+    "placed": "[on_an_arm(points) for points in (with_time, without_time)]",
+    "fields": "[field_errors[time] for time in sorted(field_errors)]",
+    "losses": "[[float(value) for value in by_time[name]] for name in ('exact', 'trained', 'blind to time')]",
+    "mistake": "list(repaired.values())",
+    "reached": "list(reached.values())",
+    "ddpm": "float(difference)",
+    "errors": "{name: [errors[name, number] for number in evaluations] for name in solvers}",
+    "right": "right",
+    "spread": "spread",
+}
+"""what the spiral is asked"""
 
 
-def executed(path, run, monkeypatch):
-    """The notebook after all its cells ran, in its own folder, with another run."""
-    monkeypatch.setenv("DIT_VIDEO_RUN", str(run))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
+def executed(name, monkeypatch, **environment):
+    """The notebook after all its cells ran, in its own folder, with these variables in its environment."""
+    return asked(name, monkeypatch, {}, **environment)[0]
+
+
+def asked(name, monkeypatch, questions, **environment):
+    """The notebook after all its cells ran, and the values of these expressions at its end."""
+    path = ROOT / "experiments" / "notebooks" / f"{name}.ipynb"
+    found = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    for variable, value in {"PYTHONPATH": os.pathsep.join(found), **environment}.items():
+        monkeypatch.setenv(variable, str(value))
     notebook = nbformat.read(path, as_version=4)
+    dictionary = ", ".join(f"{key!r}: {expression}" for key, expression in questions.items())
+    question = f"import json\nprint(json.dumps({{{dictionary}}}, default=float))"
+    notebook.cells.append(nbformat.v4.new_code_cell(question))
     resources = {"metadata": {"path": str(path.parent)}}
-    client = nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources)
-    return asyncio.run(client.async_execute())
+    client = nbclient.NotebookClient(notebook, timeout=1200, kernel_name="python3", resources=resources)
+    notebook = asyncio.run(client.async_execute())
+    return notebook, json.loads(notebook.cells.pop().outputs[-1].text)
+
+
+def pictures(notebook):
+    """How many pictures each cell shows that shows some, by the cell's id."""
+    counts = {
+        cell.id: sum("image/png" in output.get("data", {}) for output in cell.outputs)
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+    }
+    return {name: count for name, count in counts.items() if count}
 
 
 def shown(notebook):
@@ -47,7 +87,7 @@ def test_a_notebook_is_valid_and_holds_no_outputs(path):
 
 
 def test_the_sampling_notebook_runs_and_shows_videos(tiny_run, monkeypatch):
-    notebook = executed(ROOT / "experiments" / "notebooks" / "sample.ipynb", tiny_run, monkeypatch)
+    notebook = executed("sample", monkeypatch, DIT_VIDEO_RUN=tiny_run, **QUICK)
     pages = shown(notebook)
     assert pages["one-clip"].count("<video") == 1
     assert pages["many-clips"].count("<video") == 3
@@ -58,6 +98,93 @@ def test_the_sampling_notebook_runs_and_shows_videos(tiny_run, monkeypatch):
     assert "guidance 8" in pages["guidances"]
     assert pages["reconstruct"].count("<video") == 2
     assert len(set(pages["seeds"].split("<figure"))) == 5  # four different clips
+
+
+def test_the_spiral_notebook_shows_what_it_says(monkeypatch):
+    notebook, found = asked("spiral", monkeypatch, SPIRAL, **BRIEF)
+    assert pictures(notebook) == {
+        "process": 1,
+        "loss-by-time": 1,
+        "fields": 1,
+        "without-time": 1,
+        "noise": 1,
+        "mistake": 1,
+        "one-distribution": 1,
+        "steps-and-noise": 1,
+        "few-steps": 2,
+        "guidance-scales": 2,
+    }
+    assert all(aware < blind for aware, blind in found["fields"])  # the network's errors with the time, and without
+    exact, trained, _ = (np.asarray(values) for values in found["losses"])
+    assert (exact < trained).all()
+    assert found["ddpm"] < 1e-3
+    for solver in ("Heun", "DPM-Solver++ 2M", "UniPC"):
+        assert found["errors"][solver][-1] < found["errors"]["Euler (DDIM)"][-1]
+    assert found["right"][0] < found["right"][1] < found["right"][2]
+
+
+@pytest.mark.slow
+def test_the_spiral_is_learned_when_the_notebook_runs_in_full(monkeypatch):
+    _, found = asked("spiral", monkeypatch, SPIRAL)
+    floor = found["floor"]
+    assert found["aware"] < 2 * floor
+    assert found["blind"] > 2 * found["aware"]
+    assert found["placed"][0] > 0.8  # of data 0.95 are on an arm
+    assert found["placed"][1] < 0.6
+    assert max(aware for aware, _ in found["fields"]) < 0.3
+    exact, trained, blind = (np.asarray(values) for values in found["losses"])
+    assert (trained < 1.1 * exact).all()
+    assert (blind > trained).mean() > 0.9
+    smooth, carried, healed = found["mistake"]
+    assert min(smooth, healed) > carried + 0.05
+    assert max(found["reached"]) < 3 * floor
+    for solver in ("Heun", "DPM-Solver++ 2M", "UniPC"):
+        assert found["errors"][solver][-1] < 0.5 * found["errors"]["Euler (DDIM)"][-1]
+    assert 0.4 < found["right"][0] < 0.6
+    assert 0.85 < found["right"][1] < 0.95
+    assert found["right"][2] > 0.98
+
+
+def test_the_notebook_that_looks_inside_a_run(tiny_run, monkeypatch):
+    questions = {
+        "losses": "{name: values.tolist() for name, values in losses.items()}",
+        "distance": "distance.tolist()",
+        "found": "found",
+        "maps": "maps.sum(axis=-1).tolist()",
+        "shares": "[table.sum(axis=-1).tolist() for table in distances.values()]",
+    }
+    notebook, found = asked("inside_a_run", monkeypatch, questions, DIT_VIDEO_RUN=tiny_run, **BRIEF)
+    assert pictures(notebook) == {
+        "schedules-pictures": 1,
+        "times-picture": 1,
+        "loss-by-time": 1,
+        "estimate-pictures": 1,
+        "decided-pictures": 1,
+        "attention-pictures": 1,
+        "distance-pictures": 1,
+    }
+    losses = np.asarray(list(found["losses"].values()))
+    assert losses.shape == (3, 4, 4)
+    assert (losses > 0).all()
+    assert (np.asarray(found["distance"])[-1] == 0).all()
+    assert set(found["found"]) == {"colour", "direction", "shape"}
+    np.testing.assert_allclose(found["maps"], 1, atol=1e-4)
+    np.testing.assert_allclose(found["shares"], 1, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_model_that_comes_with_the_repository_seen_from_inside(monkeypatch):
+    questions = {
+        "losses": "{name: values.mean(axis=1).tolist() for name, values in losses.items()}",
+        "found": "found",
+        "distance": "distance.mean(axis=1).tolist()",
+    }
+    _, found = asked("inside_a_run", monkeypatch, questions)
+    own, none, other = (np.asarray(found["losses"][name]) for name in ("its caption", "no caption", "another caption"))
+    assert own.mean() < none.mean() < other.mean()
+    assert own[0] > own[len(own) // 2]  # of little noise little can be said
+    assert all(found["found"][what][-1] > 0.8 for what in ("colour", "direction"))
+    assert found["distance"][0] > found["distance"][len(found["distance"]) // 2] > found["distance"][-1] == 0
 
 
 def test_the_checkpoint_that_comes_with_the_repository_samples_what_is_asked():

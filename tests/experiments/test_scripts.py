@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -61,7 +62,7 @@ def test_sample_writes_a_file(process, tiny_run, tmp_path):
         "experiments/sample.py", tiny_run, "--prompt", PROMPT, "--size", "5x16x16", "--seed", 3, "--out", out
     )
     assert ended.code == 0, ended.err
-    assert ended.out == f"{out}: 5 frames of 16x16\n"
+    assert re.fullmatch(rf"{re.escape(str(out))}: 5 frames of 16x16, made in \d+\.\d s with loading\n", ended.out)
     assert "Traceback" not in ended.err
     assert decode(out).frames.shape == (5, 16, 16, 3)
 
@@ -98,8 +99,10 @@ def test_sample_in_other_formats(script, tiny_run, tmp_path, suffix):
         (["--prompt", PROMPT, "--size", "big"], "not 'big'"),
         (["--prompt", PROMPT, "--size", "8x16x16"], "T=8 is not 1 + 4k for temporal stride 4; use 5 or 9"),
         (["--prompt", PROMPT, "--size", "5x16x24"], "width 24 is not divisible by 16"),
-        (["--prompt", PROMPT, "--sampler", "ddim"], "unknown sampler 'ddim'; use one of euler, heun"),
+        (["--prompt", PROMPT, "--sampler", "plms"], "unknown sampler 'plms'; use one of ddim, ddpm"),
         (["--prompt", PROMPT, "--steps", "0"], "at least 1 step"),
+        (["--prompt", PROMPT, "--rescale", "2"], "rescale=2.0 of guidance must lie in [0, 1]"),
+        (["--prompt", PROMPT, "--interval", "0.8", "0.2"], "the interval of guidance is two rising times"),
         (["--prompt", PROMPT, "--prompts", "list.json"], "give either --prompt TEXT or --prompts FILE"),
         ([], "give either --prompt TEXT or --prompts FILE"),
         (["--prompts", "nowhere.json"], "no such file: nowhere.json"),

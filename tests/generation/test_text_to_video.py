@@ -1,44 +1,21 @@
 """Sampling from random parameters, held to a loop over the unpacked model."""
 
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny_denoiser import DENOISER, DIT, SAMPLING, SHAPE, SMALL, request
 
-from dit_video.diffusion import Heun, RectifiedFlow
-from dit_video.dit import DitConfig
+from dit_video.diffusion import Heun, Watched
 from dit_video.errors import UserError
-from dit_video.generation import Denoiser, LatentRequest, Sampling, initial_noise, sample_latents
-from dit_video.generation.text_to_video import _program
-from dit_video.nn import graph_of
-from dit_video.text import ByteEncoderConfig
-from dit_video.tokens import Grid, RowShape, coordinates, patchify, token_grid, unpatchify
-from rough import rough_params
+from dit_video.generation import LatentRequest, Sampling, initial_noise, sample_latents
+from dit_video.generation.program import program_of
+from dit_video.tokens import Grid, coordinates, patchify, token_grid, unpatchify
 
-TEXT = ByteEncoderConfig(width=8, layers=1, heads=1, max_tokens=32)
-DIT = DitConfig(channels=2, context_width=8, patch=Grid(1, 2, 2), width=12, layers=1, heads=1, mlp_ratio=2.0)
-SHAPE = RowShape(tokens=16, text=20, segments=3)
-SAMPLING = Sampling(steps=2, guidance=2.0)
-
-
-DENOISER = Denoiser(
-    dit=graph_of(DIT.make),
-    text=graph_of(TEXT.make),
-    params={"dit": rough_params(DIT.make), "text": rough_params(TEXT.make)},
-    tokenizer=TEXT.tokenizer(),
-    process=RectifiedFlow(shift=2.0),
-    patch=DIT.patch,
-)
-
-
-def request(prompt: str, latents: tuple[int, int, int] = (2, 4, 4), *, seed: int = 0, negative: str = ""):
-    return LatentRequest(prompt, negative, initial_noise(seed, Grid(*latents), 2))
-
-
-SMALL = request("dot", (1, 2, 4), seed=1)
 MIXED = [request("red"), SMALL, request("a box", (1, 4, 6), seed=2), request("", (3, 2, 2), seed=3)]
 
 
@@ -120,12 +97,19 @@ def test_more_requests_than_rows_have_room_for():
         np.testing.assert_allclose(results[index], sampled(requests[index : index + 1])[0], atol=2e-5)
 
 
-def test_one_program_serves_every_prompt_size_seed_and_guidance():
+def test_one_program_serves_every_prompt_size_seed_guidance_and_number_of_steps():
     mixed()
-    program = _program(DENOISER.dit, DENOISER.text, DENOISER.process, SAMPLING.solver, True)
+    five = [request("", (2, 2, 2), seed=10)] * 5  # rows with room for three clips: branches lie in rows of their own
+    sampled(five)
+    program = program_of(
+        DENOISER.dit, DENOISER.text, DENOISER.process, DENOISER.prediction, Watched(solver=SAMPLING.solver), True
+    )
     before = program._cache_size()
+    assert before >= 2
     sampled([request("other words", (1, 4, 4), seed=9, negative="no")], Sampling(steps=2, guidance=5.5))
-    sampled([request("", (2, 2, 2), seed=10)] * 5)
+    sampled([request("", (2, 2, 2), seed=11)] * 4)
+    for steps in (1, 3, 64):
+        sampled([SMALL], replace(SAMPLING, steps=steps))
     assert program._cache_size() == before
 
 
@@ -148,12 +132,17 @@ def test_guidance():
 
 
 def test_a_solver_is_chosen_with_the_request():
-    heun = sampled([SMALL], Sampling(steps=1, guidance=1.0, solver=Heun()))[0]
-    x, at = patchify(SMALL.noise, DIT.patch), coordinates(Grid(1, 1, 2))
-    text = DENOISER.tokenizer("dot")
-    slope = np.asarray(velocity(DENOISER.params, x, jnp.asarray(1.0), text, at))
-    end = np.asarray(velocity(DENOISER.params, x - slope, jnp.asarray(0.0), text, at))
-    np.testing.assert_allclose(heun, unpatchify(x - (slope + end) / 2, Grid(1, 1, 2), DIT.patch), atol=5e-5)
+    """Heun's first of two steps, from 1 to 2/3; one to the data is Euler's."""
+    heun = sampled([SMALL], Sampling(steps=2, guidance=1.0, solver=Heun()))[0]
+    x, at, text = patchify(SMALL.noise, DIT.patch), coordinates(Grid(1, 1, 2)), DENOISER.tokenizer("dot")
+
+    def slope(x, time):
+        return np.asarray(velocity(DENOISER.params, x, jnp.asarray(time), text, at))
+
+    first = slope(x, 1.0)
+    x = x - (first + slope(x - first / 3, 2 / 3)) / 6
+    x = x - 2 / 3 * slope(x, 2 / 3)
+    np.testing.assert_allclose(heun, unpatchify(x, Grid(1, 1, 2), DIT.patch), atol=5e-5)
 
 
 def test_a_prompt_that_is_longer_than_a_rows_text():

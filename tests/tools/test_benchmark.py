@@ -36,6 +36,16 @@ def quickstart(load_file):
     return load_file(ROOT / "experiments" / "configs" / "quickstart.py").EXPERIMENT
 
 
+def test_sampling_beside_forward_passes(script):
+    ended = script("tools/benchmark.py", "sampling", "--small", "--rounds", 1)
+    assert ended.code == 0, ended.err
+    found = json.loads(ended.out)["sampling"]["small"]
+    assert found["compilations"] == 0
+    assert found["steps_of_forwards"] > 0
+    assert found["together_of_apart"] > 0
+    assert found["one_clip_together_of_apart"] > 0
+
+
 @pytest.mark.slow
 def test_all_parts_of_a_tiny_experiment(script, tiny, tiny_clips):
     command = ["--config", TINY, "--clips", tiny_clips, "--steps", 3, "--examples", 40, "--rounds", 1, "--batches", 30]
@@ -270,7 +280,7 @@ def test_sizes_are_within_the_limits_and_fit_the_model(benchmark, quickstart, ti
 @pytest.mark.parametrize("caption", ["", "a red circle", "a cirçle", 100 * "long "])
 def test_captions_are_tokenised_as_in_training(benchmark, caption):
     tokenizer = benchmark.BUILT_IN.denoiser.text.tokenizer()
-    np.testing.assert_array_equal(benchmark.byte_tokens(benchmark.BUILT_IN, caption), tokenizer(caption))
+    np.testing.assert_array_equal(benchmark.byte_tokens(benchmark.BUILT_IN.denoiser.text, caption), tokenizer(caption))
 
 
 def test_settings_can_be_changed_by_name(benchmark, quickstart):

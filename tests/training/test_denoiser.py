@@ -14,8 +14,8 @@ from dit_video.diffusion import FlowMatching, RectifiedFlow
 from dit_video.dit import DitConfig
 from dit_video.nn import graph_of, init_params
 from dit_video.text import ByteEncoderConfig, FrozenTextConfig
-from dit_video.tokens import Grid, Item, Rows, RowShape, coordinates, pack
-from dit_video.training.denoiser import DenoiserLoss, packed_noise, share_below
+from dit_video.tokens import Grid, Item, Rows, RowShape, coordinates, pack, packed_noise
+from dit_video.training.denoiser import DenoiserLoss, share_below
 from dit_video.tree import flatten
 from rough import rough_params
 

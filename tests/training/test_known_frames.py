@@ -12,8 +12,8 @@ from dit_video.dit import Dit, DitConfig
 from dit_video.nn import graph_of
 from dit_video.rng import example_keys, key
 from dit_video.text import ByteEncoderConfig
-from dit_video.tokens import Grid, Item, Rows, RowShape, coordinates, pack
-from dit_video.training.denoiser import DenoiserLoss, packed_noise
+from dit_video.tokens import Grid, Item, Rows, RowShape, coordinates, pack, packed_noise
+from dit_video.training.denoiser import DenoiserLoss
 from rough import rough_params
 
 TEXT = ByteEncoderConfig(width=8, layers=1, heads=1, max_tokens=16)

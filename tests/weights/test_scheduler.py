@@ -9,12 +9,25 @@ import numpy as np
 import pytest
 
 from dit_video.diffusion import (
+    X0,
+    Ddim,
+    Ddpm,
+    DpmFlowGrid,
+    DpmMultistep,
+    Epsilon,
     Euler,
     FlowMatchGrid,
+    Heun,
     Interval,
+    Lcm,
+    LcmGrid,
     RectifiedFlow,
+    ScaledLinear,
+    StepGrid,
     UniPc,
     UniPcGrid,
+    V,
+    VariancePreserving,
     Velocity,
     estimator,
 )
@@ -50,10 +63,10 @@ def test_flow_matching(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"_class_name": "DDIMScheduler"}, "DDIMScheduler; known here: UniPCMultistepScheduler, FlowMatchEuler"),
-        ({"warp": 2}, "sets warp; of UniPCMultistepScheduler these are known here: num_train_timesteps, solver_order"),
+        ({"_class_name": "PNDMScheduler"}, "PNDMScheduler; known here: UniPCMultistepScheduler, FlowMatchEuler"),
+        ({"warp": 2}, "sets warp; of UniPCMultistepScheduler these are known here: num_train_timesteps, beta_start"),
         ({"prediction_type": "epsilon"}, "prediction_type='epsilon'; known here is 'flow_prediction'"),
-        ({"use_flow_sigmas": False}, "use_flow_sigmas=False; known here is True"),
+        ({"use_flow_sigmas": False}, "prediction_type='flow_prediction'; known here is 'epsilon' or 'sample' or 'v_p"),
         ({"use_karras_sigmas": True}, "use_karras_sigmas=True"),
         ({"solver_order": 4}, "solver_order=4; known here is 1 or 2 or 3"),
         ({"final_sigmas_type": "sigma_min"}, "final_sigmas_type='sigma_min'"),
@@ -71,6 +84,78 @@ def test_what_is_not_known(tmp_path, changes, words):
 def test_what_is_not_set_is_as_diffusers_has_it(tmp_path):
     with pytest.raises(UserError, match="prediction_type='epsilon'"):  # their default, which no flow has
         load(tmp_path, {name: value for name, value in WAN.items() if name != "prediction_type"})
+
+
+# What Stable Diffusion's folders have, some of it left over from another scheduler.
+STABLE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+    "num_train_timesteps": 1000,
+}
+
+
+@pytest.mark.parametrize(
+    ("document", "solver", "grid", "prediction"),
+    [
+        (
+            {"_class_name": "DDIMScheduler"},
+            Ddim(),
+            {"spacing": "leading", "told": "nearest", "last": "first step"},
+            Epsilon(),
+        ),
+        (
+            {"_class_name": "DDPMScheduler", "variance_type": "learned_range", "prediction_type": "v_prediction"},
+            Ddpm(),
+            {"spacing": "leading", "told": "nearest"},
+            V(),
+        ),
+        ({"_class_name": "EulerDiscreteScheduler"}, Euler(), {"spacing": "linspace"}, Epsilon()),
+        ({"_class_name": "EulerAncestralDiscreteScheduler"}, Ddim(eta=1.0), {"spacing": "linspace"}, Epsilon()),
+        ({"_class_name": "HeunDiscreteScheduler"}, Heun(), {"spacing": "linspace"}, Epsilon()),
+        (
+            {
+                "_class_name": "DPMSolverMultistepScheduler",
+                "algorithm_type": "sde-dpmsolver++",
+                "use_karras_sigmas": True,
+            },
+            DpmMultistep(eta=1.0),
+            {"spacing": "linspace", "told": "nearest", "spare": True, "ratios": "karras"},
+            Epsilon(),
+        ),
+        (
+            {"_class_name": "UniPCMultistepScheduler", "prediction_type": "sample"},
+            UniPc(),
+            {"spacing": "linspace", "told": "nearest", "spare": True},
+            X0(),
+        ),
+    ],
+    ids=lambda value: value["_class_name"] if isinstance(value, dict) and "_class_name" in value else "",
+)
+def test_of_a_ddpm(tmp_path, document, solver, grid, prediction):
+    process = VariancePreserving(betas=ScaledLinear())
+    expected = Schedule(solver, process, StepGrid(offset=1, **grid), prediction)
+    assert load(tmp_path, STABLE | document) == expected
+
+
+def test_a_latent_consistency_model(tmp_path):
+    found = load(tmp_path, {"_class_name": "LCMScheduler", "original_inference_steps": 25})
+    assert found == Schedule(Lcm(), VariancePreserving(betas=ScaledLinear()), LcmGrid(distilled=25), Epsilon())
+
+
+def test_a_flow_for_dpm_solver(tmp_path):
+    found = load(tmp_path, WAN | {"_class_name": "DPMSolverMultistepScheduler", "solver_type": "heun"})
+    assert found == Schedule(DpmMultistep(kind="heun"), RectifiedFlow(shift=3.0), DpmFlowGrid())
+
+
+def test_clipping_is_not_known(tmp_path):
+    with pytest.raises(UserError, match="clip_sample=True; known here is False"):
+        load(tmp_path, {"_class_name": "DDIMScheduler"})
 
 
 def test_no_scheduler(tmp_path):

@@ -136,9 +136,8 @@ def values_of(setting: Setting, index: int, example: Example) -> np.ndarray:
     return rng.host(0, "benchmark latents", index).standard_normal(shape, np.float32)
 
 
-def byte_tokens(setting: Setting, caption: str) -> np.ndarray:
+def byte_tokens(config: ByteEncoderConfig, caption: str) -> np.ndarray:
     """As the text encoder's tokenizer does it, without `transformers`."""
-    config = setting.denoiser.text
     tokens = [*(byte + 3 for byte in caption.encode()[: config.max_tokens - 1]), 1]
     return np.asarray(tokens + [0] * (-len(tokens) % config.patch), np.int32)
 
@@ -150,7 +149,7 @@ class Packed:
         self._setting, self._examples = setting, make_examples(setting, number)
         self._config = config = setting.denoiser
         grids = [token_grid(example.latents, config.dit.patch) for example in self._examples]
-        text = [len(byte_tokens(setting, example.caption)) for example in self._examples]
+        text = [len(byte_tokens(config.text, example.caption)) for example in self._examples]
         self._stream = RowStream(np.asarray([grid.volume for grid in grids]), np.asarray(text), config.rows, seed=0)
         self.padding = self._stream.epoch(0).padding
         self.sizes = len({example.latents for example in self._examples})
@@ -167,5 +166,5 @@ class Packed:
             example = self._examples[index]
             tokens = patchify(values_of(self._setting, int(index), example), patch)
             at = coordinates(token_grid(example.latents, patch))
-            items.append(Item(tokens, at, byte_tokens(self._setting, example.caption), rank))
+            items.append(Item(tokens, at, byte_tokens(self._config.text, example.caption), rank))
         return pack(items, self._config.rows, width=self._config.dit.token_width)

@@ -100,7 +100,7 @@ def measure_denoiser(setting: Setting, steps: int, number: int) -> tuple[dict[st
         text=graph_of(config.text.make),
         objective=config.objective,
         caption_dropout=0.1,
-        empty_caption=byte_tokens(setting, ""),
+        empty_caption=byte_tokens(setting.denoiser.text, ""),
         seed=0,
     )
 

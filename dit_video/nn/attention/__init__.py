@@ -9,7 +9,7 @@ from dit_video.nn.attention.chunked import Chunked
 from dit_video.nn.attention.dense import Dense
 from dit_video.nn.attention.gpu import Cudnn, Tokamax
 from dit_video.nn.attention.interface import Attention
-from dit_video.nn.attention.making import Auto, Backend, check_attention, make_attention
+from dit_video.nn.attention.making import Auto, Backend, Chosen, check_attention, make_attention
 from dit_video.nn.attention.pairs import pair_count
 from dit_video.nn.attention.patterns import (
     CausalFrames,
@@ -24,6 +24,7 @@ from dit_video.nn.attention.patterns import (
 )
 from dit_video.nn.attention.splash import Splash
 from dit_video.nn.attention.tokens import NOWHERE, Coordinates, Tokens, grid_indices
+from dit_video.nn.attention.weights import Recorded, attention_weights
 
 __all__ = [
     "NOWHERE",
@@ -33,6 +34,7 @@ __all__ = [
     "Bias",
     "BiasTable",
     "CausalFrames",
+    "Chosen",
     "Chunked",
     "Coordinates",
     "Cudnn",
@@ -40,6 +42,7 @@ __all__ = [
     "Full",
     "Pattern",
     "PatternChoice",
+    "Recorded",
     "RelativeBias",
     "SlidingWindow",
     "SpaceOnly",
@@ -49,6 +52,7 @@ __all__ = [
     "Tokamax",
     "Tokens",
     "WithPlaceless",
+    "attention_weights",
     "check_attention",
     "grid_indices",
     "make_attention",

@@ -52,6 +52,19 @@ def make_attention(backend: Backend = "auto", *, pattern: Pattern = Full(), chun
     )
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """The attention functions of a model, by pattern: those of its backend.
+
+    A model has one of these; another function of a pattern in its place computes attention in another way, or watches.
+    """
+
+    backend: Backend
+
+    def __call__(self, pattern: Pattern) -> Attention:
+        return make_attention(self.backend, pattern=pattern)
+
+
 def check_attention(backend: Backend, *patterns: Pattern, biased: bool = False) -> None:
     """What can be said of an attention before it is made, on machines that do not have the backend too.
 

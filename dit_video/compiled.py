@@ -1,0 +1,27 @@
+"""Compiled programs, kept between runs: the second start of a script does not compile what the first one did."""
+
+import os
+from pathlib import Path
+
+import jax
+
+LEAST_SECONDS = 0.3
+"""What is compiled faster is compiled again."""
+
+
+def keep_programs(folder: Path | None = None) -> Path:
+    """Have JAX keep what it compiles from now on, and read it again; returns where.
+
+    A folder that JAX was told of already, as by `JAX_COMPILATION_CACHE_DIR`, stays. JAX never removes a program; the
+    folder may be deleted at any time.
+
+    Args:
+      folder: `dit_video/programs` in `$XDG_CACHE_HOME` by default, which is `~/.cache` by default.
+    """
+    if jax.config.jax_compilation_cache_dir:
+        return Path(jax.config.jax_compilation_cache_dir)
+    if folder is None:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit_video" / "programs"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
+    return folder

@@ -1,0 +1,33 @@
+"""Where a sampler stops on its way, and what it says to the model there."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32
+
+from dit_video.errors import UserError
+
+
+class SampleTimes(NamedTuple):
+    """One more time than there are steps, falling."""
+
+    times: Float[Array, " times"]
+    """where the solver stops"""
+    told: Float[Array, " times"]
+    """what the model is given as its time there"""
+
+
+def check_steps(steps: int) -> None:
+    """Refuse less than one step."""
+    if steps < 1:
+        raise UserError(f"sampling takes at least 1 step, not {steps}")
+
+
+def ending(times: np.ndarray, told: np.ndarray, last: float = 0.0) -> SampleTimes:
+    """Times of the steps' starts, with a last one, of which the model is told 0."""
+
+    def closed(values: np.ndarray, end: float) -> Float32[Array, " times"]:
+        return jnp.asarray(np.append(values, end), jnp.float32)
+
+    return SampleTimes(closed(times, last), closed(told, 0.0))

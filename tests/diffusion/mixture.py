@@ -1,0 +1,54 @@
+"""A mixture of normal distributions in two dimensions, for which the best denoiser of any process is known.
+
+Of a part N(m, s^2), x_t = alpha x_0 + sigma e is normal around alpha m with variance v = (alpha s)^2 + sigma^2, so
+that E[x_0 | x_t] = m + alpha s^2 (x_t - alpha m) / v and E[e | x_t] = sigma (x_t - alpha m) / v; of the mixture both
+are the means over the parts, weighted by how likely each is given x_t.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+MEANS = np.asarray([[1.5, 0.5], [-1.0, 1.0], [0.0, -1.2]])
+STDS = np.asarray([0.25, 0.4, 0.3])
+SHARES = np.asarray([0.5, 0.3, 0.2])
+MEAN = SHARES @ MEANS
+COVARIANCE = np.einsum("k,ki,kj->ij", SHARES, MEANS - MEAN, MEANS - MEAN) + (SHARES @ STDS**2) * np.eye(2)
+
+
+def best(process, x, time):
+    """The expected data and noise."""
+    alpha, sigma = process.alpha(time), process.sigma(time)
+    variance = (alpha * STDS) ** 2 + sigma**2
+    away = x[..., None, :] - alpha * MEANS
+    likely = jnp.log(SHARES) - jnp.log(variance) - jnp.square(away).sum(axis=-1) / (2 * variance)
+    weight = jax.nn.softmax(likely, axis=-1)[..., None]
+    data = (weight * (MEANS + alpha * STDS[:, None] ** 2 / variance[:, None] * away)).sum(axis=-2)
+    noise = (weight * sigma / variance[:, None] * away).sum(axis=-2)
+    return data, noise
+
+
+def denoiser(process, prediction):
+    """A `denoise` that predicts it, given what the process gives its models."""
+
+    def denoise(given, time):
+        data, noise = best(process, given / process.input_scale(time), time)
+        return prediction.target(process, data, noise, time)
+
+    return denoise
+
+
+def drawn(seed, count):
+    """Samples of the mixture itself."""
+    random = np.random.default_rng(seed)
+    part = random.choice(len(SHARES), size=count, p=SHARES)
+    return MEANS[part] + STDS[part, None] * random.normal(size=(count, 2))
+
+
+def energy_distance(x, y):
+    """Squared: 0 for two samples of one distribution, but for their size."""
+
+    def apart(a, b):
+        return np.linalg.norm(a[:, None] - b[None], axis=-1).mean()
+
+    return 2 * apart(x, y) - apart(x, x) - apart(y, y)

@@ -1,0 +1,44 @@
+"""Projected and rescaled guidance equal diffusers'."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dit_video.diffusion import X0, Guidance, Projected, RectifiedFlow, apart, guided
+
+pytestmark = pytest.mark.parity
+
+NOISY, COND, UNCOND = np.random.default_rng(0).normal(size=(3, 2, 4, 6, 6)).astype(np.float32)
+TIME = jnp.asarray(0.6)
+
+
+def ours(guidance):
+    branches = apart(lambda *_: jnp.asarray(COND), lambda *_: jnp.asarray(UNCOND))
+    denoise = guided(branches, guidance.strength(), process=RectifiedFlow(), prediction=X0())
+    return denoise(jnp.asarray(NOISY), TIME)
+
+
+@pytest.mark.parametrize(("parallel", "largest"), [(0.0, None), (0.3, None), (1.0, 0.5), (0.0, 5.0), (0.4, 0.05)])
+def test_projected(parallel, largest):
+    torch = pytest.importorskip("torch")
+    module = pytest.importorskip("diffusers.guiders.adaptive_projected_guidance")
+    threshold = 0.0 if largest is None else largest * np.sqrt(NOISY[0].size)
+    expected = module.normalized_guidance(
+        torch.from_numpy(COND),
+        torch.from_numpy(UNCOND),
+        5.0 - 1.0,
+        eta=parallel,
+        norm_threshold=threshold,
+        use_original_formulation=True,
+    )
+    found = ours(Guidance(scale=5.0, projected=Projected(parallel=parallel, largest=largest)))
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rescale", [0.3, 1.0])
+def test_rescaled(rescale):
+    torch = pytest.importorskip("torch")
+    module = pytest.importorskip("diffusers.guiders.guider_utils")
+    cond, uncond = torch.from_numpy(COND), torch.from_numpy(UNCOND)
+    expected = module.rescale_noise_cfg(uncond + 6.0 * (cond - uncond), cond, rescale)
+    np.testing.assert_allclose(ours(Guidance(scale=6.0, rescale=rescale)), expected.numpy(), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,188 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dit_video.diffusion import (
+    Ddpm,
+    Epsilon,
+    LearnedVariance,
+    Objective,
+    VariancePreserving,
+    draws,
+    sample,
+    time_grid,
+)
+from dit_video.dit import Given, packed_denoise
+from dit_video.errors import UserError
+from dit_video.nn import graph_of
+from dit_video.tokens import Grid, coordinates
+from rough import rough_params
+from tiny_class_dit import DIT
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+STEPS = 100
+PROCESS = VariancePreserving(steps=STEPS)
+LEARNED = LearnedVariance(steps=STEPS, share=0.02)
+OBJECTIVE, PLAIN = (Objective(process=PROCESS, prediction=prediction) for prediction in (LEARNED, Epsilon()))
+DRAW = np.random.default_rng(0)
+DATA, NOISE, VALUES = (DRAW.normal(size=(4, 6)).astype(np.float32) for _ in range(3))
+SHARES = DRAW.uniform(-1, 1, size=(4, 6)).astype(np.float32)
+NUMBERS = np.asarray([1, 2, 37, STEPS])
+"""of steps of noise"""
+TIME = jnp.asarray(NUMBERS / STEPS, jnp.float32)
+
+
+@jax.jit
+def hybrid(values, shares, time=TIME):
+    data, noise = jnp.asarray(DATA), jnp.asarray(NOISE)
+    return OBJECTIVE.loss(lambda noisy, time: jnp.concatenate([values, shares], axis=-1), data, noise, time)
+
+
+@jax.jit
+def plain(values):
+    return PLAIN.loss(lambda noisy, time: values, jnp.asarray(DATA), jnp.asarray(NOISE), TIME)
+
+
+def bound():
+    """As improved DDPM has it, of betas and their products: what each step is in bits."""
+    betas = np.linspace(1e-4, 0.02, STEPS)
+    kept = np.cumprod(1 - betas)
+    before = np.append(1.0, kept[:-1])
+    posterior = betas * (1 - before) / (1 - kept)
+    lower = np.log(np.append(posterior[1], posterior[1:]))
+    of_data, of_noisy = betas * np.sqrt(before) / (1 - kept), (1 - before) * np.sqrt(1 - betas) / (1 - kept)
+
+    def at(table):
+        return table[NUMBERS - 1][:, None]
+
+    noisy = np.sqrt(at(kept)) * DATA + np.sqrt(1 - at(kept)) * NOISE
+    guessed = (noisy - np.sqrt(1 - at(kept)) * VALUES) / np.sqrt(at(kept))
+    own = (SHARES + 1) / 2 * np.log(at(betas)) + (1 - SHARES) / 2 * at(lower)
+    off = (at(of_data) * (DATA - guessed)) ** 2 * np.exp(-own)
+    divergence = (own - at(lower) - 1 + np.exp(at(lower) - own) + off) / 2
+    mean = at(of_data) * guessed + at(of_noisy) * noisy
+    surprise = (own + np.log(2 * np.pi) + (DATA - mean) ** 2 * np.exp(-own)) / 2
+    return np.where(NUMBERS[:, None] == 1, surprise, divergence).mean(axis=1) / np.log(2)
+
+
+def test_the_hybrid_loss_is_that_of_improved_ddpm():
+    expected = bound()
+    assert np.ptp(expected) > 1
+    found = hybrid(VALUES, SHARES) - plain(VALUES)
+    np.testing.assert_allclose(found, 0.02 * STEPS * expected, rtol=2e-3)
+
+
+def test_the_bound_trains_the_variance_alone():
+    of_values, of_shares = jax.grad(lambda *both: hybrid(*both).sum(), (0, 1))(VALUES, SHARES)
+    np.testing.assert_allclose(of_values, jax.grad(lambda values: plain(values).sum())(VALUES), atol=1e-6)
+    assert (np.abs(of_shares) > 1e-7).all()
+
+
+def test_between_steps_the_loss_is_finite():
+    for time in (1e-5, 0.9 / STEPS, 1.4 / STEPS, 1.6 / STEPS, 0.55551):
+        assert np.isfinite(hybrid(VALUES, SHARES, jnp.full((4,), time))).all()
+
+
+@pytest.mark.parametrize("number", [3, 20])
+def test_the_variance_that_is_learned_is_that_of_the_step_back(number):
+    """Of normal data, whose best prediction is known, and so is the variance of a step from it."""
+    std, time = 0.7, jnp.asarray([number / STEPS])
+    alpha, sigma = (float(part(time)[0]) for part in (PROCESS.alpha, PROCESS.sigma))
+    alpha_before, sigma_before = (float(part(time - 1 / STEPS)[0]) for part in (PROCESS.alpha, PROCESS.sigma))
+    size = alpha**2 * std**2 + sigma**2
+    keys = jax.random.split(jax.random.key(0))
+    data, noise = std * jax.random.normal(keys[0], (1, 100_000)), jax.random.normal(keys[1], (1, 100_000))
+
+    @jax.jit
+    def of_share(share):
+        def denoise(noisy, time):
+            return jnp.concatenate([sigma / size * noisy, jnp.full_like(noisy, share)], axis=-1)
+
+        return OBJECTIVE.loss(denoise, data, noise, time)[0]
+
+    shares = jnp.linspace(-1, 1, 81)
+    best = float(shares[jnp.argmin(jax.lax.map(of_share, shares))])
+    # Cov(x_s, x_t) = alpha_s alpha_t std^2 + (alpha_t / alpha_s) sigma_s^2.
+    shared = alpha_before * alpha * std**2 + alpha / alpha_before * sigma_before**2
+    true = alpha_before**2 * std**2 + sigma_before**2 - shared**2 / size
+    upper = sigma**2 - (alpha / alpha_before * sigma_before) ** 2
+    lower = upper * sigma_before**2 / sigma**2
+    assert (best + 1) / 2 == pytest.approx(np.log(true / lower) / np.log(upper / lower), abs=0.05)
+
+
+# --- a transformer that predicts its variance -----------------------------------------------------------------------
+
+GRID = Grid(1, 4, 4)
+ROW = {
+    "segments": jnp.ones((2, GRID.volume), jnp.int32),
+    "coordinates": jnp.tile(jnp.asarray(coordinates(GRID))[None], (2, 1, 1)),
+    "context": None,
+    "context_segments": None,
+}
+WIDTH = DIT.token_width
+
+
+def denoiser(params):
+    labels = Given(labels=jnp.asarray([[1], [3]]))
+    denoise = packed_denoise(nnx.merge(graph_of(DIT.make), params), **ROW, count=1, given=labels)
+    return lambda noisy, time: denoise(noisy, jnp.broadcast_to(time, noisy.shape[:2]))
+
+
+def test_a_class_transformer_is_trained_and_sampled_with_its_variance():
+    params, shape = rough_params(DIT.make), (2, GRID.volume, WIDTH)
+    data, noise = (jax.random.normal(jax.random.key(seed), shape) for seed in (0, 1))
+    time = jnp.full(shape[:2], 0.37)
+
+    @jax.jit
+    def trained(params):
+        return jax.grad(lambda params: OBJECTIVE.loss(denoiser(params), data, noise, time).mean(axis=(0, 1)))(params)
+
+    # At each place of a patch the head has the prediction's channels, then the variance's: both are learned.
+    bias = np.abs(trained(params)["head"]["bias"].reshape(DIT.patch.volume, 2, DIT.channels))
+    assert (bias > 1e-6).all()
+
+    @jax.jit
+    def sampled(params):
+        def run(prediction, denoise):
+            return sample(
+                denoise,
+                noise,
+                time_grid(PROCESS, 4),
+                process=PROCESS,
+                solver=Ddpm(),
+                prediction=prediction,
+                draw=draws(jax.random.split(jax.random.key(5)), shape[1:]),
+            )
+
+        whole = denoiser(params)
+        first = (
+            whole(noise, jnp.asarray(0.3)),
+            nnx.merge(graph_of(DIT.make), params)(
+                noise, jnp.full((2, 1), 0.3), **ROW, given=Given(labels=jnp.asarray([[1], [3]]))
+            ),
+        )
+        mean_alone = run(Epsilon(), lambda noisy, time: whole(noisy, time)[..., :WIDTH])
+        return first, run(LEARNED, whole), mean_alone
+
+    (found, of_model), learned, fixed = sampled(params)
+    places = np.asarray(of_model).reshape(*shape[:2], DIT.patch.volume, 2, DIT.channels)
+    np.testing.assert_array_equal(found[..., :WIDTH], places[..., 0, :].reshape(shape))
+    np.testing.assert_array_equal(found[..., WIDTH:], places[..., 1, :].reshape(shape))
+    assert np.isfinite(learned).all()
+    assert np.abs(learned - fixed).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LearnedVariance(prediction=LearnedVariance()), "not beside another learned variance"),
+        (lambda: LearnedVariance(steps=1), "2 steps or more"),
+        (lambda: LearnedVariance(share=-0.1), "share of 0 or more"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(make, message):
+    with pytest.raises(UserError, match=message):
+        make()

@@ -1,0 +1,133 @@
+"""The likelihood that a model gives is known where the data are normal, as the best prediction is."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from dit_video.diffusion import (
+    X0,
+    Cosine,
+    Edm,
+    Epsilon,
+    Estimate,
+    Hutchinson,
+    Preconditioned,
+    RectifiedFlow,
+    V,
+    VariancePreserving,
+    Velocity,
+    log_likelihood,
+    time_grid,
+)
+from dit_video.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+MEAN, STD = jnp.asarray([0.5, -0.3, 0.1]), jnp.asarray([0.4, 1.0, 0.7])
+DATA = MEAN + STD * jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)), jnp.float32)
+NATS = stats.norm.logpdf(DATA, MEAN, STD).sum(axis=1)
+
+
+def denoise_of(process, prediction):
+    """The best prediction: of the noise it is the share of x that is noise."""
+
+    def denoise(noisy, time):
+        noisy = noisy / process.input_scale(time)
+        alpha, sigma = process.alpha(time), process.sigma(time)
+        variance = (alpha * STD) ** 2 + sigma**2
+        noise = sigma / variance * (noisy - alpha * MEAN)
+        data = MEAN + alpha * STD**2 / variance * (noisy - alpha * MEAN)
+        return prediction.target(process, *Estimate(data, noise)[:2], time)
+
+    return denoise
+
+
+def nats(process, prediction, times, **options):
+    @jax.jit
+    def run(data, times):
+        return log_likelihood(
+            denoise_of(process, prediction), data, times, process=process, prediction=prediction, **options
+        )
+
+    return run(DATA, times)
+
+
+CASES = {
+    "flow": (RectifiedFlow(), Velocity(), 64),
+    "shifted-flow-v": (RectifiedFlow(shift=3.0), V(), 64),
+    "ddpm": (VariancePreserving(), Epsilon(), 64),
+    "cosine": (VariancePreserving(betas=Cosine()), V(), 64),
+    "edm": (Edm(), Preconditioned(), 96),
+}
+
+
+@pytest.mark.parametrize(("process", "prediction", "steps"), CASES.values(), ids=CASES)
+def test_the_likelihood_of_normal_data_is_exact(process, prediction, steps):
+    found = nats(process, prediction, time_grid(process, steps))
+    np.testing.assert_allclose(found.nats, NATS, atol=0.03)
+    np.testing.assert_allclose(found.bits_per_dimension, -found.nats / (3 * math.log(2)), rtol=1e-6)
+
+
+def test_the_error_is_of_second_order():
+    errors = [
+        np.abs(nats(RectifiedFlow(), Velocity(), time_grid(RectifiedFlow(), steps)).nats - NATS).mean()
+        for steps in (16, 32)
+    ]
+    assert np.log2(errors[0] / errors[1]) == pytest.approx(2, abs=0.3)
+
+
+def test_a_model_that_says_nothing_of_the_noise_in_clean_data_begins_later():
+    """With a thousandth of noise in the data."""
+    process = RectifiedFlow()
+    times = jnp.append(time_grid(process, 128)[:-1], 1e-3)
+    np.testing.assert_allclose(nats(process, X0(), times).nats, NATS, atol=0.03)
+
+
+# --- Hutchinson's estimate ------------------------------------------------------------------------------------------
+
+MIX = jnp.asarray([[1.0, 0.8, 0.0], [-0.5, 1.0, 0.3], [0.0, 0.6, 1.0]])
+
+
+def mixed(noisy, time):
+    """A velocity whose derivative is not diagonal."""
+    return jnp.tanh(noisy @ MIX) * (1 - time)
+
+
+@jax.jit
+def estimated(keys, data=DATA[:2]):
+    divergence = Hutchinson(keys=keys)
+    times = time_grid(RectifiedFlow(), 8)
+    return log_likelihood(mixed, data, times, process=RectifiedFlow(), divergence=divergence).nats
+
+
+def test_hutchinsons_estimate_is_unbiased():
+    exact = log_likelihood(mixed, DATA[:2], time_grid(RectifiedFlow(), 8), process=RectifiedFlow()).nats
+    keys = jax.random.split(jax.random.key(0), (4000, 2))
+    draws = np.asarray(jax.jit(jax.vmap(estimated))(keys))
+    assert (draws.std(axis=0) > 0.1).all()
+    assert (np.abs(draws.mean(axis=0) - exact) < 4 * draws.std(axis=0) / math.sqrt(4000)).all()
+
+
+def test_an_estimate_is_the_examples_own():
+    keys = jax.random.split(jax.random.key(1), 2)
+    together = estimated(keys)
+    np.testing.assert_allclose(estimated(keys[::-1], DATA[:2][::-1]), together[::-1], rtol=1e-6)
+    other = estimated(keys.at[1].set(jax.random.key(7)), DATA[:2].at[1].add(9.0))
+    assert other[0] == together[0]
+    assert other[1] != together[1]
+
+
+def test_what_makes_no_sense_is_refused():
+    with pytest.raises(UserError, match="at least 1 step, not 0"):
+        nats(RectifiedFlow(), Velocity(), jnp.ones(1))
+    with pytest.raises(UserError, match="5 examples need a key each"):
+        nats(
+            RectifiedFlow(),
+            Velocity(),
+            jnp.linspace(1, 0, 3),
+            divergence=Hutchinson(keys=jax.random.split(jax.random.key(0), 4)),
+        )

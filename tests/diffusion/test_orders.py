@@ -1,0 +1,136 @@
+"""On a mixture whose score is known: solvers of the flow converge at their order, those with noise to the data."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from diffusion import mixture
+
+from dit_video.diffusion import (
+    Ddim,
+    Ddpm,
+    DpmMultistep,
+    DpmSinglestep,
+    Edm,
+    Epsilon,
+    Euler,
+    Even,
+    Heun,
+    Interval,
+    Karras,
+    Preconditioned,
+    RectifiedFlow,
+    UniPc,
+    V,
+    VariancePreserving,
+    Velocity,
+    draws,
+    estimator,
+    invert,
+    sample,
+)
+
+SETTINGS = {
+    "flow": (RectifiedFlow(), Velocity(), (0.9, 0.1)),
+    "vp": (VariancePreserving(), V(), (0.8, 0.1)),
+    "edm": (Edm(data_std=1.0), Preconditioned(data_std=1.0), (0.6, 0.25)),
+}
+ORDERS = {
+    "euler": (Euler(), 1),
+    "ddim": (Ddim(), 1),
+    "heun": (Heun(), 2),
+    "dpm++2m": (DpmMultistep(), 2),
+    "dpm++2m-heun": (DpmMultistep(kind="heun"), 2),
+    "dpm++2s": (DpmSinglestep(lower_order_final=False), 2),
+    "dpm++2s-heun": (DpmSinglestep(lower_order_final=False, kind="heun"), 2),
+    "unipc": (UniPc(lower_order_final=False), 3),
+}
+
+
+@functools.cache
+def stepper(solver, setting):
+    process, prediction, _ = SETTINGS[setting]
+    estimate = estimator(mixture.denoiser(process, prediction), process, prediction)
+    return jax.jit(lambda state, interval: solver.step(estimate, process, state, interval))
+
+
+@functools.cache
+def end(solver, setting, steps):
+    """Where 16 values that are noisy at first arrive; in float64."""
+    process, _, (first, last) = SETTINGS[setting]
+    with jax.enable_x64(True):
+        noise = jnp.asarray(np.random.default_rng(1).normal(size=(16, 2)))
+        x = process.add_noise(jnp.asarray(mixture.drawn(0, 16)), noise, jnp.asarray(first))
+        state, times = solver.init(x, steps=steps), jnp.linspace(first, last, steps + 1)
+        for time, following in itertools.pairwise(times):
+            state = stepper(solver, setting)(state, Interval(time, following))
+        return np.asarray(state.x)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [(name, setting) for name in ORDERS for setting in SETTINGS if setting == "flow" or "-heun" not in name],
+)
+def test_order_of_convergence(name, setting):
+    solver, order = ORDERS[name]
+    exact = end(UniPc(order=3, lower_order_final=False), setting, 640)
+    errors = [np.abs(end(solver, setting, steps) - exact).mean() for steps in (60, 120)]
+    assert np.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.3)
+    assert errors[1] < 0.05
+
+
+COUNT = 1500
+NOISE = jnp.asarray(np.random.default_rng(3).normal(size=(COUNT, 2)), jnp.float32)
+KEYS = jax.random.split(jax.random.key(5), COUNT)
+STOCHASTIC = {
+    "ddim-half": (Ddim(eta=0.5), "vp"),
+    "euler-ancestral": (Ddim(eta=1.0), "flow"),
+    "euler-ancestral-edm": (Ddim(eta=1.0), "edm"),
+    "ddpm": (Ddpm(), "vp"),
+    "ddpm-flow": (Ddpm(), "flow"),
+    "dpm++sde": (DpmMultistep(eta=1.0), "vp"),
+    "dpm++sde-flow": (DpmMultistep(eta=1.0), "flow"),
+}
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_with_noise_the_samples_come_to_be_those_of_the_mixture(name):
+    solver, setting = STOCHASTIC[name]
+    process, prediction, _ = SETTINGS[setting]
+    denoise, grid = mixture.denoiser(process, prediction), Karras() if setting == "edm" else Even()
+    run = jax.jit(
+        lambda times: sample(
+            denoise, NOISE, times, process=process, solver=solver, prediction=prediction, draw=draws(KEYS, (2,))
+        )
+    )
+    exact = mixture.drawn(7, COUNT)
+    few, many = (np.asarray(run(grid(process, steps).times)) for steps in (6, 60))
+    distance = mixture.energy_distance(many, exact)
+    assert distance < 0.01
+    assert distance < mixture.energy_distance(few, exact) / 2
+    np.testing.assert_allclose(many.mean(axis=0), mixture.MEAN, atol=0.1)
+    np.testing.assert_allclose(np.cov(many.T), mixture.COVARIANCE, atol=0.1)
+
+
+@pytest.mark.parametrize(("setting", "solver", "order"), [("flow", Euler(), 1), ("flow", Heun(), 2), ("vp", Ddim(), 1)])
+def test_noise_leads_back_to_the_data_the_better_the_more_steps(setting, solver, order):
+    process, _, _ = SETTINGS[setting]
+    prediction = Velocity() if setting == "flow" else Epsilon()
+    run = jax.jit(
+        lambda data, times: invert(
+            mixture.denoiser(process, prediction), data, times, process=process, solver=solver, prediction=prediction
+        )
+    )
+    data = jnp.asarray(mixture.drawn(0, 64), jnp.float32)
+    errors = []
+    for steps in (20, 40, 80):
+        found = run(data, Even()(process, steps).times[::-1])
+        np.testing.assert_allclose(found.error, np.sqrt(np.square(found.data - data).mean(axis=1)), rtol=1e-4)
+        errors.append(float(found.error.mean()))
+    assert np.log2(errors[0] / errors[2]) / 2 == pytest.approx(order, abs=0.4)
+    # What is found is noise: standard normal over the mixture, and not the data themselves.
+    np.testing.assert_allclose(found.noise.mean(axis=0), 0, atol=0.35)
+    np.testing.assert_allclose(found.noise.std(axis=0), 1, atol=0.25)

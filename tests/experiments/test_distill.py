@@ -1,0 +1,47 @@
+"""One command from a run, or from a pipeline alone, to a student of few steps, its table and its report."""
+
+import json
+
+import pytest
+
+import dit_video
+from dit_video.diffusion import Lcm
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+
+COMMON = ["--log-every", 1, "--warmup", 1, "--seeds", 1, "--full", 3]
+
+
+@pytest.mark.parametrize("method", ["consistency", "dmd"])
+def test_a_run_is_distilled(script, tiny_run, tmp_path, method):
+    options = ["--method", method, "--steps", 4, "--critic-steps", 2, *COMMON]
+    ended = script("experiments/distill.py", tiny_run, "--workdir", tmp_path / "run", *options)
+    assert ended.code == 0, ended.err
+    student = dit_video.load(tmp_path / "run").config
+    assert (student.sampling.steps, student.sampling.guidance) == (4, 1.0)
+    assert isinstance(student.sampling.solver, Lcm)
+    table = json.loads((tmp_path / "run" / "few_steps.json").read_text())
+    assert list(table) == [
+        *("teacher, 3 steps", "teacher, 4 steps", "teacher, 2 steps", "teacher, 1 steps"),
+        *("student, 4 steps", "student, 2 steps", "student, 1 steps"),
+    ]
+    assert ended.out.count("of the teacher's following and spread") == 7
+    assert "few_steps" in (tmp_path / "run" / "report.html").read_text()
+    # Again: nothing is left to be done, and the student is the same.
+    assert script("experiments/distill.py", tiny_run, "--workdir", tmp_path / "run", *options).code == 0
+    assert json.loads((tmp_path / "run" / "few_steps.json").read_text()) == table
+
+
+def test_a_pipeline_is_distilled_on_clips_that_are_rendered(script, tiny_run, tmp_path):
+    options = ["--steps", 2, "--clips", 30, *COMMON[:-4], "--seeds", 0]
+    ended = script("experiments/distill.py", tiny_run / "pipeline", "--workdir", tmp_path / "run", *options)
+    assert ended.code == 0, ended.err
+    assert len(list((tmp_path / "run" / "clips").iterdir())) > 1
+    assert not (tmp_path / "run" / "few_steps.json").exists()
+    dit_video.load(tmp_path / "run").generate("a red circle", size=(1, 16, 16))
+
+
+def test_a_teacher_that_is_not_there(script, tmp_path):
+    ended = script("experiments/distill.py", tmp_path / "nowhere")
+    assert ended.code == 1
+    assert "nowhere" in ended.err

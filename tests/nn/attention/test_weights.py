@@ -1,0 +1,66 @@
+"""The weights that attention does not keep."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dit_video.nn.attention import (
+    Bias,
+    Chunked,
+    Dense,
+    Full,
+    Recorded,
+    RelativeBias,
+    SparseCausal,
+    Tokens,
+    attention_weights,
+)
+from dit_video.tokens import Grid, coordinates
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+SEGMENTS = jnp.asarray([[1] * 12 + [2] * 6 + [0] * 2])
+PLACES = np.concatenate([coordinates(Grid(3, 2, 2)), coordinates(Grid(1, 2, 3)), np.zeros((2, 3))])[None]
+draw = np.random.default_rng(0)
+Q, K, V = (jnp.asarray(draw.normal(size=(1, 20, 2, 4)), jnp.float32) for _ in range(3))
+RELATIVE = RelativeBias(buckets=(4, 4, 4), distance=(None, None, None))
+TABLE = jnp.asarray(draw.normal(size=(RELATIVE.entries, 2)), jnp.float32)
+
+
+def at(*, biased=False):
+    bias = None
+    if biased:
+        where = jnp.asarray(PLACES, jnp.float32)
+        bias = Bias(relative=RELATIVE, table=TABLE, q_coordinates=where, kv_coordinates=where)
+    return Tokens.among(SEGMENTS, jnp.asarray(PLACES, jnp.int32), bias=bias)
+
+
+@pytest.mark.parametrize("pattern", [Full(), SparseCausal()], ids=repr)
+@pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
+def test_the_weights_mix_values_as_attention_does(pattern, biased):
+    weights = attention_weights(Q, K, at(biased=biased), pattern=pattern)
+    mixed = jnp.einsum("bknm,bmkd->bnkd", weights, V)
+    np.testing.assert_allclose(mixed, Dense(pattern=pattern)(Q, K, V, at(biased=biased)), atol=2e-6)
+    np.testing.assert_allclose(weights[:, :, :18].sum(axis=-1), 1, atol=1e-6)
+    assert (weights[:, :, 18:] == 0).all()
+
+
+def test_a_record_is_of_the_chosen_queries_and_changes_nothing():
+    found = []
+    attention = Chunked(pattern=SparseCausal(), chunk=8)
+    recorded = Recorded(attention=attention, pattern=SparseCausal(), queries=(3, 9, 19), record=found.append)
+
+    @jax.jit
+    def twice(q):
+        """In a loop of a compiled program, with other queries each time."""
+        return jax.lax.scan(lambda q, _: (recorded(q, K, V, at(biased=True)), None), q, None, length=2)[0]
+
+    after = jax.block_until_ready(twice(Q))
+    jax.effects_barrier()
+    once = attention(Q, K, V, at(biased=True))
+    np.testing.assert_allclose(after, attention(once, K, V, at(biased=True)), atol=1e-6)
+    assert len(found) == 2
+    for weights, queries in zip(found, (Q, once), strict=True):
+        expected = attention_weights(queries, K, at(biased=True), pattern=SparseCausal())
+        np.testing.assert_allclose(weights, expected[:, :, np.asarray([3, 9, 19])], atol=1e-6)
