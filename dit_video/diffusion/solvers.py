@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dit_video.diffusion.predictions import Estimator
@@ -77,9 +77,9 @@ class Heun(OneStep):
     """
 
     def check(self, process: Process) -> None:
-        with np.errstate(divide="ignore"):
-            clock = process.path(np.ones(1)).clock
-        if not np.isfinite(clock).all():
+        with jax.ensure_compile_time_eval():
+            finite = bool(jnp.isfinite(process.path(jnp.ones(())).clock))
+        if not finite:
             raise UserError(
                 f"heun solves {type(process).__name__} in x / alpha, and alpha is 0 at its noise; "
                 "use euler, ddim, dpm++2m or unipc"
