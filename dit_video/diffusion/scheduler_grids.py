@@ -60,7 +60,7 @@ class StepGrid:
             raise UserError(
                 f"{steps} steps with offset {self.offset} start beyond the last of {trained} steps of noise"
             )
-        ratios = np.interp(chosen, np.arange(trained), table)
+        ratios: np.ndarray = np.interp(chosen, np.arange(trained), table)
         if self.ratios != "spaced":
             most, least = (table[-1], table[0]) if self.spare else (ratios[0], ratios[-1])
             ratios = _between(self.ratios, most, least, steps)
