@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from dit_video.arrays import SameArray
+from dit_video.diffusion import ClipSize
 from dit_video.dit import attention_maps, packed_denoise
 from dit_video.errors import UserError
 from dit_video.nn import graph_of
@@ -44,6 +45,8 @@ class ClipDenoiser:
         self.patch, self.channels = config.dit.patch, config.autoencoder.channels
         self.latents, self.grid = latents, token_grid(latents, config.dit.patch)
         """sizes of a clip's latents, and of its tokens"""
+        self.process = config.process.for_size(ClipSize(frames=self.grid.t, frame_tokens=self.grid.h * self.grid.w))
+        """what the model was trained on, at clips of this size"""
         params = jax.tree.map(jnp.asarray, pipeline.denoiser_params)
         self.dit = nnx.merge(graph_of(config.dit.make), params["dit"])
         self._rows = self._packed(prompts, pipeline)
