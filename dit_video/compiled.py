@@ -18,8 +18,8 @@ def keep_programs(folder: Path | None = None) -> Path:
     Args:
       folder: `dit_video/programs` in `$XDG_CACHE_HOME` by default, which is `~/.cache` by default.
     """
-    if jax.config.jax_compilation_cache_dir:
-        return Path(jax.config.jax_compilation_cache_dir)
+    if told := jax.config.read("jax_compilation_cache_dir"):
+        return Path(told)
     if folder is None:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit_video" / "programs"
     jax.config.update("jax_compilation_cache_dir", str(folder))

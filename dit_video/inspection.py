@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
+from dit_video.arrays import SameArray
 from dit_video.dit import attention_maps, packed_denoise
 from dit_video.errors import UserError
 from dit_video.nn import graph_of
@@ -74,11 +75,11 @@ class ClipDenoiser:
         ]
         return Rows(*map(np.stack, zip(*rows, strict=True)))
 
-    def tokens(self, latents: Float[Array | np.ndarray, "*B t h w c"]) -> Float[Array | np.ndarray, "*B n p"]:
+    def tokens(self, latents: Float[SameArray, "*B t h w c"]) -> Float[SameArray, "*B n p"]:
         """Latents as the denoiser takes them."""
         return patchify(latents, self.patch)
 
-    def untokens(self, tokens: Float[Array | np.ndarray, "*B n p"]) -> Float[Array | np.ndarray, "*B t h w c"]:
+    def untokens(self, tokens: Float[SameArray, "*B n p"]) -> Float[SameArray, "*B t h w c"]:
         """The latents of tokens."""
         return unpatchify(tokens, self.grid, self.patch)
 

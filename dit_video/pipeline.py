@@ -149,9 +149,8 @@ class Pipeline:
         """
         if output not in ("clip", "latents"):
             raise UserError(f"unknown output {output!r}; use clip or latents")
-        request = Request(
-            prompt, self.config.size if size is None else as_grid(size), seed, negative, image, last_image
-        )
+        size = self.config.size if size is None else as_grid(size)
+        request = Request(prompt, size, seed, negative, image, last_image)
         drawn = self.sampling(steps=steps, guidance=guidance, sampler=sampler)
         asked = self._latent_requests([request], noise=noise)
         latents = sample_latents(self._denoiser, asked, **self._how(drawn, 1))
@@ -376,7 +375,7 @@ def _guidance(own: Sampling, given: Scale) -> float | tuple[float, float] | Guid
     """What takes the place of a pipeline's own: of numbers alone, the scale."""
     if isinstance(given, Guidance):
         return given
-    scale = tuple(map(float, given)) if isinstance(given, tuple) else float(given)
+    scale = (float(given[0]), float(given[1])) if isinstance(given, tuple) else float(given)
     return own.guided(scale=scale) if isinstance(own.guidance, Guidance) else scale
 
 

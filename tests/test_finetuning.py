@@ -182,9 +182,9 @@ def test_one_of_two_experts_is_trained_at_its_times(two, mesh, tmp_path, expert,
     assert training.start == own
     assert training.expert == OneOfTwo(expert=expert, boundary=0.875, other=other)
     first, last = shares_of(training)
-    assert (last, first)[expert == "low"] == (1.0, 0.0)[expert == "low"]
-    between = training.objective.time(jnp.float32(first if expert == "high" else last))
-    assert float(between) == pytest.approx(0.875, abs=1e-5)
+    boundary, end, whole = (first, last, 1.0) if expert == "high" else (last, first, 0.0)
+    assert end == whole
+    assert float(training.objective.time(jnp.float32(boundary))) == pytest.approx(0.875, abs=1e-5)
     check_start(training)
     trained = trained_denoiser(training, tmp_path, mesh, continues=False)
     both = with_other(training, trained.adapted)

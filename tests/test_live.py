@@ -82,7 +82,7 @@ def test_batches_are_split_over_the_devices_of_a_process(alone, tmp_path):
         env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **flags},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr

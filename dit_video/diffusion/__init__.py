@@ -13,6 +13,9 @@ $$\nabla_x \log p_t(x) = -\hat\epsilon(x, t) / \sigma, \qquad \hat\epsilon = E[\
 
 **A prediction** is any other sum of the two parts, and is taken apart again (`predictions`).
 
+**An objective** is a prediction, learned by least squares at times drawn from a distribution (`times`); how much an
+error counts at each time is defined once for all predictions (`weighting`).
+
 **The process as a differential equation** that passes through the same densities is $dx = f x\,dt + g\,dw$, of
 $f = \alpha'/\alpha$ and $g^2 = 2\sigma(\sigma' - f\sigma)$. Backwards it is, for any $\eta \ge 0$ (arXiv 2011.13456,
 2206.00364),
@@ -21,10 +24,11 @@ $$dx = \Big(f x - \frac{1 + \eta^2}{2} g^2\, \nabla_x \log p_t(x)\Big) dt + \eta
 
 of which $\eta = 0$ is the probability flow. Put $\hat\epsilon$ in for the score and
 $x = \alpha \hat x_0 + \sigma \hat\epsilon$ for $x$: the flow is $dx/dt = \alpha' \hat x_0 + \sigma' \hat\epsilon$, the
-derivative of the process with its parts held still. Two ways to solve it are used here. In $x / \alpha$ over
-$\sigma / \alpha$ the slope is $\hat\epsilon$ alone; and over $\lambda$ the linear part is solved exactly (`unipc`).
-A step of either that holds the estimate still is $x_s = \alpha_s \hat x_0 + \sigma_s \hat\epsilon$: DDIM.
-With noise, the second way is `dpm_solver`'s, and a step of DDPM its first order.
+derivative of the process with its parts held still. Three ways to solve it are used here. In $x / \alpha$ over
+$\sigma / \alpha$ the slope is $\hat\epsilon$ alone; over $\lambda$ the linear part is solved exactly (`unipc`); over
+the angle between data and noise the slope is $v$, which carries the density along (`likelihood`). A step of the first
+two that holds the estimate still is $x_s = \alpha_s \hat x_0 + \sigma_s \hat\epsilon$: DDIM. With noise, the
+second way is `dpm_solver`'s, and a step of DDPM its first order.
 
 **The posterior** $q(x_s \mid x_t, x_0)$ of an earlier time $s$ is normal, as both factors of
 $q(x_t \mid x_s)\,q(x_s \mid x_0)$ are (`Process.posterior`); drawn at $x_0 = \hat x_0$ it is a step of DDPM.
@@ -38,6 +42,7 @@ from dit_video.diffusion.edm import Edm
 from dit_video.diffusion.flow import RectifiedFlow
 from dit_video.diffusion.grids import Even, Exponential, Given, Karras, Shifted, TimeGrid, time_grid
 from dit_video.diffusion.guidance import (
+    Branches,
     Guidance,
     Projected,
     Strength,
@@ -79,6 +84,7 @@ __all__ = [
     "X0",
     "AsPredicted",
     "Betas",
+    "Branches",
     "ClipSize",
     "Cosine",
     "Ddim",

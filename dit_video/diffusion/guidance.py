@@ -23,7 +23,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 from dit_video.arrays import AnyArray
 from dit_video.diffusion.predictions import Denoise, Prediction, Velocity
@@ -123,9 +123,13 @@ class Guidance:
             "parallel": None if self.projected is None else self.projected.parallel,
             "largest": None if self.projected is None else self.projected.largest,
         }
-        ends = None if self.interval is None else (np.float32(self.interval[0]), np.float32(self.interval[1]))
-        numbers = {name: None if value is None else np.float32(value) for name, value in optional.items()}
-        return Strength(np.float32(scale), interval=ends, **numbers)
+        ends = None if self.interval is None else (_number(self.interval[0]), _number(self.interval[1]))
+        numbers = {name: None if value is None else _number(value) for name, value in optional.items()}
+        return Strength(_number(scale), interval=ends, **numbers)
+
+
+def _number(value: float) -> Float32[np.ndarray, ""]:
+    return np.asarray(value, np.float32)
 
 
 def classifier_free(conditional: Denoise, unconditional: Denoise, scale: Float[Array, ""] | float) -> Denoise:
@@ -204,8 +208,8 @@ class _Projection(NamedTuple):
     process: Process
     prediction: Prediction
     mean: Mean
-    parallel: Array
-    largest: Array | None
+    parallel: AnyArray
+    largest: AnyArray | None
 
     def __call__(self, step: Array, predicted: Array, noisy: Array, time: Array) -> Array:
         """A difference of predictions, which is one of the data times a number: directions are the same."""

@@ -73,7 +73,7 @@ class StepGrid:
         """The steps, counted from 0, falling."""
         count = steps + self.spare
         if self.spacing == "linspace":
-            chosen = np.linspace(0.0, trained - 1.0, count)[::-1]
+            chosen: np.ndarray = np.linspace(0.0, trained - 1.0, count)[::-1]
         elif self.spacing == "leading":
             chosen = np.arange(count)[::-1] * float(trained // count) + self.offset
         else:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -88,12 +89,13 @@ class Heun(OneStep):
     def step(self, estimate: Estimator, process: Process, state: SolverState, interval: Interval) -> SolverState:
         """The explicit trapezoidal rule (arXiv 2206.00364, algorithm 1)."""
         here, there = process.path(interval.time), process.path(interval.following)
-        x, change = state.x / here.scale, there.clock - here.clock
+        x, scale = state.x / jnp.asarray(here.scale), jnp.asarray(there.scale)
+        change = jnp.asarray(there.clock - here.clock)
         slope = process.slope(estimate(state.x, interval.time))
-        proposal = there.scale * (x + change * slope)
+        proposal = scale * (x + change * slope)
 
         def corrected() -> Array:
             second = process.slope(estimate(proposal, interval.following))
-            return there.scale * (x + change * (slope + second) / 2)
+            return scale * (x + change * (slope + second) / 2)
 
         return SolverState(jax.lax.cond(interval.following == 0, lambda: proposal, corrected))

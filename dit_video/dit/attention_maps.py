@@ -1,6 +1,7 @@
 """Where a denoiser's tokens look."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,14 +57,9 @@ def attention_maps(
         return Recorded(attention=dit.attention(pattern), pattern=pattern, queries=tuple(queries), record=found.append)
 
     watched.attention = recorded
+    row: dict[str, Any] = {"context": context, "context_segments": context_segments}
     predicted = watched(
-        noisy,
-        time,
-        segments=jnp.asarray(segments),
-        coordinates=jnp.asarray(coordinates),
-        context=context,
-        context_segments=context_segments,
-        given=given,
+        noisy, time, segments=jnp.asarray(segments), coordinates=jnp.asarray(coordinates), given=given, **row
     )
     jax.block_until_ready(predicted)
     jax.effects_barrier()

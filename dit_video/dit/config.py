@@ -219,8 +219,7 @@ class DitConfig:
 
         Temporal layers are shared as in `matrices`; registers and texts in the same attention are not counted.
         """
-        counts = [pair_count(pattern, grid) for pattern in self.patterns]
-        own = sum(counts[layer % len(counts)] for layer in range(self.layers)) / self.layers
+        own = sum(pair_count(pattern, grid) for pattern in self.patterns) / len(self.patterns)
         if self.temporal is None:
             return own
         return own + self.temporal.layers / self.temporal.every * pair_count(TimeOnly(), grid)

@@ -51,7 +51,7 @@ class GivenRows(NamedTuple):
 
         return at
 
-    def restored(self, tokens: Float[Array, "*steps B N p"]) -> Float[Array, "*steps B N p"]:
+    def restored(self, tokens: Float[AnyArray, "*steps B N p"]) -> Float[AnyArray, "*steps B N p"]:
         """With the known tokens in their places."""
         if self.known is None or self.clean is None:
             return tokens

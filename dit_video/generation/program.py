@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from dit_video.diffusion import (
+    Branches,
     Denoise,
     Prediction,
     Process,
@@ -69,6 +70,7 @@ def program_of(
         def guided_model() -> Denoise:
             number = len(batch.branches)
             conditional = forward(*batch.branches[0]) if strength.interval is not None or number == 1 else None
+            branches: Branches
             if batch.places is not None:
                 assert conditional is not None
                 whole, conditional = conditional, None
@@ -83,7 +85,7 @@ def program_of(
             )
 
         def draw(number):
-            keys = jax.random.wrap_key_data(batch.keys)
+            keys = jax.random.wrap_key_data(jnp.asarray(batch.keys))
             return packed_noise(rows, jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, number)))(keys))
 
         denoise = forward(*batch.branches[0]) if strength is None else guided_model()

@@ -162,12 +162,9 @@ class Packer(NamedTuple):
 
     def batch(self, group: Group, members: Sequence[Sequence[int]]) -> Batch:
         """Of the requests of some rows of a group."""
-        if group.inside:
-            packed = (self._packed(group, members, range(self.branches)),)
-            places = self._places(group, members)
-        else:
-            packed = tuple(self._packed(group, members, [branch]) for branch in range(self.branches))
-            places = None
+        kinds = [range(self.branches)] if group.inside else [[branch] for branch in range(self.branches)]
+        packed = tuple(self._packed(group, members, branches) for branches in kinds)
+        places = self._places(group, members) if group.inside else None
         return Batch(packed, places, self._keys(group, members))
 
     def _packed(

@@ -253,7 +253,7 @@ def _sampled(
         if strength is not None and not group.inside and stage.alone:
             strength = None
         given = batch if strength is not None or group.inside else batch._replace(branches=batch.branches[:1])
-        times = SampleTimes(*(_padded(values, stage.start, stage.stop, room) for values in grid))
+        times = SampleTimes(*(jnp.asarray(_padded(values, stage.start, stage.stop, room)) for values in grid))
         state = program(params, state, given, strength, times, np.int32(stage.start))
     return state
 

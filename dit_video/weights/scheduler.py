@@ -132,9 +132,8 @@ def _ratios(given: Mapping[str, Any]) -> Literal["spaced", "karras", "exponentia
 
 
 def _ddim(given: Mapping[str, Any]) -> Schedule:
-    grid = _step_grid(
-        given | {"final_sigmas_type": "zero" if given["set_alpha_to_one"] else "sigma_min"}, told="nearest"
-    )
+    last = "zero" if given["set_alpha_to_one"] else "sigma_min"
+    grid = _step_grid({**given, "final_sigmas_type": last}, told="nearest")
     return _schedule(given, Ddim(), grid)
 
 

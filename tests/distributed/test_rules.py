@@ -1,38 +1,11 @@
-import os
-import socket
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from devices import check_on_eight_devices, run_two_processes
 from dit_video.distributed import MeshConfig, ShardingRules, make_mesh, shard_batch, shardings
 from dit_video.errors import UserError
-
-ROOT = Path(__file__).parents[2]
-
-
-def start(code: str, *, devices: int, arguments: tuple[str, ...] = ()) -> subprocess.Popen:
-    """Python with so many simulated CPU devices: their number is fixed before JAX is imported."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code), *arguments],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen) -> None:
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    assert "done" in output, output
 
 
 def test_layouts_on_eight_devices():
@@ -119,7 +92,7 @@ def test_layouts_on_eight_devices():
         np.testing.assert_allclose(eight, one, rtol=1e-5, atol=1e-5)
         print("done")
     """
-    finish(start(code, devices=8))
+    check_on_eight_devices(code)
 
 
 def test_two_processes_give_one_global_batch():
@@ -146,16 +119,7 @@ def test_two_processes_give_one_global_batch():
             raise AssertionError("3 rows on 2 devices")
         print("done")
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    processes = [start(code, devices=2, arguments=(port, str(index))) for index in range(2)]
-    try:
-        for process in processes:
-            finish(process)
-    finally:
-        for process in processes:
-            process.kill()
+    assert all("done" in output for output in run_two_processes(code, devices=2))
 
 
 def test_one_device_keeps_everything_whole():

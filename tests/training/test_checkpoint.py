@@ -281,7 +281,7 @@ def test_a_checkpoint_moves_to_another_mesh(tmp_path):
         env={**os.environ, **flags},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert process.returncode == 0, process.stderr
     restored, _ = Checkpoints(tmp_path / "eight").restore(like(state))

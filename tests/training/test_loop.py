@@ -2,7 +2,6 @@ import math
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -19,6 +18,7 @@ import numpy as np
 import optax
 import pytest
 
+from devices import run_two_processes
 from dit_video.errors import UserError
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.logging import MetricsLog, read
@@ -306,11 +306,11 @@ def test_killed_at_random_moments_a_run_ends_the_same(tmp_path):
             assert process.poll() is None
         time.sleep(moments.uniform(0.0, 0.9))
         process.send_signal(number)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=300)
         codes.append(process.returncode)
         assert process.returncode in (0, -number, 1, 130), output
     process = child(code, str(tmp_path / "parts"))
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, (codes, output)
     config = LoopConfig(steps=60, log_every=1, save_every=9)
     whole = train(tmp_path / "whole", config)
@@ -322,32 +322,24 @@ def test_processes_stop_at_the_same_step(tmp_path):
     """One of two processes gets the signal; both save the same step."""
     code = """
         import jax
-        jax.distributed.initialize(f"127.0.0.1:{sys.argv[2]}", 2, int(sys.argv[3]))
-        import os, signal
+        import os, signal, sys
+        jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
         from test_loop import Checkpoints, LoopConfig, MetricsLog, batches, plain_step, run, start
         from dit_video.distributed import MeshConfig, make_mesh
         from jax.sharding import NamedSharding, PartitionSpec
         whole = NamedSharding(make_mesh(MeshConfig()), PartitionSpec())
         everywhere = lambda tree: jax.tree.map(lambda x: jax.make_array_from_process_local_data(whole, x), tree)
-        asked = lambda done, _: os.kill(os.getpid(), signal.SIGTERM) if done == 5 and sys.argv[3] == "1" else None
+        asked = lambda done, _: os.kill(os.getpid(), signal.SIGTERM) if done == 5 and sys.argv[2] == "1" else None
         state = everywhere(jax.device_get(start()))
         data = lambda done: (everywhere(batch) for batch in batches(done))
-        options = {"checkpoints": Checkpoints(sys.argv[1] + "/c"), "log": MetricsLog(sys.argv[1] + "/m.jsonl")}
+        options = {"checkpoints": Checkpoints(sys.argv[3] + "/c"), "log": MetricsLog(sys.argv[3] + "/m.jsonl")}
         try:
             config = LoopConfig(steps=40, log_every=4, save_every=4)
             run(plain_step, state, data, config=config, on_step=asked, **options)
         except KeyboardInterrupt:
             print("stopped", options["checkpoints"].latest())
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    processes = [child(code, str(tmp_path), port, str(index)) for index in range(2)]
-    try:
-        outputs = [process.communicate(timeout=90)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    outputs = run_two_processes(code, str(tmp_path))
     assert all("stopped 8" in output for output in outputs), outputs
     assert [entry["step"] for entry in read(tmp_path / "m.jsonl")] == [4, 8]
     config = LoopConfig(steps=8)
