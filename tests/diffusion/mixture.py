@@ -18,12 +18,14 @@ COVARIANCE = np.einsum("k,ki,kj->ij", SHARES, MEANS - MEAN, MEANS - MEAN) + (SHA
 
 def best(process, x, time):
     """The expected data and noise."""
+    # As constants of a program they would keep their own dtype, whatever that of the program is.
+    means, stds, shares = (jnp.asarray(part, x.dtype) for part in (MEANS, STDS, SHARES))
     alpha, sigma = process.alpha(time), process.sigma(time)
-    variance = (alpha * STDS) ** 2 + sigma**2
-    away = x[..., None, :] - alpha * MEANS
-    likely = jnp.log(SHARES) - jnp.log(variance) - jnp.square(away).sum(axis=-1) / (2 * variance)
+    variance = (alpha * stds) ** 2 + sigma**2
+    away = x[..., None, :] - alpha * means
+    likely = jnp.log(shares) - jnp.log(variance) - jnp.square(away).sum(axis=-1) / (2 * variance)
     weight = jax.nn.softmax(likely, axis=-1)[..., None]
-    data = (weight * (MEANS + alpha * STDS[:, None] ** 2 / variance[:, None] * away)).sum(axis=-2)
+    data = (weight * (means + alpha * stds[:, None] ** 2 / variance[:, None] * away)).sum(axis=-2)
     noise = (weight * sigma / variance[:, None] * away).sum(axis=-2)
     return data, noise
 
