@@ -49,7 +49,9 @@ def asked(name, monkeypatch, questions, **environment):
     question = f"import json\nprint(json.dumps({{{dictionary}}}, default=float))"
     notebook.cells.append(nbformat.v4.new_code_cell(question))
     resources = {"metadata": {"path": str(path.parent)}}
-    client = nbclient.NotebookClient(notebook, timeout=1200, kernel_name="python3", resources=resources)
+    client = nbclient.NotebookClient(
+        notebook, timeout=1200, startup_timeout=300, kernel_name="python3", resources=resources
+    )
     notebook = asyncio.run(client.async_execute())
     return notebook, json.loads(notebook.cells.pop().outputs[-1].text)
 
