@@ -127,7 +127,7 @@ def finetuning(folder: str | os.PathLike, options: FineTuning = FineTuning()) ->
             batch=options.batch,
             optimizer=OptimizerConfig(learning_rate=rate, warmup=min(options.warmup, options.steps - 1)),
             steps=options.steps,
-            objective=FlowMatching(process=schedule.process, times=LogitNormal()),
+            objective=FlowMatching(process=schedule.process, prediction=schedule.prediction, times=LogitNormal()),
             ema_decay=0.99,
             known=_known(options, dit),
             start=os.fspath(start),

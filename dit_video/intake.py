@@ -71,6 +71,12 @@ def taken(folder: Address) -> ClipSource:
     return ClipSource({name: lies(opened / name) for name in read_json(opened / _SOURCES)})
 
 
+def sources(folder: Path) -> tuple[Place, ...]:
+    """Where the data sets lie that `take` made a folder of, for another run to take them."""
+    names = read_json(folder / _SOURCES) if (folder / _SOURCES).is_file() else []
+    return tuple(lies(folder / name) for name in names) or (lies(folder),)
+
+
 def link(folder: Path, target: Address, what: str = "data set") -> None:
     """Let `folder` stand for what lies elsewhere, or will.
 

@@ -89,6 +89,7 @@ def load_wan(
             folder=os.fspath(encoder), width=width, max_tokens=dit.text_length, dtype=dtype, cleaned=True
         ),
         process=schedule.process,
+        prediction=schedule.prediction,
         rows=None,
         batch=1,
         sampling=Sampling(steps=_STEPS, guidance=_GUIDANCE, solver=schedule.solver, grid=schedule.grid),

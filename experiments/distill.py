@@ -84,7 +84,7 @@ def main() -> None:
 def _own(arguments: Arguments) -> tuple[Address, ...]:
     """The clips of the teacher's run; rendered ones where it has none."""
     if (arguments.teacher / CONFIG).is_file():
-        return (arguments.teacher / "data",)
+        return intake.sources(arguments.teacher / "data")
     folder, count, seed = arguments.workdir / "clips", arguments.clips, arguments.options.seed
     with Progress("rendering clips", count, unit="clip") as progress:
         shapes.write_folder(folder, count=count, seed=seed, progress=lambda done, _: progress.update(done))

@@ -1,15 +1,13 @@
 """A tiny run, trained once a session, and the scripts as a user starts them."""
 
 import atexit
-import contextlib
 import importlib.util
 import os
 import runpy
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -17,25 +15,51 @@ from typing import NamedTuple
 import jax
 import pytest
 
+from devices import HANG
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def _share_compilations() -> None:
+_DEFAULT = "not slow and not parity"
+_QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+"""Of what remains without most optimisations, the generation of code for fusions by way of MLIR takes two thirds."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
     """Compile every program once a session: for tests that train anew, for scripts, and for workers of pytest-xdist."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = tempfile.mkdtemp(prefix="dit-video-compiled-")
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # as in a worker
+        # Where pytest keeps the folders of its last sessions and removes older ones, however those ended.
+        folder = config._tmp_path_factory.mktemp("compiled")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
-    # JAX may have been imported, and have read its environment, before this file.
+    # JAX has read its environment before.
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
     jax.config.update(
         "jax_persistent_cache_min_compile_time_secs",
         float(os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", 1.0)),
     )
+    _compile_quickly(True)  # what is computed while tests are collected
+    flags = os.environ.get("XLA_FLAGS", "")
+    if config.option.markexpr == _DEFAULT and _QUICK not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {_QUICK}"  # read when JAX first computes
 
 
-_share_compilations()
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Programs are compiled without most optimisations: where models are tiny, compilation is what takes time.
+
+    Not in tests that compute for long, and not where the figures of another project are to be met.
+    """
+    quick = not any(map(item.get_closest_marker, ("slow", "parity", "optimised")))
+    _compile_quickly(quick or "quick_compilation" in getattr(item, "fixturenames", ()))
+
+
+def _compile_quickly(quick: bool) -> None:
+    """In this process and in those that it starts."""
+    jax.config.update("jax_disable_most_optimizations", quick)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quick))
 
 
 def _load_file(path: Path) -> ModuleType:
@@ -61,22 +85,9 @@ class Ended(NamedTuple):
     err: str
 
 
-@contextlib.contextmanager
-def _quick_compilation() -> Iterator[None]:
-    """Programs are compiled without most optimisations: where models are tiny, compilation is what takes time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture(scope="module")
-def quick_compilation() -> Iterator[None]:
-    """For `pytestmark = pytest.mark.usefixtures("quick_compilation")`; fixtures of a module are made under it too."""
-    with _quick_compilation():
-        yield
+def quick_compilation() -> None:
+    """For slow tests of tiny models; all that are not slow are compiled quickly."""
 
 
 @pytest.fixture(scope="session")
@@ -100,8 +111,10 @@ def tiny_run(tiny, tiny_clips, tmp_path_factory) -> Path:
     from dit_video.run import Run
 
     folder = tmp_path_factory.mktemp("tiny") / "run"
-    with _quick_compilation():
-        Run.create(folder, tiny.EXPERIMENT).train(tiny_clips)
+    quick = jax.config.read("jax_disable_most_optimizations")
+    _compile_quickly(True)  # be it a slow test that asks for it first
+    Run.create(folder, tiny.EXPERIMENT).train(tiny_clips)
+    _compile_quickly(quick)
     return folder
 
 
@@ -151,9 +164,9 @@ def process() -> Callable[..., Ended]:
 
     def start(path: str, *arguments: object, **environment: str) -> Ended:
         command = [sys.executable, str(ROOT / path), *map(str, arguments)]
-        inherited = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+        inherited = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
-            command, capture_output=True, text=True, env=inherited | environment, timeout=600, check=False
+            command, capture_output=True, text=True, env=inherited | environment, timeout=HANG, check=False
         )
         return Ended(done.returncode, done.stdout, done.stderr)
 

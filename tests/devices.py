@@ -1,84 +1,115 @@
 """Code on simulated devices: their number is fixed before JAX is imported, so it runs in a process of its own."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parents[1]
-_HUNG = 300.0
-"""Seconds that two processes have: against hanging only. On a busy machine they take a minute."""
+
+HANG = 900
+"""Seconds after which a process hangs. On a busy machine one may take a hundred times as long as on an idle one."""
 
 
-def check_on_eight_devices(code: str, *arguments: str, flags: str = "--xla_backend_optimization_level=0") -> None:
-    """Run code that prints `done` at its end, with the project and its tests on the path.
+def wait_until(true: Callable[[], bool]) -> None:
+    """Wait for what another process or thread does."""
+    until = time.monotonic() + HANG
+    while not true():
+        assert time.monotonic() < until, f"not true after {HANG} s"
+        time.sleep(0.02)
 
-    Without most optimisations, unless other `flags` are given: where models are tiny, compilation is what takes time.
-    """
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {flags}",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(_ROOT), str(_ROOT / "tests")]),
-    }
+
+def check_on_eight_devices(code: str, *arguments: str) -> None:
+    """Run code that prints `done` at its end, with the project and its tests on the path."""
     command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=_environment(8), capture_output=True, text=True, check=False, timeout=HANG)
     assert done.returncode == 0, done.stderr
     assert "done" in done.stdout
 
 
-def run_two_processes(code: str, *arguments: str, devices: int = 1) -> list[str]:
-    """Run code in two processes that know each other: `port` and `index` are the first things in `sys.argv`.
+def run_together(imports: str, code: str, *arguments: str, devices: int = 1) -> tuple[str, str]:
+    """Run code in two processes, of so many devices each, that JAX joins into one run; gives what each printed.
 
-    The port is free when it is chosen and may be taken a moment later, whereupon both wait for ever: then they start
-    again at another one.
-
-    Returns:
-      What each printed; both end with 0.
+    The two are joined between `imports` and `code`: within 30 seconds after one has reached a collective operation the
+    other has to, or Gloo's connection fails, and imports may take that long on a busy machine. They are run again where
+    that happened all the same, and where another program was faster to take the port.
     """
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(_ROOT), str(_ROOT / "tests"), str(_ROOT / "tests" / "training")]),
-    }
-    outputs = ["", ""]
-    for _ in range(3):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-c", textwrap.dedent(code), port, str(index), *arguments],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for index in range(2)
-        ]
-        ended = _wait(processes)
-        outputs = [process.communicate()[0] for process in processes]
-        taken = any("already in use" in output for output in outputs)
-        if ended and not taken:
-            assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    script = _JOIN.format(imports=textwrap.dedent(imports), code=textwrap.dedent(code), seconds=HANG)
+    for _ in range(4):
+        codes, outputs = _both([sys.executable, "-c", script, _free_port()], arguments, _environment(devices))
+        if codes == [0, 0]:
             return outputs
-    raise AssertionError("two processes hung, or found no port, three times:\n" + "\n".join(outputs))
-
-
-def _wait(processes: Sequence[subprocess.Popen]) -> bool:
-    """Whether all ended by themselves; those that hang are killed, and so is the other one of a process that failed."""
-    deadline = time.monotonic() + _HUNG
-    while any(process.poll() is None for process in processes):
-        failed = any(process.poll() not in (None, 0) for process in processes)
-        if failed or time.monotonic() > deadline:
+        if not any(_NOT_JOINED.search(output) for output in outputs):
             break
-        time.sleep(0.1)
-    ended = time.monotonic() <= deadline
-    for process in processes:
-        process.kill()
-    return ended
+    raise AssertionError("\n".join(f"process {k} ended with {codes[k]}:\n{outputs[k]}" for k in range(2)))
+
+
+_JOIN = """
+import os, sys, traceback
+import jax
+port, index = sys.argv.pop(1), int(sys.argv.pop(1))
+{imports}
+
+def end(*error):
+    # At an ordinary end a process waits for the other one, which may wait for this one in a collective operation.
+    traceback.print_exception(*error)
+    sys.stderr.flush()
+    os._exit(1)
+
+sys.excepthook = end
+jax.distributed.initialize(
+    "127.0.0.1:" + port,
+    2,
+    index,
+    coordinator_bind_address="127.0.0.1:" + port,
+    initialization_timeout={seconds},
+    heartbeat_timeout_seconds={seconds},
+    shutdown_timeout_seconds={seconds},
+)
+{code}
+"""
+_NOT_JOINED = re.compile("Failed to start RPC server|Gloo context initialization failed")
+
+
+def _both(command: list[str], arguments: tuple[str, ...], environment: dict[str, str]):
+    """How two processes ended, and what they printed. Where one fails or `HANG` is over, what still runs is killed."""
+    with tempfile.TemporaryFile("w+") as first, tempfile.TemporaryFile("w+") as second:
+        files, processes, until = (first, second), [], time.monotonic() + HANG
+        try:
+            for index, file in enumerate(files):
+                whole = [*command, str(index), *arguments]
+                processes.append(subprocess.Popen(whole, env=environment, stdout=file, stderr=subprocess.STDOUT))
+            while None in (codes := [process.poll() for process in processes]):
+                if any(codes) or time.monotonic() > until:
+                    break
+                time.sleep(0.02)
+        finally:
+            for process in processes:
+                process.kill()
+        codes = [process.wait() for process in processes]
+        for file in files:
+            file.seek(0)
+        return codes, (first.read(), second.read())
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def _environment(devices: int) -> dict[str, str]:
+    return {
+        **os.environ,
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(_ROOT), str(_ROOT / "tests")]),
+        # gRPC would ask a proxy for the way to the other process.
+        "no_proxy": "127.0.0.1,localhost",
+    }

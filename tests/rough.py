@@ -1,5 +1,8 @@
 """Parameters that hide nothing: a fresh model's zero gates and unit scales would let much pass as equal."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -8,16 +11,22 @@ from dit_video.tree import map_with_path
 
 
 def rough_params(make, seed=0):
-    """Random wherever a fresh model is zero or one."""
+    """Random wherever a fresh model is zero or one. The dictionaries are the caller's own."""
+    return jax.tree.map(lambda leaf: leaf, _rough_params(make, seed))
+
+
+@functools.cache
+def _rough_params(make, seed):
     draw = np.random.default_rng(seed)
 
     def value(path, leaf):
-        noise = jnp.asarray(draw.normal(size=leaf.shape), jnp.float32)
+        noise = draw.normal(size=leaf.shape)
         if path.endswith(("scale", "std")):
-            return 1 + 0.2 * noise
-        if path.endswith("kernel"):  # [in out], [layers in out] or [time height width in out]
-            inputs = np.prod(leaf.shape[:-1]) if leaf.ndim > 3 else leaf.shape[-2]
-            return noise / np.sqrt(inputs)
-        return 0.5 * noise
+            values = 1 + 0.2 * noise
+        elif path.endswith("kernel"):  # [in out], [layers in out] or [time height width in out]
+            values = noise / np.sqrt(np.prod(leaf.shape[:-1]) if leaf.ndim > 3 else leaf.shape[-2])
+        else:
+            values = 0.5 * noise
+        return jnp.asarray(values, jnp.float32)
 
     return map_with_path(value, param_shapes(make))

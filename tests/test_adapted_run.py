@@ -4,12 +4,12 @@ import dataclasses
 import itertools
 import json
 import shutil
-import time
 
 import numpy as np
 import pytest
 
 import dit_video
+from devices import wait_until
 from dit_video import tree as trees
 from dit_video.errors import MissingError, UserError
 from dit_video.nn import LoraConfig, merge_lora
@@ -101,11 +101,7 @@ def test_an_interrupted_one_ends_bit_for_bit_where_the_uninterrupted_one_does(
         with pytest.raises(KeyboardInterrupt):
             run.train(tiny_clips)
     checkpoints = Checkpoints(run.folder / "denoiser" / "checkpoints")
-    for _ in range(100):  # the last save may still be under way in this process
-        if checkpoints.latest() == 2:
-            break
-        time.sleep(0.1)
-    assert checkpoints.latest() == 2
+    wait_until(lambda: checkpoints.latest() == 2)  # the last save may still be under way in this process
     unfinished = trees.flatten(dit_video.load(run.folder).denoiser_params)
     assert any(not np.array_equal(unfinished[path], leaf) for path, leaf in leaves(adapted).items())
     Run.open(run.folder).train(tiny_clips)

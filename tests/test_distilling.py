@@ -86,7 +86,7 @@ def test_a_student_that_was_interrupted_ends_the_same(distilled, tmp_path, monke
         Run.open(folder).train_denoiser()
     newest = Run.open(folder).newest_pipeline()
     assert trees.flatten(newest.denoiser_params).keys() == weights(distilled).keys()
-    Run.open(folder).train(folder / "data")
+    Run.open(folder).export()
     for path, leaf in weights(folder).items():
         np.testing.assert_array_equal(leaf, weights(distilled)[path])
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from devices import HANG
 from dit_video import pixels, rng
 from dit_video.autoencoder import PatchVaeConfig
 from dit_video.data.latents import LatentExample, LatentSource
@@ -270,27 +271,27 @@ WORKER = """
     plan = t.plan_encoding(source, encoding)
     def progress(done):
         print(done, flush=True)
-        time.sleep(float(sys.argv[3]))
+        if done == int(sys.argv[3]):
+            time.sleep(600)  # until it is killed
     t.encode_latents(Path(sys.argv[2]), source, encoding, plan, identity="a", progress=progress)
     import jax
     print("devices", jax.local_device_count())
 """
 
 
-def worker(folder, pause=0.0, **environment):
-    inherited = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    command = [sys.executable, "-c", textwrap.dedent(WORKER), str(Path(__file__).parent), str(folder), str(pause)]
+def worker(folder, held=-1, **environment):
+    inherited = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", textwrap.dedent(WORKER), str(Path(__file__).parent), str(folder), str(held)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=inherited | environment)
 
 
 def test_a_killed_process_continues_where_it_was(tmp_path):
     source, encoding = source_of(MIXED), encoding_of(views_per_file=3)
     plan = plan_encoding(source, encoding)
-    killed = worker(tmp_path / "l", pause=0.3)
-    for line in killed.stdout:
-        if int(line) == plan.count(0) + 2:  # in the middle of the second file
-            killed.send_signal(signal.SIGKILL)
-            break
+    held = plan.count(0) + 2  # in the middle of the second file
+    killed = worker(tmp_path / "l", held)
+    assert any(int(line) == held for line in killed.stdout)
+    killed.send_signal(signal.SIGKILL)
     killed.wait()
     made = contents(tmp_path / "l")
     assert [name for name in made if name.startswith("shards/")] == ["shards/00000.json"]
@@ -305,7 +306,7 @@ def test_a_killed_process_continues_where_it_was(tmp_path):
 
 def test_batches_are_split_over_the_devices_of_a_process(tmp_path):
     run = worker(tmp_path / "l", XLA_FLAGS="--xla_force_host_platform_device_count=8")
-    output, _ = run.communicate(timeout=300)
+    output, _ = run.communicate(timeout=HANG)
     assert run.returncode == 0
     assert output.splitlines()[-1] == "devices 8"
     source, encoding = source_of(MIXED), encoding_of()
@@ -320,7 +321,7 @@ def test_batches_are_split_over_the_devices_of_a_process(tmp_path):
 @pytest.fixture
 def autoencoder(tiny):
     make = tiny.EXPERIMENT.autoencoder.model.make
-    return graph_of(make), init_params(make, rng.key(0, "autoencoder"))
+    return graph_of(make), jax.jit(init_params, static_argnums=0)(make, rng.key(0, "autoencoder"))
 
 
 def test_moments_are_those_of_all_positions(autoencoder):

@@ -68,6 +68,9 @@ def test_several_of_which_one_lies_elsewhere(clips, data, memory, tmp_path):
     source = intake.taken(folder)
     assert [info.name for info in source.infos] == [f"{name}/{n}.mp4" for name in ("clips", "data") for n in (0, 1)]
     assert source[3] == source[1]
+    intake.take(tmp_path / "next" / "data", intake.sources(folder))  # another run's, from those of this one
+    assert intake.taken(tmp_path / "next" / "data").infos == source.infos
+    assert intake.sources(tmp_path / "next" / "data") == intake.sources(folder)
     with pytest.raises(UserError, match="two data sets are both named data"):
         intake.take(tmp_path / "other", [data, f"{memory}/more/data/"])
     assert not (tmp_path / "other").exists()

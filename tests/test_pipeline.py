@@ -214,7 +214,7 @@ def test_guidance_of_a_model_that_always_had_captions(pipeline):
     with pytest.warns(UserWarning, match="this one was trained without caption dropout; use guidance=1"):
         always.generate(PROMPT, size=SMALL, output="latents")
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         always.generate(PROMPT, size=SMALL, guidance=1.0, output="latents")
         pipeline.generate(PROMPT, size=SMALL, output="latents")
 

@@ -4,12 +4,12 @@ import itertools
 import json
 import shutil
 import signal
-import time
 
 import numpy as np
 import pytest
 
 import dit_video
+from devices import wait_until
 from dit_video import configs, feed, stages
 from dit_video import tree as trees
 from dit_video.data import shapes
@@ -147,11 +147,7 @@ def test_an_interrupted_run_ends_bit_for_bit_where_the_uninterrupted_one_does(
 ):
     begin(copy, tiny_clips, monkeypatch, stage=stage, at=at, how=how)
     checkpoints = Checkpoints(copy / stage / "checkpoints")
-    for _ in range(100):  # a killed run's last save may still be under way in this process
-        if checkpoints.latest() == saved:
-            break
-        time.sleep(0.1)
-    assert checkpoints.latest() == saved
+    wait_until(lambda: checkpoints.latest() == saved)  # a killed run's last save may be under way in this process
     assert not (copy / "pipeline").exists()
 
     resumed = Run.open(copy)

@@ -53,6 +53,11 @@ def in_order(splits: Iterable[str]) -> list[str]:
     return sorted(set(splits), key=lambda name: (SPLITS.index(name) if name in SPLITS else len(SPLITS), name))
 
 
+class _Info(tfds.core.DatasetInfo):
+    def initialize_from_bucket(self) -> None:
+        """No bucket of TFDS describes such data. (It would leave an empty temporary folder behind, each time.)"""
+
+
 # TFDS has no types, and mypy then takes class keywords for those of `object`.
 class Clips(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Encoded clips with their facts; a split's records are in the order of its list.
@@ -91,7 +96,7 @@ class Clips(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: i
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = tfds.features.FeaturesDict(dict(self._given_features))
-        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+        return _Info(builder=self, features=features, disable_shuffling=True)
 
     def _split_generators(self, dl_manager):
         return {split: self._generate_examples(path) for split, path in self._records.items()}

@@ -26,9 +26,9 @@ of which $\eta = 0$ is the probability flow. Put $\hat\epsilon$ in for the score
 $x = \alpha \hat x_0 + \sigma \hat\epsilon$ for $x$: the flow is $dx/dt = \alpha' \hat x_0 + \sigma' \hat\epsilon$, the
 derivative of the process with its parts held still. Three ways to solve it are used here. In $x / \alpha$ over
 $\sigma / \alpha$ the slope is $\hat\epsilon$ alone; over $\lambda$ the linear part is solved exactly (`unipc`); over
-the angle between data and noise the slope is $v$, which the density is carried along with (`likelihood`).
-A step of any that holds the estimate still is $x_s = \alpha_s \hat x_0 + \sigma_s \hat\epsilon$: DDIM.
-With noise, the second way is `dpm_solver`'s, and a step of DDPM its first order.
+the angle between data and noise the slope is $v$, which carries the density along (`likelihood`). A step of the first
+two that holds the estimate still is $x_s = \alpha_s \hat x_0 + \sigma_s \hat\epsilon$: DDIM. With noise, the
+second way is `dpm_solver`'s, and a step of DDPM its first order.
 
 **The posterior** $q(x_s \mid x_t, x_0)$ of an earlier time $s$ is normal, as both factors of
 $q(x_t \mid x_s)\,q(x_s \mid x_0)$ are (`Process.posterior`); drawn at $x_0 = \hat x_0$ it is a step of DDPM.

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dit_video.arrays import SameArray
@@ -63,9 +64,9 @@ class RectifiedFlow(Process):
     def velocity(self, estimate: Estimate, time: Float[Array, "*time"]) -> Float[Array, "*shape"]:
         return estimate.noise - estimate.data
 
-    def path(self, time: Float[SameArray, "*time"]) -> Path:
+    def path(self, time: Float[Array, "*time"]) -> Path:
         """The flow itself: where there is nothing of the data, what the noise is divided by would be 0."""
-        return Path(time * 0 + 1, time)
+        return Path(jnp.ones_like(time), time)
 
     def slope(self, estimate: Estimate) -> Float[Array, "*shape"]:
         return estimate.noise - estimate.data

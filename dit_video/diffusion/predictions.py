@@ -101,18 +101,40 @@ class Prediction(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Epsilon(Prediction):
-    """The noise (arXiv 2006.11239). Of pure noise it says nothing of the data."""
+    """The noise (arXiv 2006.11239). Of pure noise it says nothing of the data, which count as 0 there, their mean."""
 
     def coefficients(self, process: Process, time: Float[Array, "*time"]) -> Coefficients:
         return Coefficients(jnp.zeros_like(time), jnp.ones_like(time))
 
+    def estimate(
+        self,
+        process: Process,
+        noisy: Float[Array, "*shape"],
+        prediction: Float[Array, "*shape"],
+        time: Float[Array, "*time"],
+    ) -> Estimate:
+        alpha = process.alpha(time)
+        data = (noisy - process.sigma(time) * prediction) / jnp.maximum(alpha, LEAST_ALPHA)
+        return Estimate(jnp.where(alpha < LEAST_ALPHA, 0.0, data), prediction)
+
 
 @dataclass(frozen=True, kw_only=True)
 class X0(Prediction):
-    """The data themselves. Of data without noise it says nothing of the noise."""
+    """The data themselves. Of data without noise it says nothing of the noise, which counts as 0 there."""
 
     def coefficients(self, process: Process, time: Float[Array, "*time"]) -> Coefficients:
         return Coefficients(jnp.ones_like(time), jnp.zeros_like(time))
+
+    def estimate(
+        self,
+        process: Process,
+        noisy: Float[Array, "*shape"],
+        prediction: Float[Array, "*shape"],
+        time: Float[Array, "*time"],
+    ) -> Estimate:
+        sigma = process.sigma(time)
+        noise = (noisy - process.alpha(time) * prediction) / jnp.maximum(sigma, LEAST_ALPHA)
+        return Estimate(prediction, jnp.where(sigma < LEAST_ALPHA, 0.0, noise))
 
 
 @dataclass(frozen=True, kw_only=True)

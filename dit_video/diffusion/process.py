@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dit_video.arrays import AnyArray, SameArray
+from dit_video.arrays import SameArray
 from dit_video.diffusion.shift import ClipSize
 
 LEAST_ALPHA = 1e-6
@@ -37,8 +37,8 @@ class Normal(NamedTuple):
 class Path(NamedTuple):
     """In which coordinates the probability flow is solved: $d(x / scale) = slope \\; d(clock)$."""
 
-    scale: Float[AnyArray, "*shape"]
-    clock: Float[AnyArray, "*shape"]
+    scale: Float[Array, "*shape"]
+    clock: Float[Array, "*shape"]
 
 
 class Process(ABC):
@@ -133,7 +133,7 @@ class Process(ABC):
         kept = self.alpha(time) / self.alpha(following)
         return jnp.maximum(self.sigma(time) ** 2 - (kept * self.sigma(following)) ** 2, 0.0)
 
-    def path(self, time: Float[SameArray, "*time"]) -> Path:
+    def path(self, time: Float[Array, "*time"]) -> Path:
         r"""$x/\alpha$ moves with $\sigma/\alpha$, its slope being $\epsilon$ (arXiv 2206.00364, eq. 1)."""
         alpha = self.alpha(time)
         return Path(alpha, self.sigma(time) / alpha)

@@ -60,11 +60,11 @@ class StepGrid:
             raise UserError(
                 f"{steps} steps with offset {self.offset} start beyond the last of {trained} steps of noise"
             )
-        ratios = np.interp(chosen, np.arange(trained), table)
+        ratios: np.ndarray = np.interp(chosen, np.arange(trained), table)
         if self.ratios != "spaced":
             most, least = (table[-1], table[0]) if self.spare else (ratios[0], ratios[-1])
             ratios = _between(self.ratios, most, least, steps)
-            chosen = np.asarray(np.interp(np.log(ratios), np.log(table), np.arange(trained)), np.float64)
+            chosen = np.interp(np.log(ratios), np.log(table), np.arange(trained))
         # A ratio that is a step's own gives the step to within rounding, which a step below would be told of.
         told = {"between": chosen, "nearest": np.round(chosen), "below": np.floor(chosen + 1e-9)}[self.told]
         return ending(process.time_at(ratios), told / trained, 0.0 if self.last == "data" else 1 / trained)
@@ -73,7 +73,7 @@ class StepGrid:
         """The steps, counted from 0, falling."""
         count = steps + self.spare
         if self.spacing == "linspace":
-            chosen = np.linspace(0.0, trained - 1.0, count)[::-1]
+            chosen: np.ndarray = np.linspace(0.0, trained - 1.0, count)[::-1]
         elif self.spacing == "leading":
             chosen = np.arange(count)[::-1] * float(trained // count) + self.offset
         else:

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from dit_video.diffusion.predictions import Estimator
@@ -78,9 +77,9 @@ class Heun(OneStep):
     """
 
     def check(self, process: Process) -> None:
-        with np.errstate(divide="ignore"):
-            clock = process.path(np.ones(1)).clock
-        if not np.isfinite(clock).all():
+        with jax.ensure_compile_time_eval():
+            finite = bool(jnp.isfinite(process.path(jnp.ones(())).clock))
+        if not finite:
             raise UserError(
                 f"heun solves {type(process).__name__} in x / alpha, and alpha is 0 at its noise; "
                 "use euler, ddim, dpm++2m or unipc"
@@ -89,13 +88,12 @@ class Heun(OneStep):
     def step(self, estimate: Estimator, process: Process, state: SolverState, interval: Interval) -> SolverState:
         """The explicit trapezoidal rule (arXiv 2206.00364, algorithm 1)."""
         here, there = process.path(interval.time), process.path(interval.following)
-        x, scale = state.x / jnp.asarray(here.scale), jnp.asarray(there.scale)
-        change = jnp.asarray(there.clock - here.clock)
+        x, change = state.x / here.scale, there.clock - here.clock
         slope = process.slope(estimate(state.x, interval.time))
-        proposal = scale * (x + change * slope)
+        proposal = there.scale * (x + change * slope)
 
         def corrected() -> Array:
             second = process.slope(estimate(proposal, interval.following))
-            return scale * (x + change * (slope + second) / 2)
+            return there.scale * (x + change * (slope + second) / 2)
 
         return SolverState(jax.lax.cond(interval.following == 0, lambda: proposal, corrected))

@@ -50,13 +50,14 @@ class Watched(Solver):
 
     def init(self, noisy: Float[Array, "*shape"], *, steps: int) -> WatchedState:
         """Before the first of `steps` steps, those of no length not counted."""
-        # Two arrays, as each is given to the program for good.
-        recorded = Trace(*(jnp.zeros((steps, *noisy.shape), noisy.dtype) for _ in range(2)))
+        recorded = None
+        if self.recorded:
+            recorded = Trace(*(jnp.zeros((steps, *noisy.shape), noisy.dtype) for _ in range(2)))
         return WatchedState(
             solver=self.solver.init(noisy, steps=steps),
             done=jnp.zeros((), jnp.int32),
             failed=jnp.full((), -1, jnp.int32),
-            recorded=recorded if self.recorded else None,
+            recorded=recorded,
         )
 
     def step(self, estimate: Estimator, process: Process, state: WatchedState, interval: Interval) -> WatchedState:

@@ -61,7 +61,7 @@ class Sampling:
     def __post_init__(self):
         if self.steps < 1:
             raise UserError(f"sampling takes at least 1 step, not {self.steps}")
-        assert self.full_guidance
+        _ = self.full_guidance  # which refuses what there is not
 
     @property
     def full_guidance(self) -> Guidance:

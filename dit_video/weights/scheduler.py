@@ -132,9 +132,8 @@ def _ratios(given: Mapping[str, Any]) -> Literal["spaced", "karras", "exponentia
 
 
 def _ddim(given: Mapping[str, Any]) -> Schedule:
-    last = "zero" if given["set_alpha_to_one"] else "sigma_min"
-    grid = _step_grid({**given, "final_sigmas_type": last}, told="nearest")
-    return _schedule(given, Ddim(), grid)
+    end = "zero" if given["set_alpha_to_one"] else "sigma_min"
+    return _schedule(given, Ddim(), _step_grid({**given, "final_sigmas_type": end}, told="nearest"))
 
 
 def _ddpm(given: Mapping[str, Any]) -> Schedule:

@@ -10,7 +10,7 @@ from dit_video.nn import graph_of, init_params
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 CONFIG = Adversarial(width=4, layers=2)
-PARAMS = init_params(CONFIG.make, jax.random.key(0))
+PARAMS = jax.jit(init_params, static_argnums=0)(CONFIG.make, jax.random.key(0))
 CLIP = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 5, 12, 8, 3)), jnp.float32)
 
 

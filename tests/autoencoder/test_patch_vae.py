@@ -129,7 +129,7 @@ def test_encoding_is_the_normalised_mean_and_decoding_restores_it(model):
 def test_a_start_from_principal_components_is_the_linear_autoencoder(model):
     linear = fit_linear([CLIPS], stride=model.config.stride, channels=model.config.channels)
     # What decides is that the networks' outputs are zero at first.
-    fresh = init_params(dataclasses.replace(model.config, blocks=0).make, jax.random.key(0))
+    fresh = jax.jit(init_params, static_argnums=0)(dataclasses.replace(model.config, blocks=0).make, jax.random.key(0))
     params = start_from_linear(
         model.params | fresh | {name: model.params[name] for name in ("encoder", "decoder")}, linear
     )

@@ -175,7 +175,7 @@ def test_a_blend_of_equal_tiles_is_exact():
     _, _, clip, _ = ramp()
     config = CONFIGS["patches"]
     linear = fit_linear([pixels.to_float(clip)], stride=config.stride, channels=config.channels)
-    params = start_from_linear(init_params(config.make, jax.random.key(0)), linear)
+    params = start_from_linear(jax.jit(init_params, static_argnums=0)(config.make, jax.random.key(0)), linear)
     latents = np.concatenate(list(encode_stream(config, params, [clip])), axis=1)
     assert tiling_error(config, params, latents, TILES).largest <= 1 / 127.5
 
@@ -246,7 +246,7 @@ print("done")
 
 
 def test_height_over_eight_devices():
-    check_on_eight_devices(ON_EIGHT_DEVICES, flags="")
+    check_on_eight_devices(ON_EIGHT_DEVICES)
 
 
 def test_height_that_the_devices_do_not_divide():

@@ -1,10 +1,10 @@
 """Values made ahead by a thread."""
 
 import threading
-import time
 
 import pytest
 
+from devices import wait_until
 from dit_video.data.prefetch import prefetch
 from dit_video.errors import UserError
 
@@ -22,7 +22,4 @@ def test_prefetch_keeps_order_errors_and_ends():
     endless = prefetch(iter(lambda: 1, 2), depth=1)
     next(endless)
     endless.close()
-    deadline = time.monotonic() + 60
-    while any(thread.name == "prefetch" for thread in threading.enumerate()):
-        assert time.monotonic() < deadline, "the thread goes on"
-        time.sleep(0.01)
+    wait_until(lambda: all(thread.name != "prefetch" for thread in threading.enumerate()))

@@ -92,6 +92,17 @@ def test_the_posterior_undoes_a_step_of_noise(process, time, following):
     np.testing.assert_allclose(variance, process.sigma(following) ** 2, rtol=1e-3, atol=1e-6)
 
 
+def test_what_a_prediction_says_nothing_of_counts_as_zero():
+    """So sampling may start at pure noise, and ask at the data."""
+    flow = RectifiedFlow()
+    of_noise = Epsilon().estimate(flow, NOISE, 0.9 * NOISE, jnp.ones(()))
+    np.testing.assert_array_equal(of_noise.noise, 0.9 * NOISE)
+    assert not of_noise.data.any()
+    of_data = X0().estimate(flow, DATA, 0.9 * DATA, jnp.zeros(()))
+    np.testing.assert_array_equal(of_data.data, 0.9 * DATA)
+    assert not of_data.noise.any()
+
+
 def test_the_schedules_of_noise_are_those_of_the_papers():
     linear, scaled, cosine = (VariancePreserving(betas=betas) for betas in (Linear(), ScaledLinear(), Cosine()))
     # The last alpha-bar of DDPM (4.04e-5), of Stable Diffusion (0.00466) and of improved DDPM's cosine (2.4e-9).

@@ -115,7 +115,7 @@ COMBINATIONS = [
     for prediction in PREDICTIONS
     if (process, prediction) != ("edm", "velocity")  # which is refused
 ]
-QUICK = {("flow", "velocity"), ("cosine", "v"), ("edm", "preconditioned")}
+QUICK = {("flow", "velocity"), ("edm", "preconditioned")}
 
 
 @pytest.mark.parametrize(

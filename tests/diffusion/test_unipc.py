@@ -1,5 +1,7 @@
 """UniPC on a flow that is known: of normal data N(m, s^2), as in `test_samplers`, where (x - a(t)) / b(t) stays."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,10 +27,14 @@ def denoise(noisy, time):
 def error(solver, times):
     """At the last of `times`, starting on the exact flow at the first; in float64."""
     with jax.enable_x64(True):
-        times, noise = jnp.asarray(times), jnp.asarray(NOISE)
-        start, end = (1 - times[0]) * MEAN, (1 - times[-1]) * MEAN
-        found = sample(denoise, start + spread(times[0]) * noise, times, process=FLOW, solver=solver)
-        return float(jnp.abs(found - end - spread(times[-1]) * noise).mean())
+        return float(error_of(solver, jnp.asarray(times), jnp.asarray(NOISE)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def error_of(solver, times, noise):
+    start, end = (1 - times[0]) * MEAN, (1 - times[-1]) * MEAN
+    found = sample(denoise, start + spread(times[0]) * noise, times, process=FLOW, solver=solver)
+    return jnp.abs(found - end - spread(times[-1]) * noise).mean()
 
 
 @pytest.mark.parametrize("kind", ["bh1", "bh2"])
@@ -96,10 +102,9 @@ def test_the_model_is_told_the_times_of_the_grid():
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_a_constant_velocity_is_followed_exactly(steps, order, kind):
     noise = jnp.asarray(NOISE, jnp.float32)
-    data = 3 * noise + 1
-    found = sample(
-        lambda x, t: noise - data, noise, time_grid(FLOW, steps), process=FLOW, solver=UniPc(order=order, kind=kind)
-    )
+    data = jnp.asarray(3 * NOISE + 1, jnp.float32)
+    solver, times = UniPc(order=order, kind=kind), time_grid(FLOW, steps)
+    found = jax.jit(lambda noise: sample(lambda x, t: noise - data, noise, times, process=FLOW, solver=solver))(noise)
     np.testing.assert_allclose(found, data, atol=2e-5)
 
 
@@ -114,7 +119,7 @@ def test_samples_of_a_batch_do_not_depend_on_each_other():
 def test_a_sample_has_a_gradient():
     times = time_grid(FLOW, 16)
     noise = jnp.asarray(NOISE, jnp.float32)
-    gradient = jax.grad(lambda x: sample(denoise, x, times, process=FLOW, solver=UniPc()).sum())(noise)
+    gradient = jax.jit(jax.grad(lambda x: sample(denoise, x, times, process=FLOW, solver=UniPc()).sum()))(noise)
     np.testing.assert_allclose(gradient, STD, rtol=0.05)  # the data are m + s times the noise
 
 

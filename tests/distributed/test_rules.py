@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from devices import check_on_eight_devices, run_two_processes
+from devices import check_on_eight_devices, run_together
 from dit_video.distributed import MeshConfig, ShardingRules, make_mesh, shard_batch, shardings
 from dit_video.errors import UserError
 
@@ -96,14 +96,12 @@ def test_layouts_on_eight_devices():
 
 
 def test_two_processes_give_one_global_batch():
-    code = """
-        import sys
-        import jax, numpy as np
-        port, index = sys.argv[1], int(sys.argv[2])
-        jax.distributed.initialize(f"127.0.0.1:{port}", 2, index)
+    imports = """
+        import numpy as np
         from dit_video.distributed import MeshConfig, make_mesh, shard_batch
         from dit_video.errors import UserError
-
+    """
+    code = """
         whole = np.arange(24, dtype=np.float32).reshape(8, 3)
         for config in (MeshConfig(), MeshConfig(fsdp=2), MeshConfig(fsdp=2, context=2)):
             mesh = make_mesh(config)
@@ -119,7 +117,8 @@ def test_two_processes_give_one_global_batch():
             raise AssertionError("3 rows on 2 devices")
         print("done")
     """
-    assert all("done" in output for output in run_two_processes(code, devices=2))
+    for output in run_together(imports, code, devices=2):
+        assert "done" in output, output
 
 
 def test_one_device_keeps_everything_whole():

@@ -96,7 +96,7 @@ def test_temporal_layers_alone_are_trained_by_their_name():
 def test_a_video_model_from_nothing_trains_its_temporal_layers():
     """Its gates are zero, too: of two zeros one after the other neither would ever learn."""
     video = dataclasses.replace(IMAGE, pattern=SpaceOnly(), temporal=Temporal())
-    params = init_params(video.make, KEY)
+    params = jax.jit(init_params, static_argnums=0)(video.make, KEY)
     params["head"]["kernel"] = params["head"]["kernel"] + 0.1 * rough_params(video.make)["head"]["kernel"]
     _, gradients, _ = run(params, batch((0,)), video)
     assert np.abs(flatten(gradients)["temporal_blocks/out/kernel"]).max() > 1e-4

@@ -99,7 +99,7 @@ def test_absolute_positions_are_distances_to_the_first_and_to_the_last_token():
 
 
 def test_a_fresh_denoiser_predicts_zero_and_learns():
-    fresh = init_params(CONFIG.make, jax.random.key(0))
+    fresh = jax.jit(init_params, static_argnums=0)(CONFIG.make, jax.random.key(0))
     prediction, gradients, _ = run(fresh, batch((0, 1), ()), CONFIG)
     assert not prediction.any()
     assert np.abs(gradients["head"]["kernel"]).max() > 1e-3

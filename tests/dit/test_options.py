@@ -129,7 +129,7 @@ def test_class_labels_alone():
 @pytest.mark.parametrize("name", ["joint", "rotary, own modulation"])
 def test_fresh_denoisers_predict_zero(name):
     config = CONFIGS[name]
-    fresh = init_params(config.make, jax.random.key(0))
+    fresh = jax.jit(init_params, static_argnums=0)(config.make, jax.random.key(0))
     assert not predict(fresh, batch((0, 1), (1, 0)), config).any()
 
 
@@ -157,7 +157,8 @@ def test_denoise_gives_every_token_its_time():
         count=SEGMENTS,
     )
     expected = predict(params, given, config)
-    np.testing.assert_allclose(denoise(given.noisy, given.token_time)[0, :14], expected[0, :14], atol=1e-5)
+    found = jax.jit(denoise)(given.noisy, given.token_time)
+    np.testing.assert_allclose(found[0, :14], expected[0, :14], atol=1e-5)
 
 
 def test_wans_texts_are_padded_with_zeros_that_are_seen():

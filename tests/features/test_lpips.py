@@ -11,7 +11,7 @@ from dit_video.nn import graph_of, init_params
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 GRAPH = graph_of(lambda rngs: Lpips(widths=(4, 4, 6, 6, 8), rngs=rngs))
-PARAMS = init_params(lambda rngs: Lpips(widths=(4, 4, 6, 6, 8), rngs=rngs), jax.random.key(0))
+PARAMS = jax.jit(lambda key: init_params(lambda rngs: Lpips(widths=(4, 4, 6, 6, 8), rngs=rngs), key))(jax.random.key(0))
 ONE, OTHER = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 2, 2, 17, 16, 3)), jnp.float32)
 
 

@@ -22,7 +22,7 @@ def make(rngs):
 
 
 GRAPH = graph_of(make)
-PARAMS = init_params(make, jax.random.key(0))
+PARAMS = jax.jit(init_params, static_argnums=0)(make, jax.random.key(0))
 X = jnp.asarray(np.random.default_rng(0).normal(size=(4, 5, WIDTH)), jnp.float32)
 SHIFT, CONTEXT = X[:, :1] / 2, {"scale": jnp.asarray(0.5)}
 

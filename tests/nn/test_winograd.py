@@ -1,5 +1,7 @@
 """Convolutions with fewer products are the convolutions."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,14 +21,23 @@ def plain(x, kernel):
 def test_values_and_gradients_are_those_of_the_plain_sum(size, rows, monkeypatch):
     monkeypatch.setattr(winograd, "_ROWS", rows)
     shapes = (*size, 5), (3, 3, 5, 4), (*size, 4)
-    x, kernel, weights = (jax.random.normal(jax.random.key(seed), shape) for seed, shape in enumerate(shapes))
+    draw = np.random.default_rng(0)
+    x, kernel, weights = (jnp.asarray(draw.normal(size=shape), jnp.float32) for shape in shapes)
 
-    def gradients(function):
-        return jax.grad(lambda x, kernel: (function(x, kernel) * weights).sum(), argnums=(0, 1))(x, kernel)
+    @partial(jax.jit, static_argnums=0)
+    def gradients_and_values(function, x, kernel):
+        def loss(x, kernel):
+            values = function(x, kernel)
+            return (values * weights).sum(), values
 
-    for ours, theirs in zip(gradients(winograd.winograd), gradients(plain), strict=True):
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)(x, kernel)
+
+    (found, values), (expected, plain_values) = (
+        gradients_and_values(function, x, kernel) for function in (winograd.winograd, plain)
+    )
+    for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=5e-5)
-    np.testing.assert_allclose(winograd.winograd(x, kernel), plain(x, kernel), atol=1e-5)
+    np.testing.assert_allclose(values, plain_values, atol=1e-5)
 
 
 def test_on_cpu_wide_layers_on_large_frames_are_computed_so():

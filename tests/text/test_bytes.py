@@ -117,7 +117,7 @@ def test_order_counts():
 
 
 def test_a_fresh_encoder_tells_texts_apart():
-    params = init_params(CONFIG.make, jax.random.key(0))
+    params = jax.jit(init_params, static_argnums=0)(CONFIG.make, jax.random.key(0))
     values, _, _ = run(params, *rows((0,), (1,)))
     assert values.dtype == jnp.float32
     assert np.abs(values[0, :3] - values[1, :3]).max() > 0.1

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 import pytest
 
+from devices import HANG
 from dit_video.errors import MissingError, UserError
 from dit_video.training.checkpoint import Checkpoints
 
@@ -242,6 +243,7 @@ def test_nothing_is_printed(tmp_path, capfd, caplog):
     assert [record.message for record in caplog.records if record.name == "absl"] == []
 
 
+@pytest.mark.slow  # for what it compares with the clock
 def test_a_small_state_is_saved_soon(tmp_path):
     state = {str(index): jax.random.normal(jax.random.key(index), (256, 1024)) for index in range(40)}
     checkpoints = Checkpoints(tmp_path)
@@ -281,7 +283,7 @@ def test_a_checkpoint_moves_to_another_mesh(tmp_path):
         env={**os.environ, **flags},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANG,
     )
     assert process.returncode == 0, process.stderr
     restored, _ = Checkpoints(tmp_path / "eight").restore(like(state))

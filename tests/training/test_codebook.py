@@ -1,5 +1,7 @@
 """Codes that follow latents: by averages, by restarts."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,12 @@ RANDOM = jax.random.key(0)
 
 
 def follow(learning, codes=CODES, moments=None, latents=LATENTS, indices=INDICES, random=RANDOM):
-    return learning.follow(codes, moments or learning.start(codes), latents, indices, random)
+    return _follow(learning, codes, moments or learning.start(codes), latents, indices, random)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _follow(learning, codes, moments, latents, indices, random):
+    return learning.follow(codes, moments, latents, indices, random)
 
 
 def test_averages_written_out():

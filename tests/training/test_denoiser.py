@@ -61,8 +61,7 @@ def run(rows, step=0, caption_dropout=0.5, params=PARAMS):
 
 
 def mean(values):
-    values = list(values)
-    return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *values)
+    return jax.tree.map(lambda *leaves: sum(map(np.asarray, leaves)) / len(leaves), *values)
 
 
 def assert_close(found, expected):

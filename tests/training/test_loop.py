@@ -18,7 +18,7 @@ import numpy as np
 import optax
 import pytest
 
-from devices import run_two_processes
+from devices import HANG, run_together
 from dit_video.errors import UserError
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.logging import MetricsLog, read
@@ -153,21 +153,43 @@ def test_entries_are_means_over_their_interval(tmp_path):
     assert 0 <= second["data_wait"] <= 1
 
 
-def test_waiting_for_data_is_seen(tmp_path):
-    def slow(done: int) -> Iterator[Any]:
+class Clock:
+    """Stands for the loop's own, and goes on where it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def slow(self, done: int) -> Iterator[Any]:
+        """Batches that take 20 ms each."""
         for batch in batches(done):
-            time.sleep(0.02)
+            self.now += 0.02
             yield batch
 
-    train(tmp_path, LoopConfig(steps=12, log_every=6), data=slow)
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("dit_video.training.loop.time", clock)
+    return clock
+
+
+def test_waiting_for_data_is_seen(tmp_path, clock):
+    # Where the step is done before the next batch is asked for, all time is waiting.
+    train(tmp_path, LoopConfig(steps=12, log_every=6), data=clock.slow, on_step=lambda _, s: jax.block_until_ready(s))
     entry = read(tmp_path / "metrics.jsonl")[-1]
-    assert entry["data_wait"] > 0.7
-    assert entry["step_seconds"] > 0.02
+    assert entry["data_wait"] == pytest.approx(1)
+    assert entry["step_seconds"] == pytest.approx(0.02)
 
 
-def test_pauses_are_not_step_time(tmp_path):
-    train(tmp_path, LoopConfig(steps=12, log_every=6, save_every=3), on_step=lambda *_: time.sleep(0.05))
-    assert read(tmp_path / "metrics.jsonl")[-1]["step_seconds"] < 0.04
+def test_pauses_are_not_step_time(tmp_path, clock):
+    def pause(*_: Any) -> None:
+        clock.now += 0.05
+
+    train(tmp_path, LoopConfig(steps=12, log_every=6, save_every=3), data=clock.slow, on_step=pause)
+    assert read(tmp_path / "metrics.jsonl")[-1]["step_seconds"] == pytest.approx(0.02)
 
 
 @pytest.mark.parametrize(("bad", "last"), [(1, None), (8, 5), (11, 10)])
@@ -282,7 +304,8 @@ def test_another_thread_can_train(tmp_path):
 
 def child(code: str, *arguments: str) -> subprocess.Popen:
     script = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n" + textwrap.dedent(code)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([sys.executable, "-c", script, *arguments], env=environment, **pipes)
 
@@ -306,11 +329,11 @@ def test_killed_at_random_moments_a_run_ends_the_same(tmp_path):
             assert process.poll() is None
         time.sleep(moments.uniform(0.0, 0.9))
         process.send_signal(number)
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=HANG)
         codes.append(process.returncode)
         assert process.returncode in (0, -number, 1, 130), output
     process = child(code, str(tmp_path / "parts"))
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=HANG)
     assert process.returncode == 0, (codes, output)
     config = LoopConfig(steps=60, log_every=1, save_every=9)
     whole = train(tmp_path / "whole", config)
@@ -320,26 +343,27 @@ def test_killed_at_random_moments_a_run_ends_the_same(tmp_path):
 
 def test_processes_stop_at_the_same_step(tmp_path):
     """One of two processes gets the signal; both save the same step."""
-    code = """
-        import jax
-        import os, signal, sys
-        jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
+    imports = f"""
+        import signal
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
         from test_loop import Checkpoints, LoopConfig, MetricsLog, batches, plain_step, run, start
         from dit_video.distributed import MeshConfig, make_mesh
         from jax.sharding import NamedSharding, PartitionSpec
+    """
+    code = """
         whole = NamedSharding(make_mesh(MeshConfig()), PartitionSpec())
         everywhere = lambda tree: jax.tree.map(lambda x: jax.make_array_from_process_local_data(whole, x), tree)
-        asked = lambda done, _: os.kill(os.getpid(), signal.SIGTERM) if done == 5 and sys.argv[2] == "1" else None
+        asked = lambda done, _: os.kill(os.getpid(), signal.SIGTERM) if done == 5 and index == 1 else None
         state = everywhere(jax.device_get(start()))
         data = lambda done: (everywhere(batch) for batch in batches(done))
-        options = {"checkpoints": Checkpoints(sys.argv[3] + "/c"), "log": MetricsLog(sys.argv[3] + "/m.jsonl")}
+        options = {"checkpoints": Checkpoints(sys.argv[1] + "/c"), "log": MetricsLog(sys.argv[1] + "/m.jsonl")}
         try:
             config = LoopConfig(steps=40, log_every=4, save_every=4)
             run(plain_step, state, data, config=config, on_step=asked, **options)
         except KeyboardInterrupt:
             print("stopped", options["checkpoints"].latest())
     """
-    outputs = run_two_processes(code, str(tmp_path))
+    outputs = run_together(imports, code, str(tmp_path))
     assert all("stopped 8" in output for output in outputs), outputs
     assert [entry["step"] for entry in read(tmp_path / "m.jsonl")] == [4, 8]
     config = LoopConfig(steps=8)

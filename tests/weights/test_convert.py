@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from devices import HANG
 from dit_video.autoencoder import CausalVaeConfig
 from dit_video.dit import WanDitConfig
 from dit_video.errors import MissingError, UserError
@@ -238,7 +239,7 @@ def test_memory_is_that_of_a_file_at_most(tmp_path, to):
     assert sum(files) > 3 * 1.2 * max(files)
     arguments = [str(tmp_path / "in"), str(tmp_path / "small"), str(tmp_path / "out"), to]
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, check=False, timeout=600
+        [sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, check=False, timeout=HANG
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) <= 1.2 * max(files)

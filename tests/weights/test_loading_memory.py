@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from devices import HANG
 from dit_video.dit import WanDitConfig
 from dit_video.nn import param_shapes
 from dit_video.tree import map_with_path
@@ -98,7 +99,7 @@ def test_reading_takes_less_than_one_and_a_fifth_of_the_largest_file(tmp_path, d
         capture_output=True,
         text=True,
         check=False,
-        timeout=600,
+        timeout=HANG,
     )
     assert done.returncode == 0, done.stderr
     print(f"{int(done.stdout) / largest:.2f} of the largest file")

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from devices import HANG
 from dit_video.data import builder
 from dit_video.data.cluster import Beam
 from dit_video.data.ingest import IngestConfig, ingest, workers
@@ -108,7 +109,7 @@ def test_a_killed_pipeline_inspects_nothing_again(clips, tmp_path, how, log):
     run = subprocess.Popen(
         [sys.executable, str(tmp_path / "run.py"), str(HERE), str(clips), str(tmp_path / "out")], env=environment
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + HANG
     while not log.exists() or len(log.read_text().split()) < 4:
         assert run.poll() is None
         assert time.monotonic() < deadline

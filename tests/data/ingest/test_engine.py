@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,14 @@ def test_keeps_bytes_captions_and_facts(clips, tmp_path):
     assert json.loads((tmp_path / "out" / "report.json").read_text())["usable"] == 3
     assert IngestReport.read(tmp_path / "out") == report
     assert left_in(tmp_path) == ["clips", "out"]
+
+
+def test_nothing_is_left_among_temporary_files(clips, tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))  # for the workers
+    assert ingest(clips, tmp_path / "out").usable == 3
+    assert left_in(tmp_path / "temporary") == []
 
 
 def test_the_records_say_how_large_they_are(clips, tmp_path):

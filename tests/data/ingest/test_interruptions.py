@@ -7,12 +7,12 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from devices import HANG, wait_until
 from dit_video.data.ingest import IngestConfig, Listed, ScreeningConfig, ingest, workers
 from dit_video.data.ingest.inspection import Inspected, InspectionConfig
 from dit_video.data.ingest.journal import FILE, PARTS, Journal, Part, read_parts
@@ -47,7 +47,9 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def test_lost_workers_name_their_clips(tmp_path, log):
+def test_lost_workers_name_their_clips(tmp_path, log, monkeypatch):
+    # The others may take as long as a busy machine needs.
+    monkeypatch.setattr(workers, "limit_of", lambda clip, limit: limit if "hang" in clip.name else HANG)
     names = ["a.mp4", "b_killed.mp4", "c_once.mp4", "d_crash.mp4", "e_raise.mp4", "f_hang.mp4", "g.mp4"]
     write_clips(tmp_path / "clips", *names)
     report = ingest(tmp_path / "clips", tmp_path / "out", config=IngestConfig(time_limit=3), workers=2)
@@ -59,8 +61,10 @@ def test_lost_workers_name_their_clips(tmp_path, log):
     assert "takes more than 3" in reasons["f_hang.mp4"]
     assert report.passing == ("b_killed.mp4", "f_hang.mp4")
     inspected = log.read_text().split()
-    assert {name: inspected.count(name) for name in names} == {
-        name: 2 if any(word in name for word in ("killed", "once", "crash", "hang")) else 1 for name in names
+    assert {name: inspected.count(name) for name in names if "hang" not in name} == {
+        name: 2 if any(word in name for word in ("killed", "once", "crash")) else 1
+        for name in names
+        if "hang" not in name
     }
 
 
@@ -101,7 +105,7 @@ ingest(sys.argv[2], sys.argv[3], workers=1)
 
 
 def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path, log):
-    names = [f"{index}_slow.mp4" for index in range(6)]
+    names = ["0.mp4", "1.mp4", "2.mp4", "3_held.mp4", "4.mp4", "5.mp4"]
     write_clips(tmp_path / "clips", *names, "broken.mp4")
     (tmp_path / "clips" / "broken.mp4").write_bytes(b"broken")
     clips, out = tmp_path / "clips", tmp_path / "out"
@@ -109,11 +113,8 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path, log):
     (tmp_path / "run.py").write_text(RUN)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     run = subprocess.Popen([sys.executable, str(tmp_path / "run.py"), str(HERE), str(clips), str(out)], env=environment)
-    deadline = time.monotonic() + 120
-    while not log.exists() or len(log.read_text().split()) < 4:
-        assert run.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: run.poll() is not None or (log.exists() and len(log.read_text().split()) >= 4))
+    assert run.poll() is None
     run.send_signal(signal.SIGKILL)
     run.wait()
     before = log.read_text().split()
@@ -177,7 +178,7 @@ def test_a_clip_of_other_bytes_at_the_same_time_of_change(tmp_path, log):
         ingest(tmp_path / "clips", tmp_path / "out", progress=change)
     report = ingest(tmp_path / "clips", tmp_path / "out")
     assert report.usable + len(report.quarantined) == 2
-    assert log.read_text().split() == ["a.mp4", "b.mp4", "b.mp4"]
+    assert sorted(log.read_text().split()) == ["a.mp4", "b.mp4", "b.mp4"]
 
 
 def test_a_destination_that_somebody_fills_meanwhile(tmp_path):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from devices import HANG
+
 ROOT = Path(__file__).resolve().parents[3]
 
 # In a process of its own: a test process that has libtpu would look for TPUs from then on.
@@ -51,7 +53,7 @@ def test_splash_compiles_for_a_topology(topology, width):
     pytest.importorskip("libtpu", reason="libtpu is not installed: pip install -e '.[tpu]'")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "TPU_SKIP_MDS_QUERY": "1"}
     command = [sys.executable, "-c", PROGRAM, topology, str(width)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=HANG, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
     assert len(lines) == 2
