@@ -72,7 +72,7 @@ def test_a_student_makes_a_mixture_in_one_step():
     objective, process = FlowMatching(), mixture.PROCESS
     slow, fast = (
         optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b1=0.0, b2=0.99))
-        for rate in (optax.linear_schedule(1e-3, 0.0, 400), 5e-3)
+        for rate in (optax.linear_schedule(1e-3, 0.0, 800), 5e-3)
     )
     real = estimator(mixture.denoise, process, mixture.PREDICTION)
 
@@ -108,7 +108,7 @@ def test_a_student_makes_a_mixture_in_one_step():
         return (params, state, critic, critic_state), None
 
     first, critic = (mixture.student_params(jax.random.key(seed)) for seed in (1, 2))
-    keys = jax.random.split(jax.random.key(3), 400)
+    keys = jax.random.split(jax.random.key(3), 800)
     start = (first, slow.init(first), critic, fast.init(critic))
     trained = jax.jit(lambda start: jax.lax.scan(step, start, keys)[0][0])(start)
     wanted = mixture.data(jax.random.key(4), 256)
