@@ -236,7 +236,8 @@ def test_training_goes_on_from_the_newest_good_one(tmp_path, collected):
 
 def test_nothing_is_printed(tmp_path, capfd, caplog):
     with caplog.at_level(logging.INFO):
-        saved(tmp_path, (1, 2))
+        for step in (1, 2):  # one after the other: Orbax says how long one waited, if it was a second
+            saved(tmp_path, (step,))
         Checkpoints(tmp_path).restore(like(example()))
     out, err = capfd.readouterr()
     assert (out, err) == ("", "")
