@@ -101,8 +101,9 @@ def test_a_student_makes_a_mixture_in_one_step():
 
     def step(carry, key):
         params, state, critic, critic_state = carry
-        for turn in jax.random.split(key, 3):
-            critic, critic_state = updated(critic_loss, critic, critic_state, generated(params, turn), turn)
+        for turn in jax.random.split(key, 5):
+            samples = generated(params, turn)
+            critic, critic_state = updated(fast, critic_loss, critic, critic_state, samples, turn)
         params, state = updated(slow, student_loss, params, state, critic, key)
         return (params, state, critic, critic_state), None
 
