@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any, cast
 
 import jax
 
@@ -18,7 +19,7 @@ def keep_programs(folder: Path | None = None) -> Path:
     Args:
       folder: `dit_video/programs` in `$XDG_CACHE_HOME` by default, which is `~/.cache` by default.
     """
-    if told := jax.config.read("jax_compilation_cache_dir"):
+    if told := cast(Any, jax.config).jax_compilation_cache_dir:
         return Path(told)
     if folder is None:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit_video" / "programs"

@@ -109,7 +109,7 @@ class ClipDenoiser:
             context_segments=self._context.segments,
         )
 
-    def token_at(self, pixel: tuple[float, float, float]) -> int:
+    def token_at(self, pixel: tuple[int, float, float]) -> int:
         """The number of the token that holds a place: a latent frame, and fractions of the height and of the width."""
         frame, down, across = pixel
         at = Grid(int(frame) // self.patch.t, int(down * self.grid.h), int(across * self.grid.w))

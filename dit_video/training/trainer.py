@@ -111,7 +111,8 @@ class Training:
         if params is not None:
             yield jax.device_put(params, shardings(params, self.mesh))
 
-    def _begin(self, key: Array, *given: dict[str, Any]) -> TrainState | AdversarialState:
+    def _begin(self, key: Array, *given: dict[str, Any]) -> Any:
+        """The state of the step: a `TrainState`, or what the loss or a rival makes of one."""
         params = given[0] if given else self.init(key)
         extra = self.loss.start(params, fresh=not given) if isinstance(self.loss, StatefulLoss) else None
         state = init_state(params, self.optimizer, extra)

@@ -157,7 +157,7 @@ def test_evaluate_a_pipeline_elsewhere(script, tiny_run, tmp_path, few_samples):
     assert sorted(path.name for path in alone.iterdir()) == sorted(
         path.name for path in (tiny_run / "pipeline").iterdir()
     )
-    assert_one_line(script("experiments/evaluate.py", alone, "--out", tmp_path / "x", "--sampler", "ddim"), "unknown")
+    assert_one_line(script("experiments/evaluate.py", alone, "--out", tmp_path / "x", "--sampler", "plms"), "unknown")
     assert not (tmp_path / "x").exists()
 
 
