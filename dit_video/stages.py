@@ -23,11 +23,9 @@ from dit_video.experiment import AutoencoderTraining, Experiment, GivenAutoencod
 from dit_video.nn import graph_of, init_params, param_shapes
 from dit_video.starting import given_autoencoder, given_params, loss_parts, optimizer_of
 from dit_video.training import loop, trainer
-from dit_video.training.adversarial import AdversarialState
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.logging import remark
 from dit_video.training.optimizer import make_optimizer
-from dit_video.training.state import TrainState
 from dit_video.training.step import Loss, OwnStep
 from dit_video.weights import load as load_weights
 from dit_video.weights import save as save_weights
@@ -45,7 +43,7 @@ def train(
     loss: Loss | OwnStep,
     batches: Callable[[int], Batches | WindowBatches],
     **given: Any,
-) -> TrainState | AdversarialState:
+) -> Any:
     """Train one of the two models from its newest checkpoint, or from `init`.
 
     Args:

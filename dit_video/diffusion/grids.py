@@ -6,13 +6,12 @@ for models of other projects.
 
 from dataclasses import dataclass
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from dit_video.diffusion.flow import RectifiedFlow
 from dit_video.diffusion.process import Process
-from dit_video.diffusion.sample_times import SampleTimes, check_steps, ending
+from dit_video.diffusion.sample_times import SampleTimes, check_steps, ending, on_device
 from dit_video.diffusion.scheduler_grids import DpmFlowGrid, FlowMatchGrid, LcmGrid, StepGrid, UniPcGrid
 from dit_video.errors import UserError
 
@@ -77,7 +76,7 @@ class Given:
         """
         if steps != len(self.times) - 1:
             raise UserError(f"the given times make {len(self.times) - 1} steps, {steps} are asked for")
-        times = jnp.asarray(self.times, jnp.float32)
+        times = on_device(np.asarray(self.times))
         return SampleTimes(times, times)
 
 
@@ -150,5 +149,4 @@ def time_grid(process: Process, steps: int) -> Float[Array, " {steps}+1"]:
       UserError: less than one step.
     """
     check_steps(steps)
-    # In NumPy, where another number of steps compiles nothing.
-    return jnp.asarray(process.shifted(np.linspace(1.0, 0.0, steps + 1)), jnp.float32)
+    return on_device(process.shifted(np.linspace(1.0, 0.0, steps + 1)))

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
@@ -24,10 +24,15 @@ def check_steps(steps: int) -> None:
         raise UserError(f"sampling takes at least 1 step, not {steps}")
 
 
+def on_device(values: np.ndarray) -> Float32[Array, " times"]:
+    """Times in float32. Other conversions compile a program for each number of steps."""
+    return jax.device_put(values.astype(np.float32))
+
+
 def ending(times: np.ndarray, told: np.ndarray, last: float = 0.0) -> SampleTimes:
     """Times of the steps' starts, with a last one, of which the model is told 0."""
 
     def closed(values: np.ndarray, end: float) -> Float32[Array, " times"]:
-        return jnp.asarray(np.append(values, end), jnp.float32)
+        return on_device(np.append(values, end))
 
     return SampleTimes(closed(times, last), closed(told, 0.0))

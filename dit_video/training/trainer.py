@@ -15,11 +15,11 @@ from jaxtyping import Array, PyTree
 from dit_video.distributed import shard_batch, shardings
 from dit_video.errors import UserError
 from dit_video.training import loop
-from dit_video.training.adversarial import AdversarialState, Rival, make_adversarial_step
+from dit_video.training.adversarial import Rival, make_adversarial_step
 from dit_video.training.autoencoder import AutoencoderLoss
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.logging import MetricsLog
-from dit_video.training.state import TrainState, init_state, make_on_devices, shapes_on_devices
+from dit_video.training.state import init_state, make_on_devices, shapes_on_devices
 from dit_video.training.step import Loss, OwnStep, StatefulLoss, Step, make_step
 
 
@@ -69,7 +69,7 @@ class Training:
     mesh: Mesh
     """what state and batches are laid out on"""
 
-    def run(self, batches: Callable[[int], Batches]) -> TrainState | AdversarialState:
+    def run(self, batches: Callable[[int], Batches]) -> Any:
         """The state after `config.steps` steps.
 
         Args:
