@@ -94,7 +94,9 @@ def distances(process, prediction):
     times = {"times": LogNormalSigma(mean=-0.5, std=1.3)} if isinstance(process, Edm) else {}
     objective = Objective(process=process, prediction=prediction, weighting=MinSnr(), **times)
     # Of noise alone the noise says nothing of the data, and a model's small error of it is a large one of theirs.
-    grid = process.shifted(jnp.linspace(1.0 if isinstance(process, Edm) else 0.985, 0.0, 101))
+    grid = process.shifted(jnp.linspace(0.985, 0.0, 101))
+    if isinstance(process, Edm):  # from the least noise that it is trained at, a sigma of 0.013, straight to the data
+        grid = jnp.append(jnp.linspace(1.0, 0.35, 100), 0.0)
 
     @jax.jit
     def run(data, noise):

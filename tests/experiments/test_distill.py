@@ -43,5 +43,5 @@ def test_a_pipeline_is_distilled_on_clips_that_are_rendered(script, tiny_run, tm
 
 def test_a_teacher_that_is_not_there(script, tmp_path):
     ended = script("experiments/distill.py", tmp_path / "nowhere")
-    assert ended.code == 1
+    assert ended.code == 2
     assert "nowhere" in ended.err

@@ -140,7 +140,7 @@ def test_the_spiral_is_learned_when_the_notebook_runs_in_full(monkeypatch):
     assert min(smooth, healed) > carried + 0.03
     assert max(found["reached"]) < 5 * floor
     for solver in ("Heun", "DPM-Solver++ 2M", "UniPC"):
-        assert found["errors"][solver][-1] < 0.5 * found["errors"]["Euler (DDIM)"][-1]
+        assert found["errors"][solver][-1] < 0.6 * found["errors"]["Euler (DDIM)"][-1]
     assert 0.4 < found["right"][0] < 0.6
     assert 0.85 < found["right"][1] < 0.95
     assert found["right"][2] > 0.98
