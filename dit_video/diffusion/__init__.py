@@ -69,14 +69,14 @@ from dit_video.diffusion.predictions import (
 )
 from dit_video.diffusion.process import Estimate, Normal, Process
 from dit_video.diffusion.sample_times import SampleTimes
-from dit_video.diffusion.samplers import SAMPLERS, Draw, Sampler, Trace, advance, draws, sample, sampler, trace
+from dit_video.diffusion.samplers import SAMPLERS, Draw, Sampler, advance, draws, sample, sampler, trace
 from dit_video.diffusion.scheduler_grids import DpmFlowGrid, FlowMatchGrid, LcmGrid, StepGrid, UniPcGrid
 from dit_video.diffusion.shift import ClipSize, ExponentialShift, LinearShift, SizeShift
 from dit_video.diffusion.solvers import Euler, Heun, Interval, Solver
 from dit_video.diffusion.times import LogitNormal, LogNormalSigma, Mode, Times, Uniform, low_discrepancy
 from dit_video.diffusion.unipc import UniPc
 from dit_video.diffusion.variance_preserving import Betas, Cosine, Linear, ScaledLinear, VariancePreserving
-from dit_video.diffusion.watched import Watched, WatchedState
+from dit_video.diffusion.watched import Trace, Watched, WatchedState
 from dit_video.diffusion.weighting import AsPredicted, EdmWeight, MinSnr, SigmoidWeight, Weighting
 
 __all__ = [

@@ -5,7 +5,7 @@ the times. Noise for the stochastic ones comes from `draw`, a function of the st
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from dit_video.diffusion.predictions import Denoise, Estimator, Prediction, Velo
 from dit_video.diffusion.process import Process
 from dit_video.diffusion.solvers import Euler, Heun, Interval, Solver
 from dit_video.diffusion.unipc import UniPc
+from dit_video.diffusion.watched import Trace, Watched
 from dit_video.errors import UserError
 
 Draw = Callable[[Int[Array, ""]], Float[Array, "*shape"]]
@@ -35,15 +36,6 @@ SAMPLERS: dict[str, Sampler] = {
     "lcm": Lcm(),
     "unipc": UniPc(),
 }
-
-
-class Trace(NamedTuple):
-    """What a run went through."""
-
-    x: Float[Array, "steps *shape"]
-    """the sample after each step"""
-    data: Float[Array, "steps *shape"]
-    """as they were estimated at the start of each"""
 
 
 def sampler(name: str) -> Sampler:
@@ -109,21 +101,10 @@ def trace(
     draw: Draw | None = None,
 ) -> Trace:
     """`sample` with all that it went through: `x[-1]` of the trace is the sample. Arguments and errors are the same."""
-    _check(solver, process, draw)
-    estimate = estimator(_told(denoise, times, told), process, prediction)
-
-    def step(state, interval):
-        found = []
-
-        def recorded(noisy, time):
-            found.append(estimate(noisy, time))
-            return found[-1]
-
-        state = solver.step(recorded, process, state, interval)
-        return state, Trace(state.x, found[0].data)
-
-    start = solver.init(process.start(noise), steps=times.shape[0] - 1)
-    return _scan(step, start, times, draw if solver.stochastic else None, 0)[1]
+    watched = Watched(solver=solver, recorded=True)
+    start = watched.init(process.start(noise), steps=times.shape[0] - 1)
+    end = advance(denoise, start, times, process=process, solver=watched, prediction=prediction, told=told, draw=draw)
+    return end.recorded
 
 
 def advance(
@@ -147,28 +128,18 @@ def advance(
     estimate: Estimator = estimator(_told(denoise, times, told), process, prediction)
 
     def step(state, interval):
-        return solver.step(estimate, process, state, interval), None
-
-    return _scan(step, state, times, draw if solver.stochastic else None, first)[0]
-
-
-def _scan(step: Callable, state: Any, times: Float[Array, " times"], draw: Draw | None, first: Any) -> tuple[Any, Any]:
-    """`step(state, interval) -> state, kept` over all intervals."""
-
-    def of_interval(state, interval):
         time, following, number = interval
-        return step(state, Interval(time, following, None if draw is None else draw(number)))
+        drawn = draw(number) if draw is not None and solver.stochastic else None
+        return solver.step(estimate, process, state, Interval(time, following, drawn)), None
 
     numbers = first + jnp.arange(times.shape[0] - 1)
-    return jax.lax.scan(of_interval, state, (times[:-1], times[1:], numbers))
+    return jax.lax.scan(step, state, (times[:-1], times[1:], numbers))[0]
 
 
 def _check(solver: Solver, process: Process, draw: Draw | None) -> None:
     solver.check(process)
     if solver.stochastic and draw is None:
-        raise UserError(
-            f"{type(solver).__name__} draws noise in every step; hand it over as draw, such as draws(keys, shape)"
-        )
+        raise UserError(f"{solver.name} draws noise in every step; hand it over as draw, such as draws(keys, shape)")
 
 
 def _told(denoise: Denoise, times: Float[Array, " times"], told: Float[Array, " times"] | None) -> Denoise:

@@ -26,6 +26,11 @@ class Solver(ABC):
     """From noise to data in steps, one interval of the times each; its `estimate` is asked at the ends of intervals."""
 
     @property
+    def name(self) -> str:
+        """As errors say it."""
+        return type(self).__name__
+
+    @property
     def stochastic(self) -> bool:
         """Whether a step needs noise."""
         return False

@@ -9,8 +9,16 @@ from jaxtyping import Array, Float, Int
 
 from dit_video.diffusion.predictions import Estimator
 from dit_video.diffusion.process import Process
-from dit_video.diffusion.samplers import Sampler, Trace
 from dit_video.diffusion.solvers import Interval, Solver
+
+
+class Trace(NamedTuple):
+    """What a run went through."""
+
+    x: Float[Array, "steps *shape"]
+    """the sample after each step"""
+    data: Float[Array, "steps *shape"]
+    """as they were estimated at the start of each"""
 
 
 class WatchedState(NamedTuple):
@@ -38,8 +46,12 @@ class Watched(Solver):
     `recorded`, where that is asked for.
     """
 
-    solver: Sampler
+    solver: Solver
     recorded: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.solver.name
 
     @property
     def stochastic(self) -> bool:
