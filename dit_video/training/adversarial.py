@@ -29,7 +29,7 @@ from dit_video.autoencoder.adversarial import (
 )
 from dit_video.nn import graph_of, init_params
 from dit_video.training.autoencoder import AutoencoderLoss, Figures
-from dit_video.training.state import TrainState
+from dit_video.training.state import TrainState, WithModel
 from dit_video.training.step import Step, float_figures, following, make_step, noted, with_constants
 from dit_video.tree import flatten
 
@@ -50,19 +50,11 @@ class DiscriminatorState:
 
 
 @dataclass
-class AdversarialState:
+class AdversarialState(WithModel):
     """Both players. Checkpoints hold them together, so that a run goes on exactly."""
 
     model: TrainState
     discriminator: DiscriminatorState
-
-    @property
-    def step(self) -> Any:
-        return self.model.step
-
-    @property
-    def ema(self) -> dict[str, Any]:
-        return self.model.ema
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,7 @@ from dit_video.errors import UserError
 from dit_video.rng import example_keys, key
 from dit_video.tokens import Rows, segment_mean, to_tokens
 from dit_video.training.denoiser import DenoiserLoss, clip_sizes, packed_noise
-from dit_video.training.state import TrainState
+from dit_video.training.state import TrainState, WithModel
 from dit_video.training.step import Step, float_figures, following, with_constants
 
 _EDGE = 0.02
@@ -114,19 +114,11 @@ class CriticState:
 
 
 @flax.struct.dataclass
-class MatchingState:
+class MatchingState(WithModel):
     """Both players. Checkpoints hold them together, so that a run goes on exactly."""
 
     model: TrainState
     critic: CriticState
-
-    @property
-    def step(self) -> Any:
-        return self.model.step
-
-    @property
-    def ema(self) -> dict[str, Any]:
-        return self.model.ema
 
 
 def distillation_loss(config: Distillation, loss: DenoiserLoss) -> "ConsistencyLoss | MatchingLoss":

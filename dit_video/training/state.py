@@ -24,6 +24,20 @@ class TrainState:
     """what else a step updates (codebooks, running moments)"""
 
 
+class WithModel:
+    """A state that holds the model's beside another player's: its step and averages are the model's."""
+
+    model: TrainState
+
+    @property
+    def step(self) -> Any:
+        return self.model.step
+
+    @property
+    def ema(self) -> dict[str, Any]:
+        return self.model.ema
+
+
 Start = Callable[[dict[str, Any]], dict[str, Any]]
 """What `extra` of a new state is, from its parameters."""
 
