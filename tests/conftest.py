@@ -52,7 +52,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
     Not in tests that compute for long, and not where the figures of another project are to be met.
     """
-    quick = not any(map(item.get_closest_marker, ("slow", "parity", "optimised")))
+    quick = not any(map(item.get_closest_marker, ("slow", "parity")))
     _compile_quickly(quick or "quick_compilation" in getattr(item, "fixturenames", ()))
 
 

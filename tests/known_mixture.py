@@ -6,8 +6,11 @@ Its denoiser is exact, so that nothing has to be trained before it is distilled.
 import jax
 import jax.numpy as jnp
 import numpy as np
+from diffusion.mixture import energy_distance
 
 from dit_video.diffusion import RectifiedFlow, Velocity
+
+__all__ = ["PREDICTION", "PROCESS", "data", "denoise", "energy_distance", "student", "student_params"]
 
 PROCESS, PREDICTION = RectifiedFlow(), Velocity()
 MEANS = np.asarray([[1.2, 0.0], [-0.6, 1.0], [-0.6, -1.0]])
@@ -53,12 +56,3 @@ def student(params):
         return denoise(noisy, time) + jnp.tanh(hidden @ params["middle"]) @ params["out"]
 
     return changed
-
-
-def energy_distance(a, b):
-    """Between two sets of samples (Székely and Rizzo, 2013); 0 of one distribution."""
-
-    def apart(one, other):
-        return np.linalg.norm(np.asarray(one)[:, None] - np.asarray(other)[None], axis=-1).mean()
-
-    return 2 * apart(a, b) - apart(a, a) - apart(b, b)

@@ -51,6 +51,6 @@ def energy_distance(x, y):
     """Squared: 0 for two samples of one distribution, but for their size."""
 
     def apart(a, b):
-        return np.linalg.norm(a[:, None] - b[None], axis=-1).mean()
+        return np.linalg.norm(np.asarray(a)[:, None] - np.asarray(b)[None], axis=-1).mean()
 
     return 2 * apart(x, y) - apart(x, x) - apart(y, y)
