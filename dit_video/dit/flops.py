@@ -65,7 +65,7 @@ def attention_flops(config: DitConfig | WanDitConfig, clips: Sequence[Clip], tex
 def _attended(config: DitConfig | WanDitConfig, clip: Clip, text: int) -> int:
     """Pairs of all layers, those with the text included."""
     if isinstance(config, WanDitConfig):
-        return config.layers * (_pairs(config, clip, 0) + _number(clip) * config.text_length)
+        return round(config.layers * (_pairs(config, clip, 0) + _number(clip) * config.text_length))
     behind = config.registers + (text if isinstance(config.context, JointAttention) else 0)
     crossed = (_number(clip) + behind) * text if isinstance(config.context, CrossAttention) else 0
     return config.layers * crossed + round(config.layers * _pairs(config, clip, behind))
@@ -131,4 +131,4 @@ def _wan(config: WanDitConfig, clip: Clip, text: int, image: int) -> int:
     if config.image_width is not None:
         context += image * (config.image_width**2 + config.image_width * width + layers * 2 * square)
     pairs = _attended(config, clip, text) + layers * tokens * image
-    return tokens * layers * block + ends + conditions + context + round(2 * width * pairs)
+    return tokens * layers * block + ends + conditions + context + 2 * width * pairs
