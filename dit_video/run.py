@@ -17,6 +17,7 @@ from their checkpoints. So a run that was interrupted is continued by running th
     pipeline/                 the result: what `dit_video.load` reads
 """
 
+import dataclasses
 import functools
 import sys
 import time
@@ -83,6 +84,10 @@ class Run:
     experiment: Experiment
     command: str
     """what it was started with"""
+    stage: str = ""
+    """which of the denoiser's earlier stages this is"""
+    begin: int = 0
+    """steps of the stages before it"""
 
     @staticmethod
     def create(folder: str | Path, experiment: Experiment) -> "Run":
@@ -165,9 +170,10 @@ class Run:
             self.keep_latents(latents)
         self.take(*clips)
         self.clips.select(self.experiment.data.held_out)  # a name that isn't there, before anything is trained
-        for info in self.clips.infos:  # before hours are spent on the others
-            fit(info, self.experiment.limits)
-        feed.check(self.experiment, self.training_clips)
+        for stage in (*self.earlier, self):  # before hours are spent on the others
+            for info in self.clips.infos:
+                fit(info, stage.experiment.limits)
+            feed.check(stage.experiment, self.training_clips)
         check_start(self.experiment.denoiser)
         if isinstance(text := self.experiment.denoiser.text, FrozenTextConfig) and not self._text_encoder.is_file():
             check_width(text)  # as early; once the encoder is known the run goes on without its folder
@@ -185,6 +191,11 @@ class Run:
         if not self.experiment.data.cache_latents:
             raise UserError(f"the config caches no latents, {destination} was named for them; leave it out")
         intake.link(self.folder / "latents", destination, "latents")
+
+    @property
+    def _own(self) -> Path:
+        """Where that lies which another stage has too."""
+        return self.folder / "stages" / self.stage if self.stage else self.folder
 
     @functools.cached_property
     def clips(self) -> ClipSource:
@@ -217,7 +228,7 @@ class Run:
         """The cached latents of the training clips. Files that `tools/encode_latents.py` made are not made again."""
         encoding, clips = self.encoding(), self.training_clips
         stamp = latent_identity(encoding, clips)
-        destination = intake.lies(self.folder / "latents")
+        destination = intake.lies(self._own / "latents")
         if not (destination / LATENTS).is_file():
             plan = plan_encoding(clips, encoding)
             with Progress("encoding latents", len(plan.views), unit="clip") as progress:
@@ -253,8 +264,42 @@ class Run:
             text_identity="" if frozen is None else frozen.identity,
         )
 
+    @property
+    def earlier(self) -> tuple["Run", ...]:
+        """The stages of the denoiser before the last, which is the run itself, each as a run of the same folder."""
+        begin, views = 0, []
+        for number, stage in enumerate(self.experiment.earlier):
+            views.append(
+                dataclasses.replace(self, experiment=self.experiment.stage(number), stage=stage.name, begin=begin)
+            )
+            begin += stage.steps
+        return tuple(views)
+
     def train_denoiser(self) -> dict[str, Any]:
-        """The averaged parameters of the trained denoiser and text encoder: `{"dit": ..., "text": ...}`."""
+        """The averaged parameters of the trained denoiser and text encoder: `{"dit": ..., "text": ...}`.
+
+        Earlier stages are trained before; of one that is done nothing is read again.
+        """
+        checkpoints = Checkpoints(self.folder / "denoiser" / "checkpoints")
+        if self.earlier:
+            self.train_autoencoder()
+        for stage in self.earlier:
+            if (checkpoints.latest() or 0) < stage.begin + stage.experiment.denoiser.steps:
+                remark(f"stage {stage.stage}: up to step {stage.begin + stage.experiment.denoiser.steps}")
+                stage._train_stage()
+        state, trained = self._train_stage()
+        averaged = jax.device_get(state.ema)
+        del state
+        config = self.experiment.denoiser
+        expert, _ = experts_of(config)
+        if (adapter := trained.adapter(averaged)) is None:
+            results.save_transformer(self.folder, config.dit, averaged, expert=expert)
+        else:
+            results.save_adapter(self.folder, config.dit, adapter, trained.adapted or {}, expert=expert)
+        return trained.whole(averaged)
+
+    def _train_stage(self) -> tuple[Any, TrainedDenoiser]:
+        """The state after this stage of the denoiser, and what was trained."""
         config, experiment = self.experiment.denoiser, self.experiment
         if experiment.data.cache_latents:
             latents = self.encode_latents()
@@ -287,15 +332,9 @@ class Run:
 
         trained = self._trained_denoiser()
         folder, arguments = self.folder / "denoiser", trained.arguments()
-        state = stages.train(experiment, folder, trained.init, trained.loss(loss), batches, **arguments)
-        averaged = jax.device_get(state.ema)
-        del state
-        expert, _ = experts_of(config)
-        if (adapter := trained.adapter(averaged)) is None:
-            results.save_transformer(self.folder, config.dit, averaged, expert=expert)
-        else:
-            results.save_adapter(self.folder, config.dit, adapter, trained.adapted or {}, expert=expert)
-        return trained.whole(averaged)
+        begin = self.begin or sum(stage.steps for stage in experiment.earlier)
+        state = stages.train(experiment, folder, trained.init, trained.loss(loss), batches, begin=begin, **arguments)
+        return state, trained
 
     def _tokenizer(self, *, cache: Path | None = None) -> Tokenizer | FrozenEncoder:
         """Of the text encoder. The identity of a frozen one is kept, to know it without its weights."""
@@ -309,7 +348,7 @@ class Run:
         """Write `denoiser/rows.json`, and say what an epoch holds."""
         summary = batches.summary(devices=row_shards(make_mesh(self.experiment.mesh)))
         if jax.process_index() == 0:
-            write_json(self.folder / "denoiser" / "rows.json", summary)
+            write_json((self._own if self.stage else self.folder / "denoiser") / "rows.json", summary)
         unequal = summary.get("imbalance")
         remark(str(batches) + (f", {unequal['mean']:.1%} of the time lost by unequal devices" if unequal else ""))
 
@@ -334,7 +373,7 @@ class Run:
         if checkpoints.latest() is None:
             raise UserError(f"{self.folder} has no checkpoint of its denoiser yet; continue it with: {self.command}")
         trained = self._trained_denoiser()
-        optimizer = make_optimizer(optimizer_of(config), steps=config.steps)
+        optimizer = make_optimizer(optimizer_of(config), steps=config.steps)  # any stage's: they have one state
         shapes = state_shapes(trained.init, optimizer)
         if (distillation := config.distillation) is not None:
             shapes = jax.eval_shape(lambda state: distillation.begin(state, optimizer), shapes)

@@ -42,6 +42,8 @@ def train(
     init: Callable[[Array], dict[str, Any]],
     loss: Loss | OwnStep,
     batches: Callable[[int], Batches | WindowBatches],
+    *,
+    begin: int = 0,
     **given: Any,
 ) -> Any:
     """Train one of the two models from its newest checkpoint, or from `init`.
@@ -51,7 +53,8 @@ def train(
       folder: `autoencoder` or `denoiser` of the run.
       init: parameters from a random key.
       loss: of them.
-      batches: from a step on.
+      batches: from a step on, counted from `begin`.
+      begin: steps of earlier stages.
       given: further arguments of `Training`.
 
     Raises:
@@ -67,9 +70,12 @@ def train(
         init=init,
         random_key=rng.key(experiment.seed, name),
         loss=loss,
-        optimizer=make_optimizer(optimizer, steps=config.steps),
+        optimizer=make_optimizer(optimizer, steps=config.steps, begin=begin),
         ema_decay=config.ema_decay,
-        config=loop.LoopConfig(steps=config.steps, log_every=experiment.log_every, save_every=experiment.save_every),
+        begin=begin,
+        config=loop.LoopConfig(
+            steps=begin + config.steps, log_every=experiment.log_every, save_every=experiment.save_every
+        ),
         mesh=make_mesh(experiment.mesh),
         **given,
     ).run(batches)
@@ -99,7 +105,7 @@ class AutoencoderStage:
             return load_weights(path, like=param_shapes(config.model.make))
         graph, parts = graph_of(config.model.make), loss_parts(config, experiment.seed)
         continues = Checkpoints(path.parent / "checkpoints").latest() is not None
-        stretches = Stretches(self.clips(), experiment.limits)
+        stretches = Stretches(self.clips(), experiment.window_limits)
         start = functools.partial(given_params, config, rng.key(experiment.seed, "inflation"))
         linear = self._linear(stretches) if isinstance(config.model, PatchVaeConfig) and not continues else None
 
@@ -144,7 +150,7 @@ class AutoencoderStage:
         config = self.experiment.autoencoder
         if isinstance(config, GivenAutoencoder) or 3 * config.model.stride.volume > _LINEAR_VALUES:
             return None
-        return self._linear(Stretches(self.clips(), self.experiment.limits))
+        return self._linear(Stretches(self.clips(), self.experiment.window_limits))
 
     def _linear(self, stretches: Stretches) -> LinearAutoencoder:
         """Principal components of the training clips as they are, which are kept in the run's folder."""

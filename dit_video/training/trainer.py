@@ -68,12 +68,14 @@ class Training:
     config: loop.LoopConfig
     mesh: Mesh
     """what state and batches are laid out on"""
+    begin: int = 0
+    """The step that this is trained from: the last of an earlier stage, whose checkpoint it continues."""
 
     def run(self, batches: Callable[[int], Batches]) -> Any:
         """The state after `config.steps` steps.
 
         Args:
-          batches: from a step on.
+          batches: from a step on, counted from `begin`.
 
         Raises:
           UserError: the data are others than those that the checkpoint was trained on.
@@ -81,14 +83,20 @@ class Training:
         layout = functools.partial(shardings, mesh=self.mesh)
         checkpoints = Checkpoints(self.folder / "checkpoints")
         meta: dict[str, Any] = {}
-        if checkpoints.latest() is None:
+        if checkpoints.latest() is None and not self.begin:
             state = make_on_devices(self._begin, self.random_key, *self._given(), shardings=layout)
         else:
             state, meta = checkpoints.restore(shapes_on_devices(self._begin, shardings=layout))
         if int(state.step) >= self.config.steps:
             return state
-        data = batches(int(state.step))
-        if meta.get("plan", data.hash) != data.hash:
+        done = int(state.step) - self.begin
+        if done < 0:
+            raise UserError(
+                f"the newest checkpoint of {self.folder} that can be read is of step {int(state.step)}, before this "
+                f"stage, which begins at {self.begin}; remove the later ones, and the earlier stage is continued"
+            )
+        data = batches(done)
+        if done and meta.get("plan", data.hash) != data.hash:
             data.close()
             raise UserError(
                 f"the data of {self.folder.parent} are not those of its checkpoint at step {int(state.step)} (plan "
