@@ -31,6 +31,7 @@ from dit_video.text import ByteEncoderConfig, TextConfig
 from dit_video.tokens import Grid, RowShape
 from dit_video.training.codebook import CodebookLearning
 from dit_video.training.distillation import Distillation
+from dit_video.training.keeping import Keep
 from dit_video.training.optimizer import OptimizerConfig, learning_rates
 
 
@@ -207,6 +208,8 @@ class Experiment:
     seed: int = 0
     log_every: int = 20
     save_every: int = 500
+    keep: Keep = field(default_factory=Keep)
+    """which checkpoints stay"""
 
     def __post_init__(self):
         self._check_numbers()

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from dit_video import pixels, rng
+from dit_video import configs, pixels, rng
 from dit_video.autoencoder import LinearAutoencoder, PatchVaeConfig, fit_linear, start_from_linear
 from dit_video.data.loader import Batches
 from dit_video.data.source import ClipSource
@@ -77,6 +77,8 @@ def train(
             steps=begin + config.steps, log_every=experiment.log_every, save_every=experiment.save_every
         ),
         mesh=make_mesh(experiment.mesh),
+        keep=experiment.keep,
+        resolved=configs.to_json(experiment),
         **given,
     ).run(batches)
 

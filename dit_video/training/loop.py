@@ -8,29 +8,26 @@ process), with `step_seconds` and `steps_per_second` (the first step, saving and
 share of the time that went into waiting for a batch while the device had nothing to do (at most: where it ran out of
 work during the wait, the whole wait counts), and once `first_step_seconds`, most of which is compilation.
 
-SIGINT and SIGTERM end the run after the step that runs, which is saved, with a `KeyboardInterrupt`; a second one at
-once. With several processes all stop at the next entry of the log.
+SIGINT and SIGTERM end the run after the step that runs, which is saved, with a `Stopped`; a second one at once. With
+several processes all stop after the same step (see `training.stopping`).
 """
 
 import contextlib
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool
 
 from dit_video import tree as trees
-from dit_video.errors import UserError
+from dit_video.errors import Stopped, UserError
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.logging import MetricsLog, Progress
+from dit_video.training.stopping import Stop, signals
 
 _AHEAD = 2
 """How many steps may be queued on the device behind the one whose result is awaited."""
@@ -47,6 +44,8 @@ class LoopConfig:
     steps: int
     log_every: int = 20
     save_every: int = 500
+    stop_within: float = 300.0
+    """seconds from a signal to the end of the process, at most; a preempted machine has 30 or so"""
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "save_every"):
@@ -80,7 +79,8 @@ def run(
     Raises:
       UserError: the run is beyond `config.steps` or its folder holds a later checkpoint; the data end early; the loss
         or the state is not finite (such a state is never saved).
-      KeyboardInterrupt: after a signal.
+      Stopped: after a signal.
+      KeyboardInterrupt: after a second one.
     """
     done = int(state.step)
     saver = _Saver(checkpoints, dict(meta or {}), done)
@@ -92,7 +92,7 @@ def run(
         return state
     interval = _Interval(done)
     with (
-        _signals() as stop,
+        signals(done, within=config.stop_within) as stop,
         _closing(batches(done)) as iterator,
         Progress(title, config.steps, start=done, shown=jax.process_index() == 0) as progress,
     ):
@@ -107,9 +107,10 @@ def run(
             if done % config.log_every == 0 or done == config.steps:
                 values = saver.guard(interval.entry)
                 loss = values["loss"]
+                saver.metrics = values
                 if log is not None:
                     log.write(done, values)
-                stop.agree()
+            stop.passed(done)
             progress.update(done, loss)
             if on_step is not None:
                 with interval.paused():
@@ -118,8 +119,8 @@ def run(
                 saver.save(done, state, interval)
         saver.save(done, state, interval)
         saver.wait()
-    if stop.now():
-        raise KeyboardInterrupt
+        if stop.ended():
+            raise Stopped(f"{title}, by {stop.asked} after step {done}, which is saved")
     return state
 
 
@@ -143,7 +144,7 @@ class _Interval:
         self._timed = 0
         self._waited = 0.0
 
-    def next(self, iterator: Iterator[Any], stop: "_Stop") -> Any:
+    def next(self, iterator: Iterator[Any], stop: Stop) -> Any:
         """The next batch; None where a signal to stop also ended the data (it reaches the loader's processes too)."""
         began = time.perf_counter()
         try:
@@ -216,6 +217,8 @@ class _Saver:
         self._checkpoints = checkpoints
         self._meta = meta
         self._saved = done
+        self.metrics: Mapping[str, float] = {}
+        """the newest entry of the log"""
 
     def check_start(self, steps: int) -> None:
         """Raise where the run cannot go on from here, before it costs anything."""
@@ -244,7 +247,7 @@ class _Saver:
             if (path := _not_finite(state)) is not None:
                 raise self._error(f"{path} is not finite after step {done}")
             if self._checkpoints is not None:
-                self._checkpoints.save(done, state, self._meta)
+                self._checkpoints.save(done, state, self._meta, metrics=self.metrics)
             self._saved = done
 
     def wait(self) -> None:
@@ -277,47 +280,6 @@ def _not_finite(state: Any) -> str | None:
     arrays = {path: leaf for path, leaf in trees.flatten(state).items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
     finite = jax.device_get({path: _finite(array) for path, array in arrays.items()})
     return next((path for path in arrays if not finite[path]), None)
-
-
-class _Stop:
-    """Whether a signal asked the run to stop, and whether that holds now."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._agreed = False
-
-    def now(self) -> bool:
-        """With several processes a signal holds when all know of it: each must take the same last step."""
-        return self.asked if jax.process_count() == 1 else self._agreed
-
-    def agree(self) -> None:
-        """Learn whether any process was asked to stop. All processes call this at the same step."""
-        if jax.process_count() > 1:
-            self._agreed = bool(np.any(multihost_utils.process_allgather(np.asarray(self.asked))))
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[_Stop]:
-    """Note the first SIGINT or SIGTERM, raise KeyboardInterrupt on the second; previous handlers come back.
-
-    Python only takes handlers in the main thread; in another one signals are the caller's.
-    """
-    stop = _Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def note(_signal: int, _frame: FrameType | None) -> None:
-        if stop.asked:
-            raise KeyboardInterrupt
-        stop.asked = True
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """A training in its folder: from its newest checkpoint, or from the start."""
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from dit_video.training import loop
 from dit_video.training.adversarial import Rival, make_adversarial_step
 from dit_video.training.autoencoder import AutoencoderLoss
 from dit_video.training.checkpoint import Checkpoints
+from dit_video.training.folder_lock import locked
+from dit_video.training.keeping import Keep
 from dit_video.training.logging import MetricsLog
 from dit_video.training.state import init_state, make_on_devices, shapes_on_devices
 from dit_video.training.step import Loss, OwnStep, StatefulLoss, Step, make_step
@@ -70,6 +73,10 @@ class Training:
     """what state and batches are laid out on"""
     begin: int = 0
     """The step that this is trained from: the last of an earlier stage, whose checkpoint it continues."""
+    keep: Keep = dataclasses.field(default_factory=Keep)
+    """which checkpoints stay"""
+    resolved: Any = None
+    """the whole config as JSON, which every checkpoint holds"""
 
     def run(self, batches: Callable[[int], Batches]) -> Any:
         """The state after `config.steps` steps.
@@ -78,15 +85,19 @@ class Training:
           batches: from a step on, counted from `begin`.
 
         Raises:
-          UserError: the data are others than those that the checkpoint was trained on.
+          UserError: the data are others than those that the checkpoint was trained on; another process is at it.
         """
+        with locked(self.folder):
+            return self._run(batches)
+
+    def _run(self, batches: Callable[[int], Batches]) -> Any:
         layout = functools.partial(shardings, mesh=self.mesh)
-        checkpoints = Checkpoints(self.folder / "checkpoints")
+        checkpoints = Checkpoints(self.folder / "checkpoints", keep=self.keep)
         meta: dict[str, Any] = {}
         if checkpoints.latest() is None and not self.begin:
             state = make_on_devices(self._begin, self.random_key, *self._given(), shardings=layout)
         else:
-            state, meta = checkpoints.restore(shapes_on_devices(self._begin, shardings=layout))
+            state, meta = checkpoints.restore(shapes_on_devices(self._begin, shardings=layout), config=self.resolved)
         if int(state.step) >= self.config.steps:
             return state
         done = int(state.step) - self.begin
@@ -110,7 +121,7 @@ class Training:
             checkpoints=checkpoints,
             log=MetricsLog(self.folder / "metrics.jsonl"),
             title=self.title,
-            meta={"plan": data.hash},
+            meta={"plan": data.hash, "config": self.resolved},
         )
 
     def _given(self) -> Iterator[dict[str, Any]]:
