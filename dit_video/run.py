@@ -72,7 +72,6 @@ from dit_video.training.logging import Progress, remark
 from dit_video.training.optimizer import make_optimizer
 from dit_video.training.state import on_host, state_shapes
 from dit_video.training.step import Loss, OwnStep
-from dit_video.training.trace import Profile
 
 FORMAT = 1
 CONFIG = "experiment.json"
@@ -224,7 +223,7 @@ class Run:
             experiment=self.experiment,
             folder=self.folder / "autoencoder",
             clips=lambda: self.training_clips,
-            profile=self._profile("autoencoder"),
+            profile=self.profile,
         )
 
     def train_autoencoder(self) -> dict[str, Any]:
@@ -350,13 +349,10 @@ class Run:
             autoencoder=self.train_autoencoder,
             pipeline=self._pipeline,
         )
-        arguments = {**trained.arguments(), **watched.arguments(), "profile": self._profile("denoiser")}
+        arguments = {**trained.arguments(), **watched.arguments(), "profile": self.profile}
         begin = self.begin or sum(stage.steps for stage in experiment.earlier)
         state = stages.train(experiment, folder, trained.init, trained.loss(loss), batches, begin=begin, **arguments)
         return state, trained
-
-    def _profile(self, part: str) -> Profile | None:
-        return None if self.profile is None else Profile(self.folder / part / "profile", *self.profile)
 
     def _pipeline(self, denoiser: dict[str, Any]) -> Pipeline:
         """Of the trained denoiser's weights."""

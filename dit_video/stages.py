@@ -46,6 +46,7 @@ def train(
     batches: Callable[[int], Batches | WindowBatches],
     *,
     begin: int = 0,
+    profile: tuple[int, int] | None = None,
     **given: Any,
 ) -> Any:
     """Train one of the two models from its newest checkpoint, or from `init`.
@@ -57,6 +58,7 @@ def train(
       loss: of them.
       batches: from a step on, counted from `begin`.
       begin: steps of earlier stages.
+      profile: the first and the last step that are traced.
       given: further arguments of `Training`.
 
     Raises:
@@ -77,6 +79,7 @@ def train(
         optimizer=make_optimizer(optimizer, steps=config.steps, begin=begin),
         ema_decay=config.ema_decay,
         begin=begin,
+        profile=None if profile is None else Profile(folder / "profile", *profile),
         config=loop.LoopConfig(
             steps=begin + config.steps,
             log_every=experiment.log_every,
@@ -99,8 +102,8 @@ class AutoencoderStage:
     """`autoencoder` of the run"""
     clips: Callable[[], ClipSource]
     """those that are trained on"""
-    profile: Profile | None = None
-    """steps that are traced"""
+    profile: tuple[int, int] | None = None
+    """the first and the last step that are traced"""
 
     def params(self) -> dict[str, Any]:
         """The averaged parameters of the trained autoencoder, with its latents' mean and deviation measured.
