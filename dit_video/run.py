@@ -10,7 +10,7 @@ from their checkpoints. So a run that was interrupted is continued by running th
     texts/                    its embeddings of the captions, where latents are not cached
     latents/                  what the denoiser is trained on, or a link to it
     denoiser/                 checkpoints, metrics.jsonl, rows.json (what an epoch holds), skipped.jsonl (steps that
-                              were not finite); as the config says snapshots/ (of averages), samples/, tensorboard/
+                              were not finite); snapshots/, samples/, tensorboard/, as the config says
     adapter.safetensors       the trained adapter, where one is trained, with our names
     pytorch_lora_weights.safetensors   the same of Wan, with diffusers' names
     transformer/              all weights of Wan, where these are trained, as diffusers reads them; of the second of two
@@ -86,7 +86,7 @@ class Run:
     command: str
     """what it was started with"""
     profile: tuple[int, int] | None = None
-    """the first and the last step that are traced, of the training that is made now"""
+    """the first and the last step that are traced"""
     stage: str = ""
     """which of the denoiser's earlier stages this is"""
     begin: int = 0
@@ -349,10 +349,9 @@ class Run:
             autoencoder=self.train_autoencoder,
             pipeline=self._pipeline,
         )
-        arguments = {**trained.arguments(), **watched.arguments(), "profile": self.profile}
         begin = self.begin or sum(stage.steps for stage in experiment.earlier)
-        state = stages.train(experiment, folder, trained.init, trained.loss(loss), batches, begin=begin, **arguments)
-        return state, trained
+        given = {**trained.arguments(), **watched.arguments(), "begin": begin, "profile": self.profile}
+        return stages.train(experiment, folder, trained.init, trained.loss(loss), batches, **given), trained
 
     def _pipeline(self, denoiser: dict[str, Any]) -> Pipeline:
         """Of the trained denoiser's weights."""
@@ -403,8 +402,8 @@ class Run:
         if (distillation := config.distillation) is not None:
             shapes = jax.eval_shape(lambda state: distillation.begin(state, optimizer), shapes)
         state, _ = checkpoints.restore(shapes)
-        folder = self.folder / "denoiser"
-        return self._pipeline(trained.whole(watching.averaged(state, config, folder, ema=ema, sigma_rel=sigma_rel)))
+        chosen = watching.averaged(state, config, self.folder / "denoiser", ema=ema, sigma_rel=sigma_rel)
+        return self._pipeline(trained.whole(chosen))
 
     def pipeline_config(self) -> PipelineConfig:
         """What the pipeline of this run is made of."""

@@ -139,7 +139,7 @@ def test_tokens_and_utilisation():
         one.segments[:tokens] = 1
         return jax.tree.map(lambda leaf: leaf[None], one)
 
-    meter = Meter(lambda batch: 1e9 * float((batch.segments > 0).sum()), peak=lambda _: 4e9)
+    meter = Meter(lambda batch: 1e9 * float((batch.segments > 0).sum()), peak=lambda devices: 4e9 * len(devices))
     for tokens in (6, 8):
         meter.note(rows(tokens))
     found = meter.figures({"step_seconds": 2.0})
