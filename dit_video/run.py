@@ -9,7 +9,8 @@ from their checkpoints. So a run that was interrupted is continued by running th
     text_encoder.json         the identity of a frozen text encoder
     texts/                    its embeddings of the captions, where latents are not cached
     latents/                  what the denoiser is trained on, or a link to it
-    denoiser/                 checkpoints, metrics.jsonl, rows.json (what an epoch holds)
+    denoiser/                 checkpoints, metrics.jsonl, rows.json (what an epoch holds), skipped.jsonl (steps that
+                              were not finite); as the config says snapshots/ (of averages), samples/, tensorboard/
     adapter.safetensors       the trained adapter, where one is trained, with our names
     pytorch_lora_weights.safetensors   the same of Wan, with diffusers' names
     transformer/              all weights of Wan, where these are trained, as diffusers reads them; of the second of two
@@ -28,7 +29,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dit_video import configs, feed, intake, results, stages
+from dit_video import configs, feed, intake, results, stages, watching
 from dit_video.autoencoder import LinearAutoencoder
 from dit_video.codec import Codec
 from dit_video.data.latents import INDEX as LATENTS
@@ -68,8 +69,9 @@ from dit_video.training.denoiser import DenoiserLoss
 from dit_video.training.distillation import distillation_loss
 from dit_video.training.logging import Progress, remark
 from dit_video.training.optimizer import make_optimizer
-from dit_video.training.state import state_shapes
+from dit_video.training.state import on_host, state_shapes
 from dit_video.training.step import Loss, OwnStep
+from dit_video.training.trace import Profile
 
 FORMAT = 1
 CONFIG = "experiment.json"
@@ -83,6 +85,8 @@ class Run:
     experiment: Experiment
     command: str
     """what it was started with"""
+    profile: tuple[int, int] | None = None
+    """the first and the last step that are traced, of the training that is made now"""
 
     @staticmethod
     def create(folder: str | Path, experiment: Experiment) -> "Run":
@@ -206,7 +210,10 @@ class Run:
     def autoencoder(self) -> AutoencoderStage:
         """Its autoencoder: trained if it isn't yet, or given."""
         return AutoencoderStage(
-            experiment=self.experiment, folder=self.folder / "autoencoder", clips=lambda: self.training_clips
+            experiment=self.experiment,
+            folder=self.folder / "autoencoder",
+            clips=lambda: self.training_clips,
+            profile=self._profile("autoencoder"),
         )
 
     def train_autoencoder(self) -> dict[str, Any]:
@@ -286,9 +293,9 @@ class Run:
             return opened
 
         trained = self._trained_denoiser()
-        folder, arguments = self.folder / "denoiser", trained.arguments()
+        folder, arguments = self.folder / "denoiser", trained.arguments() | self._watched(base, trained)
         state = stages.train(experiment, folder, trained.init, trained.loss(loss), batches, **arguments)
-        averaged = jax.device_get(state.ema)
+        averaged = on_host(state.ema)
         del state
         expert, _ = experts_of(config)
         if (adapter := trained.adapter(averaged)) is None:
@@ -296,6 +303,36 @@ class Run:
         else:
             results.save_adapter(self.folder, config.dit, adapter, trained.adapted or {}, expert=expert)
         return trained.whole(averaged)
+
+    def _watched(self, loss: DenoiserLoss, trained: TrainedDenoiser) -> dict[str, Any]:
+        """What is looked at while the denoiser is trained, as arguments of `Training`."""
+        monitoring, folder = self.experiment.monitoring, self.folder / "denoiser"
+        periodic = []
+        if monitoring.validate_every:
+            tokenizer, autoencoder = self._tokenizer(cache=self.folder / "texts"), self.train_autoencoder()
+            clips = self.held_out_clips
+            periodic.append(watching.validation(self.experiment, clips, tokenizer, autoencoder, loss, trained))
+        if monitoring.sample_every:
+            captions = [info.captions[0] for info in self.training_clips.infos if info.captions]
+
+            def pipeline(averaged: dict[str, Any]) -> Pipeline:
+                return self._pipeline(trained.whole(averaged))
+
+            periodic.append(watching.samples(folder / "samples", monitoring, captions, pipeline))
+        return {
+            "logs": watching.logs(monitoring, folder),
+            "periodic": tuple(periodic),
+            "work": watching.work_of(self.experiment.denoiser),
+            "profile": self._profile("denoiser"),
+        }
+
+    def _profile(self, part: str) -> Profile | None:
+        return None if self.profile is None else Profile(self.folder / part / "profile", *self.profile)
+
+    def _pipeline(self, denoiser: dict[str, Any]) -> Pipeline:
+        """Of the trained denoiser's weights."""
+        denoiser = with_other(self.experiment.denoiser, denoiser)
+        return Pipeline(self.pipeline_config(), autoencoder=self.train_autoencoder(), denoiser=denoiser)
 
     def _tokenizer(self, *, cache: Path | None = None) -> Tokenizer | FrozenEncoder:
         """Of the text encoder. The identity of a frozen one is kept, to know it without its weights."""
@@ -315,19 +352,21 @@ class Run:
 
     def export(self) -> Pipeline:
         """Write `pipeline/`, after training what is not trained yet: the autoencoder, on its latents the denoiser."""
-        denoiser = self.train_denoiser()  # first, as it takes memory, and makes the autoencoder that it needs
-        denoiser = with_other(self.experiment.denoiser, denoiser)
-        autoencoder = self.train_autoencoder()
-        pipeline = Pipeline(self.pipeline_config(), autoencoder=autoencoder, denoiser=denoiser)
+        pipeline = self._pipeline(self.train_denoiser())
         if not (self.folder / "pipeline").is_dir():
             pipeline.save(self.folder / "pipeline")
         return pipeline
 
-    def newest_pipeline(self) -> Pipeline:
+    def newest_pipeline(self, *, ema: float | None = None, sigma_rel: float | None = None) -> Pipeline:
         """The pipeline of the newest checkpoint of a run that need not be finished.
 
+        Args:
+          ema: of which average: by its decay, 0 for the weights themselves; that of the config's `ema_decay` if None.
+          sigma_rel: the relative width of an average that is put together from snapshots.
+
         Raises:
-          UserError: the denoiser has no checkpoint yet.
+          MissingError: there are no snapshots.
+          UserError: the denoiser has no checkpoint yet, or kept no such average.
         """
         config = self.experiment.denoiser
         checkpoints = Checkpoints(self.folder / "denoiser" / "checkpoints")
@@ -335,12 +374,12 @@ class Run:
             raise UserError(f"{self.folder} has no checkpoint of its denoiser yet; continue it with: {self.command}")
         trained = self._trained_denoiser()
         optimizer = make_optimizer(optimizer_of(config), steps=config.steps)
-        shapes = state_shapes(trained.init, optimizer)
+        shapes = state_shapes(trained.init, optimizer, averages=config.averages)
         if (distillation := config.distillation) is not None:
             shapes = jax.eval_shape(lambda state: distillation.begin(state, optimizer), shapes)
         state, _ = checkpoints.restore(shapes)
-        denoiser = with_other(config, trained.whole(jax.device_get(state.ema)))
-        return Pipeline(self.pipeline_config(), autoencoder=self.train_autoencoder(), denoiser=denoiser)
+        folder = self.folder / "denoiser"
+        return self._pipeline(trained.whole(watching.averaged(state, config, folder, ema=ema, sigma_rel=sigma_rel)))
 
     def pipeline_config(self) -> PipelineConfig:
         """What the pipeline of this run is made of."""

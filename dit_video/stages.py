@@ -19,14 +19,16 @@ from dit_video.data.source import ClipSource
 from dit_video.data.windows import Stretches, WindowBatches
 from dit_video.distributed import make_mesh
 from dit_video.encoding import latent_moments
-from dit_video.experiment import AutoencoderTraining, Experiment, GivenAutoencoder
+from dit_video.experiment import AutoencoderTraining, DenoiserTraining, Experiment, GivenAutoencoder
 from dit_video.nn import graph_of, init_params, param_shapes
 from dit_video.starting import given_autoencoder, given_params, loss_parts, optimizer_of
 from dit_video.training import loop, trainer
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.logging import remark
 from dit_video.training.optimizer import make_optimizer
+from dit_video.training.state import on_host
 from dit_video.training.step import Loss, OwnStep
+from dit_video.training.trace import Profile
 from dit_video.weights import load as load_weights
 from dit_video.weights import save as save_weights
 
@@ -61,6 +63,8 @@ def train(
     config = experiment.denoiser if name == "denoiser" else experiment.autoencoder
     assert not isinstance(config, GivenAutoencoder)  # which is not trained
     optimizer = config.optimizer if isinstance(config, AutoencoderTraining) else optimizer_of(config)
+    if isinstance(config, DenoiserTraining):
+        given |= {"accumulate": config.accumulate, "averages": config.averages}
     return trainer.Training(
         folder=folder,
         title=f"training the {name}",
@@ -69,7 +73,12 @@ def train(
         loss=loss,
         optimizer=make_optimizer(optimizer, steps=config.steps),
         ema_decay=config.ema_decay,
-        config=loop.LoopConfig(steps=config.steps, log_every=experiment.log_every, save_every=experiment.save_every),
+        config=loop.LoopConfig(
+            steps=config.steps,
+            log_every=experiment.log_every,
+            save_every=experiment.save_every,
+            most_skipped=experiment.most_skipped,
+        ),
         mesh=make_mesh(experiment.mesh),
         **given,
     ).run(batches)
@@ -84,6 +93,8 @@ class AutoencoderStage:
     """`autoencoder` of the run"""
     clips: Callable[[], ClipSource]
     """those that are trained on"""
+    profile: Profile | None = None
+    """steps that are traced"""
 
     def params(self) -> dict[str, Any]:
         """The averaged parameters of the trained autoencoder, with its latents' mean and deviation measured.
@@ -108,8 +119,9 @@ class AutoencoderStage:
             return params if linear is None else start_from_linear(params, linear)
 
         batches = functools.partial(self.windows, stretches, purpose="autoencoder")
-        state = train(experiment, self.folder, init, parts.pop("loss"), batches, start=start, **parts)
-        params = jax.device_get(state.ema)
+        given = {"start": start, "profile": self.profile}
+        state = train(experiment, self.folder, init, parts.pop("loss"), batches, **given, **parts)
+        params = on_host(state.ema)
         if config.optimizer.trains("normalizer/mean"):
             with contextlib.closing(self.windows(stretches, 0, "latent moments")) as windows:
                 mean, std = latent_moments(graph, params, itertools.islice(windows, _MOMENT_BATCHES))
