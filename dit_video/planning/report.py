@@ -1,7 +1,6 @@
 """What a plan says: a table, and the same as JSON."""
 
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,12 +8,11 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
-from dit_video.distributed import MeshConfig, check_denoiser, make_mesh
+from dit_video.distributed import MeshConfig, abstract_mesh, check_denoiser, make_mesh
 from dit_video.distributed.planner import (
     CompiledStep,
     Memory,
     Moved,
-    Step,
     Times,
     Topology,
     Work,
@@ -124,7 +122,8 @@ class Plan:
             yield f"    {name:<12} {_size(getattr(self.memory, name)):>10}"
         if self.device_peak is not None:
             yield f"    {'measured':<12} {_size(self.device_peak):>10}"
-        yield f"  operations     {self.model_flops / 1e12:,.4g} TFLOP of the model, {self.executed_flops / 1e12:,.4g} executed"
+        done = f"{self.model_flops / 1e12:,.4g} TFLOP of the model, {self.executed_flops / 1e12:,.4g} executed"
+        yield f"  operations     {done}"
         yield f"  memory traffic {_size(self.hbm_bytes)} on each device, {self.intensity:.0f} operations a byte"
         if self.unknown_loops:
             yield f"    {self.unknown_loops} loops that the data end are counted as one turn"
@@ -191,10 +190,7 @@ def mesh_for(experiment: Experiment, topology: Topology, config: MeshConfig, par
       UserError: axes that do not divide the devices; rows, heads or tokens that these do not divide.
     """
     devices, there = devices_of(topology)
-    if there:
-        mesh = make_mesh(config, devices)
-    else:
-        mesh = abstract_mesh(config, topology.chips)
+    mesh = make_mesh(config, devices) if there else abstract_mesh(config, topology.chips)
     if part != "autoencoder":
         denoiser = experiment.denoiser
         check_denoiser(
@@ -245,7 +241,9 @@ def plan_experiment(
         memory, fits, over = compiled.memory, compiled.over is None and compiled.memory.peak <= limit, compiled.over
     else:
         if planned.known is None:
-            raise UserError(f"an autoencoder is planned by compiling: run this where there are {topology}, or for a TPU")
+            raise UserError(
+                f"an autoencoder is planned by compiling: run this where there are {topology}, or for a TPU"
+            )
         compiled = None
         memory, work = estimate(planned.known, held(planned.arguments), planned.layer_bytes, dict(laid.shape))
         executed, hbm, moved = work.flops * devices * planned.turns, work.bytes * planned.turns, work.moved
@@ -281,14 +279,6 @@ def plan_experiment(
     )
 
 
-def abstract_mesh(config: MeshConfig, devices: int) -> Any:
-    """A mesh without devices: enough to lay shapes out on."""
-    from dit_video.distributed import AXES
-    from dit_video.distributed.mesh import sizes_of
-
-    return jax.sharding.AbstractMesh(sizes_of(config, devices), AXES)
-
-
 def _rows_of(planned: PlannedStep, part: Part) -> int:
     if part == "autoencoder":
         return int(planned.arguments[1].shape[0])
@@ -307,7 +297,7 @@ def _read(compiled: CompiledStep, planned: PlannedStep, devices: int) -> tuple[f
     program, known = compiled.program, planned.known
     if program is None:
         executed = float(known.executed * planned.turns if known is not None else planned.model_flops)
-        return executed, math.nan, ()
+        return executed, 0.0, ()
     executed = program.flops * devices
     if program.kernels and known is not None:
         executed += known.attention_executed * planned.turns

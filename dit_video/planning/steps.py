@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
+from dit_video.autoencoder import latent_grid
 from dit_video.data.windows import WindowConfig
 from dit_video.diffusion import SampleTimes, Watched
 from dit_video.distributed import batch_shardings, over_devices, row_shards, shardings
@@ -68,13 +69,15 @@ def clips_of(experiment: Experiment, count: int | None = None) -> list[int]:
     rows = experiment.denoiser.rows
     if count is not None:
         if not 1 <= count <= min(rows.segments, rows.tokens):
-            raise UserError(f"a row has room for {rows.segments} clips, {count} were asked for; give 1 or more, not more")
+            raise UserError(
+                f"a row has room for {rows.segments} clips, {count} were asked for; give 1 or more, not more"
+            )
         return [rows.tokens // count + (place < rows.tokens % count) for place in range(count)]
-    largest = min(experiment.largest_clip, rows.tokens)
+    multiple, stride = experiment.limits.multiple, experiment.autoencoder.model.stride
+    frames = latent_grid(Grid(experiment.data.max_frames, *multiple[1:]), stride).t
+    largest = min(frames * (experiment.data.max_pixels // (multiple.h * multiple.w)), rows.tokens)
     whole, rest = divmod(rows.tokens, largest)
     clips = [largest] * whole + [rest] * (rest > 0)
-    if len(clips) <= rows.segments:
-        return clips
     return clips[: rows.segments]
 
 
@@ -123,11 +126,14 @@ def _denoiser(experiment: Experiment, mesh: Mesh, clips: Sequence[int]) -> Plann
         init = lambda key: init_lora(weights, lora, key)  # noqa: E731
 
     def begin(key: Array) -> Any:
-        state = init_state(init(key), optimizer)
+        state = init_state(init(key), optimizer, averages=config.averages)
         return loss.begin(state, optimizer) if isinstance(loss, OwnStep) else state
 
     def step(state: Any, batch: Any, *constants: Any) -> Any:
-        make_it = loss.make_step if isinstance(loss, OwnStep) else functools.partial(make_step, loss)
+        if isinstance(loss, OwnStep):
+            make_it = loss.make_step
+        else:
+            make_it = functools.partial(make_step, loss, accumulate=config.accumulate)
         return make_it(optimizer, ema_decay=config.ema_decay, constants=constants)(state, batch)
 
     batch = _rows(config)
@@ -174,6 +180,11 @@ def _laid(shapes: PyTree, layouts: PyTree) -> PyTree:
     return jax.tree.map(
         lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout), shapes, layouts
     )
+
+
+def on_mesh(state: PyTree, mesh: Mesh | jax.sharding.AbstractMesh) -> PyTree:
+    """A state's shapes, laid out as a run lays them out."""
+    return _laid(state, shardings(state, mesh))
 
 
 def _known(config: DenoiserTraining, clips: Sequence[int], *, training: bool, copies: int = 1) -> Step:
@@ -227,7 +238,9 @@ def _sampler(experiment: Experiment, mesh: Mesh, clips: Sequence[int]) -> Planne
         _laid(params, shardings(params, mesh)),
         _laid_rows(state, mesh, config.batch),
         _laid_rows(batch, mesh, config.batch),
-        jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), jnp.asarray(leaf).dtype, sharding=whole), strength),
+        jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), jnp.asarray(leaf).dtype, sharding=whole), strength
+        ),
         SampleTimes(times, times),
         jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
     )

@@ -25,7 +25,7 @@ class Memory:
     other: int
     """what else lies in the state or is given to each step: the batch, frozen weights, codebooks"""
     activations: int
-    """what the forward pass keeps for the backward pass, layer by layer; where layers are no loop it is in `temporary`"""
+    """what the forward pass keeps for the backward pass; where layers are no loop, it is in `temporary`"""
     temporary: int
     """what lives while the step runs: gradients, gathered weights, the layer that is computed"""
     peak: int
@@ -124,7 +124,7 @@ def _part(path: str) -> str:
     names = path.split("/")
     if "opt_state" in names:
         return "optimizer"
-    if "ema" in names:
+    if "ema" in names or "averages" in names:
         return "ema"
     return "parameters" if "params" in names else "other"
 

@@ -1,15 +1,15 @@
 """What a transformer's training step needs on each device, counted without compiling: to choose what to compile."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dit_video.distributed.planner.compiled import Memory
 from dit_video.distributed.planner.hlo import Moved
 from dit_video.distributed.planner.roofline import Work
 
 _KERNEL_BACKWARD = 3.5
-"""Operations of attention's backward pass in kernels, in forward passes: of two kernels one has 3 products and the other
-4, as scores are computed again in both (arXiv 2205.14135); the forward pass has 2."""
+"""Operations of attention's backward pass in kernels, in forward passes: of two kernels one has 3 products, the other 4, as
+scores are computed again in both (arXiv 2205.14135); the forward pass has 2."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +33,14 @@ class Step:
     """whether attention keeps no scores"""
     training: bool = True
 
+    def resized(self, rows: int, remat: str) -> "Step":
+        """The same model on another number of rows, and with other recomputation."""
+        forward, attention = self.forward // self.rows * rows, self.attention // self.rows * rows
+        return replace(self, rows=rows, remat=remat, forward=forward, attention=attention)
+
     @property
     def again(self) -> bool:
-        """Whether layers are computed again in the backward pass; a policy that keeps some counts as if it kept none."""
+        """Whether layers are computed again in the backward pass; also where some results are kept."""
         return self.training and self.remat != "none"
 
     @property
@@ -90,9 +95,7 @@ def estimate(step: Step, parts: Mapping[str, int], layer_bytes: int, mesh: Mappi
     return memory, Work(flops=step.executed / devices, bytes=traffic, moved=moved)
 
 
-def _moved(
-    step: Step, parts: Mapping[str, int], layer_bytes: int, mesh: Mapping[str, int], local: int
-) -> list[Moved]:
+def _moved(step: Step, parts: Mapping[str, int], layer_bytes: int, mesh: Mapping[str, int], local: int) -> list[Moved]:
     """The collectives that there have to be, each device's share of their bytes."""
     fsdp, tensor, context, data = (mesh[name] for name in ("fsdp", "tensor", "context", "data"))
     passes = (3 if step.again else 2) if step.training else 1
@@ -112,7 +115,12 @@ def _moved(
             4 * passes * step.layers,
         ),
         # After attention and MLP, and where their input's gradients meet (arXiv 1909.08053, section 3).
-        Moved("all-reduce", ("tensor",), 2 * 3 * passes * step.layers * away(tensor) * values * 4, 3 * passes * step.layers),
+        Moved(
+            "all-reduce",
+            ("tensor",),
+            2 * 3 * passes * step.layers * away(tensor) * values * 4,
+            3 * passes * step.layers,
+        ),
     ]
     if step.training:
         found += [

@@ -236,7 +236,11 @@ def chip_of(device: Any) -> Chip | None:
 def peak_flops(devices: Sequence[Any]) -> float | None:
     """Peak operations a second, in bfloat16, of devices that run; None where they are not in the table."""
     chips = [chip_of(device) for device in devices]
-    return None if None in chips else sum(chip.flops / _share(device) for chip, device in zip(chips, devices, strict=True) if chip)
+    return (
+        None
+        if None in chips
+        else sum(chip.flops / _share(device) for chip, device in zip(chips, devices, strict=True) if chip)
+    )
 
 
 def _share(device: Any) -> int:

@@ -5,12 +5,14 @@ turns are in its `known_trip_count`, or the constant of its condition. Where nei
 one turn is counted and `Program.unknown_loops` says how many loops there are of this kind.
 """
 
-import functools
 import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
+
+from dit_video.distributed.planner.groups import axes_of, lists, replica_groups
+from dit_video.distributed.planner.products import convolution_flops, dot_flops
 
 _BYTES = {"pred": 1, "bf16": 2, "token": 0, "opaque": 0}
 _ARRAY = re.compile(r"\b(pred|bf16|token|opaque|[suf]\d+\w*|c\d+)\[([\d,]*)\](\{[^}]*\})?")
@@ -146,9 +148,12 @@ def _closing(text: str, start: int) -> int:
 
 
 _FREE = frozenset(
-    "parameter constant tuple get-tuple-element bitcast while conditional call after-all partition-id replica-id "
-    "opt-barrier async-start async-update async-done custom-call-start".split()
+    {
+        *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"),
+        *("while", "conditional", "call", "opt-barrier", "async-start", "async-update", "async-done"),
+    }
 )
+"""Instructions that read and write nothing themselves"""
 
 
 class _Reader:
@@ -169,9 +174,9 @@ class _Reader:
         if each.kind.endswith(("-done", "-update")):  # of what its start was counted for
             return
         if each.kind == "dot":
-            self.found.flops += times * _dot(each, computation)
+            self.found.flops += times * dot_flops(each, computation)
         elif each.kind == "convolution":
-            self.found.flops += times * _convolution(each, computation)
+            self.found.flops += times * convolution_flops(each, computation)
         elif each.kind == "custom-call" and "tpu_custom_call" in each.rest:
             self.found.kernels += times
         self._collective(each, computation, times)
@@ -226,7 +231,7 @@ class _Reader:
         sources = [computation[name] for name in each.operands if name in computation]
         given = sum(shape.bytes for source in sources for shape in source.shapes)
         if kind == "collective-permute":
-            pairs = _lists(each.rest, "source_target_pairs")
+            pairs = lists(each.rest, "source_target_pairs")
             group = next((pair for pair in pairs if pair[0] != pair[1]), [])
             share = 1.0
         else:
@@ -298,109 +303,3 @@ def _stacked(computations: dict[str, Computation], body: str, turns: int) -> flo
         if any(part.kind == "dynamic-update-slice" for part in inner.values()):
             total += sum(shape.bytes for shape in each.shapes)
     return total
-
-
-def _lists(text: str, name: str) -> list[list[int]]:
-    found = re.search(name + r"=\{(\{.*?\})\}", text)
-    return [] if found is None else [[int(n) for n in part.split(",") if n] for part in re.findall(r"\{([^}]*)\}", found[1])]
-
-
-def replica_groups(text: str, devices: int) -> list[list[int]]:
-    """The groups of devices among which a collective works: `{{0,1},{2,3}}`; or `[2,2]<=[2,2]T(1,0)`, an array of all
-    devices, transposed and cut into rows; or `mesh['a'=2,'b'=2] {'b'}`, an array with names for its axes."""
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
-        return [_along(named[1], named[2])]
-    compact = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
-    if compact is None:
-        return _lists(text, "replica_groups") or [list(range(devices))]
-    rows, length, sizes = int(compact[1]), int(compact[2]), [int(size) for size in compact[3].split(",")]
-    order = [int(axis) for axis in compact[4].split(",")] if compact[4] else list(range(len(sizes)))
-    steps = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
-    ids = [0]
-    for axis in order:
-        ids = [first + place * steps[axis] for first in ids for place in range(sizes[axis])]
-    return [ids[row * length : (row + 1) * length] for row in range(rows)]
-
-
-def _along(mesh: str, axes: str) -> list[int]:
-    """The first group along some axes of a mesh such as `'a'=2,'b'=8`; `'b':(2)4` is a part of an axis: 4 places, with 2
-    before it and what is left of its size behind."""
-    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
-    ids, behind = [0], math.prod(sizes.values())
-    for name, size in sizes.items():
-        behind //= size
-        part = re.search(rf"'{re.escape(name)}'(?::\((\d+)\)(\d+))?", axes)
-        if part is None:
-            continue
-        before, places = (int(part[1]), int(part[2])) if part[1] else (1, size)
-        step = behind * size // (before * places)
-        ids = [first + place * step for first in ids for place in range(places)]
-    return ids
-
-
-def axes_of(group: list[int], mesh: dict[str, int], *, permuted: bool = False) -> tuple[str, ...]:
-    """The axes of the mesh along which devices of a group lie; `('part of', …)` where they are not all along them."""
-    sizes = list(mesh.values())
-    steps = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
-    places = [[device // step % size for step, size in zip(steps, sizes, strict=True)] for device in group]
-    axes = tuple(name for axis, name in enumerate(mesh) if len({place[axis] for place in places}) > 1)
-    whole = math.prod(mesh[name] for name in axes) == len(group)
-    return axes if whole or permuted else ("part of", *axes)
-
-
-def _dot(each: Instruction, computation: Computation) -> float:
-    left = computation.get(each.operands[0])
-    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", each.rest)
-    if left is None or contracted is None:
-        return 0
-    sizes = left.shapes[0].sizes
-    return 2 * each.shapes[0].values * math.prod(sizes[int(axis)] for axis in contracted[1].split(",") if axis)
-
-
-def _convolution(each: Instruction, computation: Computation) -> float:
-    """TPU programs have matrix products in this form, those of a batch with the batch as a dilated window."""
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", each.rest)
-    left, right = (computation.get(name) for name in each.operands[:2])
-    if labels is None or left is None or right is None:
-        return 0
-    window = re.search(r"window=\{([^}]*)\}", each.rest)
-    options = dict(part.split("=") for part in window[1].split()) if window else {}
-    spatial = sorted(label for label in labels[1] if label.isdigit())
-
-    def option(name: str, place: int, default: str) -> str:
-        return options[name].split("x")[place] if name in options else default
-
-    taps = 1
-    for place, label in enumerate(spatial):
-        low = int(option("pad", place, "0_0").split("_")[0])
-        taps *= _taps(
-            left.shapes[0].sizes[labels[1].index(label)],
-            right.shapes[0].sizes[labels[2].index(label)],
-            each.shapes[0].sizes[labels[3].index(label)],
-            (low, *(int(option(name, place, "1")) for name in ("stride", "lhs_dilate", "rhs_dilate"))),
-        )
-    groups = re.search(r"batch_group_count=(\d+)", each.rest)
-    batch = each.shapes[0].sizes[labels[3].index("b")]
-    values = right.shapes[0].sizes
-    outputs, inputs = values[labels[2].index("o")], values[labels[2].index("i")]
-    return 2 * taps * batch * outputs * inputs / (int(groups[1]) if groups else 1)
-
-
-@functools.lru_cache(maxsize=4096)
-def _taps(given: int, kernel: int, made: int, window: tuple[int, int, int, int]) -> int:
-    """How many products one spatial axis has: pairs of an output and a weight that meet an input, no padding or hole."""
-    low, stride, dilated, spread = window
-    last = (given - 1) * dilated
-    total = 0
-    for weight in range(kernel):
-        first = weight * spread - low
-        if dilated == 1:  # all outputs from the first to the last inside
-            begin, end = max(0, -(-(-first) // stride)), min(made - 1, (last - first) // stride)
-            total += max(0, end - begin + 1)
-        else:
-            total += sum(
-                0 <= (at := output * stride + first) <= last and at % dilated == 0 for output in range(made)
-            )
-    return total
-
-
