@@ -1,6 +1,6 @@
 """Whether a model and its batches fit a mesh: asked before anything is computed."""
 
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from dit_video.distributed.context import check_ring, check_ulysses
 from dit_video.distributed.mesh import ContextAttention
@@ -10,7 +10,7 @@ from dit_video.errors import UserError
 
 
 def check_denoiser(
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     dit: DitConfig | WanDitConfig,
     *,
     rows: int,

@@ -58,7 +58,6 @@ ATTENTION = """
     segments = np.asarray([[1] * 22 + [2] * 22] * 2, np.int32)
     v = v.at[:, :22].set(jnp.nan)
     mesh = make_mesh(MeshConfig(data=4, context=2))
-    apart = jnp.concatenate([x for x in (q, k, v)], axis=0)
     rows = jnp.tile(jnp.asarray(segments), (2, 1))
     four = [jnp.concatenate([x, x]) for x in (q, k, v)]
     out = jax.jit(OverDevices(mesh, Ring("context", 2, Full(), 32), "ring"))(*four, Tokens.among(rows))
@@ -154,7 +153,7 @@ FITS = {"rows": 4, "tokens": 64}
 @pytest.mark.parametrize(
     ("fields", "batch", "way", "message"),
     [
-        ({}, {"rows": 3}, "ring", "a batch has 3 rows, which data x fsdp=2 devices do not divide; .* of 1, 3, or 4 rows"),
+        ({}, {"rows": 3}, "ring", "a batch has 3 rows, which data x fsdp=2 .* do not divide; .* of 1, 3, or 4 rows"),
         ({"heads": 6, "width": 96}, {}, "ring", "6 heads, which tensor=4 .* of 1, 2, 3, 6, or 8 heads"),
         ({"mlp_ratio": 0.65625}, {}, "ring", "42 hidden values, which tensor=4"),
         ({}, {"tokens": 66}, "ring", "66 tokens, which context=4 .* or 68 tokens"),
