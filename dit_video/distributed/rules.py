@@ -57,7 +57,7 @@ class ShardingRules:
 DEFAULT_RULES = ShardingRules()
 
 
-def shardings(tree: Any, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Any:
+def shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: ShardingRules = DEFAULT_RULES) -> Any:
     """The layout of every leaf (anything with a `shape`), as a tree of `NamedSharding`.
 
     Raises:
@@ -170,7 +170,9 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(placed, batch, layouts)
 
 
-def _by_rule(path: str, shape: tuple[int, ...], pattern: str, axes: tuple[Axis, ...], mesh: Mesh) -> PartitionSpec:
+def _by_rule(
+    path: str, shape: tuple[int, ...], pattern: str, axes: tuple[Axis, ...], mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
     if len(axes) > len(shape):
         raise UserError(
             f"sharding rule {pattern!r} has {len(axes)} axes, {path} has {len(shape)}; "
@@ -191,7 +193,7 @@ def _by_rule(path: str, shape: tuple[int, ...], pattern: str, axes: tuple[Axis, 
     return PartitionSpec(*(None,) * (len(shape) - len(axes)), *axes)
 
 
-def _by_default(path: str, shape: tuple[int, ...], mesh: Mesh, rules: ShardingRules) -> PartitionSpec:
+def _by_default(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rules: ShardingRules) -> PartitionSpec:
     if math.prod(shape) < rules.minimum:
         return PartitionSpec()
     first = 1 if re.search(rules.stacked, path) else 0

@@ -5,13 +5,16 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from devices import check_on_eight_devices, run_together
-from dit_video.distributed import MeshConfig, check_denoiser, over_devices
+from dit_video import tree as trees
+from dit_video.distributed import MeshConfig, ShardingRules, check_denoiser, over_devices, shardings
 from dit_video.dit import DitConfig, WanDitConfig
 from dit_video.errors import UserError
-from dit_video.nn import graph_of
+from dit_video.nn import graph_of, param_shapes
 from dit_video.nn.attention import Dense, Full, SlidingWindow, Tokens
 from dit_video.nn.attention.chunked import attend_part, part_gradients
 
@@ -65,6 +68,40 @@ ATTENTION = """
     print("done")
 """
 
+BYTES = """
+    import jax, jax.numpy as jnp
+    from dit_video.distributed import MeshConfig, OverDevices, Ring, make_mesh
+    from dit_video.distributed.planner import read_program
+    from dit_video.nn.attention import Chunked, Full, Tokens
+    from jax.sharding import NamedSharding, PartitionSpec as P
+
+    ranks, length, heads, width, size = 8, 512, 8, 16, 4
+    mesh = make_mesh(MeshConfig(data=1, context=ranks))  # in float32: the backend for CPUs moves bfloat16 as that
+    split = NamedSharding(mesh, P(None, "context"))
+    shape = jax.ShapeDtypeStruct((1, length, heads, width), jnp.float32, sharding=split)
+    ids = jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=NamedSharding(mesh, P()))
+    values = length // ranks * heads * width
+    least = {
+        # q, k, v and the result, and the gradients of each: all but a device's own part of them.
+        "ulysses": 8 * (ranks - 1) / ranks * values * size,
+        # Keys and values twice, to every device that does not have them; their gradients in float32.
+        "ring": (ranks - 1) * (2 * 2 * size + 2 * 4) * values,
+    }
+    for way, local in (("ulysses", Chunked(chunk=64)), ("ring", Ring("context", ranks, Full(), 64))):
+        attention = OverDevices(mesh, local, way)
+
+        def gradients(q, k, v, d_out, ids):
+            out, back = jax.vjp(lambda q, k, v: attention(q, k, v, Tokens.among(ids)), q, k, v)
+            return out, back(d_out)
+
+        lowered = jax.jit(gradients, out_shardings=(split, (split,) * 3)).lower(shape, shape, shape, shape, ids)
+        moved = read_program(lowered.compile().as_text(), dict(mesh.shape)).moved
+        found = sum(part.bytes for part in moved.values())
+        print(way, {key: part.bytes for key, part in moved.items()}, found / least[way])
+        assert 1 <= found / least[way] <= 1.1, (way, found / least[way], moved)
+    print("done")
+"""
+
 TRAIN = """
     import ast, sys
     import jax
@@ -88,6 +125,12 @@ TRAIN = """
 
 def test_attention_over_devices_is_that_of_one():
     check_on_eight_devices(ATTENTION)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
+def test_context_moves_what_it_must():
+    check_on_eight_devices(BYTES)
 
 
 def test_a_mesh_of_all_axes_trains_as_one_device():
@@ -172,6 +215,25 @@ def test_what_fits_a_mesh_passes():
     check_denoiser(MESH, dit, **FITS, context_attention="ring")
     wan = WanDitConfig(width=128, hidden_width=64, heads=16)
     check_denoiser(MESH, wan, **FITS, context_attention="ulysses")
+
+
+def test_heads_and_hidden_widths_are_split_and_moments_follow():
+    fits = ShardingRules(minimum=1)
+    dit = DitConfig(channels=1, context_width=8, width=64, heads=8, layers=2)
+    shapes = jax.eval_shape(optax.adam(1e-3).init, param_shapes(dit.make))
+    moments = trees.flatten(shardings(shapes, MESH, fits))
+    expected = {
+        "blocks/qkv/kernel": P(None, "tensor", "fsdp"),  # laid by heads where it is used
+        "blocks/cross_query/kernel": P(None, "fsdp", "tensor"),
+        "blocks/cross_query/bias": P(None, "tensor"),
+        "blocks/out/kernel": P(None, "tensor", "fsdp"),
+        "blocks/up/kernel": P(None, "fsdp", "tensor"),
+        "blocks/down/kernel": P(None, "tensor", "fsdp"),
+    }
+    assert {path: moments[f"0/mu/{path}"].spec for path in expected} == expected
+    wan = trees.flatten(shardings(param_shapes(WanDitConfig(width=64, heads=8).make), MESH, fits))
+    assert wan["blocks/query/kernel"].spec == wan["blocks/cross_value/kernel"].spec == P(None, "fsdp", "tensor")
+    assert wan["blocks/cross_out/kernel"].spec == P(None, "tensor", "fsdp")
 
 
 def test_one_device_computes_with_the_model_as_it_is():
