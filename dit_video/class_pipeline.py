@@ -73,18 +73,19 @@ def load_class_pipeline(folder: str | os.PathLike, *, dtype: Dtype = "float32", 
         kernels=jnp.dtype(dtype),
         place=lambda path, parameter: put(f"dit/{path}", parameter),
     )
-    if not isinstance(dit, DitConfig) or dit.labels is None or not isinstance(dit.added_position, ImageSineCosine):
+    position = dit.added_position if isinstance(dit, DitConfig) else None
+    if not isinstance(dit, DitConfig) or dit.labels is None or not isinstance(position, ImageSineCosine):
         raise UserError(f"{folder / 'transformer'} holds no DiT of classes, which a pipeline of {CLASS} has")
     autoencoder, autoencoder_params = load_autoencoder(folder / "vae")
     if autoencoder.channels != dit.channels:
         raise UserError(f"{folder}: the transformer has {dit.channels} channels, the vae {autoencoder.channels}")
     schedule = load_scheduler(folder / "scheduler") if (folder / "scheduler").is_dir() else _of_its_authors(dit)
+    side, stride, classes = position.side, autoencoder.stride, dit.labels.classes
     dit, prediction = _predicted(folder, replace(dit, dtype=dtype), schedule)
-    side, stride = dit.added_position.side, autoencoder.stride
     config = PipelineConfig(
         autoencoder=autoencoder,
         dit=dit,
-        text=ClassNamesConfig(classes=dit.labels.classes, names=_names(index.get("id2label"), dit.labels.classes)),
+        text=ClassNamesConfig(classes=classes, names=_names(index.get("id2label"), classes)),
         process=schedule.process,
         prediction=prediction,
         rows=None,

@@ -243,10 +243,10 @@ class _Projection(NamedTuple):
         With the past comes that of the next step. Of pure noise some predictions say nothing of the data: there the
         difference is all there is, and isn't remembered.
         """
-        if past is not None:
+        if past is not None and self.momentum is not None:
             determinant = self.prediction.determinant(self.process, time)
             of_data = jnp.where(jnp.abs(determinant) > LEAST_ALPHA, self.process.sigma(time) / determinant, 0.0)
-            past = of_data * step + self.momentum * past
+            past = of_data * step + jnp.asarray(self.momentum) * past
             step = jnp.where(of_data == 0, step, past / jnp.where(of_data == 0, 1.0, of_data))
         x = noisy / self.process.input_scale(time)
         data = Prediction.estimate(self.prediction, self.process, x, predicted, time).data  # of values alone
