@@ -25,6 +25,7 @@ from dit_video.evaluation.kinds import CaptionEvaluation, Evaluation
 from dit_video.features.lpips import SMALLEST as LPIPS_SMALLEST
 from dit_video.generation import Sampling
 from dit_video.nn import LoraConfig
+from dit_video.pipeline_config import check_classes
 from dit_video.text import ByteEncoderConfig, TextConfig
 from dit_video.tokens import Grid, RowShape
 from dit_video.training.codebook import CodebookLearning
@@ -258,6 +259,7 @@ class Experiment:
                 f"the denoiser takes {denoiser.dit.channels} channels, the autoencoder makes {model.channels}; "
                 f"set dit channels={model.channels}"
             )
+        check_classes(denoiser.text, denoiser.dit)
         if denoiser.dit.context_width != denoiser.text.width:
             raise UserError(
                 f"the denoiser takes context of width {denoiser.dit.context_width}, the text encoder makes "

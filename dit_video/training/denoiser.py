@@ -26,7 +26,7 @@ class DenoiserLoss:
 
     The metrics are `padding`, the share of tokens that are no clip's, and `masked`, the share of clips that could not
     be read and do not count. Parameters are `{"dit": ..., "text": ...}`: the text encoder is trained with the denoiser,
-    unless it is a frozen one, which has none: then rows hold its embeddings.
+    unless it is a frozen one, which has none: then rows hold its embeddings; or captions are classes (`ClassNames`).
     """
 
     dit: nnx.GraphDef
@@ -65,7 +65,7 @@ class DenoiserLoss:
             context=context.values,
             context_segments=context.segments,
             count=count,
-            given=_given(dit.config, rows, known),
+            given=_given(dit.config, rows, known)._replace(labels=context.classes(count)),
         )
         clean = known if dit.config.time == "token" else None
         data, time = jnp.asarray(rows.tokens), self.token_times(rows, step)
