@@ -18,6 +18,7 @@ from dit_video.data.loader import Batches
 from dit_video.data.source import ClipSource
 from dit_video.data.windows import Stretches, WindowBatches
 from dit_video.distributed import make_mesh
+from dit_video.distributed.processes import fetch
 from dit_video.encoding import latent_moments
 from dit_video.experiment import AutoencoderTraining, Experiment, GivenAutoencoder
 from dit_video.nn import graph_of, init_params, param_shapes
@@ -111,7 +112,7 @@ class AutoencoderStage:
 
         batches = functools.partial(self.windows, stretches, purpose="autoencoder")
         state = train(experiment, self.folder, init, parts.pop("loss"), batches, start=start, **parts)
-        params = jax.device_get(state.ema)
+        params = fetch(state.ema)
         if config.optimizer.trains("normalizer/mean"):
             with contextlib.closing(self.windows(stretches, 0, "latent moments")) as windows:
                 mean, std = latent_moments(graph, params, itertools.islice(windows, _MOMENT_BATCHES))
@@ -131,8 +132,9 @@ class AutoencoderStage:
             tuple(dataclasses.replace(window, augment=augment and window.augment) for window in training.windows),
             seed=int(rng.host(self.experiment.seed, purpose).integers(2**31)),
             start_step=start,
-            host=jax.process_index(),
-            hosts=jax.process_count(),
+            # What is measured is measured on whole batches, by each process: all have to find the same.
+            host=jax.process_index() if purpose == "autoencoder" else 0,
+            hosts=jax.process_count() if purpose == "autoencoder" else 1,
         )
         if purpose == "autoencoder" and opened.left_out:
             remark(f"{len(opened.left_out)} clips have no room for a window of the autoencoder's training")

@@ -17,8 +17,9 @@ from types import FrameType
 
 import jax
 
+from dit_video.distributed.peers import count_step
 from dit_video.distributed.store import Store
-from dit_video.errors import Stopped
+from dit_video.errors import TRY_AGAIN, Stopped
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _POLL = 0.25
@@ -27,9 +28,6 @@ _AGREEMENT = 60.0
 """seconds to wait for the other processes' answers, which their threads give at once"""
 _END = 3600.0
 """Seconds in which all processes end a run that all have saved; `distributed.peers` finds those that never do."""
-TOO_LATE = 75
-"""The exit code where saving took longer than it may: of `sysexits.h`, to try again."""
-
 _numbers = itertools.count()
 
 
@@ -81,6 +79,7 @@ class StopTogether(Stop):
         return self._holds
 
     def passed(self, done: int) -> None:
+        count_step()
         with self._lock:  # which is held while the processes agree
             if self._last is None:
                 self._bound = done + 1
@@ -136,7 +135,7 @@ def signals(done: int, *, within: float) -> Iterator[Stop]:
     Args:
       done: how many steps are done at the start.
       within: seconds after the first signal in which the block has to end, else the process does, with exit code
-        `TOO_LATE`: where a step or a disk hangs, the machine is not waited for until somebody takes it away.
+        `TRY_AGAIN`: where a step or a disk hangs, the machine is not waited for until somebody takes it away.
     """
     stop = Stop() if jax.process_count() == 1 else StopTogether(done)
     limit: list[threading.Timer] = []
@@ -190,4 +189,4 @@ def _too_late(name: str, within: float) -> None:
         file=sys.stderr,
         flush=True,
     )
-    os._exit(TOO_LATE)
+    os._exit(TRY_AGAIN)
