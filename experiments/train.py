@@ -10,6 +10,7 @@ Started as several processes, on one host or many (see experiments/launch), it i
 stops when the autoencoder is trained and reports that; the same command without it goes on from there.
 """
 
+import dataclasses
 import importlib.util
 import sys
 import time
@@ -47,6 +48,9 @@ class Arguments:
     """the run's folder; runs/NAME by default"""
     autoencoder_only: bool = False
     """stop when the autoencoder is trained, and report what it makes of the held-out clips; without it, go on"""
+    profile: tuple[int, int] | None = None
+    """the first and the last step that are traced for XProf and TensorBoard, such as --profile 10 12, of the denoiser
+    (of the autoencoder with --autoencoder-only); the trace is in WORKDIR/denoiser/profile"""
     cache: bool = True
     """whether compiled programs are kept for the next start, in ~/.cache/dit_video/programs"""
     stopped_code: int = 0
@@ -80,7 +84,7 @@ def main() -> None:
     Stopped.code = arguments.stopped_code
     with terminable(), joined(config, code=code_version(), patience=arguments.patience), locked(workdir):
         with first_goes_first():
-            run = Run.create(workdir, arguments.experiment)
+            run = dataclasses.replace(Run.create(workdir, arguments.experiment), profile=arguments.profile)
         if arguments.autoencoder_only:
             metrics = train_autoencoder(run, arguments.data)
         else:

@@ -28,6 +28,7 @@ LEVELS = {
         "run",
         "starting",
         "stages",
+        "watching",
         "results",
         "finetuning",
         "distilling",

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 
 from dit_video.distributed.peers import Patience, Peers
 from dit_video.distributed.store import Store
@@ -127,13 +126,6 @@ def first_goes_first() -> Iterator[None]:
     yield
     if jax.process_index() == 0:
         turn.write("done", "")
-
-
-def fetch(tree: Any) -> Any:
-    """The arrays of a tree on this host, whole, also where other processes hold parts of them; all call it together."""
-    if all(leaf.is_fully_addressable or leaf.is_fully_replicated for leaf in jax.tree.leaves(tree)):
-        return jax.device_get(tree)
-    return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def _connect(place: Place, patience: Patience) -> None:

@@ -172,7 +172,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("dit_video.training.loop.time", clock)
+    monkeypatch.setattr("dit_video.training.interval.time", clock)
     return clock
 
 
