@@ -40,7 +40,6 @@ from dit_video.data.places import Address
 from dit_video.data.sizes import fit
 from dit_video.data.source import ClipSource
 from dit_video.distributed import make_mesh, row_shards
-from dit_video.distributed.processes import first_goes_first
 from dit_video.encoding import (
     Augmentations,
     Encoding,
@@ -69,7 +68,6 @@ from dit_video.text_encoder import FrozenEncoder, check_width, open_tokenizer
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.denoiser import DenoiserLoss
 from dit_video.training.distillation import distillation_loss
-from dit_video.training.folder_lock import LOCK
 from dit_video.training.logging import Progress, remark
 from dit_video.training.optimizer import make_optimizer
 from dit_video.training.state import on_host, state_shapes
@@ -115,7 +113,7 @@ class Run:
             return run._written()  # nothing was trained yet: a start that failed can be corrected
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file; a run needs a folder of its own")
-        if folder.is_dir() and any(entry.name not in ("clips", LOCK) for entry in folder.iterdir()):
+        if folder.is_dir() and any(entry.name != "clips" and entry.name[0] != "." for entry in folder.iterdir()):
             raise UserError(f"{folder} is not empty and holds no run; use another folder")
         return run._written()
 
@@ -185,8 +183,7 @@ class Run:
 
     def take(self, *clips: Address) -> None:
         """Ingest folders of clips, and link to data sets that are ingested already; see `intake.take`."""
-        with first_goes_first():
-            intake.take(self.folder / "data", clips, weights=self.experiment.data.weights)
+        intake.take(self.folder / "data", clips, weights=self.experiment.data.weights)
 
     def keep_latents(self, destination: Address) -> None:
         """Have the cached latents elsewhere: a folder or an address, which need not hold any yet.
@@ -301,8 +298,6 @@ class Run:
         del state
         config = self.experiment.denoiser
         expert, _ = experts_of(config)
-        if jax.process_index() != 0:  # one writes for all
-            return trained.whole(averaged)
         if (adapter := trained.adapter(averaged)) is None:
             results.save_transformer(self.folder, config.dit, averaged, expert=expert)
         else:
