@@ -252,7 +252,7 @@ def _place(folder: str | os.PathLike) -> Path:
     try:
         place = epath.Path(str(folder))
         place.exists()
-    except (ImportError, NotImplementedError, ValueError) as error:
+    except (ImportError, KeyError, NotImplementedError, ValueError) as error:
         raise UserError(
             f"{folder} cannot be opened ({_line(error)}); install what reads such addresses, such as gcsfs for gs://, "
             "or use a folder"
