@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 import jax
 
@@ -139,7 +140,8 @@ def signals(done: int, *, within: float) -> Iterator[Stop]:
     """
     stop = Stop() if jax.process_count() == 1 else StopTogether(done)
     limit: list[threading.Timer] = []
-    previous, came = {}, []
+    previous: dict[signal.Signals, Any] = {}
+    came: list[int] = []
 
     def note(number: int, _frame: FrameType | None) -> None:
         if came:
