@@ -91,6 +91,8 @@ class Peers:
         self._read: dict[str, str] = {}
         self._answered = time.monotonic()
         self._over = threading.Event()
+        self._failed = False
+        """whether this process ends with an error of its own, which is for itself to tell"""
         self._ending = threading.Lock()
         self._pause = min(1.0, patience.silent / 10)
         self._guard: subprocess.Popen | None = None
@@ -167,6 +169,7 @@ class Peers:
                 self._store.write(f"trouble/{self._me}", "")
                 with contextlib.suppress(TimeoutError):
                     self._store.wait_for({f"trouble/{name}" for name in names}, self._patience.silent + 2 * _GRACE)
+            self._failed = True
             self._store.write(f"left/{self._me}", f"{type(error).__name__}: {error}")
             self._store.wait_for({f"left/{name}" for name in names}, 2 * _GRACE)
             return  # all have ended, with errors of their own
@@ -215,6 +218,8 @@ class Peers:
     def _verdict(self, now: float) -> str:
         """What is wrong with another process; empty where nothing is."""
         read, silent = self._read, self._patience.silent
+        if self._failed:
+            return ""
         if "verdict" in read:
             return read["verdict"]
         present = [index for index in self._seen if f"left/{index}" not in read]

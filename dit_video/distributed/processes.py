@@ -16,6 +16,7 @@ import math
 import os
 import socket
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,8 +26,10 @@ import jax
 
 from dit_video.distributed.peers import Patience, Peers
 from dit_video.distributed.store import Store
-from dit_video.errors import UserError
+from dit_video.errors import TRY_AGAIN, UserError
 
+_SPARE = 60
+"""seconds by which JAX waits longer than we do"""
 _NAMES = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
 
 
@@ -135,20 +138,35 @@ def _connect(place: Place, patience: Patience) -> None:
     if place.address is not None:
         given = {"coordinator_address": place.address, "num_processes": place.count, "process_id": place.index}
         given["cluster_detection_method"] = "deactivate"
+    # JAX ends the process when its own time is over, without a word on what is to be done.
+    limit = threading.Timer(patience.start, _nobody, (place, patience))
+    limit.daemon = True
+    limit.start()
     try:
         jax.distributed.initialize(
             **given,
-            initialization_timeout=math.ceil(patience.start),
+            initialization_timeout=math.ceil(patience.start) + _SPARE,
             # `Peers` is to be first, for it names who is lost; then JAX's own watch ends the process.
             heartbeat_timeout_seconds=math.ceil(3 * patience.silent),
             shutdown_timeout_seconds=math.ceil(patience.silent),
         )
     except Exception as error:  # of the connection; of JAX's many kinds
         line = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"the {place.count} processes of the run did not find each other within {patience.start:g} s ({line}); "
-            f"start all of them, and see that {place.address or 'the first'} can be reached"
-        ) from error
+        raise UserError(f"{_not_found(place, patience)} ({line})") from error
+    finally:
+        limit.cancel()
+
+
+def _not_found(place: Place, patience: Patience) -> str:
+    return (
+        f"the {place.count} processes of the run did not find each other within {patience.start:g} s; start all of "
+        f"them, and see that {place.address or 'the first'} can be reached"
+    )
+
+
+def _nobody(place: Place, patience: Patience) -> None:
+    print(f"error: {_not_found(place, patience)}", file=sys.stderr, flush=True)
+    os._exit(TRY_AGAIN)
 
 
 def _told(place: Place) -> str:

@@ -206,5 +206,5 @@ def test_a_lost_process_is_named_in_time(how):
 def test_one_that_never_comes():
     process = start(0, _free_port(), "", START=5)
     ((code, _, err),) = ends([process])
-    assert code == 2, err
+    assert code == TRY_AGAIN, err
     assert "error: the 2 processes of the run did not find each other within 5 s" in err
