@@ -6,7 +6,7 @@ import pytest
 
 from devices import check_on_eight_devices, run_together
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 
 SHARED = """
     import importlib.util, sys
