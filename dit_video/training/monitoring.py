@@ -2,6 +2,7 @@
 
 import math
 import os
+import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +93,9 @@ class TensorBoard:
     def resume(self, step: int) -> None:
         """Later entries that were written before are told to be void."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._writer = self._make(str(self._folder), purge_step=step + 1 if step else None)
+        # Of its own files it tells two of one second apart by nothing else.
+        suffix = f".{uuid.uuid4().hex[:8]}"
+        self._writer = self._make(str(self._folder), purge_step=step + 1 if step else None, filename_suffix=suffix)
 
     def write(self, step: int, values: Mapping[str, float | int]) -> None:
         """One scalar each; what is not finite is left out."""
