@@ -196,7 +196,7 @@ def work_of(config: DenoiserTraining) -> Callable[[Rows], float] | None:
             numbers = np.bincount(segments)[1:]
             clips += [grid_of(places[segments == i + 1]) for i in range(len(numbers))] if gridded else numbers.tolist()
             texts += np.bincount(text, minlength=len(numbers) + 1)[1:].tolist()
-        return passes * forward_flops(dit, clips, texts)
+        return float(passes * forward_flops(dit, clips, texts))
 
     return work
 
