@@ -11,6 +11,10 @@ from typing import Any, Protocol, runtime_checkable
 from dit_video.errors import MissingError, UserError
 
 
+_SECONDS = 10
+"""until an entry is in TensorBoard's file"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Monitoring:
     """What is looked at while a denoiser is trained, besides `metrics.jsonl`; intervals are in steps, 0 is never.
@@ -70,6 +74,12 @@ class Logs:
         for log in self._logs:
             log.write(step, values)
 
+    def close(self) -> None:
+        """Those that keep something open."""
+        for log in self._logs:
+            if hasattr(log, "close"):
+                log.close()
+
 
 class TensorBoard:
     """Event files for TensorBoard.
@@ -95,7 +105,8 @@ class TensorBoard:
         self._folder.mkdir(parents=True, exist_ok=True)
         # Of its own files it tells two of one second apart by nothing else.
         suffix = f".{uuid.uuid4().hex[:8]}"
-        self._writer = self._make(str(self._folder), purge_step=step + 1 if step else None, filename_suffix=suffix)
+        void = step + 1 if step else None
+        self._writer = self._make(str(self._folder), purge_step=void, filename_suffix=suffix, flush_secs=_SECONDS)
 
     def write(self, step: int, values: Mapping[str, float | int]) -> None:
         """One scalar each; what is not finite is left out."""
@@ -104,7 +115,12 @@ class TensorBoard:
         for name, value in values.items():
             if math.isfinite(value):
                 self._writer.add_scalar(name, float(value), step)
-        self._writer.flush()
+
+    def close(self) -> None:
+        """Have all on disk, which otherwise follows some seconds later."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
 
 
 class WeightsAndBiases:
@@ -144,3 +160,9 @@ class WeightsAndBiases:
         if self._run is None:
             self.resume(0)
         self._run.log({name: value for name, value in values.items() if math.isfinite(value)}, step=step)
+
+    def close(self) -> None:
+        """Have the service know all."""
+        if self._run is not None:
+            self._run.finish()
+            self._run = None

@@ -132,17 +132,18 @@ class Training:
                 f"{meta['plan']}, now {data.hash}); put them back, or start another run"
             )
         meter = Meter(self.work)
-        return loop.run(
-            self._step(),
-            state,
-            lambda _: _sharded(data, self.mesh, meter),
-            config=self.config,
-            checkpoints=checkpoints,
-            log=Logs((MetricsLog(self.folder / "metrics.jsonl"), *self.logs)),
-            title=self.title,
-            meta={"plan": data.hash, "config": self.resolved},
-            watch=self._watch(meter),
-        )
+        with contextlib.closing(Logs((MetricsLog(self.folder / "metrics.jsonl"), *self.logs))) as log:
+            return loop.run(
+                self._step(),
+                state,
+                lambda _: _sharded(data, self.mesh, meter),
+                config=self.config,
+                checkpoints=checkpoints,
+                log=log,
+                title=self.title,
+                meta={"plan": data.hash, "config": self.resolved},
+                watch=self._watch(meter),
+            )
 
     def _watch(self, meter: Meter) -> loop.Watch:
         periodic = self.periodic
