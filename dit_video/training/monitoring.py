@@ -10,7 +10,6 @@ from typing import Any, Protocol, runtime_checkable
 
 from dit_video.errors import MissingError, UserError
 
-
 _SECONDS = 10
 """until an entry is in TensorBoard's file"""
 
