@@ -35,6 +35,7 @@ LEVELS = {
         "text_encoder",
         "measure",
         "reports",
+        "planning",
         "web",
     },
     3: {"training", "generation", "evaluation"},
