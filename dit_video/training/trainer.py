@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from dit_video.distributed import shard_batch, shardings
+from dit_video.distributed.planner.hardware import peak_flops
 from dit_video.errors import UserError
 from dit_video.training import loop
 from dit_video.training.adversarial import Rival, make_adversarial_step
@@ -131,7 +132,7 @@ class Training:
                 f"the data of {self.folder.parent} are not those of its checkpoint at step {int(state.step)} (plan "
                 f"{meta['plan']}, now {data.hash}); put them back, or start another run"
             )
-        meter = Meter(self.work)
+        meter = Meter(self.work, peak=peak_flops)
         with contextlib.closing(Logs((MetricsLog(self.folder / "metrics.jsonl"), *self.logs))) as log:
             return loop.run(
                 self._step(),
