@@ -5,7 +5,8 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, get_args
 
-from dit_video.distributed import AXES, MeshConfig, abstract_mesh, check_denoiser, row_shards
+from dit_video.distributed import AXES, MeshConfig, check_denoiser, row_shards
+from dit_video.distributed.mesh import abstract_mesh
 from dit_video.distributed.planner import Topology, estimate, held, step_times
 from dit_video.errors import UserError
 from dit_video.experiment import Experiment

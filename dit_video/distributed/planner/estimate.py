@@ -8,8 +8,8 @@ from dit_video.distributed.planner.hlo import Moved
 from dit_video.distributed.planner.roofline import Work
 
 _KERNEL_BACKWARD = 3.5
-"""Operations of attention's backward pass in kernels, in forward passes: of two kernels one has 3 products, the other 4, as
-scores are computed again in both (arXiv 2205.14135); the forward pass has 2."""
+"""Operations of attention's backward pass in kernels, in forward passes, which have 2 products: one kernel has 3, the
+other 4, as scores are computed again in both (arXiv 2205.14135)."""
 
 
 @dataclass(frozen=True, kw_only=True)
