@@ -4,27 +4,32 @@ import dataclasses
 import json
 
 import pytest
-from experiments.tiny import experiment
 
 from devices import check_on_eight_devices
 from dit_video.distributed import MeshConfig
 from dit_video.distributed.planner import Topology
 from dit_video.errors import UserError
 from dit_video.planning import plan_experiment, suggest
+from dit_video.planning.report import with_dit
 from dit_video.planning.steps import clips_of
 from dit_video.planning.suggest import candidates
 
 GPUS = Topology.parse("h100:8")
 
 
-def with_rows(rows: int):
-    tiny = experiment()
-    return dataclasses.replace(tiny, denoiser=dataclasses.replace(tiny.denoiser, batch=rows))
+@pytest.fixture
+def two_rows(tiny):
+    return tiny.EXPERIMENT
 
 
-def test_what_is_not_here_is_counted():
+@pytest.fixture
+def eight_rows(two_rows):
+    return dataclasses.replace(two_rows, denoiser=dataclasses.replace(two_rows.denoiser, batch=8))
+
+
+def test_what_is_not_here_is_counted(eight_rows):
     mesh = MeshConfig(fsdp=2)
-    plan = plan_experiment(with_rows(8), GPUS, mesh=mesh, steps=3600, price=2.0)
+    plan = plan_experiment(eight_rows, GPUS, mesh=mesh, steps=3600, price=2.0)
     assert (plan.how, plan.fits, plan.devices, plan.rows) == ("analytic", True, 8, 8)
     assert plan.mesh == {"data": 4, "fsdp": 2, "tensor": 1, "context": 1}
     memory = plan.memory
@@ -38,32 +43,19 @@ def test_what_is_not_here_is_counted():
     assert document["topology"] == "h100:8"
     assert document["apart"]["price"] == pytest.approx(2.0 * document["apart"]["chip_hours"])
     text = str(plan)
-    for words in (
-        "analytic",
-        "fits",
-        "parameters",
-        "optimizer",
-        "ema",
-        "activations",
-        "temporary",
-        "MFU",
-        "chip-hours",
-    ):
-        assert words in text
+    for word in "analytic fits parameters optimizer ema activations temporary MFU chip-hours".split():
+        assert word in text
 
 
-def test_recomputation_is_executed_but_not_the_models():
-    tiny = with_rows(8)
-    dit = dataclasses.replace(tiny.denoiser.dit, remat="full")
-    again = dataclasses.replace(tiny, denoiser=dataclasses.replace(tiny.denoiser, dit=dit))
-    once, twice = (plan_experiment(each, GPUS) for each in (tiny, again))
+def test_recomputation_is_executed_but_not_the_models(eight_rows):
+    once, twice = (plan_experiment(with_dit(eight_rows, remat=remat), GPUS) for remat in ("none", "full"))
     assert twice.model_flops == once.model_flops
     assert once.executed_flops < twice.executed_flops <= once.executed_flops * 4 / 3
 
 
-def test_the_sampler_is_planned_too():
-    plan = plan_experiment(with_rows(8), GPUS, part="sampler")
-    training = plan_experiment(with_rows(8), GPUS)
+def test_the_sampler_is_planned_too(eight_rows):
+    plan = plan_experiment(eight_rows, GPUS, part="sampler")
+    training = plan_experiment(eight_rows, GPUS)
     assert plan.memory.optimizer == plan.memory.ema == 0
     # 2 steps of 2 branches, forwards alone.
     assert plan.model_flops == 4 * training.model_flops / 3
@@ -80,49 +72,48 @@ def test_the_sampler_is_planned_too():
         (MeshConfig(data=8), "2 rows, which data x fsdp=8"),
     ],
 )
-def test_meshes_that_do_not_divide(mesh, says):
+def test_meshes_that_do_not_divide(mesh, says, eight_rows, two_rows):
     if says is None:
-        assert plan_experiment(with_rows(8), GPUS, mesh=mesh).fits
+        assert plan_experiment(eight_rows, GPUS, mesh=mesh).fits
         return
     with pytest.raises(UserError, match=says):
-        plan_experiment(experiment(), GPUS, mesh=mesh)
+        plan_experiment(two_rows, GPUS, mesh=mesh)
 
 
-def test_clips_of_a_row():
-    assert clips_of(experiment()) == [6, 6]
-    assert clips_of(experiment(), 3) == [4, 4, 4]
+def test_clips_of_a_row(two_rows):
+    assert clips_of(two_rows) == [6, 6]
+    assert clips_of(two_rows, 3) == [4, 4, 4]
     with pytest.raises(UserError, match="room for 3 clips"):
-        clips_of(experiment(), 4)
+        clips_of(two_rows, 4)
 
 
-def test_the_best_of_those_that_fit_is_suggested():
-    found = candidates(experiment(), GPUS)
+def test_the_best_of_those_that_fit_is_suggested(two_rows):
+    found = candidates(two_rows, GPUS)
     assert len({(one.mesh, one.rows, one.remat) for one in found}) == len(found)
     assert {one.remat for one in found} == {"none", "full"}
     assert all(one.mesh.tensor <= 2 and one.mesh.context <= 2 for one in found)  # there are two heads
     told = []
-    best = suggest(experiment(), GPUS, tries=3, say=told.append)
+    best = suggest(two_rows, GPUS, tries=3, say=told.append)
     assert best.fits
     assert len(told) == 3
     assert best.times is not None
-    kept = suggest(experiment(), GPUS, rows=4, tries=1)
+    kept = suggest(two_rows, GPUS, rows=4, tries=1)
     assert kept.rows == 4
     with pytest.raises(UserError, match="autoencoder with --mesh"):
-        suggest(experiment(), GPUS, part="autoencoder")
+        suggest(two_rows, GPUS, part="autoencoder")
 
 
 def test_what_never_fits_is_said():
-    tiny = experiment()
     small = dataclasses.replace(GPUS.chip, memory=1000)
     with pytest.raises(UserError, match="nothing on h100:8"):
-        suggest(tiny, dataclasses.replace(GPUS, chip=small))
+        suggest(two_rows, dataclasses.replace(GPUS, chip=small))
 
 
-def test_an_autoencoder_is_compiled():
+def test_an_autoencoder_is_compiled(eight_rows, two_rows):
     with pytest.raises(UserError, match="h100:8, or for a TPU"):
-        plan_experiment(experiment(), GPUS, part="autoencoder")
+        plan_experiment(two_rows, GPUS, part="autoencoder")
     with pytest.raises(UserError, match="leave out --measure"):
-        plan_experiment(with_rows(8), GPUS, measure=True)
+        plan_experiment(eight_rows, GPUS, measure=True)
 
 
 def test_memory_is_that_of_the_program_that_runs():
@@ -155,10 +146,8 @@ def test_memory_is_that_of_the_program_that_runs():
         begin = lambda key: init_state(_init(config, key), optimizer)
         state = make_on_devices(begin, jax.random.key(0), shardings=functools.partial(shardings, mesh=mesh))
         batch = shard_batch(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), planned.arguments[1]), mesh)
-        one = jax.devices()[0]
-        here = lambda tree: sum(
-            shard.data.nbytes for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards if shard.device == one
-        )
+        first = lambda leaf: next(part.data for part in leaf.addressable_shards if part.device == jax.devices()[0])
+        here = lambda tree: sum(first(leaf).nbytes for leaf in jax.tree.leaves(tree))
         assert memory.parameters == here(state.params), (memory, here(state.params))
         assert memory.optimizer == here(state.opt_state)
         assert memory.ema == here(state.ema) + here(state.averages)
@@ -169,7 +158,6 @@ def test_memory_is_that_of_the_program_that_runs():
 
         axes = {part.axes for part in program.moved.values()}
         assert ("fsdp",) in axes, axes
-        exchanged = [part for part in program.moved.values() if (part.kind, part.axes) == ("all-to-all", ("context",))]
-        assert exchanged, program.moved
+        assert ("all-to-all", ("context",)) in program.moved, program.moved
         print("done")
     """)
