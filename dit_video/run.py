@@ -38,7 +38,7 @@ from dit_video.data.loader import Batches
 from dit_video.data.places import Address
 from dit_video.data.sizes import fit
 from dit_video.data.source import ClipSource
-from dit_video.distributed import make_mesh, row_shards
+from dit_video.distributed import make_mesh, over_devices, row_shards
 from dit_video.encoding import (
     Augmentations,
     Encoding,
@@ -272,8 +272,9 @@ class Run:
             texts = feed.texts_of(self._tokenizer(cache=self.folder / "texts"), captions)
             encode = feed.live_encoder(experiment, self.train_autoencoder(), self.training_clips)
             rows = feed.live(experiment, self.training_clips, texts, encode)
+        make = over_devices(config.dit.make, make_mesh(experiment.mesh), experiment.mesh.context_attention)
         base = DenoiserLoss(
-            dit=graph_of(config.dit.make),
+            dit=graph_of(make),
             text=graph_of(config.text.make),
             objective=config.objective,
             caption_dropout=config.caption_dropout,

@@ -17,7 +17,7 @@ from dit_video.autoencoder import LinearAutoencoder, PatchVaeConfig, fit_linear,
 from dit_video.data.loader import Batches
 from dit_video.data.source import ClipSource
 from dit_video.data.windows import Stretches, WindowBatches
-from dit_video.distributed import make_mesh
+from dit_video.distributed import RowPart, make_mesh
 from dit_video.encoding import latent_moments
 from dit_video.experiment import AutoencoderTraining, DenoiserTraining, Experiment, GivenAutoencoder
 from dit_video.nn import graph_of, init_params, param_shapes
@@ -136,13 +136,14 @@ class AutoencoderStage:
         """
         training = self.experiment.autoencoder
         assert isinstance(training, AutoencoderTraining)  # one that is given has no windows
+        part = RowPart.of(make_mesh(self.experiment.mesh))
         opened = WindowBatches(
             stretches,
             tuple(dataclasses.replace(window, augment=augment and window.augment) for window in training.windows),
             seed=int(rng.host(self.experiment.seed, purpose).integers(2**31)),
             start_step=start,
-            host=jax.process_index(),
-            hosts=jax.process_count(),
+            host=part.index,
+            hosts=part.count,
         )
         if purpose == "autoencoder" and opened.left_out:
             remark(f"{len(opened.left_out)} clips have no room for a window of the autoencoder's training")
