@@ -1,8 +1,10 @@
 """The config of a run: frozen, complete, and checked across its parts before anything is computed."""
 
+import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from dit_video.autoencoder import (
     AutoencoderObjective,
@@ -30,6 +32,7 @@ from dit_video.tokens import Grid, RowShape
 from dit_video.training.codebook import CodebookLearning
 from dit_video.training.distillation import Distillation
 from dit_video.training.ema import Averages
+from dit_video.training.keeping import Keep
 from dit_video.training.monitoring import Monitoring
 from dit_video.training.optimizer import OptimizerConfig, learning_rates
 
@@ -75,6 +78,10 @@ class AutoencoderTraining:
     codebook: CodebookLearning = field(default_factory=CodebookLearning)
     """how the codes are learned, where the latents are codes"""
     ema_decay: float = 0.99
+    max_pixels: int | None = None
+    """of the frames that windows are cut from; None for the data's, at which it is also measured"""
+    max_frames: int | None = None
+    """of the stretches that windows are cut from; None for the data's"""
     start: str | None = None
     """A folder of weights in diffusers' layout that training starts from: of this model, or of the image autoencoder
     that it inflates. Where `normalizer` is not trained, the latents keep their mean and deviation."""
@@ -163,6 +170,32 @@ class DenoiserTraining:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A stage of the denoiser's training before the last one: what it has of its own.
+
+    Weights, optimizer state and averages are carried over from stage to stage; tokens have real-valued coordinates, so
+    that sizes and lengths may change.
+    """
+
+    name: str
+    """of its folder, `stages/NAME` of the run"""
+    steps: int
+    data: Data
+    """clips and sizes; what is held out, and the weights of data sets, are the experiment's"""
+    rows: RowShape | None = None
+    """of this stage; None for the experiment's, as of everything below"""
+    batch: int | None = None
+    """rows of a step"""
+    optimizer: OptimizerConfig | None = None
+    """warmup and schedule are of this stage's steps"""
+    objective: Objective | None = None
+    """such as one of another shift of times"""
+    known: KnownFrames | None = None
+    caption_dropout: float | None = None
+    mesh: MeshConfig | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Experiment:
     """A run, from clips to samples.
 
@@ -174,6 +207,9 @@ class Experiment:
     data: Data
     autoencoder: AutoencoderTraining | GivenAutoencoder
     denoiser: DenoiserTraining
+    earlier: tuple[Stage, ...] = ()
+    """stages of the denoiser's training before the one that `data` and `denoiser` describe, such as of images, then of
+    small clips; that one is the last, and its sizes are what is sampled"""
     sampling: Sampling = field(default_factory=Sampling)
     evaluation: Evaluation = field(default_factory=CaptionEvaluation)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -184,11 +220,14 @@ class Experiment:
     """Steps whose loss or gradient is not finite are skipped; after so many in a row the run ends."""
     monitoring: Monitoring = field(default_factory=Monitoring)
     """what is looked at while the denoiser is trained"""
+    keep: Keep = field(default_factory=Keep)
+    """which checkpoints stay"""
 
     def __post_init__(self):
         self._check_numbers()
         self._check_models()
         self._check_sizes()
+        self._check_stages()
 
     def _check_numbers(self) -> None:
         positive = {
@@ -346,9 +385,8 @@ class Experiment:
                 "alone; use 1 along time"
             )
         self._check_fits("max_frames", Grid(self.data.max_frames, *self._multiple[1:]))
-        limits = self.limits  # which are checked themselves
         if isinstance(self.autoencoder, AutoencoderTraining):
-            self._check_windows(self.autoencoder, limits)
+            self._check_windows(self.autoencoder, self.window_limits)
         largest = self._largest_clip()
         if largest > denoiser.rows.tokens:
             raise UserError(
@@ -384,6 +422,58 @@ class Experiment:
                     f"{limits.max_pixels} pixels; use a smaller window, or raise max_frames or max_pixels"
                 )
 
+    def _check_stages(self) -> None:
+        names = [stage.name for stage in self.earlier]
+        for stage in self.earlier:
+            if not re.fullmatch(r"[\w.-]+", stage.name) or names.count(stage.name) > 1:
+                raise UserError(f"a stage's name is that of a folder, and no other's; {stage.name!r} is not")
+            if stage.data.held_out or stage.data.weights:
+                raise UserError(
+                    f"stage {stage.name}: what is held out, and how data sets are weighted, holds for all stages; say "
+                    "it in the experiment's own data"
+                )
+            if stage.optimizer is not None:
+                self._check_carried(stage.name, stage.optimizer)
+        for number, stage in enumerate(self.earlier):
+            try:
+                self.stage(number)
+            except UserError as error:
+                raise UserError(f"stage {stage.name}: {error}") from error
+        if self.earlier and self.denoiser.distillation is not None:
+            raise UserError("a student is distilled in one stage; leave out earlier, or distillation")
+
+    def _check_carried(self, name: str, optimizer: OptimizerConfig) -> None:
+        """That an optimizer's state is one of the last stage's."""
+        last = self.denoiser.optimizer
+        for field_name in ("kind", "matrices", "trainable", "frozen"):
+            here, there = getattr(optimizer, field_name), getattr(last, field_name)
+            if here != there:
+                raise UserError(
+                    f"stage {name} has an optimizer with {field_name}={here!r}, the last stage {there!r}: its state "
+                    "could not be carried over; use one for all stages"
+                )
+
+    def stage(self, number: int) -> "Experiment":
+        """One stage as an experiment of its own; that after all `earlier` ones is the last."""
+        if number == len(self.earlier):
+            return dataclasses.replace(self, earlier=())
+        stage = self.earlier[number]
+        data = dataclasses.replace(stage.data, held_out=self.data.held_out, weights=self.data.weights)
+        names = ("steps", "rows", "batch", "optimizer", "objective", "known", "caption_dropout")
+        own: dict[str, Any] = {name: getattr(stage, name) for name in names if getattr(stage, name) is not None}
+        autoencoder = self.autoencoder
+        if isinstance(autoencoder, AutoencoderTraining):  # which is trained before the first stage
+            limits = self.window_limits
+            autoencoder = dataclasses.replace(autoencoder, max_pixels=limits.max_pixels, max_frames=limits.max_frames)
+        return dataclasses.replace(
+            self,
+            autoencoder=autoencoder,
+            data=data,
+            denoiser=dataclasses.replace(self.denoiser, **own),
+            mesh=stage.mesh or self.mesh,
+            earlier=(),
+        )
+
     @property
     def _multiple(self) -> Grid:
         stride, patch = self.autoencoder.model.stride, self.denoiser.dit.patch
@@ -400,4 +490,16 @@ class Experiment:
         """Which sizes clips are brought to."""
         return SizeLimits(
             max_pixels=self.data.max_pixels, max_frames=self.data.max_frames, multiple=self._multiple, fps=self.data.fps
+        )
+
+    @property
+    def window_limits(self) -> SizeLimits:
+        """Which sizes clips are brought to where windows of them train the autoencoder."""
+        training, limits = self.autoencoder, self.limits
+        if isinstance(training, GivenAutoencoder):
+            return limits
+        return dataclasses.replace(
+            limits,
+            max_pixels=training.max_pixels or limits.max_pixels,
+            max_frames=training.max_frames or limits.max_frames,
         )

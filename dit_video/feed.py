@@ -135,7 +135,9 @@ def check(experiment: Experiment, clips: ClipSource) -> None:
     if config.batch // config.accumulate % (among := parts(experiment)):
         part = "" if config.accumulate == 1 else f", in {config.accumulate} parts,"
         raise UserError(f"a batch of {config.batch} rows{part} does not divide among {among} devices; use a multiple")
-    check_denoiser(mesh, config.dit, rows=config.batch, tokens=config.rows.tokens, context_attention=way)
+    check_denoiser(
+        mesh, config.dit, rows=config.batch // config.accumulate, tokens=config.rows.tokens, context_attention=way
+    )
     if experiment.data.weights:
         Mixture(sizes=clips.sizes, weights=experiment.data.weights)
 

@@ -10,7 +10,7 @@ from their checkpoints. So a run that was interrupted is continued by running th
     texts/                    its embeddings of the captions, where latents are not cached
     latents/                  what the denoiser is trained on, or a link to it
     denoiser/                 checkpoints, metrics.jsonl, rows.json (what an epoch holds), skipped.jsonl (steps that
-                              were not finite); as the config says snapshots/ (of averages), samples/, tensorboard/
+                              were not finite); snapshots/, samples/, tensorboard/, as the config says
     adapter.safetensors       the trained adapter, where one is trained, with our names
     pytorch_lora_weights.safetensors   the same of Wan, with diffusers' names
     transformer/              all weights of Wan, where these are trained, as diffusers reads them; of the second of two
@@ -18,6 +18,7 @@ from their checkpoints. So a run that was interrupted is continued by running th
     pipeline/                 the result: what `dit_video.load` reads
 """
 
+import dataclasses
 import functools
 import sys
 import time
@@ -71,7 +72,6 @@ from dit_video.training.logging import Progress, remark
 from dit_video.training.optimizer import make_optimizer
 from dit_video.training.state import on_host, state_shapes
 from dit_video.training.step import Loss, OwnStep
-from dit_video.training.trace import Profile
 
 FORMAT = 1
 CONFIG = "experiment.json"
@@ -86,7 +86,11 @@ class Run:
     command: str
     """what it was started with"""
     profile: tuple[int, int] | None = None
-    """the first and the last step that are traced, of the training that is made now"""
+    """the first and the last step that are traced"""
+    stage: str = ""
+    """which of the denoiser's earlier stages this is"""
+    begin: int = 0
+    """steps of the stages before it"""
 
     @staticmethod
     def create(folder: str | Path, experiment: Experiment) -> "Run":
@@ -169,9 +173,10 @@ class Run:
             self.keep_latents(latents)
         self.take(*clips)
         self.clips.select(self.experiment.data.held_out)  # a name that isn't there, before anything is trained
-        for info in self.clips.infos:  # before hours are spent on the others
-            fit(info, self.experiment.limits)
-        feed.check(self.experiment, self.training_clips)
+        for stage in (*self.earlier, self):  # before hours are spent on the others
+            for info in self.clips.infos:
+                fit(info, stage.experiment.limits)
+            feed.check(stage.experiment, self.training_clips)
         check_start(self.experiment.denoiser)
         if isinstance(text := self.experiment.denoiser.text, FrozenTextConfig) and not self._text_encoder.is_file():
             check_width(text)  # as early; once the encoder is known the run goes on without its folder
@@ -189,6 +194,11 @@ class Run:
         if not self.experiment.data.cache_latents:
             raise UserError(f"the config caches no latents, {destination} was named for them; leave it out")
         intake.link(self.folder / "latents", destination, "latents")
+
+    @property
+    def _own(self) -> Path:
+        """Where that lies which another stage has too."""
+        return self.folder / "stages" / self.stage if self.stage else self.folder
 
     @functools.cached_property
     def clips(self) -> ClipSource:
@@ -213,7 +223,7 @@ class Run:
             experiment=self.experiment,
             folder=self.folder / "autoencoder",
             clips=lambda: self.training_clips,
-            profile=self._profile("autoencoder"),
+            profile=self.profile,
         )
 
     def train_autoencoder(self) -> dict[str, Any]:
@@ -224,7 +234,7 @@ class Run:
         """The cached latents of the training clips. Files that `tools/encode_latents.py` made are not made again."""
         encoding, clips = self.encoding(), self.training_clips
         stamp = latent_identity(encoding, clips)
-        destination = intake.lies(self.folder / "latents")
+        destination = intake.lies(self._own / "latents")
         if not (destination / LATENTS).is_file():
             plan = plan_encoding(clips, encoding)
             with Progress("encoding latents", len(plan.views), unit="clip") as progress:
@@ -260,8 +270,42 @@ class Run:
             text_identity="" if frozen is None else frozen.identity,
         )
 
+    @property
+    def earlier(self) -> tuple["Run", ...]:
+        """The stages of the denoiser before the last, which is the run itself, each as a run of the same folder."""
+        begin, views = 0, []
+        for number, stage in enumerate(self.experiment.earlier):
+            views.append(
+                dataclasses.replace(self, experiment=self.experiment.stage(number), stage=stage.name, begin=begin)
+            )
+            begin += stage.steps
+        return tuple(views)
+
     def train_denoiser(self) -> dict[str, Any]:
-        """The averaged parameters of the trained denoiser and text encoder: `{"dit": ..., "text": ...}`."""
+        """The averaged parameters of the trained denoiser and text encoder: `{"dit": ..., "text": ...}`.
+
+        Earlier stages are trained before; of one that is done nothing is read again.
+        """
+        checkpoints = Checkpoints(self.folder / "denoiser" / "checkpoints")
+        if self.earlier:
+            self.train_autoencoder()
+        for stage in self.earlier:
+            if (checkpoints.latest() or 0) < stage.begin + stage.experiment.denoiser.steps:
+                remark(f"stage {stage.stage}: up to step {stage.begin + stage.experiment.denoiser.steps}")
+                stage._train_stage()
+        state, trained = self._train_stage()
+        averaged = on_host(state.ema)
+        del state
+        config = self.experiment.denoiser
+        expert, _ = experts_of(config)
+        if (adapter := trained.adapter(averaged)) is None:
+            results.save_transformer(self.folder, config.dit, averaged, expert=expert)
+        else:
+            results.save_adapter(self.folder, config.dit, adapter, trained.adapted or {}, expert=expert)
+        return trained.whole(averaged)
+
+    def _train_stage(self) -> tuple[Any, TrainedDenoiser]:
+        """The state after this stage of the denoiser, and what was trained."""
         config, experiment = self.experiment.denoiser, self.experiment
         if experiment.data.cache_latents:
             latents = self.encode_latents()
@@ -294,41 +338,21 @@ class Run:
             return opened
 
         trained = self._trained_denoiser()
-        folder, arguments = self.folder / "denoiser", trained.arguments() | self._watched(base, trained)
-        state = stages.train(experiment, folder, trained.init, trained.loss(loss), batches, **arguments)
-        averaged = on_host(state.ema)
-        del state
-        expert, _ = experts_of(config)
-        if (adapter := trained.adapter(averaged)) is None:
-            results.save_transformer(self.folder, config.dit, averaged, expert=expert)
-        else:
-            results.save_adapter(self.folder, config.dit, adapter, trained.adapted or {}, expert=expert)
-        return trained.whole(averaged)
-
-    def _watched(self, loss: DenoiserLoss, trained: TrainedDenoiser) -> dict[str, Any]:
-        """What is looked at while the denoiser is trained, as arguments of `Training`."""
-        monitoring, folder = self.experiment.monitoring, self.folder / "denoiser"
-        periodic = []
-        if monitoring.validate_every:
-            tokenizer, autoencoder = self._tokenizer(cache=self.folder / "texts"), self.train_autoencoder()
-            clips = self.held_out_clips
-            periodic.append(watching.validation(self.experiment, clips, tokenizer, autoencoder, loss, trained))
-        if monitoring.sample_every:
-            captions = [info.captions[0] for info in self.training_clips.infos if info.captions]
-
-            def pipeline(averaged: dict[str, Any]) -> Pipeline:
-                return self._pipeline(trained.whole(averaged))
-
-            periodic.append(watching.samples(folder / "samples", monitoring, captions, pipeline))
-        return {
-            "logs": watching.logs(monitoring, folder),
-            "periodic": tuple(periodic),
-            "work": watching.work_of(self.experiment.denoiser),
-            "profile": self._profile("denoiser"),
-        }
-
-    def _profile(self, part: str) -> Profile | None:
-        return None if self.profile is None else Profile(self.folder / part / "profile", *self.profile)
+        folder = self.folder / "denoiser"
+        watched = watching.Watched(
+            experiment=experiment,
+            folder=folder,
+            loss=base,
+            trained=trained,
+            clips=self.training_clips,
+            held_out=self.held_out_clips,
+            tokenizer=lambda: self._tokenizer(cache=self.folder / "texts"),
+            autoencoder=self.train_autoencoder,
+            pipeline=self._pipeline,
+        )
+        begin = self.begin or sum(stage.steps for stage in experiment.earlier)
+        given = {**trained.arguments(), **watched.arguments(), "begin": begin, "profile": self.profile}
+        return stages.train(experiment, folder, trained.init, trained.loss(loss), batches, **given), trained
 
     def _pipeline(self, denoiser: dict[str, Any]) -> Pipeline:
         """Of the trained denoiser's weights."""
@@ -347,7 +371,7 @@ class Run:
         """Write `denoiser/rows.json`, and say what an epoch holds."""
         summary = batches.summary(devices=row_shards(make_mesh(self.experiment.mesh)))
         if jax.process_index() == 0:
-            write_json(self.folder / "denoiser" / "rows.json", summary)
+            write_json((self._own if self.stage else self.folder / "denoiser") / "rows.json", summary)
         unequal = summary.get("imbalance")
         remark(str(batches) + (f", {unequal['mean']:.1%} of the time lost by unequal devices" if unequal else ""))
 
@@ -374,13 +398,13 @@ class Run:
         if checkpoints.latest() is None:
             raise UserError(f"{self.folder} has no checkpoint of its denoiser yet; continue it with: {self.command}")
         trained = self._trained_denoiser()
-        optimizer = make_optimizer(optimizer_of(config), steps=config.steps)
+        optimizer = make_optimizer(optimizer_of(config), steps=config.steps)  # any stage's: they have one state
         shapes = state_shapes(trained.init, optimizer, averages=config.averages)
         if (distillation := config.distillation) is not None:
             shapes = jax.eval_shape(lambda state: distillation.begin(state, optimizer), shapes)
         state, _ = checkpoints.restore(shapes)
-        folder = self.folder / "denoiser"
-        return self._pipeline(trained.whole(watching.averaged(state, config, folder, ema=ema, sigma_rel=sigma_rel)))
+        chosen = watching.averaged(state, config, self.folder / "denoiser", ema=ema, sigma_rel=sigma_rel)
+        return self._pipeline(trained.whole(chosen))
 
     def pipeline_config(self) -> PipelineConfig:
         """What the pipeline of this run is made of."""

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 from jaxtyping import Array
 
-from dit_video import pixels, rng
+from dit_video import configs, pixels, rng
 from dit_video.autoencoder import LinearAutoencoder, PatchVaeConfig, fit_linear, start_from_linear
 from dit_video.data.loader import Batches
 from dit_video.data.source import ClipSource
@@ -44,6 +43,9 @@ def train(
     init: Callable[[Array], dict[str, Any]],
     loss: Loss | OwnStep,
     batches: Callable[[int], Batches | WindowBatches],
+    *,
+    begin: int = 0,
+    profile: tuple[int, int] | None = None,
     **given: Any,
 ) -> Any:
     """Train one of the two models from its newest checkpoint, or from `init`.
@@ -53,7 +55,9 @@ def train(
       folder: `autoencoder` or `denoiser` of the run.
       init: parameters from a random key.
       loss: of them.
-      batches: from a step on.
+      batches: from a step on, counted from `begin`.
+      begin: steps of earlier stages.
+      profile: the first and the last step that are traced.
       given: further arguments of `Training`.
 
     Raises:
@@ -71,15 +75,19 @@ def train(
         init=init,
         random_key=rng.key(experiment.seed, name),
         loss=loss,
-        optimizer=make_optimizer(optimizer, steps=config.steps),
+        optimizer=make_optimizer(optimizer, steps=config.steps, begin=begin),
         ema_decay=config.ema_decay,
+        begin=begin,
+        profile=None if profile is None else Profile(folder / "profile", *profile),
         config=loop.LoopConfig(
-            steps=config.steps,
+            steps=begin + config.steps,
             log_every=experiment.log_every,
             save_every=experiment.save_every,
             most_skipped=experiment.most_skipped,
         ),
         mesh=make_mesh(experiment.mesh),
+        keep=experiment.keep,
+        resolved=configs.to_json(experiment),
         **given,
     ).run(batches)
 
@@ -93,8 +101,8 @@ class AutoencoderStage:
     """`autoencoder` of the run"""
     clips: Callable[[], ClipSource]
     """those that are trained on"""
-    profile: Profile | None = None
-    """steps that are traced"""
+    profile: tuple[int, int] | None = None
+    """the first and the last step that are traced"""
 
     def params(self) -> dict[str, Any]:
         """The averaged parameters of the trained autoencoder, with its latents' mean and deviation measured.
@@ -110,7 +118,7 @@ class AutoencoderStage:
             return load_weights(path, like=param_shapes(config.model.make))
         graph, parts = graph_of(config.model.make), loss_parts(config, experiment.seed)
         continues = Checkpoints(path.parent / "checkpoints").latest() is not None
-        stretches = Stretches(self.clips(), experiment.limits)
+        stretches = Stretches(self.clips(), experiment.window_limits)
         start = functools.partial(given_params, config, rng.key(experiment.seed, "inflation"))
         linear = self._linear(stretches) if isinstance(config.model, PatchVaeConfig) and not continues else None
 
@@ -157,7 +165,7 @@ class AutoencoderStage:
         config = self.experiment.autoencoder
         if isinstance(config, GivenAutoencoder) or 3 * config.model.stride.volume > _LINEAR_VALUES:
             return None
-        return self._linear(Stretches(self.clips(), self.experiment.limits))
+        return self._linear(Stretches(self.clips(), self.experiment.window_limits))
 
     def _linear(self, stretches: Stretches) -> LinearAutoencoder:
         """Principal components of the training clips as they are, which are kept in the run's folder."""

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,52 @@ from dit_video.video import Clip
 
 _CLIPS = 4
 """in a grid of samples whose prompts the config doesn't give"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watched:
+    """A denoiser's training, and what is needed to look at it."""
+
+    experiment: Experiment
+    folder: Path
+    """of the training"""
+    loss: DenoiserLoss
+    trained: TrainedDenoiser
+    clips: ClipSource
+    """that are trained on"""
+    held_out: ClipSource
+    tokenizer: Callable[[], Tokenizer | FrozenEncoder]
+    autoencoder: Callable[[], dict[str, Any]]
+    """its parameters"""
+    pipeline: Callable[[dict[str, Any]], Pipeline]
+    """of the denoiser's weights"""
+
+    def arguments(self) -> dict[str, Any]:
+        """Of `Training`, as the config says.
+
+        Raises:
+          MissingError: a package that figures go to is not installed.
+          UserError: no clips are held out to validate on.
+        """
+        monitoring, periodic = self.experiment.monitoring, []
+        if monitoring.validate_every:
+            periodic.append(
+                validation(
+                    self.experiment, self.held_out, self.tokenizer(), self.autoencoder(), self.loss, self.trained
+                )
+            )
+        if monitoring.sample_every:
+            captions = [info.captions[0] for info in self.clips.infos if info.captions]
+
+            def pipeline(averaged: dict[str, Any]) -> Pipeline:
+                return self.pipeline(self.trained.whole(averaged))
+
+            periodic.append(samples(self.folder / "samples", monitoring, captions, pipeline))
+        return {
+            "logs": logs(monitoring, self.folder),
+            "periodic": tuple(periodic),
+            "work": work_of(self.experiment.denoiser),
+        }
 
 
 def logs(monitoring: Monitoring, folder: Path) -> tuple[Log, ...]:
@@ -149,7 +196,7 @@ def work_of(config: DenoiserTraining) -> Callable[[Rows], float] | None:
             numbers = np.bincount(segments)[1:]
             clips += [grid_of(places[segments == i + 1]) for i in range(len(numbers))] if gridded else numbers.tolist()
             texts += np.bincount(text, minlength=len(numbers) + 1)[1:].tolist()
-        return passes * forward_flops(dit, clips, texts)
+        return float(passes * forward_flops(dit, clips, texts))
 
     return work
 

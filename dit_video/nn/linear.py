@@ -1,15 +1,13 @@
 """Linear maps on the last axis."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.custom_derivatives import linear_call
 from jaxtyping import Array, Float
-
-from dit_video.nn.lora import LowRank
 
 Init = Literal["xavier", "zero", "normal"]
 
@@ -30,7 +28,9 @@ def initial(init: Init, key: Array, shape: tuple[int, ...], *, fan: tuple[int, i
 
 
 class Linear(nnx.Module):
-    """`y = x W + b`, computed in `dtype`; weights are float32.
+    """`y = x W + b`, computed in `dtype`; weights are float32, and so is the product that is their gradient.
+
+    In a lower precision it would be summed over devices in that: each adds its own rows, after the product.
 
     The leading axes are flattened before the product: XLA's CPU backend runs a 2-D product up to 2.6 times faster than
     the batched form, and other backends do not care.
@@ -52,71 +52,62 @@ class Linear(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
-        kernel = self.kernel[...]
-        y = _product(None, 1, x.reshape(-1, x.shape[-1]).astype(self.dtype), kernel)
-        if self.bias is not None:
-            y = _sum(y, self.bias[...])
+        kernel, bias = self.kernel[...], None if self.bias is None else self.bias[...]
+        y = self._of(x.reshape(-1, x.shape[-1]).astype(self.dtype), kernel, bias)
         return y.reshape(*x.shape[:-1], kernel.shape[1])
 
     def parts(self, x: Float[Array, "*batch i"], count: int, fused: Fused | None) -> Float[Array, "*batch {count} n"]:
-        """Its outputs as those of `count` maps of equal width."""
-        kernel = self.kernel[...]
-        if fused is None:
+        """Its outputs as those of `count` maps of equal width, whose weights lie where `fused` says."""
+        kernel, bias = self.kernel[...], None if self.bias is None else self.bias[...].reshape(count, -1)
+        if fused is None or not isinstance(kernel, jax.Array):  # adapted kernels are products of their own
             return self(x).reshape(*x.shape[:-1], count, -1)
-        y = _product(fused, count, x.reshape(-1, x.shape[-1]).astype(self.dtype), kernel)
-        if self.bias is not None:
-            y = _sum(y, self.bias[...].reshape(count, -1))
-        return y.reshape(*x.shape[:-1], count, -1)
+        kernels, x_flat = fused(kernel, count), x.reshape(-1, x.shape[-1]).astype(self.dtype)
+        parts = [self._of(x_flat, kernels[:, at], None if bias is None else bias[at]) for at in range(count)]
+        return jnp.stack(parts, axis=1).reshape(*x.shape[:-1], count, -1)
+
+    def _of(self, x: Float[Array, "n i"], kernel: Any, bias: Float[Array, " o"] | None) -> Float[Array, "n o"]:
+        if kernel.dtype == self.dtype:
+            y = x @ kernel
+            return y if bias is None else y + bias.astype(self.dtype)
+        y = _product(x, kernel)
+        return y if bias is None else _sum(y, bias)
 
 
-def _product(fused: Fused | None, parts: int, x: Float[Array, "n i"], kernel: Any) -> Array:
-    """`x @ kernel` in the dtype of `x`: `[n o]`, or `[n parts o/parts]` of weights that are taken apart."""
-    if isinstance(kernel, LowRank):
-        first = _product(fused, parts, x, kernel.kernel)
-        return first + _product(fused, parts, _product(None, 1, x, kernel.a), kernel.b)
-    if x.dtype != kernel.dtype:
-        return _mixed(fused, parts, x, kernel)
-    return _plain(fused, parts, x, kernel)
+@jax.custom_jvp
+def _product(x: Float[Array, "n i"], kernel: Float[Array, "i o"]) -> Float[Array, "n o"]:
+    """In the dtype of `x`, with a gradient of the kernel that is summed in float32."""
+    return x @ kernel.astype(x.dtype)
 
 
-def _plain(fused: Fused | None, parts: int, x: Float[Array, "n i"], kernel: Float[Array, "i o"]) -> Array:
-    return x @ kernel if fused is None else jnp.tensordot(x, fused(kernel, parts), axes=1)
+@_product.defjvp
+def _product_jvp(primals, tangents):
+    (x, kernel), (x_tangent, kernel_tangent) = primals, tangents
+
+    def product(x, tangent):
+        return x @ tangent.astype(x.dtype)
+
+    def gradient(x, cotangent):
+        summed = jax.lax.dot_general(x, cotangent, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        return summed.astype(kernel.dtype)
+
+    by_kernel = linear_call(product, gradient, x, kernel_tangent)
+    return _product(x, kernel), x_tangent @ kernel.astype(x.dtype) + by_kernel
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _mixed(fused: Fused | None, parts: int, x: Float[Array, "n i"], kernel: Float[Array, "i o"]) -> Array:
-    """Of weights in more bits than `x`. Their gradient is summed in their own dtype, over the devices too: a cast's
-    would be rounded on each device, and summed over them in the bits of `x`."""
-    return _plain(fused, parts, x, kernel.astype(x.dtype))
-
-
-def _mixed_forward(fused, parts, x, kernel):
-    return _mixed(fused, parts, x, kernel), (x, kernel)
-
-
-def _mixed_backward(fused, parts, saved, d_y):
-    x, kernel = saved
-    (d_x,) = jax.linear_transpose(lambda x: _plain(fused, parts, x, kernel.astype(x.dtype)), x)(d_y)
-    axes = (((0,), (0,)), ((), ()))
-    d_kernel = jax.lax.dot_general(x, d_y, axes, preferred_element_type=kernel.dtype)
-    return d_x, d_kernel.reshape(kernel.shape)
-
-
-_mixed.defvjp(_mixed_forward, _mixed_backward)
-
-
-def _sum(y: Array, bias: Array) -> Array:
-    return y + bias if y.dtype == bias.dtype else _plus(y, bias)
-
-
-@jax.custom_vjp
-def _plus(y: Array, bias: Array) -> Array:
-    """`y + bias` in the dtype of `y`; the gradient of the bias is summed in its own."""
+@jax.custom_jvp
+def _sum(y: Float[Array, "n o"], bias: Float[Array, " o"]) -> Float[Array, "n o"]:
+    """The same of a bias."""
     return y + bias.astype(y.dtype)
 
 
-def _plus_backward(bias, d_y):
-    return d_y, d_y.astype(bias.dtype).sum(axis=tuple(range(d_y.ndim - bias.ndim)))
+@_sum.defjvp
+def _sum_jvp(primals, tangents):
+    (y, bias), (y_tangent, bias_tangent) = primals, tangents
 
+    def spread(_, tangent):
+        return jnp.broadcast_to(tangent.astype(y.dtype), y.shape)
 
-_plus.defvjp(lambda y, bias: (_plus(y, bias), bias), _plus_backward)
+    def gradient(_, cotangent):
+        return cotangent.sum(axis=0, dtype=jnp.float32).astype(bias.dtype)
+
+    return _sum(y, bias), y_tangent + linear_call(spread, gradient, (), bias_tangent)

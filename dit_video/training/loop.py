@@ -13,31 +13,27 @@ A step whose loss or gradient is not finite leaves the state as it was (`trainin
 log as `skipped`, and is written down with its batch. After `LoopConfig.most_skipped` of them in a row the run ends, and
 saves the state from before them.
 
-SIGINT and SIGTERM end the run after the step that runs, which is saved, with a `KeyboardInterrupt`; a second one at
-once. With several processes all stop at the next entry of the log.
+SIGINT and SIGTERM end the run after the step that runs, which is saved, with a `Stopped`; a second one at once. With
+several processes all stop after the same step (see `training.stopping`).
 """
 
 import contextlib
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool
 
 from dit_video import tree as trees
-from dit_video.errors import UserError
+from dit_video.errors import Stopped, UserError
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.interval import Identify, Interval, NotFinite, TooManySkipped
 from dit_video.training.logging import Progress
 from dit_video.training.monitoring import Log
 from dit_video.training.skipped import SkippedLog
+from dit_video.training.stopping import signals
 from dit_video.training.trace import Profile, Tracer
 
 
@@ -54,6 +50,8 @@ class LoopConfig:
     save_every: int = 500
     most_skipped: int = 10
     """steps in a row without a finite loss and gradient, after which the run ends"""
+    stop_within: float = 300.0
+    """seconds from a signal to the end of the process, at most; a preempted machine has 30 or so"""
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "save_every", "most_skipped"):
@@ -118,7 +116,8 @@ def run(
       UserError: the run is beyond `config.steps` or its folder holds a later checkpoint; the data end early; the loss
         is not finite in a step that doesn't skip this, or in `config.most_skipped` in a row that do; the state is not
         finite (such a state is never saved).
-      KeyboardInterrupt: after a signal.
+      Stopped: after a signal.
+      KeyboardInterrupt: after a second one.
     """
     done = int(state.step)
     saver = _Saver(checkpoints, dict(meta or {}), done)
@@ -133,7 +132,7 @@ def run(
         return state
     interval = Interval(done, most=config.most_skipped, identify=watch.identify, skipped=watch.skipped)
     with (
-        _signals() as stop,
+        signals(done, within=config.stop_within) as stop,
         _closing(batches(done)) as iterator,
         Progress(title, config.steps, start=done, shown=jax.process_index() == 0) as progress,
         contextlib.closing(Tracer(watch.profile)) as tracer,
@@ -157,9 +156,10 @@ def run(
                 values |= {} if watch.derive is None else watch.derive(values)
                 values |= {**found, **device_memory()}
                 loss = values["loss"]
+                saver.metrics = values
                 if log is not None:
                     log.write(done, values)
-                stop.agree()
+            stop.passed(done)
             progress.update(done, loss)
             if on_step is not None:
                 with interval.paused():
@@ -168,8 +168,8 @@ def run(
                 saver.save(done, state, interval)
         saver.save(done, state, interval)
         saver.wait()
-    if stop.now():
-        raise KeyboardInterrupt
+        if stop.ended():
+            raise Stopped(f"{title}, by {stop.asked} after step {done}, which is saved")
     return state
 
 
@@ -191,6 +191,8 @@ class _Saver:
         self._checkpoints = checkpoints
         self._meta = meta
         self._saved = done
+        self.metrics: Mapping[str, float] = {}
+        """the newest entry of the log"""
 
     def check_start(self, steps: int) -> None:
         """Raise where the run cannot go on from here, before it costs anything."""
@@ -223,7 +225,7 @@ class _Saver:
             if (path := _not_finite(state)) is not None:
                 raise self._error(f"{path} is not finite after step {done}")
             if self._checkpoints is not None:
-                self._checkpoints.save(done, state, self._meta)
+                self._checkpoints.save(done, state, self._meta, metrics=self.metrics)
             self._saved = done
 
     def wait(self) -> None:
@@ -266,47 +268,6 @@ def _not_finite(state: Any) -> str | None:
     arrays = {path: leaf for path, leaf in trees.flatten(state).items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
     finite = jax.device_get({path: _finite(array) for path, array in arrays.items()})
     return next((path for path in arrays if not finite[path]), None)
-
-
-class _Stop:
-    """Whether a signal asked the run to stop, and whether that holds now."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._agreed = False
-
-    def now(self) -> bool:
-        """With several processes a signal holds when all know of it: each must take the same last step."""
-        return self.asked if jax.process_count() == 1 else self._agreed
-
-    def agree(self) -> None:
-        """Learn whether any process was asked to stop. All processes call this at the same step."""
-        if jax.process_count() > 1:
-            self._agreed = bool(np.any(multihost_utils.process_allgather(np.asarray(self.asked))))
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[_Stop]:
-    """Note the first SIGINT or SIGTERM, raise KeyboardInterrupt on the second; previous handlers come back.
-
-    Python only takes handlers in the main thread; in another one signals are the caller's.
-    """
-    stop = _Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def note(_signal: int, _frame: FrameType | None) -> None:
-        if stop.asked:
-            raise KeyboardInterrupt
-        stop.asked = True
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """How fast a training is: tokens a second, and the share of what the devices could compute."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,17 +16,18 @@ class Meter:
     """
 
     def __init__(
-        self, work: Callable[[Any], float] | None = None, *, peak: Callable[[jax.Device], float | None] | None = None
+        self,
+        work: Callable[[Any], float] | None = None,
+        *,
+        peak: Callable[[Sequence[Any]], float | None] | None = None,
     ) -> None:
         """
         Args:
           work: floating-point operations of a step, by its batch of host arrays.
-          peak: those that a device can do in a second; None of a device that isn't known.
+          peak: those that devices can do in a second, together; None of devices that aren't known.
         """
         self._work = work
-        device = jax.local_devices()[0]
-        peak_of_one = None if peak is None else peak(device)
-        self._peak = None if peak_of_one is None else peak_of_one * jax.local_device_count()
+        self._peak = None if peak is None else peak(jax.local_devices())
         self._tokens = self._operations = 0.0
         self._batches = 0
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from dit_video.errors import MissingError, UserError
 
@@ -42,6 +42,7 @@ class Monitoring:
             raise UserError("prompts are sampled while training: set sample_every too, or leave them out")
 
 
+@runtime_checkable
 class Log(Protocol):
     """What takes the entries of a run, in increasing order of steps."""
 

@@ -105,14 +105,20 @@ def learning_rates(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, main], [config.warmup])
 
 
-def make_optimizer(config: OptimizerConfig, *, steps: int) -> optax.GradientTransformation:
-    """The optax transformation of a config, for a run of `steps` steps.
+def make_optimizer(config: OptimizerConfig, *, steps: int, begin: int = 0) -> optax.GradientTransformation:
+    """The optax transformation of a config, for `steps` steps.
+
+    Args:
+      config: of the optimizer.
+      steps: that the schedule of learning rates is for.
+      begin: updates that the optimizer's state counts before them: those of earlier stages.
 
     Raises:
       UserError: a run that is not longer than its warmup; at its `init`, a trainable or frozen path that no parameter
         has.
     """
-    rates = learning_rates(config, steps=steps)
+    own = learning_rates(config, steps=steps)
+    rates: optax.Schedule = lambda count: own(count - begin)  # noqa: E731
     match config.kind:
         case "adamw":
             main = _adamw(config, rates)

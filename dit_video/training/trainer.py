@@ -1,6 +1,7 @@
 """A training in its folder: from its newest checkpoint, or from the start."""
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from dit_video.training.adversarial import Rival, make_adversarial_step
 from dit_video.training.autoencoder import AutoencoderLoss
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.ema import Averages
+from dit_video.training.folder_lock import locked
+from dit_video.training.keeping import Keep
 from dit_video.training.logging import MetricsLog
 from dit_video.training.meter import Meter
 from dit_video.training.monitoring import Log, Logs
@@ -86,27 +89,43 @@ class Training:
     """steps that are traced"""
     mesh: Mesh
     """what state and batches are laid out on"""
+    begin: int = 0
+    """The step that this is trained from: the last of an earlier stage, whose checkpoint it continues."""
+    keep: Keep = dataclasses.field(default_factory=Keep)
+    """which checkpoints stay"""
+    resolved: Any = None
+    """the whole config as JSON, which every checkpoint holds"""
 
     def run(self, batches: Callable[[int], Batches]) -> Any:
         """The state after `config.steps` steps.
 
         Args:
-          batches: from a step on.
+          batches: from a step on, counted from `begin`.
 
         Raises:
-          UserError: the data are others than those that the checkpoint was trained on.
+          UserError: the data are others than those that the checkpoint was trained on; another process is at it.
         """
+        with locked(self.folder):
+            return self._run(batches)
+
+    def _run(self, batches: Callable[[int], Batches]) -> Any:
         layout = functools.partial(shardings, mesh=self.mesh)
-        checkpoints = Checkpoints(self.folder / "checkpoints")
+        checkpoints = Checkpoints(self.folder / "checkpoints", keep=self.keep)
         meta: dict[str, Any] = {}
-        if checkpoints.latest() is None:
+        if checkpoints.latest() is None and not self.begin:
             state = make_on_devices(self._begin, self.random_key, *self._given(), shardings=layout)
         else:
-            state, meta = checkpoints.restore(shapes_on_devices(self._begin, shardings=layout))
+            state, meta = checkpoints.restore(shapes_on_devices(self._begin, shardings=layout), config=self.resolved)
         if int(state.step) >= self.config.steps:
             return state
-        data = batches(int(state.step))
-        if meta.get("plan", data.hash) != data.hash:
+        done = int(state.step) - self.begin
+        if done < 0:
+            raise UserError(
+                f"the newest checkpoint of {self.folder} that can be read is of step {int(state.step)}, before this "
+                f"stage, which begins at {self.begin}; remove the later ones, and the earlier stage is continued"
+            )
+        data = batches(done)
+        if done and meta.get("plan", data.hash) != data.hash:
             data.close()
             raise UserError(
                 f"the data of {self.folder.parent} are not those of its checkpoint at step {int(state.step)} (plan "
@@ -121,7 +140,7 @@ class Training:
             checkpoints=checkpoints,
             log=Logs((MetricsLog(self.folder / "metrics.jsonl"), *self.logs)),
             title=self.title,
-            meta={"plan": data.hash},
+            meta={"plan": data.hash, "config": self.resolved},
             watch=self._watch(meter),
         )
 

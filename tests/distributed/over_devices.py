@@ -88,8 +88,8 @@ def whole(leaf) -> np.ndarray:
 
 
 def compare(found, expected, *, optimizer: str) -> None:
-    """Losses to 1e-6, gradient norms to 5e-6; parameters under SGD too (Adam amplifies the rounding of a gradient that is
-    zero in truth, such as that of a key's bias)."""
+    """Losses to 1e-6, gradient norms to 5e-6; parameters under SGD, too: Adam amplifies the rounding of a gradient that
+    is zero in truth, such as that of a key's bias."""
     np.testing.assert_allclose(found[0][:, 0], expected[0][:, 0], rtol=1e-6)
     np.testing.assert_allclose(found[0][:, 1], expected[0][:, 1], rtol=5e-6)
     if optimizer != "sgd":
