@@ -130,7 +130,7 @@ class Plan:
         if self.unknown_loops:
             yield f"    {self.unknown_loops} loops that the data end are counted as one turn"
         for part in self.moved:
-            yield f"  {part.kind:<18} over {' x '.join(part.axes):<14} {_size(part.bytes):>10}, {part.times} times"
+            yield f"  {part.kind:<18} over {_axes(part):<18} {_size(part.bytes):>10}, {part.times} times"
         if self.times is None:
             return
         yield (
@@ -145,6 +145,10 @@ class Plan:
                 f"{self.steps:,} steps: {hours:,.0f} chip-hours{cost}"
             )
         yield f"  hardware: {chip.source}" + (f"; price: {chip.price_source}" if chip.price_source else "")
+
+
+def _axes(part: Moved) -> str:
+    return " x ".join(part.axes).replace("part of x ", "part of ")
 
 
 def _clips(clips: Sequence[int]) -> str:
