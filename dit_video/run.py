@@ -7,6 +7,7 @@ from their checkpoints. So a run that was interrupted is continued by running th
     data/                     the ingested clips, or a link to them (see `intake`); of several data sets one folder each
     autoencoder/              checkpoints, metrics.jsonl, weights.safetensors
     text_encoder.json         the identity of a frozen text encoder
+    image_encoder.json        that of an image encoder
     texts/                    its embeddings of the captions, where latents are not cached
     latents/                  what the denoiser is trained on, or a link to it
     denoiser/                 checkpoints, metrics.jsonl, rows.json (what an epoch holds)
@@ -50,6 +51,7 @@ from dit_video.encoding import (
 from dit_video.errors import MissingError, UserError
 from dit_video.experiment import Experiment
 from dit_video.files import read_json, write_json
+from dit_video.image_encoder import check_image_width, open_image_encoder
 from dit_video.nn import graph_of
 from dit_video.pipeline import Pipeline, PipelineConfig
 from dit_video.stages import AutoencoderStage
@@ -177,6 +179,9 @@ class Run:
         check_start(self.experiment.denoiser)
         if isinstance(text := self.experiment.denoiser.text, FrozenTextConfig) and not self._text_encoder.is_file():
             check_width(text)  # as early; once the encoder is known the run goes on without its folder
+        images = self.experiment.denoiser.image_encoder
+        if images is not None and not self._image_identity.is_file():
+            check_image_width(images, getattr(self.experiment.denoiser.dit, "image_width", None))
 
     def take(self, *clips: Address) -> None:
         """Ingest folders of clips, and link to data sets that are ingested already; see `intake.take`."""
@@ -255,6 +260,8 @@ class Run:
         """What turns clips into this run's latents, after training the autoencoder if that isn't trained yet."""
         data, text = self.experiment.data, self._tokenizer()
         frozen = text if isinstance(text, FrozenEncoder) else None
+        known, folder = self.experiment.denoiser.known, self.experiment.denoiser.image_encoder
+        images = None if folder is None else open_image_encoder(folder, kept=self._image_identity)
         return Encoding(
             autoencoder=self.experiment.autoencoder.model,
             params=self.train_autoencoder(),
@@ -262,6 +269,9 @@ class Run:
             augmentations=Augmentations(stretches=data.stretches, resolutions=data.resolutions, flips=data.flips),
             encode_text=frozen,
             text_identity="" if frozen is None else frozen.identity,
+            encode_image=images,
+            image_identity="" if images is None else images.identity,
+            shown=known is not None and known.rest == "grey",
         )
 
     @property
@@ -344,6 +354,10 @@ class Run:
     def _text_encoder(self) -> Path:
         return self.folder / "text_encoder.json"
 
+    @property
+    def _image_identity(self) -> Path:
+        return self.folder / "image_encoder.json"
+
     def _note_rows(self, batches: Batches) -> None:
         """Write `denoiser/rows.json`, and say what an epoch holds."""
         summary = batches.summary(devices=row_shards(make_mesh(self.experiment.mesh)))
@@ -400,6 +414,7 @@ class Run:
             batch=experiment.denoiser.batch,
             sampling=experiment.sampling,
             fps=fps,
+            image_encoder=experiment.denoiser.image_encoder,
             evaluation=experiment.evaluation,
             size=max(sizes, key=lambda size: (size.volume, size)),
             made_by={

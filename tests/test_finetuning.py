@@ -153,7 +153,7 @@ def test_what_cannot_be_trained_is_said_before_anything_is(folder):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"_class_name": "LTXPipeline"}, UserError, "class LTXPipeline; fine-tuning is known here of WanPipeline"),
+        ({"_class_name": "LTXPipeline"}, UserError, "class LTXPipeline; known here: WanPipeline"),
         (TWO, MissingError, "lacks the folders transformer_2"),
     ],
 )

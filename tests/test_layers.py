@@ -32,6 +32,8 @@ LEVELS = {
         "finetuning",
         "distilling",
         "text_encoder",
+        "image_encoder",
+        "given_frames",
         "measure",
         "reports",
         "web",
