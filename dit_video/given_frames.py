@@ -41,7 +41,7 @@ def check_given_frames(
         )
     if known is not None and known.rest == "grey":
         _check_grey(dit, autoencoder, cached=cached)
-    if attends:
+    if isinstance(dit, WanDitConfig) and dit.image_width is not None:
         _check_image(dit, known, image_encoder, cached=cached)
     elif image_encoder is not None:
         raise UserError("the denoiser attends to no image's tokens; leave out image_encoder")
