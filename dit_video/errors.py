@@ -27,8 +27,16 @@ class DecodeError(UserError):
     """Bytes that are not a readable video or image. Ingest sets such a clip aside and goes on."""
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal asked a run to stop, and it has, with nothing lost. The message says what was stopped, and where."""
+
+
 def script(main: Callable[..., None]) -> Callable[..., None]:
-    """Decorate a script's `main`: a `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Decorate a script's `main`: errors that a user can act on become one line on stderr.
+
+    Exit codes: 2 after a `UserError`; 0 after a `Stopped`, for a preempted run did all that it could; 130 after Ctrl-C
+    anywhere else.
+    """
 
     @functools.wraps(main)
     def guarded(*args, **kwargs):
@@ -38,6 +46,10 @@ def script(main: Callable[..., None]) -> Callable[..., None]:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
+        except Stopped as stopped:
+            print(f"\nstopped: {stopped}; the same command goes on from there", file=sys.stderr)
+            sys.stderr.flush()
+            sys.exit(0)
         except KeyboardInterrupt:
             print("\ninterrupted: started again, the same command does what is left", file=sys.stderr)
             sys.stderr.flush()

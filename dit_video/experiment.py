@@ -32,6 +32,9 @@ from dit_video.text import ByteEncoderConfig, TextConfig
 from dit_video.tokens import Grid, RowShape
 from dit_video.training.codebook import CodebookLearning
 from dit_video.training.distillation import Distillation
+from dit_video.training.ema import Averages
+from dit_video.training.keeping import Keep
+from dit_video.training.monitoring import Monitoring
 from dit_video.training.optimizer import OptimizerConfig, learning_rates
 
 
@@ -130,6 +133,9 @@ class DenoiserTraining:
     rows: RowShape
     batch: int
     """rows of a step"""
+    accumulate: int = 1
+    """Into how many parts the rows of a step are divided, computed one after the other: as much less memory, and but
+    for rounding the same gradients."""
     buckets: BucketConfig | None = None
     """Instead of packed rows: batches of one size each, from the video files; `rows` is then what samples are packed
     into."""
@@ -141,6 +147,9 @@ class DenoiserTraining:
     a denoiser with a time per token: it then knows frames at any mixture of times, what is given being at 0."""
     caption_dropout: float = 0.1
     ema_decay: float = 0.999
+    """of the average that is sampled from unless another is asked for"""
+    averages: Averages = field(default_factory=Averages)
+    """further ones, each as large as the model"""
     known: KnownFrames | None = None
     """What the denoiser is given of the clips that it is to make, for one that continues a first frame: with
     `given_channels`, an image's tokens, or a time per token."""
@@ -211,6 +220,12 @@ class Experiment:
     seed: int = 0
     log_every: int = 20
     save_every: int = 500
+    most_skipped: int = 10
+    """Steps whose loss or gradient is not finite are skipped; after so many in a row the run ends."""
+    monitoring: Monitoring = field(default_factory=Monitoring)
+    """what is looked at while the denoiser is trained"""
+    keep: Keep = field(default_factory=Keep)
+    """which checkpoints stay"""
 
     def __post_init__(self):
         self._check_numbers()
@@ -229,6 +244,8 @@ class Experiment:
             "resolutions": min(self.data.resolutions, default=1),
             "log_every": self.log_every,
             "save_every": self.save_every,
+            "most_skipped": self.most_skipped,
+            "accumulate": self.denoiser.accumulate,
         }
         if isinstance(self.autoencoder, AutoencoderTraining):
             positive["autoencoder steps"] = self.autoencoder.steps
@@ -241,6 +258,7 @@ class Experiment:
             if not 0 <= training.ema_decay < 1:
                 raise UserError(f"ema_decay {training.ema_decay} must lie in [0, 1)")
         self._check_what_is_trained()
+        self._check_parts()
         if not 0 <= self.denoiser.caption_dropout <= 1:
             raise UserError(f"caption_dropout {self.denoiser.caption_dropout} must lie in [0, 1]")
         if not all(0 < weight < math.inf for weight in self.data.weights):
@@ -256,6 +274,20 @@ class Experiment:
             raise UserError(f"workers={self.data.workers} must not be negative")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"a seed is a whole number from 0 to {2**32 - 1}, not {self.seed}")
+
+    def _check_parts(self) -> None:
+        denoiser = self.denoiser
+        if self.monitoring.validate_every and (denoiser.distillation is not None or denoiser.buckets is not None):
+            raise UserError(
+                "the loss of held-out clips is that of packed rows, of no student: leave out validate_every"
+            )
+        if denoiser.accumulate > 1 and (denoiser.buckets is not None or denoiser.distillation is not None):
+            raise UserError("only packed rows, not of a student, are divided into parts: leave out accumulate")
+        if denoiser.batch % denoiser.accumulate:
+            raise UserError(
+                f"a batch of {denoiser.batch} rows is not divisible into accumulate={denoiser.accumulate} parts; use a "
+                "multiple"
+            )
 
     def _check_what_is_trained(self) -> None:
         if isinstance(self.autoencoder, AutoencoderTraining):

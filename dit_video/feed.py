@@ -123,10 +123,10 @@ def check(experiment: Experiment, clips: ClipSource) -> None:
     if experiment.denoiser.buckets is not None:
         buckets_of(experiment, clips)
         return
-    if experiment.denoiser.batch % (among := parts(experiment)):
-        raise UserError(
-            f"a batch of {experiment.denoiser.batch} rows does not divide among {among} devices; use a multiple"
-        )
+    config = experiment.denoiser
+    if config.batch // config.accumulate % (among := parts(experiment)):
+        part = "" if config.accumulate == 1 else f", in {config.accumulate} parts,"
+        raise UserError(f"a batch of {config.batch} rows{part} does not divide among {among} devices; use a multiple")
     if experiment.data.weights:
         Mixture(sizes=clips.sizes, weights=experiment.data.weights)
 

@@ -10,7 +10,8 @@ from their checkpoints. So a run that was interrupted is continued by running th
     image_encoder.json        that of an image encoder
     texts/                    its embeddings of the captions, where latents are not cached
     latents/                  what the denoiser is trained on, or a link to it
-    denoiser/                 checkpoints, metrics.jsonl, rows.json (what an epoch holds)
+    denoiser/                 checkpoints, metrics.jsonl, rows.json (what an epoch holds), skipped.jsonl (steps that
+                              were not finite); snapshots/, samples/, tensorboard/, as the config says
     adapter.safetensors       the trained adapter, where one is trained, with our names
     pytorch_lora_weights.safetensors   the same of Wan, with diffusers' names
     transformer/              all weights of Wan, where these are trained, as diffusers reads them; of the second of two
@@ -30,7 +31,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dit_video import configs, feed, intake, results, stages
+from dit_video import configs, feed, intake, results, stages, watching
 from dit_video.autoencoder import LinearAutoencoder
 from dit_video.codec import Codec
 from dit_video.data.latents import INDEX as LATENTS
@@ -71,7 +72,7 @@ from dit_video.training.denoiser import DenoiserLoss
 from dit_video.training.distillation import distillation_loss
 from dit_video.training.logging import Progress, remark
 from dit_video.training.optimizer import make_optimizer
-from dit_video.training.state import state_shapes
+from dit_video.training.state import on_host, state_shapes
 from dit_video.training.step import Loss, OwnStep
 
 FORMAT = 1
@@ -86,6 +87,8 @@ class Run:
     experiment: Experiment
     command: str
     """what it was started with"""
+    profile: tuple[int, int] | None = None
+    """the first and the last step that are traced"""
     stage: str = ""
     """which of the denoiser's earlier stages this is"""
     begin: int = 0
@@ -222,7 +225,10 @@ class Run:
     def autoencoder(self) -> AutoencoderStage:
         """Its autoencoder: trained if it isn't yet, or given."""
         return AutoencoderStage(
-            experiment=self.experiment, folder=self.folder / "autoencoder", clips=lambda: self.training_clips
+            experiment=self.experiment,
+            folder=self.folder / "autoencoder",
+            clips=lambda: self.training_clips,
+            profile=self.profile,
         )
 
     def train_autoencoder(self) -> dict[str, Any]:
@@ -298,7 +304,7 @@ class Run:
                 remark(f"stage {stage.stage}: up to step {stage.begin + stage.experiment.denoiser.steps}")
                 stage._train_stage()
         state, trained = self._train_stage()
-        averaged = jax.device_get(state.ema)
+        averaged = on_host(state.ema)
         del state
         config = self.experiment.denoiser
         expert, _ = experts_of(config)
@@ -341,10 +347,26 @@ class Run:
             return opened
 
         trained = self._trained_denoiser()
-        folder, arguments = self.folder / "denoiser", trained.arguments()
+        folder = self.folder / "denoiser"
+        watched = watching.Watched(
+            experiment=experiment,
+            folder=folder,
+            loss=base,
+            trained=trained,
+            clips=self.training_clips,
+            held_out=self.held_out_clips,
+            tokenizer=lambda: self._tokenizer(cache=self.folder / "texts"),
+            autoencoder=self.train_autoencoder,
+            pipeline=self._pipeline,
+        )
         begin = self.begin or sum(stage.steps for stage in experiment.earlier)
-        state = stages.train(experiment, folder, trained.init, trained.loss(loss), batches, begin=begin, **arguments)
-        return state, trained
+        given = {**trained.arguments(), **watched.arguments(), "begin": begin, "profile": self.profile}
+        return stages.train(experiment, folder, trained.init, trained.loss(loss), batches, **given), trained
+
+    def _pipeline(self, denoiser: dict[str, Any]) -> Pipeline:
+        """Of the trained denoiser's weights."""
+        denoiser = with_other(self.experiment.denoiser, denoiser)
+        return Pipeline(self.pipeline_config(), autoencoder=self.train_autoencoder(), denoiser=denoiser)
 
     def _tokenizer(self, *, cache: Path | None = None) -> Tokenizer | FrozenEncoder:
         """Of the text encoder. The identity of a frozen one is kept, to know it without its weights."""
@@ -368,19 +390,21 @@ class Run:
 
     def export(self) -> Pipeline:
         """Write `pipeline/`, after training what is not trained yet: the autoencoder, on its latents the denoiser."""
-        denoiser = self.train_denoiser()  # first, as it takes memory, and makes the autoencoder that it needs
-        denoiser = with_other(self.experiment.denoiser, denoiser)
-        autoencoder = self.train_autoencoder()
-        pipeline = Pipeline(self.pipeline_config(), autoencoder=autoencoder, denoiser=denoiser)
+        pipeline = self._pipeline(self.train_denoiser())
         if not (self.folder / "pipeline").is_dir():
             pipeline.save(self.folder / "pipeline")
         return pipeline
 
-    def newest_pipeline(self) -> Pipeline:
+    def newest_pipeline(self, *, ema: float | None = None, sigma_rel: float | None = None) -> Pipeline:
         """The pipeline of the newest checkpoint of a run that need not be finished.
 
+        Args:
+          ema: of which average: by its decay, 0 for the weights themselves; that of the config's `ema_decay` if None.
+          sigma_rel: the relative width of an average that is put together from snapshots.
+
         Raises:
-          UserError: the denoiser has no checkpoint yet.
+          MissingError: there are no snapshots.
+          UserError: the denoiser has no checkpoint yet, or kept no such average.
         """
         config = self.experiment.denoiser
         checkpoints = Checkpoints(self.folder / "denoiser" / "checkpoints")
@@ -388,12 +412,12 @@ class Run:
             raise UserError(f"{self.folder} has no checkpoint of its denoiser yet; continue it with: {self.command}")
         trained = self._trained_denoiser()
         optimizer = make_optimizer(optimizer_of(config), steps=config.steps)  # any stage's: they have one state
-        shapes = state_shapes(trained.init, optimizer)
+        shapes = state_shapes(trained.init, optimizer, averages=config.averages)
         if (distillation := config.distillation) is not None:
             shapes = jax.eval_shape(lambda state: distillation.begin(state, optimizer), shapes)
         state, _ = checkpoints.restore(shapes)
-        denoiser = with_other(config, trained.whole(jax.device_get(state.ema)))
-        return Pipeline(self.pipeline_config(), autoencoder=self.train_autoencoder(), denoiser=denoiser)
+        chosen = watching.averaged(state, config, self.folder / "denoiser", ema=ema, sigma_rel=sigma_rel)
+        return self._pipeline(trained.whole(chosen))
 
     def pipeline_config(self) -> PipelineConfig:
         """What the pipeline of this run is made of."""

@@ -12,21 +12,23 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from dit_video import pixels, rng
+from dit_video import configs, pixels, rng
 from dit_video.autoencoder import LinearAutoencoder, PatchVaeConfig, fit_linear, start_from_linear
 from dit_video.data.loader import Batches
 from dit_video.data.source import ClipSource
 from dit_video.data.windows import Stretches, WindowBatches
 from dit_video.distributed import make_mesh
 from dit_video.encoding import latent_moments
-from dit_video.experiment import AutoencoderTraining, Experiment, GivenAutoencoder
+from dit_video.experiment import AutoencoderTraining, DenoiserTraining, Experiment, GivenAutoencoder
 from dit_video.nn import graph_of, init_params, param_shapes
 from dit_video.starting import given_autoencoder, given_params, loss_parts, optimizer_of
 from dit_video.training import loop, trainer
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.logging import remark
 from dit_video.training.optimizer import make_optimizer
+from dit_video.training.state import on_host
 from dit_video.training.step import Loss, OwnStep
+from dit_video.training.trace import Profile
 from dit_video.weights import load as load_weights
 from dit_video.weights import save as save_weights
 
@@ -44,6 +46,7 @@ def train(
     batches: Callable[[int], Batches | WindowBatches],
     *,
     begin: int = 0,
+    profile: tuple[int, int] | None = None,
     **given: Any,
 ) -> Any:
     """Train one of the two models from its newest checkpoint, or from `init`.
@@ -55,6 +58,7 @@ def train(
       loss: of them.
       batches: from a step on, counted from `begin`.
       begin: steps of earlier stages.
+      profile: the first and the last step that are traced.
       given: further arguments of `Training`.
 
     Raises:
@@ -64,6 +68,8 @@ def train(
     config = experiment.denoiser if name == "denoiser" else experiment.autoencoder
     assert not isinstance(config, GivenAutoencoder)  # which is not trained
     optimizer = config.optimizer if isinstance(config, AutoencoderTraining) else optimizer_of(config)
+    if isinstance(config, DenoiserTraining):
+        given |= {"accumulate": config.accumulate, "averages": config.averages}
     return trainer.Training(
         folder=folder,
         title=f"training the {name}",
@@ -73,10 +79,16 @@ def train(
         optimizer=make_optimizer(optimizer, steps=config.steps, begin=begin),
         ema_decay=config.ema_decay,
         begin=begin,
+        profile=None if profile is None else Profile(folder / "profile", *profile),
         config=loop.LoopConfig(
-            steps=begin + config.steps, log_every=experiment.log_every, save_every=experiment.save_every
+            steps=begin + config.steps,
+            log_every=experiment.log_every,
+            save_every=experiment.save_every,
+            most_skipped=experiment.most_skipped,
         ),
         mesh=make_mesh(experiment.mesh),
+        keep=experiment.keep,
+        resolved=configs.to_json(experiment),
         **given,
     ).run(batches)
 
@@ -90,6 +102,8 @@ class AutoencoderStage:
     """`autoencoder` of the run"""
     clips: Callable[[], ClipSource]
     """those that are trained on"""
+    profile: tuple[int, int] | None = None
+    """the first and the last step that are traced"""
 
     def params(self) -> dict[str, Any]:
         """The averaged parameters of the trained autoencoder, with its latents' mean and deviation measured.
@@ -114,8 +128,9 @@ class AutoencoderStage:
             return params if linear is None else start_from_linear(params, linear)
 
         batches = functools.partial(self.windows, stretches, purpose="autoencoder")
-        state = train(experiment, self.folder, init, parts.pop("loss"), batches, start=start, **parts)
-        params = jax.device_get(state.ema)
+        given = {"start": start, "profile": self.profile}
+        state = train(experiment, self.folder, init, parts.pop("loss"), batches, **given, **parts)
+        params = on_host(state.ema)
         if config.optimizer.trains("normalizer/mean"):
             with contextlib.closing(self.windows(stretches, 0, "latent moments")) as windows:
                 mean, std = latent_moments(graph, params, itertools.islice(windows, _MOMENT_BATCHES))

@@ -9,6 +9,7 @@ the same command continues where it was. With `--autoencoder-only` it stops when
 that; the same command without it goes on from there.
 """
 
+import dataclasses
 import importlib.util
 import sys
 import time
@@ -40,6 +41,9 @@ class Arguments:
     """the run's folder; runs/NAME by default"""
     autoencoder_only: bool = False
     """stop when the autoencoder is trained, and report what it makes of the held-out clips; without it, go on"""
+    profile: tuple[int, int] | None = None
+    """the first and the last step that are traced for XProf and TensorBoard, such as --profile 10 12, of the denoiser
+    (of the autoencoder with --autoencoder-only); the trace is in WORKDIR/denoiser/profile"""
     cache: bool = True
     """whether compiled programs are kept for the next start, in ~/.cache/dit_video/programs"""
 
@@ -65,7 +69,7 @@ def main() -> None:
         raise UserError("--data names no folder; give one or more: --data CLIPS")
     intake.check(arguments.data)  # before a run is made of it
     began = time.perf_counter()
-    run = Run.create(workdir, arguments.experiment)
+    run = dataclasses.replace(Run.create(workdir, arguments.experiment), profile=arguments.profile)
     if arguments.autoencoder_only:
         metrics = train_autoencoder(run, arguments.data)
     else:

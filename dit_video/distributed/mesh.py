@@ -70,3 +70,13 @@ def _sizes(config: MeshConfig, count: int) -> tuple[int, ...]:
             f"use data={given['data'] * left}, or -1 for all that are left"
         )
     return tuple(given.values())
+
+
+def abstract_mesh(config: MeshConfig, count: int) -> jax.sharding.AbstractMesh:
+    """The mesh of so many devices that are not there: enough to lay shapes out on.
+
+    Raises:
+      UserError: the axes do not divide the number of devices.
+    """
+    types = (jax.sharding.AxisType.Auto,) * len(AXES)
+    return jax.sharding.AbstractMesh(_sizes(config, count), AXES, axis_types=types)

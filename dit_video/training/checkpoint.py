@@ -1,16 +1,19 @@
 """Checkpoints of a training state: saved in the background, restored bit for bit, onto any mesh.
 
 A checkpoint holds a nested dictionary of arrays, named by their paths in the state, and no type of Flax, optax or this
-package. Beside the arrays lies a JSON object: the format's number, every array's shape, dtype and digest, and what the
-caller wants to keep. The digest is checked after reading: storage that lost or changed bytes is noticed.
+package. Beside the arrays lies a JSON object: the format's number, every array's shape, dtype and digest, the metrics
+when it was saved, the version of the code, and what the caller wants to keep (a training: the resolved config, and
+with the step the whole state of the data, the hash of its plan). The digest is checked after reading: storage that lost
+or changed bytes is noticed. A checkpoint is written beside its place and renamed: it is whole or absent.
 """
 
 import contextlib
 import json
 import logging
+import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,11 @@ import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, UInt32
 
+from dit_video import configs
 from dit_video import tree as trees
+from dit_video.code_version import code_version
 from dit_video.errors import MissingError, UserError
+from dit_video.training.keeping import Keep, Preservation
 
 FORMAT = 1
 
@@ -34,20 +40,24 @@ logging.getLogger("absl").addFilter(
 
 
 class Checkpoints:
-    """The checkpoints of one run, in one folder; the newest `keep` stay. Nothing is touched before the first save."""
+    """The checkpoints of one run, in one folder; `keep` says which stay. Nothing is touched before the first save."""
 
-    def __init__(self, folder: str | os.PathLike, *, keep: int = 2) -> None:
+    def __init__(self, folder: str | os.PathLike, *, keep: Keep = Keep()) -> None:  # noqa: B008  # it is frozen
         self.folder = Path(folder).absolute()
         self.keep = keep
         self._writer: ocp.CheckpointManager | None = None
         self._unreadable: set[int] = set()
+        self._metrics: dict[int, Mapping[str, float] | None] = {}
 
-    def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
+    def save(
+        self, step: int, state: Any, meta: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None
+    ) -> None:
         """Copy `state` (a tree of JAX arrays) to the host and write it in the background; it may be donated at once.
 
         Args:
           step: how many steps made the state. Steps are saved in increasing order.
           meta: what JSON can hold; tuples come back as lists.
+          metrics: by which the best checkpoints are known.
 
         Raises:
           UserError: the folder has a checkpoint of this step or a later one, which is not of this run's past.
@@ -67,7 +77,9 @@ class Checkpoints:
         arrays = trees.flatten(state)
         digests = jax.device_get({path: _digest(array) for path, array in arrays.items()})
         table = {path: {**_kind(array), "digest": int(digests[path])} for path, array in arrays.items()}
-        document = json.loads(json.dumps({"format": FORMAT, "arrays": table, "meta": dict(meta)}))
+        self._metrics[step] = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
+        told = {"metrics": self._metrics[step], "code": code_version(), "meta": dict(meta)}
+        document = json.loads(json.dumps({"format": FORMAT, "arrays": table, **told}))
         saved = writer.save(
             step,
             args=ocp.args.Composite(
@@ -89,7 +101,12 @@ class Checkpoints:
         """The newest complete checkpoint's step, or None. One that `restore` found unreadable does not count."""
         return max(self._steps(), default=None)
 
-    def restore(self, like: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+    def document(self, step: int) -> dict[str, Any]:
+        """What lies beside the arrays of a checkpoint: `metrics`, `code` (see `code_version`), `meta`, `arrays`."""
+        with self._reader() as reader:
+            return reader.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+
+    def restore(self, like: Any, step: int | None = None, *, config: Any = None) -> tuple[Any, dict[str, Any]]:
         """Read the state and its `meta`: of one step, or of the newest that can be read.
 
         A newest checkpoint that cannot be read (half written, damaged) is passed over with a warning, and removed by
@@ -98,6 +115,8 @@ class Checkpoints:
         Args:
           like: a tree of `jax.ShapeDtypeStruct` with shardings: the result has its structure and its layout. Leaves
             without a sharding go to the first device.
+          config: the resolved config of now, as JSON. Where the arrays are not what `like` wants, the message names
+            the fields in which it is not the checkpoint's, `meta["config"]`.
 
         Raises:
           MissingError: there is no checkpoint, or none of this step.
@@ -111,7 +130,7 @@ class Checkpoints:
         problem: Exception | None = None
         for candidate in steps if step is None else [step]:
             try:
-                result = self._read(candidate, like)
+                result = self._read(candidate, like, config)
             except UserError:
                 raise
             except Exception as error:  # orbax and tensorstore raise nearly every kind for a damaged file
@@ -131,9 +150,8 @@ class Checkpoints:
             f"{which} in {self.folder} cannot be read ({_line(problem)}); remove the folder to start anew"
         ) from problem
 
-    def _read(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        with self._reader() as reader:
-            document = reader.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+    def _read(self, step: int, like: Any, config: Any) -> tuple[Any, dict[str, Any]]:
+        document = self.document(step)
         where = self.folder / str(step)
         if document.get("format") != FORMAT:
             raise UserError(
@@ -141,7 +159,8 @@ class Checkpoints:
                 "use the version that wrote it"
             )
         wanted = {path: _placed(leaf) for path, leaf in trees.flatten(like).items()}
-        _match(where, document["arrays"], wanted)
+        fields = [] if config is None else configs.differences(document["meta"].get("config"), config)
+        _match(where, document["arrays"], wanted, fields)
         empty = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in wanted.items() if 0 in leaf.shape}
         args = ocp.args.StandardRestore(trees.unflatten({path: s for path, s in wanted.items() if path not in empty}))
         with self._reader() as reader:
@@ -176,8 +195,19 @@ class Checkpoints:
         """The manager that writes. It clears what an interrupted save left, which only the run itself may do."""
         if self._writer is None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._writer = self._manager(max_to_keep=self.keep, cleanup_tmp_directories=True)
+            self._writer = self._manager(
+                preservation_policy=Preservation(self.keep, self._metrics_of), cleanup_tmp_directories=True
+            )
         return self._writer
+
+    def _metrics_of(self, step: int) -> Mapping[str, float] | None:
+        """What was measured when a checkpoint was saved; None where its document cannot be read."""
+        if step not in self._metrics:
+            try:
+                self._metrics[step] = self.document(step).get("metrics")
+            except Exception:  # as in `restore`
+                self._metrics[step] = None
+        return self._metrics[step]
 
     def _manager(self, **options: Any) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(
@@ -212,8 +242,11 @@ def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _match(where: Path, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise with the first difference between the arrays of a checkpoint and those of the state that is wanted."""
+def _match(where: Path, given: Mapping[str, Any], wanted: Mapping[str, Any], fields: Sequence[str]) -> None:
+    """Raise with the first difference between the arrays of a checkpoint and those of the state that is wanted.
+
+    With the `fields` of the config that differ, where these are known.
+    """
     differences = [f"it lacks {path}" for path in wanted if path not in given]
     differences += [f"it has {path}, which this run does not" for path in given if path not in wanted]
     for path, leaf in wanted.items():
@@ -224,8 +257,9 @@ def _match(where: Path, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> 
             )
     if differences:
         more = f" (and {len(differences) - 1} more differences)" if len(differences) > 1 else ""
+        named = f"; of the config, {', '.join(fields)}" if fields else ""
         raise UserError(
-            f"checkpoint {where} is of another config: {differences[0]}{more}; "
+            f"checkpoint {where} is of another config: {differences[0]}{more}{named}; "
             "use the run's own config or another folder"
         )
 

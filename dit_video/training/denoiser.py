@@ -7,14 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from dit_video.arrays import AnyArray
 from dit_video.conditioning import KnownFrames, drop_captions, given_latents, known_tokens
 from dit_video.diffusion import ClipSize, Objective, low_discrepancy
 from dit_video.dit import DitConfig, Given, WanDitConfig, packed_denoise
 from dit_video.rng import example_keys, key
 from dit_video.tokens import Rows, packed_noise, positions, segment_max, segment_mean, to_tokens
 from dit_video.training.optimizer import OptimizerConfig, hold_still
+from dit_video.training.step import Figures, Ratio
 
 TEMPORAL = r"(^|/)temporal"
 """paths of the layers that mix frames alone"""
@@ -24,9 +26,10 @@ TEMPORAL = r"(^|/)temporal"
 class DenoiserLoss:
     """Mean over the clips of a batch of each clip's mean squared error.
 
-    The metrics are `padding`, the share of tokens that are no clip's, and `masked`, the share of clips that could not
-    be read and do not count. Parameters are `{"dit": ..., "text": ...}`: the text encoder is trained with the denoiser,
-    unless it is a frozen one, which has none: then rows hold its embeddings.
+    The metrics are `padding`, the share of tokens that are no clip's, `masked`, the share of clips that could not be
+    read and do not count, and the loss by diffusion times, `loss_t0-0.25` and so on. Parameters are `{"dit": ...,
+    "text": ...}`: the text encoder is trained with the denoiser, unless it is a frozen one, which has none: then rows
+    hold its embeddings.
     """
 
     dit: nnx.GraphDef
@@ -47,8 +50,14 @@ class DenoiserLoss:
     """what has a diffusion time of its own; frames have it where tokens may (`time="token"`)"""
     optimizer: OptimizerConfig | None = None
     """the loss is constant in the parameters that it does not train"""
+    bins: int = 4
+    """of equal widths, into which the times are divided for the loss by times"""
 
-    def __call__(self, params, rows: Rows, step: Array) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    def weight(self, rows: Rows) -> Float[Array, ""]:
+        """How many clips count."""
+        return jnp.asarray(rows.valid).sum().astype(jnp.float32)
+
+    def __call__(self, params, rows: Rows, step: Array) -> tuple[Float[Array, ""], Figures]:
         count = rows.examples.shape[1]
         noise = packed_noise(rows, example_keys(key(self.seed, "noise"), step, rows.examples))
         keys = example_keys(key(self.seed, "caption dropout"), step, rows.examples)
@@ -76,9 +85,28 @@ class DenoiserLoss:
         placed = rows.segments.max(axis=1).sum()
         metrics = {
             "padding": (rows.segments == 0).mean(axis=(0, 1)),
-            "masked": 1 - rows.valid.sum() / jnp.maximum(placed, 1),
+            "masked": Ratio(placed - rows.valid.sum(), placed),
+            **self.by_time(per_token, time, counted, rows.valid),
         }
         return (per_example * rows.valid).sum() / jnp.maximum(rows.valid.sum(), 1), metrics
+
+    def by_time(
+        self,
+        per_token: Float[Array, "B N"],
+        time: Float[Array, "B N"],
+        counted: Int[AnyArray, "B N"],
+        valid: Bool[AnyArray, "B G"],
+    ) -> dict[str, Ratio]:
+        """The loss of the clips at times in each bin; of a clip whose frames are in several, their shares of it."""
+        member = counted[..., None] == jnp.arange(1, valid.shape[1] + 1)
+        weight = jnp.where(member, (valid / jnp.maximum(member.sum(axis=1), 1))[:, None], 0).sum(axis=-1)
+        place = jnp.clip(jnp.floor(time * self.bins), 0, self.bins - 1)
+        found = {}
+        for index in range(self.bins):
+            inside = jnp.where(place == index, weight, 0)
+            name = f"loss_t{index / self.bins:g}-{(index + 1) / self.bins:g}"
+            found[name] = Ratio((inside * jax.lax.stop_gradient(per_token)).sum(), inside.sum())
+        return found
 
     def known_tokens(self, rows: Rows, step: Array) -> Bool[Array, "B N"]:
         """What is known: of an example the same on any mesh."""

@@ -1,6 +1,7 @@
 import gc
 import json
 import logging
+import math
 import os
 import shutil
 import subprocess
@@ -18,8 +19,10 @@ import optax
 import pytest
 
 from devices import HANG
+from dit_video.code_version import code_version
 from dit_video.errors import MissingError, UserError
 from dit_video.training.checkpoint import Checkpoints
+from dit_video.training.keeping import Keep
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,9 +76,10 @@ def files(folder: Path) -> list[Path]:
 
 
 def saved(folder: Path, steps: tuple[int, ...], **changes: Any) -> Checkpoints:
-    checkpoints = Checkpoints(folder, keep=len(steps))
+    checkpoints = Checkpoints(folder, keep=Keep(newest=len(steps)))
     for step in steps:
-        checkpoints.save(step, example(step, **changes), {"at": step})
+        meta = {"at": step, "config": {"dit": {"width": 5}, "steps": 4, "name": "a"}}
+        checkpoints.save(step, example(step, **changes), meta)
     checkpoints.wait()
     return checkpoints
 
@@ -118,7 +122,7 @@ def test_a_state_may_be_donated_at_once(tmp_path):
 
 
 def test_the_newest_stay(tmp_path):
-    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep=2)
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep=Keep(newest=2))
     assert checkpoints.latest() is None
     assert not (tmp_path / "run").exists()
     for step in (5, 10, 15):
@@ -127,6 +131,47 @@ def test_the_newest_stay(tmp_path):
     assert Checkpoints(tmp_path / "run" / "checkpoints").latest() == 15
     assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["10", "15"]
     assert int(checkpoints.restore(like(example()), step=10)[0].step) == 10
+
+
+@pytest.mark.parametrize(
+    ("keep", "stay"),
+    [
+        (Keep(newest=1), {6}),
+        (Keep(newest=1, every=2), {2, 4, 6}),
+        (Keep(newest=1, best=2), {3, 5, 6}),
+        (Keep(newest=1, best=1, better="higher"), {1, 6}),
+        (Keep(newest=2, best=1, metric="validation"), {2, 5, 6}),
+    ],
+)
+def test_each_rule_keeps_its_checkpoints(tmp_path, keep, stay):
+    """Also those that another process saved, with metrics that are missing or are not numbers now and then."""
+    losses = {1: 9.0, 2: 5.0, 3: 1.0, 4: math.nan, 5: 2.0, 6: 7.0}
+    for half in ((1, 2, 3), (4, 5, 6)):
+        checkpoints = Checkpoints(tmp_path, keep=keep)
+        for step in half:
+            metrics = {"loss": losses[step], **({"validation": 3.0} if step == 2 else {})}
+            checkpoints.save(step, {"x": jnp.ones(2)}, {}, metrics=metrics)
+        checkpoints.wait()
+    assert {int(path.name) for path in tmp_path.iterdir()} == stay
+
+
+def test_what_cannot_be_kept():
+    with pytest.raises(UserError, match="keep newest is at least 1, not 0"):
+        Keep(newest=0)
+    with pytest.raises(UserError, match="keep every is at least 1, not 0"):
+        Keep(every=0)
+
+
+def test_a_checkpoint_says_what_made_it(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {"x": jnp.ones(2)}, {"plan": "a"}, metrics={"loss": 2.0})
+    checkpoints.wait()
+    document = Checkpoints(tmp_path).document(1)
+    assert document["metrics"] == {"loss": 2.0}
+    assert document["meta"] == {"plan": "a"}
+    assert document["code"]["jax"] == jax.__version__
+    assert document["code"] == code_version()
+    assert len(document["code"]["sources"]) == 16
 
 
 def test_a_step_is_not_saved_over_its_future(tmp_path):
@@ -157,6 +202,9 @@ def test_another_config_is_named_by_its_first_difference(tmp_path):
     ):
         checkpoints.restore(like(example(width=6)))
     lacking = State(state.step, {**state.params, "new": jnp.ones(2)}, state.opt_state, state.extra)
+    mine = {"dit": {"width": 6}, "steps": 4, "name": "b"}
+    with pytest.raises(UserError, match=r"differences\); of the config, dit.width is 5 there and 6 here, name is"):
+        checkpoints.restore(like(example(width=6)), config=mine)
     with pytest.raises(UserError, match=r"it lacks params/new; use"):
         checkpoints.restore(like(lacking))
     with pytest.raises(UserError, match="it has extra/counts, which this run does not"):
@@ -226,7 +274,7 @@ def test_training_goes_on_from_the_newest_good_one(tmp_path, collected):
     with pytest.warns(UserWarning, match=r"checkpoint 2 in .* cannot be read .*; continuing from step 1"):
         state, meta = checkpoints.restore(like(example()))
     assert_same(state, example(1))
-    assert meta == {"at": 1}
+    assert meta["at"] == 1
     assert checkpoints.latest() == 1
     checkpoints.save(2, example(2), {"at": 2})
     checkpoints.wait()
