@@ -28,7 +28,11 @@ from dit_video.data.places import Address, place
 from dit_video.data.sizes import SizeLimits, fit, read_fitted, sampled_frames
 from dit_video.data.source import ClipInfo, ClipSource
 from dit_video.errors import DecodeError, UserError
+from dit_video.experiment import Experiment
+from dit_video.image_encoder import ImageEncoder
 from dit_video.live import CanvasEncoder
+from dit_video.text import Tokenizer
+from dit_video.text_encoder import FrozenEncoder
 from dit_video.tokens import Grid
 
 EncodeText = Callable[[str], Float32[np.ndarray, "s e"]]
@@ -130,6 +134,25 @@ class Encoding:
     def __post_init__(self):
         if self.views_per_file < 1 or self.threads < 1:
             raise UserError(f"views_per_file={self.views_per_file} and threads={self.threads} must be at least 1")
+
+
+def encoding_of(
+    experiment: Experiment, params: dict[str, Any], *, text: Tokenizer | FrozenEncoder, images: ImageEncoder | None
+) -> Encoding:
+    """That of an experiment, with the parameters of its autoencoder and its frozen encoders."""
+    data, known = experiment.data, experiment.denoiser.known
+    frozen = text if isinstance(text, FrozenEncoder) else None
+    return Encoding(
+        autoencoder=experiment.autoencoder.model,
+        params=params,
+        limits=experiment.limits,
+        augmentations=Augmentations(stretches=data.stretches, resolutions=data.resolutions, flips=data.flips),
+        encode_text=frozen,
+        text_identity="" if frozen is None else frozen.identity,
+        encode_image=images,
+        image_identity="" if images is None else images.identity,
+        shown=known is not None and known.rest == "grey",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

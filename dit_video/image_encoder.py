@@ -13,7 +13,10 @@ from dit_video.configs import to_json
 from dit_video.errors import UserError
 from dit_video.features import FrameEncoder
 from dit_video.files import read_json, write_json
-from dit_video.weights import clip_vision_config, load_clip_images, load_clip_vision
+from dit_video.weights import load_clip_images, load_clip_vision
+
+IMAGE_ENCODER = "image_encoder.json"
+"""in a run's folder, the identity of its image encoder"""
 
 
 class ImageEncoder:
@@ -67,17 +70,3 @@ def open_image_encoder(folder: str | os.PathLike, *, kept: Path) -> ImageEncoder
     encoder = ImageEncoder(folder)
     write_json(kept, {"identity": encoder.identity})
     return encoder
-
-
-def check_image_width(folder: str | os.PathLike, width: int | None) -> None:
-    """That the encoder in a folder makes tokens of the width that the denoiser reads; its weights are not read.
-
-    Raises:
-      MissingError: no encoder there.
-      UserError: it has another width.
-    """
-    if (found := clip_vision_config(folder).width) != width:
-        raise UserError(
-            f"the image encoder in {folder} makes tokens of width {found}, the denoiser reads {width}; set dit "
-            f"image_width={found}, or name another folder"
-        )

@@ -42,9 +42,9 @@ from dit_video.data.sizes import fit
 from dit_video.data.source import ClipSource
 from dit_video.distributed import make_mesh, row_shards
 from dit_video.encoding import (
-    Augmentations,
     Encoding,
     encode_latents,
+    encoding_of,
     finish_latents,
     latent_identity,
     plan_encoding,
@@ -52,12 +52,13 @@ from dit_video.encoding import (
 from dit_video.errors import MissingError, UserError
 from dit_video.experiment import Experiment
 from dit_video.files import read_json, write_json
-from dit_video.image_encoder import check_image_width, open_image_encoder
+from dit_video.image_encoder import IMAGE_ENCODER, open_image_encoder
 from dit_video.nn import graph_of
 from dit_video.pipeline import Pipeline, PipelineConfig
 from dit_video.stages import AutoencoderStage
 from dit_video.starting import (
     TrainedDenoiser,
+    check_image_encoder,
     check_start,
     experts_of,
     optimizer_of,
@@ -182,9 +183,7 @@ class Run:
         check_start(self.experiment.denoiser)
         if isinstance(text := self.experiment.denoiser.text, FrozenTextConfig) and not self._text_encoder.is_file():
             check_width(text)  # as early; once the encoder is known the run goes on without its folder
-        images = self.experiment.denoiser.image_encoder
-        if images is not None and not self._image_identity.is_file():
-            check_image_width(images, getattr(self.experiment.denoiser.dit, "image_width", None))
+        check_image_encoder(self.experiment.denoiser, self.folder / IMAGE_ENCODER)
 
     def take(self, *clips: Address) -> None:
         """Ingest folders of clips, and link to data sets that are ingested already; see `intake.take`."""
@@ -264,21 +263,10 @@ class Run:
 
     def encoding(self) -> Encoding:
         """What turns clips into this run's latents, after training the autoencoder if that isn't trained yet."""
-        data, text = self.experiment.data, self._tokenizer()
-        frozen = text if isinstance(text, FrozenEncoder) else None
-        known, folder = self.experiment.denoiser.known, self.experiment.denoiser.image_encoder
-        images = None if folder is None else open_image_encoder(folder, kept=self._image_identity)
-        return Encoding(
-            autoencoder=self.experiment.autoencoder.model,
-            params=self.train_autoencoder(),
-            limits=self.experiment.limits,
-            augmentations=Augmentations(stretches=data.stretches, resolutions=data.resolutions, flips=data.flips),
-            encode_text=frozen,
-            text_identity="" if frozen is None else frozen.identity,
-            encode_image=images,
-            image_identity="" if images is None else images.identity,
-            shown=known is not None and known.rest == "grey",
-        )
+        config, images = self.experiment.denoiser, None
+        if config.image_encoder is not None:
+            images = open_image_encoder(config.image_encoder, kept=self.folder / IMAGE_ENCODER)
+        return encoding_of(self.experiment, self.train_autoencoder(), text=self._tokenizer(), images=images)
 
     @property
     def earlier(self) -> tuple["Run", ...]:
@@ -375,10 +363,6 @@ class Run:
     @property
     def _text_encoder(self) -> Path:
         return self.folder / "text_encoder.json"
-
-    @property
-    def _image_identity(self) -> Path:
-        return self.folder / "image_encoder.json"
 
     def _note_rows(self, batches: Batches) -> None:
         """Write `denoiser/rows.json`, and say what an epoch holds."""

@@ -21,10 +21,11 @@ from dit_video.encoding import plan_encoding
 from dit_video.errors import MissingError, UserError
 from dit_video.experiment import GivenAutoencoder, OneOfTwo
 from dit_video.finetuning import FineTuning, finetuning
-from dit_video.image_encoder import ImageEncoder, check_image_width, open_image_encoder
+from dit_video.image_encoder import ImageEncoder, open_image_encoder
 from dit_video.nn import LoraConfig
 from dit_video.run import Run
 from dit_video.starting import (
+    check_image_encoder,
     check_start,
     experts_of,
     given_autoencoder,
@@ -150,8 +151,10 @@ def test_another_image_encoder_is_refused(animating, tmp_path):
     assert again.identity == first.identity  # known without the weights
     with pytest.raises(UserError, match="was used before; put that one back"):
         again(np.zeros((1, 16, 16, 3), np.uint8))
+    wider = dataclasses.replace(ANIMATING, image_width=16)
+    training = dataclasses.replace(training_of(animating), dit=wider, image_encoder=str(moved))
     with pytest.raises(UserError, match="makes tokens of width 12, the denoiser reads 16; set dit image_width=12"):
-        check_image_width(moved, 16)
+        check_image_encoder(training, tmp_path / "other.json")
 
 
 @pytest.mark.parametrize(
