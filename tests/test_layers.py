@@ -33,6 +33,8 @@ LEVELS = {
         "finetuning",
         "distilling",
         "text_encoder",
+        "image_encoder",
+        "given_frames",
         "measure",
         "reports",
         "planning",
