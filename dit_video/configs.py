@@ -75,12 +75,16 @@ def from_json(value: Any) -> Any:
 
 def difference(old: Any, new: Any, path: str = "") -> str:
     """The first place where two JSON values differ, in words; empty where they are equal."""
+    return next(iter(differences(old, new, path)), "")
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """All places where two JSON values differ, in words."""
     if isinstance(old, dict) and isinstance(new, dict):
-        for name in (*old, *(name for name in new if name not in old)):
-            if found := difference(old.get(name), new.get(name), f"{path}.{name}" if path else name):
-                return found
-        return ""
-    return "" if old == new else f"{path} is {old!r} there and {new!r} here"
+        names = (*old, *(name for name in new if name not in old))
+        inner = (differences(old.get(name), new.get(name), f"{path}.{name}" if path else name) for name in names)
+        return [found for each in inner for found in each]
+    return [] if old == new else [f"{path} is {old!r} there and {new!r} here"]
 
 
 def _home(cls: type) -> str:

@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+TRY_AGAIN = 75
+"""The exit code of a run that was ended from outside and loses nothing by another start (`sysexits.h`: EX_TEMPFAIL)."""
+
 
 class UserError(Exception):
     """A mistake in what was asked for. The message states the rule, the value and the fix, on one line.
@@ -27,8 +30,19 @@ class DecodeError(UserError):
     """Bytes that are not a readable video or image. Ingest sets such a clip aside and goes on."""
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal asked a run to stop, and it has, with nothing lost. The message says what was stopped, and where."""
+
+    code = 0
+    """what a script ends with then"""
+
+
 def script(main: Callable[..., None]) -> Callable[..., None]:
-    """Decorate a script's `main`: a `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Decorate a script's `main`: errors that a user can act on become one line on stderr.
+
+    Exit codes: 2 after a `UserError`; 0 after a `Stopped`, for a preempted run did all that it could; 130 after Ctrl-C
+    anywhere else.
+    """
 
     @functools.wraps(main)
     def guarded(*args, **kwargs):
@@ -38,6 +52,10 @@ def script(main: Callable[..., None]) -> Callable[..., None]:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
+        except Stopped as stopped:
+            print(f"\nstopped: {stopped}; the same command goes on from there", file=sys.stderr)
+            sys.stderr.flush()
+            sys.exit(stopped.code)
         except KeyboardInterrupt:
             print("\ninterrupted: started again, the same command does what is left", file=sys.stderr)
             sys.stderr.flush()

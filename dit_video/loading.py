@@ -18,6 +18,8 @@ def load(
     text_encoder: str | Path | None = None,
     dtype: Dtype | None = None,
     place: Place | None = None,
+    ema: float | None = None,
+    sigma_rel: float | None = None,
 ) -> Pipeline:
     """The pipeline of a run folder, a pipeline folder, or a folder of open weights (Wan, DiT and SiT).
 
@@ -30,6 +32,9 @@ def load(
       dtype: of open weights alone: that of the matrix products, float32 by default; see `wan_pipeline.load_wan` and
         `class_pipeline.load_class_pipeline`.
       place: of open weights alone: reads each parameter to where it is kept, such as its place on devices; see there.
+      ema: of a run alone: another of the averages that it keeps, by its decay, as of the newest checkpoint; 0 for the
+        weights without an average.
+      sigma_rel: of a run alone: the relative width of an average that is put together from the run's snapshots.
 
     Raises:
       MissingError: no such folder, here or on the hub, or parts that it lacks.
@@ -49,19 +54,30 @@ def load(
         return load_wan(folder, text_encoder=text_encoder, dtype=dtype or "float32", place=place)
     if dtype is not None or place is not None:
         raise UserError(f"dtype and place are for open weights; {folder} has no {INDEX}, leave them away")
+    if ema is not None or sigma_rel is not None:
+        return _with_text_encoder(_run_pipeline(folder, ema, sigma_rel), text_encoder)
     for inner in (folder, folder / "pipeline"):
         if (inner / CONFIG).is_file():
             return load_pipeline(inner, text_encoder=text_encoder)
     if (folder / "experiment.json").is_file():
-        # Imported here: a finished pipeline is sampled without anything that training needs.
-        from dit_video.run import Run
-
-        pipeline = Run.open(folder).newest_pipeline()
-        return pipeline if text_encoder is None else pipeline.with_text_encoder(text_encoder)
+        return _with_text_encoder(_run_pipeline(folder, None, None), text_encoder)
     raise UserError(
         f"{folder} holds neither {CONFIG} nor experiment.json nor {INDEX}; name a folder that train.py made, or one of "
         "open weights in diffusers' layout"
     )
+
+
+def _run_pipeline(folder: Path, ema: float | None, sigma_rel: float | None) -> Pipeline:
+    if not (folder / "experiment.json").is_file():
+        raise UserError(f"{folder} is no run, and has one set of weights; leave out ema and sigma_rel")
+    # Imported here: a finished pipeline is sampled without anything that training needs.
+    from dit_video.run import Run
+
+    return Run.open(folder).newest_pipeline(ema=ema, sigma_rel=sigma_rel)
+
+
+def _with_text_encoder(pipeline: Pipeline, text_encoder: str | Path | None) -> Pipeline:
+    return pipeline if text_encoder is None else pipeline.with_text_encoder(text_encoder)
 
 
 def _is_name(path: str | Path) -> bool:

@@ -7,9 +7,11 @@ from their checkpoints. So a run that was interrupted is continued by running th
     data/                     the ingested clips, or a link to them (see `intake`); of several data sets one folder each
     autoencoder/              checkpoints, metrics.jsonl, weights.safetensors
     text_encoder.json         the identity of a frozen text encoder
+    image_encoder.json        that of an image encoder
     texts/                    its embeddings of the captions, where latents are not cached
     latents/                  what the denoiser is trained on, or a link to it
-    denoiser/                 checkpoints, metrics.jsonl, rows.json (what an epoch holds)
+    denoiser/                 checkpoints, metrics.jsonl, rows.json (what an epoch holds), skipped.jsonl (steps that
+                              were not finite); snapshots/, samples/, tensorboard/, as the config says
     adapter.safetensors       the trained adapter, where one is trained, with our names
     pytorch_lora_weights.safetensors   the same of Wan, with diffusers' names
     transformer/              all weights of Wan, where these are trained, as diffusers reads them; of the second of two
@@ -17,6 +19,7 @@ from their checkpoints. So a run that was interrupted is continued by running th
     pipeline/                 the result: what `dit_video.load` reads
 """
 
+import dataclasses
 import functools
 import sys
 import time
@@ -28,7 +31,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dit_video import configs, feed, intake, results, stages
+from dit_video import configs, feed, intake, results, stages, watching
 from dit_video.autoencoder import LinearAutoencoder
 from dit_video.codec import Codec
 from dit_video.data.latents import INDEX as LATENTS
@@ -37,11 +40,11 @@ from dit_video.data.loader import Batches
 from dit_video.data.places import Address
 from dit_video.data.sizes import fit
 from dit_video.data.source import ClipSource
-from dit_video.distributed import make_mesh, row_shards
+from dit_video.distributed import make_mesh, over_devices, row_shards
 from dit_video.encoding import (
-    Augmentations,
     Encoding,
     encode_latents,
+    encoding_of,
     finish_latents,
     latent_identity,
     plan_encoding,
@@ -49,11 +52,13 @@ from dit_video.encoding import (
 from dit_video.errors import MissingError, UserError
 from dit_video.experiment import Experiment
 from dit_video.files import read_json, write_json
+from dit_video.image_encoder import IMAGE_ENCODER, open_image_encoder
 from dit_video.nn import graph_of
 from dit_video.pipeline import Pipeline, PipelineConfig
 from dit_video.stages import AutoencoderStage
 from dit_video.starting import (
     TrainedDenoiser,
+    check_image_encoder,
     check_start,
     experts_of,
     optimizer_of,
@@ -68,7 +73,7 @@ from dit_video.training.denoiser import DenoiserLoss
 from dit_video.training.distillation import distillation_loss
 from dit_video.training.logging import Progress, remark
 from dit_video.training.optimizer import make_optimizer
-from dit_video.training.state import state_shapes
+from dit_video.training.state import on_host, state_shapes
 from dit_video.training.step import Loss, OwnStep
 
 FORMAT = 1
@@ -83,6 +88,12 @@ class Run:
     experiment: Experiment
     command: str
     """what it was started with"""
+    profile: tuple[int, int] | None = None
+    """the first and the last step that are traced"""
+    stage: str = ""
+    """which of the denoiser's earlier stages this is"""
+    begin: int = 0
+    """steps of the stages before it"""
 
     @staticmethod
     def create(folder: str | Path, experiment: Experiment) -> "Run":
@@ -105,7 +116,7 @@ class Run:
             return run._written()  # nothing was trained yet: a start that failed can be corrected
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file; a run needs a folder of its own")
-        if folder.is_dir() and any(entry.name != "clips" for entry in folder.iterdir()):
+        if folder.is_dir() and any(entry.name != "clips" and entry.name[0] != "." for entry in folder.iterdir()):
             raise UserError(f"{folder} is not empty and holds no run; use another folder")
         return run._written()
 
@@ -165,12 +176,14 @@ class Run:
             self.keep_latents(latents)
         self.take(*clips)
         self.clips.select(self.experiment.data.held_out)  # a name that isn't there, before anything is trained
-        for info in self.clips.infos:  # before hours are spent on the others
-            fit(info, self.experiment.limits)
-        feed.check(self.experiment, self.training_clips)
+        for stage in (*self.earlier, self):  # before hours are spent on the others
+            for info in self.clips.infos:
+                fit(info, stage.experiment.limits)
+            feed.check(stage.experiment, self.training_clips)
         check_start(self.experiment.denoiser)
         if isinstance(text := self.experiment.denoiser.text, FrozenTextConfig) and not self._text_encoder.is_file():
             check_width(text)  # as early; once the encoder is known the run goes on without its folder
+        check_image_encoder(self.experiment.denoiser, self.folder / IMAGE_ENCODER)
 
     def take(self, *clips: Address) -> None:
         """Ingest folders of clips, and link to data sets that are ingested already; see `intake.take`."""
@@ -185,6 +198,11 @@ class Run:
         if not self.experiment.data.cache_latents:
             raise UserError(f"the config caches no latents, {destination} was named for them; leave it out")
         intake.link(self.folder / "latents", destination, "latents")
+
+    @property
+    def _own(self) -> Path:
+        """Where that lies which another stage has too."""
+        return self.folder / "stages" / self.stage if self.stage else self.folder
 
     @functools.cached_property
     def clips(self) -> ClipSource:
@@ -206,7 +224,10 @@ class Run:
     def autoencoder(self) -> AutoencoderStage:
         """Its autoencoder: trained if it isn't yet, or given."""
         return AutoencoderStage(
-            experiment=self.experiment, folder=self.folder / "autoencoder", clips=lambda: self.training_clips
+            experiment=self.experiment,
+            folder=self.folder / "autoencoder",
+            clips=lambda: self.training_clips,
+            profile=self.profile,
         )
 
     def train_autoencoder(self) -> dict[str, Any]:
@@ -217,7 +238,7 @@ class Run:
         """The cached latents of the training clips. Files that `tools/encode_latents.py` made are not made again."""
         encoding, clips = self.encoding(), self.training_clips
         stamp = latent_identity(encoding, clips)
-        destination = intake.lies(self.folder / "latents")
+        destination = intake.lies(self._own / "latents")
         if not (destination / LATENTS).is_file():
             plan = plan_encoding(clips, encoding)
             with Progress("encoding latents", len(plan.views), unit="clip") as progress:
@@ -242,19 +263,47 @@ class Run:
 
     def encoding(self) -> Encoding:
         """What turns clips into this run's latents, after training the autoencoder if that isn't trained yet."""
-        data, text = self.experiment.data, self._tokenizer()
-        frozen = text if isinstance(text, FrozenEncoder) else None
-        return Encoding(
-            autoencoder=self.experiment.autoencoder.model,
-            params=self.train_autoencoder(),
-            limits=self.experiment.limits,
-            augmentations=Augmentations(stretches=data.stretches, resolutions=data.resolutions, flips=data.flips),
-            encode_text=frozen,
-            text_identity="" if frozen is None else frozen.identity,
-        )
+        config, images = self.experiment.denoiser, None
+        if config.image_encoder is not None:
+            images = open_image_encoder(config.image_encoder, kept=self.folder / IMAGE_ENCODER)
+        return encoding_of(self.experiment, self.train_autoencoder(), text=self._tokenizer(), images=images)
+
+    @property
+    def earlier(self) -> tuple["Run", ...]:
+        """The stages of the denoiser before the last, which is the run itself, each as a run of the same folder."""
+        begin, views = 0, []
+        for number, stage in enumerate(self.experiment.earlier):
+            views.append(
+                dataclasses.replace(self, experiment=self.experiment.stage(number), stage=stage.name, begin=begin)
+            )
+            begin += stage.steps
+        return tuple(views)
 
     def train_denoiser(self) -> dict[str, Any]:
-        """The averaged parameters of the trained denoiser and text encoder: `{"dit": ..., "text": ...}`."""
+        """The averaged parameters of the trained denoiser and text encoder: `{"dit": ..., "text": ...}`.
+
+        Earlier stages are trained before; of one that is done nothing is read again.
+        """
+        checkpoints = Checkpoints(self.folder / "denoiser" / "checkpoints")
+        if self.earlier:
+            self.train_autoencoder()
+        for stage in self.earlier:
+            if (checkpoints.latest() or 0) < stage.begin + stage.experiment.denoiser.steps:
+                remark(f"stage {stage.stage}: up to step {stage.begin + stage.experiment.denoiser.steps}")
+                stage._train_stage()
+        state, trained = self._train_stage()
+        averaged = on_host(state.ema)
+        del state
+        config = self.experiment.denoiser
+        expert, _ = experts_of(config)
+        if (adapter := trained.adapter(averaged)) is None:
+            results.save_transformer(self.folder, config.dit, averaged, expert=expert)
+        else:
+            results.save_adapter(self.folder, config.dit, adapter, trained.adapted or {}, expert=expert)
+        return trained.whole(averaged)
+
+    def _train_stage(self) -> tuple[Any, TrainedDenoiser]:
+        """The state after this stage of the denoiser, and what was trained."""
         config, experiment = self.experiment.denoiser, self.experiment
         if experiment.data.cache_latents:
             latents = self.encode_latents()
@@ -265,8 +314,9 @@ class Run:
             texts = feed.texts_of(self._tokenizer(cache=self.folder / "texts"), captions)
             encode = feed.live_encoder(experiment, self.train_autoencoder(), self.training_clips)
             rows = feed.live(experiment, self.training_clips, texts, encode)
+        make = over_devices(config.dit.make, make_mesh(experiment.mesh), experiment.mesh.context_attention)
         base = DenoiserLoss(
-            dit=graph_of(config.dit.make),
+            dit=graph_of(make),
             text=graph_of(config.text.make),
             objective=config.objective,
             caption_dropout=config.caption_dropout,
@@ -286,16 +336,26 @@ class Run:
             return opened
 
         trained = self._trained_denoiser()
-        folder, arguments = self.folder / "denoiser", trained.arguments()
-        state = stages.train(experiment, folder, trained.init, trained.loss(loss), batches, **arguments)
-        averaged = jax.device_get(state.ema)
-        del state
-        expert, _ = experts_of(config)
-        if (adapter := trained.adapter(averaged)) is None:
-            results.save_transformer(self.folder, config.dit, averaged, expert=expert)
-        else:
-            results.save_adapter(self.folder, config.dit, adapter, trained.adapted or {}, expert=expert)
-        return trained.whole(averaged)
+        folder = self.folder / "denoiser"
+        watched = watching.Watched(
+            experiment=experiment,
+            folder=folder,
+            loss=base,
+            trained=trained,
+            clips=self.training_clips,
+            held_out=self.held_out_clips,
+            tokenizer=lambda: self._tokenizer(cache=self.folder / "texts"),
+            autoencoder=self.train_autoencoder,
+            pipeline=self._pipeline,
+        )
+        begin = self.begin or sum(stage.steps for stage in experiment.earlier)
+        given = {**trained.arguments(), **watched.arguments(), "begin": begin, "profile": self.profile}
+        return stages.train(experiment, folder, trained.init, trained.loss(loss), batches, **given), trained
+
+    def _pipeline(self, denoiser: dict[str, Any]) -> Pipeline:
+        """Of the trained denoiser's weights."""
+        denoiser = with_other(self.experiment.denoiser, denoiser)
+        return Pipeline(self.pipeline_config(), autoencoder=self.train_autoencoder(), denoiser=denoiser)
 
     def _tokenizer(self, *, cache: Path | None = None) -> Tokenizer | FrozenEncoder:
         """Of the text encoder. The identity of a frozen one is kept, to know it without its weights."""
@@ -309,38 +369,40 @@ class Run:
         """Write `denoiser/rows.json`, and say what an epoch holds."""
         summary = batches.summary(devices=row_shards(make_mesh(self.experiment.mesh)))
         if jax.process_index() == 0:
-            write_json(self.folder / "denoiser" / "rows.json", summary)
+            write_json((self._own if self.stage else self.folder / "denoiser") / "rows.json", summary)
         unequal = summary.get("imbalance")
         remark(str(batches) + (f", {unequal['mean']:.1%} of the time lost by unequal devices" if unequal else ""))
 
     def export(self) -> Pipeline:
         """Write `pipeline/`, after training what is not trained yet: the autoencoder, on its latents the denoiser."""
-        denoiser = self.train_denoiser()  # first, as it takes memory, and makes the autoencoder that it needs
-        denoiser = with_other(self.experiment.denoiser, denoiser)
-        autoencoder = self.train_autoencoder()
-        pipeline = Pipeline(self.pipeline_config(), autoencoder=autoencoder, denoiser=denoiser)
-        if not (self.folder / "pipeline").is_dir():
+        pipeline = self._pipeline(self.train_denoiser())
+        if not (self.folder / "pipeline").is_dir() and jax.process_index() == 0:
             pipeline.save(self.folder / "pipeline")
         return pipeline
 
-    def newest_pipeline(self) -> Pipeline:
+    def newest_pipeline(self, *, ema: float | None = None, sigma_rel: float | None = None) -> Pipeline:
         """The pipeline of the newest checkpoint of a run that need not be finished.
 
+        Args:
+          ema: of which average: by its decay, 0 for the weights themselves; that of the config's `ema_decay` if None.
+          sigma_rel: the relative width of an average that is put together from snapshots.
+
         Raises:
-          UserError: the denoiser has no checkpoint yet.
+          MissingError: there are no snapshots.
+          UserError: the denoiser has no checkpoint yet, or kept no such average.
         """
         config = self.experiment.denoiser
         checkpoints = Checkpoints(self.folder / "denoiser" / "checkpoints")
         if checkpoints.latest() is None:
             raise UserError(f"{self.folder} has no checkpoint of its denoiser yet; continue it with: {self.command}")
         trained = self._trained_denoiser()
-        optimizer = make_optimizer(optimizer_of(config), steps=config.steps)
-        shapes = state_shapes(trained.init, optimizer)
+        optimizer = make_optimizer(optimizer_of(config), steps=config.steps)  # any stage's: they have one state
+        shapes = state_shapes(trained.init, optimizer, averages=config.averages)
         if (distillation := config.distillation) is not None:
             shapes = jax.eval_shape(lambda state: distillation.begin(state, optimizer), shapes)
         state, _ = checkpoints.restore(shapes)
-        denoiser = with_other(config, trained.whole(jax.device_get(state.ema)))
-        return Pipeline(self.pipeline_config(), autoencoder=self.train_autoencoder(), denoiser=denoiser)
+        chosen = watching.averaged(state, config, self.folder / "denoiser", ema=ema, sigma_rel=sigma_rel)
+        return self._pipeline(trained.whole(chosen))
 
     def pipeline_config(self) -> PipelineConfig:
         """What the pipeline of this run is made of."""
@@ -361,6 +423,7 @@ class Run:
             batch=experiment.denoiser.batch,
             sampling=experiment.sampling,
             fps=fps,
+            image_encoder=experiment.denoiser.image_encoder,
             evaluation=experiment.evaluation,
             size=max(sizes, key=lambda size: (size.volume, size)),
             made_by={

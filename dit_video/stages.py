@@ -9,24 +9,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 from jaxtyping import Array
 
-from dit_video import pixels, rng
+from dit_video import configs, pixels, rng
 from dit_video.autoencoder import LinearAutoencoder, PatchVaeConfig, fit_linear, start_from_linear
 from dit_video.data.loader import Batches
 from dit_video.data.source import ClipSource
 from dit_video.data.windows import Stretches, WindowBatches
-from dit_video.distributed import make_mesh
+from dit_video.distributed import RowPart, make_mesh
 from dit_video.encoding import latent_moments
-from dit_video.experiment import AutoencoderTraining, Experiment, GivenAutoencoder
+from dit_video.experiment import AutoencoderTraining, DenoiserTraining, Experiment, GivenAutoencoder
 from dit_video.nn import graph_of, init_params, param_shapes
 from dit_video.starting import given_autoencoder, given_params, loss_parts, optimizer_of
 from dit_video.training import loop, trainer
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.logging import remark
 from dit_video.training.optimizer import make_optimizer
+from dit_video.training.state import on_host
 from dit_video.training.step import Loss, OwnStep
+from dit_video.training.trace import Profile
 from dit_video.weights import load as load_weights
 from dit_video.weights import save as save_weights
 
@@ -42,6 +43,9 @@ def train(
     init: Callable[[Array], dict[str, Any]],
     loss: Loss | OwnStep,
     batches: Callable[[int], Batches | WindowBatches],
+    *,
+    begin: int = 0,
+    profile: tuple[int, int] | None = None,
     **given: Any,
 ) -> Any:
     """Train one of the two models from its newest checkpoint, or from `init`.
@@ -51,7 +55,9 @@ def train(
       folder: `autoencoder` or `denoiser` of the run.
       init: parameters from a random key.
       loss: of them.
-      batches: from a step on.
+      batches: from a step on, counted from `begin`.
+      begin: steps of earlier stages.
+      profile: the first and the last step that are traced.
       given: further arguments of `Training`.
 
     Raises:
@@ -61,16 +67,27 @@ def train(
     config = experiment.denoiser if name == "denoiser" else experiment.autoencoder
     assert not isinstance(config, GivenAutoencoder)  # which is not trained
     optimizer = config.optimizer if isinstance(config, AutoencoderTraining) else optimizer_of(config)
+    if isinstance(config, DenoiserTraining):
+        given |= {"accumulate": config.accumulate, "averages": config.averages}
     return trainer.Training(
         folder=folder,
         title=f"training the {name}",
         init=init,
         random_key=rng.key(experiment.seed, name),
         loss=loss,
-        optimizer=make_optimizer(optimizer, steps=config.steps),
+        optimizer=make_optimizer(optimizer, steps=config.steps, begin=begin),
         ema_decay=config.ema_decay,
-        config=loop.LoopConfig(steps=config.steps, log_every=experiment.log_every, save_every=experiment.save_every),
+        begin=begin,
+        profile=None if profile is None else Profile(folder / "profile", *profile),
+        config=loop.LoopConfig(
+            steps=begin + config.steps,
+            log_every=experiment.log_every,
+            save_every=experiment.save_every,
+            most_skipped=experiment.most_skipped,
+        ),
         mesh=make_mesh(experiment.mesh),
+        keep=experiment.keep,
+        resolved=configs.to_json(experiment),
         **given,
     ).run(batches)
 
@@ -84,6 +101,8 @@ class AutoencoderStage:
     """`autoencoder` of the run"""
     clips: Callable[[], ClipSource]
     """those that are trained on"""
+    profile: tuple[int, int] | None = None
+    """the first and the last step that are traced"""
 
     def params(self) -> dict[str, Any]:
         """The averaged parameters of the trained autoencoder, with its latents' mean and deviation measured.
@@ -99,7 +118,7 @@ class AutoencoderStage:
             return load_weights(path, like=param_shapes(config.model.make))
         graph, parts = graph_of(config.model.make), loss_parts(config, experiment.seed)
         continues = Checkpoints(path.parent / "checkpoints").latest() is not None
-        stretches = Stretches(self.clips(), experiment.limits)
+        stretches = Stretches(self.clips(), experiment.window_limits)
         start = functools.partial(given_params, config, rng.key(experiment.seed, "inflation"))
         linear = self._linear(stretches) if isinstance(config.model, PatchVaeConfig) and not continues else None
 
@@ -108,8 +127,9 @@ class AutoencoderStage:
             return params if linear is None else start_from_linear(params, linear)
 
         batches = functools.partial(self.windows, stretches, purpose="autoencoder")
-        state = train(experiment, self.folder, init, parts.pop("loss"), batches, start=start, **parts)
-        params = jax.device_get(state.ema)
+        given = {"start": start, "profile": self.profile}
+        state = train(experiment, self.folder, init, parts.pop("loss"), batches, **given, **parts)
+        params = on_host(state.ema)
         if config.optimizer.trains("normalizer/mean"):
             with contextlib.closing(self.windows(stretches, 0, "latent moments")) as windows:
                 mean, std = latent_moments(graph, params, itertools.islice(windows, _MOMENT_BATCHES))
@@ -124,13 +144,15 @@ class AutoencoderStage:
         """
         training = self.experiment.autoencoder
         assert isinstance(training, AutoencoderTraining)  # one that is given has no windows
+        part = RowPart.of(make_mesh(self.experiment.mesh))
         opened = WindowBatches(
             stretches,
             tuple(dataclasses.replace(window, augment=augment and window.augment) for window in training.windows),
             seed=int(rng.host(self.experiment.seed, purpose).integers(2**31)),
             start_step=start,
-            host=jax.process_index(),
-            hosts=jax.process_count(),
+            # What is measured is measured on whole batches, by each process: all have to find the same.
+            host=part.index if purpose == "autoencoder" else 0,
+            hosts=part.count if purpose == "autoencoder" else 1,
         )
         if purpose == "autoencoder" and opened.left_out:
             remark(f"{len(opened.left_out)} clips have no room for a window of the autoencoder's training")
@@ -144,7 +166,7 @@ class AutoencoderStage:
         config = self.experiment.autoencoder
         if isinstance(config, GivenAutoencoder) or 3 * config.model.stride.volume > _LINEAR_VALUES:
             return None
-        return self._linear(Stretches(self.clips(), self.experiment.limits))
+        return self._linear(Stretches(self.clips(), self.experiment.window_limits))
 
     def _linear(self, stretches: Stretches) -> LinearAutoencoder:
         """Principal components of the training clips as they are, which are kept in the run's folder."""

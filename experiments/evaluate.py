@@ -27,6 +27,8 @@ def main(
     interval: tuple[float, float] | None = None,
     rescale: float | None = None,
     projected: bool | None = None,
+    ema: float | None = None,
+    sigma_rel: float | None = None,
     cache: bool = True,
 ) -> None:
     """Reconstruct held-out clips, sample, judge, and write the report.
@@ -41,11 +43,13 @@ def main(
         interval: the times, from 0 (data) to 1 (noise), at which there is guidance at all.
         rescale: from 0 to 1, how far guided predictions are brought to the deviation of those without guidance.
         projected: whether guidance leaves out what lies along the prediction itself, which saturates.
+        ema: of a run: which of its averages, by its decay; 0 for the weights themselves.
+        sigma_rel: of a run: the relative width of an average that is put together from its snapshots.
         cache: whether compiled programs are kept for the next start, in ~/.cache/dit_video/programs.
     """
     if cache:
         keep_programs()
-    pipeline = dit_video.load(run)
+    pipeline = dit_video.load(run, ema=ema, sigma_rel=sigma_rel)
     trained = Run.open(run) if (run / CONFIG).is_file() else None
     if trained is None and out is None:
         raise UserError(f"{run} is a pipeline without a run; say where the files go with --out")

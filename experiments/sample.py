@@ -37,6 +37,8 @@ def main(
     rescale: float | None = None,
     projected: bool | None = None,
     text_encoder: Path | None = None,
+    ema: float | None = None,
+    sigma_rel: float | None = None,
     cache: bool = True,
 ) -> None:
     """Sample one prompt into a file, or a list of prompts into a folder.
@@ -56,6 +58,8 @@ def main(
         rescale: from 0 to 1, how far guided predictions are brought to the deviation of those without guidance.
         projected: whether guidance leaves out what lies along the prediction itself, which saturates.
         text_encoder: where the model's frozen text encoder lies, if that has moved.
+        ema: of a run: which of its averages, by its decay; 0 for the weights themselves.
+        sigma_rel: of a run: the relative width of an average that is put together from its snapshots.
         cache: whether compiled programs are kept for the next start, in ~/.cache/dit_video/programs.
     """
     if (prompt is None) == (prompts is None):
@@ -67,7 +71,7 @@ def main(
         if size is not None or seed is not None or negative:
             raise UserError("--size, --seed and --negative go with --prompt; in a file of prompts each has its own")
         requests = measure.read_requests(prompts)
-        pipeline = dit_video.load(run, text_encoder=text_encoder)
+        pipeline = dit_video.load(run, text_encoder=text_encoder, ema=ema, sigma_rel=sigma_rel)
         guided = pipeline.config.sampling.guided(
             scale=guidance, interval=interval, rescale=rescale, projected=projected
         )
@@ -80,7 +84,7 @@ def main(
     if out.suffix.lower().removeprefix(".") not in FORMATS:
         raise UserError(f"{out} has no suffix of a known format; use one of .{', .'.join(FORMATS)}")
     grid = None if size is None else parse_size(size)
-    pipeline = dit_video.load(run, text_encoder=text_encoder)
+    pipeline = dit_video.load(run, text_encoder=text_encoder, ema=ema, sigma_rel=sigma_rel)
     guided = pipeline.config.sampling.guided(scale=guidance, interval=interval, rescale=rescale, projected=projected)
     clip = pipeline.generate(
         str(prompt), size=grid, seed=seed or 0, negative=negative, steps=steps, guidance=guided, sampler=sampler

@@ -6,6 +6,7 @@ import pytest
 
 from dit_video import configs
 from dit_video.autoencoder import Adversarial, AutoencoderObjective, PatchVaeConfig
+from dit_video.conditioning import KnownFrames
 from dit_video.data.windows import WindowConfig
 from dit_video.distributed import MeshConfig
 from dit_video.dit import DitConfig
@@ -61,6 +62,8 @@ DISAGREEMENTS = [
     ("denoiser.steps", 1, "a run of 1 steps is not longer than its warmup of 2"),
     ("denoiser.steps", 0, "denoiser steps must be at least 1"),
     ("denoiser.batch", 0, "denoiser batch must be at least 1"),
+    ("denoiser.accumulate", 0, "accumulate must be at least 1"),
+    ("denoiser.accumulate", 3, "a batch of 2 rows is not divisible into accumulate=3 parts"),
     ("denoiser.caption_dropout", 1.5, "caption_dropout 1.5 must lie in [0, 1]"),
     ("denoiser.caption_dropout", float("nan"), "must lie in [0, 1]"),
     ("denoiser.ema_decay", 1.0, "ema_decay 1.0 must lie in [0, 1)"),
@@ -68,7 +71,10 @@ DISAGREEMENTS = [
     ("autoencoder.loss.adversarial", Adversarial(layers=5), "windows of 32 pixels or more, one has 16"),
     ("denoiser.times_of", "frame", "a denoiser with time='token'"),
     ("denoiser.dit.variance", "predicted", "goes with an objective that predicts a LearnedVariance"),
+    ("denoiser.image_encoder", "clip", "attends to no image's tokens; leave out image_encoder"),
+    ("denoiser.known", KnownFrames(), "can't be told which frames are known"),
     ("log_every", 0, "log_every must be at least 1"),
+    ("most_skipped", 0, "most_skipped must be at least 1"),
     ("save_every", -5, "save_every must be at least 1"),
     ("seed", -1, "not -1"),
     ("seed", 2**32, "a seed is a whole number from 0 to 4294967295"),

@@ -5,6 +5,7 @@
     python tools/benchmark.py attention --tokens 8192 --peers    # packed rows beside dense attention, torch's too
     python tools/benchmark.py model --peers                      # a transformer beside diffusers' on the same weights
     python tools/benchmark.py mfu --attention tokamax            # model FLOPs utilisation, of a GPU
+    python tools/benchmark.py train --steps 100                  # the loop beside its step, saving, starting again
     python tools/benchmark.py sampling                           # steps and guidance beside forward passes
     python tools/benchmark.py tiling --run RUN --clips CLIPS     # what tiles change of a trained autoencoder's frames
     python tools/benchmark.py data --clips CLIPS                 # with one's own clips instead of rendered ones
@@ -15,21 +16,21 @@
 `denoiser` and `autoencoder` time training steps on random latents and pixels of mixed sizes, packed as in training.
 `data` measures the loaders beside those steps (cached latents; video files; video files that are encoded on the way, as
 rows and in buckets), decoding against a bare loop, ingest with two processes against one, and the loader's memory.
-Five parts run where they are named: `attention` times attention that skips foreign blocks beside dense attention;
+Six parts run where they are named: `attention` times attention that skips foreign blocks beside dense attention;
 `tiling` says by how many steps of 0..255 frames decoded in blended tiles differ from whole ones, at the largest and in
 the mean, for several overlaps; `model` times a forward pass and a training step of a transformer like Wan's, and how
 compile time grows with its depth; `mfu` a training step of 1.6 billion parameters in bfloat16 on a row of 32k tokens,
-as a share of what the device can do; `sampling` says what N steps cost beside N forward passes, what guidance in one
-pass beside two, how many programs other prompts and settings compile, and how long a first clip takes with and without
-kept programs (`--small` tries these three on little models). `--peers` times the convolutional
-autoencoder and the transformer beside diffusers' on the same weights, and attention beside torch's. A part whose
-packages are missing is skipped, and the document says so: `denoiser`, `autoencoder` and `mfu` need JAX, Flax and optax
-alone. Where the quickstart's config cannot be imported for that reason, models of about its size are measured, and
-`setting` is `built in`.
+as a share of what the device can do; `train` says what the training loop adds to its step, and a save in the
+background to the steps between two saves, how long a run takes to its first step, and how long one that was killed;
+`sampling` says what N steps cost beside N forward passes, what guidance in one pass beside two, how many programs
+other prompts and settings compile, and how long a first clip takes with and without kept programs (`--small` tries
+these three on little models). `--peers` times the convolutional autoencoder and the transformer beside diffusers' on
+the same weights, and attention beside torch's. A part whose packages are missing is skipped, and the document says so:
+`denoiser`, `autoencoder` and `mfu` need JAX, Flax and optax alone. Where the quickstart's config cannot be imported
+for that reason, models of about its size are measured, and `setting` is `built in`.
 """
 
 import argparse
-import ast
 import json
 import os
 import platform
@@ -45,13 +46,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import dit_video
 from benchmarks import mfu, sampling
-from benchmarks.setting import Setting, changed, default_setting, read_setting
+from benchmarks.setting import Setting, chosen_setting
 from benchmarks.steps import Trained, measure_autoencoder, measure_denoiser
 from dit_video.errors import MissingError, UserError, script
 from dit_video.nn import Backend
 
 PARTS = ("denoiser", "autoencoder", "data")
-BY_NAME = ("attention", "tiling", "model", "mfu", "sampling")
+BY_NAME = ("attention", "tiling", "model", "mfu", "train", "sampling")
 """parts that run where they are named alone"""
 PRETRAINED = Path(__file__).resolve().parents[1] / "experiments" / "pretrained" / "shapes"
 
@@ -108,8 +109,9 @@ def benchmark(
     peers: bool,
     attention: Backend,
     peak: float | None,
+    chosen: Sequence[str],
 ) -> dict[str, Any]:
-    """The whole document."""
+    """The whole document; `chosen` are the arguments that say the setting."""
     document: dict[str, Any] = {"machine": machine(), "setting": setting.name}
     denoiser = autoencoder = None
     if "denoiser" in parts or "data" in parts:
@@ -127,6 +129,9 @@ def benchmark(
     if "mfu" in parts:
         print("utilisation", file=sys.stderr)
         document["mfu"] = mfu.measure(mfu.SMALL if extent.small else mfu.Shape(), extent.steps, attention, peak)
+    if "train" in parts:
+        print("the training loop", file=sys.stderr)
+        document["train"] = measure_loop(setting, extent, chosen)
     if "sampling" in parts:
         print("sampling", file=sys.stderr)
         document["sampling"] = measure_sampling(extent, run)
@@ -142,6 +147,15 @@ def benchmark(
     if peers and autoencoder is not None:
         document["autoencoder"]["peers"] = measure_peers(extent.rounds)
     return document
+
+
+def measure_loop(setting: Setting, extent: Extent, chosen: Sequence[str]) -> dict[str, Any]:
+    """What training costs beside its step."""
+    try:
+        from benchmarks import looping
+    except ModuleNotFoundError as error:
+        return {"skipped": f"{error.name} is not installed"}
+    return looping.measure(setting, extent.steps, extent.examples, extent.rounds, chosen)
 
 
 def measure_peers(rounds: int) -> dict[str, Any]:
@@ -251,14 +265,9 @@ def main() -> None:
     extent = Extent(**{field.name: getattr(arguments, field.name) for field in fields(Extent)})
     if arguments.clips is not None and not arguments.clips.is_dir():
         raise MissingError(f"no such folder: {arguments.clips}; name one with clips, or leave out --clips")
-    setting = default_setting() if arguments.config is None else read_setting(arguments.config)
-    for assignment in arguments.set:
-        name, _, text = assignment.partition("=")
-        try:
-            value = ast.literal_eval(text)
-        except (SyntaxError, ValueError):
-            value = text
-        setting = changed(setting, name, value)
+    setting = chosen_setting(arguments.config, arguments.set)
+    chosen = [] if arguments.config is None else ["--config", str(arguments.config)]
+    chosen += [part for assignment in arguments.set for part in ("--set", assignment)]
     found = benchmark(
         setting,
         arguments.parts or PARTS,
@@ -268,6 +277,7 @@ def main() -> None:
         peers=arguments.peers,
         attention=arguments.attention,
         peak=None if arguments.peak is None else arguments.peak * 1e12,
+        chosen=chosen,
     )
     print(json.dumps(found, indent=2))
 

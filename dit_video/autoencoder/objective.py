@@ -16,6 +16,7 @@ Judge = Callable[[Float[Array, "B T H W 3"], Float[Array, "B T H W 3"]], Float[A
 
 _OF_ERROR = {
     "squared": losses.squared,
+    "logarithmic": losses.logarithmic,
     "absolute": losses.absolute,
     "charbonnier": losses.charbonnier,
     "pyramid": losses.pyramid,
@@ -37,6 +38,8 @@ class AutoencoderObjective:
     """
 
     squared: float = 0.0
+    logarithmic: float = 0.0
+    """of the error's logarithm, clip by clip: what mean PSNR rewards"""
     absolute: float = 1.0
     charbonnier: float = 0.0
     pyramid: float = 0.5

@@ -7,7 +7,10 @@ import jax
 from flax import nnx
 from jaxtyping import Array, PyTree
 
-Remat = Literal["none", "full"]
+Remat = Literal["none", "full", "dots", "dots_no_batch", "offload"]
+"""What of a layer is kept for the backward pass, the rest being computed again: all of it (`none`: nothing is computed
+again), its input alone (`full`), and beside the input the results of all matrix products (`dots`), of those with
+weights but not of attention's (`dots_no_batch`), or the latter in the host's memory (`offload`)."""
 Carried = TypeVar("Carried")
 """what goes from layer to layer: an array, or a tree of arrays"""
 
@@ -37,8 +40,8 @@ def apply_groups(x: Carried, stacks: Sequence[Turns], *, remat: Remat = "none") 
     layers as all groups take.
 
     GPUs and TPUs run a scan over groups, whose compile time does not grow with depth; on CPU the loop is unrolled,
-    which is about 1.5 times faster there. `remat="full"` recomputes each layer in the backward pass, in a scan
-    everywhere.
+    which is about 1.5 times faster there. With any `remat` but "none" parts of each layer are computed again in the
+    backward pass, in a scan everywhere.
     """
     graphs, grouped = [], []
     for stack, contexts in stacks:
@@ -68,7 +71,21 @@ def _apply(
         layer = jax.tree.map(lambda leaf: leaf[turn], layers)
         return nnx.merge(graph, layer)(x, *context)
 
-    return (jax.checkpoint(call, prevent_cse=False) if remat == "full" else call)(layers, x)
+    if remat == "none":
+        return call(layers, x)
+    return jax.checkpoint(call, prevent_cse=False, policy=_policy(remat))(layers, x)
+
+
+def _policy(remat: Remat) -> Callable[..., Any] | None:
+    """What JAX is told to keep; None for nothing but what goes in."""
+    match remat:
+        case "dots":
+            return jax.checkpoint_policies.checkpoint_dots
+        case "dots_no_batch":
+            return jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims
+        case "offload":
+            return jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host")
+    return None
 
 
 def rematerialised(call: Callable[[nnx.Module, Array], Array], layer: nnx.Module, x: Array) -> Array:

@@ -30,7 +30,7 @@ from dit_video.autoencoder.adversarial import (
 from dit_video.nn import graph_of, init_params
 from dit_video.training.autoencoder import AutoencoderLoss, Figures
 from dit_video.training.state import TrainState, WithModel
-from dit_video.training.step import Step, float_figures, following, make_step, noted, with_constants
+from dit_video.training.step import Step, following, make_step, noted, unless_broken, with_constants
 from dit_video.tree import flatten
 
 _CLIP = 1.0
@@ -186,7 +186,8 @@ def _play(
     }
     model = following(model, gradients, optimizer, ema_decay=ema_decay)
     model, learned = noted(loss, model, seen)
-    return AdversarialState(model=model, discriminator=discriminator), float_figures(figures | learned)
+    after = AdversarialState(model=model, discriminator=discriminator)
+    return unless_broken(state, after, figures | learned, "discriminator", "penalty")
 
 
 def _move(

@@ -7,14 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from dit_video.arrays import AnyArray
 from dit_video.conditioning import KnownFrames, drop_captions, given_latents, known_tokens
 from dit_video.diffusion import ClipSize, Objective, low_discrepancy
 from dit_video.dit import DitConfig, Given, WanDitConfig, packed_denoise
 from dit_video.rng import example_keys, key
-from dit_video.tokens import Rows, packed_noise, positions, segment_mean, to_tokens
+from dit_video.tokens import Rows, packed_noise, positions, segment_max, segment_mean, to_tokens
 from dit_video.training.optimizer import OptimizerConfig, hold_still
+from dit_video.training.step import Figures, Ratio
 
 TEMPORAL = r"(^|/)temporal"
 """paths of the layers that mix frames alone"""
@@ -24,9 +26,10 @@ TEMPORAL = r"(^|/)temporal"
 class DenoiserLoss:
     """Mean over the clips of a batch of each clip's mean squared error.
 
-    The metrics are `padding`, the share of tokens that are no clip's, and `masked`, the share of clips that could not
-    be read and do not count. Parameters are `{"dit": ..., "text": ...}`: the text encoder is trained with the denoiser,
-    unless it is a frozen one, which has none: then rows hold its embeddings; or captions are classes (`ClassNames`).
+    The metrics are `padding`, the share of tokens that are no clip's, `masked`, the share of clips that could not be
+    read and do not count, and the loss by diffusion times, `loss_t0-0.25` and so on. Parameters are `{"dit": ...,
+    "text": ...}`: the text encoder is trained with the denoiser, unless it is a frozen one, which has none: then rows
+    hold its embeddings; or captions are classes (`ClassNames`).
     """
 
     dit: nnx.GraphDef
@@ -38,7 +41,8 @@ class DenoiserLoss:
     seed: int
     known: KnownFrames | None = None
     """For a model that is told what is known of a clip: by given latents beside the noisy ones, or, where each token
-    has its own time, by time 0. Tokens at time 0 hold no noise, and do not count in the loss."""
+    has its own time, by time 0. Tokens at time 0 hold no noise, and do not count in the loss. An image encoder's tokens
+    of the first frame are those that rows hold, where it is known, and zero where it is not."""
     shares: tuple[float, float] = (0.0, 1.0)
     """which of the objective's times, by the shares of them that are lower: of a model for some times, such as one of
     two experts, those between; see `share_below`"""
@@ -46,8 +50,14 @@ class DenoiserLoss:
     """what has a diffusion time of its own; frames have it where tokens may (`time="token"`)"""
     optimizer: OptimizerConfig | None = None
     """the loss is constant in the parameters that it does not train"""
+    bins: int = 4
+    """of equal widths, into which the times are divided for the loss by times"""
 
-    def __call__(self, params, rows: Rows, step: Array) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    def weight(self, rows: Rows) -> Float[Array, ""]:
+        """How many clips count."""
+        return jnp.asarray(rows.valid).sum().astype(jnp.float32)
+
+    def __call__(self, params, rows: Rows, step: Array) -> tuple[Float[Array, ""], Figures]:
         count = rows.examples.shape[1]
         noise = packed_noise(rows, example_keys(key(self.seed, "noise"), step, rows.examples))
         keys = example_keys(key(self.seed, "caption dropout"), step, rows.examples)
@@ -65,7 +75,7 @@ class DenoiserLoss:
             context=context.values,
             context_segments=context.segments,
             count=count,
-            given=_given(dit.config, rows, known)._replace(labels=context.classes(count)),
+            given=_given(dit.config, rows, known, count=count)._replace(labels=context.classes(count)),
         )
         clean = known if dit.config.time == "token" else None
         data, time = jnp.asarray(rows.tokens), self.token_times(rows, step)
@@ -75,9 +85,28 @@ class DenoiserLoss:
         placed = rows.segments.max(axis=1).sum()
         metrics = {
             "padding": (rows.segments == 0).mean(axis=(0, 1)),
-            "masked": 1 - rows.valid.sum() / jnp.maximum(placed, 1),
+            "masked": Ratio(placed - rows.valid.sum(), placed),
+            **self.by_time(per_token, time, counted, rows.valid),
         }
         return (per_example * rows.valid).sum() / jnp.maximum(rows.valid.sum(), 1), metrics
+
+    def by_time(
+        self,
+        per_token: Float[Array, "B N"],
+        time: Float[Array, "B N"],
+        counted: Int[AnyArray, "B N"],
+        valid: Bool[AnyArray, "B G"],
+    ) -> dict[str, Ratio]:
+        """The loss of the clips at times in each bin; of a clip whose frames are in several, their shares of it."""
+        member = counted[..., None] == jnp.arange(1, valid.shape[1] + 1)
+        weight = jnp.where(member, (valid / jnp.maximum(member.sum(axis=1), 1))[:, None], 0).sum(axis=-1)
+        place = jnp.clip(jnp.floor(time * self.bins), 0, self.bins - 1)
+        found = {}
+        for index in range(self.bins):
+            inside = jnp.where(place == index, weight, 0)
+            name = f"loss_t{index / self.bins:g}-{(index + 1) / self.bins:g}"
+            found[name] = Ratio((inside * jax.lax.stop_gradient(per_token)).sum(), inside.sum())
+        return found
 
     def known_tokens(self, rows: Rows, step: Array) -> Bool[Array, "B N"]:
         """What is known: of an example the same on any mesh."""
@@ -133,7 +162,18 @@ def share_below(objective: Objective, time: float) -> float:
     return high
 
 
-def _given(dit: DitConfig | WanDitConfig, rows: Rows, known: Bool[Array, "B N"]) -> Given:
-    if not dit.given_channels:
-        return Given()
-    return Given(latents=given_latents(rows.tokens, known, places=dit.patch.volume, channels=dit.given_channels))
+def _given(dit: DitConfig | WanDitConfig, rows: Rows, known: Bool[Array, "B N"], *, count: int) -> Given:
+    """What the denoiser is told of clips whose first frame is known; of others all of it is zero."""
+    told = segment_max(known.astype(jnp.float32), rows.segments, count=count) > 0
+    fields: dict[str, Array] = {}
+    if dit.given_channels and rows.shown.shape[-1]:
+        shown = to_tokens(told, rows.segments)
+        fields["latents"] = given_latents(
+            rows.shown, known, shown=shown, places=dit.patch.volume, channels=dit.given_channels
+        )
+    elif dit.given_channels:
+        fields["latents"] = given_latents(rows.tokens, known, places=dit.patch.volume, channels=dit.given_channels)
+    if isinstance(dit, WanDitConfig) and dit.image_width is not None:
+        fields["image"] = jnp.where(to_tokens(told, rows.image_segments)[..., None], rows.image, 0)
+        fields["image_segments"] = jnp.asarray(rows.image_segments)
+    return Given(**fields)

@@ -38,7 +38,7 @@ from dit_video.rng import example_keys, key
 from dit_video.tokens import Rows, segment_mean, to_tokens
 from dit_video.training.denoiser import DenoiserLoss, clip_sizes, packed_noise
 from dit_video.training.state import TrainState, WithModel
-from dit_video.training.step import Step, float_figures, following, with_constants
+from dit_video.training.step import Step, following, unless_broken, with_constants
 
 _EDGE = 0.02
 """How near to data and to noise samples are judged by their scores, at least (arXiv 2311.18828)."""
@@ -215,7 +215,8 @@ class ConsistencyLoss(_Taught):
         def step(state, rows, teacher):
             value, gradients = jax.value_and_grad(self)(state.params, state.ema, rows, state.step, teacher)
             figures = {"loss": value, "gradient_norm": optax.tree.norm(gradients)}
-            return following(state, gradients, optimizer, ema_decay=ema_decay), float_figures(figures)
+            after = following(state, gradients, optimizer, ema_decay=ema_decay)
+            return unless_broken(state, after, figures)
 
         return with_constants(jax.jit(step, donate_argnums=0), constants)
 
@@ -267,7 +268,7 @@ class MatchingLoss(_Taught):
             )
             figures |= {"loss": value, "gradient_norm": optax.tree.norm(gradients), "critic": losses.mean()}
             model = following(state.model, gradients, optimizer, ema_decay=ema_decay)
-            return MatchingState(model=model, critic=critic), float_figures(figures)
+            return unless_broken(state, MatchingState(model=model, critic=critic), figures, "critic")
 
         return with_constants(jax.jit(step, donate_argnums=0), constants)
 

@@ -6,34 +6,35 @@ behind, so that the device always has work while queued batches stay few.
 An entry of the log is the mean of the metrics over the steps since the entry before (or since the start of this
 process), with `step_seconds` and `steps_per_second` (the first step, saving and `on_step` left out), `data_wait`, the
 share of the time that went into waiting for a batch while the device had nothing to do (at most: where it ran out of
-work during the wait, the whole wait counts), and once `first_step_seconds`, most of which is compilation.
+work during the wait, the whole wait counts), the device's memory where it tells that, and once `first_step_seconds`,
+most of which is compilation. What periodic calls find is logged at their step, `Watch.derive` adds to every entry.
 
-SIGINT and SIGTERM end the run after the step that runs, which is saved, with a `KeyboardInterrupt`; a second one at
-once. With several processes all stop at the next entry of the log.
+A step whose loss or gradient is not finite leaves the state as it was (`training.step` sees to it), is counted in the
+log as `skipped`, and is written down with its batch. After `LoopConfig.most_skipped` of them in a row the run ends, and
+saves the state from before them.
+
+SIGINT and SIGTERM end the run after the step that runs, which is saved, with a `Stopped`; a second one at once. With
+several processes all stop after the same step (see `training.stopping`).
 """
 
 import contextlib
-import signal
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool
 
 from dit_video import tree as trees
-from dit_video.errors import UserError
+from dit_video.errors import Stopped, UserError
 from dit_video.training.checkpoint import Checkpoints
-from dit_video.training.logging import MetricsLog, Progress
-
-_AHEAD = 2
-"""How many steps may be queued on the device behind the one whose result is awaited."""
+from dit_video.training.interval import Identify, Interval, NotFinite, TooManySkipped
+from dit_video.training.logging import Progress
+from dit_video.training.monitoring import Log
+from dit_video.training.skipped import SkippedLog
+from dit_video.training.stopping import signals
+from dit_video.training.trace import Profile, Tracer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +48,43 @@ class LoopConfig:
     steps: int
     log_every: int = 20
     save_every: int = 500
+    most_skipped: int = 10
+    """steps in a row without a finite loss and gradient, after which the run ends"""
+    stop_within: float = 300.0
+    """seconds from a signal to the end of the process, at most; a preempted machine has 30 or so"""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "log_every", "save_every"):
+        for name in ("steps", "log_every", "save_every", "most_skipped"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is at least 1, not {getattr(self, name)}; give a positive number of steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Periodic:
+    """Something done every so many steps, and after the last one."""
+
+    every: int
+    call: Callable[[int, Any], Mapping[str, float]]
+    """Given the number of steps done and the state, which it must not keep; what it returns is logged. All processes
+    call it."""
+
+    def due(self, done: int, steps: int) -> bool:
+        return done % self.every == 0 or done == steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watch:
+    """What is looked at on the way, besides the log."""
+
+    identify: Identify | None = None
+    """says which batch one was"""
+    skipped: SkippedLog | None = None
+    """where the steps that were skipped are written down, with their batches"""
+    derive: Callable[[Mapping[str, float]], Mapping[str, float]] | None = None
+    """further figures of an entry of the log, from those that it has"""
+    periodic: tuple[Periodic, ...] = ()
+    profile: Profile | None = None
+    """steps that are traced"""
 
 
 def run(
@@ -61,10 +94,11 @@ def run(
     *,
     config: LoopConfig,
     checkpoints: Checkpoints | None = None,
-    log: MetricsLog | None = None,
+    log: Log | None = None,
     title: str = "training",
     on_step: Callable[[int, Any], None] | None = None,
     meta: Mapping[str, Any] | None = None,
+    watch: Watch | None = None,
 ) -> Any:
     """Train from `state.step` to `config.steps`, and return the last state.
 
@@ -76,40 +110,56 @@ def run(
       batches: given the number of steps done, yields the batches from there on.
       on_step: called with the number of steps done and the state, which it must not keep.
       meta: saved with every checkpoint.
+      watch: what else is looked at on the way.
 
     Raises:
       UserError: the run is beyond `config.steps` or its folder holds a later checkpoint; the data end early; the loss
-        or the state is not finite (such a state is never saved).
-      KeyboardInterrupt: after a signal.
+        is not finite in a step that doesn't skip this, or in `config.most_skipped` in a row that do; the state is not
+        finite (such a state is never saved).
+      Stopped: after a signal.
+      KeyboardInterrupt: after a second one.
     """
     done = int(state.step)
     saver = _Saver(checkpoints, dict(meta or {}), done)
     saver.check_start(config.steps)
     log = log if jax.process_index() == 0 else None
+    watch = watch or Watch()
     if log is not None:
         log.resume(done)
+    if watch.skipped is not None:
+        watch.skipped.resume(done)
     if done == config.steps:
         return state
-    interval = _Interval(done)
+    interval = Interval(done, most=config.most_skipped, identify=watch.identify, skipped=watch.skipped)
     with (
-        _signals() as stop,
+        signals(done, within=config.stop_within) as stop,
         _closing(batches(done)) as iterator,
         Progress(title, config.steps, start=done, shown=jax.process_index() == 0) as progress,
+        contextlib.closing(Tracer(watch.profile)) as tracer,
     ):
         while done < config.steps and not stop.now():
-            batch = interval.next(iterator, stop)
+            batch = interval.next(iterator, stop.now)
             if stop.now():
                 break
-            state, metrics = step(state, batch)
+            with tracer.step(done + 1):
+                state, metrics = step(state, batch)
             done += 1
-            interval.add(metrics)
+            tracer.after(done, metrics)
+            with saver.guarded(done, state, interval):
+                interval.add(batch, metrics)
             loss = None
-            if done % config.log_every == 0 or done == config.steps:
-                values = saver.guard(interval.entry)
+            with interval.settled() if (due := _due(watch, done, config)) else contextlib.nullcontext():
+                found = {name: value for one in due for name, value in one.call(done, state).items()}
+            if done % config.log_every == 0 or done == config.steps or found:
+                with saver.guarded(done, state, interval):
+                    values = interval.entry()
+                values |= {} if watch.derive is None else watch.derive(values)
+                values |= {**found, **device_memory()}
                 loss = values["loss"]
+                saver.metrics = values
                 if log is not None:
                     log.write(done, values)
-                stop.agree()
+            stop.passed(done)
             progress.update(done, loss)
             if on_step is not None:
                 with interval.paused():
@@ -118,95 +168,20 @@ def run(
                 saver.save(done, state, interval)
         saver.save(done, state, interval)
         saver.wait()
-    if stop.now():
-        raise KeyboardInterrupt
+        if stop.ended():
+            raise Stopped(f"{title}, by {stop.asked} after step {done}, which is saved")
     return state
 
 
-class _NotFinite(Exception):
-    """The message says what is not finite, and at which step."""
+def _due(watch: Watch, done: int, config: LoopConfig) -> list[Periodic]:
+    return [one for one in watch.periodic if one.due(done, config.steps)]
 
 
-class _Interval:
-    """Metrics and time of the steps since the last entry of the log."""
-
-    def __init__(self, done: int) -> None:
-        self._done = done
-        """the step that the first pending metrics follow"""
-        self._pending: list[dict[str, Array]] = []
-        self._newest: Array | None = None
-        self._first_step: float | None = None
-        self._restart()
-
-    def _restart(self) -> None:
-        self._began = time.perf_counter()
-        self._timed = 0
-        self._waited = 0.0
-
-    def next(self, iterator: Iterator[Any], stop: "_Stop") -> Any:
-        """The next batch; None where a signal to stop also ended the data (it reaches the loader's processes too)."""
-        began = time.perf_counter()
-        try:
-            batch = next(iterator)
-        except Exception as error:
-            if stop.now():
-                return None
-            if isinstance(error, StopIteration):
-                step = self._done + len(self._pending)
-                raise UserError(f"the data end after step {step}; repeat them, or train for {step} steps") from error
-            raise
-        if self._newest is not None and self._newest.is_ready():  # type: ignore[attr-defined]  # missing in JAX's stub
-            self._waited += time.perf_counter() - began
-        return batch
-
-    def add(self, metrics: dict[str, Array]) -> None:
-        """Take the metrics of the step that was just started, and wait for the one that lies `_AHEAD` steps back."""
-        self._pending.append(metrics)
-        self._newest = metrics["loss"]
-        if self._first_step is None:  # it compiles, and is timed apart
-            self._newest.block_until_ready()
-            self._first_step = time.perf_counter() - self._began
-            self._restart()
-            return
-        self._timed += 1
-        if len(self._pending) > _AHEAD:
-            self._pending[-1 - _AHEAD]["loss"].block_until_ready()
-
-    def check(self) -> list[dict[str, Any]]:
-        """The pending metrics, fetched.
-
-        Raises:
-          _NotFinite: the loss of one of the steps is not.
-        """
-        fetched = jax.device_get(self._pending)
-        for index, metrics in enumerate(fetched):
-            if not np.isfinite(metrics["loss"]):
-                raise _NotFinite(f"the loss is {float(metrics['loss'])} at step {self._done + index + 1}")
-        return fetched
-
-    def entry(self) -> dict[str, float]:
-        """What the log says of these steps; a new interval begins."""
-        fetched = self.check()
-        values = {name: float(np.mean([np.float64(metrics[name]) for metrics in fetched])) for name in fetched[0]}
-        if self._timed < len(fetched) and self._first_step is not None:
-            values["first_step_seconds"] = self._first_step
-        if self._timed:
-            seconds = (time.perf_counter() - self._began) / self._timed
-            values |= {"step_seconds": seconds, "steps_per_second": 1 / seconds}
-            values["data_wait"] = self._waited / (seconds * self._timed)
-        self._done += len(fetched)
-        self._pending = []
-        self._restart()
-        return values
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave out the time that passes inside."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._began += time.perf_counter() - began
+def device_memory() -> dict[str, float]:
+    """Bytes in use on this process's first device, and the most that were; nothing where it doesn't say (CPUs)."""
+    said = jax.local_devices()[0].memory_stats() or {}
+    names = {"bytes_in_use": "device_memory_bytes", "peak_bytes_in_use": "device_memory_peak_bytes"}
+    return {name: float(said[key]) for key, name in names.items() if key in said}
 
 
 class _Saver:
@@ -216,6 +191,8 @@ class _Saver:
         self._checkpoints = checkpoints
         self._meta = meta
         self._saved = done
+        self.metrics: Mapping[str, float] = {}
+        """the newest entry of the log"""
 
     def check_start(self, steps: int) -> None:
         """Raise where the run cannot go on from here, before it costs anything."""
@@ -228,7 +205,7 @@ class _Saver:
                 "restore that one, remove it, or use another folder"
             )
 
-    def save(self, done: int, state: Any, interval: _Interval) -> None:
+    def save(self, done: int, state: Any, interval: Interval) -> None:
         """Save a state that is not saved yet.
 
         Raises:
@@ -237,26 +214,40 @@ class _Saver:
         """
         if done == self._saved:
             return
-        self.guard(interval.check)
+        with self.guarded(done, state, interval):
+            interval.check()
+        self._save(done, state, interval)
+
+    def _save(self, done: int, state: Any, interval: Interval) -> None:
         with interval.paused():
             if int(state.step) != done:
                 raise ValueError(f"after {done} steps state.step is {int(state.step)}: the step must add 1 to it")
             if (path := _not_finite(state)) is not None:
                 raise self._error(f"{path} is not finite after step {done}")
             if self._checkpoints is not None:
-                self._checkpoints.save(done, state, self._meta)
+                self._checkpoints.save(done, state, self._meta, metrics=self.metrics)
             self._saved = done
 
     def wait(self) -> None:
         if self._checkpoints is not None:
             self._checkpoints.wait()
 
-    def guard(self, fetch: Callable[[], Any]) -> Any:
-        """`fetch()`, with its `_NotFinite` told to the user."""
+    @contextlib.contextmanager
+    def guarded(self, done: int, state: Any, interval: Interval) -> Iterator[None]:
+        """What ends a run inside is told to the user; where the state is as it was before, it is saved."""
         try:
-            return fetch()
-        except _NotFinite as error:
+            yield
+        except NotFinite as error:
             raise self._error(str(error)) from error
+        except TooManySkipped as error:
+            if done != self._saved:
+                self._save(done, state, interval)
+            self.wait()
+            where = "" if self._checkpoints is None else f" and is saved as step {done}"
+            raise UserError(
+                f"{error}; the state is that from before them{where}. Look at the batches in skipped.jsonl; the same "
+                "command goes on behind them, a lower learning rate or stronger gradient clipping needs a new run"
+            ) from error
 
     def _error(self, what: str) -> UserError:
         newest = None if self._checkpoints is None else self._checkpoints.latest()
@@ -277,47 +268,6 @@ def _not_finite(state: Any) -> str | None:
     arrays = {path: leaf for path, leaf in trees.flatten(state).items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
     finite = jax.device_get({path: _finite(array) for path, array in arrays.items()})
     return next((path for path in arrays if not finite[path]), None)
-
-
-class _Stop:
-    """Whether a signal asked the run to stop, and whether that holds now."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._agreed = False
-
-    def now(self) -> bool:
-        """With several processes a signal holds when all know of it: each must take the same last step."""
-        return self.asked if jax.process_count() == 1 else self._agreed
-
-    def agree(self) -> None:
-        """Learn whether any process was asked to stop. All processes call this at the same step."""
-        if jax.process_count() > 1:
-            self._agreed = bool(np.any(multihost_utils.process_allgather(np.asarray(self.asked))))
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[_Stop]:
-    """Note the first SIGINT or SIGTERM, raise KeyboardInterrupt on the second; previous handlers come back.
-
-    Python only takes handlers in the main thread; in another one signals are the caller's.
-    """
-    stop = _Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def note(_signal: int, _frame: FrameType | None) -> None:
-        if stop.asked:
-            raise KeyboardInterrupt
-        stop.asked = True
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

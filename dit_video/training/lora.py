@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from jaxtyping import Array, Float, PyTree
 
 from dit_video.nn import attach_lora, scaled
-from dit_video.training.step import Loss
+from dit_video.training.step import Figures, Loss, WeighedLoss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +22,12 @@ class LoraLoss:
 
     def __call__(
         self, factors: PyTree, batch: PyTree, step: Array, *constants: PyTree
-    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    ) -> tuple[Float[Array, ""], Figures]:
         *others, params = constants
         return self.loss(attach_lora(params, scaled(factors, self.scale)), batch, step, *others)
+
+    def weight(self, batch: PyTree) -> Float[Array, ""]:
+        """Of the loss."""
+        if not isinstance(self.loss, WeighedLoss):
+            raise TypeError(f"{type(self.loss).__name__} doesn't say what the parts of a batch weigh")
+        return self.loss.weight(batch)

@@ -4,11 +4,12 @@ import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from jaxtyping import Array, PyTree
 
 from dit_video.errors import UserError
@@ -18,17 +19,25 @@ from dit_video.tree import closest, flatten, map_with_path
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW or Muon with warmup, a schedule and global clipping, of all parameters or of some.
+    """AdamW, Adafactor, Muon or schedule-free AdamW with warmup, a schedule and global clipping, of all parameters or
+    of some.
+
+    Adafactor (arXiv 1804.04235) keeps of a matrix's second moments the means of rows and columns alone, no momentum,
+    and clips the root mean square of an array's update at 1 (in learning rates, which are absolute: of AdamW's size).
 
     Muon orthogonalises the updates of `matrices` and of convolutions, and brings them to one root mean square, by
     default about that of AdamW (arXiv 2502.16982, eq. 4); all other parameters get AdamW with Nesterov momentum at the
     same learning rate.
 
+    `schedule_free` (arXiv 2405.15682) takes the gradient between where AdamW without momentum stands and the average
+    of where it stood, a share `b1` of the way to the average. That average is what is evaluated and sampled from: it
+    takes the place of the first moving average, and further ones are of it.
+
     Raises:
       UserError: values out of range, or patterns that are no regular expressions.
     """
 
-    kind: Literal["adamw", "muon"] = "adamw"
+    kind: Literal["adamw", "adafactor", "muon", "schedule_free"] = "adamw"
     learning_rate: float = 1e-4
     schedule: Literal["constant", "cosine", "wsd"] = "constant"
     """after the warmup; `wsd` is constant and falls linearly to zero over the last fifth of the run"""
@@ -57,6 +66,11 @@ class OptimizerConfig:
             raise UserError(
                 f"an optimizer needs b1 and b2 in [0, 1), weight_decay >= 0 and clip > 0; got b1={self.b1}, "
                 f"b2={self.b2}, weight_decay={self.weight_decay}, clip={self.clip}"
+            )
+        if self.kind == "schedule_free" and (self.schedule != "constant" or self.b1 == 0):
+            raise UserError(
+                "a schedule-free optimizer averages instead of lowering its learning rate: use schedule='constant', "
+                f"and a positive b1, not {self.schedule!r} and b1={self.b1}"
             )
         for pattern in (*self.trainable, *self.frozen, *self.matrices):
             try:
@@ -91,17 +105,27 @@ def learning_rates(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, main], [config.warmup])
 
 
-def make_optimizer(config: OptimizerConfig, *, steps: int) -> optax.GradientTransformation:
-    """The optax transformation of a config, for a run of `steps` steps.
+def make_optimizer(config: OptimizerConfig, *, steps: int, begin: int = 0) -> optax.GradientTransformation:
+    """The optax transformation of a config, for `steps` steps.
+
+    Args:
+      config: of the optimizer.
+      steps: that the schedule of learning rates is for.
+      begin: updates that the optimizer's state counts before them: those of earlier stages.
 
     Raises:
       UserError: a run that is not longer than its warmup; at its `init`, a trainable or frozen path that no parameter
         has.
     """
-    rates = learning_rates(config, steps=steps)
+    own = learning_rates(config, steps=steps)
+    rates: optax.Schedule = lambda count: own(count - begin)  # noqa: E731
     match config.kind:
         case "adamw":
             main = _adamw(config, rates)
+        case "adafactor":
+            main = _adafactor(config, rates)
+        case "schedule_free":
+            main = _schedule_free(config, rates)
         case "muon":
             main = optax.partition(
                 {"matrix": _muon(config, rates), "other": _adamw(config, rates, nesterov=True)},
@@ -115,6 +139,42 @@ def make_optimizer(config: OptimizerConfig, *, steps: int) -> optax.GradientTran
 
 def _adamw(config: OptimizerConfig, rates: optax.Schedule, *, nesterov: bool = False) -> optax.GradientTransformation:
     return optax.adamw(rates, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, nesterov=nesterov)
+
+
+def _adafactor(config: OptimizerConfig, rates: optax.Schedule) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.scale_by_factored_rms(),
+        optax.clip_by_block_rms(1.0),
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale_by_learning_rate(rates),
+    )
+
+
+def _schedule_free(config: OptimizerConfig, rates: optax.Schedule) -> optax.GradientTransformation:
+    base = optax.chain(
+        optax.scale_by_rms(config.b2, eps=1e-8, eps_in_sqrt=False, bias_correction=True),
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale_by_learning_rate(rates),
+    )
+    # It counts its steps from 1.
+    return optax.contrib.schedule_free(base, lambda step: rates(step - 1), b1=config.b1)
+
+
+def own_average(params: PyTree, opt_state: PyTree) -> PyTree | None:
+    """The parameters to be evaluated, where an optimizer averages them itself; None where it does not."""
+
+    def averages(node: Any) -> bool:
+        return isinstance(node, optax.contrib.ScheduleFreeState)
+
+    found = [node for node in jax.tree.leaves(opt_state, is_leaf=averages) if averages(node)]
+    if not found:
+        return None
+    b1, moved = found[0].b1, flatten(found[0].z)  # which has no leaf for a parameter that is frozen
+
+    def average(path: str, leaf: Array) -> Array:
+        return (leaf - (1 - b1) * moved[path]) / b1 if path in moved else leaf
+
+    return map_with_path(average, params)
 
 
 def _muon(config: OptimizerConfig, rates: optax.Schedule) -> optax.GradientTransformation:

@@ -1,13 +1,17 @@
 """What a training run carries from step to step."""
 
 from collections.abc import Callable
+from dataclasses import field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax.struct import dataclass
+from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree
+
+from dit_video.training.ema import Averages, copied
 
 
 @dataclass
@@ -22,6 +26,8 @@ class TrainState:
     opt_state: PyTree
     extra: dict[str, Any]
     """what else a step updates (codebooks, running moments)"""
+    averages: dict[str, Any] = field(default_factory=dict)
+    """further averages of `params`, by kind and value; see `Averages`"""
 
 
 class WithModel:
@@ -37,21 +43,40 @@ class WithModel:
     def ema(self) -> dict[str, Any]:
         return self.model.ema
 
+    @property
+    def params(self) -> dict[str, Any]:
+        return self.model.params
+
+    @property
+    def averages(self) -> dict[str, Any]:
+        return self.model.averages
+
+
+def with_step(state: Any, step: Array) -> Any:
+    """The same state after so many steps."""
+    if isinstance(state, WithModel):
+        return replace(state, model=replace(state.model, step=step))  # type: ignore[type-var]  # of flax.struct
+    return replace(state, step=step)
+
 
 Start = Callable[[dict[str, Any]], dict[str, Any]]
 """What `extra` of a new state is, from its parameters."""
 
 
 def init_state(
-    params: dict[str, Any], optimizer: optax.GradientTransformation, extra: dict[str, Any] | None = None
+    params: dict[str, Any],
+    optimizer: optax.GradientTransformation,
+    extra: dict[str, Any] | None = None,
+    averages: Averages | None = None,
 ) -> TrainState:
-    """The state before the first step; the average starts at the parameters. Traceable."""
+    """The state before the first step; averages start at the parameters. Traceable."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        ema=jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), params),
+        ema=copied(params),
         opt_state=optimizer.init(params),
         extra=extra or {},
+        averages={} if averages is None else averages.start(params),
     )
 
 
@@ -81,18 +106,22 @@ def state_shapes(
     optimizer: optax.GradientTransformation,
     *,
     start: Start | None = None,
+    averages: Averages | None = None,
     shardings: Callable[[PyTree], PyTree] | None = None,
 ) -> PyTree:
     """Shapes, dtypes and layout of the state: what a checkpoint is restored into."""
-    return shapes_on_devices(_make(init, optimizer, start), shardings=shardings)
+    return shapes_on_devices(_make(init, optimizer, start, averages), shardings=shardings)
 
 
 def _make(
-    init: Callable[[Array], dict[str, Any]], optimizer: optax.GradientTransformation, start: Start | None
+    init: Callable[[Array], dict[str, Any]],
+    optimizer: optax.GradientTransformation,
+    start: Start | None,
+    averages: Averages | None = None,
 ) -> Callable[[Array], TrainState]:
     def make(key: Array) -> TrainState:
         params = init(key)
-        return init_state(params, optimizer, None if start is None else start(params))
+        return init_state(params, optimizer, None if start is None else start(params), averages)
 
     return make
 
@@ -119,3 +148,10 @@ def shapes_on_devices(
     return jax.tree.map(
         lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout), shapes, shardings(shapes)
     )
+
+
+def on_host(tree: PyTree) -> PyTree:
+    """Arrays of NumPy, whole in every process; with several, all call this."""
+    if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(tree)):
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)

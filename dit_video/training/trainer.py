@@ -1,6 +1,7 @@
 """A training in its folder: from its newest checkpoint, or from the start."""
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,14 +14,23 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from dit_video.distributed import shard_batch, shardings
+from dit_video.distributed.planner.hardware import peak_flops
 from dit_video.errors import UserError
 from dit_video.training import loop
 from dit_video.training.adversarial import Rival, make_adversarial_step
 from dit_video.training.autoencoder import AutoencoderLoss
 from dit_video.training.checkpoint import Checkpoints
+from dit_video.training.ema import Averages
+from dit_video.training.folder_lock import locked
+from dit_video.training.keeping import Keep
 from dit_video.training.logging import MetricsLog
+from dit_video.training.meter import Meter
+from dit_video.training.monitoring import Log, Logs
+from dit_video.training.posthoc import Snapshots
+from dit_video.training.skipped import SkippedLog, examples_of
 from dit_video.training.state import init_state, make_on_devices, shapes_on_devices
 from dit_video.training.step import Loss, OwnStep, StatefulLoss, Step, make_step
+from dit_video.training.trace import Profile
 
 
 @runtime_checkable
@@ -63,46 +73,90 @@ class Training:
     They are laid out as parameters are, while constants lie whole on every device."""
     optimizer: optax.GradientTransformation
     ema_decay: float
+    averages: Averages | None = None
+    """kept beside the first one"""
+    accumulate: int = 1
+    """into how many parts a batch is divided; see `make_step`"""
     rival: Rival | None = None
     """what an autoencoder is trained against"""
     config: loop.LoopConfig
+    logs: tuple[Log, ...] = ()
+    """beside the file of metrics"""
+    periodic: tuple[loop.Periodic, ...] = ()
+    """what is done every so many steps"""
+    work: Callable[[Any], float] | None = None
+    """Floating-point operations of a step, as utilisation (MFU) counts them, by a batch of host arrays."""
+    profile: Profile | None = None
+    """steps that are traced"""
     mesh: Mesh
     """what state and batches are laid out on"""
+    begin: int = 0
+    """The step that this is trained from: the last of an earlier stage, whose checkpoint it continues."""
+    keep: Keep = dataclasses.field(default_factory=Keep)
+    """which checkpoints stay"""
+    resolved: Any = None
+    """the whole config as JSON, which every checkpoint holds"""
 
     def run(self, batches: Callable[[int], Batches]) -> Any:
         """The state after `config.steps` steps.
 
         Args:
-          batches: from a step on.
+          batches: from a step on, counted from `begin`.
 
         Raises:
-          UserError: the data are others than those that the checkpoint was trained on.
+          UserError: the data are others than those that the checkpoint was trained on; another process is at it.
         """
+        with locked(self.folder):
+            return self._run(batches)
+
+    def _run(self, batches: Callable[[int], Batches]) -> Any:
         layout = functools.partial(shardings, mesh=self.mesh)
-        checkpoints = Checkpoints(self.folder / "checkpoints")
+        checkpoints = Checkpoints(self.folder / "checkpoints", keep=self.keep)
         meta: dict[str, Any] = {}
-        if checkpoints.latest() is None:
+        if checkpoints.latest() is None and not self.begin:
             state = make_on_devices(self._begin, self.random_key, *self._given(), shardings=layout)
         else:
-            state, meta = checkpoints.restore(shapes_on_devices(self._begin, shardings=layout))
+            state, meta = checkpoints.restore(shapes_on_devices(self._begin, shardings=layout), config=self.resolved)
         if int(state.step) >= self.config.steps:
             return state
-        data = batches(int(state.step))
-        if meta.get("plan", data.hash) != data.hash:
+        done = int(state.step) - self.begin
+        if done < 0:
+            raise UserError(
+                f"the newest checkpoint of {self.folder} that can be read is of step {int(state.step)}, before this "
+                f"stage, which begins at {self.begin}; remove the later ones, and the earlier stage is continued"
+            )
+        data = batches(done)
+        if done and meta.get("plan", data.hash) != data.hash:
             data.close()
             raise UserError(
                 f"the data of {self.folder.parent} are not those of its checkpoint at step {int(state.step)} (plan "
                 f"{meta['plan']}, now {data.hash}); put them back, or start another run"
             )
-        return loop.run(
-            self._step(),
-            state,
-            lambda _: _sharded(data, self.mesh),
-            config=self.config,
-            checkpoints=checkpoints,
-            log=MetricsLog(self.folder / "metrics.jsonl"),
-            title=self.title,
-            meta={"plan": data.hash},
+        meter = Meter(self.work, peak=peak_flops)
+        with contextlib.closing(Logs((MetricsLog(self.folder / "metrics.jsonl"), *self.logs))) as log:
+            return loop.run(
+                self._step(),
+                state,
+                lambda _: _sharded(data, self.mesh, meter),
+                config=self.config,
+                checkpoints=checkpoints,
+                log=log,
+                title=self.title,
+                meta={"plan": data.hash, "config": self.resolved},
+                watch=self._watch(meter),
+            )
+
+    def _watch(self, meter: Meter) -> loop.Watch:
+        periodic = self.periodic
+        if self.averages is not None and self.averages.sigmas:
+            snapshots = Snapshots(self.folder / "snapshots")
+            periodic = (loop.Periodic(every=self.averages.snapshot_every, call=snapshots.write), *periodic)
+        return loop.Watch(
+            identify=examples_of,
+            skipped=SkippedLog(self.folder / "skipped.jsonl"),
+            derive=meter.figures,
+            periodic=periodic,
+            profile=self.profile,
         )
 
     def _given(self) -> Iterator[dict[str, Any]]:
@@ -115,7 +169,7 @@ class Training:
         """The state of the step: a `TrainState`, or what the loss or a rival makes of one."""
         params = given[0] if given else self.init(key)
         extra = self.loss.start(params, fresh=not given) if isinstance(self.loss, StatefulLoss) else None
-        state = init_state(params, self.optimizer, extra)
+        state = init_state(params, self.optimizer, extra, self.averages)
         if isinstance(self.loss, OwnStep):
             return self.loss.begin(state, self.optimizer)
         return state if self.rival is None else self.rival.join(state)
@@ -127,7 +181,13 @@ class Training:
                 everywhere = (*everywhere, jax.device_put(self.frozen, shardings(self.frozen, self.mesh)))
             if isinstance(self.loss, OwnStep):
                 return self.loss.make_step(self.optimizer, ema_decay=self.ema_decay, constants=everywhere)
-            return make_step(self.loss, self.optimizer, ema_decay=self.ema_decay, constants=everywhere)
+            return make_step(
+                self.loss,
+                self.optimizer,
+                ema_decay=self.ema_decay,
+                constants=everywhere,
+                accumulate=self.accumulate,
+            )
         if not isinstance(self.loss, AutoencoderLoss):
             raise TypeError(f"only an autoencoder is trained against a rival, not {type(self.loss).__name__}")
         return make_adversarial_step(
@@ -135,7 +195,7 @@ class Training:
         )
 
 
-def _sharded(batches: Batches, mesh: Mesh) -> Iterator[Any]:
+def _sharded(batches: Batches, mesh: Mesh, meter: Meter) -> Iterator[Any]:
     """Batches on the mesh; closing this ends the threads that read ahead.
 
     The loop asks for a batch while the devices are busy with up to two steps before it, and the transfer is only begun
@@ -143,4 +203,5 @@ def _sharded(batches: Batches, mesh: Mesh) -> Iterator[Any]:
     """
     with contextlib.closing(batches):
         for batch in batches:
+            meter.note(batch)
             yield shard_batch(batch, mesh)

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 MEASURES = (
     losses.absolute,
     losses.squared,
+    losses.logarithmic,
     losses.charbonnier,
     losses.pyramid,
     losses.frequency,
@@ -58,6 +59,14 @@ def test_the_errors_of_pixels():
     assert losses.absolute(error)[0] == pytest.approx(0.5)
     assert losses.squared(error)[0] == pytest.approx(0.25)
     assert losses.charbonnier(error, epsilon=1.2)[0] == pytest.approx(1.3)
+
+
+def test_a_logarithm_counts_a_tenth_less_error_the_same_in_every_clip():
+    sizes = jnp.asarray([0.1, 0.8], jnp.float32)[:, None, None, None, None] * jnp.ones((2, 2, 3, 4, 3))
+    better = losses.logarithmic(sizes) - losses.logarithmic(sizes * np.float32(np.sqrt(0.9)))
+    np.testing.assert_allclose(better, -losses.LOGARITHMIC_FLOOR * np.log(0.9), rtol=0.04)
+    small = jnp.full((1, 2, 3, 4, 3), 1e-4, jnp.float32)  # below the floor it is the squared error
+    np.testing.assert_allclose(losses.logarithmic(small), losses.squared(small), rtol=1e-4)
 
 
 def test_a_pyramid_of_a_constant_error_is_its_last_level():

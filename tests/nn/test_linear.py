@@ -59,6 +59,34 @@ def test_bfloat16_is_computed_in_bfloat16_from_float32_weights():
     assert (layer(x).astype(jnp.float32) != exact).any()
 
 
+def test_gradients_of_weights_are_summed_in_float32():
+    """Where products are in bfloat16, a sum in that over devices would lose what is small beside the rest."""
+    layer = rough(8, 6, dtype=jnp.dtype("bfloat16"))
+    graph, draw = nnx.graphdef(layer), np.random.default_rng(0)
+    weights = {"kernel": layer.kernel[...], "bias": layer.bias[...]}
+    x = jnp.asarray(draw.normal(size=(300, 8)), jnp.bfloat16)
+    pulled = jnp.asarray(draw.normal(size=(300, 6)), jnp.bfloat16)
+
+    @jax.jit
+    def pull(weights, x):
+        return jax.vjp(lambda weights, x: nnx.merge(graph, weights)(x), weights, x)[1](pulled)
+
+    found, of_x = pull(weights, x)
+    wide, above = np.asarray(x, np.float32), np.asarray(pulled, np.float32)
+    for name, expected in (("kernel", wide.T @ above), ("bias", above.sum(axis=0))):
+        assert found[name].dtype == jnp.float32
+        np.testing.assert_allclose(found[name], expected, rtol=1e-4, atol=1e-4)
+        assert (found[name].astype(jnp.bfloat16) != found[name]).any()
+    kernel = np.asarray(weights["kernel"].astype(jnp.bfloat16), np.float32)
+    assert of_x.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(of_x, np.float32), above @ kernel.T, rtol=0.02, atol=0.05)
+    # Forwards too, as a likelihood needs it.
+    tangents = jax.tree.map(jnp.ones_like, (weights, x))
+    _, tangent = jax.jvp(lambda weights, x: nnx.merge(graph, weights)(x), (weights, x), tangents)
+    expected = wide.sum(axis=1, keepdims=True) + np.asarray(weights["kernel"]).sum(axis=0) + 1
+    np.testing.assert_allclose(np.asarray(tangent, np.float32), expected, rtol=0.02, atol=0.2)
+
+
 def test_initial_weights():
     key, shape, fan = jax.random.key(1), (200, 300), (200, 300)
     xavier = initial("xavier", key, shape, fan=fan)

@@ -1,10 +1,12 @@
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from dit_video.nn import Linear, Turns, apply_groups, apply_stack, graph_of, init_params, make_stack
+from dit_video.nn import Linear, Remat, Turns, apply_groups, apply_stack, graph_of, init_params, make_stack
 
 WIDTH, LAYERS = 8, 3
 
@@ -43,7 +45,7 @@ def value_and_gradients(function):
     return jax.tree.leaves((value, pull(jnp.cos(value))))
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", get_args(Remat))
 @pytest.mark.parametrize("platform", ["cpu", "gpu"], ids=["unrolled", "scan"])
 def test_a_stack_is_a_loop_over_its_layers_in_values_and_gradients(monkeypatch, platform, remat):
     expected = jax.jit(lambda: value_and_gradients(loop))()
@@ -53,7 +55,7 @@ def test_a_stack_is_a_loop_over_its_layers_in_values_and_gradients(monkeypatch, 
         return stacked(params, x, remat=remat)
 
     text = str(jax.make_jaxpr(ours)(PARAMS, X))
-    assert ("remat" in text or "checkpoint" in text) == (remat == "full")
+    assert ("remat" in text or "checkpoint" in text) == (remat != "none")
     for left, right in zip(jax.jit(lambda: value_and_gradients(ours))(), expected, strict=True):
         np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-5)
 
@@ -116,3 +118,44 @@ def test_remat_keeps_less(monkeypatch, platform):
 
     # Of 3 layers 256 x 32 hidden values are kept without, of one layer at a time with recomputation.
     assert temporary_bytes("full") < temporary_bytes("none") - 256 * 32 * 4
+
+
+@pytest.mark.parametrize(
+    ("remat", "products"), [("none", 2), ("full", 2 + 2), ("dots", 2), ("dots_no_batch", 2), ("offload", 2)]
+)
+def test_what_is_computed_again(remat, products):
+    """Products of a layer's forward pass, in the program of the gradients: kept results are not computed again."""
+
+    class Squares(nnx.Module):
+        """A product with weights, and one of a batch of matrices with themselves."""
+
+        def __init__(self, rngs):
+            self.up = Linear(WIDTH, WIDTH, rngs=rngs)
+
+        def __call__(self, x):
+            y = jnp.tanh(self.up(x))
+            return jnp.sin(jnp.einsum("bnd,bmd->bnm", y, y)[..., :WIDTH])
+
+    stack = make_stack(Squares, 2, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(stack)
+    x = jnp.zeros((2, WIDTH, WIDTH))
+
+    def loss(params, x):
+        return apply_stack(nnx.merge(graph, params), x, remat=remat).sum()
+
+    again = products + (remat in ("dots_no_batch", "offload"))  # that of the batch
+    # Each product has two more in the backward pass.
+    assert _products(jax.make_jaxpr(jax.grad(loss))(params, x).jaxpr) == again + 4
+
+
+def _products(jaxpr):
+    """Matrix products in a program, those of a loop's body once."""
+    inner = [
+        sub.jaxpr if hasattr(sub, "jaxpr") else sub
+        for equation in jaxpr.eqns
+        for value in equation.params.values()
+        for sub in (value if isinstance(value, (tuple, list)) else [value])
+        if hasattr(sub, "eqns") or hasattr(getattr(sub, "jaxpr", None), "eqns")
+    ]
+    own = sum(equation.primitive.name == "dot_general" for equation in jaxpr.eqns)
+    return own + sum(map(_products, inner))

@@ -47,6 +47,20 @@ def test_sampling_beside_forward_passes(script):
 
 
 @pytest.mark.slow
+def test_what_training_costs_beside_its_step(script):
+    command = ["train", "--config", TINY, "--steps", 6, "--examples", 20, "--rounds", 1]
+    ended = script("tools/benchmark.py", *command)
+    assert ended.code == 0, ended.err
+    found = json.loads(ended.out)["train"]
+    assert found["loop_overhead"] == pytest.approx(found["loop_step_ms"] / found["step_ms"] - 1, abs=1e-2)
+    assert set(found["save_overhead"]) == {"every 6 steps", "every 4 steps"}
+    assert found["restart_to_first_step_seconds"] > 0
+    assert found["start_to_first_step_seconds"] > 0
+    # It went on from a checkpoint, which is made at every second step.
+    assert found["restarted_after_step"] in (2, 4, 6)
+
+
+@pytest.mark.slow
 def test_all_parts_of_a_tiny_experiment(script, tiny, tiny_clips):
     command = ["--config", TINY, "--clips", tiny_clips, "--steps", 3, "--examples", 40, "--rounds", 1, "--batches", 30]
     ended = script("tools/benchmark.py", *command)

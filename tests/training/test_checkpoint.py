@@ -1,6 +1,7 @@
 import gc
 import json
 import logging
+import math
 import os
 import shutil
 import subprocess
@@ -18,8 +19,10 @@ import optax
 import pytest
 
 from devices import HANG
+from dit_video.code_version import code_version
 from dit_video.errors import MissingError, UserError
 from dit_video.training.checkpoint import Checkpoints
+from dit_video.training.keeping import Keep
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,9 +76,10 @@ def files(folder: Path) -> list[Path]:
 
 
 def saved(folder: Path, steps: tuple[int, ...], **changes: Any) -> Checkpoints:
-    checkpoints = Checkpoints(folder, keep=len(steps))
+    checkpoints = Checkpoints(folder, keep=Keep(newest=len(steps)))
     for step in steps:
-        checkpoints.save(step, example(step, **changes), {"at": step})
+        meta = {"at": step, "config": {"dit": {"width": 5}, "steps": 4, "name": "a"}}
+        checkpoints.save(step, example(step, **changes), meta)
     checkpoints.wait()
     return checkpoints
 
@@ -118,7 +122,7 @@ def test_a_state_may_be_donated_at_once(tmp_path):
 
 
 def test_the_newest_stay(tmp_path):
-    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep=2)
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep=Keep(newest=2))
     assert checkpoints.latest() is None
     assert not (tmp_path / "run").exists()
     for step in (5, 10, 15):
@@ -127,6 +131,47 @@ def test_the_newest_stay(tmp_path):
     assert Checkpoints(tmp_path / "run" / "checkpoints").latest() == 15
     assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["10", "15"]
     assert int(checkpoints.restore(like(example()), step=10)[0].step) == 10
+
+
+@pytest.mark.parametrize(
+    ("keep", "stay"),
+    [
+        (Keep(newest=1), {6}),
+        (Keep(newest=1, every=2), {2, 4, 6}),
+        (Keep(newest=1, best=2), {3, 5, 6}),
+        (Keep(newest=1, best=1, better="higher"), {1, 6}),
+        (Keep(newest=2, best=1, metric="validation"), {2, 5, 6}),
+    ],
+)
+def test_each_rule_keeps_its_checkpoints(tmp_path, keep, stay):
+    """Also those that another process saved, with metrics that are missing or are not numbers now and then."""
+    losses = {1: 9.0, 2: 5.0, 3: 1.0, 4: math.nan, 5: 2.0, 6: 7.0}
+    for half in ((1, 2, 3), (4, 5, 6)):
+        checkpoints = Checkpoints(tmp_path, keep=keep)
+        for step in half:
+            metrics = {"loss": losses[step], **({"validation": 3.0} if step == 2 else {})}
+            checkpoints.save(step, {"x": jnp.ones(2)}, {}, metrics=metrics)
+        checkpoints.wait()
+    assert {int(path.name) for path in tmp_path.iterdir()} == stay
+
+
+def test_what_cannot_be_kept():
+    with pytest.raises(UserError, match="keep newest is at least 1, not 0"):
+        Keep(newest=0)
+    with pytest.raises(UserError, match="keep every is at least 1, not 0"):
+        Keep(every=0)
+
+
+def test_a_checkpoint_says_what_made_it(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {"x": jnp.ones(2)}, {"plan": "a"}, metrics={"loss": 2.0})
+    checkpoints.wait()
+    document = Checkpoints(tmp_path).document(1)
+    assert document["metrics"] == {"loss": 2.0}
+    assert document["meta"] == {"plan": "a"}
+    assert document["code"]["jax"] == jax.__version__
+    assert document["code"] == code_version()
+    assert len(document["code"]["sources"]) == 16
 
 
 def test_a_step_is_not_saved_over_its_future(tmp_path):
@@ -157,6 +202,9 @@ def test_another_config_is_named_by_its_first_difference(tmp_path):
     ):
         checkpoints.restore(like(example(width=6)))
     lacking = State(state.step, {**state.params, "new": jnp.ones(2)}, state.opt_state, state.extra)
+    mine = {"dit": {"width": 6}, "steps": 4, "name": "b"}
+    with pytest.raises(UserError, match=r"differences\); of the config, dit.width is 5 there and 6 here, name is"):
+        checkpoints.restore(like(example(width=6)), config=mine)
     with pytest.raises(UserError, match=r"it lacks params/new; use"):
         checkpoints.restore(like(lacking))
     with pytest.raises(UserError, match="it has extra/counts, which this run does not"):
@@ -226,7 +274,7 @@ def test_training_goes_on_from_the_newest_good_one(tmp_path, collected):
     with pytest.warns(UserWarning, match=r"checkpoint 2 in .* cannot be read .*; continuing from step 1"):
         state, meta = checkpoints.restore(like(example()))
     assert_same(state, example(1))
-    assert meta == {"at": 1}
+    assert meta["at"] == 1
     assert checkpoints.latest() == 1
     checkpoints.save(2, example(2), {"at": 2})
     checkpoints.wait()
@@ -289,3 +337,61 @@ def test_a_checkpoint_moves_to_another_mesh(tmp_path):
     assert process.returncode == 0, process.stderr
     restored, _ = Checkpoints(tmp_path / "eight").restore(like(state))
     assert_same(restored, state)
+
+
+def test_a_full_disk_leaves_the_old_checkpoints(tmp_path):
+    """The system refuses files beyond a size, as it refuses them on a full disk, in the thread that writes."""
+    code = """
+        import resource, sys
+        import jax.numpy as jnp, numpy as np
+        from dit_video.errors import UserError
+        from dit_video.training.checkpoint import Checkpoints
+        from dit_video.training.keeping import Keep
+        state = {"x": jnp.asarray(np.random.default_rng(0).normal(size=200_000))}
+        checkpoints = Checkpoints(sys.argv[1], keep=Keep(newest=1))
+        checkpoints.save(1, state, {})
+        checkpoints.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        try:
+            checkpoints.save(2, state, {})
+            checkpoints.wait()
+        except UserError as error:
+            print("told:", error)
+    """
+    process = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+    )
+    assert process.returncode == 0, process.stderr
+    assert f"told: the checkpoint of step 2 cannot be written to {tmp_path} (" in process.stdout
+    assert "those before it are intact" in process.stdout
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.latest() == 1
+    want = jnp.asarray(np.random.default_rng(0).normal(size=200_000))
+    restored, _ = checkpoints.restore(like({"x": want}))
+    assert_same(restored, {"x": want})
+    checkpoints.save(2, {"x": want}, {})
+    checkpoints.wait()
+    assert Checkpoints(tmp_path).latest() == 2
+
+
+def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    message = r"step 1 cannot be written to .*file/run \(NotADirectoryError: .*; those before it are intact"
+    with pytest.raises(UserError, match=message):
+        Checkpoints(tmp_path / "file" / "run").save(1, {"x": jnp.ones(2)}, {})
+
+    def read_only(*_: Any, **__: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", read_only)  # the tests may run as root, whom no folder refuses
+    with pytest.raises(UserError, match="Read-only file system"):
+        Checkpoints(tmp_path / "run").save(1, {"x": jnp.ones(2)}, {})
+
+
+def test_an_address_that_nothing_here_opens():
+    with pytest.raises(UserError, match=r"nowhere://bucket/run cannot be opened \(.*; install what reads"):
+        Checkpoints("nowhere://bucket/run")

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from dit_video.nn import graph_of, init_params
 from dit_video.text import ByteEncoderConfig, FrozenTextConfig
 from dit_video.tokens import Grid, Item, Rows, RowShape, coordinates, pack, packed_noise
 from dit_video.training.denoiser import DenoiserLoss, share_below
+from dit_video.training.step import accumulated
 from dit_video.tree import flatten
 from rough import rough_params
 
@@ -118,6 +120,24 @@ def test_examples_are_told_apart():
     losses = [float(run(batch([one], []))[0]) for one in (A, A._replace(example=77), B)]
     assert len({round(loss, 4) for loss in losses}) == 3
     assert run(batch([A], []), step=1)[0] != run(batch([A], []), step=0)[0]
+
+
+def test_parts_of_a_batch_make_its_gradients_and_figures():
+    """4 parts of 3, 1, 0 and 2 clips that count; what is random of an example is the same in each."""
+    rows = batch([A, B, C], [A._replace(example=8)], [B._replace(example=9)], [C, A])
+    valid = rows.valid.copy()
+    valid[2] = False
+    rows, step = rows._replace(valid=valid), jnp.asarray(3)
+    value, figures, gradients = jax.jit(functools.partial(accumulated, LOSS, 4))(PARAMS, rows, step)
+    whole = jax.jit(jax.value_and_grad(LOSS, has_aux=True))
+    (expected, named), reference = whole(PARAMS, rows, step)
+    assert_close((value, gradients), (expected, reference))
+    for name, figure in named.items():
+        np.testing.assert_allclose(figures[name], figure, rtol=1e-5, err_msg=name)
+    bins = [figure for name, figure in figures.items() if name.startswith("loss_t")]
+    assert sum(float(one.total) for one in bins) / 6 == pytest.approx(float(value), rel=1e-5)
+    assert sum(float(one.count) for one in bins) == pytest.approx(6)
+    assert float(figures["masked"].total) == 1
 
 
 def test_rows_of_padding_and_a_batch_without_examples():

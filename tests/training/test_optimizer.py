@@ -9,7 +9,7 @@ import pytest
 
 from dit_video import configs
 from dit_video.errors import UserError
-from dit_video.training.optimizer import OptimizerConfig, hold_still, learning_rates, make_optimizer
+from dit_video.training.optimizer import OptimizerConfig, hold_still, learning_rates, make_optimizer, own_average
 from dit_video.tree import flatten, map_with_path
 
 DRAW = np.random.default_rng(0)
@@ -174,7 +174,7 @@ def test_muon_takes_the_matrices_that_it_is_told_to():
         np.testing.assert_allclose(chosen[path], expected[path], rtol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", ["adamw", "adafactor", "muon", "schedule_free"])
 def test_frozen_paths_do_not_move_and_the_others_do(kind):
     config = OptimizerConfig(kind=kind, warmup=0, weight_decay=0.1, frozen=("^text/", "qkv/bias$"))
     for path, update in updates_of(config).items():
@@ -199,6 +199,41 @@ def test_only_trainable_paths_move(kind):
     trained = 2 * 8 * 24 + 8 * 4
     # Two moments of AdamW, one of Muon's matrix; and counters.
     assert size - (2 * trained if kind == "adamw" else trained + 8 * 4) in range(8)
+
+
+def test_adafactor_is_the_published_one_and_keeps_little():
+    config = OptimizerConfig(kind="adafactor", learning_rate=0.01, warmup=0, clip=1e9)
+    draw = np.random.default_rng(3)
+    params = {"kernel": jnp.asarray(draw.normal(size=(2, 160, 256)), jnp.float32), "bias": jnp.ones(256)}
+    ours, theirs = (
+        make_optimizer(config, steps=100),
+        optax.adafactor(0.01, multiply_by_parameter_scale=False, clipping_threshold=1.0),
+    )
+    states = [one.init(params) for one in (ours, theirs)]
+    # Of a stack of matrices the means of rows and columns.
+    assert sum(leaf.size for leaf in jax.tree.leaves(states[0])) < 2 * (160 + 256) + 256 + 20
+    for _ in range(3):
+        gradients = jax.tree.map(lambda leaf: jnp.asarray(draw.normal(size=leaf.shape), jnp.float32), params)
+        updates = []
+        for index, one in enumerate((ours, theirs)):
+            found, states[index] = one.update(gradients, states[index], params)
+            updates.append(found)
+        for name in params:
+            np.testing.assert_allclose(updates[0][name], updates[1][name], rtol=1e-5, atol=1e-8)
+
+
+def test_an_average_of_the_optimizer_leaves_what_is_frozen():
+    optimizer = make_optimizer(OptimizerConfig(kind="schedule_free", warmup=0, frozen=("still",)), steps=10)
+    params = {"still": jnp.asarray([-0.0, jnp.pi]), "w": jnp.ones(3)}
+    state = optimizer.init(params)
+    for _ in range(3):
+        updates, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
+        params = optax.apply_updates(params, updates)
+    average = own_average(params, state)
+    assert average is not None
+    assert np.asarray(average["still"]).tobytes() == np.asarray([-0.0, np.pi], np.float32).tobytes()
+    assert (average["w"] > params["w"]).all()
+    assert own_average(params, make_optimizer(OptimizerConfig(), steps=1000).init(params)) is None
 
 
 def test_what_is_frozen_keeps_every_bit():
@@ -261,6 +296,7 @@ def test_tiny_updates_of_float32_parameters_do_not_vanish():
         ({"b2": -0.1}, "b2=-0.1"),
         ({"weight_decay": -1.0}, "weight_decay=-1.0"),
         ({"clip": 0.0}, "clip=0.0"),
+        ({"kind": "schedule_free", "schedule": "wsd"}, "averages instead of lowering its learning rate"),
     ],
 )
 def test_values_out_of_range(options, message):

@@ -4,9 +4,10 @@ import numpy as np
 import optax
 import pytest
 
-from dit_video.training.optimizer import OptimizerConfig, make_optimizer
-from dit_video.training.state import new_state
-from dit_video.training.step import make_step
+from dit_video.training.ema import Averages, gamma_of
+from dit_video.training.optimizer import OptimizerConfig, learning_rates, make_optimizer
+from dit_video.training.state import init_state, new_state
+from dit_video.training.step import Ratio, make_step
 
 DRAW = np.random.default_rng(0)
 X = jnp.asarray(DRAW.normal(size=(32, 4)), jnp.float32)
@@ -59,7 +60,7 @@ def test_figures_are_float32_scalars_and_the_loss_is_told_the_step():
     step, state = make_step(loss, optimizer, ema_decay=0.9), start(optimizer)
     for expected in range(3):
         state, figures = step(state, BATCH)
-        assert set(figures) == {"loss", "gradient_norm", "largest", "at"}
+        assert set(figures) == {"loss", "gradient_norm", "largest", "at", "skipped"}
         assert {(figure.shape, figure.dtype.name) for figure in figures.values()} == {((), "float32")}
         assert figures["at"] == expected
 
@@ -88,3 +89,95 @@ def test_what_a_loss_does_not_train_stays():
     state = start(optimizer).replace(extra={"codebook": jnp.arange(3.0)})
     state, _ = make_step(loss, optimizer, ema_decay=0.9)(state, BATCH)
     np.testing.assert_array_equal(state.extra["codebook"], [0, 1, 2])
+
+
+# --- batches in parts -----------------------------------------------------------------------------------------------
+
+
+class Counted:
+    """The mean over the examples of a batch that count, of which its parts have unequal numbers."""
+
+    def weight(self, batch):
+        return batch["counts"].sum()
+
+    def __call__(self, params, batch, step):
+        error = jnp.square(batch["x"] @ params["w"] + params["b"] - batch["y"])[:, 0]
+        counts = batch["counts"]
+        mean = (error * counts).sum() / jnp.maximum(counts.sum(), 1)
+        return mean, {"far": Ratio(((error > 4) * counts).sum(), counts.sum()), "none": Ratio(0 * mean, 0 * mean)}
+
+
+COUNTED = BATCH | {"counts": jnp.asarray((np.arange(32) * 7 % 11 < 5) * (1 + np.arange(32) // 8), jnp.float32)}
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_parts_of_a_batch_make_its_step(parts):
+    optimizer = optax.sgd(0.1)
+    whole, expected = make_step(Counted(), optimizer, ema_decay=0.9)(start(optimizer), COUNTED)
+    state, figures = make_step(Counted(), optimizer, ema_decay=0.9, accumulate=parts)(start(optimizer), COUNTED)
+    for name in ("w", "b"):
+        np.testing.assert_allclose(state.params[name], whole.params[name], rtol=1e-6, atol=1e-7)
+    for name in ("loss", "gradient_norm"):
+        assert figures[name] == pytest.approx(float(expected[name]), rel=1e-6)
+    np.testing.assert_allclose(figures["far"], expected["far"])
+    # A mean of the parts' means is another number: they have unequal numbers of what counts.
+    counts = COUNTED["counts"].reshape(-1, parts).sum(axis=0)
+    assert len(set(np.asarray(counts).tolist())) > 1
+    params = start(optimizer).params
+    means = [Counted()(params, jax.tree.map(lambda x, m=m: x[m::parts], COUNTED), 0)[0] for m in range(parts)]
+    assert abs(float(np.mean(means)) / float(expected["loss"]) - 1) > 1e-3
+
+
+def test_a_loss_that_does_not_say_what_parts_weigh():
+    with pytest.raises(TypeError, match="doesn't say what the parts of a batch weigh"):
+        make_step(loss, optax.sgd(0.1), ema_decay=0.9, accumulate=2)
+
+
+# --- averages -------------------------------------------------------------------------------------------------------
+
+
+def test_further_averages_are_those_of_their_own_decay():
+    optimizer = optax.sgd(0.1)
+    step = make_step(loss, optimizer, ema_decay=0.9)
+    averages = Averages(decays=(0.5, 0.99), sigmas=(0.1,))
+    state = init_state(init(jax.random.key(0)), optimizer, averages=averages)
+    alone = {decay: start(optimizer) for decay in (0.5, 0.99)}
+    seen = []
+    for _ in range(20):
+        state, _ = step(state, BATCH)
+        seen.append(np.asarray(state.params["w"]))
+    for decay, one in alone.items():
+        own = make_step(loss, optimizer, ema_decay=decay)
+        for _ in range(20):
+            one, _ = own(one, BATCH)
+        name = str(decay).replace(".", "_")
+        np.testing.assert_allclose(state.averages["decay"][name]["w"], one.ema["w"], rtol=1e-6)
+    power = gamma_of(0.1) + 1
+    weights = np.diff(np.arange(21.0) ** power) / 20**power
+    expected = np.tensordot(weights, np.stack(seen), 1)
+    np.testing.assert_allclose(state.averages["power"]["0_1"]["w"], expected, rtol=1e-4)
+
+
+def test_a_schedule_free_optimizer_is_evaluated_at_its_own_average():
+    """Against the method as the paper writes it (arXiv 2405.15682, eq. 3 to 5), with steps of Adam."""
+    config = OptimizerConfig(kind="schedule_free", learning_rate=0.05, warmup=4, b1=0.8, clip=1e9)
+    optimizer = make_optimizer(config, steps=50)
+    step, state = make_step(loss, optimizer, ema_decay=0.9), start(optimizer)
+    adam = optax.scale_by_adam(b1=0.0, b2=config.b2)
+    x = y = z = jax.tree.map(jnp.array, state.params)
+    moments, total = adam.init(x), 0.0
+    rates = learning_rates(config, steps=50)
+    for number in range(12):
+        state, _ = step(state, BATCH)
+        gradients = jax.grad(lambda params: loss(params, BATCH, 0)[0])(y)
+        moved, moments = adam.update(gradients, moments)
+        rate = float(rates(number))
+        z = jax.tree.map(lambda a, b, rate=rate: a - rate * b, z, moved)
+        total += rate**2
+        share = rate**2 / total
+        x = jax.tree.map(lambda a, b, share=share: (1 - share) * a + share * b, x, z)
+        y = jax.tree.map(lambda a, b: 0.8 * a + 0.2 * b, x, z)
+    for name in ("w", "b"):
+        np.testing.assert_allclose(state.params[name], y[name], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(state.ema[name], x[name], rtol=1e-4, atol=1e-5)
+        assert (np.abs(state.ema[name] - state.params[name]) > 1e-3).any()

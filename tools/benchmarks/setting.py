@@ -1,9 +1,10 @@
 """The models that are measured, and the clips that they are given."""
 
+import ast
 import itertools
 import math
 import runpy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -77,6 +78,24 @@ def read_setting(path: Path) -> Setting:
     if experiment is None:
         raise UserError(f"{path} defines no EXPERIMENT; assign it an Experiment(...)")
     return experiment
+
+
+def chosen_setting(config: Path | None, changes: Sequence[str]) -> Setting:
+    """That of a config file, or the default one, with fields changed: `NAME=VALUE`.
+
+    Raises:
+      MissingError: no such file.
+      UserError: a file without an experiment, one that imports what is not installed, or no such field.
+    """
+    setting = default_setting() if config is None else read_setting(config)
+    for assignment in changes:
+        name, _, text = assignment.partition("=")
+        try:
+            value = ast.literal_eval(text)
+        except (SyntaxError, ValueError):
+            value = text
+        setting = changed(setting, name, value)
+    return setting
 
 
 def changed(value: Any, path: str, new: Any) -> Any:

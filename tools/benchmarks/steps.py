@@ -92,8 +92,8 @@ def time_steps(trained: Trained, batches: Sequence[Any], steps: int) -> tuple[di
     return figures, trained._replace(state=state)
 
 
-def measure_denoiser(setting: Setting, steps: int, number: int) -> tuple[dict[str, Any], Trained]:
-    """The packed training step of the denoiser with its text encoder."""
+def denoiser_parts(setting: Setting) -> tuple[Callable, DenoiserLoss, OptimizerConfig]:
+    """The parameters of a key, the loss and the optimizer of the denoiser with its text encoder."""
     config = setting.denoiser
     loss = DenoiserLoss(
         dit=graph_of(config.dit.make),
@@ -108,9 +108,15 @@ def measure_denoiser(setting: Setting, steps: int, number: int) -> tuple[dict[st
         first, second = jax.random.split(key)
         return {"dit": init_params(config.dit.make, first), "text": init_params(config.text.make, second)}
 
+    return init, loss, config.optimizer
+
+
+def measure_denoiser(setting: Setting, steps: int, number: int) -> tuple[dict[str, Any], Trained]:
+    """The packed training step of the denoiser with its text encoder."""
+    config = setting.denoiser
     packed = Packed(setting, number)
     batches = list(itertools.islice(packed, 8))
-    figures, trained = time_steps(trainable(setting, init, loss, config.optimizer), batches, steps)
+    figures, trained = time_steps(trainable(setting, *denoiser_parts(setting)), batches, steps)
     tokens = config.batch * config.rows.tokens
     real = float(np.mean([(batch.segments > 0).sum(axis=(0, 1)) for batch in batches]))
     figures |= {

@@ -1,158 +1,30 @@
-"""The config of a run: frozen, complete, and checked across its parts before anything is computed."""
+"""The config of a run, checked across its parts before anything is computed."""
 
+import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any
 
 from dit_video.autoencoder import (
-    AutoencoderObjective,
-    CausalVaeConfig,
-    ImageVaeConfig,
-    InflatedConfig,
-    PatchVaeConfig,
-    VqConfig,
     latent_grid,
 )
-from dit_video.conditioning import KnownFrames
-from dit_video.data.bucket_batches import BucketConfig
 from dit_video.data.sizes import SizeLimits
-from dit_video.data.windows import WindowConfig
-from dit_video.diffusion import FlowMatching, LearnedVariance, Objective
+from dit_video.diffusion import LearnedVariance
 from dit_video.distributed import MeshConfig
 from dit_video.dit import DitConfig, WanDitConfig
 from dit_video.errors import UserError
 from dit_video.evaluation.kinds import CaptionEvaluation, Evaluation
+from dit_video.experiment.trainings import AutoencoderTraining, Data, DenoiserTraining, GivenAutoencoder, Stage
 from dit_video.features.lpips import SMALLEST as LPIPS_SMALLEST
 from dit_video.generation import Sampling
-from dit_video.nn import LoraConfig
+from dit_video.given_frames import check_given_frames
 from dit_video.pipeline_config import check_classes
-from dit_video.text import ByteEncoderConfig, TextConfig
-from dit_video.tokens import Grid, RowShape
-from dit_video.training.codebook import CodebookLearning
-from dit_video.training.distillation import Distillation
+from dit_video.text import ByteEncoderConfig
+from dit_video.tokens import Grid
+from dit_video.training.keeping import Keep
+from dit_video.training.monitoring import Monitoring
 from dit_video.training.optimizer import OptimizerConfig, learning_rates
-
-
-@dataclass(frozen=True, kw_only=True)
-class Data:
-    """Which clips are used, at which sizes."""
-
-    max_pixels: int
-    """of a frame; a larger clip is resized, keeping its aspect ratio"""
-    max_frames: int
-    """1 + k * temporal stride"""
-    fps: float | None = None
-    """Clips of a higher rate are resampled to this one; None keeps every clip's own."""
-    held_out: tuple[str, ...] = ()
-    """names of clips that are not trained on, but reconstructed and reported; without any the split `validation`"""
-    weights: tuple[float, ...] = ()
-    """how much of each data set an epoch has, by clips, relative to each other; without any all clips weigh the same"""
-    stretches: int = 1
-    """how many stretches of `max_frames`, spread over its length, are taken of a longer clip"""
-    resolutions: tuple[int, ...] = ()
-    """further, smaller limits on the pixels of a frame, at which every clip is trained on too"""
-    flips: bool = False
-    """every clip is trained on mirrored too; captions that say left or right then lie"""
-    cache_latents: bool = True
-    """Whether clips are encoded once, before the denoiser is trained. If not they are decoded and encoded at every use,
-    which takes no disk and draws another stretch of time in every epoch; `stretches`, `resolutions` and `flips` are
-    of the cache."""
-    workers: int = 0
-    """processes that read the denoiser's data; 0 for a thread"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AutoencoderTraining:
-    """An autoencoder and how it is trained."""
-
-    model: PatchVaeConfig | CausalVaeConfig | ImageVaeConfig | InflatedConfig | VqConfig
-    windows: tuple[WindowConfig, ...]
-    """shapes of the training batches; steps take them in turn"""
-    optimizer: OptimizerConfig
-    steps: int
-    loss: AutoencoderObjective = field(default_factory=AutoencoderObjective)
-    codebook: CodebookLearning = field(default_factory=CodebookLearning)
-    """how the codes are learned, where the latents are codes"""
-    ema_decay: float = 0.99
-    start: str | None = None
-    """A folder of weights in diffusers' layout that training starts from: of this model, or of the image autoencoder
-    that it inflates. Where `normalizer` is not trained, the latents keep their mean and deviation."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GivenAutoencoder:
-    """An autoencoder that is used as it is: nothing of it is trained.
-
-    Raises:
-      UserError: no folder.
-    """
-
-    model: PatchVaeConfig | CausalVaeConfig | ImageVaeConfig | InflatedConfig | VqConfig
-    folder: str
-    """of its weights, in diffusers' layout, or of a pipeline that it is a part of"""
-
-    def __post_init__(self):
-        if not self.folder:
-            raise UserError("an autoencoder that is given lies in a folder; name it, such as MODEL/vae")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OneOfTwo:
-    """Which of a model's two experts is trained (Wan 2.2 A14B), at its times alone; the other stays as it is.
-
-    Raises:
-      UserError: a boundary that leaves one of them no times.
-    """
-
-    expert: Literal["high", "low"]
-    """`high` denoises at times from the boundary on, `low` below it"""
-    boundary: float
-    other: str
-    """folder of the other's transformer, in diffusers' layout"""
-
-    def __post_init__(self):
-        if not 0 < self.boundary < 1:
-            raise UserError(f"the boundary between two experts is a time between 0 and 1, not {self.boundary}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DenoiserTraining:
-    """A denoiser, its text encoder, and how they are trained together, unless the encoder is a frozen one."""
-
-    dit: DitConfig | WanDitConfig
-    text: TextConfig
-    rows: RowShape
-    batch: int
-    """rows of a step"""
-    buckets: BucketConfig | None = None
-    """Instead of packed rows: batches of one size each, from the video files; `rows` is then what samples are packed
-    into."""
-    optimizer: OptimizerConfig
-    steps: int
-    objective: Objective = field(default_factory=FlowMatching)
-    times_of: Literal["clip", "frame"] = "clip"
-    """Whether all frames of a clip have one diffusion time, or each its own (diffusion forcing, arXiv 2407.01392), for
-    a denoiser with a time per token: it then knows frames at any mixture of times, what is given being at 0."""
-    caption_dropout: float = 0.1
-    ema_decay: float = 0.999
-    known: KnownFrames | None = None
-    """What the denoiser is given of the clips that it is to make, for one that continues a first frame: with
-    `given_channels`, or a time per token."""
-    start: str | None = None
-    """folder of a pipeline or of a run, or of Wan in diffusers' layout, that has the weights which training starts
-    from"""
-    trained: Literal["full", "temporal", "scratch"] = "full"
-    """What is trained, unless adapters are. `full`: all, from the weights of `start` if there are any. `temporal`: the
-    layers in time alone, those with `temporal` in their paths, all others being kept as they are (as Kandinsky Video
-    adds motion to an image model, arXiv 2311.13073). `scratch`: all, from random weights; `start` is not read. Any
-    other choice is made by path, with the optimizer's `trainable` and `frozen`."""
-    expert: OneOfTwo | None = None
-    """of a model with two: that whose weights `start` holds"""
-    lora: LoraConfig | None = None
-    """Instead of the weights, adapters to those of `start` are trained; paths begin with `dit/` and `text/`."""
-    distillation: Distillation | None = None
-    """The model of `start` is the teacher of one that begins as it, and that samples in few steps; `objective` is what
-    the teacher was trained with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,17 +39,27 @@ class Experiment:
     data: Data
     autoencoder: AutoencoderTraining | GivenAutoencoder
     denoiser: DenoiserTraining
+    earlier: tuple[Stage, ...] = ()
+    """stages of the denoiser's training before the one that `data` and `denoiser` describe, such as of images, then of
+    small clips; that one is the last, and its sizes are what is sampled"""
     sampling: Sampling = field(default_factory=Sampling)
     evaluation: Evaluation = field(default_factory=CaptionEvaluation)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     seed: int = 0
     log_every: int = 20
     save_every: int = 500
+    most_skipped: int = 10
+    """Steps whose loss or gradient is not finite are skipped; after so many in a row the run ends."""
+    monitoring: Monitoring = field(default_factory=Monitoring)
+    """what is looked at while the denoiser is trained"""
+    keep: Keep = field(default_factory=Keep)
+    """which checkpoints stay"""
 
     def __post_init__(self):
         self._check_numbers()
         self._check_models()
         self._check_sizes()
+        self._check_stages()
 
     def _check_numbers(self) -> None:
         positive = {
@@ -190,6 +72,8 @@ class Experiment:
             "resolutions": min(self.data.resolutions, default=1),
             "log_every": self.log_every,
             "save_every": self.save_every,
+            "most_skipped": self.most_skipped,
+            "accumulate": self.denoiser.accumulate,
         }
         if isinstance(self.autoencoder, AutoencoderTraining):
             positive["autoencoder steps"] = self.autoencoder.steps
@@ -202,6 +86,7 @@ class Experiment:
             if not 0 <= training.ema_decay < 1:
                 raise UserError(f"ema_decay {training.ema_decay} must lie in [0, 1)")
         self._check_what_is_trained()
+        self._check_parts()
         if not 0 <= self.denoiser.caption_dropout <= 1:
             raise UserError(f"caption_dropout {self.denoiser.caption_dropout} must lie in [0, 1]")
         if not all(0 < weight < math.inf for weight in self.data.weights):
@@ -217,6 +102,20 @@ class Experiment:
             raise UserError(f"workers={self.data.workers} must not be negative")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"a seed is a whole number from 0 to {2**32 - 1}, not {self.seed}")
+
+    def _check_parts(self) -> None:
+        denoiser = self.denoiser
+        if self.monitoring.validate_every and (denoiser.distillation is not None or denoiser.buckets is not None):
+            raise UserError(
+                "the loss of held-out clips is that of packed rows, of no student: leave out validate_every"
+            )
+        if denoiser.accumulate > 1 and (denoiser.buckets is not None or denoiser.distillation is not None):
+            raise UserError("only packed rows, not of a student, are divided into parts: leave out accumulate")
+        if denoiser.batch % denoiser.accumulate:
+            raise UserError(
+                f"a batch of {denoiser.batch} rows is not divisible into accumulate={denoiser.accumulate} parts; use a "
+                "multiple"
+            )
 
     def _check_what_is_trained(self) -> None:
         if isinstance(self.autoencoder, AutoencoderTraining):
@@ -284,12 +183,7 @@ class Experiment:
 
     def _check_given(self) -> None:
         """That the denoiser is given what it takes."""
-        dit, known = self.denoiser.dit, self.denoiser.known
-        if isinstance(dit, WanDitConfig) and dit.image_width is not None:
-            raise UserError(
-                "the denoiser attends to an image encoder's tokens, which training does not make; take one without "
-                "image_width, such as Wan 2.2's"
-            )
+        dit = self.denoiser.dit
         if self.denoiser.times_of == "frame" and dit.time != "token":
             raise UserError("frames have a time of their own in a denoiser with time='token'; or set times_of='clip'")
         learned = isinstance(self.denoiser.objective.prediction, LearnedVariance)
@@ -298,18 +192,13 @@ class Experiment:
                 "a denoiser with variance='predicted' goes with an objective that predicts a LearnedVariance, and the "
                 "other way round; change one of the two"
             )
-        if dit.given_channels and known is None:
-            raise UserError("the denoiser takes given latents: say what is known of a clip with known=KnownFrames()")
-        if dit.given_channels and dit.given_channels <= dit.channels:
-            raise UserError(
-                f"{dit.given_channels} given channels have no room for a mask beside the latents' {dit.channels}; set "
-                f"given_channels={dit.channels + 1} or more"
-            )
-        if known is not None and not dit.given_channels and dit.time != "token":
-            raise UserError(
-                "the denoiser can't be told which frames are known; leave out known, or give it given_channels or "
-                "time='token'"
-            )
+        check_given_frames(
+            dit,
+            self.autoencoder.model,
+            self.denoiser.known,
+            self.denoiser.image_encoder,
+            cached=self.data.cache_latents,
+        )
 
     def _check_sizes(self) -> None:
         denoiser = self.denoiser
@@ -319,9 +208,8 @@ class Experiment:
                 "alone; use 1 along time"
             )
         self._check_fits("max_frames", Grid(self.data.max_frames, *self._multiple[1:]))
-        limits = self.limits  # which are checked themselves
         if isinstance(self.autoencoder, AutoencoderTraining):
-            self._check_windows(self.autoencoder, limits)
+            self._check_windows(self.autoencoder, self.window_limits)
         largest = self._largest_clip()
         if largest > denoiser.rows.tokens:
             raise UserError(
@@ -357,6 +245,58 @@ class Experiment:
                     f"{limits.max_pixels} pixels; use a smaller window, or raise max_frames or max_pixels"
                 )
 
+    def _check_stages(self) -> None:
+        names = [stage.name for stage in self.earlier]
+        for stage in self.earlier:
+            if not re.fullmatch(r"[\w.-]+", stage.name) or names.count(stage.name) > 1:
+                raise UserError(f"a stage's name is that of a folder, and no other's; {stage.name!r} is not")
+            if stage.data.held_out or stage.data.weights:
+                raise UserError(
+                    f"stage {stage.name}: what is held out, and how data sets are weighted, holds for all stages; say "
+                    "it in the experiment's own data"
+                )
+            if stage.optimizer is not None:
+                self._check_carried(stage.name, stage.optimizer)
+        for number, stage in enumerate(self.earlier):
+            try:
+                self.stage(number)
+            except UserError as error:
+                raise UserError(f"stage {stage.name}: {error}") from error
+        if self.earlier and self.denoiser.distillation is not None:
+            raise UserError("a student is distilled in one stage; leave out earlier, or distillation")
+
+    def _check_carried(self, name: str, optimizer: OptimizerConfig) -> None:
+        """That an optimizer's state is one of the last stage's."""
+        last = self.denoiser.optimizer
+        for field_name in ("kind", "matrices", "trainable", "frozen"):
+            here, there = getattr(optimizer, field_name), getattr(last, field_name)
+            if here != there:
+                raise UserError(
+                    f"stage {name} has an optimizer with {field_name}={here!r}, the last stage {there!r}: its state "
+                    "could not be carried over; use one for all stages"
+                )
+
+    def stage(self, number: int) -> "Experiment":
+        """One stage as an experiment of its own; that after all `earlier` ones is the last."""
+        if number == len(self.earlier):
+            return dataclasses.replace(self, earlier=())
+        stage = self.earlier[number]
+        data = dataclasses.replace(stage.data, held_out=self.data.held_out, weights=self.data.weights)
+        names = ("steps", "rows", "batch", "optimizer", "objective", "known", "caption_dropout")
+        own: dict[str, Any] = {name: getattr(stage, name) for name in names if getattr(stage, name) is not None}
+        autoencoder = self.autoencoder
+        if isinstance(autoencoder, AutoencoderTraining):  # which is trained before the first stage
+            limits = self.window_limits
+            autoencoder = dataclasses.replace(autoencoder, max_pixels=limits.max_pixels, max_frames=limits.max_frames)
+        return dataclasses.replace(
+            self,
+            autoencoder=autoencoder,
+            data=data,
+            denoiser=dataclasses.replace(self.denoiser, **own),
+            mesh=stage.mesh or self.mesh,
+            earlier=(),
+        )
+
     @property
     def _multiple(self) -> Grid:
         stride, patch = self.autoencoder.model.stride, self.denoiser.dit.patch
@@ -373,4 +313,16 @@ class Experiment:
         """Which sizes clips are brought to."""
         return SizeLimits(
             max_pixels=self.data.max_pixels, max_frames=self.data.max_frames, multiple=self._multiple, fps=self.data.fps
+        )
+
+    @property
+    def window_limits(self) -> SizeLimits:
+        """Which sizes clips are brought to where windows of them train the autoencoder."""
+        training, limits = self.autoencoder, self.limits
+        if isinstance(training, GivenAutoencoder):
+            return limits
+        return dataclasses.replace(
+            limits,
+            max_pixels=training.max_pixels or limits.max_pixels,
+            max_frames=training.max_frames or limits.max_frames,
         )

@@ -1,0 +1,60 @@
+"""Operations of the matrix products and convolutions of a program's text, from its instructions (`hlo.Instruction`)."""
+
+import functools
+import math
+import re
+from typing import Any
+
+
+def dot_flops(each: Any, computation: Any) -> float:
+    left = computation.get(each.operands[0])
+    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", each.rest)
+    if left is None or contracted is None:
+        return 0.0
+    sizes = left.shapes[0].sizes
+    return 2.0 * each.shapes[0].values * math.prod(sizes[int(axis)] for axis in contracted[1].split(",") if axis)
+
+
+def convolution_flops(each: Any, computation: Any) -> float:
+    """TPU programs have matrix products in this form, those of a batch with the batch as a dilated window."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", each.rest)
+    left, right = (computation.get(name) for name in each.operands[:2])
+    if labels is None or left is None or right is None:
+        return 0.0
+    window = re.search(r"window=\{([^}]*)\}", each.rest)
+    options = dict(part.split("=") for part in window[1].split()) if window else {}
+    spatial = sorted(label for label in labels[1] if label.isdigit())
+
+    def option(name: str, place: int, default: str) -> str:
+        return options[name].split("x")[place] if name in options else default
+
+    taps = 1
+    for place, label in enumerate(spatial):
+        low = int(option("pad", place, "0_0").split("_")[0])
+        taps *= _taps(
+            left.shapes[0].sizes[labels[1].index(label)],
+            right.shapes[0].sizes[labels[2].index(label)],
+            each.shapes[0].sizes[labels[3].index(label)],
+            (low, *(int(option(name, place, "1")) for name in ("stride", "lhs_dilate", "rhs_dilate"))),
+        )
+    groups = re.search(r"batch_group_count=(\d+)", each.rest)
+    batch = each.shapes[0].sizes[labels[3].index("b")]
+    values = right.shapes[0].sizes
+    outputs, inputs = values[labels[2].index("o")], values[labels[2].index("i")]
+    return 2.0 * taps * batch * outputs * inputs / (int(groups[1]) if groups else 1)
+
+
+@functools.lru_cache(maxsize=4096)
+def _taps(given: int, kernel: int, made: int, window: tuple[int, int, int, int]) -> int:
+    """How many products one spatial axis has: pairs of an output and a weight that meet an input, and no padding."""
+    low, stride, dilated, spread = window
+    last = (given - 1) * dilated
+    total = 0
+    for weight in range(kernel):
+        first = weight * spread - low
+        if dilated == 1:  # all outputs from the first to the last inside
+            begin, end = max(0, math.ceil(-first / stride)), min(made - 1, (last - first) // stride)
+            total += max(0, end - begin + 1)
+        else:
+            total += sum(0 <= (at := output * stride + first) <= last and at % dilated == 0 for output in range(made))
+    return total

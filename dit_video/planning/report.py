@@ -1,0 +1,320 @@
+"""What a plan says: a table, and the same as JSON."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+from jax.sharding import Mesh
+
+from dit_video.distributed import MeshConfig, check_denoiser, make_mesh
+from dit_video.distributed.mesh import abstract_mesh
+from dit_video.distributed.planner import (
+    CompiledStep,
+    Memory,
+    Moved,
+    Times,
+    Topology,
+    Work,
+    chip_of,
+    compile_step,
+    estimate,
+    held,
+    measured_peak,
+    step_times,
+)
+from dit_video.errors import UserError
+from dit_video.experiment import Experiment
+from dit_video.planning.steps import Part, PlannedStep, clips_of, plan_step
+from dit_video.tree import flatten
+from dit_video.tree import size as count
+
+_ANALYTIC = "analytic: counted, not compiled"
+_ATTENTION_BACKENDS = {"tpu": "splash", "gpu": "chunked"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a part of an experiment needs on a topology."""
+
+    experiment: str
+    part: Part
+    topology: Topology
+    devices: int
+    mesh: dict[str, int]
+    rows: int
+    """of a step, on all devices"""
+    clips: tuple[int, ...]
+    """tokens of the clips of a row"""
+    remat: str
+    parameter_count: int
+    how: Literal["compiled", "analytic"]
+    fits: bool
+    over: str | None
+    """the compiler's reason, where it does not fit"""
+    memory: Memory
+    limit: int
+    """bytes that a device has"""
+    model_flops: int
+    executed_flops: float
+    hbm_bytes: float
+    """that each device reads and writes in a step"""
+    moved: tuple[Moved, ...]
+    times: Times | None
+    """None where it does not fit"""
+    compile_seconds: float
+    unknown_loops: int
+    device_peak: int | None
+    """what the devices of this process held at the most, where it is planned on them"""
+    steps: int
+    price: float | None
+    """of a chip for an hour, in dollars"""
+
+    @property
+    def seconds(self) -> float | None:
+        """Of a step by the roofline, all overlapping: none is faster."""
+        return None if self.times is None else self.times.overlapped
+
+    def mfu(self, seconds: float) -> float:
+        """Share of the chips' peak that the model's own operations are, if a step takes so long."""
+        return self.model_flops / (seconds * self.topology.chips * self.topology.chip.flops)
+
+    @property
+    def intensity(self) -> float:
+        """Operations a byte of a device's memory that is read or written."""
+        return self.executed_flops / self.devices / max(1.0, self.hbm_bytes)
+
+    def chip_hours(self, seconds: float) -> float:
+        """Of all steps, if each takes so long."""
+        return self.steps * seconds * self.topology.chips / 3600
+
+    def to_json(self) -> dict[str, Any]:
+        """The whole plan, in bytes, operations and seconds."""
+        plan = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        plan["topology"] = str(self.topology)
+        plan["memory"] = dataclasses.asdict(self.memory)
+        plan["moved"] = [dataclasses.asdict(part) for part in self.moved]
+        plan["times"] = None if self.times is None else dataclasses.asdict(self.times)
+        plan["chip"] = dataclasses.asdict(self.topology.chip)
+        plan["intensity"] = self.intensity
+        if self.times is not None:
+            for name in ("overlapped", "apart"):
+                seconds = getattr(self.times, name)
+                hours = self.chip_hours(seconds)
+                price = None if self.price is None else self.price * hours
+                plan[name] = {"seconds": seconds, "mfu": self.mfu(seconds), "chip_hours": hours, "price": price}
+        return plan
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        chip = self.topology.chip
+        mesh = " ".join(f"{name}={size}" for name, size in self.mesh.items() if size > 1) or "one device"
+        yield f"{self.experiment}: {self.part}, {self.parameter_count / 1e9:.3g} billion parameters"
+        rows = f"{self.rows} rows" + (f" of {_clips(self.clips)} tokens" if self.part != "autoencoder" else "")
+        yield f"  on {self.topology}, {self.devices} devices, mesh {mesh}; {rows}; remat {self.remat}"
+        verdict = "fits" if self.fits else "does not fit"
+        made = f"compiled in {self.compile_seconds:.0f} s" if self.how == "compiled" else _ANALYTIC
+        yield f"  {verdict}: {_size(self.memory.peak)} of {_size(self.limit)} on each device ({made})"
+        if self.over:
+            yield f"    {self.over}"
+        for name in ("parameters", "optimizer", "ema", "other", "activations", "temporary"):
+            yield f"    {name:<12} {_size(getattr(self.memory, name)):>10}"
+        if self.device_peak is not None:
+            yield f"    {'measured':<12} {_size(self.device_peak):>10}"
+        done = f"{self.model_flops / 1e12:,.4g} TFLOP of the model, {self.executed_flops / 1e12:,.4g} executed"
+        yield f"  operations     {done}"
+        yield f"  memory traffic {_size(self.hbm_bytes)} on each device, {self.intensity:.0f} operations a byte"
+        if self.unknown_loops:
+            yield f"    {self.unknown_loops} loops that the data end are counted as one turn"
+        for part in self.moved:
+            yield f"  {part.kind:<18} over {_axes(part):<18} {_size(part.bytes):>10}, {part.times} times"
+        if self.times is None:
+            return
+        yield (
+            f"  seconds a step {self.times.compute:.4g} computing, {self.times.memory:.4g} memory, "
+            f"{self.times.collectives:.4g} collectives"
+        )
+        for label, seconds in (("all at once", self.times.overlapped), ("one after the other", self.times.apart)):
+            hours = self.chip_hours(seconds)
+            cost = "" if self.price is None else f", ${self.price * hours:,.0f} at ${self.price:.2f} an hour"
+            yield (
+                f"    {label:<20} {seconds:.4g} s, MFU {self.mfu(seconds):.1%}; "
+                f"{self.steps:,} steps: {hours:,.0f} chip-hours{cost}"
+            )
+        yield f"  hardware: {chip.source}" + (f"; price: {chip.price_source}" if chip.price_source else "")
+
+
+def _axes(part: Moved) -> str:
+    return " x ".join(part.axes).replace("part of x ", "part of ")
+
+
+def _clips(clips: Sequence[int]) -> str:
+    parts = [f"{clips.count(size)}x{size:,}" for size in dict.fromkeys(clips)]
+    return " + ".join(parts)
+
+
+def _size(number: float) -> str:
+    return f"{number / 2**30:,.2f} GiB" if number >= 2**28 else f"{number / 2**20:,.1f} MiB"
+
+
+def devices_of(topology: Topology) -> tuple[list[Any], bool]:
+    """The devices of a topology, and whether a program can be compiled for them.
+
+    TPUs are described by libtpu. GPUs have to be here: else the host's own devices stand for them, and what is said is
+    counted.
+    """
+    if topology.chip.kind == "tpu":
+        return topology.devices(), True
+    here = jax.devices()
+    if len(here) >= topology.chips and chip_of(here[0]) == topology.chip:
+        return list(here[: topology.chips]), True
+    return [], False
+
+
+def adapted(experiment: Experiment, topology: Topology) -> Experiment:
+    """With the attention of the topology's hardware where the config leaves the choice: kernels on TPUs."""
+    dit = experiment.denoiser.dit
+    if topology.chip.kind != "tpu" or dit.attention != "auto":
+        return experiment
+    return with_dit(experiment, attention=_ATTENTION_BACKENDS["tpu"])
+
+
+def with_dit(experiment: Experiment, **changes: Any) -> Experiment:
+    """With other fields of the denoiser's shape."""
+    denoiser = experiment.denoiser
+    dit = dataclasses.replace(denoiser.dit, **changes)
+    return dataclasses.replace(experiment, denoiser=dataclasses.replace(denoiser, dit=dit))
+
+
+def mesh_for(experiment: Experiment, topology: Topology, config: MeshConfig, part: Part) -> tuple[Mesh, bool]:
+    """The mesh of a run on a topology, and whether a program can be compiled for it.
+
+    Raises:
+      UserError: axes that do not divide the devices; rows, heads or tokens that these do not divide.
+    """
+    devices, there = devices_of(topology)
+    mesh = make_mesh(config, devices) if there else abstract_mesh(config, topology.chips)
+    if part != "autoencoder":
+        denoiser = experiment.denoiser
+        check_denoiser(
+            mesh,
+            denoiser.dit,
+            rows=denoiser.batch,
+            tokens=denoiser.rows.tokens,
+            context_attention=config.context_attention,
+        )
+    return mesh, there
+
+
+def plan_experiment(
+    experiment: Experiment,
+    topology: Topology,
+    *,
+    part: Part = "denoiser",
+    mesh: MeshConfig | None = None,
+    clips: int | None = None,
+    steps: int | None = None,
+    price: float | None = None,
+    measure: bool = False,
+) -> Plan:
+    """Compile a part of an experiment for a topology, and say what it needs.
+
+    Args:
+      experiment: whose step it is.
+      topology: the hardware.
+      part: which of its steps.
+      mesh: instead of the experiment's.
+      clips: in each row, all equally long; as many of the largest as fit by default.
+      steps: to be paid for; the experiment's by default. Of a sampler, batches.
+      price: of a chip for an hour, instead of the table's.
+      measure: whether to run a step, and ask the devices how much they held; where the hardware is here.
+
+    Raises:
+      MissingError: libtpu, where it is needed, is not installed.
+      UserError: a mesh that does not divide the devices, or is not divided by them; a part that can't be planned.
+    """
+    config = experiment.mesh if mesh is None else mesh
+    experiment = adapted(dataclasses.replace(experiment, mesh=config), topology)
+    laid, there = mesh_for(experiment, topology, config, part)
+    rows_of_clips = clips_of(experiment, clips)
+    planned = plan_step(experiment, part, laid, clips=rows_of_clips)
+    devices = laid.size
+    limit = topology.chip.memory * topology.chips // devices
+    if there:
+        compiled = compile_step(planned.step, planned.arguments, laid, turns=planned.turns)
+        executed, hbm, moved = _read(compiled, planned, devices)
+        memory, fits, over = compiled.memory, compiled.over is None and compiled.memory.peak <= limit, compiled.over
+    else:
+        if planned.known is None:
+            raise UserError(
+                f"an autoencoder is planned by compiling: run this where there are {topology}, or for a TPU"
+            )
+        compiled = None
+        memory, work = estimate(planned.known, held(planned.arguments), planned.layer_bytes, dict(laid.shape))
+        executed, hbm, moved = work.flops * devices * planned.turns, work.bytes * planned.turns, work.moved
+        fits, over = memory.peak <= limit, None
+    work = Work(flops=executed / devices, bytes=hbm, moved=moved)
+    times = step_times(work, topology, dict(laid.shape), devices_per_chip=devices // topology.chips)
+    training = experiment.autoencoder if part == "autoencoder" else experiment.denoiser
+    return Plan(
+        experiment=experiment.name,
+        part=part,
+        topology=topology,
+        devices=devices,
+        mesh=dict(laid.shape),
+        rows=_rows_of(planned, part),
+        clips=tuple(rows_of_clips),
+        remat="none" if part == "autoencoder" else experiment.denoiser.dit.remat,
+        parameter_count=_parameters(planned),
+        how="compiled" if there else "analytic",
+        fits=fits,
+        over=over,
+        memory=memory,
+        limit=limit,
+        model_flops=planned.model_flops,
+        executed_flops=executed,
+        hbm_bytes=hbm,
+        moved=moved,
+        times=times if over is None else None,
+        compile_seconds=0.0 if compiled is None else compiled.seconds,
+        unknown_loops=0 if compiled is None or compiled.program is None else compiled.program.unknown_loops,
+        device_peak=_measured(planned, laid, topology, fits) if measure else None,
+        steps=getattr(training, "steps", 1) if steps is None else steps,
+        price=topology.chip.price if price is None else price,
+    )
+
+
+def _measured(planned: PlannedStep, mesh: Any, topology: Topology, fits: bool) -> int | None:
+    here = isinstance(mesh, Mesh) and mesh.devices.flat[0] in jax.devices()
+    if not here:
+        raise UserError(f"a step is measured where it can run, and {topology} is not here; leave out --measure")
+    return measured_peak(planned.step, planned.arguments) if fits else None
+
+
+def _rows_of(planned: PlannedStep, part: Part) -> int:
+    if part == "autoencoder":
+        return int(planned.arguments[1].shape[0])
+    assert planned.known is not None
+    return planned.known.rows
+
+
+def _parameters(planned: PlannedStep) -> int:
+    state = planned.arguments[0]
+    leaves = {path: leaf for path, leaf in flatten(state).items() if "params" in path.split("/")[:2]}
+    return count(leaves or state)
+
+
+def _read(compiled: CompiledStep, planned: PlannedStep, devices: int) -> tuple[float, float, tuple[Moved, ...]]:
+    """Operations of all devices, and what each moves: of kernels what is known of attention is added."""
+    program, known = compiled.program, planned.known
+    if program is None:
+        executed = float(known.executed * planned.turns if known is not None else planned.model_flops)
+        return executed, 0.0, ()
+    executed = program.flops * devices
+    if program.kernels and known is not None:
+        executed += known.attention_executed * planned.turns
+    moved = tuple(sorted(program.moved.values(), key=lambda part: -part.bytes))
+    return executed, program.bytes, moved

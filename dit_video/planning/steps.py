@@ -1,0 +1,304 @@
+"""The steps of an experiment as shapes: what training and sampling compile, with nothing in it computed.
+
+The functions are those of a run (`training.step`, `training.denoiser`, `generation.program`), of the experiment's own
+denoiser, text encoder, loss and optimizer; states and batches are laid out as a run lays them out.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, PyTree
+
+from dit_video.autoencoder import latent_grid
+from dit_video.data.windows import WindowConfig
+from dit_video.diffusion import SampleTimes, Watched
+from dit_video.distributed import batch_shardings, over_devices, row_shards, shardings
+from dit_video.distributed.planner import Step
+from dit_video.dit.flops import attention_flops, forward_flops
+from dit_video.errors import UserError
+from dit_video.experiment import DenoiserTraining, Experiment, GivenAutoencoder
+from dit_video.generation import LatentRequest
+from dit_video.generation.program import program_of, steps_of_program
+from dit_video.generation.rows import Group, Packer
+from dit_video.nn import graph_of, init_lora, init_params
+from dit_video.starting import loss_parts, optimizer_of, shares_of
+from dit_video.text import FrozenTextConfig
+from dit_video.tokens import Grid, empty_row
+from dit_video.training.adversarial import make_adversarial_step
+from dit_video.training.denoiser import DenoiserLoss
+from dit_video.training.distillation import distillation_loss
+from dit_video.training.lora import LoraLoss
+from dit_video.training.optimizer import make_optimizer
+from dit_video.training.state import init_state, shapes_on_devices
+from dit_video.training.step import Loss, OwnStep, StatefulLoss, make_step
+from dit_video.tree import flatten
+
+Part = Literal["denoiser", "autoencoder", "sampler"]
+"""What of an experiment: the training steps of its two models, or the sampler's program"""
+
+_PADDING = 64
+"""What is left of a row is padding if it is a smaller part than this."""
+
+
+class PlannedStep(NamedTuple):
+    """A step that can be compiled, and what is known of it already."""
+
+    step: Callable[..., Any]
+    """jitted"""
+    arguments: tuple[PyTree, ...]
+    """shapes with their layouts"""
+    model_flops: int
+    """operations on all devices that the model asks for, without recomputation"""
+    turns: int = 1
+    """steps of a sampler"""
+    known: Step | None = None
+    """of a denoiser, for what is counted without compiling"""
+    layer_bytes: int = 0
+    """of one layer's parameters"""
+
+
+def clips_of(experiment: Experiment, count: int | None = None) -> list[int]:
+    """Tokens of the clips that fill a row: as many of the largest as there is room for, and what is left, if that is not
+    a small part, which is padding; or `count` equal ones.
+
+    Raises:
+      UserError: more clips than a row has room for.
+    """
+    rows = experiment.denoiser.rows
+    if count is not None:
+        if not 1 <= count <= min(rows.segments, rows.tokens):
+            raise UserError(
+                f"a row has room for {rows.segments} clips, {count} were asked for; give 1 or more, not more"
+            )
+        return [rows.tokens // count + (place < rows.tokens % count) for place in range(count)]
+    multiple, stride = experiment.limits.multiple, experiment.autoencoder.model.stride
+    frames = latent_grid(Grid(experiment.data.max_frames, *multiple[1:]), stride).t
+    largest = min(frames * (experiment.data.max_pixels // (multiple.h * multiple.w)), rows.tokens)
+    whole, rest = divmod(rows.tokens, largest)
+    clips = [largest] * whole + [rest] * (rest * _PADDING > rows.tokens)
+    return clips[: rows.segments]
+
+
+def plan_step(experiment: Experiment, part: Part, mesh: Mesh, *, clips: Sequence[int]) -> PlannedStep:
+    """The step of a part of an experiment, on a mesh; its rows hold clips of so many tokens.
+
+    Raises:
+      UserError: a part that is not trained; rows, heads or tokens that the mesh does not divide.
+    """
+    match part:
+        case "denoiser":
+            return _denoiser(experiment, mesh, clips)
+        case "sampler":
+            return _sampler(experiment, mesh, clips)
+        case "autoencoder":
+            return _autoencoder(experiment, mesh)
+
+
+def _denoiser(experiment: Experiment, mesh: Mesh, clips: Sequence[int]) -> PlannedStep:
+    config = experiment.denoiser
+    make = over_devices(config.dit.make, mesh, experiment.mesh.context_attention)
+    base = DenoiserLoss(
+        dit=graph_of(make),
+        text=graph_of(config.text.make),
+        objective=config.objective,
+        caption_dropout=config.caption_dropout,
+        empty_caption=_empty_caption(config),
+        seed=experiment.seed,
+        known=config.known,
+        shares=shares_of(config),
+        times_of=config.times_of,
+        optimizer=optimizer_of(config) if config.lora is None else None,
+    )
+    optimizer = make_optimizer(optimizer_of(config), steps=config.steps)
+    layout = functools.partial(shardings, mesh=mesh)
+    init = functools.partial(_init, config)
+    loss: Loss | OwnStep = base
+    frozen: tuple[PyTree, ...] = ()
+    if config.lora is not None or config.distillation is not None:
+        weights = jax.eval_shape(init, jax.random.key(0))
+        frozen = (_laid(weights, layout(weights)),)
+    if config.distillation is not None:
+        loss = distillation_loss(config.distillation, base)
+    if (lora := config.lora) is not None:
+        loss = LoraLoss(loss=base, scale=lora.scale)
+        init = lambda key: init_lora(weights, lora, key)  # noqa: E731
+
+    def begin(key: Array) -> Any:
+        state = init_state(init(key), optimizer, averages=config.averages)
+        return loss.begin(state, optimizer) if isinstance(loss, OwnStep) else state
+
+    def step(state: Any, batch: Any, *constants: Any) -> Any:
+        if isinstance(loss, OwnStep):
+            make_it = loss.make_step
+        else:
+            make_it = functools.partial(make_step, loss, accumulate=config.accumulate)
+        return make_it(optimizer, ema_decay=config.ema_decay, constants=constants)(state, batch)
+
+    batch = _rows(config)
+    arguments = (shapes_on_devices(begin, shardings=layout), _laid(batch, batch_shardings(batch, mesh)), *frozen)
+    known = _known(config, clips, training=True)
+    return PlannedStep(
+        jax.jit(step, donate_argnums=0),
+        arguments,
+        model_flops=3 * known.forward,
+        known=known,
+        layer_bytes=_layer_bytes(config, init),
+    )
+
+
+def _init(config: DenoiserTraining, key: Array) -> dict[str, Any]:
+    return {
+        "dit": init_params(config.dit.make, jax.random.fold_in(key, 0)),
+        "text": init_params(config.text.make, jax.random.fold_in(key, 1)),
+    }
+
+
+def _layer_bytes(config: DenoiserTraining, init: Callable[[Array], dict[str, Any]]) -> int:
+    shapes = flatten(jax.eval_shape(init, jax.random.key(0)))
+    stacked = [leaf for path, leaf in shapes.items() if "dit/blocks/" in path]
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in stacked) // config.dit.layers
+
+
+def _empty_caption(config: DenoiserTraining) -> np.ndarray:
+    if isinstance(config.text, FrozenTextConfig):
+        return np.zeros((1, config.text.width), np.float32)
+    return config.text.tokenizer()("")
+
+
+def _text_width(config: DenoiserTraining) -> int:
+    return config.text.width if isinstance(config.text, FrozenTextConfig) else 0
+
+
+def _rows(config: DenoiserTraining) -> PyTree:
+    row = empty_row(config.rows, width=config.dit.token_width, text_width=_text_width(config))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((config.batch, *leaf.shape), leaf.dtype), row)
+
+
+def _laid(shapes: PyTree, layouts: PyTree) -> PyTree:
+    return jax.tree.map(
+        lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout), shapes, layouts
+    )
+
+
+def on_mesh(state: PyTree, mesh: Mesh | jax.sharding.AbstractMesh) -> PyTree:
+    """A state's shapes, laid out as a run lays them out."""
+    return _laid(state, shardings(state, mesh))
+
+
+def _known(config: DenoiserTraining, clips: Sequence[int], *, training: bool, copies: int = 1) -> Step:
+    """What is counted of a denoiser's step; each clip has as long a text as there is room for."""
+    dit, text = config.dit, min(config.text.max_tokens, config.rows.text // max(1, len(clips)))
+    if not isinstance(config.text, FrozenTextConfig):
+        text = -(-text // config.text.patch)
+    grids = [Grid(1, 1, clip) for clip in clips]
+    texts = [text] * len(clips)
+    return Step(
+        width=dit.width,
+        hidden=dit.hidden_width,
+        layers=dit.layers,
+        tokens=config.rows.tokens,
+        rows=config.batch * copies,
+        itemsize=jnp.dtype(dit.dtype).itemsize,
+        remat=dit.remat,
+        forward=copies * config.batch * forward_flops(dit, grids, texts),
+        attention=copies * config.batch * attention_flops(dit, grids, texts),
+        fused=dit.attention not in ("dense", "auto", "chunked"),
+        training=training,
+    )
+
+
+def _sampler(experiment: Experiment, mesh: Mesh, clips: Sequence[int]) -> PlannedStep:
+    config, sampling = experiment.denoiser, experiment.sampling
+    make = over_devices(config.dit.make, mesh, experiment.mesh.context_attention)
+    guidance = sampling.full_guidance
+    tokenized = _empty_caption(config)
+    patch = config.dit.patch
+    noise = [np.zeros((1, patch.h, patch.w * clip, config.dit.channels), np.float32) for clip in clips]
+    requests = [LatentRequest("", "", part) for _ in range(config.batch) for part in noise]
+    packer = Packer(requests, {"": tokenized}, patch, 1.0, guidance.branches, config.batch)
+    members = np.arange(len(requests)).reshape(config.batch, -1).tolist()
+    batch = packer.batch(Group(config.rows, False, members), members)
+    process, solver = config.objective.process, Watched(solver=sampling.solver, recorded=False)
+    together = sampling.branches == "together"
+    program = program_of(
+        graph_of(make), graph_of(config.text.make), process, config.objective.prediction, solver, together
+    )
+    state = jax.eval_shape(
+        lambda tokens: solver.init(process.start(tokens), steps=sampling.steps), batch.branches[0][0].tokens
+    )
+    params = jax.eval_shape(functools.partial(_init, config), jax.random.key(0))
+    whole = NamedSharding(mesh, PartitionSpec())
+    times = jax.ShapeDtypeStruct((steps_of_program(sampling.steps) + 1,), jnp.float32, sharding=whole)
+    strength = guidance.strength(0) if guidance.branches > 1 else None
+    if strength is None:
+        batch = batch._replace(branches=batch.branches[:1])
+    arguments = (
+        _laid(params, shardings(params, mesh)),
+        _laid_rows(state, mesh, config.batch),
+        _laid_rows(batch, mesh, config.batch),
+        jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), jnp.asarray(leaf).dtype, sharding=whole), strength
+        ),
+        SampleTimes(times, times),
+        jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
+    )
+    known = _known(config, clips, training=False, copies=guidance.branches)
+    layers = _layer_bytes(config, functools.partial(_init, config))
+    flops = sampling.steps * known.forward
+    return PlannedStep(program, arguments, flops, turns=sampling.steps, known=known, layer_bytes=layers)
+
+
+def _laid_rows(shapes: PyTree, mesh: Mesh, rows: int) -> PyTree:
+    """Rows split as a batch's are, tokens too; what has no rows lies whole everywhere."""
+    parts, ranks = row_shards(mesh), mesh.shape["context"]
+
+    def layout(leaf: Any) -> jax.ShapeDtypeStruct:
+        spec = PartitionSpec()
+        if leaf.ndim and leaf.shape[0] == rows and rows % parts == 0:
+            along = leaf.ndim > 1 and leaf.shape[1] % ranks == 0 and leaf.shape[1] >= 128 * ranks
+            spec = PartitionSpec(("data", "fsdp"), "context") if along else PartitionSpec(("data", "fsdp"))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(layout, shapes)
+
+
+def _autoencoder(experiment: Experiment, mesh: Mesh) -> PlannedStep:
+    config = experiment.autoencoder
+    if isinstance(config, GivenAutoencoder):
+        raise UserError("the autoencoder of this experiment is given, not trained; plan its denoiser or its sampler")
+    parts = loss_parts(config, experiment.seed)
+    loss, rival, constants = parts["loss"], parts["rival"], parts["constants"]
+    optimizer = make_optimizer(config.optimizer, steps=config.steps)
+
+    def begin(key: Array) -> Any:
+        params = init_params(config.model.make, key)
+        extra = loss.start(params, fresh=True) if isinstance(loss, StatefulLoss) else None
+        state = init_state(params, optimizer, extra)
+        return state if rival is None else rival.join(state)
+
+    def step(state: Any, clips: Any, *constants: Any) -> Any:
+        settings = {"ema_decay": config.ema_decay, "constants": constants}
+        if rival is None:
+            return make_step(loss, optimizer, **settings)(state, clips)
+        return make_adversarial_step(loss, optimizer, rival, **settings)(state, clips)
+
+    window = max(config.windows, key=_pixels)
+    batch = jax.ShapeDtypeStruct((window.batch, *window.size, 3), jnp.uint8)
+    whole = jax.tree.map(lambda leaf: NamedSharding(mesh, PartitionSpec()), constants)
+    arguments = (
+        shapes_on_devices(begin, shardings=functools.partial(shardings, mesh=mesh)),
+        _laid(batch, batch_shardings(batch, mesh)),
+        *_laid(constants, whole),
+    )
+    jitted = jax.jit(step, donate_argnums=0)
+    flops = jitted.trace(*arguments).lower(lowering_platforms=("cpu",)).cost_analysis() or {}
+    return PlannedStep(jitted, arguments, model_flops=int(flops.get("flops", 0)))
+
+
+def _pixels(window: WindowConfig) -> int:
+    return window.batch * window.size.volume

@@ -1,0 +1,80 @@
+"""Clips in four stages: images, small clips, large ones, then long ones.
+
+    python experiments/train.py experiments/configs/staged.py --data CLIPS --workdir runs/staged
+
+The recipe of the open systems in small, for the folders that `clips.py` is for. Every stage has frames, rows, a
+learning rate and a shift of times of its own; weights, optimizer state and averages are carried over. A stage that was
+interrupted is continued by the same command. Times of larger and longer clips are shifted towards noise, as more tokens
+show more of a clip through the same noise.
+"""
+
+from dit_video.autoencoder import AutoencoderObjective, PatchVaeConfig
+from dit_video.data.windows import WindowConfig
+from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
+from dit_video.dit import DitConfig
+from dit_video.evaluation.kinds import CaptionEvaluation
+from dit_video.experiment import AutoencoderTraining, Data, DenoiserTraining, Experiment, Stage
+from dit_video.generation import Sampling
+from dit_video.text import ByteEncoderConfig
+from dit_video.tokens import Grid, RowShape
+from dit_video.training.optimizer import OptimizerConfig
+
+
+def optimizer(learning_rate: float) -> OptimizerConfig:
+    return OptimizerConfig(kind="muon", learning_rate=learning_rate, warmup=20)
+
+
+def objective(shift: float) -> FlowMatching:
+    return FlowMatching(process=RectifiedFlow(shift=shift), times=LogitNormal())
+
+
+EXPERIMENT = Experiment(
+    name="staged",
+    autoencoder=AutoencoderTraining(
+        model=PatchVaeConfig(stride=Grid(4, 8, 8), channels=16, width=128, blocks=4),
+        windows=(WindowConfig(size=Grid(9, 48, 80), batch=8), WindowConfig(size=Grid(9, 80, 48), batch=8)),
+        optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup=30),
+        steps=600,
+        loss=AutoencoderObjective.pixels(kl=1e-6),
+    ),
+    earlier=(
+        Stage(
+            name="images",
+            steps=150,
+            data=Data(max_pixels=48 * 64, max_frames=1, fps=8.0, stretches=8),
+            rows=RowShape(tokens=96, text=1024, segments=8),
+            optimizer=optimizer(2e-3),
+            objective=objective(1.0),
+        ),
+        Stage(
+            name="small",
+            steps=150,
+            data=Data(max_pixels=48 * 64, max_frames=17, fps=8.0, stretches=4),
+            rows=RowShape(tokens=240, text=512, segments=8),
+            optimizer=optimizer(2e-3),
+            objective=objective(1.5),
+        ),
+        Stage(
+            name="large",
+            steps=100,
+            data=Data(max_pixels=96 * 128, max_frames=17, fps=8.0, stretches=4),
+            rows=RowShape(tokens=480, text=512, segments=8),
+            optimizer=optimizer(1e-3),
+            objective=objective(2.0),
+        ),
+    ),
+    data=Data(max_pixels=96 * 128, max_frames=33, fps=8.0, stretches=4),
+    denoiser=DenoiserTraining(
+        dit=DitConfig(channels=16, context_width=96, patch=Grid(1, 2, 2), width=192, layers=6, heads=4),
+        text=ByteEncoderConfig(width=96, layers=2, max_tokens=256),
+        rows=RowShape(tokens=864, text=512, segments=8),
+        batch=2,
+        optimizer=OptimizerConfig(kind="muon", learning_rate=1e-3, schedule="wsd", warmup=20),
+        steps=60,
+        objective=objective(3.0),
+        ema_decay=0.98,
+    ),
+    sampling=Sampling(steps=32, guidance=1.5),
+    evaluation=CaptionEvaluation(trained=6, held_out=4),
+    save_every=50,
+)

@@ -1,0 +1,42 @@
+"""A denoiser of Wan 2.1's 1.3B shape, trained from scratch on rows of 32,768 tokens: 81 frames at 480p are 32,760.
+
+    python experiments/train.py experiments/configs/wan_1_3b_480p.py --data CLIPS --workdir runs/wan_1_3b_480p
+    python tools/plan.py experiments/configs/wan_1_3b_480p.py --topology v5p:4x4x4
+
+Latents and embedded captions are cached first, by the autoencoder and the text encoder in WAN, a copy of
+Wan-AI/Wan2.1-T2V-1.3B-Diffusers from Hugging Face: its `vae`, `text_encoder` and `tokenizer`. A row holds one such
+clip, or up to four that are shorter or smaller, and is divided among the devices of `context`.
+
+Not trained here: planned, for v5p:4x4x4 and v6e:8x8, as the README's table of plans says.
+"""
+
+from dit_video.autoencoder import CausalVaeConfig
+from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
+from dit_video.distributed import MeshConfig
+from dit_video.dit import WanDitConfig
+from dit_video.experiment import Data, DenoiserTraining, Experiment, GivenAutoencoder
+from dit_video.generation import Sampling
+from dit_video.text import FrozenTextConfig
+from dit_video.tokens import RowShape
+from dit_video.training.optimizer import OptimizerConfig
+
+WAN = "Wan2.1-T2V-1.3B-Diffusers"
+
+EXPERIMENT = Experiment(
+    name="wan_1_3b_480p",
+    data=Data(max_pixels=480 * 832, max_frames=81, fps=16.0, workers=8),
+    autoencoder=GivenAutoencoder(model=CausalVaeConfig.wan21(), folder=f"{WAN}/vae"),
+    denoiser=DenoiserTraining(
+        dit=WanDitConfig.t2v_1_3b(dtype="bfloat16", remat="full"),
+        text=FrozenTextConfig(folder=WAN, width=4096, max_tokens=512, dtype="bfloat16", cleaned=True),
+        rows=RowShape(tokens=32_768, text=2048, segments=4),
+        batch=16,
+        optimizer=OptimizerConfig(learning_rate=1e-4, warmup=2000, b2=0.95, weight_decay=0.01),
+        steps=100_000,
+        objective=FlowMatching(process=RectifiedFlow(shift=3.0), times=LogitNormal()),
+        ema_decay=0.9999,
+    ),
+    sampling=Sampling(steps=50, guidance=5.0),
+    mesh=MeshConfig(data=-1, fsdp=16, context=4),
+    save_every=1000,
+)

@@ -1,0 +1,76 @@
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from devices import HANG
+from dit_video.errors import UserError
+from dit_video.training.folder_lock import locked
+
+ROOT = Path(__file__).parents[2]
+CODE = """
+import sys, time
+from dit_video.errors import script
+from dit_video.training.folder_lock import locked
+
+@script
+def main():
+    with locked(sys.argv[1]):
+        print("held", flush=True)
+        time.sleep(float(sys.argv[2]))
+
+main()
+"""
+
+
+def holder(folder: Path, seconds: float) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", CODE, str(folder), str(seconds)], env=environment, **pipes)
+
+
+def test_a_folder_in_use_names_who_uses_it_until_that_one_is_dead(tmp_path):
+    other = holder(tmp_path / "run", HANG)
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        where = f"is in use by process {other.pid} on {socket.gethostname()} since 2"
+        with pytest.raises(UserError, match=where), locked(tmp_path / "run"):
+            pass
+        with locked(tmp_path / "other"):
+            pass
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+        with locked(tmp_path / "run"), locked(tmp_path / "run"):  # the same process may, again
+            third = holder(tmp_path / "run", 0)
+            _, err = third.communicate(timeout=HANG)
+        assert third.returncode == 2
+        assert err.startswith(f"error: {tmp_path / 'run'} is in use by process {os.getpid()} on")
+        assert len(err.splitlines()) == 1
+        with locked(tmp_path / "run"):
+            pass
+    finally:
+        other.kill()
+
+
+def test_without_locks_it_goes_on(tmp_path, monkeypatch):
+    def none(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    with locked(tmp_path):
+        pass
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(UserError, match=r"file/run cannot be written \(Not a directory\); name a folder"),
+        locked(tmp_path / "file" / "run"),
+    ):
+        pass

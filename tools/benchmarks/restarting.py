@@ -1,0 +1,70 @@
+"""A run of a benchmark's denoiser that says when a step is done: what `looping` starts, kills and starts again.
+
+python tools/benchmarks/restarting.py FOLDER [--config FILE] [--set NAME=VALUE …]
+"""
+
+import argparse
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.setting import Packed, Setting, chosen_setting
+from benchmarks.steps import denoiser_parts
+from dit_video import rng
+from dit_video.compiled import keep_programs
+from dit_video.distributed import make_mesh
+from dit_video.training import loop, trainer
+from dit_video.training.optimizer import make_optimizer
+
+_STEPS, _SAVE_EVERY, _EXAMPLES = 10_000, 2, 200
+
+
+class _Batches:
+    """The rows of a setting, from a step on."""
+
+    hash = "benchmark"
+
+    def __init__(self, setting: Setting, start: int):
+        self._rows = itertools.islice(itertools.cycle(itertools.islice(Packed(setting, _EXAMPLES), 4)), start, None)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        return next(self._rows)
+
+    def close(self) -> None:
+        pass
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--set", action="append", default=[])
+    arguments = parser.parse_args()
+    keep_programs(arguments.folder / "programs")
+    setting = chosen_setting(arguments.config, arguments.set)
+    init, loss, optimizer = denoiser_parts(setting)
+
+    def say(done: int, _state: Any) -> dict[str, float]:
+        print(f"step {done}", flush=True)
+        return {}
+
+    trainer.Training(
+        folder=arguments.folder / "denoiser",
+        title="training",
+        init=init,
+        random_key=rng.key(0, "benchmark"),
+        loss=loss,
+        optimizer=make_optimizer(optimizer, steps=_STEPS + optimizer.warmup),
+        ema_decay=0.999,
+        config=loop.LoopConfig(steps=_STEPS, save_every=_SAVE_EVERY),
+        mesh=make_mesh(setting.mesh),
+        periodic=(loop.Periodic(every=1, call=say),),
+    ).run(lambda start: _Batches(setting, start))
+
+
+if __name__ == "__main__":
+    main()
