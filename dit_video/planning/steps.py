@@ -27,7 +27,7 @@ from dit_video.generation.program import program_of, steps_of_program
 from dit_video.generation.rows import Group, Packer
 from dit_video.nn import graph_of, init_lora, init_params
 from dit_video.starting import loss_parts, optimizer_of, shares_of
-from dit_video.text import FrozenTextConfig
+from dit_video.text import ByteEncoderConfig, FrozenTextConfig
 from dit_video.tokens import Grid, empty_row
 from dit_video.training.adversarial import make_adversarial_step
 from dit_video.training.denoiser import DenoiserLoss
@@ -193,7 +193,7 @@ def on_mesh(state: PyTree, mesh: Mesh | jax.sharding.AbstractMesh) -> PyTree:
 def _known(config: DenoiserTraining, clips: Sequence[int], *, training: bool, copies: int = 1) -> Step:
     """What is counted of a denoiser's step; each clip has as long a text as there is room for."""
     dit, text = config.dit, min(config.text.max_tokens, config.rows.text // max(1, len(clips)))
-    if not isinstance(config.text, FrozenTextConfig):
+    if isinstance(config.text, ByteEncoderConfig):
         text = -(-text // config.text.patch)
     grids = [Grid(1, 1, clip) for clip in clips]
     texts = [text] * len(clips)
