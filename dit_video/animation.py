@@ -6,7 +6,6 @@ frame is that of the image, clean, at time 0 (2.2 TI2V-5B).
 """
 
 import functools
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -14,12 +13,11 @@ from jaxtyping import Float32, UInt8
 from dit_video.codec import Codec
 from dit_video.conditioning import blanked, folded
 from dit_video.errors import UserError
-from dit_video.features import FrameEncoder
 from dit_video.generation import GivenClip
+from dit_video.image_encoder import ImageEncoder
 from dit_video.pipeline_config import Image, PipelineConfig
 from dit_video.tokens import Grid
 from dit_video.video import Clip
-from dit_video.weights import load_clip_images, load_clip_vision
 
 
 class Images:
@@ -79,11 +77,9 @@ class Images:
         return getattr(self._config.dit, "image_positions", None)
 
     @functools.cached_property
-    def _encoder(self) -> FrameEncoder:
+    def _encoder(self) -> ImageEncoder:
         assert self._config.image_encoder is not None
-        folder = Path(self._config.image_encoder)
-        tower = load_clip_vision(folder)
-        return FrameEncoder(tower.config, tower.params, load_clip_images(folder), part="before", batch=2)
+        return ImageEncoder(self._config.image_encoder)
 
 
 def _pixels(given: Image, size: Grid) -> UInt8[np.ndarray, "H W 3"]:

@@ -28,11 +28,18 @@ from dit_video.data.places import Address, place
 from dit_video.data.sizes import SizeLimits, fit, read_fitted, sampled_frames
 from dit_video.data.source import ClipInfo, ClipSource
 from dit_video.errors import DecodeError, UserError
+from dit_video.experiment import Experiment
+from dit_video.image_encoder import ImageEncoder
 from dit_video.live import CanvasEncoder
+from dit_video.text import Tokenizer
+from dit_video.text_encoder import FrozenEncoder
 from dit_video.tokens import Grid
 
 EncodeText = Callable[[str], Float32[np.ndarray, "s e"]]
 """A caption to its embedding: real tokens only."""
+EncodeImage = Callable[[UInt8[np.ndarray, "T H W 3"]], Float32[np.ndarray, "T i F"]]
+"""Frames to an image encoder's tokens."""
+First = UInt8[np.ndarray, "1 H W 3"]
 _TEXTS = 64
 """Embeddings that are kept, as the views of a clip and the clips of a class share their captions. One may take 8 MB."""
 
@@ -111,6 +118,12 @@ class Encoding:
     """of an encoder that isn't trained with the denoiser"""
     text_identity: str = ""
     """of that encoder: the part `text` of the latents' identity"""
+    encode_image: EncodeImage | None = None
+    """of an encoder whose tokens of a clip's first frame the denoiser attends to"""
+    image_identity: str = ""
+    """of that encoder: the part `image` of the latents' identity"""
+    shown: bool = False
+    """whether the latents of each view with all grey behind its first frame are made too"""
     storage: Storage = "bfloat16"
     canvas_pixels: int = PIXELS
     """of a canvas over its frames, about: what a device works on at once"""
@@ -121,6 +134,25 @@ class Encoding:
     def __post_init__(self):
         if self.views_per_file < 1 or self.threads < 1:
             raise UserError(f"views_per_file={self.views_per_file} and threads={self.threads} must be at least 1")
+
+
+def encoding_of(
+    experiment: Experiment, params: dict[str, Any], *, text: Tokenizer | FrozenEncoder, images: ImageEncoder | None
+) -> Encoding:
+    """That of an experiment, with the parameters of its autoencoder and its frozen encoders."""
+    data, known = experiment.data, experiment.denoiser.known
+    frozen = text if isinstance(text, FrozenEncoder) else None
+    return Encoding(
+        autoencoder=experiment.autoencoder.model,
+        params=params,
+        limits=experiment.limits,
+        augmentations=Augmentations(stretches=data.stretches, resolutions=data.resolutions, flips=data.flips),
+        encode_text=frozen,
+        text_identity="" if frozen is None else frozen.identity,
+        encode_image=images,
+        image_identity="" if images is None else images.identity,
+        shown=known is not None and known.rest == "grey",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,8 +206,8 @@ def plan_encoding(clips: ClipSource, encoding: Encoding) -> EncodingPlan:
 
 def latent_identity(encoding: Encoding, clips: ClipSource) -> dict[str, Any]:
     """What the latents of these clips depend on, and the denoiser's training asks of them."""
-    text = {"text": encoding.text_identity} if encoding.text_identity else {}
-    return text | {
+    beside = {"text": encoding.text_identity, "image": encoding.image_identity, "behind": "grey" * encoding.shown}
+    return {name: value for name, value in beside.items() if value} | {
         "autoencoder": pipeline.identity(encoding.autoencoder, encoding.params),
         "limits": configs.to_json(encoding.limits),
         "augmentations": configs.to_json(encoding.augmentations),
@@ -210,13 +242,15 @@ def encode_latents(
       whether the data set is finished, the files of the other processes too.
 
     Raises:
-      UserError: a destination with other latents, embeddings without the identity of their encoder, or a share that
-        doesn't exist.
+      UserError: a destination with other latents, embeddings or image tokens without the identity of their encoder, or
+        a share that doesn't exist.
     """
     if not 0 <= shard < shards:
         raise UserError(f"shard={shard} must be one of 0 to {shards - 1}")
     if encoding.encode_text is not None and (isinstance(identity, str) or "text" not in identity):
         raise UserError("texts are embedded, so the latents' identity needs the part text: that of the encoder")
+    if encoding.encode_image is not None and (isinstance(identity, str) or "image" not in identity):
+        raise UserError("first frames are encoded, so the latents' identity needs the part image: that of the encoder")
     files = LatentFiles(
         folder=place(destination), identity=identity, files=len(plan.files), plan=plan.hash, dtype=encoding.storage
     )
@@ -271,11 +305,12 @@ class _Encoder:
             for number, batch in enumerate(batches):
                 current = decoded
                 decoded = self._begin(pool, batches[number + 1]) if number + 1 < len(batches) else {}
-                arrays, reasons = self._drawn(batch, current)
+                arrays, firsts = self._drawn(batch, current)
                 latents = self._encode(*arrays)
+                shown = self._encode(*arrays, first=True) if self._encoding.shown else None
                 if computed is not None:  # what was begun before is taken while this is computed
                     yield from self._cut(*computed)
-                computed = batch, latents, reasons
+                computed = batch, latents, shown, firsts
             if computed is not None:
                 yield from self._cut(*computed)
         finally:
@@ -309,41 +344,52 @@ class _Encoder:
 
     def _drawn(
         self, batch: Sequence[Canvas], decoded: dict[int, Future]
-    ) -> tuple[tuple[UInt8[np.ndarray, "B T H W 3"], Int32[np.ndarray, "B h w"]], dict[int, LeftOut]]:
-        """The canvases with their clips, which of their latents are a clip's, and the clips that could not be read."""
+    ) -> tuple[tuple[UInt8[np.ndarray, "B T H W 3"], Int32[np.ndarray, "B h w"]], dict[int, First | LeftOut]]:
+        """The canvases with their clips, which of their latents are a clip's, and the clips' first frames, or why there
+        is none."""
         size, stride = batch[0].size, self._encoding.autoencoder.stride
         rows = self._rows(size)
         canvases = np.zeros((rows, *size, 3), np.uint8)
         inside = np.zeros((rows, size.h // stride.h, size.w // stride.w), np.int32)
-        reasons = {}
+        firsts = {}
         for row, canvas in enumerate(batch):
             inside[row] = occupied(canvas, self._sizes, stride)
             for clip, top, left in canvas.places:
                 frames = decoded[clip].result()
-                if isinstance(frames, LeftOut):
-                    reasons[clip] = frames
-                else:
+                firsts[clip] = frames
+                if not isinstance(frames, LeftOut):
+                    firsts[clip] = frames[:1].copy()
                     t, h, w = frames.shape[:3]
                     canvases[row, :t, top : top + h, left : left + w] = frames
-        return (canvases, inside), reasons
+        return (canvases, inside), firsts
 
     def _cut(
-        self, batch: Sequence[Canvas], latents: Array, reasons: dict[int, LeftOut]
+        self, batch: Sequence[Canvas], latents: Array, shown: Array | None, firsts: dict[int, First | LeftOut]
     ) -> Iterator[LatentExample | LeftOut]:
-        """The clips' latents out of those of their canvases."""
-        stride = self._encoding.autoencoder.stride
-        values = np.asarray(latents, np.float32)
+        """The clips' latents out of those of their canvases, with what stands beside them."""
+        stride, encode_image = self._encoding.autoencoder.stride, self._encoding.encode_image
+        values, beside = (None if each is None else np.asarray(each, np.float32) for each in (latents, shown))
+        assert values is not None
         for row, canvas in enumerate(batch):
             for clip, top, left in canvas.places:
-                if clip in reasons:
-                    yield reasons[clip]
+                first = firsts[clip]
+                if isinstance(first, LeftOut):
+                    yield first
                     continue
                 view = self._plan.views[clip]
                 info, grid = self._clips.infos[view.clip], latent_grid(view.size, stride)
                 rows, columns = top // stride.h, left // stride.w
-                own = values[row, : grid.t, rows : rows + grid.h, columns : columns + grid.w]
+                at = row, slice(grid.t), slice(rows, rows + grid.h), slice(columns, columns + grid.w)
                 text = () if self._text is None else tuple(self._text(caption) for caption in info.captions)
-                yield LatentExample(view.name, info.captions, own, info.name, text)
+                yield LatentExample(
+                    view.name,
+                    info.captions,
+                    values[at],
+                    info.name,
+                    text,
+                    shown=None if beside is None else beside[at],
+                    image=None if encode_image is None else encode_image(first)[0],
+                )
 
 
 def _starts(info: ClipInfo, limits: SizeLimits, most: int) -> list[int]:

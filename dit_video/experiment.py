@@ -26,6 +26,7 @@ from dit_video.errors import UserError
 from dit_video.evaluation.kinds import CaptionEvaluation, Evaluation
 from dit_video.features.lpips import SMALLEST as LPIPS_SMALLEST
 from dit_video.generation import Sampling
+from dit_video.given_frames import check_given_frames
 from dit_video.nn import LoraConfig
 from dit_video.text import ByteEncoderConfig, TextConfig
 from dit_video.tokens import Grid, RowShape
@@ -151,7 +152,10 @@ class DenoiserTraining:
     """further ones, each as large as the model"""
     known: KnownFrames | None = None
     """What the denoiser is given of the clips that it is to make, for one that continues a first frame: with
-    `given_channels`, or a time per token."""
+    `given_channels`, an image's tokens, or a time per token."""
+    image_encoder: str | None = None
+    """folder of the CLIP whose tokens of a known first frame the denoiser attends to (`image_width`), or of a pipeline
+    that it is a part of"""
     start: str | None = None
     """folder of a pipeline or of a run, or of Wan in diffusers' layout, that has the weights which training starts
     from"""
@@ -350,12 +354,7 @@ class Experiment:
 
     def _check_given(self) -> None:
         """That the denoiser is given what it takes."""
-        dit, known = self.denoiser.dit, self.denoiser.known
-        if isinstance(dit, WanDitConfig) and dit.image_width is not None:
-            raise UserError(
-                "the denoiser attends to an image encoder's tokens, which training does not make; take one without "
-                "image_width, such as Wan 2.2's"
-            )
+        dit = self.denoiser.dit
         if self.denoiser.times_of == "frame" and dit.time != "token":
             raise UserError("frames have a time of their own in a denoiser with time='token'; or set times_of='clip'")
         learned = isinstance(self.denoiser.objective.prediction, LearnedVariance)
@@ -364,18 +363,13 @@ class Experiment:
                 "a denoiser with variance='predicted' goes with an objective that predicts a LearnedVariance, and the "
                 "other way round; change one of the two"
             )
-        if dit.given_channels and known is None:
-            raise UserError("the denoiser takes given latents: say what is known of a clip with known=KnownFrames()")
-        if dit.given_channels and dit.given_channels <= dit.channels:
-            raise UserError(
-                f"{dit.given_channels} given channels have no room for a mask beside the latents' {dit.channels}; set "
-                f"given_channels={dit.channels + 1} or more"
-            )
-        if known is not None and not dit.given_channels and dit.time != "token":
-            raise UserError(
-                "the denoiser can't be told which frames are known; leave out known, or give it given_channels or "
-                "time='token'"
-            )
+        check_given_frames(
+            dit,
+            self.autoencoder.model,
+            self.denoiser.known,
+            self.denoiser.image_encoder,
+            cached=self.data.cache_latents,
+        )
 
     def _check_sizes(self) -> None:
         denoiser = self.denoiser

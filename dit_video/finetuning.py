@@ -12,16 +12,14 @@ from dit_video.dit import WanDitConfig
 from dit_video.errors import UserError
 from dit_video.evaluation.kinds import CaptionEvaluation
 from dit_video.experiment import Data, DenoiserTraining, Experiment, GivenAutoencoder, OneOfTwo
-from dit_video.files import read_json
 from dit_video.generation import Sampling
 from dit_video.nn import LoraConfig
 from dit_video.text import FrozenTextConfig
 from dit_video.tokens import Grid, RowShape
 from dit_video.training.optimizer import OptimizerConfig
-from dit_video.wan_pipeline import INDEX, checked_index
+from dit_video.wan_pipeline import checked_index
 from dit_video.weights import autoencoder_config, denoiser_config, load_scheduler, text_encoder_config
 
-_CLASS = "WanPipeline"
 _RATES = {"lora": 1e-4, "full": 1e-5, "temporal": 1e-5, "scratch": 1e-4}
 _CLIPS = 4
 """of a row, at most, that are smaller than the largest"""
@@ -57,8 +55,8 @@ class FineTuning:
     stretches: int = 1
     """how many stretches of `max_frames`, spread over its length, are taken of a longer clip"""
     first_frame: float | None = None
-    """TI2V-5B: how often the first frame of a clip is known, so that only what follows is learned; by default half
-    of the time"""
+    """How often the first frame of a clip is known, so that what follows is learned: of TI2V-5B by default half of the
+    time, of I2V always, as there is nothing else that it was trained for. Other models can't be told of one."""
     held_out: tuple[str, ...] = ()
     """names of clips that are not trained on, but reconstructed and reported"""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -97,11 +95,6 @@ def finetuning(folder: str | os.PathLike, options: FineTuning = FineTuning()) ->
     if not isinstance(found, WanDitConfig):
         raise UserError(f"{folder / 'transformer'} holds no Wan, which alone can be fine-tuned so; name another folder")
     dit = replace(found, dtype=options.dtype, remat="full")
-    if dit.given_channels or dit.image_width is not None:
-        raise UserError(
-            f"{folder / 'transformer'} animates an image, which the samples at the end could not be given; fine-tune a "
-            "text-to-video model, or train it with a config of your own (DenoiserTraining.known)"
-        )
     autoencoder = autoencoder_config(folder / "vae")
     assert isinstance(autoencoder, CausalVaeConfig)
     schedule = load_scheduler(folder / "scheduler")
@@ -130,6 +123,7 @@ def finetuning(folder: str | os.PathLike, options: FineTuning = FineTuning()) ->
             objective=FlowMatching(process=schedule.process, prediction=schedule.prediction, times=LogitNormal()),
             ema_decay=0.99,
             known=_known(options, dit),
+            image_encoder=None if dit.image_width is None else os.fspath(folder / "image_encoder"),
             start=os.fspath(start),
             expert=expert,
             **_trained(options),
@@ -145,10 +139,6 @@ def finetuning(folder: str | os.PathLike, options: FineTuning = FineTuning()) ->
 
 def _start(folder: Path, options: FineTuning) -> tuple[Path, OneOfTwo | None]:
     """The folder of the weights that are trained, and which of two experts that is."""
-    index = read_json(folder / INDEX)
-    name = index.get("_class_name") if isinstance(index, dict) else None
-    if name != _CLASS:
-        raise UserError(f"{folder} holds a pipeline of class {name}; fine-tuning is known here of {_CLASS}")
     boundary = checked_index(folder).get("boundary_ratio")
     if boundary is None:
         if options.expert is not None:
@@ -185,6 +175,8 @@ def _largest(data: Data, autoencoder: CausalVaeConfig, dit: WanDitConfig) -> int
 def _known(options: FineTuning, dit: WanDitConfig) -> KnownFrames | None:
     if dit.time == "token":
         return KnownFrames() if options.first_frame is None else KnownFrames(chance=options.first_frame)
+    if dit.given_channels:
+        return KnownFrames(chance=1.0 if options.first_frame is None else options.first_frame, rest="grey")
     if options.first_frame is not None:
         raise UserError("this model can't be told of a first frame; leave out first_frame")
     return None

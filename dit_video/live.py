@@ -46,14 +46,22 @@ class CanvasEncoder:
         batches = -(-on_device // max(1, self._pixels // size.volume))
         return self._devices * -(-on_device // batches)
 
-    def __call__(self, canvases: UInt8[np.ndarray, "B T H W 3"], inside: Int32[np.ndarray, "B h w"]) -> Array:
-        """Latents [B t h w c] of canvases, of which `inside` says whose each position is. They are not waited for."""
-        return _encoded(self._graph, self._params, *jax.device_put((canvases, inside), self._split))
+    def __call__(
+        self, canvases: UInt8[np.ndarray, "B T H W 3"], inside: Int32[np.ndarray, "B h w"], *, first: bool = False
+    ) -> Array:
+        """Latents [B t h w c] of canvases, of which `inside` says whose each position is. They are not waited for.
+
+        With `first` all frames but the first are taken as grey.
+        """
+        return _encoded(self._graph, first, self._params, *jax.device_put((canvases, inside), self._split))
 
 
-@partial(jax.jit, static_argnums=0)
-def _encoded(graph: nnx.GraphDef, params: dict[str, Any], canvases: Array, inside: Array) -> Array:
-    return nnx.merge(graph, params).encode(pixels.to_float(canvases), inside)
+@partial(jax.jit, static_argnums=(0, 1))
+def _encoded(graph: nnx.GraphDef, first: bool, params: dict[str, Any], canvases: Array, inside: Array) -> Array:
+    clips = pixels.to_float(canvases)
+    if first:
+        clips = clips.at[:, 1:].set(0)
+    return nnx.merge(graph, params).encode(clips, inside)
 
 
 class LiveEncoder:

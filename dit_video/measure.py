@@ -14,14 +14,14 @@ from dit_video.autoencoder import LinearAutoencoder
 from dit_video.codec import Codec
 from dit_video.data import shapes
 from dit_video.data.sizes import SizeLimits, fit, read_fitted
-from dit_video.data.source import ClipInfo, ClipSource
+from dit_video.data.source import ClipSource
 from dit_video.diffusion import SAMPLERS, Guidance, Sampler
 from dit_video.errors import UserError
-from dit_video.evaluation.kinds import Evaluation, ShapesEvaluation
+from dit_video.evaluation.kinds import ShapesEvaluation
 from dit_video.evaluation.reconstruction import psnr, ssim
 from dit_video.evaluation.shapes import Result, examine, prompt_following
 from dit_video.files import atomic_path, read_json, write_json
-from dit_video.pipeline import Pipeline, Request
+from dit_video.pipeline import Pipeline, PipelineConfig, Request
 from dit_video.run import Run
 from dit_video.tokens import Grid
 from dit_video.training.logging import Progress
@@ -84,7 +84,7 @@ def evaluate(pipeline: Pipeline, folder: str | Path, *, seed: int, run: Run | No
     _check_replaceable(folder / "samples")
     drawn = pipeline.sampling(**sampling)
     judged = isinstance(pipeline.config.evaluation, ShapesEvaluation)
-    asked = _asked(pipeline.config.evaluation, run, seed)
+    asked = _asked(pipeline.config, run, seed)
     metrics: dict[str, Any] = {"parameters": pipeline.parameter_counts()}
     reconstructions = [] if run is None else _reconstructed(pipeline.codec, run)
     if reconstructions:
@@ -146,16 +146,17 @@ def _reconstructed(codec: Codec, run: Run) -> list[Reconstructed]:
     return reconstruct(codec, run.held_out_clips, run.experiment.limits, linear=run.linear_baseline())
 
 
-def _asked(evaluation: Evaluation, run: Run | None, seed: int) -> list[tuple[Request, bool]]:
+def _asked(config: PipelineConfig, run: Run | None, seed: int) -> list[tuple[Request, bool]]:
     """What is sampled, and whether clips of that caption were trained on."""
+    evaluation = config.evaluation
     if isinstance(evaluation, ShapesEvaluation):
         return [(request, shapes.parse(request.prompt) not in shapes.HELD_OUT) for request in shape_requests(seed)]
     requests: list[tuple[Request, bool]] = []
     if run is not None:
-        trained = caption_requests(run.training_clips, run.experiment.limits, count=evaluation.trained, seed=seed)
-        held_out = caption_requests(
-            run.held_out_clips, run.experiment.limits, count=evaluation.held_out, seed=seed, first=len(trained)
-        )
+        common: dict[str, Any] = {"seed": seed, "animated": bool(config.dit.given_channels)}
+        limits = run.experiment.limits
+        trained = caption_requests(run.training_clips, limits, count=evaluation.trained, **common)
+        held_out = caption_requests(run.held_out_clips, limits, count=evaluation.held_out, first=len(trained), **common)
         requests = [(request, True) for request in trained] + [(request, False) for request in held_out]
     if not requests:
         raise UserError("there are no captions to sample; give clips captions, or sample prompts with sample.py")
@@ -213,20 +214,28 @@ def shape_requests(seed: int) -> list[Request]:
     ]
 
 
-def caption_requests(clips: ClipSource, limits: SizeLimits, *, count: int, seed: int, first: int = 0) -> list[Request]:
+def caption_requests(
+    clips: ClipSource, limits: SizeLimits, *, count: int, seed: int, first: int = 0, animated: bool = False
+) -> list[Request]:
     """Up to `count` different captions, spread over the clips, each at its clip's training size.
 
-    `first` is the number of the first request in its evaluation, which gives it its seed.
+    `first` is the number of the first request in its evaluation, which gives it its seed. What is `animated` begins
+    with the first frame of the clip.
     """
-    different: dict[str, ClipInfo] = {}
-    for info in clips.infos:
+    different: dict[str, int] = {}
+    for index, info in enumerate(clips.infos):
         if info.caption:
-            different.setdefault(info.caption, info)
-    infos = list(different.values())
-    places = np.linspace(0, len(infos) - 1, min(count, len(infos))).round().astype(int)
+            different.setdefault(info.caption, index)
+    places = np.linspace(0, len(different) - 1, min(count, len(different))).round().astype(int)
+    chosen = [list(different.values())[place] for place in places.tolist()]
     return [
-        Request(infos[place].caption, fit(infos[place], limits), seed=_seed(seed, first + number))
-        for number, place in enumerate(places.tolist())
+        Request(
+            clips.infos[index].caption,
+            fit(clips.infos[index], limits),
+            seed=_seed(seed, first + number),
+            image=read_fitted(clips, index, limits).frames[0] if animated else None,
+        )
+        for number, index in enumerate(chosen)
     ]
 
 

@@ -7,6 +7,7 @@ from their checkpoints. So a run that was interrupted is continued by running th
     data/                     the ingested clips, or a link to them (see `intake`); of several data sets one folder each
     autoencoder/              checkpoints, metrics.jsonl, weights.safetensors
     text_encoder.json         the identity of a frozen text encoder
+    image_encoder.json        that of an image encoder
     texts/                    its embeddings of the captions, where latents are not cached
     latents/                  what the denoiser is trained on, or a link to it
     denoiser/                 checkpoints, metrics.jsonl, rows.json (what an epoch holds), skipped.jsonl (steps that
@@ -39,11 +40,11 @@ from dit_video.data.loader import Batches
 from dit_video.data.places import Address
 from dit_video.data.sizes import fit
 from dit_video.data.source import ClipSource
-from dit_video.distributed import make_mesh, row_shards
+from dit_video.distributed import make_mesh, over_devices, row_shards
 from dit_video.encoding import (
-    Augmentations,
     Encoding,
     encode_latents,
+    encoding_of,
     finish_latents,
     latent_identity,
     plan_encoding,
@@ -51,11 +52,13 @@ from dit_video.encoding import (
 from dit_video.errors import MissingError, UserError
 from dit_video.experiment import Experiment
 from dit_video.files import read_json, write_json
+from dit_video.image_encoder import IMAGE_ENCODER, open_image_encoder
 from dit_video.nn import graph_of
 from dit_video.pipeline import Pipeline, PipelineConfig
 from dit_video.stages import AutoencoderStage
 from dit_video.starting import (
     TrainedDenoiser,
+    check_image_encoder,
     check_start,
     experts_of,
     optimizer_of,
@@ -113,7 +116,7 @@ class Run:
             return run._written()  # nothing was trained yet: a start that failed can be corrected
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file; a run needs a folder of its own")
-        if folder.is_dir() and any(entry.name != "clips" for entry in folder.iterdir()):
+        if folder.is_dir() and any(entry.name != "clips" and entry.name[0] != "." for entry in folder.iterdir()):
             raise UserError(f"{folder} is not empty and holds no run; use another folder")
         return run._written()
 
@@ -180,6 +183,7 @@ class Run:
         check_start(self.experiment.denoiser)
         if isinstance(text := self.experiment.denoiser.text, FrozenTextConfig) and not self._text_encoder.is_file():
             check_width(text)  # as early; once the encoder is known the run goes on without its folder
+        check_image_encoder(self.experiment.denoiser, self.folder / IMAGE_ENCODER)
 
     def take(self, *clips: Address) -> None:
         """Ingest folders of clips, and link to data sets that are ingested already; see `intake.take`."""
@@ -259,16 +263,10 @@ class Run:
 
     def encoding(self) -> Encoding:
         """What turns clips into this run's latents, after training the autoencoder if that isn't trained yet."""
-        data, text = self.experiment.data, self._tokenizer()
-        frozen = text if isinstance(text, FrozenEncoder) else None
-        return Encoding(
-            autoencoder=self.experiment.autoencoder.model,
-            params=self.train_autoencoder(),
-            limits=self.experiment.limits,
-            augmentations=Augmentations(stretches=data.stretches, resolutions=data.resolutions, flips=data.flips),
-            encode_text=frozen,
-            text_identity="" if frozen is None else frozen.identity,
-        )
+        config, images = self.experiment.denoiser, None
+        if config.image_encoder is not None:
+            images = open_image_encoder(config.image_encoder, kept=self.folder / IMAGE_ENCODER)
+        return encoding_of(self.experiment, self.train_autoencoder(), text=self._tokenizer(), images=images)
 
     @property
     def earlier(self) -> tuple["Run", ...]:
@@ -316,8 +314,9 @@ class Run:
             texts = feed.texts_of(self._tokenizer(cache=self.folder / "texts"), captions)
             encode = feed.live_encoder(experiment, self.train_autoencoder(), self.training_clips)
             rows = feed.live(experiment, self.training_clips, texts, encode)
+        make = over_devices(config.dit.make, make_mesh(experiment.mesh), experiment.mesh.context_attention)
         base = DenoiserLoss(
-            dit=graph_of(config.dit.make),
+            dit=graph_of(make),
             text=graph_of(config.text.make),
             objective=config.objective,
             caption_dropout=config.caption_dropout,
@@ -377,7 +376,7 @@ class Run:
     def export(self) -> Pipeline:
         """Write `pipeline/`, after training what is not trained yet: the autoencoder, on its latents the denoiser."""
         pipeline = self._pipeline(self.train_denoiser())
-        if not (self.folder / "pipeline").is_dir():
+        if not (self.folder / "pipeline").is_dir() and jax.process_index() == 0:
             pipeline.save(self.folder / "pipeline")
         return pipeline
 
@@ -424,6 +423,7 @@ class Run:
             batch=experiment.denoiser.batch,
             sampling=experiment.sampling,
             fps=fps,
+            image_encoder=experiment.denoiser.image_encoder,
             evaluation=experiment.evaluation,
             size=max(sizes, key=lambda size: (size.volume, size)),
             made_by={

@@ -34,7 +34,7 @@ from dit_video.training.optimizer import OptimizerConfig
 from dit_video.training.step import Loss, OwnStep
 from dit_video.training.vq import VqLoss
 from dit_video.tree import flatten, map_with_path, unflatten
-from dit_video.weights import denoiser_config, load_autoencoder, load_denoiser, load_lpips
+from dit_video.weights import clip_vision_config, denoiser_config, load_autoencoder, load_denoiser, load_lpips
 from dit_video.weights.parameter import Parameter
 
 _OF_TRAINING = ("bfloat16", "std", "attention", "dtype", "remat", "folder", "identity")
@@ -238,6 +238,23 @@ def check_start(training: DenoiserTraining) -> None:
         raise UserError(
             f"adapters of {_EMBEDDING} can't be written for other programs; use targets that leave it out, such as "
             "blocks/.*kernel$"
+        )
+
+
+def check_image_encoder(training: DenoiserTraining, kept: Path) -> None:
+    """That a training's image encoder, if it has one, makes tokens of the width that the denoiser reads.
+
+    Its weights are not read, nor its folder once its identity is kept.
+
+    Raises:
+      MissingError: no encoder there.
+      UserError: it has another width.
+    """
+    folder, width = training.image_encoder, getattr(training.dit, "image_width", None)
+    if folder is not None and not kept.is_file() and (found := clip_vision_config(folder).width) != width:
+        raise UserError(
+            f"the image encoder in {folder} makes tokens of width {found}, the denoiser reads {width}; set dit "
+            f"image_width={found}, or name another folder"
         )
 
 

@@ -2,9 +2,9 @@
 
     python experiments/finetune.py MODEL --data CLIPS --workdir runs/mine
 
-MODEL is a folder of Wan in diffusers' layout (2.1 T2V 1.3B or 14B, 2.2 TI2V 5B or T2V A14B), CLIPS as for `train.py`:
-video files with a `metadata.csv`, or a data set. The autoencoder and the text encoder stay as they are: clips and
-captions are encoded once, then the transformer is trained:
+MODEL is a folder of Wan in diffusers' layout (2.1 T2V 1.3B or 14B, I2V 14B, 2.2 TI2V 5B, T2V or I2V A14B), CLIPS as
+for `train.py`: video files with a `metadata.csv`, or a data set. Autoencoder, text encoder and image encoder stay as
+they are: clips, captions and first frames are encoded once, then the transformer is trained:
 
     --train lora        adapters alone (--lora.rank 16, --lora.targets …): pytorch_lora_weights.safetensors in the run's
                         folder is what diffusers' load_lora_weights(RUN) and ComfyUI read
@@ -16,9 +16,10 @@ Of the two experts of A14B one is trained, at its own times: --expert high (nois
 RUN/transformer_2. The run samples with both; adapters of both are put together by
 `dit_video.load(MODEL).load_lora(HIGH).load_lora(LOW, expert="low_noise")`.
 
-Samples of the clips' captions lie in RUN/samples, all figures in RUN/report.html; `dit_video.load(RUN)` and `sample.py`
-sample more. Interrupted, the same command continues where it was. What this command does not offer is set in a config
-of one's own: `EXPERIMENT = finetuning(MODEL, FineTuning(...))`, for `train.py`.
+Samples of the clips' captions, of a model that animates an image each beginning with its clip's first frame, lie in
+RUN/samples, all figures in RUN/report.html; `dit_video.load(RUN)` samples more, of others `sample.py` does too.
+Interrupted, the same command continues where it was. What this command does not offer is set in a config of one's own:
+`EXPERIMENT = finetuning(MODEL, FineTuning(...))`, for `train.py`.
 """
 
 import sys

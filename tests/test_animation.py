@@ -8,15 +8,12 @@ import pytest
 import dit_video
 import tiny_clip
 from dit_video.errors import UserError
-from dit_video.features import ClipImages
 from dit_video.pipeline import Pipeline
 from dit_video.tokens import Grid
-from dit_video.weights import save_clip_images
-from tiny_wan import DIT, SIZE, write_wan
+from tiny_wan import ANIMATING, DIT, SIZE, write_animating_wan, write_wan
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-ANIMATING = replace(DIT, layers=1, given_channels=4 + 4, image_width=tiny_clip.VISION.width)
 KNOWING = replace(DIT, layers=1, time="token")
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
 
@@ -25,12 +22,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint
 def animating(tmp_path_factory):
     """Wan 2.1's way: the image's latents and a mask beside the noisy ones, and its tokens."""
     folder = tmp_path_factory.mktemp("i2v") / "wan"
-    parts = {"image_encoder": ["transformers", "CLIPVisionModel"], "image_processor": ["transformers", "x"]}
-    write_wan(folder, dit=ANIMATING, _class_name="WanImageToVideoPipeline", **parts)
-    tiny_clip.write_clip(folder / "image_encoder", tiny_clip.VISION)
-    size = tiny_clip.VISION.size
-    (folder / "image_processor").mkdir()
-    save_clip_images(folder / "image_processor", ClipImages(resize=size, crop=(size, size)))
+    write_animating_wan(folder, dit=replace(ANIMATING, layers=1))
     return dit_video.load(folder)
 
 

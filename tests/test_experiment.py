@@ -6,6 +6,7 @@ import pytest
 
 from dit_video import configs
 from dit_video.autoencoder import Adversarial, AutoencoderObjective, PatchVaeConfig
+from dit_video.conditioning import KnownFrames
 from dit_video.data.windows import WindowConfig
 from dit_video.distributed import MeshConfig
 from dit_video.dit import DitConfig
@@ -70,6 +71,8 @@ DISAGREEMENTS = [
     ("autoencoder.loss.adversarial", Adversarial(layers=5), "windows of 32 pixels or more, one has 16"),
     ("denoiser.times_of", "frame", "a denoiser with time='token'"),
     ("denoiser.dit.variance", "predicted", "goes with an objective that predicts a LearnedVariance"),
+    ("denoiser.image_encoder", "clip", "attends to no image's tokens; leave out image_encoder"),
+    ("denoiser.known", KnownFrames(), "can't be told which frames are known"),
     ("log_every", 0, "log_every must be at least 1"),
     ("most_skipped", 0, "most_skipped must be at least 1"),
     ("save_every", -5, "save_every must be at least 1"),

@@ -9,16 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_video import configs
+import dit_video
+from dit_video import configs, feed
 from dit_video.conditioning import KnownFrames
+from dit_video.data import shapes
+from dit_video.data.sizes import read_fitted
+from dit_video.data.texts import CachedTexts
 from dit_video.diffusion import RectifiedFlow, UniPc, UniPcGrid
 from dit_video.distributed import MeshConfig, make_mesh
+from dit_video.encoding import plan_encoding
 from dit_video.errors import MissingError, UserError
 from dit_video.experiment import GivenAutoencoder, OneOfTwo
 from dit_video.finetuning import FineTuning, finetuning
+from dit_video.image_encoder import ImageEncoder, open_image_encoder
 from dit_video.nn import LoraConfig
 from dit_video.run import Run
 from dit_video.starting import (
+    check_image_encoder,
     check_start,
     experts_of,
     given_autoencoder,
@@ -27,11 +34,13 @@ from dit_video.starting import (
     trained_denoiser,
     with_other,
 )
+from dit_video.tokens import Grid
 from dit_video.training.denoiser import TEMPORAL
 from dit_video.tree import flatten
 from dit_video.weights import load_denoiser
 from rough import rough_params
-from tiny_wan import DIT, TWO, VAE, write_wan
+from tiny_clip import VISION, write_clip
+from tiny_wan import ANIMATING, DIT, TWO, VAE, write_animating_wan, write_wan
 
 OPTIONS = FineTuning(max_pixels=32 * 48, max_frames=5, dtype="float32", steps=4)
 
@@ -79,6 +88,73 @@ def test_the_defaults_are_the_models_own(folder, tmp_path):
     assert (experiment.data.max_pixels, experiment.data.max_frames, experiment.data.fps) == (704 * 1280, 121, 24.0)
     assert experiment.denoiser.known == KnownFrames()
     assert finetuning(tmp_path / "told", FineTuning(first_frame=0.2)).denoiser.known == KnownFrames(chance=0.2)
+
+
+@pytest.fixture(scope="module")
+def animating(tmp_path_factory):
+    """One that animates an image. Read only."""
+    folder = tmp_path_factory.mktemp("wan") / "animating"
+    write_animating_wan(folder)
+    return folder
+
+
+def test_of_a_model_that_animates_an_image_the_first_frame_is_always_known(animating):
+    experiment = finetuning(animating, OPTIONS)
+    denoiser = experiment.denoiser
+    assert denoiser.dit == dataclasses.replace(ANIMATING, remat="full")
+    assert denoiser.known == KnownFrames(chance=1.0, rest="grey")
+    assert denoiser.image_encoder == str(animating / "image_encoder")
+    assert training_of(animating, first_frame=0.9).known == KnownFrames(chance=0.9, rest="grey")
+    assert configs.from_json(json.loads(json.dumps(configs.to_json(experiment)))) == experiment
+
+
+def test_what_training_is_given_is_what_sampling_is_given(animating, tmp_path):
+    """Of a stretch that begins within its clip, and of its mirror image."""
+    clips = shapes.write_folder(tmp_path / "clips", count=2, seed=0, sizes=(Grid(9, 32, 48), Grid(9, 32, 32)))
+    experiment = finetuning(animating, dataclasses.replace(OPTIONS, stretches=2))
+    data = dataclasses.replace(experiment.data, flips=True)
+    run = Run.create(tmp_path / "run", dataclasses.replace(experiment, data=data))
+    run.prepare(clips)
+    latents, encoding = run.encode_latents(), run.encoding()
+    assert latents.identity["image"] == ImageEncoder(animating).identity
+    assert latents.identity["behind"] == "grey"
+    given = dit_video.load(animating)._images
+    views = {view.name: view for view in plan_encoding(run.training_clips, encoding).views}
+    assert {view.start > 0 for view in views.values()} == {True, False} == {view.flipped for view in views.values()}
+    chosen = [
+        next(view for view in views.values() if view.start and view.flipped == flipped) for flipped in (False, True)
+    ]
+    for view in chosen:
+        index = latents.names.index(view.name)
+        frame = read_fitted(run.training_clips, view.clip, view.limits, start=view.start).frames[0]
+        expected = given(view.size, frame[:, ::-1] if view.flipped else frame, None)
+        scale = np.abs(expected.image).max()
+        np.testing.assert_allclose(latents.image(index), expected.image, atol=2**-8 * scale)
+        shown = expected.beside[..., -VAE.channels :]
+        np.testing.assert_allclose(latents.shown(index), shown, atol=2**-8 * np.abs(shown).max() + 1e-4)
+        assert np.abs(latents.shown(index)[1:] - latents[index][1:]).max() > 1e-2
+    rows = next(feed.cached_rows(run.experiment, latents, run.training_clips, CachedTexts(latents))(0))
+    tokens = VISION.tokens
+    assert rows.image.shape == (1, 4 * tokens, VISION.width)
+    kept = [latents.image(index) for index in range(len(latents))]
+    for segment in range(1, rows.segments.max() + 1):
+        own = rows.image[0, rows.image_segments[0] == segment]
+        assert any(np.array_equal(own, image) for image in kept)
+
+
+def test_another_image_encoder_is_refused(animating, tmp_path):
+    moved = shutil.copytree(animating / "image_encoder", tmp_path / "image_encoder")
+    shutil.copytree(animating / "image_processor", tmp_path / "image_processor")
+    first = open_image_encoder(moved, kept=tmp_path / "kept.json")
+    write_clip(moved, VISION, seed=1)
+    again = open_image_encoder(moved, kept=tmp_path / "kept.json")
+    assert again.identity == first.identity  # known without the weights
+    with pytest.raises(UserError, match="was used before; put that one back"):
+        again(np.zeros((1, 16, 16, 3), np.uint8))
+    wider = dataclasses.replace(ANIMATING, image_width=16)
+    training = dataclasses.replace(training_of(animating), dit=wider, image_encoder=str(moved))
+    with pytest.raises(UserError, match="makes tokens of width 12, the denoiser reads 16; set dit image_width=12"):
+        check_image_encoder(training, tmp_path / "other.json")
 
 
 @pytest.mark.parametrize(
@@ -153,7 +229,7 @@ def test_what_cannot_be_trained_is_said_before_anything_is(folder):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"_class_name": "LTXPipeline"}, UserError, "class LTXPipeline; fine-tuning is known here of WanPipeline"),
+        ({"_class_name": "LTXPipeline"}, UserError, "class LTXPipeline; known here: WanPipeline"),
         (TWO, MissingError, "lacks the folders transformer_2"),
     ],
 )

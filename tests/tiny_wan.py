@@ -6,9 +6,11 @@ from pathlib import Path
 
 from dit_video.autoencoder import CausalVaeConfig
 from dit_video.dit import WanDitConfig
+from dit_video.features import ClipImages
 from dit_video.tokens import Grid
-from dit_video.weights import save_autoencoder, save_denoiser
+from dit_video.weights import save_autoencoder, save_clip_images, save_denoiser
 from rough import rough_params
+from tiny_clip import VISION, write_clip
 from tiny_t5 import CONFIG as TEXT
 from tiny_t5 import write_encoder, write_tokenizer
 
@@ -23,6 +25,8 @@ UNIPC = {
     "flow_shift": 3.0,
 }
 TWO = {"transformer_2": ["diffusers", "WanTransformer3DModel"], "boundary_ratio": 0.875}
+ANIMATING = replace(DIT, given_channels=4 + 4, image_width=VISION.width)
+"""of an I2V 2.1"""
 SIZE = (5, 16, 16)
 
 
@@ -46,3 +50,12 @@ def write_wan(folder: Path, *, dit: WanDitConfig = DIT, **index) -> None:
     save_autoencoder(folder / "vae", VAE, rough_params(VAE.make))
     write_encoder(folder / "text_encoder", replace(TEXT, position_bias="each layer"))
     write_tokenizer(folder / "tokenizer")
+
+
+def write_animating_wan(folder: Path, *, dit: WanDitConfig = ANIMATING) -> None:
+    """A pipeline of Wan 2.1's that animates an image: with its latents and a mask, and the tokens of a CLIP."""
+    parts = {"image_encoder": ["transformers", "CLIPVisionModel"], "image_processor": ["transformers", "x"]}
+    write_wan(folder, dit=dit, _class_name="WanImageToVideoPipeline", **parts)
+    write_clip(folder / "image_encoder", VISION)
+    (folder / "image_processor").mkdir()
+    save_clip_images(folder / "image_processor", ClipImages(resize=VISION.size, crop=(VISION.size, VISION.size)))

@@ -11,7 +11,7 @@ process that was killed is started again with the same command. The process that
 `--finish` writes it, too.
 
 With a frozen text encoder, that of the run's or pipeline's config or `--text-encoder FOLDER`, the embeddings of all
-captions are stored beside the latents.
+captions are stored beside the latents; for a denoiser that animates an image also what it is given of first frames.
 """
 
 from dataclasses import dataclass, replace
@@ -28,6 +28,7 @@ from dit_video.data.source import ClipSource
 from dit_video.encoding import Augmentations, Encoding, encode_latents, finish_latents, latent_identity, plan_encoding
 from dit_video.errors import UserError, script
 from dit_video.experiment import Data
+from dit_video.image_encoder import ImageEncoder
 from dit_video.intake import lies, taken
 from dit_video.nn import param_shapes
 from dit_video.pipeline import load_pipeline
@@ -147,6 +148,7 @@ def _of_pipeline(folder: Path, data: str, views: Views) -> tuple[Encoding, ClipS
     chosen = views.over(Data(max_pixels=config.size.h * config.size.w, max_frames=config.size.t, fps=config.fps))
     stride, patch = config.autoencoder.stride, config.dit.patch
     text = FrozenEncoder(config.text) if isinstance(config.text, FrozenTextConfig) else None
+    images = None if config.image_encoder is None else ImageEncoder(config.image_encoder)
     encoding = Encoding(
         autoencoder=config.autoencoder,
         params=load_weights(folder / "autoencoder.safetensors", like=param_shapes(config.autoencoder.make)),
@@ -159,6 +161,9 @@ def _of_pipeline(folder: Path, data: str, views: Views) -> tuple[Encoding, ClipS
         augmentations=Augmentations(stretches=chosen.stretches, resolutions=chosen.resolutions, flips=chosen.flips),
         encode_text=text,
         text_identity="" if text is None else text.identity,
+        encode_image=images,
+        image_identity="" if images is None else images.identity,
+        shown=config.dit.given_channels == stride.t + config.autoencoder.channels,
     )
     return encoding, taken(data)
 

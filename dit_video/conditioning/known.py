@@ -1,6 +1,7 @@
 """What is known of a clip that is to be made, and how a denoiser is told of it."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -21,7 +22,11 @@ class KnownFrames:
     """
 
     chance: float = 0.5
-    """that it is known; else the whole clip is made from its text"""
+    """That it is known; else the whole clip is made from its text, and what the denoiser would be given of the frame,
+    latents, mask and an image encoder's tokens, is zero. Wan's models that animate an image are always given one: 1."""
+    rest: Literal["zero", "grey"] = "zero"
+    """What given latents hold of the frames behind a known one: zeros, or `grey`, the latents of the clip with those
+    frames grey, as sampling and Wan's models have it; they are cached beside the clips' own."""
 
     def __post_init__(self):
         if not 0 <= self.chance <= 1:
@@ -38,20 +43,27 @@ def known_tokens(
 
 
 def given_latents(
-    tokens: Float[AnyArray, "B N p"], known: Bool[Array, "B N"], *, places: int, channels: int
+    tokens: Float[AnyArray, "B N p"],
+    known: Bool[Array, "B N"],
+    *,
+    places: int,
+    channels: int,
+    shown: Bool[Array, "B N"] | None = None,
 ) -> Float[Array, "B N g"]:
-    """What stands beside noisy tokens: at each place of a patch the mask, then the clean latents, zero where unknown.
+    """What stands beside noisy tokens: at each place of a patch the mask, then the latents, zero where none is shown.
 
     The order of channels is that of Wan's models which animate an image (arXiv 2503.20314, section 5.1).
 
     Args:
-      tokens: the clean latents.
+      tokens: the latents.
       known: which tokens are.
+      shown: of which tokens latents are shown; by default of those that are known.
       places: of a patch.
       channels: of mask and latents together; as many of the mask as the latents leave.
     """
     rows, count, width = tokens.shape
     mask = channels - width // places
-    shown = jnp.broadcast_to(known[..., None, None], (rows, count, places, mask)).astype(jnp.float32)
-    latents = jnp.where(known[..., None], tokens, 0).reshape(rows, count, places, width // places)
-    return jnp.concatenate([shown, latents], axis=-1).reshape(rows, count, places * channels)
+    masks = jnp.broadcast_to(known[..., None, None], (rows, count, places, mask)).astype(jnp.float32)
+    latents = jnp.where((known if shown is None else shown)[..., None], tokens, 0)
+    latents = latents.reshape(rows, count, places, width // places)
+    return jnp.concatenate([masks, latents], axis=-1).reshape(rows, count, places * channels)

@@ -106,6 +106,8 @@ class LatentFiles:
                     "latents": self._stored(example.latents),
                     "shape": np.asarray(example.latents.shape, np.int32),
                     "text": b"".join(self._stored(text) for text in example.text),
+                    "shown": b"" if example.shown is None else self._stored(example.shown),
+                    "image": b"" if example.image is None else self._stored(example.image),
                     "name": example.name,
                     "captions": list(captions),
                 }
@@ -117,6 +119,8 @@ class LatentFiles:
             {
                 "channels": widths.channels,
                 "text_width": widths.text,
+                "shown": widths.shown,
+                "image": widths.image,
                 "examples": columns,
                 "left_out": left_out,
             },
@@ -146,6 +150,12 @@ class LatentFiles:
             raise UserError(f"no latents for {self.folder}, {len(left_out)} clips could not be read{reason}")
         channels = {part["channels"] for part in parts} - {0}
         text_widths = {part["text_width"] for part in parts} - {0}  # 0 where no clip has a caption
+        full = [part for part in parts if part["examples"]["name"]]
+        if any(part.get(name) != full[0].get(name) for part in full for name in ("shown", "image")):
+            raise UserError(
+                f"the files of {self.folder} disagree on what stands beside latents; encode the clips again, into "
+                "another folder"
+            )
         if len(channels) > 1 or len(text_widths) > 1:
             raise UserError(
                 f"the files of {self.folder} disagree on channels ({sorted(channels)}) or text width "
@@ -162,6 +172,8 @@ class LatentFiles:
             "channels": channels.pop(),
             "text_width": max(text_widths, default=0),
             "empty_text": None if empty_text is None else empty_text.tolist(),
+            "shown": full[0].get("shown", False),
+            "image": full[0].get("image"),
             "examples": columns,
             "left_out": left_out,
         }
@@ -225,6 +237,8 @@ def _features() -> dict[str, Any]:
         "latents": builder.content(),
         "shape": tfds.features.Tensor(shape=(4,), dtype=np.int32),
         "text": builder.content(),
+        "shown": builder.content(),
+        "image": builder.content(),
         "name": tfds.features.Text(),
         "captions": tfds.features.Sequence(tfds.features.Text()),
     }
@@ -241,10 +255,22 @@ def _captions(example: LatentExample) -> tuple[str, ...]:
 
 
 class _Widths:
-    """What must be the same for all examples: the channels of the latents, the width of the embeddings (0 without)."""
+    """What must be the same for all examples: the channels of the latents, the width of the embeddings (0 without), and
+    what stands beside the latents."""
 
     def __init__(self) -> None:
         self.channels = self.text = 0
+        self._beside: tuple[bool, tuple[int, ...] | None] | None = None
+
+    @property
+    def shown(self) -> bool:
+        """Whether there are `LatentExample.shown`."""
+        return self._beside is not None and self._beside[0]
+
+    @property
+    def image(self) -> tuple[int, ...] | None:
+        """The shape of `LatentExample.image`."""
+        return None if self._beside is None else self._beside[1]
 
     def check(self, example: LatentExample, captions: tuple[str, ...]) -> None:
         """Refuse an example of other widths, or one that holds no numbers."""
@@ -255,6 +281,7 @@ class _Widths:
         if not np.isfinite(example.latents).all():
             raise UserError(f"latents of {name} are not finite; the autoencoder that made them is broken")
         self.channels = shape[-1]
+        self._check_beside(example)
         if example.text and len(example.text) != len(captions):
             raise UserError(f"{name} has {len(captions)} captions and {len(example.text)} embeddings; give one each")
         for text in example.text:
@@ -264,3 +291,17 @@ class _Widths:
                     f"an embedding of {name} has the shape {list(text.shape)}, all must be finite [s {wanted}]"
                 )
             self.text = wanted
+
+    def _check_beside(self, example: LatentExample) -> None:
+        """Refuse an example that has something else beside its latents than those before it."""
+        shown, image = example.shown, example.image
+        found = (shown is not None, None if image is None else image.shape)
+        if found != (self._beside or found):
+            raise UserError(
+                f"beside the latents of {example.name} stands {found}, of others {self._beside}; it must agree"
+            )
+        if shown is not None and shown.shape != example.latents.shape:
+            raise UserError(f"{example.name} has latents {list(example.latents.shape)}, but shows {list(shown.shape)}")
+        if any(values is not None and not np.isfinite(values).all() for values in (shown, image)):
+            raise UserError(f"what stands beside the latents of {example.name} is not finite; an encoder is broken")
+        self._beside = found

@@ -29,7 +29,7 @@ INDEX, PLAN = "latents.json", "plan.json"
 VERSION = 2
 Identity = str | Mapping[str, Any]
 """What makes latents comparable: the autoencoder's weights, the sizes, whatever else they depend on (JSON). The parts
-of a mapping are compared one by one: `autoencoder`, `text` (the encoder of cached embeddings), …"""
+of a mapping are compared one by one: `autoencoder`, `text` (the encoder of cached embeddings), `image`, …"""
 Storage = Literal["bfloat16", "float32"]
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 
@@ -46,6 +46,10 @@ class LatentExample(NamedTuple):
     """The name of the clip that this is a view of; its own name if empty."""
     text: tuple[Float32[np.ndarray, "s e"], ...] = ()
     """the embedding of each caption: real tokens only"""
+    shown: Float32[np.ndarray, "t h w c"] | None = None
+    """latents of the same clip with all that comes after its first frame grey, for denoisers that read these"""
+    image: Float32[np.ndarray, "i F"] | None = None
+    """an image encoder's tokens of its first frame"""
 
 
 class LeftOut(NamedTuple):
@@ -105,6 +109,10 @@ class LatentSource:
         empty = index["empty_text"]
         self.empty_text: Float32[np.ndarray, "s e"] | None = None if empty is None else np.asarray(empty, np.float32)
         """the embedding of the empty caption"""
+        self.has_shown: bool = index.get("shown", False)
+        """whether there are latents of first frames with grey behind them"""
+        self.image_shape: tuple[int, int] | None = None if index.get("image") is None else tuple(index["image"])
+        """image tokens of an example, and their width; None without"""
         self.left_out: tuple[LeftOut, ...] = tuple(LeftOut(*one) for one in index["left_out"])
         """what could not be encoded, and why"""
         self._dtype = DTYPES[index["dtype"]]
@@ -121,10 +129,15 @@ class LatentSource:
         Raises:
           DecodeError: its record is damaged.
         """
-        values, shape = self._values(index, "latents"), (*self.sizes[index], self.channels)
-        if values.size != math.prod(shape):
-            raise DecodeError(f"{self.names[index]} has {values.size} values, {math.prod(shape)} belong there")
-        return values.reshape(shape)
+        return self._shaped(index, "latents", (*self.sizes[index], self.channels))
+
+    def shown(self, index: int) -> Float32[np.ndarray, "t h w c"] | None:
+        """The latents of one example's first frame with grey behind it, if there are such; raises as `[index]`."""
+        return self._shaped(index, "shown", (*self.sizes[index], self.channels)) if self.has_shown else None
+
+    def image(self, index: int) -> Float32[np.ndarray, "i F"] | None:
+        """An image encoder's tokens of one example's first frame, if there are such; raises as `[index]`."""
+        return None if self.image_shape is None else self._shaped(index, "image", self.image_shape)
 
     def text(self, index: int, caption: int = 0) -> Float32[np.ndarray, "s e"]:
         """The embedding of one caption of an example.
@@ -140,6 +153,14 @@ class LatentSource:
         if values.size != math.prod(shape):
             raise DecodeError(f"the texts of {self.names[index]} have {values.size} values, not {math.prod(shape)}")
         return values.reshape(shape)[sum(lengths[:caption]) : sum(lengths[: caption + 1])]
+
+    def _shaped(self, index: int, field: str, shape: tuple[int, ...]) -> Float32[np.ndarray, "..."]:
+        values = self._values(index, field)
+        if values.size != math.prod(shape):
+            raise DecodeError(
+                f"{self.names[index]} has {values.size} values, {math.prod(shape)} belong there ({field})"
+            )
+        return values.reshape(shape)
 
     def _values(self, index: int, field: str) -> Float32[np.ndarray, " n"]:
         if self._records is None:  # outside of the try: a data set that can't be opened is no fault of an example

@@ -41,6 +41,23 @@ class Member(NamedTuple):
     """the number of the one that this epoch draws"""
 
 
+class Encoded(NamedTuple):
+    """What was made of a clip, in patches."""
+
+    tokens: Float32[np.ndarray, "n p"]
+    shown: Float32[np.ndarray, "n p"] | None = None
+    """of its first frame with grey behind it"""
+    image: Float32[np.ndarray, "i F"] | None = None
+    """an image encoder's tokens of its first frame"""
+    lost: bool = False
+    """whether it was damaged: then all is zero"""
+
+    @property
+    def nbytes(self) -> int:
+        """of memory"""
+        return sum(values.nbytes for values in self[:3] if values is not None)
+
+
 class Layout:
     """Which examples share a row, where their tokens lie, and which caption each has.
 
@@ -104,22 +121,24 @@ class Layout:
             for example, rank in zip(examples.tolist(), ranks.tolist(), strict=True)
         ]
 
-    def pack(self, members: Sequence[Member], tokens: Sequence[Float32[np.ndarray, "_ p"] | None], width: int) -> Rows:
-        """One row. Members without tokens or text keep their place, and do not count in the loss."""
+    def pack(self, members: Sequence[Member], clips: Sequence[Encoded]) -> Rows:
+        """One row. Members that are damaged keep their place, and do not count in the loss."""
         items, valid = [], []
-        for member, values in zip(members, tokens, strict=True):
-            grid = self.grids[member.example]
+        for member, clip in zip(members, clips, strict=True):
             text = read_text(self.texts, member.example, member.caption, self.names[member.example])
-            valid.append(values is not None and text is not None)
+            valid.append(not clip.lost and text is not None)
+            interval = 1.0 if self._intervals is None else self._intervals[member.example]
             items.append(
                 Item(
-                    np.zeros((grid.volume, width), np.float32) if values is None else values,
-                    _coordinates(grid, 1.0 if self._intervals is None else self._intervals[member.example]),
+                    clip.tokens,
+                    _coordinates(self.grids[member.example], interval),
                     self.texts.empty if text is None else text,
                     member.rank,
+                    clip.shown,
+                    clip.image,
                 )
             )
-        row = pack(items, self.shape, width=width, text_width=self.texts.width)
+        row = pack(items, self.shape, width=clips[0].tokens.shape[1], text_width=self.texts.width)
         row.valid[: len(valid)] = valid
         return row
 
@@ -133,8 +152,7 @@ class LatentRows:
 
     def __init__(self, source: LatentSource, layout: Layout, patch: Grid, *, cache_bytes: int):
         self._source, self._layout, self._patch, self._room = source, layout, patch, cache_bytes
-        self._width = patch.volume * source.channels
-        self._patches: dict[int, Float32[np.ndarray, "n p"]] = {}
+        self._clips: dict[int, Encoded] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -142,29 +160,38 @@ class LatentRows:
 
     def __getitem__(self, number: int) -> Rows:
         members = self._layout.members(number)
-        return self._layout.pack(members, [self._tokens(member.example) for member in members], self._width)
+        return self._layout.pack(members, [self._clip(member.example) for member in members])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_patches": {}, "_lock": None}
+        return {**self.__dict__, "_clips": {}, "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= {**state, "_lock": threading.Lock()}
 
-    def _tokens(self, example: int) -> Float32[np.ndarray, "n p"] | None:
+    def _clip(self, example: int) -> Encoded:
         """An example's patches. What was read stays until the memory for it is full."""
-        tokens = self._patches.get(example)
-        if tokens is None:
+        clip, source = self._clips.get(example), self._source
+        if clip is None:
             try:
-                latents = self._source[example]
+                latents, shown, image = source[example], source.shown(example), source.image(example)
             except DecodeError as error:
                 set_aside(self._layout.names[example], error)
-                return None
-            tokens = np.ascontiguousarray(patchify(latents, self._patch))
+                return self._lost(example)
+            clip = Encoded(self._patches(latents), None if shown is None else self._patches(shown), image)
             with self._lock:
-                if tokens.nbytes <= self._room and example not in self._patches:
-                    self._room -= tokens.nbytes
-                    self._patches[example] = tokens
-        return tokens
+                if clip.nbytes <= self._room and example not in self._clips:
+                    self._room -= clip.nbytes
+                    self._clips[example] = clip
+        return clip
+
+    def _patches(self, latents: Float32[np.ndarray, "t h w c"]) -> Float32[np.ndarray, "n p"]:
+        return np.ascontiguousarray(patchify(latents, self._patch))
+
+    def _lost(self, example: int) -> Encoded:
+        source = self._source
+        tokens = _nothing(self._layout.grids[example], self._patch, source.channels)
+        image = None if source.image_shape is None else np.zeros(source.image_shape, np.float32)
+        return Encoded(tokens, tokens if source.has_shown else None, image, lost=True)
 
 
 class ClipRow(NamedTuple):
@@ -203,8 +230,17 @@ def encoded_row(
     row: ClipRow, latents: Iterator[Float32[np.ndarray, "_ _ _ _"]], layout: Layout, patch: Grid, *, channels: int
 ) -> Rows:
     """Pack a row's clips, whose latents come next."""
-    tokens = [None if clip is None else np.ascontiguousarray(patchify(next(latents), patch)) for clip in row.clips]
-    return layout.pack(row.members, tokens, patch.volume * channels)
+    clips = []
+    for member, clip in zip(row.members, row.clips, strict=True):
+        if clip is None:
+            clips.append(Encoded(_nothing(layout.grids[member.example], patch, channels), lost=True))
+        else:
+            clips.append(Encoded(np.ascontiguousarray(patchify(next(latents), patch))))
+    return layout.pack(row.members, clips)
+
+
+def _nothing(grid: Grid, patch: Grid, channels: int) -> Float32[np.ndarray, "n p"]:
+    return np.zeros((grid.volume, patch.volume * channels), np.float32)
 
 
 def latent_grids(source: LatentSource, patch: Grid) -> list[Grid]:

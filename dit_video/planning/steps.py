@@ -41,6 +41,9 @@ from dit_video.tree import flatten
 Part = Literal["denoiser", "autoencoder", "sampler"]
 """What of an experiment: the training steps of its two models, or the sampler's program"""
 
+_PADDING = 64
+"""What is left of a row is padding if it is a smaller part than this."""
+
 
 class PlannedStep(NamedTuple):
     """A step that can be compiled, and what is known of it already."""
@@ -60,8 +63,8 @@ class PlannedStep(NamedTuple):
 
 
 def clips_of(experiment: Experiment, count: int | None = None) -> list[int]:
-    """Tokens of the clips that fill a row: as many of the largest as there is room for, and what is left; or `count`
-    equal ones.
+    """Tokens of the clips that fill a row: as many of the largest as there is room for, and what is left, if that is not
+    a small part, which is padding; or `count` equal ones.
 
     Raises:
       UserError: more clips than a row has room for.
@@ -77,7 +80,7 @@ def clips_of(experiment: Experiment, count: int | None = None) -> list[int]:
     frames = latent_grid(Grid(experiment.data.max_frames, *multiple[1:]), stride).t
     largest = min(frames * (experiment.data.max_pixels // (multiple.h * multiple.w)), rows.tokens)
     whole, rest = divmod(rows.tokens, largest)
-    clips = [largest] * whole + [rest] * (rest > 0)
+    clips = [largest] * whole + [rest] * (rest * _PADDING > rows.tokens)
     return clips[: rows.segments]
 
 

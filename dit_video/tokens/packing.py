@@ -37,6 +37,10 @@ class Item(NamedTuple):
     """token ids, or embeddings of a text encoder that is not trained"""
     example: int
     """Identity of the example for randomness: its rank in the epoch's plan, or a sample's number."""
+    shown: Float32[np.ndarray, "n _"] | None = None
+    """patches of the same clip's latents with all that comes after the first frame grey"""
+    image: Float32[np.ndarray, "i F"] | None = None
+    """an image encoder's tokens of its first frame"""
 
 
 class Rows(NamedTuple):
@@ -52,6 +56,11 @@ class Rows(NamedTuple):
     """The example of segment g+1; meaningless where `valid` is false."""
     valid: Bool[AnyArray, "*B G"]
     """Which segments exist and count in the loss."""
+    shown: Float[AnyArray, "*B N _"]
+    """what `Item.shown` is of every token; of width 0 where clips have none"""
+    image: Float[AnyArray, "*B I F"]
+    """image tokens: as many for each segment that there is room for; none where clips have none"""
+    image_segments: Int[AnyArray, "*B I"]
 
 
 def pack(items: Sequence[Item], shape: RowShape, *, width: int, text_width: int = 0) -> Rows:
@@ -64,7 +73,7 @@ def pack(items: Sequence[Item], shape: RowShape, *, width: int, text_width: int 
       text_width: values of a text token's embedding; 0 where texts are token ids.
 
     Raises:
-      UserError: the items do not fit the row.
+      UserError: the items do not fit the row, or one has an image that others lack, or larger ones.
     """
     used = RowShape(
         tokens=sum(len(item.tokens) for item in items),
@@ -77,7 +86,7 @@ def pack(items: Sequence[Item], shape: RowShape, *, width: int, text_width: int 
                 f"a row has room for {getattr(shape, name)} {name}, {getattr(used, name)} were given; "
                 f"raise the row's {name} or give it fewer clips"
             )
-    row = empty_row(shape, width=width, text_width=text_width)
+    row = empty_row(shape, width=width, text_width=text_width, given=items[0] if items else None)
     start = text_start = 0
     for index, item in enumerate(items):
         stop, text_stop = start + len(item.tokens), text_start + len(item.text)
@@ -88,12 +97,30 @@ def pack(items: Sequence[Item], shape: RowShape, *, width: int, text_width: int 
         row.text_segments[text_start:text_stop] = index + 1
         row.examples[index] = item.example
         row.valid[index] = True
+        _put_given(row, index, item, slice(start, stop))
         start, text_start = stop, text_stop
     return row
 
 
-def empty_row(shape: RowShape, *, width: int, text_width: int = 0) -> Rows:
-    """A row of padding alone; arguments are as for `pack`."""
+def _put_given(row: Rows, index: int, item: Item, tokens: slice) -> None:
+    """What an item is given, into its place; all items of a row are given alike."""
+    shown = np.zeros((len(item.tokens), 0), np.float32) if item.shown is None else item.shown
+    image = np.zeros((0, row.image.shape[1]), np.float32) if item.image is None else item.image
+    each = len(row.image) // len(row.examples)
+    if shown.shape[1] != row.shown.shape[1] or image.shape != (each, row.image.shape[1]):
+        raise UserError(
+            f"the clips of a row are given alike; one has {list(shown.shape)} shown values and {list(image.shape)} of "
+            f"an image, another width {row.shown.shape[1]} and {[each, row.image.shape[1]]}"
+        )
+    row.shown[tokens] = shown
+    row.image[index * each : (index + 1) * each] = image
+    row.image_segments[index * each : (index + 1) * each] = index + 1
+
+
+def empty_row(shape: RowShape, *, width: int, text_width: int = 0, given: Item | None = None) -> Rows:
+    """A row of padding alone; `given` is one of the items that others like it hold, the rest is as for `pack`."""
+    shown = 0 if given is None or given.shown is None else given.shown.shape[1]
+    images, image_width = (0, 0) if given is None or given.image is None else given.image.shape
     return Rows(
         tokens=np.zeros((shape.tokens, width), np.float32),
         segments=np.zeros((shape.tokens,), np.int32),
@@ -102,6 +129,9 @@ def empty_row(shape: RowShape, *, width: int, text_width: int = 0) -> Rows:
         text_segments=np.zeros((shape.text,), np.int32),
         examples=np.zeros((shape.segments,), np.uint32),
         valid=np.zeros((shape.segments,), bool),
+        shown=np.zeros((shape.tokens, shown), np.float32),
+        image=np.zeros((shape.segments * images, image_width), np.float32),
+        image_segments=np.zeros((shape.segments * images,), np.int32),
     )
 
 

@@ -14,7 +14,7 @@ from dit_video.conditioning import KnownFrames, drop_captions, given_latents, kn
 from dit_video.diffusion import ClipSize, Objective, low_discrepancy
 from dit_video.dit import DitConfig, Given, WanDitConfig, packed_denoise
 from dit_video.rng import example_keys, key
-from dit_video.tokens import Rows, packed_noise, positions, segment_mean, to_tokens
+from dit_video.tokens import Rows, packed_noise, positions, segment_max, segment_mean, to_tokens
 from dit_video.training.optimizer import OptimizerConfig, hold_still
 from dit_video.training.step import Figures, Ratio
 
@@ -41,7 +41,8 @@ class DenoiserLoss:
     seed: int
     known: KnownFrames | None = None
     """For a model that is told what is known of a clip: by given latents beside the noisy ones, or, where each token
-    has its own time, by time 0. Tokens at time 0 hold no noise, and do not count in the loss."""
+    has its own time, by time 0. Tokens at time 0 hold no noise, and do not count in the loss. An image encoder's tokens
+    of the first frame are those that rows hold, where it is known, and zero where it is not."""
     shares: tuple[float, float] = (0.0, 1.0)
     """which of the objective's times, by the shares of them that are lower: of a model for some times, such as one of
     two experts, those between; see `share_below`"""
@@ -74,7 +75,7 @@ class DenoiserLoss:
             context=context.values,
             context_segments=context.segments,
             count=count,
-            given=_given(dit.config, rows, known),
+            given=_given(dit.config, rows, known, count=count),
         )
         clean = known if dit.config.time == "token" else None
         data, time = jnp.asarray(rows.tokens), self.token_times(rows, step)
@@ -161,7 +162,18 @@ def share_below(objective: Objective, time: float) -> float:
     return high
 
 
-def _given(dit: DitConfig | WanDitConfig, rows: Rows, known: Bool[Array, "B N"]) -> Given:
-    if not dit.given_channels:
-        return Given()
-    return Given(latents=given_latents(rows.tokens, known, places=dit.patch.volume, channels=dit.given_channels))
+def _given(dit: DitConfig | WanDitConfig, rows: Rows, known: Bool[Array, "B N"], *, count: int) -> Given:
+    """What the denoiser is told of clips whose first frame is known; of others all of it is zero."""
+    told = segment_max(known.astype(jnp.float32), rows.segments, count=count) > 0
+    fields: dict[str, Array] = {}
+    if dit.given_channels and rows.shown.shape[-1]:
+        shown = to_tokens(told, rows.segments)
+        fields["latents"] = given_latents(
+            rows.shown, known, shown=shown, places=dit.patch.volume, channels=dit.given_channels
+        )
+    elif dit.given_channels:
+        fields["latents"] = given_latents(rows.tokens, known, places=dit.patch.volume, channels=dit.given_channels)
+    if isinstance(dit, WanDitConfig) and dit.image_width is not None:
+        fields["image"] = jnp.where(to_tokens(told, rows.image_segments)[..., None], rows.image, 0)
+        fields["image_segments"] = jnp.asarray(rows.image_segments)
+    return Given(**fields)

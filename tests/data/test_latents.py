@@ -44,6 +44,32 @@ def test_round_trip(tmp_path, dtype):
     np.testing.assert_array_equal(copy[2], source[2])
 
 
+def test_what_stands_beside_latents_is_read_as_it_was_written(tmp_path):
+    draw = np.random.default_rng(1)
+    given = [
+        one._replace(shown=one.latents + 1, image=draw.standard_normal((5, 6)).astype(np.float32)) for one in examples()
+    ]
+    write_latents(tmp_path / "l", given, identity="x", dtype="float32")
+    source = LatentSource(tmp_path / "l")
+    assert (source.has_shown, source.image_shape) == (True, (5, 6))
+    for index, one in enumerate(given):
+        np.testing.assert_array_equal(source[index], one.latents)
+        np.testing.assert_array_equal(source.shown(index), one.shown)
+        np.testing.assert_array_equal(source.image(index), one.image)
+    write_latents(tmp_path / "plain", examples(), identity="x")
+    plain = LatentSource(tmp_path / "plain")
+    assert (plain.shown(0), plain.image(0), plain.image_shape) == (None, None, None)
+    for changed in ({"image": None}, {"image": np.zeros((4, 6), np.float32)}, {"shown": None}):
+        with pytest.raises(UserError, match=r"beside the latents of 1\.mp4 stands .*it must agree"):
+            write_latents(tmp_path / "m", [given[0], given[1]._replace(**changed)], identity="x")
+    for changed, message in (
+        ({"image": np.full((5, 6), np.nan, np.float32)}, "not finite"),
+        ({"shown": given[1].shown}, "but shows"),
+    ):
+        with pytest.raises(UserError, match=message):
+            write_latents(tmp_path / "m", [given[0]._replace(**changed)], identity="x")
+
+
 def test_another_identity_is_refused(tmp_path):
     write_latents(tmp_path / "l", examples(), identity="autoencoder-1")
     with pytest.raises(UserError, match=r"autoencoder-1, autoencoder-2 was asked for"):

@@ -15,7 +15,7 @@ from dit_video.training import logging
 from dit_video.tree import flatten
 from dit_video.video import decode
 from dit_video.weights import load_denoiser
-from tiny_wan import TWO, write_wan
+from tiny_wan import TWO, write_animating_wan, write_wan
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 
@@ -66,7 +66,9 @@ def finetuned(process, model, clips, tmp_path):
         assert len(samples) == 3
         assert {decode(sample).frames.shape[0] for sample in samples} == {5}
         assert (run / "report.html").is_file()
-        clip = dit_video.load(run).generate("a red ball", size=(5, 16, 16), steps=1)
+        pipeline = dit_video.load(run)
+        image = np.full((16, 16, 3), 200, np.uint8) if pipeline.config.dit.given_channels else None
+        clip = pipeline.generate("a red ball", size=(5, 16, 16), steps=1, image=image)
         assert clip.frames.shape == (5, 16, 16, 3)
         return run
 
@@ -97,6 +99,33 @@ def test_all_weights(finetuned, model):
     for path, leaf in flatten(written).items():
         np.testing.assert_array_equal(leaf, trained[path], err_msg=path)
         assert np.abs(leaf - before[path]).max() > 1e-6, path
+
+
+@pytest.fixture(scope="module")
+def animating(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "i2v"
+    write_animating_wan(folder)
+    return folder
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_a_model_that_animates_an_image(finetuned, animating, train):
+    """Of all weights, and of adapters those of every block, are those that read the image's tokens."""
+    rate = {"lora": 3e-2, "full": 3e-3}[train]
+    run = finetuned("--train", train, "--learning-rate", rate, "--lora.rank", 4, model=animating)
+    start, pipeline = dit_video.load(animating), dit_video.load(run)
+    assert pipeline.config.image_encoder == str(animating / "image_encoder")
+    before, trained = flatten(start.denoiser_params), flatten(pipeline.denoiser_params)
+    for path, leaf in before.items():
+        changed = train == "full" or (path.startswith("dit/blocks/") and path.endswith("kernel"))
+        assert (np.abs(trained[path] - leaf).max() > 1e-6) == changed, path
+    if train == "lora":
+        loaded = flatten(start.load_lora(run / LORA).denoiser_params)
+    else:
+        loaded = flatten({"dit": load_denoiser(run / TRANSFORMERS["dit"])[1]})
+    assert {"dit/blocks/image_key/kernel", "dit/blocks/image_value/kernel"} <= loaded.keys()
+    for path, leaf in loaded.items():
+        np.testing.assert_allclose(leaf, trained[path], atol=1e-5, err_msg=path)
 
 
 def test_one_of_two_experts(finetuned, tmp_path):
