@@ -343,7 +343,7 @@ class Run:
             loss=base,
             trained=trained,
             clips=self.training_clips,
-            held_out=self.held_out_clips,
+            held_out=lambda: self.held_out_clips,
             tokenizer=lambda: self._tokenizer(cache=self.folder / "texts"),
             autoencoder=self.train_autoencoder,
             pipeline=self._pipeline,

@@ -117,7 +117,7 @@ def _looped(trained: Trained, batches: list[Any], steps: int, folder: Path, *, s
         trained.step,
         with_step(trained.state, jnp.zeros((), jnp.int32)),
         endless,
-        config=LoopConfig(steps=last + 1, log_every=20, save_every=steps),
+        config=LoopConfig(steps=last + 1, log_every=20, save_every=steps if save else last + 1),
         checkpoints=checkpoints,
         log=MetricsLog(place / "metrics.jsonl"),
         on_step=mark,
