@@ -10,6 +10,9 @@ import numpy as np
 
 from dit_video.errors import UserError
 
+AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
+"""A mesh of devices, or the sizes of one whose devices are not there"""
+
 AXES = ("data", "fsdp", "tensor", "context")
 
 ContextAttention = Literal["ulysses", "ring"]

@@ -132,8 +132,8 @@ def test_memory_is_that_of_the_program_that_runs():
         from experiments.tiny import experiment
 
         tiny = experiment()
-        dit = dataclasses.replace(tiny.denoiser.dit, width=128, layers=2, attention="dense", remat="full")
-        dit = dataclasses.replace(dit, rotary="even")
+        shape = {"width": 128, "layers": 2, "rotary": "even", "attention": "dense", "remat": "full"}
+        dit = dataclasses.replace(tiny.denoiser.dit, **shape)
         tiny = dataclasses.replace(tiny, denoiser=dataclasses.replace(tiny.denoiser, batch=4, dit=dit))
         mesh = make_mesh(MeshConfig(data=1, fsdp=4, context=2))
         planned = plan_step(tiny, "denoiser", mesh, clips=clips_of(tiny))
