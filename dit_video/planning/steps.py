@@ -64,8 +64,8 @@ class PlannedStep(NamedTuple):
 
 
 def clips_of(experiment: Experiment, count: int | None = None) -> list[int]:
-    """Tokens of the clips that fill a row: as many of the largest as there is room for, and what is left, unless it is a
-    small part, and padding; or `count` equal ones.
+    """Tokens of the clips that fill a row: as many of the largest as there is room for, and what is left, unless that
+    is a small part, and padding; or `count` equal ones.
 
     Raises:
       UserError: more clips than a row has room for.
