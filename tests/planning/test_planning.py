@@ -103,7 +103,7 @@ def test_the_best_of_those_that_fit_is_suggested(two_rows):
         suggest(two_rows, GPUS, part="autoencoder")
 
 
-def test_what_never_fits_is_said():
+def test_what_never_fits_is_said(two_rows):
     small = dataclasses.replace(GPUS.chip, memory=1000)
     with pytest.raises(UserError, match="nothing on h100:8"):
         suggest(two_rows, dataclasses.replace(GPUS, chip=small))
