@@ -127,7 +127,7 @@ class AutoencoderStage:
             return params if linear is None else start_from_linear(params, linear)
 
         batches = functools.partial(self.windows, stretches, purpose="autoencoder")
-        given = {"start": start, "profile": self.profile}
+        given: dict[str, Any] = {"start": start, "profile": self.profile}
         state = train(experiment, self.folder, init, parts.pop("loss"), batches, **given, **parts)
         params = on_host(state.ema)
         if config.optimizer.trains("normalizer/mean"):

@@ -1,16 +1,14 @@
 """Whether a model and its batches fit a mesh: asked before anything is computed."""
 
-from jax.sharding import AbstractMesh, Mesh
-
 from dit_video.distributed.context import check_ring, check_ulysses
-from dit_video.distributed.mesh import ContextAttention
+from dit_video.distributed.mesh import AnyMesh, ContextAttention
 from dit_video.distributed.rules import row_shards
 from dit_video.dit import DitConfig, WanDitConfig
 from dit_video.errors import UserError
 
 
 def check_denoiser(
-    mesh: Mesh | AbstractMesh,
+    mesh: AnyMesh,
     dit: DitConfig | WanDitConfig,
     *,
     rows: int,

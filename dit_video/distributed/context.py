@@ -21,11 +21,11 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from dit_video.distributed.mesh import ContextAttention
+from dit_video.distributed.mesh import AnyMesh, ContextAttention
 from dit_video.distributed.ring import Ring
 from dit_video.distributed.rules import ROWS
 from dit_video.dit import Dit, WanDit
@@ -39,7 +39,7 @@ _HEADS = P(ROWS, "context", "tensor", None)
 _WHOLE = P(ROWS, None, "tensor", None)
 
 
-def over_devices(make: Make, mesh: Mesh, context_attention: ContextAttention = "ulysses") -> Make:
+def over_devices(make: Make, mesh: AnyMesh, context_attention: ContextAttention = "ulysses") -> Make:
     """What builds the same denoiser, whose attention all devices of the mesh compute; its parameters are the same.
 
     Raises:
@@ -90,7 +90,7 @@ def check_ulysses(heads: int, ranks: int) -> None:
 class SelfAttentions:
     """The self-attention functions of a model, by pattern."""
 
-    mesh: Mesh
+    mesh: AnyMesh
     choose: Callable[[Pattern], Attention]
     context_attention: ContextAttention
 
@@ -108,7 +108,7 @@ class OverDevices:
     Tokens that the devices of `context` do not divide are filled up with padding.
     """
 
-    mesh: Mesh
+    mesh: AnyMesh
     inner: Attention
     way: str
     """`ulysses`, `ring`, or `cross`, whose keys lie whole on all devices of `context`"""
@@ -157,7 +157,7 @@ class ByHeads:
     anew by this, with one all-to-all of the weights instead of one of the much larger activations.
     """
 
-    mesh: Mesh
+    mesh: AnyMesh
 
     def __call__(self, kernel: Float[Array, "i o"], parts: int) -> Float[Array, "i {parts} n"]:
         kernel = jax.lax.with_sharding_constraint(kernel, NamedSharding(self.mesh, P("tensor", None)))

@@ -10,6 +10,9 @@ import numpy as np
 
 from dit_video.errors import UserError
 
+AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
+"""A mesh of devices, or the sizes of one whose devices are not there"""
+
 AXES = ("data", "fsdp", "tensor", "context")
 
 ContextAttention = Literal["ulysses", "ring"]
@@ -79,7 +82,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     types = (jax.sharding.AxisType.Auto,) * len(AXES)
     if _slice_count(devices) > 1:
         return jax.sharding.Mesh(hybrid(config, devices), AXES, axis_types=types)
-    return jax.make_mesh(_sizes(config, len(devices)), AXES, axis_types=types, devices=devices)
+    # Not `jax.make_mesh`, which refuses axes that are a part of one of a TPU's torus, but for v5e.
+    from jax.experimental import mesh_utils
+
+    laid = mesh_utils.create_device_mesh(_sizes(config, len(devices)), devices, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(laid, AXES, axis_types=types)
 
 
 def hybrid(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:

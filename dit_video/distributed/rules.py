@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dit_video import tree as trees
+from dit_video.distributed.mesh import AnyMesh
 from dit_video.errors import UserError
 
 Axis = str | tuple[str, ...] | None
@@ -57,7 +58,7 @@ class ShardingRules:
 DEFAULT_RULES = ShardingRules()
 
 
-def shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: ShardingRules = DEFAULT_RULES) -> Any:
+def shardings(tree: Any, mesh: AnyMesh, rules: ShardingRules = DEFAULT_RULES) -> Any:
     """The layout of every leaf (anything with a `shape`), as a tree of `NamedSharding`.
 
     Raises:
@@ -74,17 +75,17 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: ShardingRules = DEFAU
     return trees.map_with_path(layout, tree)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: AnyMesh) -> NamedSharding:
     """Rows split over `data` and `fsdp`, the same on every other axis."""
     return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
-def row_shards(mesh: Mesh | AbstractMesh) -> int:
+def row_shards(mesh: AnyMesh) -> int:
     """Into how many parts a batch's rows are split."""
     return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
-def batch_shardings(batch: Any, mesh: Mesh) -> Any:
+def batch_shardings(batch: Any, mesh: AnyMesh) -> Any:
     """The layout of every array of a batch (anything with a `shape`): rows, and of packed rows the tokens.
 
     Raises:
@@ -170,9 +171,7 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(placed, batch, layouts)
 
 
-def _by_rule(
-    path: str, shape: tuple[int, ...], pattern: str, axes: tuple[Axis, ...], mesh: Mesh | AbstractMesh
-) -> PartitionSpec:
+def _by_rule(path: str, shape: tuple[int, ...], pattern: str, axes: tuple[Axis, ...], mesh: AnyMesh) -> PartitionSpec:
     if len(axes) > len(shape):
         raise UserError(
             f"sharding rule {pattern!r} has {len(axes)} axes, {path} has {len(shape)}; "
@@ -193,7 +192,7 @@ def _by_rule(
     return PartitionSpec(*(None,) * (len(shape) - len(axes)), *axes)
 
 
-def _by_default(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rules: ShardingRules) -> PartitionSpec:
+def _by_default(path: str, shape: tuple[int, ...], mesh: AnyMesh, rules: ShardingRules) -> PartitionSpec:
     if math.prod(shape) < rules.minimum:
         return PartitionSpec()
     first = 1 if re.search(rules.stacked, path) else 0

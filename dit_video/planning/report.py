@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from dit_video.distributed import MeshConfig, check_denoiser, make_mesh
-from dit_video.distributed.mesh import abstract_mesh
+from dit_video.distributed.mesh import AnyMesh, abstract_mesh
 from dit_video.distributed.planner import (
     CompiledStep,
     Memory,
@@ -189,7 +189,7 @@ def with_dit(experiment: Experiment, **changes: Any) -> Experiment:
     return dataclasses.replace(experiment, denoiser=dataclasses.replace(denoiser, dit=dit))
 
 
-def mesh_for(experiment: Experiment, topology: Topology, config: MeshConfig, part: Part) -> tuple[Mesh, bool]:
+def mesh_for(experiment: Experiment, topology: Topology, config: MeshConfig, part: Part) -> tuple[AnyMesh, bool]:
     """The mesh of a run on a topology, and whether a program can be compiled for it.
 
     Raises:

@@ -11,13 +11,14 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from dit_video.autoencoder import latent_grid
 from dit_video.data.windows import WindowConfig
 from dit_video.diffusion import SampleTimes, Watched
 from dit_video.distributed import batch_shardings, over_devices, row_shards, shardings
+from dit_video.distributed.mesh import AnyMesh
 from dit_video.distributed.planner import Step
 from dit_video.dit.flops import attention_flops, forward_flops
 from dit_video.errors import UserError
@@ -63,8 +64,8 @@ class PlannedStep(NamedTuple):
 
 
 def clips_of(experiment: Experiment, count: int | None = None) -> list[int]:
-    """Tokens of the clips that fill a row: as many of the largest as there is room for, and what is left, if that is not
-    a small part, which is padding; or `count` equal ones.
+    """Tokens of the clips that fill a row: as many of the largest as there is room for, and what is left, unless that
+    is a small part, and padding; or `count` equal ones.
 
     Raises:
       UserError: more clips than a row has room for.
@@ -84,7 +85,7 @@ def clips_of(experiment: Experiment, count: int | None = None) -> list[int]:
     return clips[: rows.segments]
 
 
-def plan_step(experiment: Experiment, part: Part, mesh: Mesh, *, clips: Sequence[int]) -> PlannedStep:
+def plan_step(experiment: Experiment, part: Part, mesh: AnyMesh, *, clips: Sequence[int]) -> PlannedStep:
     """The step of a part of an experiment, on a mesh; its rows hold clips of so many tokens.
 
     Raises:
@@ -99,7 +100,7 @@ def plan_step(experiment: Experiment, part: Part, mesh: Mesh, *, clips: Sequence
             return _autoencoder(experiment, mesh)
 
 
-def _denoiser(experiment: Experiment, mesh: Mesh, clips: Sequence[int]) -> PlannedStep:
+def _denoiser(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int]) -> PlannedStep:
     config = experiment.denoiser
     make = over_devices(config.dit.make, mesh, experiment.mesh.context_attention)
     base = DenoiserLoss(
@@ -185,7 +186,7 @@ def _laid(shapes: PyTree, layouts: PyTree) -> PyTree:
     )
 
 
-def on_mesh(state: PyTree, mesh: Mesh | jax.sharding.AbstractMesh) -> PyTree:
+def on_mesh(state: PyTree, mesh: AnyMesh) -> PyTree:
     """A state's shapes, laid out as a run lays them out."""
     return _laid(state, shardings(state, mesh))
 
@@ -212,7 +213,7 @@ def _known(config: DenoiserTraining, clips: Sequence[int], *, training: bool, co
     )
 
 
-def _sampler(experiment: Experiment, mesh: Mesh, clips: Sequence[int]) -> PlannedStep:
+def _sampler(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int]) -> PlannedStep:
     config, sampling = experiment.denoiser, experiment.sampling
     make = over_devices(config.dit.make, mesh, experiment.mesh.context_attention)
     guidance = sampling.full_guidance
@@ -253,7 +254,7 @@ def _sampler(experiment: Experiment, mesh: Mesh, clips: Sequence[int]) -> Planne
     return PlannedStep(program, arguments, flops, turns=sampling.steps, known=known, layer_bytes=layers)
 
 
-def _laid_rows(shapes: PyTree, mesh: Mesh, rows: int) -> PyTree:
+def _laid_rows(shapes: PyTree, mesh: AnyMesh, rows: int) -> PyTree:
     """Rows split as a batch's are, tokens too; what has no rows lies whole everywhere."""
     parts, ranks = row_shards(mesh), mesh.shape["context"]
 
@@ -267,7 +268,7 @@ def _laid_rows(shapes: PyTree, mesh: Mesh, rows: int) -> PyTree:
     return jax.tree.map(layout, shapes)
 
 
-def _autoencoder(experiment: Experiment, mesh: Mesh) -> PlannedStep:
+def _autoencoder(experiment: Experiment, mesh: AnyMesh) -> PlannedStep:
     config = experiment.autoencoder
     if isinstance(config, GivenAutoencoder):
         raise UserError("the autoencoder of this experiment is given, not trained; plan its denoiser or its sampler")

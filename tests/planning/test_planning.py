@@ -103,7 +103,7 @@ def test_the_best_of_those_that_fit_is_suggested(two_rows):
         suggest(two_rows, GPUS, part="autoencoder")
 
 
-def test_what_never_fits_is_said():
+def test_what_never_fits_is_said(two_rows):
     small = dataclasses.replace(GPUS.chip, memory=1000)
     with pytest.raises(UserError, match="nothing on h100:8"):
         suggest(two_rows, dataclasses.replace(GPUS, chip=small))
@@ -132,8 +132,8 @@ def test_memory_is_that_of_the_program_that_runs():
         from experiments.tiny import experiment
 
         tiny = experiment()
-        dit = dataclasses.replace(tiny.denoiser.dit, width=128, layers=2, attention="dense", remat="full")
-        dit = dataclasses.replace(dit, rotary="even")
+        shape = {"width": 128, "layers": 2, "rotary": "even", "attention": "dense", "remat": "full"}
+        dit = dataclasses.replace(tiny.denoiser.dit, **shape)
         tiny = dataclasses.replace(tiny, denoiser=dataclasses.replace(tiny.denoiser, batch=4, dit=dit))
         mesh = make_mesh(MeshConfig(data=1, fsdp=4, context=2))
         planned = plan_step(tiny, "denoiser", mesh, clips=clips_of(tiny))

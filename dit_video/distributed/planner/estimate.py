@@ -99,7 +99,7 @@ def estimate(step: Step, parts: Mapping[str, int], layer_bytes: int, mesh: Mappi
     passes = (4 if step.all_again else 3) if step.training else 1
     traffic = 2 * sum(parts.values()) + passes * step.layers * (2 * inside + gathered)
     moved = tuple(part for part in _moved(step, parts, layer_bytes, mesh, local) if part.bytes)
-    return memory, Work(flops=step.executed / devices, bytes=traffic, moved=moved)
+    return memory, Work(flops=step.executed / devices, bytes=float(traffic), moved=moved)
 
 
 def _moved(step: Step, parts: Mapping[str, int], layer_bytes: int, mesh: Mapping[str, int], local: int) -> list[Moved]:
