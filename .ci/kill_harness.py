@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS, SAVE_EVERY, BATCH = 240, 3, 2
+STEPS, SAVE_EVERY, BATCH = 120, 3, 2
 MOST_SECONDS = 900
 """without which a training that isn't killed ends"""
 OF_TIME = re.compile("seconds|wait|per_second|memory|mfu|utilisation")
@@ -116,6 +116,7 @@ def environment(folder: Path) -> dict[str, str]:
     programs = {
         "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     return {"JAX_PLATFORMS": "cpu", **os.environ, **programs, "PYTHONPATH": str(ROOT)}
 
