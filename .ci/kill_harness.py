@@ -22,12 +22,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS, SAVE_EVERY, BATCH = 240, 3, 2
-MOST_SECONDS = 900
+STEPS, SAVE_EVERY, BATCH = 120, 3, 2
+MOST_SECONDS = 3600
 """without which a training that isn't killed ends"""
 OF_TIME = re.compile("seconds|wait|per_second|memory|mfu|utilisation")
 """Entries of the log that are measured with a clock, or of the machine."""
@@ -47,33 +48,26 @@ def main() -> None:
     if not (whole / "done").is_file():
         again(folder / "prepared", whole)
         began = time.monotonic()
-        assert trained(whole, None) is True
+        trained(whole, None)
         print(f"undisturbed: {STEPS} steps, {time.monotonic() - began:.0f} s with its start", flush=True)
     want = result(whole)
-    done, runs, saves = 0, 0, 0
+    done, runs, moment_of = 0, 0, Counter[str]()
     while done < arguments.kills:
         run = folder / "killed"
         again(folder / "prepared", run)
-        lives = []
-        while trained(run, delay := moment(moments), least=arguments.kills - done - len(lives)) is not True:
-            saving = any(path.name.endswith(".orbax-checkpoint-tmp") for path in checkpoints(run).glob("*"))
-            lives.append(newest(run))
-            saves += saving
-            told = f"kill {done + len(lives)} after {delay:.1f} s{', while it saved' if saving else ''}"
-            print(f"{told}; it has step {lives[-1]}", flush=True)
-        done, runs = done + len(lives), runs + 1
+        while when := trained(run, moments if done < arguments.kills else None):
+            done += 1
+            moment_of[when] += 1
+            print(f"kill {done} {when}; it has step {newest(run)}", flush=True)
+        runs += 1
         compare(want, result(run), run)
-        print(f"run {runs}: killed {len(lives)} times, its log and arrays are the undisturbed run's", flush=True)
-    print(f"{done} kills in {runs} runs ({saves} while a checkpoint was written; seed {seed}): no bit differs")
+        print(f"run {runs}: after {done} kills its log and arrays are the undisturbed run's", flush=True)
+    told = ", ".join(f"{count} {when}" for when, count in moment_of.most_common())
+    print(f"{done} kills in {runs} runs ({told}; seed {seed}): no bit differs")
 
 
-def moment(moments: random.Random) -> float:
-    """Seconds after the start's first word, most of them in the training, which begins some seconds later."""
-    return moments.uniform(0.0, 4.0) if moments.random() < 0.2 else moments.uniform(3.0, 12.0)
-
-
-def trained(run: Path, delay: float | None, *, least: int = 1) -> bool:
-    """Start the training; True once it ends by itself, False where it was killed, after `delay` seconds."""
+def trained(run: Path, moments: random.Random | None) -> str:
+    """Start the training, and kill it at a random moment, if there are any; empty once it ends by itself, else when."""
     with (run / "output.txt").open("a") as output:
         process = subprocess.Popen(
             [sys.executable, __file__, "train", str(run)],
@@ -85,15 +79,28 @@ def trained(run: Path, delay: float | None, *, least: int = 1) -> bool:
         )
         assert process.stdout is not None
         process.stdout.readline()  # it has imported what it needs
-        try:
-            process.wait(MOST_SECONDS if delay is None or least <= 0 else delay)
-        except subprocess.TimeoutExpired:
+        when = "" if moments is None else wait(process, run, moments)
+        if when:
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            return False
-    if process.returncode != 0:
-        raise SystemExit(f"a start failed, which is to go on:\n{(run / 'output.txt').read_text()[-4000:]}")
-    return True
+        elif process.wait(MOST_SECONDS) != 0:
+            raise SystemExit(f"a start failed, which is to go on:\n{(run / 'output.txt').read_text()[-4000:]}")
+        process.wait()
+    return when
+
+
+def wait(process: subprocess.Popen, run: Path, moments: random.Random) -> str:
+    """Until a random moment: of the start, or some saves later; what it is, or nothing where the training has ended."""
+    if moments.random() < 0.2:
+        time.sleep(moments.uniform(0.0, 6.0))
+        return "" if process.poll() is not None else "while it started"
+    goal = newest(run) + SAVE_EVERY * moments.randint(1, 5)
+    while newest(run) < goal:
+        if process.poll() is not None:
+            return ""
+        time.sleep(0.01)
+    time.sleep(moments.uniform(0.0, 0.3))
+    writing = any(path.name.endswith(".orbax-checkpoint-tmp") for path in checkpoints(run).glob("*"))
+    return "" if process.poll() is not None else "while it saved" if writing else "while it trained"
 
 
 def prepared(folder: Path) -> None:
@@ -116,6 +123,7 @@ def environment(folder: Path) -> dict[str, str]:
     programs = {
         "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     return {"JAX_PLATFORMS": "cpu", **os.environ, **programs, "PYTHONPATH": str(ROOT)}
 
