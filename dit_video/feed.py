@@ -104,7 +104,7 @@ def live_encoder(experiment: Experiment, autoencoder: dict[str, Any], clips: Cli
     config, model, hosts = (
         experiment.denoiser,
         experiment.autoencoder.model,
-        RowPart.of(make_mesh(experiment.mesh)).count,
+        RowPart.of(make_mesh(experiment.mesh)).parts,
     )
     if config.buckets is not None:
         buckets = buckets_of(experiment, clips).buckets
@@ -217,8 +217,8 @@ def _reading(experiment: Experiment, start: int, mixed: Mixture | None, *, threa
         batch=config.batch,
         seed=experiment.seed,
         start_step=start,
-        host=part.index,
-        hosts=part.count,
+        host=part.number,
+        hosts=part.parts,
         threads=threads,
         workers=experiment.data.workers,
         mixture=mixed,

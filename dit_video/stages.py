@@ -151,8 +151,8 @@ class AutoencoderStage:
             seed=int(rng.host(self.experiment.seed, purpose).integers(2**31)),
             start_step=start,
             # What is measured is measured on whole batches, by each process: all have to find the same.
-            host=part.index if purpose == "autoencoder" else 0,
-            hosts=part.count if purpose == "autoencoder" else 1,
+            host=part.number if purpose == "autoencoder" else 0,
+            hosts=part.parts if purpose == "autoencoder" else 1,
         )
         if purpose == "autoencoder" and opened.left_out:
             remark(f"{len(opened.left_out)} clips have no room for a window of the autoencoder's training")

@@ -57,6 +57,7 @@ def over_devices(make: Make, mesh: AnyMesh, context_attention: ContextAttention 
             check_ring(chosen.backend)
         model.attention = SelfAttentions(mesh, chosen, context_attention)
         for stack in (model.blocks, getattr(model, "temporal_blocks", None)):
+            stream: Any
             for stream in (stack, *(getattr(stack, name, None) for name in ("video", "context"))):
                 if hasattr(stream, "cross"):
                     stream.cross = OverDevices(mesh, stream.cross, "cross")

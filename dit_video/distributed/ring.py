@@ -61,6 +61,7 @@ class Ring:
         bias = None
         if at.bias is not None:
             assert relative is not None
+            assert table is not None
             places = part(at.bias.q_coordinates, rank), part(at.bias.kv_coordinates, source)
             bias = Bias(relative=relative, table=table, q_coordinates=places[0], kv_coordinates=places[1])
         return _Met(
@@ -113,7 +114,7 @@ class _Mixed(NamedTuple):
         top = jnp.maximum(ours, theirs)
         shares = jnp.exp(ours - top), jnp.exp(theirs - top)
         total = shares[0] + shares[1]
-        out = sum(_of_heads(share / total) * part for share, part in zip(shares, (self.out, other.out), strict=True))
+        out = _of_heads(shares[0] / total) * self.out + _of_heads(shares[1] / total) * other.out
         return _Mixed(out, jnp.where(top > -NOTHING, top + jnp.log(total), NOTHING))
 
 
@@ -136,13 +137,13 @@ def _forward(how: Ring, relative: RelativeBias | None, q, k, v, table, at: Token
         return jax.lax.cond(met.related(), attend, lambda: mixed)
 
     def step(steps, carried):
-        held, mixed = carried
-        return how.hop(held), take(steps, *held, mixed)
+        (keys, values), mixed = carried
+        return how.hop((keys, values)), take(steps, keys, values, mixed)
 
     heads = q.shape[0], q.shape[2], q.shape[1]
     begin = _Mixed(jnp.zeros((*q.shape[:3], v.shape[3])), jnp.full(heads, NOTHING))
-    held, mixed = jax.lax.fori_loop(0, how.ranks - 1, step, ((k, v), begin))
-    out, lse = take(how.ranks - 1, *held, mixed)
+    (keys, values), mixed = jax.lax.fori_loop(0, how.ranks - 1, step, ((k, v), begin))
+    out, lse = take(how.ranks - 1, keys, values, mixed)
     return out.astype(v.dtype), (q, k, v, table, at, out, lse)
 
 

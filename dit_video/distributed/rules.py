@@ -107,13 +107,13 @@ def batch_shardings(batch: Any, mesh: AnyMesh) -> Any:
 
 
 class RowPart(NamedTuple):
-    """Which part of a batch's rows a process has on its devices: part `index` of `count`.
+    """Which part of a batch's rows a process has on its devices: part `number` of `parts`.
 
     Processes that share rows, as they do where `tensor` or `context` reaches over several, have the same part.
     """
 
-    index: int
-    count: int
+    number: int
+    parts: int
     shards: tuple[int, ...]
     """which of the mesh's `row_shards` these are"""
 
@@ -125,6 +125,7 @@ class RowPart(NamedTuple):
           UserError: two processes share some of their rows, but not all.
         """
         shards: dict[int, set[int]] = {}
+        device: Any
         for device, (rows, *_) in batch_sharding(mesh).devices_indices_map((row_shards(mesh),)).items():
             shards.setdefault(device.process_index, set()).add(rows.start or 0)
         parts = sorted({tuple(sorted(held)) for held in shards.values()})
@@ -161,7 +162,8 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     def placed(leaf: Any, layout: NamedSharding) -> jax.Array:
         rows = leaf.shape[0] // local
 
-        def piece(index: tuple[slice, ...]) -> Any:
+        def piece(index: tuple[slice, ...] | None) -> Any:
+            assert index is not None  # of no layout of rows
             first = part.shards.index((index[0].start or 0) // rows) * rows
             return leaf[(slice(first, first + rows), *index[1:])]
 

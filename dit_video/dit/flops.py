@@ -42,7 +42,7 @@ def forward_flops(
         raise UserError(f"{len(clips)} clips need as many texts, not {len(texts)}, and images for all or none")
     count = _wan if isinstance(config, WanDitConfig) else _dit
     each = zip(clips, texts, images or (0,) * len(clips), strict=True)
-    return 2 * sum(count(config, *clip) for clip in each)  # type: ignore[arg-type]
+    return 2 * sum(count(config, *clip) for clip in each)  # type: ignore[arg-type, misc]
 
 
 def training_flops(

@@ -117,7 +117,7 @@ def _denoiser(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int]) -> Pl
     )
     optimizer = make_optimizer(optimizer_of(config), steps=config.steps)
     layout = functools.partial(shardings, mesh=mesh)
-    init = functools.partial(_init, config)
+    init: Callable[[Array], dict[str, Any]] = functools.partial(_init, config)
     loss: Loss | OwnStep = base
     frozen: tuple[PyTree, ...] = ()
     if config.lora is not None or config.distillation is not None:
@@ -245,7 +245,7 @@ def _sampler(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int]) -> Pla
         jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), jnp.asarray(leaf).dtype, sharding=whole), strength
         ),
-        SampleTimes(times, times),
+        SampleTimes(times, times),  # type: ignore[arg-type]  # their shapes
         jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
     )
     known = _known(config, clips, training=False, copies=guidance.branches)
@@ -283,7 +283,7 @@ def _autoencoder(experiment: Experiment, mesh: AnyMesh) -> PlannedStep:
         return state if rival is None else rival.join(state)
 
     def step(state: Any, clips: Any, *constants: Any) -> Any:
-        settings = {"ema_decay": config.ema_decay, "constants": constants}
+        settings: dict[str, Any] = {"ema_decay": config.ema_decay, "constants": constants}
         if rival is None:
             return make_step(loss, optimizer, **settings)(state, clips)
         return make_adversarial_step(loss, optimizer, rival, **settings)(state, clips)

@@ -12,12 +12,11 @@ from jaxtyping import Array
 from dit_video.arrays import AnyArray
 from dit_video.errors import UserError
 from dit_video.training.skipped import SkippedLog
-from dit_video.training.step import Ratio
+from dit_video.training.step import Figures, Ratio
 
 _AHEAD = 2
 """How many steps may be queued on the device behind the one whose result is awaited."""
 
-Figure = Array | Ratio
 Identify = Callable[[Any], Mapping[str, AnyArray]]
 """From a batch to small arrays of it that say which one it was."""
 
@@ -45,7 +44,7 @@ class Interval:
         """
         self._done = done
         """the step that the first pending metrics follow"""
-        self._pending: list[dict[str, Figure]] = []
+        self._pending: list[Figures] = []
         self._batches: list[Mapping[str, AnyArray]] = []
         self._looked = 0
         """at so many of the pending metrics, for whether their steps were skipped"""
@@ -76,7 +75,7 @@ class Interval:
             self._waited += time.perf_counter() - began
         return batch
 
-    def add(self, batch: Any, metrics: dict[str, Figure]) -> None:
+    def add(self, batch: Any, metrics: Figures) -> None:
         """Take the metrics of the step that was just started, and wait for the one that lies `_AHEAD` steps back.
 
         Raises:

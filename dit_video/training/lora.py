@@ -1,6 +1,7 @@
 """Training adapters: what is trained, averaged and saved are their factors; the model is a constant."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from jaxtyping import Array, Float, PyTree
 
@@ -28,6 +29,7 @@ class LoraLoss:
 
     def weight(self, batch: PyTree) -> Float[Array, ""]:
         """Of the loss."""
-        if not isinstance(self.loss, WeighedLoss):
-            raise TypeError(f"{type(self.loss).__name__} doesn't say what the parts of a batch weigh")
-        return self.loss.weight(batch)
+        loss: Any = self.loss
+        if not isinstance(loss, WeighedLoss):
+            raise TypeError(f"{type(loss).__name__} doesn't say what the parts of a batch weigh")
+        return loss.weight(batch)

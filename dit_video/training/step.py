@@ -14,13 +14,14 @@ from dit_video.training.state import TrainState, with_step
 
 
 class Ratio(NamedTuple):
-    """A figure that is a mean over something of which a batch may have none: means of it are of totals and counts."""
+    """A figure that is a mean over something of which a batch may have none: means of it are of totals and numbers."""
 
     total: Float[Array, ""]
-    count: Float[Array, ""]
+    number: Float[Array, ""]
 
 
-Figures = dict[str, Float[Array, ""] | Ratio]
+Figures = dict[str, Any]
+"""scalar arrays, or ratios, by name"""
 Loss = Callable[..., tuple[Float[Array, ""], Figures]]
 """`loss(params, batch, step) -> (mean loss, figures to log)`; the constants of a step are further arguments"""
 
@@ -96,7 +97,7 @@ def make_step(
     Raises:
       TypeError: a loss that does not say it.
     """
-    if accumulate > 1 and (not isinstance(loss, WeighedLoss) or isinstance(loss, StatefulLoss)):
+    if accumulate > 1 and not _comes_in_parts(loss):
         raise TypeError(f"{type(loss).__name__} doesn't say what the parts of a batch weigh; accumulate=1 alone fits")
 
     def observed(params, batch, step, *constants):
@@ -118,6 +119,10 @@ def make_step(
         return unless_broken(state, after, figures | learned)
 
     return with_constants(jax.jit(step, donate_argnums=0), constants)
+
+
+def _comes_in_parts(loss: Any) -> bool:
+    return isinstance(loss, WeighedLoss) and not isinstance(loss, StatefulLoss)
 
 
 def accumulated(
@@ -150,7 +155,7 @@ def accumulated(
 
 def _put_together(figure: Any) -> Any:
     """A figure of a batch, from those of its parts."""
-    return Ratio(figure.total.sum(), figure.count.sum()) if isinstance(figure, Ratio) else figure.mean()
+    return Ratio(figure.total.sum(), figure.number.sum()) if isinstance(figure, Ratio) else figure.mean()
 
 
 def unless_broken(before: Any, after: Any, figures: Figures, *watched: str) -> tuple[Any, Figures]:
