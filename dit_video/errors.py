@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+TRY_AGAIN = 75
+"""The exit code of a run that was ended from outside and loses nothing by another start (`sysexits.h`: EX_TEMPFAIL)."""
+
 
 class UserError(Exception):
     """A mistake in what was asked for. The message states the rule, the value and the fix, on one line.
@@ -29,6 +32,9 @@ class DecodeError(UserError):
 
 class Stopped(KeyboardInterrupt):
     """A signal asked a run to stop, and it has, with nothing lost. The message says what was stopped, and where."""
+
+    code = 0
+    """what a script ends with then"""
 
 
 def script(main: Callable[..., None]) -> Callable[..., None]:
@@ -49,7 +55,7 @@ def script(main: Callable[..., None]) -> Callable[..., None]:
         except Stopped as stopped:
             print(f"\nstopped: {stopped}; the same command goes on from there", file=sys.stderr)
             sys.stderr.flush()
-            sys.exit(0)
+            sys.exit(stopped.code)
         except KeyboardInterrupt:
             print("\ninterrupted: started again, the same command does what is left", file=sys.stderr)
             sys.stderr.flush()

@@ -1,11 +1,9 @@
 """What the denoiser's training reads: rows of cached latents, or of clips that are encoded on the way."""
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from dit_video.autoencoder import latent_grid
@@ -20,7 +18,7 @@ from dit_video.data.sizes import fit, sampled_fps
 from dit_video.data.source import ClipSource
 from dit_video.data.texts import CachedTexts, EmbeddedTexts, Texts, TokenizedTexts, different_captions
 from dit_video.data.windows import THREADS
-from dit_video.distributed import make_mesh, row_shards
+from dit_video.distributed import RowPart, check_denoiser, make_mesh, row_shards
 from dit_video.dit import DitConfig, WanDitConfig
 from dit_video.errors import UserError
 from dit_video.experiment import Experiment
@@ -103,7 +101,11 @@ def live_encoder(experiment: Experiment, autoencoder: dict[str, Any], clips: Cli
     Raises:
       UserError: a size of which not one example fits into the memory of a bucket's batch.
     """
-    config, model, hosts = experiment.denoiser, experiment.autoencoder.model, jax.process_count()
+    config, model, hosts = (
+        experiment.denoiser,
+        experiment.autoencoder.model,
+        RowPart.of(make_mesh(experiment.mesh)).count,
+    )
     if config.buckets is not None:
         buckets = buckets_of(experiment, clips).buckets
         return LiveEncoder(model, autoencoder, [one.size for one in buckets for _ in range(one.batch // hosts)])
@@ -117,16 +119,25 @@ def check(experiment: Experiment, clips: ClipSource) -> None:
     """That the denoiser can be fed from these clips: before the autoencoder is trained, for hours.
 
     Raises:
-      UserError: rows that do not divide among the devices, a data set without clips to train on, or a size of which not
-        one example fits into the memory.
+      UserError: rows, tokens, heads or hidden widths that do not divide among the devices, a data set without clips to
+        train on, or a size of which not one example fits into the memory.
     """
-    if experiment.denoiser.buckets is not None:
+    config, mesh, way = experiment.denoiser, make_mesh(experiment.mesh), experiment.mesh.context_attention
+    if config.buckets is not None:
         buckets_of(experiment, clips)
+        if mesh.shape["context"] > 1:
+            raise UserError(
+                f"rows of buckets have as many tokens as their clips, context={mesh.shape['context']} devices need not "
+                "divide them; use packed rows (buckets=None), or context=1"
+            )
+        check_denoiser(mesh, config.dit, rows=row_shards(mesh), tokens=config.rows.tokens, context_attention=way)
         return
-    config = experiment.denoiser
     if config.batch // config.accumulate % (among := parts(experiment)):
         part = "" if config.accumulate == 1 else f", in {config.accumulate} parts,"
         raise UserError(f"a batch of {config.batch} rows{part} does not divide among {among} devices; use a multiple")
+    check_denoiser(
+        mesh, config.dit, rows=config.batch // config.accumulate, tokens=config.rows.tokens, context_attention=way
+    )
     if experiment.data.weights:
         Mixture(sizes=clips.sizes, weights=experiment.data.weights)
 
@@ -156,8 +167,8 @@ def buckets_of(experiment: Experiment, clips: ClipSource) -> Buckets:
 
 
 def parts(experiment: Experiment) -> int:
-    """Into which a batch is divided: among the devices that rows are spread over, and the processes that read."""
-    return math.lcm(row_shards(make_mesh(experiment.mesh)), jax.process_count())
+    """Into which a batch is divided: among the devices that rows are spread over."""
+    return row_shards(make_mesh(experiment.mesh))
 
 
 def texts_of(
@@ -201,13 +212,13 @@ def mixture(latents: LatentSource, clips: ClipSource, weights: Sequence[float]) 
 
 
 def _reading(experiment: Experiment, start: int, mixed: Mixture | None, *, threads: int) -> Reading:
-    config = experiment.denoiser
+    config, part = experiment.denoiser, RowPart.of(make_mesh(experiment.mesh))
     return Reading(
         batch=config.batch,
         seed=experiment.seed,
         start_step=start,
-        host=jax.process_index(),
-        hosts=jax.process_count(),
+        host=part.index,
+        hosts=part.count,
         threads=threads,
         workers=experiment.data.workers,
         mixture=mixed,

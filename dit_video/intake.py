@@ -11,6 +11,7 @@ from pathlib import Path
 from dit_video.data.ingest import ingest, list_clips
 from dit_video.data.places import Address, Place, is_remote, place
 from dit_video.data.source import ClipSource, is_ingested
+from dit_video.distributed.processes import first_goes_first
 from dit_video.errors import MissingError, UserError
 from dit_video.files import read_json, write_json
 from dit_video.training.logging import Progress, remark
@@ -32,6 +33,7 @@ def check(clips: Sequence[Address]) -> None:
             list_clips(_here(folder))
 
 
+@first_goes_first()
 def take(folder: Path, clips: Sequence[Address], *, weights: Sequence[float] = ()) -> None:
     """Make `folder` a data set, or a folder of several by the names of their folders.
 

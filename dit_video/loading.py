@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from dit_video.class_pipeline import holds_classes, load_class_pipeline
 from dit_video.errors import MissingError, UserError
 from dit_video.pipeline import CONFIG, Pipeline, load_pipeline
 from dit_video.wan_pipeline import INDEX, PARTS, Dtype, Place, load_wan
@@ -20,7 +21,7 @@ def load(
     ema: float | None = None,
     sigma_rel: float | None = None,
 ) -> Pipeline:
-    """The pipeline of a run folder, a pipeline folder, or a folder of open weights in diffusers' layout (Wan).
+    """The pipeline of a run folder, a pipeline folder, or a folder of open weights (Wan, DiT and SiT).
 
     Of a run that is not finished it takes the newest checkpoint's averaged weights.
 
@@ -28,7 +29,8 @@ def load(
       path: of the folder; or the name of one on the Hugging Face hub, such as `Wan-AI/Wan2.1-T2V-1.3B-Diffusers`, which
         is fetched once and kept where `huggingface_hub` keeps such folders.
       text_encoder: where the model's frozen text encoder lies, if that has moved.
-      dtype: of open weights alone: that of the matrix products, float32 by default; see `wan_pipeline.load_wan`.
+      dtype: of open weights alone: that of the matrix products, float32 by default; see `wan_pipeline.load_wan` and
+        `class_pipeline.load_class_pipeline`.
       place: of open weights alone: reads each parameter to where it is kept, such as its place on devices; see there.
       ema: of a run alone: another of the averages that it keeps, by its decay, as of the newest checkpoint; 0 for the
         weights without an average.
@@ -44,6 +46,10 @@ def load(
         folder = _fetched(str(path))
     if not folder.is_dir():
         raise MissingError(f"no such run: {folder}")
+    if holds_classes(folder):
+        if text_encoder is not None:
+            raise UserError(f"{folder} holds a model of classes, which has no text encoder; leave text_encoder away")
+        return load_class_pipeline(folder, dtype=dtype or "float32", place=place)
     if (folder / INDEX).is_file():
         return load_wan(folder, text_encoder=text_encoder, dtype=dtype or "float32", place=place)
     if dtype is not None or place is not None:

@@ -78,7 +78,7 @@ class Pipeline:
     @overload
     def generate(
         self,
-        prompt: str,
+        prompt: str | int,
         *,
         size: tuple[int, int, int] | None = ...,
         steps: int | None = ...,
@@ -95,7 +95,7 @@ class Pipeline:
     @overload
     def generate(
         self,
-        prompt: str,
+        prompt: str | int,
         *,
         size: tuple[int, int, int] | None = ...,
         steps: int | None = ...,
@@ -127,13 +127,14 @@ class Pipeline:
         """One clip from a prompt.
 
         Args:
-          prompt: what it is to show; the empty prompt samples without condition.
+          prompt: what it is to show; the empty prompt samples without condition. Of a model of classes it is a class,
+            by its name or its number.
           size: frames, height and width in pixels; the training size by default. Frames are 1 + k * temporal stride.
           steps: of the sampler; more is slower and closer to the exact flow.
           guidance: how strongly the prompt is followed at the cost of variety; 1 is none. Two numbers are for the two
             experts of a model that has them, that of the noisy times first. `Guidance` has an interval of times,
             rescaling, projection and a scale of the image besides.
-          negative: what guidance leads away from, instead of from no prompt at all.
+          negative: what guidance leads away from, instead of from no prompt (or class) at all.
           seed: the same seed, size and model give the same clip.
           sampler: its name, of `dit_video.diffusion.SAMPLERS`. Noise that it draws on the way is the seed's.
           noise: the starting point instead of the seed's, standard normal `[t h w c]` of the latents' size.
@@ -143,14 +144,14 @@ class Pipeline:
           output: `clip`, or `latents` for normalised latents `[t h w c]`.
 
         Raises:
-          UserError: a size that the model cannot make (it names the nearest), an unknown sampler, less than one step,
-            a seed that is no whole number below 2**32, noise of another shape, images that do not fit size or model, or
-            a model whose values become NaN or infinite.
+          UserError: a size that the model cannot make (it names the nearest), no such class, an unknown sampler, less
+            than one step, a seed that is no whole number below 2**32, noise of another shape, images that do not fit
+            size or model, or a model whose values become NaN or infinite.
         """
         if output not in ("clip", "latents"):
             raise UserError(f"unknown output {output!r}; use clip or latents")
         size = self.config.size if size is None else as_grid(size)
-        request = Request(prompt, size, seed, negative, image, last_image)
+        request = Request(str(prompt), size, seed, negative, image, last_image)
         drawn = self.sampling(steps=steps, guidance=guidance, sampler=sampler)
         asked = self._latent_requests([request], noise=noise)
         latents = sample_latents(self._denoiser, asked, **self._how(drawn, 1))

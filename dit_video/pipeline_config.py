@@ -14,7 +14,7 @@ from dit_video.errors import UserError
 from dit_video.evaluation.kinds import CaptionEvaluation, Evaluation
 from dit_video.generation import Sampling
 from dit_video.nn import param_shapes
-from dit_video.text import TextConfig
+from dit_video.text import ClassNamesConfig, TextConfig
 from dit_video.tokens import Grid, RowShape, token_grid
 from dit_video.video import Clip
 
@@ -27,7 +27,8 @@ class PipelineConfig:
     """What a pipeline is made of, besides its weights.
 
     Raises:
-      UserError: a boundary that is no time, or a prediction that a model of the process can't make.
+      UserError: a boundary that is no time, a prediction that a model of the process can't make, or a denoiser of other
+        classes than the captions.
     """
 
     autoencoder: AutoencoderConfig
@@ -60,6 +61,7 @@ class PipelineConfig:
         if self.boundary is not None and not 0 <= self.boundary <= 1:
             raise UserError(f"the boundary between two experts is a time from 0 to 1, not {self.boundary}")
         self.prediction.check(self.process)
+        check_classes(self.text, self.dit)
 
     @property
     def interval(self) -> float:
@@ -99,6 +101,21 @@ class PipelineConfig:
         grid = latent_grid(size, stride)
         token_grid(grid, patch)
         return grid
+
+
+def check_classes(text: TextConfig, dit: DitConfig | WanDitConfig) -> None:
+    """That captions are classes where the denoiser has labels, and as many.
+
+    Raises:
+      UserError: they are not.
+    """
+    named = text.classes if isinstance(text, ClassNamesConfig) else 0
+    labels = dit.labels.classes if isinstance(dit, DitConfig) and dit.labels is not None else 0
+    if named != labels:
+        raise UserError(
+            f"captions are of {named} classes, the denoiser's labels of {labels}; with classes, "
+            "text=ClassNamesConfig(classes=...) and dit labels=ClassLabels(classes=...) have one number"
+        )
 
 
 class Request(NamedTuple):

@@ -1,7 +1,12 @@
-"""What the training of a denoiser leaves beside the pipeline: adapters and weights under other projects' names."""
+"""What the training of a denoiser leaves beside the pipeline: adapters and weights under other projects' names.
+
+Of several processes the first writes.
+"""
 
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from dit_video.dit import DitConfig, WanDitConfig
 from dit_video.files import atomic_path
@@ -24,6 +29,8 @@ def save_adapter(
       params: that it is of, `{"dit": ..., "text": ...}`, or their shapes.
       expert: what a pipeline calls the model, `dit` or, of the second of two experts, `low_noise`.
     """
+    if jax.process_index() != 0:
+        return
     named, of = ({expert if part == "dit" else part: tree[part] for part in tree} for tree in (adapter, params))
     save_lora(folder / ADAPTER, named, own_modules(of))
     if isinstance(dit, WanDitConfig) and "dit" in adapter:
@@ -34,7 +41,7 @@ def save_transformer(
     folder: Path, dit: DitConfig | WanDitConfig, params: dict[str, Any], *, expert: str = "dit"
 ) -> None:
     """Write a whole transformer of Wan as diffusers reads it: `WanTransformer3DModel.from_pretrained(folder)`."""
-    if not isinstance(dit, WanDitConfig):
+    if not isinstance(dit, WanDitConfig) or jax.process_index() != 0:
         return
     with atomic_path(folder / TRANSFORMERS[expert]) as temporary:
         save_denoiser(temporary, dit, params["dit"])

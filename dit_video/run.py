@@ -40,7 +40,7 @@ from dit_video.data.loader import Batches
 from dit_video.data.places import Address
 from dit_video.data.sizes import fit
 from dit_video.data.source import ClipSource
-from dit_video.distributed import make_mesh, row_shards
+from dit_video.distributed import make_mesh, over_devices, row_shards
 from dit_video.encoding import (
     Encoding,
     encode_latents,
@@ -116,7 +116,7 @@ class Run:
             return run._written()  # nothing was trained yet: a start that failed can be corrected
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file; a run needs a folder of its own")
-        if folder.is_dir() and any(entry.name != "clips" for entry in folder.iterdir()):
+        if folder.is_dir() and any(entry.name != "clips" and entry.name[0] != "." for entry in folder.iterdir()):
             raise UserError(f"{folder} is not empty and holds no run; use another folder")
         return run._written()
 
@@ -314,8 +314,9 @@ class Run:
             texts = feed.texts_of(self._tokenizer(cache=self.folder / "texts"), captions)
             encode = feed.live_encoder(experiment, self.train_autoencoder(), self.training_clips)
             rows = feed.live(experiment, self.training_clips, texts, encode)
+        make = over_devices(config.dit.make, make_mesh(experiment.mesh), experiment.mesh.context_attention)
         base = DenoiserLoss(
-            dit=graph_of(config.dit.make),
+            dit=graph_of(make),
             text=graph_of(config.text.make),
             objective=config.objective,
             caption_dropout=config.caption_dropout,
@@ -342,7 +343,7 @@ class Run:
             loss=base,
             trained=trained,
             clips=self.training_clips,
-            held_out=self.held_out_clips,
+            held_out=lambda: self.held_out_clips,
             tokenizer=lambda: self._tokenizer(cache=self.folder / "texts"),
             autoencoder=self.train_autoencoder,
             pipeline=self._pipeline,
@@ -375,7 +376,7 @@ class Run:
     def export(self) -> Pipeline:
         """Write `pipeline/`, after training what is not trained yet: the autoencoder, on its latents the denoiser."""
         pipeline = self._pipeline(self.train_denoiser())
-        if not (self.folder / "pipeline").is_dir():
+        if not (self.folder / "pipeline").is_dir() and jax.process_index() == 0:
             pipeline.save(self.folder / "pipeline")
         return pipeline
 

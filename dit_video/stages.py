@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 from jaxtyping import Array
 
 from dit_video import configs, pixels, rng
@@ -17,7 +16,7 @@ from dit_video.autoencoder import LinearAutoencoder, PatchVaeConfig, fit_linear,
 from dit_video.data.loader import Batches
 from dit_video.data.source import ClipSource
 from dit_video.data.windows import Stretches, WindowBatches
-from dit_video.distributed import make_mesh
+from dit_video.distributed import RowPart, make_mesh
 from dit_video.encoding import latent_moments
 from dit_video.experiment import AutoencoderTraining, DenoiserTraining, Experiment, GivenAutoencoder
 from dit_video.nn import graph_of, init_params, param_shapes
@@ -128,7 +127,7 @@ class AutoencoderStage:
             return params if linear is None else start_from_linear(params, linear)
 
         batches = functools.partial(self.windows, stretches, purpose="autoencoder")
-        given = {"start": start, "profile": self.profile}
+        given: dict[str, Any] = {"start": start, "profile": self.profile}
         state = train(experiment, self.folder, init, parts.pop("loss"), batches, **given, **parts)
         params = on_host(state.ema)
         if config.optimizer.trains("normalizer/mean"):
@@ -145,13 +144,15 @@ class AutoencoderStage:
         """
         training = self.experiment.autoencoder
         assert isinstance(training, AutoencoderTraining)  # one that is given has no windows
+        part = RowPart.of(make_mesh(self.experiment.mesh))
         opened = WindowBatches(
             stretches,
             tuple(dataclasses.replace(window, augment=augment and window.augment) for window in training.windows),
             seed=int(rng.host(self.experiment.seed, purpose).integers(2**31)),
             start_step=start,
-            host=jax.process_index(),
-            hosts=jax.process_count(),
+            # What is measured is measured on whole batches, by each process: all have to find the same.
+            host=part.index if purpose == "autoencoder" else 0,
+            hosts=part.count if purpose == "autoencoder" else 1,
         )
         if purpose == "autoencoder" and opened.left_out:
             remark(f"{len(opened.left_out)} clips have no room for a window of the autoencoder's training")

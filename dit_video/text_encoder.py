@@ -11,7 +11,7 @@ from jaxtyping import Float32
 
 from dit_video.errors import UserError
 from dit_video.files import read_json, write_json
-from dit_video.text import ByteEncoderConfig, Embedder, FrozenTextConfig, TextConfig, Tokenizer
+from dit_video.text import ClassNamesConfig, Embedder, FrozenTextConfig, TextConfig, Tokenizer
 from dit_video.weights import load_embedder, text_encoder_config
 
 
@@ -70,7 +70,7 @@ class FrozenEncoder:
 def open_tokenizer(
     config: TextConfig, *, kept: Path | None = None, cache: str | os.PathLike | None = None
 ) -> Tokenizer | FrozenEncoder:
-    """What makes token ids of captions, or a frozen encoder, which makes embeddings.
+    """What makes token ids or classes of captions, or a frozen encoder, which makes embeddings.
 
     Args:
       config: of the encoder.
@@ -78,7 +78,7 @@ def open_tokenizer(
         same, and its identity is known without reading its weights.
       cache: a folder for the embeddings of a frozen one.
     """
-    if isinstance(config, ByteEncoderConfig):
+    if not isinstance(config, FrozenTextConfig):
         return config.tokenizer()
     if kept is not None and kept.is_file():
         return FrozenEncoder(replace(config, identity=read_json(kept)["identity"]), cache=cache)
@@ -107,8 +107,10 @@ def moved(config: TextConfig, folder: str | os.PathLike) -> FrozenTextConfig:
     """The config of a frozen text encoder that lies in another folder now.
 
     Raises:
-      UserError: the text encoder is one that was trained.
+      UserError: the text encoder is one that was trained, or there is none.
     """
+    if isinstance(config, ClassNamesConfig):
+        raise UserError(f"a model of classes has no text encoder; leave {folder} away")
     if not isinstance(config, FrozenTextConfig):
         raise UserError(f"the text encoder was trained with the denoiser, it lies in no folder; leave {folder} away")
     return replace(config, folder=os.fspath(folder))

@@ -114,7 +114,7 @@ def checked_index(folder: Path) -> dict[str, Any]:
     index = read_json(folder / INDEX)
     name = index.get("_class_name") if isinstance(index, dict) else None
     if name not in CLASSES:
-        raise UserError(f"{folder} holds a pipeline of class {name}; known here: {', '.join(CLASSES)}")
+        raise UserError(f"{folder} holds a pipeline of class {name}; known here: {', '.join(CLASSES)}, DiTPipeline")
     two = _named(index, _TWO_EXPERTS)
     if two != (index.get("boundary_ratio") is not None):
         given = "two experts without a boundary_ratio between them" if two else "a boundary_ratio, but one expert alone"

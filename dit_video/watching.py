@@ -52,7 +52,7 @@ class Watched:
     trained: TrainedDenoiser
     clips: ClipSource
     """that are trained on"""
-    held_out: ClipSource
+    held_out: Callable[[], ClipSource]
     tokenizer: Callable[[], Tokenizer | FrozenEncoder]
     autoencoder: Callable[[], dict[str, Any]]
     """its parameters"""
@@ -70,7 +70,7 @@ class Watched:
         if monitoring.validate_every:
             periodic.append(
                 validation(
-                    self.experiment, self.held_out, self.tokenizer(), self.autoencoder(), self.loss, self.trained
+                    self.experiment, self.held_out(), self.tokenizer(), self.autoencoder(), self.loss, self.trained
                 )
             )
         if monitoring.sample_every:

@@ -24,6 +24,7 @@ import tyro
 
 import dit_video
 from dit_video import configs, intake, measure
+from dit_video.compiled import keep_programs
 from dit_video.data import shapes
 from dit_video.data.places import Address
 from dit_video.distilling import ATTRIBUTES, Distilling, compare, distilling
@@ -53,10 +54,14 @@ class Arguments:
     full: int = 50
     """steps of the teacher that the student is measured by"""
     options: Annotated[Distilling, tyro.conf.arg(name="")] = field(default_factory=Distilling)
+    cache: bool = True
+    """whether compiled programs are kept for the next start, in ~/.cache/dit_video/programs"""
 
 
 def main() -> None:
     arguments = tyro.cli(Arguments)
+    if arguments.cache:
+        keep_programs()
     began = time.perf_counter()
     experiment = distilling(arguments.teacher, arguments.options)
     judged = isinstance(experiment.evaluation, ShapesEvaluation)

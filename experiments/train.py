@@ -5,8 +5,9 @@
 CLIPS holds video files of any size and length, with a `metadata.csv` (`file_name,text`), or is a data set that
 `tools/ingest.py` made, which may lie at an address (`gs://…`), as the latents may: `--latents gs://…`. Any scalar of
 the config can be set on the command line: `--denoiser.steps 2000`; `--help` after the config lists them. Interrupted,
-the same command continues where it was. With `--autoencoder-only` it stops when the autoencoder is trained and reports
-that; the same command without it goes on from there.
+the same command continues where it was; SIGTERM and Ctrl-C let a training save its state and end with exit code 0.
+Started as several processes, on one host or many (see experiments/launch), it is one run. With `--autoencoder-only` it
+stops when the autoencoder is trained and reports that; the same command without it goes on from there.
 """
 
 import dataclasses
@@ -14,18 +15,24 @@ import importlib.util
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import tyro
 
 from dit_video import configs, intake, measure
+from dit_video.code_version import code_version
 from dit_video.compiled import keep_programs
-from dit_video.errors import MissingError, UserError, script
+from dit_video.distributed.peers import Patience
+from dit_video.distributed.processes import first_goes_first, joined
+from dit_video.errors import MissingError, Stopped, UserError, script
 from dit_video.experiment import Experiment
 from dit_video.reports.run_report import report_autoencoder, report_run
 from dit_video.run import Run
+from dit_video.training.folder_lock import locked
+from dit_video.training.stopping import terminable
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,10 @@ class Arguments:
     (of the autoencoder with --autoencoder-only); the trace is in WORKDIR/denoiser/profile"""
     cache: bool = True
     """whether compiled programs are kept for the next start, in ~/.cache/dit_video/programs"""
+    stopped_code: int = 0
+    """the exit code after SIGTERM or Ctrl-C; for a manager that takes 0 for finished, such as Kubernetes, give 75"""
+    patience: Patience = field(default_factory=Patience)
+    """how long the processes of a run wait for each other"""
 
 
 def main() -> None:
@@ -69,20 +80,28 @@ def main() -> None:
         raise UserError("--data names no folder; give one or more: --data CLIPS")
     intake.check(arguments.data)  # before a run is made of it
     began = time.perf_counter()
-    run = dataclasses.replace(Run.create(workdir, arguments.experiment), profile=arguments.profile)
-    if arguments.autoencoder_only:
-        metrics = train_autoencoder(run, arguments.data)
-    else:
-        metrics = train(run, arguments.data, latents=arguments.latents)
+    config = configs.to_json(arguments.experiment)
+    Stopped.code = arguments.stopped_code
+    with terminable(), joined(config, code=code_version(), patience=arguments.patience), locked(workdir):
+        with first_goes_first():
+            run = dataclasses.replace(Run.create(workdir, arguments.experiment), profile=arguments.profile)
+        if arguments.autoencoder_only:
+            metrics = train_autoencoder(run, arguments.data)
+        else:
+            metrics = train(run, arguments.data, latents=arguments.latents)
     if quality := metrics.get("reconstruction"):
         linear = f"; linear {quality['linear_psnr']:.1f} dB" if "linear_psnr" in quality else ""
         print(f"reconstruction of held-out clips: {quality['psnr']:.1f} dB, SSIM {quality['ssim']:.3f}{linear}")
-    print(f"{(time.perf_counter() - began) / 60:.1f} minutes; look at {workdir / 'report.html'}")
+    if jax.process_index() == 0:
+        print(f"{(time.perf_counter() - began) / 60:.1f} minutes; look at {workdir / 'report.html'}")
 
 
 def train_autoencoder(run: Run, data: Sequence[str]) -> dict[str, Any]:
     """Train the autoencoder alone and report it; returns the figures."""
     run.prepare(*data)
+    if jax.process_index() != 0:
+        run.train_autoencoder()
+        return {}
     measured = measure.evaluate_autoencoder(run, run.folder)
     report_autoencoder(run.folder / "report.html", run, measured)
     return measured.metrics
@@ -92,6 +111,8 @@ def train(run: Run, data: Sequence[str], *, latents: str | None = None) -> dict[
     """Train, sample and report; returns the figures."""
     experiment, workdir = run.experiment, run.folder
     pipeline = run.train(*data, latents=latents)
+    if jax.process_index() != 0:  # one reports for all
+        return {}
     measured = measure.evaluate(pipeline, workdir, seed=experiment.seed, run=run)
     report_run(
         workdir / "report.html",

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from dit_video.errors import UserError, script, stop_if_interrupted
+from dit_video.errors import Stopped, UserError, script, stop_if_interrupted
 from dit_video.training.logging import Progress
 
 
@@ -39,6 +39,21 @@ def test_other_errors_keep_their_traceback():
 
     with pytest.raises(ZeroDivisionError):
         main()
+
+
+@pytest.mark.parametrize("code", [0, 75])
+def test_a_run_that_was_stopped_ends_with_the_code_that_was_asked_for(capsys, monkeypatch, code):
+    monkeypatch.setattr(Stopped, "code", code)
+
+    @script
+    def main():
+        raise Stopped("training, by SIGTERM after step 7, which is saved")
+
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == code
+    message = "stopped: training, by SIGTERM after step 7, which is saved; the same command goes on from there"
+    assert capsys.readouterr().err.strip() == message
 
 
 @pytest.mark.usefixtures("interruptible")

@@ -16,6 +16,7 @@ LEVELS = {
         "animation",
         "pipeline",
         "pipeline_config",
+        "class_pipeline",
         "wan_pipeline",
         "loading",
         "experiment",

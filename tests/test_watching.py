@@ -75,6 +75,7 @@ def watched(tiny, tiny_run, tiny_clips, tmp_path_factory):
     return SimpleNamespace(run=opened, validation=kept[0], folder=folder)
 
 
+@pytest.mark.slow
 def test_held_out_clips_are_judged_the_same_each_time(watched):
     entries = {entry["step"]: entry for entry in logging.read(watched.folder / "denoiser" / "metrics.jsonl")}
     assert sorted(entries) == [3, 6]
@@ -91,6 +92,7 @@ def test_held_out_clips_are_judged_the_same_each_time(watched):
     assert watched.validation.call(1000, state)["validation_loss"] == pytest.approx(found[1], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_samples_and_a_trace_are_in_the_folder(watched):
     (path,) = (watched.folder / "denoiser" / "samples").iterdir()
     assert path.name == "00000006.mp4"
@@ -100,6 +102,7 @@ def test_samples_and_a_trace_are_in_the_folder(watched):
     assert list((watched.folder / "denoiser" / "profile").rglob("*.xplane.pb"))
 
 
+@pytest.mark.slow
 def test_each_average_can_be_sampled_from(watched):
     folder = watched.folder
     usual, own, short, none = (flatten(dit_video.load(folder, ema=ema).denoiser_params) for ema in (None, 0.9, 0.5, 0))

@@ -46,6 +46,9 @@ def main() -> None:
     parser.add_argument("--clips", type=int, help="in each row; by default as many of the largest as fit")
     parser.add_argument("--steps", type=int, help="to be paid for; the config's by default")
     parser.add_argument("--price", type=float, help="of a chip for an hour, in dollars, instead of the list's")
+    parser.add_argument(
+        "--measure", action="store_true", help="run a step and say what devices held, where they are here"
+    )
     parser.add_argument("--suggest", action="store_true", help="search mesh, rows (unless given) and remat")
     parser.add_argument("--tries", type=int, default=4, help="how many of them are compiled")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="another value in the config")
@@ -70,7 +73,7 @@ def main() -> None:
             **asked,
         )
     else:
-        plan = plan_experiment(experiment, topology, mesh=mesh, **asked)
+        plan = plan_experiment(experiment, topology, mesh=mesh, measure=given.measure, **asked)
     if given.json is not None:
         write_json(given.json, plan.to_json())
     print(plan)

@@ -68,6 +68,7 @@ from dit_video.diffusion.predictions import (
     estimator,
 )
 from dit_video.diffusion.process import Estimate, Normal, Process
+from dit_video.diffusion.remembering import Remembering, RememberingState
 from dit_video.diffusion.sample_times import SampleTimes
 from dit_video.diffusion.samplers import SAMPLERS, Draw, Sampler, advance, draws, sample, sampler, trace
 from dit_video.diffusion.scheduler_grids import DpmFlowGrid, FlowMatchGrid, LcmGrid, StepGrid, UniPcGrid
@@ -131,6 +132,8 @@ __all__ = [
     "Process",
     "Projected",
     "RectifiedFlow",
+    "Remembering",
+    "RememberingState",
     "SampleTimes",
     "Sampler",
     "ScaledLinear",

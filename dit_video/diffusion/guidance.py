@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Float32
 
 from dit_video.arrays import AnyArray
 from dit_video.diffusion.predictions import Denoise, Prediction, Velocity
-from dit_video.diffusion.process import Process
+from dit_video.diffusion.process import LEAST_ALPHA, Process
 from dit_video.errors import UserError
 
 Branches = Callable[[Float[Array, "*shape"], Float[Array, "*time"]], Sequence[Float[Array, "*shape"]]]
@@ -41,11 +41,11 @@ Mean = Callable[[Float[Array, "*shape"]], Float[Array, "*means"]]
 class Projected:
     """Adaptive projected guidance: steps lose their part along the prediction of the data (arXiv 2410.02416).
 
-    That part is what saturates. The paper's momentum is left out: it would be state across steps, which a `denoise` has
-    not, and of solvers with two evaluations a step it has no meaning.
+    That part is what saturates. With `momentum` the steps are a sum over sampling's own steps, of differences between
+    predictions of the data; then the `denoise` has a past, and is sampled by `Remembering` solvers.
 
     Raises:
-      UserError: a part that is no number, or a largest step that is not positive.
+      UserError: a part that is no number, a largest step that is not positive, or a momentum of 1 or more.
     """
 
     parallel: float = 0.0
@@ -53,12 +53,17 @@ class Projected:
     largest: float | None = None
     """Root mean square over a sample of a step between predictions of the data; a longer one is shortened. The paper's
     r is that times the root of the number of values: its 15 for latents of 4 × 128 × 128 is 0.06."""
+    momentum: float = 0.0
+    """how much of the sum of earlier steps is added to each, the paper's beta: negative (-0.5, say), it takes away what
+    they had in common"""
 
     def __post_init__(self):
         if not math.isfinite(self.parallel):
             raise UserError(f"parallel={self.parallel} of projected guidance must be a number; 0 drops that part")
         if self.largest is not None and not 0 < self.largest < math.inf:
             raise UserError(f"largest={self.largest} of projected guidance must be positive; leave it out for no limit")
+        if not -1 < self.momentum < 1:
+            raise UserError(f"momentum={self.momentum} of projected guidance lies between -1 and 1; 0 has no memory")
 
 
 class Strength(NamedTuple):
@@ -70,6 +75,7 @@ class Strength(NamedTuple):
     rescale: Float[AnyArray, ""] | None = None
     parallel: Float[AnyArray, ""] | None = None
     largest: Float[AnyArray, ""] | None = None
+    momentum: Float[AnyArray, ""] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +107,18 @@ class Guidance:
             raise UserError(f"the interval of guidance is two rising times in [0, 1], not {self.interval}")
         if not 0 <= self.rescale <= 1:
             raise UserError(f"rescale={self.rescale} of guidance must lie in [0, 1]; 0 leaves predictions as they are")
+        if self.remembers and self.branches == 3:
+            raise UserError("momentum is that of the prompt's guidance; leave out image= or momentum=")
 
     @property
     def scales(self) -> tuple[float, ...]:
         """One, or one for each of two experts."""
         return self.scale if isinstance(self.scale, tuple) else (self.scale,)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a step of sampling depends on those before; see `Remembering`."""
+        return self.projected is not None and self.projected.momentum != 0 and self.branches > 1
 
     @property
     def branches(self) -> int:
@@ -122,6 +135,7 @@ class Guidance:
             "rescale": self.rescale or None,
             "parallel": None if self.projected is None else self.projected.parallel,
             "largest": None if self.projected is None else self.projected.largest,
+            "momentum": self.projected.momentum if self.projected is not None and self.remembers else None,
         }
         ends = None if self.interval is None else (_number(self.interval[0]), _number(self.interval[1]))
         numbers = {name: None if value is None else _number(value) for name, value in optional.items()}
@@ -166,7 +180,7 @@ def guided(
     process: Process | None = None,
     prediction: Prediction = Velocity(),  # noqa: B008 (a value)
 ) -> Denoise:
-    """Guidance of a model as a `denoise`.
+    """Guidance of a model as a `denoise`; with momentum, as a `denoise(noisy, time, past)` for `Remembering` solvers.
 
     Args:
       branches: the predictions that are combined.
@@ -178,28 +192,37 @@ def guided(
       prediction: what the model predicts, likewise.
 
     Raises:
-      UserError: projected guidance without a process.
+      UserError: projected guidance without a process; when it is called, momentum without a past.
     """
     projection = None
     if strength.parallel is not None:
         if process is None:
             raise UserError("projected guidance is of predictions of the data; say of which process they are")
-        projection = _Projection(process, prediction, mean, strength.parallel, strength.largest)
+        projection = _Projection(process, prediction, mean, strength.parallel, strength.largest, strength.momentum)
 
-    def combined(noisy, time):
+    def combined(noisy, time, past):
         predictions = branches(noisy, time)
         values = [prediction.values(predicted) for predicted in predictions]
         beside = predictions[0][..., values[0].shape[-1] :]  # a variance, which is not guided
-        found = _combined(values, strength, noisy, time, projection, mean)
-        return predictions[0], jnp.concatenate([found, beside], axis=-1) if beside.size else found
+        found, kept = _combined(values, strength, noisy, time, projection, mean, past)
+        whole = jnp.concatenate([found, beside], axis=-1) if beside.size else found
+        return (whole, kept), (predictions[0], past)
 
-    def denoise(noisy, time):
+    def chosen(noisy, time, past):
         if strength.interval is None:
-            return combined(noisy, time)[1]
+            return combined(noisy, time, past)[0]
         inside = (strength.interval[0] <= time) & (time <= strength.interval[1])
         if conditional is None:
-            return jnp.where(inside, *combined(noisy, time)[::-1])
-        return jax.lax.cond(inside, lambda: combined(noisy, time)[1], lambda: conditional(noisy, time))
+            pairs = combined(noisy, time, past)
+            return jax.tree.map(lambda *pair: jnp.where(inside, *pair), *pairs)
+        return jax.lax.cond(inside, lambda: combined(noisy, time, past)[0], lambda: (conditional(noisy, time), past))
+
+    def denoise(noisy, time, *past):
+        if strength.momentum is None:
+            return chosen(noisy, time, None)[0]
+        if not past:
+            raise UserError("guidance with momentum has a past; sample it with Remembering(solver=...)")
+        return chosen(noisy, time, *past)
 
     return denoise
 
@@ -210,17 +233,29 @@ class _Projection(NamedTuple):
     mean: Mean
     parallel: AnyArray
     largest: AnyArray | None
+    momentum: AnyArray | None
 
-    def __call__(self, step: Array, predicted: Array, noisy: Array, time: Array) -> Array:
-        """A difference of predictions, which is one of the data times a number: directions are the same."""
+    def __call__(
+        self, step: Array, predicted: Array, noisy: Array, time: Array, past: Array | None
+    ) -> tuple[Array, Array | None]:
+        """A difference of predictions, which is one of the data times a number: directions are the same.
+
+        With the past comes that of the next step. Of pure noise some predictions say nothing of the data: there the
+        difference is all there is, and isn't remembered.
+        """
+        if past is not None and self.momentum is not None:
+            determinant = self.prediction.determinant(self.process, time)
+            of_data = jnp.where(jnp.abs(determinant) > LEAST_ALPHA, self.process.sigma(time) / determinant, 0.0)
+            past = of_data * step + jnp.asarray(self.momentum) * past
+            step = jnp.where(of_data == 0, step, past / jnp.where(of_data == 0, 1.0, of_data))
         x = noisy / self.process.input_scale(time)
         data = Prediction.estimate(self.prediction, self.process, x, predicted, time).data  # of values alone
         along = self.mean(step * data) / jnp.maximum(self.mean(data * data), 1e-12)
         changed = step + (self.parallel - 1) * along * data
         if self.largest is None:
-            return changed
+            return changed, past
         length = self.prediction.data_error(self.process, time) * jnp.sqrt(self.mean(step * step))
-        return jnp.minimum(1.0, self.largest / jnp.maximum(length, 1e-12)) * changed
+        return jnp.minimum(1.0, self.largest / jnp.maximum(length, 1e-12)) * changed, past
 
 
 def _combined(
@@ -230,21 +265,25 @@ def _combined(
     time: Array,
     projection: _Projection | None,
     mean: Mean,
-) -> Array:
-    """The equations of the module's docstring."""
+    past: Array | None,
+) -> tuple[Array, Array | None]:
+    """The equations of the module's docstring, and the past of the next step."""
     c, u = predictions[:2]
     if projection is None:
         found = u + strength.scale * (c - u)
     else:
-        found = c + (strength.scale - 1) * projection(c - u, c, noisy, time)
+        step, past = projection(c - u, c, noisy, time, past)
+        found = c + (strength.scale - 1) * step
     if strength.image is not None:
         step = u - predictions[2]
-        found = found + (strength.image - 1) * (step if projection is None else projection(step, c, noisy, time))
+        found = found + (strength.image - 1) * (
+            step if projection is None else projection(step, c, noisy, time, None)[0]
+        )
     if strength.rescale is not None:
         deviation = _deviation(found, mean)
         ratio = jnp.where(deviation > 0, _deviation(c, mean) / jnp.where(deviation > 0, deviation, 1.0), 1.0)
         found = found * (strength.rescale * ratio + 1 - strength.rescale)
-    return found
+    return found, past
 
 
 def _deviation(values: Array, mean: Mean) -> Array:

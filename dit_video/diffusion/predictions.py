@@ -23,8 +23,9 @@ from dit_video.errors import UserError
 Denoise = Callable[[Float[Array, "*shape"], Float[Array, "*time"]], Float[Array, "*shape"]]
 """`denoise(noisy, time) -> prediction`: all that diffusion knows of a model."""
 
-Estimator = Callable[[Float[Array, "*shape"], Float[Array, ""]], Estimate]
-"""`estimate(noisy, time)`: a `denoise` whose prediction was taken apart, of which solvers are made."""
+Estimator = Callable[..., Estimate]
+"""`estimate(noisy, time)`: a `denoise` whose prediction was taken apart, of which solvers are made. That of a `denoise`
+which remembers has the past as a third argument; see `Remembering`."""
 
 
 class Coefficients(NamedTuple):
@@ -183,8 +184,10 @@ class Preconditioned(Prediction):
 def estimator(denoise: Denoise, process: Process, prediction: Prediction) -> Estimator:
     """What a model says of the data and the noise in a noisy value."""
 
-    def estimate(noisy, time):
-        predicted = denoise(process.input_scale(time) * noisy, time)
-        return prediction.estimate(process, noisy, predicted.astype(noisy.dtype), time)
+    def estimate(noisy, time, *past):
+        predicted, following = denoise(process.input_scale(time) * noisy, time, *past), None
+        if past:
+            predicted, following = predicted
+        return prediction.estimate(process, noisy, predicted.astype(noisy.dtype), time)._replace(past=following)
 
     return estimate

@@ -25,6 +25,8 @@ class Estimate(NamedTuple):
     variance: Float[Array, "*shape"] | None = None
     """where the model predicts one: how far between the posterior's two bounds, from 0 to 1, in logarithms; see
     `LearnedVariance`"""
+    past: Float[Array, "*shape"] | None = None
+    """where the model remembers: what it is to be given in the next step; see `Remembering`"""
 
 
 class Normal(NamedTuple):

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float
 
 from dit_video.errors import UserError
 
@@ -24,15 +24,15 @@ def check_steps(steps: int) -> None:
         raise UserError(f"sampling takes at least 1 step, not {steps}")
 
 
-def on_device(values: np.ndarray) -> Float32[Array, " times"]:
-    """Times in float32. Other conversions compile a program for each number of steps."""
-    return jax.device_put(values.astype(np.float32))
+def on_device(values: np.ndarray) -> Float[Array, " times"]:
+    """Times in float32, or in float64 if JAX has it. Other conversions compile a program for each number of steps."""
+    return jax.device_put(values.astype(jax.dtypes.canonicalize_dtype(np.float64)))
 
 
 def ending(times: np.ndarray, told: np.ndarray, last: float = 0.0) -> SampleTimes:
     """Times of the steps' starts, with a last one, of which the model is told 0."""
 
-    def closed(values: np.ndarray, end: float) -> Float32[Array, " times"]:
+    def closed(values: np.ndarray, end: float) -> Float[Array, " times"]:
         return on_device(np.append(values, end))
 
     return SampleTimes(closed(times, last), closed(told, 0.0))

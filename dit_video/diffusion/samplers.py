@@ -15,6 +15,7 @@ from dit_video.diffusion.ancestral import Ddim, Ddpm, Lcm
 from dit_video.diffusion.dpm_solver import DpmMultistep, DpmSinglestep
 from dit_video.diffusion.predictions import Denoise, Estimator, Prediction, Velocity, estimator
 from dit_video.diffusion.process import Process
+from dit_video.diffusion.remembering import Remembering
 from dit_video.diffusion.solvers import Euler, Heun, Interval, Solver
 from dit_video.diffusion.unipc import UniPc
 from dit_video.diffusion.watched import Trace, Watched
@@ -65,7 +66,7 @@ def sample(
     times: Float[Array, " times"],
     *,
     process: Process,
-    solver: Sampler,
+    solver: Sampler | Remembering,
     prediction: Prediction = Velocity(),  # noqa: B008 (a value)
     told: Float[Array, " times"] | None = None,
     draw: Draw | None = None,
@@ -95,7 +96,7 @@ def trace(
     times: Float[Array, " times"],
     *,
     process: Process,
-    solver: Sampler,
+    solver: Sampler | Remembering,
     prediction: Prediction = Velocity(),  # noqa: B008 (a value)
     told: Float[Array, " times"] | None = None,
     draw: Draw | None = None,
@@ -146,4 +147,4 @@ def _told(denoise: Denoise, times: Float[Array, " times"], told: Float[Array, " 
     """`denoise`, given another time; solvers evaluate it at the grid's times alone."""
     if told is None:
         return denoise
-    return lambda noisy, time: denoise(noisy, told[jnp.argmin(jnp.abs(times - time), axis=0)])
+    return lambda noisy, time, *past: denoise(noisy, told[jnp.argmin(jnp.abs(times - time), axis=0)], *past)

@@ -83,8 +83,8 @@ class Watched(Solver):
     def _step(self, estimate: Estimator, process: Process, state: WatchedState, interval: Interval) -> WatchedState:
         found = []
 
-        def noted(noisy, time):
-            found.append(estimate(noisy, time))
+        def noted(noisy, time, *past):
+            found.append(estimate(noisy, time, *past))
             return found[-1]
 
         following = self.solver.step(noted, process, state.solver, interval)

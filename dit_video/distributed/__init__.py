@@ -1,15 +1,35 @@
-"""Many devices: the mesh, and path rules that lay arrays out on it."""
+"""Many devices: the mesh, path rules that lay arrays out on it, and attention over it."""
 
-from dit_video.distributed.mesh import AXES, MeshConfig, make_mesh
-from dit_video.distributed.rules import DEFAULT_RULES, ShardingRules, batch_sharding, row_shards, shard_batch, shardings
+from dit_video.distributed.checks import check_denoiser
+from dit_video.distributed.context import OverDevices, over_devices
+from dit_video.distributed.mesh import AXES, ContextAttention, MeshConfig, Slices, make_mesh
+from dit_video.distributed.ring import Ring
+from dit_video.distributed.rules import (
+    DEFAULT_RULES,
+    RowPart,
+    ShardingRules,
+    batch_sharding,
+    batch_shardings,
+    row_shards,
+    shard_batch,
+    shardings,
+)
 
 __all__ = [
     "AXES",
     "DEFAULT_RULES",
+    "ContextAttention",
     "MeshConfig",
+    "OverDevices",
+    "Ring",
+    "RowPart",
     "ShardingRules",
+    "Slices",
     "batch_sharding",
+    "batch_shardings",
+    "check_denoiser",
     "make_mesh",
+    "over_devices",
     "row_shards",
     "shard_batch",
     "shardings",

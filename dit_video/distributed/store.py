@@ -40,5 +40,5 @@ class Store:
         while missing := names - (found := self.read()).keys():
             if time.monotonic() > until:
                 raise TimeoutError(", ".join(sorted(missing)))
-            time.sleep(0.05)
+            time.sleep(0.1)
         return found

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from dit_video.dit.conditioning import CrossAttention, JointAttention
 from dit_video.dit.config import DitConfig
-from dit_video.nn import Attention, Init, Linear, RmsNorm, Tokens, layer_norm, make_attention, modulate
+from dit_video.nn import Attention, Fused, Init, Linear, RmsNorm, Tokens, layer_norm, make_attention, modulate
 from dit_video.nn.attention import BiasTable
 from dit_video.tokens import rotate, to_tokens
 
@@ -47,6 +47,8 @@ class Stream(nnx.Module):
 
     end: ClassVar[Init] = "xavier"
     """how what is added to the stream begins"""
+    fused: Fused | None = None
+    """where the weights of queries, keys and values lie, on several devices"""
 
     def __init__(self, config: DitConfig, *, per_token: bool, rngs: nnx.Rngs):
         self._add_modulation(config, per_token, rngs)
@@ -91,7 +93,7 @@ class Stream(nnx.Module):
         self, x: Float[Array, "B N D"], angles: Float[Array, "B N half"] | None
     ) -> tuple[Float[Array, "B N K d"], Float[Array, "B N K d"], Float[Array, "B N K d"]]:
         """Queries, keys and values; without angles queries and keys aren't turned."""
-        qkv = self.qkv(x).reshape(*x.shape[:2], 3, -1)
+        qkv = self.qkv.parts(x, 3, self.fused)
         q = into_heads(qkv[:, :, 0], self.query_norm, self.heads)
         k = into_heads(qkv[:, :, 1], self.key_norm, self.heads)
         if angles is not None:
@@ -151,7 +153,7 @@ class Block(Stream):
 
     def _cross_attention(self, x, segments, context, context_segments):
         q = into_heads(self.cross_query(x), self.cross_query_norm, self.heads)
-        key_value = self.cross_key_value(context).reshape(*context.shape[:2], 2, -1)
+        key_value = self.cross_key_value.parts(context, 2, self.fused)
         k = into_heads(key_value[:, :, 0], self.cross_key_norm, self.heads)
         v = into_heads(key_value[:, :, 1], None, self.heads)
         mixed = self.cross(q, k, v, Tokens(segments, context_segments))

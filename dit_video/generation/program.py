@@ -56,7 +56,7 @@ def program_of(
                 context=context.values,
                 context_segments=context.segments,
                 count=rows.examples.shape[1],
-                given=given.given,
+                given=given.given._replace(labels=context.classes(rows.examples.shape[1])),
             )
             return given.held(denoise, process)
 

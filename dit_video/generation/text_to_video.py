@@ -26,6 +26,7 @@ from dit_video.diffusion import (
     Prediction,
     Process,
     Projected,
+    Remembering,
     Sampler,
     SampleTimes,
     Strength,
@@ -242,7 +243,8 @@ def _sampled(
     denoiser: Denoiser, batch: Batch, group: Group, sampling: Sampling, grid: SampleTimes, *, recorded: bool
 ) -> WatchedState:
     """The last state, by each expert in its turn."""
-    solver = Watched(solver=sampling.solver, recorded=recorded)
+    remembers = sampling.full_guidance.remembers
+    solver = Watched(solver=Remembering(solver=sampling.solver) if remembers else sampling.solver, recorded=recorded)
     state = solver.init(denoiser.process.start(jnp.asarray(batch.branches[0][0].tokens)), steps=sampling.steps)
     together = sampling.branches == "together"
     program = program_of(denoiser.dit, denoiser.text, denoiser.process, denoiser.prediction, solver, together)
@@ -250,7 +252,7 @@ def _sampled(
     for stage in _stages(denoiser.boundary, sampling, np.asarray(grid.told)):
         params = {"dit": denoiser.params[stage.expert], "text": denoiser.params["text"]}
         strength = stage.strength
-        if strength is not None and not group.inside and stage.alone:
+        if strength is not None and not group.inside and stage.alone and not remembers:
             strength = None
         given = batch if strength is not None or group.inside else batch._replace(branches=batch.branches[:1])
         times = SampleTimes(*(jnp.asarray(_padded(values, stage.start, stage.stop, room)) for values in grid))

@@ -4,7 +4,7 @@ from dit_video.nn.attention import Attention, Backend, Tokens, make_attention
 from dit_video.nn.container import Make, checked_params, completed_params, graph_of, init_params, param_shapes
 from dit_video.nn.conv import CausalConv, Form, Memory, Past, choose_form, with_past
 from dit_video.nn.embeddings import sinusoidal
-from dit_video.nn.linear import Init, Linear
+from dit_video.nn.linear import Fused, Init, Linear
 from dit_video.nn.lora import LoraConfig, LowRank, attach_lora, init_lora, merge_lora, scaled
 from dit_video.nn.modulation import modulate
 from dit_video.nn.norms import GroupNorm, LayerNorm, RmsNorm, layer_norm
@@ -15,6 +15,7 @@ __all__ = [
     "Backend",
     "CausalConv",
     "Form",
+    "Fused",
     "GroupNorm",
     "Init",
     "LayerNorm",

@@ -1,6 +1,7 @@
 """Linear maps on the last axis."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,9 @@ from jax.custom_derivatives import linear_call
 from jaxtyping import Array, Float
 
 Init = Literal["xavier", "zero", "normal"]
+
+Fused = Callable[[Float[Array, "i o"], int], Float[Array, "i parts n"]]
+"""Takes the weights of several maps in one apart, and says where they lie on devices; no value changes."""
 
 
 def initial(init: Init, key: Array, shape: tuple[int, ...], *, fan: tuple[int, int]) -> Float[Array, "..."]:
@@ -49,14 +53,24 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
         kernel, bias = self.kernel[...], None if self.bias is None else self.bias[...]
-        x_flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-        if kernel.dtype == self.dtype:
-            y = x_flat @ kernel
-            y = y if bias is None else y + bias.astype(self.dtype)
-        else:
-            y = _product(x_flat, kernel)
-            y = y if bias is None else _sum(y, bias)
+        y = self._of(x.reshape(-1, x.shape[-1]).astype(self.dtype), kernel, bias)
         return y.reshape(*x.shape[:-1], kernel.shape[1])
+
+    def parts(self, x: Float[Array, "*batch i"], count: int, fused: Fused | None) -> Float[Array, "*batch {count} n"]:
+        """Its outputs as those of `count` maps of equal width, whose weights lie where `fused` says."""
+        kernel, bias = self.kernel[...], None if self.bias is None else self.bias[...].reshape(count, -1)
+        if fused is None or not isinstance(kernel, jax.Array):  # adapted kernels are products of their own
+            return self(x).reshape(*x.shape[:-1], count, -1)
+        kernels, x_flat = fused(kernel, count), x.reshape(-1, x.shape[-1]).astype(self.dtype)
+        parts = [self._of(x_flat, kernels[:, at], None if bias is None else bias[at]) for at in range(count)]
+        return jnp.stack(parts, axis=1).reshape(*x.shape[:-1], count, -1)
+
+    def _of(self, x: Float[Array, "n i"], kernel: Any, bias: Float[Array, " o"] | None) -> Float[Array, "n o"]:
+        if kernel.dtype == self.dtype:
+            y = x @ kernel
+            return y if bias is None else y + bias.astype(self.dtype)
+        y = _product(x, kernel)
+        return y if bias is None else _sum(y, bias)
 
 
 @jax.custom_jvp

@@ -8,7 +8,8 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
-from dit_video.distributed import MeshConfig, abstract_mesh, check_denoiser, make_mesh
+from dit_video.distributed import MeshConfig, check_denoiser, make_mesh
+from dit_video.distributed.mesh import AnyMesh, abstract_mesh
 from dit_video.distributed.planner import (
     CompiledStep,
     Memory,
@@ -20,6 +21,7 @@ from dit_video.distributed.planner import (
     compile_step,
     estimate,
     held,
+    measured_peak,
     step_times,
 )
 from dit_video.errors import UserError
@@ -128,7 +130,7 @@ class Plan:
         if self.unknown_loops:
             yield f"    {self.unknown_loops} loops that the data end are counted as one turn"
         for part in self.moved:
-            yield f"  {part.kind:<18} over {' x '.join(part.axes):<14} {_size(part.bytes):>10}, {part.times} times"
+            yield f"  {part.kind:<18} over {_axes(part):<18} {_size(part.bytes):>10}, {part.times} times"
         if self.times is None:
             return
         yield (
@@ -143,6 +145,10 @@ class Plan:
                 f"{self.steps:,} steps: {hours:,.0f} chip-hours{cost}"
             )
         yield f"  hardware: {chip.source}" + (f"; price: {chip.price_source}" if chip.price_source else "")
+
+
+def _axes(part: Moved) -> str:
+    return " x ".join(part.axes).replace("part of x ", "part of ")
 
 
 def _clips(clips: Sequence[int]) -> str:
@@ -183,7 +189,7 @@ def with_dit(experiment: Experiment, **changes: Any) -> Experiment:
     return dataclasses.replace(experiment, denoiser=dataclasses.replace(denoiser, dit=dit))
 
 
-def mesh_for(experiment: Experiment, topology: Topology, config: MeshConfig, part: Part) -> tuple[Mesh, bool]:
+def mesh_for(experiment: Experiment, topology: Topology, config: MeshConfig, part: Part) -> tuple[AnyMesh, bool]:
     """The mesh of a run on a topology, and whether a program can be compiled for it.
 
     Raises:
@@ -212,6 +218,7 @@ def plan_experiment(
     clips: int | None = None,
     steps: int | None = None,
     price: float | None = None,
+    measure: bool = False,
 ) -> Plan:
     """Compile a part of an experiment for a topology, and say what it needs.
 
@@ -223,6 +230,7 @@ def plan_experiment(
       clips: in each row, all equally long; as many of the largest as fit by default.
       steps: to be paid for; the experiment's by default. Of a sampler, batches.
       price: of a chip for an hour, instead of the table's.
+      measure: whether to run a step, and ask the devices how much they held; where the hardware is here.
 
     Raises:
       MissingError: libtpu, where it is needed, is not installed.
@@ -273,10 +281,17 @@ def plan_experiment(
         times=times if over is None else None,
         compile_seconds=0.0 if compiled is None else compiled.seconds,
         unknown_loops=0 if compiled is None or compiled.program is None else compiled.program.unknown_loops,
-        device_peak=None,
+        device_peak=_measured(planned, laid, topology, fits) if measure else None,
         steps=getattr(training, "steps", 1) if steps is None else steps,
         price=topology.chip.price if price is None else price,
     )
+
+
+def _measured(planned: PlannedStep, mesh: Any, topology: Topology, fits: bool) -> int | None:
+    here = isinstance(mesh, Mesh) and mesh.devices.flat[0] in jax.devices()
+    if not here:
+        raise UserError(f"a step is measured where it can run, and {topology} is not here; leave out --measure")
+    return measured_peak(planned.step, planned.arguments) if fits else None
 
 
 def _rows_of(planned: PlannedStep, part: Part) -> int:

@@ -11,13 +11,14 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from dit_video.autoencoder import latent_grid
 from dit_video.data.windows import WindowConfig
 from dit_video.diffusion import SampleTimes, Watched
 from dit_video.distributed import batch_shardings, over_devices, row_shards, shardings
+from dit_video.distributed.mesh import AnyMesh
 from dit_video.distributed.planner import Step
 from dit_video.dit.flops import attention_flops, forward_flops
 from dit_video.errors import UserError
@@ -27,7 +28,7 @@ from dit_video.generation.program import program_of, steps_of_program
 from dit_video.generation.rows import Group, Packer
 from dit_video.nn import graph_of, init_lora, init_params
 from dit_video.starting import loss_parts, optimizer_of, shares_of
-from dit_video.text import FrozenTextConfig
+from dit_video.text import ByteEncoderConfig, FrozenTextConfig
 from dit_video.tokens import Grid, empty_row
 from dit_video.training.adversarial import make_adversarial_step
 from dit_video.training.denoiser import DenoiserLoss
@@ -40,6 +41,9 @@ from dit_video.tree import flatten
 
 Part = Literal["denoiser", "autoencoder", "sampler"]
 """What of an experiment: the training steps of its two models, or the sampler's program"""
+
+_PADDING = 64
+"""What is left of a row is padding if it is a smaller part than this."""
 
 
 class PlannedStep(NamedTuple):
@@ -60,8 +64,8 @@ class PlannedStep(NamedTuple):
 
 
 def clips_of(experiment: Experiment, count: int | None = None) -> list[int]:
-    """Tokens of the clips that fill a row: as many of the largest as there is room for, and what is left; or `count`
-    equal ones.
+    """Tokens of the clips that fill a row: as many of the largest as there is room for, and what is left, unless that
+    is a small part, and padding; or `count` equal ones.
 
     Raises:
       UserError: more clips than a row has room for.
@@ -77,11 +81,11 @@ def clips_of(experiment: Experiment, count: int | None = None) -> list[int]:
     frames = latent_grid(Grid(experiment.data.max_frames, *multiple[1:]), stride).t
     largest = min(frames * (experiment.data.max_pixels // (multiple.h * multiple.w)), rows.tokens)
     whole, rest = divmod(rows.tokens, largest)
-    clips = [largest] * whole + [rest] * (rest > 0)
+    clips = [largest] * whole + [rest] * (rest * _PADDING > rows.tokens)
     return clips[: rows.segments]
 
 
-def plan_step(experiment: Experiment, part: Part, mesh: Mesh, *, clips: Sequence[int]) -> PlannedStep:
+def plan_step(experiment: Experiment, part: Part, mesh: AnyMesh, *, clips: Sequence[int]) -> PlannedStep:
     """The step of a part of an experiment, on a mesh; its rows hold clips of so many tokens.
 
     Raises:
@@ -96,7 +100,7 @@ def plan_step(experiment: Experiment, part: Part, mesh: Mesh, *, clips: Sequence
             return _autoencoder(experiment, mesh)
 
 
-def _denoiser(experiment: Experiment, mesh: Mesh, clips: Sequence[int]) -> PlannedStep:
+def _denoiser(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int]) -> PlannedStep:
     config = experiment.denoiser
     make = over_devices(config.dit.make, mesh, experiment.mesh.context_attention)
     base = DenoiserLoss(
@@ -182,7 +186,7 @@ def _laid(shapes: PyTree, layouts: PyTree) -> PyTree:
     )
 
 
-def on_mesh(state: PyTree, mesh: Mesh | jax.sharding.AbstractMesh) -> PyTree:
+def on_mesh(state: PyTree, mesh: AnyMesh) -> PyTree:
     """A state's shapes, laid out as a run lays them out."""
     return _laid(state, shardings(state, mesh))
 
@@ -190,7 +194,7 @@ def on_mesh(state: PyTree, mesh: Mesh | jax.sharding.AbstractMesh) -> PyTree:
 def _known(config: DenoiserTraining, clips: Sequence[int], *, training: bool, copies: int = 1) -> Step:
     """What is counted of a denoiser's step; each clip has as long a text as there is room for."""
     dit, text = config.dit, min(config.text.max_tokens, config.rows.text // max(1, len(clips)))
-    if not isinstance(config.text, FrozenTextConfig):
+    if isinstance(config.text, ByteEncoderConfig):
         text = -(-text // config.text.patch)
     grids = [Grid(1, 1, clip) for clip in clips]
     texts = [text] * len(clips)
@@ -209,7 +213,7 @@ def _known(config: DenoiserTraining, clips: Sequence[int], *, training: bool, co
     )
 
 
-def _sampler(experiment: Experiment, mesh: Mesh, clips: Sequence[int]) -> PlannedStep:
+def _sampler(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int]) -> PlannedStep:
     config, sampling = experiment.denoiser, experiment.sampling
     make = over_devices(config.dit.make, mesh, experiment.mesh.context_attention)
     guidance = sampling.full_guidance
@@ -250,7 +254,7 @@ def _sampler(experiment: Experiment, mesh: Mesh, clips: Sequence[int]) -> Planne
     return PlannedStep(program, arguments, flops, turns=sampling.steps, known=known, layer_bytes=layers)
 
 
-def _laid_rows(shapes: PyTree, mesh: Mesh, rows: int) -> PyTree:
+def _laid_rows(shapes: PyTree, mesh: AnyMesh, rows: int) -> PyTree:
     """Rows split as a batch's are, tokens too; what has no rows lies whole everywhere."""
     parts, ranks = row_shards(mesh), mesh.shape["context"]
 
@@ -264,7 +268,7 @@ def _laid_rows(shapes: PyTree, mesh: Mesh, rows: int) -> PyTree:
     return jax.tree.map(layout, shapes)
 
 
-def _autoencoder(experiment: Experiment, mesh: Mesh) -> PlannedStep:
+def _autoencoder(experiment: Experiment, mesh: AnyMesh) -> PlannedStep:
     config = experiment.autoencoder
     if isinstance(config, GivenAutoencoder):
         raise UserError("the autoencoder of this experiment is given, not trained; plan its denoiser or its sampler")

@@ -5,7 +5,8 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, get_args
 
-from dit_video.distributed import AXES, MeshConfig, abstract_mesh, check_denoiser, row_shards
+from dit_video.distributed import AXES, MeshConfig, check_denoiser, row_shards
+from dit_video.distributed.mesh import abstract_mesh
 from dit_video.distributed.planner import Topology, estimate, held, step_times
 from dit_video.errors import UserError
 from dit_video.experiment import Experiment
@@ -16,6 +17,8 @@ from dit_video.planning.steps import Part, clips_of, on_mesh, plan_step
 _SLACK = 1.25
 """How much more than a device's memory a candidate may be estimated at: estimates are rough, the compiler decides."""
 _ROWS = (1, 2, 4, 8)
+_LIKE_OTHERS = ("dots", "offload")
+"""Policies that are not tried: one keeps scores of attention too, one keeps in the host what `dots_no_batch` does."""
 
 
 class Candidate(NamedTuple):
@@ -116,7 +119,7 @@ def candidates(
     devices, there = devices_of(topology)
     number = len(devices) if there else topology.chips
     limit = topology.chip.memory * topology.chips // number
-    remats = [remat for remat in get_args(Remat) if remat in ("none", "full")] if part == "denoiser" else ["none"]
+    remats = [remat for remat in get_args(Remat) if remat not in _LIKE_OTHERS] if part == "denoiser" else ["none"]
     one = plan_step(experiment, part, abstract_mesh(MeshConfig(), 1), clips=clips_of(experiment, clips))
     assert one.known is not None
     for mesh in meshes(experiment, number):

@@ -1,13 +1,14 @@
 """Tokenizers and text encoders."""
 
 from dit_video.text.bytes import ByteEncoder, ByteEncoderConfig, ByteTokenizer
+from dit_video.text.classes import ClassNames, ClassNamesConfig, ClassTokenizer
 from dit_video.text.embedder import Embedder, EncoderConfig
 from dit_video.text.frozen import FrozenText, FrozenTextConfig
 from dit_video.text.interface import Context, TextEncoder, TextEncoderConfig, TextTokens, Tokenizer
 from dit_video.text.t5 import T5Config, T5Encoder
 from dit_video.text.tokenizer import TOKENIZER_FILES, PretrainedTokenizer, clean, holds_tokenizer
 
-TextConfig = ByteEncoderConfig | FrozenTextConfig
+TextConfig = ByteEncoderConfig | FrozenTextConfig | ClassNamesConfig
 """The encoders that a denoiser is trained with."""
 
 __all__ = [
@@ -15,6 +16,9 @@ __all__ = [
     "ByteEncoder",
     "ByteEncoderConfig",
     "ByteTokenizer",
+    "ClassNames",
+    "ClassNamesConfig",
+    "ClassTokenizer",
     "Context",
     "Embedder",
     "EncoderConfig",

@@ -7,6 +7,7 @@ its work on the host: its tokens are embeddings, and the module hands them on.
 from collections.abc import Callable
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int, Int32, Shaped
@@ -20,9 +21,19 @@ Tokenizer = Callable[[str], TextTokens]
 class Context(NamedTuple):
     """What a denoiser attends to. An encoder may make fewer context tokens than it was given text tokens."""
 
-    values: Float[Array, "B M E"]
-    segments: Int[Array, "B M"]
+    values: Float[Array, "B M E"] | None
+    segments: Int[Array, "B M"] | None
     """as in `Rows`: 0 is padding"""
+    labels: Int[Array, "B S"] | None = None
+    """instead of values, of captions that are classes: one token each"""
+    label_segments: Int[Array, "B S"] | None = None
+
+    def classes(self, count: int) -> Int[Array, "B {count}"] | None:
+        """The class of each of up to `count` segments, where captions are classes; 0 of one that does not exist."""
+        if self.labels is None or self.label_segments is None:
+            return None
+        member = self.label_segments[..., None] == jnp.arange(1, count + 1)
+        return jnp.where(member, self.labels[..., None], 0).sum(axis=1)
 
 
 @runtime_checkable

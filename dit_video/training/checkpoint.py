@@ -12,14 +12,16 @@ import json
 import logging
 import math
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, UInt32
 
@@ -31,6 +33,11 @@ from dit_video.training.keeping import Keep, Preservation
 
 FORMAT = 1
 
+_STORAGE = re.compile(
+    r"OS error|No space left|File too large|Read-only|[Pp]ermission|[Qq]uota|RESOURCE_EXHAUSTED|PERMISSION_DENIED"
+    r"|UNAVAILABLE|UNAUTHENTICATED|[Cc]redentials"
+)
+"""What tensorstore says of a place that doesn't take what is written: its errors have no kinds of their own."""
 _ORBAX = os.path.dirname(ocp.__file__)
 
 # Orbax reports each of its steps to the logger it shares with other packages, so its records are dropped by origin.
@@ -43,10 +50,11 @@ class Checkpoints:
     """The checkpoints of one run, in one folder; `keep` says which stay. Nothing is touched before the first save."""
 
     def __init__(self, folder: str | os.PathLike, *, keep: Keep = Keep()) -> None:  # noqa: B008  # it is frozen
-        self.folder = Path(folder).absolute()
+        self.folder = _place(folder)
         self.keep = keep
         self._writer: ocp.CheckpointManager | None = None
         self._unreadable: set[int] = set()
+        self._writing = 0
         self._metrics: dict[int, Mapping[str, float] | None] = {}
 
     def save(
@@ -60,13 +68,15 @@ class Checkpoints:
           metrics: by which the best checkpoints are known.
 
         Raises:
-          UserError: the folder has a checkpoint of this step or a later one, which is not of this run's past.
+          UserError: the folder has a checkpoint of this step or a later one, which is not of this run's past; it, or
+            the save before, can't be written (no room, no right, no way to it).
           TypeError: JSON cannot hold `meta`.
         """
         self.wait()
-        writer = self._open()
-        for other in sorted(self._unreadable & set(writer.all_steps())):
-            writer.delete(other)
+        with self._told(step):
+            writer = self._open()
+            for other in sorted(self._unreadable & set(writer.all_steps())):
+                writer.delete(other)
         self._unreadable.clear()
         newest = writer.latest_step()
         if newest is not None and newest >= step:
@@ -80,22 +90,36 @@ class Checkpoints:
         self._metrics[step] = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
         told = {"metrics": self._metrics[step], "code": code_version(), "meta": dict(meta)}
         document = json.loads(json.dumps({"format": FORMAT, "arrays": table, **told}))
-        saved = writer.save(
-            step,
-            args=ocp.args.Composite(
-                # Orbax cannot write an array without values; its shape and dtype are in the table.
-                state=ocp.args.StandardSave(trees.unflatten({path: a for path, a in arrays.items() if a.size})),
-                meta=ocp.args.JsonSave(document),
-            ),
-            force=True,
+        args = ocp.args.Composite(
+            # Orbax cannot write an array without values; its shape and dtype are in the table.
+            state=ocp.args.StandardSave(trees.unflatten({path: a for path, a in arrays.items() if a.size})),
+            meta=ocp.args.JsonSave(document),
         )
+        self._writing = step
+        with self._told(step):
+            saved = writer.save(step, args=args, force=True)
         if not saved:
             raise RuntimeError(f"the checkpoint of step {step} was not saved")
 
     def wait(self) -> None:
         """Return when all saves are on disk; raise what went wrong with them."""
         if self._writer is not None:
-            self._writer.wait_until_finished()
+            with self._told(self._writing):
+                self._writer.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _told(self, step: int) -> Iterator[None]:
+        """Tell what a disk, or a place that takes the files, has against them. The checkpoints before stay."""
+        try:
+            yield
+        except Exception as error:  # OSErrors, and what orbax and tensorstore make of them
+            of_jax = isinstance(error, jax.errors.JaxRuntimeError)  # of another process, say
+            if of_jax or not (isinstance(error, OSError) or _STORAGE.search(str(error))):
+                raise
+            raise UserError(
+                f"the checkpoint of step {step} cannot be written to {self.folder} ({_line(error)}); those before it "
+                "are intact: make room or give the right to write, and the same command goes on from them"
+            ) from error
 
     def latest(self) -> int | None:
         """The newest complete checkpoint's step, or None. One that `restore` found unreadable does not count."""
@@ -215,6 +239,25 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(create=False, **options),
             item_handlers={"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
         )
+
+
+def _place(folder: str | os.PathLike) -> Path:
+    """A folder of this machine, or an address such as gs://bucket/run, which Orbax writes by itself.
+
+    Raises:
+      UserError: no package for such addresses.
+    """
+    if "://" not in str(folder):
+        return Path(folder).absolute()
+    try:
+        place = epath.Path(str(folder))
+        place.exists()
+    except (ImportError, KeyError, NotImplementedError, ValueError) as error:
+        raise UserError(
+            f"{folder} cannot be opened ({_line(error)}); install what reads such addresses, such as gcsfs for gs://, "
+            "or use a folder"
+        ) from error
+    return cast(Path, place)
 
 
 @jax.jit

@@ -29,7 +29,7 @@ class DenoiserLoss:
     The metrics are `padding`, the share of tokens that are no clip's, `masked`, the share of clips that could not be
     read and do not count, and the loss by diffusion times, `loss_t0-0.25` and so on. Parameters are `{"dit": ...,
     "text": ...}`: the text encoder is trained with the denoiser, unless it is a frozen one, which has none: then rows
-    hold its embeddings.
+    hold its embeddings; or captions are classes (`ClassNames`).
     """
 
     dit: nnx.GraphDef
@@ -75,7 +75,7 @@ class DenoiserLoss:
             context=context.values,
             context_segments=context.segments,
             count=count,
-            given=_given(dit.config, rows, known, count=count),
+            given=_given(dit.config, rows, known, count=count)._replace(labels=context.classes(count)),
         )
         clean = known if dit.config.time == "token" else None
         data, time = jnp.asarray(rows.tokens), self.token_times(rows, step)

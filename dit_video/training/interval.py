@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
+from dit_video.arrays import AnyArray
 from dit_video.errors import UserError
 from dit_video.training.skipped import SkippedLog
 from dit_video.training.step import Ratio
@@ -17,7 +18,7 @@ _AHEAD = 2
 """How many steps may be queued on the device behind the one whose result is awaited."""
 
 Figure = Array | Ratio
-Identify = Callable[[Any], Mapping[str, Array]]
+Identify = Callable[[Any], Mapping[str, AnyArray]]
 """From a batch to small arrays of it that say which one it was."""
 
 
@@ -45,7 +46,7 @@ class Interval:
         self._done = done
         """the step that the first pending metrics follow"""
         self._pending: list[dict[str, Figure]] = []
-        self._batches: list[Mapping[str, Array]] = []
+        self._batches: list[Mapping[str, AnyArray]] = []
         self._looked = 0
         """at so many of the pending metrics, for whether their steps were skipped"""
         self._in_a_row, self._most = 0, most

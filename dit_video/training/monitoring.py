@@ -2,12 +2,16 @@
 
 import math
 import os
+import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from dit_video.errors import MissingError, UserError
+
+_SECONDS = 10
+"""until an entry is in TensorBoard's file"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +73,12 @@ class Logs:
         for log in self._logs:
             log.write(step, values)
 
+    def close(self) -> None:
+        """Those that keep something open."""
+        for log in self._logs:
+            if hasattr(log, "close"):
+                log.close()
+
 
 class TensorBoard:
     """Event files for TensorBoard.
@@ -92,7 +102,10 @@ class TensorBoard:
     def resume(self, step: int) -> None:
         """Later entries that were written before are told to be void."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._writer = self._make(str(self._folder), purge_step=step + 1 if step else None)
+        # Of its own files it tells two of one second apart by nothing else.
+        suffix = f".{uuid.uuid4().hex[:8]}"
+        void = step + 1 if step else None
+        self._writer = self._make(str(self._folder), purge_step=void, filename_suffix=suffix, flush_secs=_SECONDS)
 
     def write(self, step: int, values: Mapping[str, float | int]) -> None:
         """One scalar each; what is not finite is left out."""
@@ -101,7 +114,12 @@ class TensorBoard:
         for name, value in values.items():
             if math.isfinite(value):
                 self._writer.add_scalar(name, float(value), step)
-        self._writer.flush()
+
+    def close(self) -> None:
+        """Have all on disk, which otherwise follows some seconds later."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
 
 
 class WeightsAndBiases:
@@ -141,3 +159,9 @@ class WeightsAndBiases:
         if self._run is None:
             self.resume(0)
         self._run.log({name: value for name, value in values.items() if math.isfinite(value)}, step=step)
+
+    def close(self) -> None:
+        """Have the service know all."""
+        if self._run is not None:
+            self._run.finish()
+            self._run = None

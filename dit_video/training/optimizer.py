@@ -151,7 +151,11 @@ def _adafactor(config: OptimizerConfig, rates: optax.Schedule) -> optax.Gradient
 
 
 def _schedule_free(config: OptimizerConfig, rates: optax.Schedule) -> optax.GradientTransformation:
-    base = optax.adamw(rates, b1=0.0, b2=config.b2, weight_decay=config.weight_decay)
+    base = optax.chain(
+        optax.scale_by_rms(config.b2, eps=1e-8, eps_in_sqrt=False, bias_correction=True),
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale_by_learning_rate(rates),
+    )
     # It counts its steps from 1.
     return optax.contrib.schedule_free(base, lambda step: rates(step - 1), b1=config.b1)
 

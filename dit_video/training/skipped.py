@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Array
 
+from dit_video.arrays import AnyArray
 from dit_video.files import write_text
 from dit_video.tokens import Rows
 
@@ -27,7 +27,7 @@ class SkippedLog:
             *whole, _half = self.path.read_text(encoding="utf-8").split("\n")
             write_text(self.path, "".join(f"{line}\n" for line in whole if json.loads(line)["step"] <= step))
 
-    def write(self, step: int, metrics: Mapping[str, Any], batch: Mapping[str, Array]) -> None:
+    def write(self, step: int, metrics: Mapping[str, Any], batch: Mapping[str, AnyArray]) -> None:
         """Append one; all processes call this, each with its part of the batch's arrays."""
         arrays = {name: _whole(array).tolist() for name, array in batch.items()}
         if jax.process_index():
@@ -38,12 +38,12 @@ class SkippedLog:
             file.write(json.dumps({"step": step, **said, **arrays}) + "\n")
 
 
-def examples_of(batch: Any) -> dict[str, Array]:
+def examples_of(batch: Any) -> dict[str, AnyArray]:
     """Of packed rows the ranks of their examples in the plan of the epochs, `[B G]`, and which of them exist."""
     return {"examples": batch.examples, "valid": batch.valid} if isinstance(batch, Rows) else {}
 
 
-def _whole(array: Array) -> np.ndarray:
+def _whole(array: AnyArray) -> np.ndarray:
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     return np.asarray(array)

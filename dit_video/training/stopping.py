@@ -14,11 +14,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 import jax
 
+from dit_video.distributed.peers import count_step
 from dit_video.distributed.store import Store
-from dit_video.errors import Stopped
+from dit_video.errors import TRY_AGAIN, Stopped
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _POLL = 0.25
@@ -27,9 +29,6 @@ _AGREEMENT = 60.0
 """seconds to wait for the other processes' answers, which their threads give at once"""
 _END = 3600.0
 """Seconds in which all processes end a run that all have saved; `distributed.peers` finds those that never do."""
-TOO_LATE = 75
-"""The exit code where saving took longer than it may: of `sysexits.h`, to try again."""
-
 _numbers = itertools.count()
 
 
@@ -81,6 +80,7 @@ class StopTogether(Stop):
         return self._holds
 
     def passed(self, done: int) -> None:
+        count_step()
         with self._lock:  # which is held while the processes agree
             if self._last is None:
                 self._bound = done + 1
@@ -136,11 +136,12 @@ def signals(done: int, *, within: float) -> Iterator[Stop]:
     Args:
       done: how many steps are done at the start.
       within: seconds after the first signal in which the block has to end, else the process does, with exit code
-        `TOO_LATE`: where a step or a disk hangs, the machine is not waited for until somebody takes it away.
+        `TRY_AGAIN`: where a step or a disk hangs, the machine is not waited for until somebody takes it away.
     """
     stop = Stop() if jax.process_count() == 1 else StopTogether(done)
     limit: list[threading.Timer] = []
-    previous, came = {}, []
+    previous: dict[signal.Signals, Any] = {}
+    came: list[int] = []
 
     def note(number: int, _frame: FrameType | None) -> None:
         if came:
@@ -190,4 +191,4 @@ def _too_late(name: str, within: float) -> None:
         file=sys.stderr,
         flush=True,
     )
-    os._exit(TOO_LATE)
+    os._exit(TRY_AGAIN)

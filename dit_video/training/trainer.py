@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from dit_video.distributed import shard_batch, shardings
+from dit_video.distributed.planner.hardware import peak_flops
 from dit_video.errors import UserError
 from dit_video.training import loop
 from dit_video.training.adversarial import Rival, make_adversarial_step
@@ -131,18 +132,19 @@ class Training:
                 f"the data of {self.folder.parent} are not those of its checkpoint at step {int(state.step)} (plan "
                 f"{meta['plan']}, now {data.hash}); put them back, or start another run"
             )
-        meter = Meter(self.work)
-        return loop.run(
-            self._step(),
-            state,
-            lambda _: _sharded(data, self.mesh, meter),
-            config=self.config,
-            checkpoints=checkpoints,
-            log=Logs((MetricsLog(self.folder / "metrics.jsonl"), *self.logs)),
-            title=self.title,
-            meta={"plan": data.hash, "config": self.resolved},
-            watch=self._watch(meter),
-        )
+        meter = Meter(self.work, peak=peak_flops)
+        with contextlib.closing(Logs((MetricsLog(self.folder / "metrics.jsonl"), *self.logs))) as log:
+            return loop.run(
+                self._step(),
+                state,
+                lambda _: _sharded(data, self.mesh, meter),
+                config=self.config,
+                checkpoints=checkpoints,
+                log=log,
+                title=self.title,
+                meta={"plan": data.hash, "config": self.resolved},
+                watch=self._watch(meter),
+            )
 
     def _watch(self, meter: Meter) -> loop.Watch:
         periodic = self.periodic

@@ -20,6 +20,7 @@ from dit_video.diffusion import (
     Heun,
     Lcm,
     LcmGrid,
+    LearnedVariance,
     Linear,
     Prediction,
     Process,
@@ -138,7 +139,10 @@ def _ddim(given: Mapping[str, Any]) -> Schedule:
 
 def _ddpm(given: Mapping[str, Any]) -> Schedule:
     solver = Ddpm(variance="large" if given["variance_type"] == "fixed_large" else "small")
-    return _schedule(given, solver, _step_grid(given, told="nearest"))
+    found = _schedule(given, solver, _step_grid(given, told="nearest"))
+    if given["variance_type"] != "learned_range":
+        return found
+    return found._replace(prediction=LearnedVariance(prediction=found.prediction, steps=given["num_train_timesteps"]))
 
 
 def _euler(given: Mapping[str, Any]) -> Schedule:

@@ -4,7 +4,7 @@
     python tools/plan.py experiments/configs/wan_1_3b_720p.py --topology v5p:4x4x4
 
 Latents and embedded captions are cached first, by the autoencoder and the text encoder in WAN, a copy of
-Wan-AI/Wan2.1-T2V-1.3B-Diffusers from Hugging Face, of which `vae`, `text_encoder` and `tokenizer` are enough. A row holds one such
+Wan-AI/Wan2.1-T2V-1.3B-Diffusers from Hugging Face: its `vae`, `text_encoder` and `tokenizer`. A row holds one such
 clip, or up to four that are shorter or smaller, and is divided among the devices of `context`.
 
 Not trained here: planned, for v5p:4x4x4 and v6e:8x8, as the README's table of plans says.

@@ -218,5 +218,7 @@ def test_guidance_that_there_is_not(make, message):
 
 
 def test_a_config_comes_back():
-    guidance = Guidance(scale=(3.0, 2.0), interval=(0.2, 0.9), rescale=0.5, projected=Projected(largest=0.06))
+    guidance = Guidance(
+        scale=(3.0, 2.0), interval=(0.2, 0.9), rescale=0.5, projected=Projected(largest=0.06, momentum=-0.5)
+    )
     assert configs.from_json(configs.to_json(guidance)) == guidance

@@ -35,6 +35,25 @@ def test_projected(parallel, largest):
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("momentum", [-0.5, 0.8])
+def test_projected_with_momentum(momentum):
+    """Over four steps, of which each has other predictions."""
+    torch = pytest.importorskip("torch")
+    module = pytest.importorskip("diffusers.guiders.adaptive_projected_guidance")
+    buffer, past = module.MomentumBuffer(momentum), jnp.zeros(NOISY.shape)
+    strength = Guidance(scale=5.0, projected=Projected(parallel=0.3, largest=1.5, momentum=momentum)).strength()
+    for c, u in np.random.default_rng(1).normal(size=(4, 2, *NOISY.shape)).astype(np.float32):
+        threshold = 1.5 * np.sqrt(NOISY[0].size)
+        expected = module.normalized_guidance(
+            torch.from_numpy(c), torch.from_numpy(u), 4.0, buffer, 0.3, threshold, use_original_formulation=True
+        )
+        branches = apart(lambda *_, c=c: jnp.asarray(c), lambda *_, u=u: jnp.asarray(u))
+        denoise = guided(branches, strength, process=RectifiedFlow(), prediction=X0())
+        found, past = denoise(jnp.asarray(NOISY), TIME, past)
+        np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(past, buffer.running_average.numpy(), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("rescale", [0.3, 1.0])
 def test_rescaled(rescale):
     torch = pytest.importorskip("torch")

@@ -1,8 +1,11 @@
+from dataclasses import dataclass
+
 import jax
+import numpy as np
 import pytest
 
-from dit_video.distributed import AXES, MeshConfig, make_mesh
-from dit_video.distributed.mesh import _sizes
+from dit_video.distributed import AXES, MeshConfig, Slices, make_mesh
+from dit_video.distributed.mesh import _sizes, hybrid
 from dit_video.errors import UserError
 
 
@@ -49,3 +52,59 @@ def test_sizes_are_checked_where_they_are_given():
         MeshConfig(tensor=0)
     with pytest.raises(UserError, match="only one mesh axis can be -1, data and fsdp are"):
         MeshConfig(fsdp=-1)
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A device of a TPU pod, as far as a mesh asks."""
+
+    id: int
+    slice_index: int
+    process_index: int = 0
+    platform: str = "none"
+    device_kind: str = "none"
+
+
+CHIPS = [Chip(number, number // 4) for number in range(16)]
+"""four slices of four"""
+
+
+def of_slices(config: MeshConfig) -> np.ndarray:
+    return np.vectorize(lambda chip: chip.slice_index)(hybrid(config, CHIPS))
+
+
+@pytest.mark.parametrize(
+    ("config", "along"),
+    [
+        (MeshConfig(fsdp=4), (4, 1, 1, 1)),
+        (MeshConfig(data=2, fsdp=4, context=2), (2, 2, 1, 1)),
+        (MeshConfig(data=1, fsdp=2, context=8), (1, 2, 1, 2)),
+        (MeshConfig(data=4, fsdp=4, slices=Slices(fsdp=4)), (1, 4, 1, 1)),
+        (MeshConfig(data=4, fsdp=4, slices=Slices(data=2, fsdp=2)), (2, 2, 1, 1)),
+    ],
+)
+def test_slices_lie_along_the_outer_part_of_the_outermost_axes(config, along):
+    found = of_slices(config)
+    blocks = np.arange(4).reshape(along)
+    for axis, count in enumerate(along):
+        blocks = np.repeat(blocks, found.shape[axis] // count, axis=axis)
+    np.testing.assert_array_equal(found, blocks)
+    assert sorted(chip.id for chip in hybrid(config, CHIPS).flat) == list(range(16))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (MeshConfig(data=4, fsdp=4, slices=Slices(data=2)), r"data=2 x .* are 2, there are 4; use data=4"),
+        (MeshConfig(data=2, fsdp=8, slices=Slices(data=4)), r"4 slices do not divide data=2 .* multiple of 4"),
+    ],
+)
+def test_slices_that_do_not_lie_along_a_mesh_say_what_would(config, message):
+    with pytest.raises(UserError, match=message):
+        hybrid(config, CHIPS)
+    with pytest.raises(UserError, match="data=0 was given"):
+        Slices(data=0)
+    odd = [Chip(number, number // 3) for number in range(9)]
+    with pytest.raises(UserError, match="9 devices are no whole number for each of 2 slices"):
+        hybrid(MeshConfig(data=1, fsdp=9), [Chip(n, n % 2) for n in range(9)])
+    assert hybrid(MeshConfig(fsdp=3), odd).shape == (3, 3, 1, 1)

@@ -129,18 +129,23 @@ def test_the_spiral_notebook_shows_what_it_says(monkeypatch):
 def test_the_spiral_is_learned_when_the_notebook_runs_in_full(monkeypatch):
     _, found = asked("spiral", monkeypatch, SPIRAL)
     floor = found["floor"]
-    assert found["aware"] < 5 * floor
+    assert found["aware"] < 4 * floor  # its mistakes: 3.0 was measured
     assert found["placed"][0] > 0.8  # of data 0.95 are on an arm
     assert found["placed"][1] < found["placed"][0] - 0.1
-    assert max(aware for aware, _ in found["fields"]) < 0.3
+    assert max(aware for aware, _ in found["fields"]) < 0.25
     exact, trained, blind = (np.asarray(values) for values in found["losses"])
-    assert (trained < 1.1 * exact).all()
+    assert (trained < 1.08 * exact).all()
     assert (blind > trained).mean() > 0.9
     smooth, carried, healed = found["mistake"]
     assert min(smooth, healed) > carried + 0.03
-    assert max(found["reached"]) < 5 * floor
-    for solver in ("Heun", "DPM-Solver++ 2M", "UniPC"):
-        assert found["errors"][solver][-1] < 0.6 * found["errors"]["Euler (DDIM)"][-1]
+    without_noise, *with_noise = found["reached"]
+    assert max(with_noise) < 2 * floor  # which heals the network's mistakes
+    assert max(with_noise) < without_noise < 4 * floor
+    errors = found["errors"]
+    for solver, share in (("Heun", 0.6), ("DPM-Solver++ 2M", 0.3), ("UniPC", 0.3)):  # .53, .19 and .18 were measured
+        assert errors[solver][-1] < share * errors["Euler (DDIM)"][-1]
+    for solver in ("DPM-Solver++ 2M", "UniPC"):  # 3.3 and 3.5: of first order it would be 2, of second 4
+        assert errors[solver][-2] > 2.5 * errors[solver][-1]
     assert 0.4 < found["right"][0] < 0.6
     assert 0.85 < found["right"][1] < 0.95
     assert found["right"][2] > 0.98

@@ -18,7 +18,9 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 TWO = [SMALL, request("a box", (1, 4, 6), seed=2, negative="red")]
 """of 2 and 6 tokens: with both branches of each a row of 16 is full"""
-EVERYTHING = Guidance(scale=4.0, interval=(0.3, 1.0), rescale=0.6, projected=Projected(parallel=0.2, largest=0.5))
+EVERYTHING = Guidance(
+    scale=4.0, interval=(0.3, 1.0), rescale=0.6, projected=Projected(parallel=0.2, largest=0.5, momentum=-0.5)
+)
 
 
 def sampled(requests, sampling, *, denoiser=DENOISER, rows=1, shape=SHAPE):

@@ -337,3 +337,61 @@ def test_a_checkpoint_moves_to_another_mesh(tmp_path):
     assert process.returncode == 0, process.stderr
     restored, _ = Checkpoints(tmp_path / "eight").restore(like(state))
     assert_same(restored, state)
+
+
+def test_a_full_disk_leaves_the_old_checkpoints(tmp_path):
+    """The system refuses files beyond a size, as it refuses them on a full disk, in the thread that writes."""
+    code = """
+        import resource, sys
+        import jax.numpy as jnp, numpy as np
+        from dit_video.errors import UserError
+        from dit_video.training.checkpoint import Checkpoints
+        from dit_video.training.keeping import Keep
+        state = {"x": jnp.asarray(np.random.default_rng(0).normal(size=200_000))}
+        checkpoints = Checkpoints(sys.argv[1], keep=Keep(newest=1))
+        checkpoints.save(1, state, {})
+        checkpoints.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        try:
+            checkpoints.save(2, state, {})
+            checkpoints.wait()
+        except UserError as error:
+            print("told:", error)
+    """
+    process = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+    )
+    assert process.returncode == 0, process.stderr
+    assert f"told: the checkpoint of step 2 cannot be written to {tmp_path} (" in process.stdout
+    assert "those before it are intact" in process.stdout
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.latest() == 1
+    want = jnp.asarray(np.random.default_rng(0).normal(size=200_000))
+    restored, _ = checkpoints.restore(like({"x": want}))
+    assert_same(restored, {"x": want})
+    checkpoints.save(2, {"x": want}, {})
+    checkpoints.wait()
+    assert Checkpoints(tmp_path).latest() == 2
+
+
+def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    message = r"step 1 cannot be written to .*file/run \(NotADirectoryError: .*; those before it are intact"
+    with pytest.raises(UserError, match=message):
+        Checkpoints(tmp_path / "file" / "run").save(1, {"x": jnp.ones(2)}, {})
+
+    def read_only(*_: Any, **__: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", read_only)  # the tests may run as root, whom no folder refuses
+    with pytest.raises(UserError, match="Read-only file system"):
+        Checkpoints(tmp_path / "run").save(1, {"x": jnp.ones(2)}, {})
+
+
+def test_an_address_that_nothing_here_opens():
+    with pytest.raises(UserError, match=r"nowhere://bucket/run cannot be opened \(.*; install what reads"):
+        Checkpoints("nowhere://bucket/run")

@@ -31,9 +31,7 @@ main()
 def holder(folder: Path, seconds: float) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(
-        [sys.executable, "-c", CODE, str(folder), str(seconds)], env=environment, text=True, **pipes
-    )
+    return subprocess.Popen([sys.executable, "-c", CODE, str(folder), str(seconds)], env=environment, **pipes)
 
 
 def test_a_folder_in_use_names_who_uses_it_until_that_one_is_dead(tmp_path):

@@ -387,6 +387,8 @@ def test_a_run_that_hangs_after_a_signal_ends_in_time(tmp_path):
         from test_loop import LoopConfig, train
         def hang(done, _):
             if done == 7:
+                while not Path(sys.argv[1], "checkpoints", "5").is_dir():
+                    time.sleep(0.02)
                 os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(600)
         train(Path(sys.argv[1]), LoopConfig(steps=60, save_every=5, stop_within=0.5), on_step=hang)

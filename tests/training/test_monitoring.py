@@ -59,9 +59,11 @@ def test_event_files_hold_the_entries(tmp_path):
     log.resume(0)
     log.write(20, {"loss": 0.25, "norm": math.inf})
     log.write(40, {"loss": 0.125})
+    log.close()
     again = TensorBoard(tmp_path / "tensorboard")
     again.resume(30)
     again.write(40, {"loss": 0.5})
+    Logs((MetricsLog(tmp_path / "m.jsonl"), again)).close()
     found = events(tmp_path / "tensorboard")
     scalars = [(event.step, value.tag, value.simple_value) for event in found for value in event.summary.value]
     assert sorted(scalars) == [(20, "loss", 0.25), (40, "loss", 0.125), (40, "loss", 0.5)]
@@ -74,7 +76,7 @@ def test_weights_and_biases_is_told_the_same(tmp_path, monkeypatch):
 
     def init(**options):
         told.append(options)
-        return SimpleNamespace(log=lambda values, step: told.append((step, values)))
+        return SimpleNamespace(log=lambda values, step: told.append((step, values)), finish=lambda: told.append("end"))
 
     stand_in = SimpleNamespace(init=init, util=SimpleNamespace(generate_id=lambda: "abc"))
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
@@ -82,10 +84,12 @@ def test_weights_and_biases_is_told_the_same(tmp_path, monkeypatch):
         log = WeightsAndBiases("videos", tmp_path / "run" / "denoiser")
         log.resume(step)
         log.write(step + 20, {"loss": 0.5, "norm": math.nan})
-    first, second = told[0::2]
+        log.close()
+    first, second = told[0::3]
     assert first == second  # one run, continued
     assert (first["project"], first["id"], first["name"], first["resume"]) == ("videos", "abc", "run", "allow")
-    assert told[1::2] == [(20, {"loss": 0.5}), (60, {"loss": 0.5})]
+    assert told[2::3] == ["end", "end"]
+    assert told[1::3] == [(20, {"loss": 0.5}), (60, {"loss": 0.5})]
 
 
 @pytest.mark.parametrize(("package", "make"), [("tensorboardX", TensorBoard), ("wandb", WeightsAndBiases)])

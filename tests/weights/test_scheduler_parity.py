@@ -1,8 +1,9 @@
 """Every scheduler of diffusers that is read here: its times, and its steps on one model, one after the other.
 
-The noise that its stochastic steps draw is handed over, and the products of (1 - beta) in float64: of float32's the
-least sigma has three figures. `EulerDiscreteScheduler` and its like carry x / alpha in float32, which of the cosine
-schedule loses as many, so that they are not compared on it.
+Both compute in float64, diffusers' schedulers by having their module's float32 be that. In float32 the model below,
+which is as steep as `sin(3 x)`, amplifies rounding beyond any bound that would tell an error from it, and schedulers
+which carry x / alpha (`EulerDiscreteScheduler` and its like) lose figures: of cosine betas it begins at 2e4. What
+float32 gives is compared too, on a tamer model. The noise that stochastic steps draw is handed over.
 """
 
 import importlib
@@ -12,43 +13,54 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_video.diffusion import Interval, estimator
+from dit_video.diffusion import Ddim, Interval, LearnedVariance, estimator
 from dit_video.weights import load_scheduler
 
 pytestmark = pytest.mark.parity
 
-NOISE = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
-STABLE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+NOISE = np.random.default_rng(0).normal(size=(2, 3, 4))
+LINEAR = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
 COSINE = {"beta_schedule": "squaredcos_cap_v2"}
+STABLE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+ROUNDING = ("DPMSolverSinglestepScheduler", "UniPCMultistepScheduler")
+"""those that round the timesteps of Karras' sigmas: of cosine betas several become one, and their own steps fail"""
 SCALED = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler")
 """those that carry x / alpha"""
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 
 
-def model(torch, x, time):
-    return torch.sin(x) / 2 + time * x
+class Double:
+    """A module whose float32 is its float64."""
+
+    def __init__(self, module):
+        self._module = module
+
+    def __getattr__(self, name):
+        return getattr(self._module, "float64" if name == "float32" else name)
 
 
-def ours(x, time):
-    return jnp.sin(x) / 2 + time * x
-
-
-def of_diffusers(scheduler, steps, monkeypatch):
-    """The samples after each step, in the process's own scale, and the noise of each."""
+def made(diffusers, name, monkeypatch, **settings):
+    """A scheduler in float64, and the list of the noises that it is handed."""
     import torch
 
-    module = importlib.import_module(type(scheduler).__module__)
+    kind = getattr(diffusers, name)
+    module = importlib.import_module(kind.__module__)
     drawn = []
 
     def handed_over(shape, **_):
-        drawn.append(np.random.default_rng(100 + len(drawn)).normal(size=tuple(shape)).astype(np.float32))
+        drawn.append(np.random.default_rng(100 + len(drawn)).normal(size=tuple(shape)))
         return torch.from_numpy(drawn[-1])
 
-    if hasattr(module, "randn_tensor"):
-        monkeypatch.setattr(module, "randn_tensor", handed_over)
-    if not getattr(scheduler.config, "use_flow_sigmas", False):
-        betas = scheduler.betas.to(torch.float64)
-        scheduler.alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+    for attribute, value in (("torch", Double(torch)), ("np", Double(np)), ("randn_tensor", handed_over)):
+        if hasattr(module, attribute):
+            monkeypatch.setattr(module, attribute, value)
+    return kind(**settings), drawn
+
+
+def of_diffusers(scheduler, drawn, model, steps, **options):
+    """The samples after each step, in the process's own scale, and the noise of each; `options` are of its `step`."""
+    import torch
+
     scheduler.set_timesteps(steps)
     scaled = type(scheduler).__name__ in SCALED
     trained = scheduler.config.num_train_timesteps
@@ -58,89 +70,149 @@ def of_diffusers(scheduler, steps, monkeypatch):
     for index, timestep in enumerate(scheduler.timesteps):
         given = scheduler.scale_model_input(x, timestep) if scaled else x
         before = len(drawn)
-        x = scheduler.step(model(torch, given, timestep / trained), timestep, x).prev_sample
+        x = scheduler.step(model(given, timestep.double() / trained), timestep, x, **options).prev_sample
         noises.append(drawn[-1] if len(drawn) > before else np.zeros_like(NOISE))
         following = scheduler.sigmas[index + 1] if scaled else 0.0
         found.append((x / (1 + following**2) ** 0.5).numpy())
+    assert x.dtype == torch.float64
     return found, noises
 
 
-def compare(folder, scheduler, steps, monkeypatch):
-    scheduler.save_config(folder)
-    theirs, noises = of_diffusers(scheduler, steps, monkeypatch)
+def of_ours(folder, model, steps, noises, *, solver=None):
+    """The samples after each step, and the times that the model was told."""
     found = load_scheduler(folder)
-    grid = found.grid(found.process, steps)
-    told = np.asarray(grid.told[:-1]) * scheduler.config.num_train_timesteps
-    timesteps = scheduler.timesteps.numpy()
-    heun = type(scheduler).__name__ == "HeunDiscreteScheduler"
-    np.testing.assert_allclose(told, timesteps[np.r_[0, 1 : len(timesteps) : 2]] if heun else timesteps, atol=2e-3)
+    solver, grid = solver or found.solver, found.grid(found.process, steps)
 
     def denoise(x, time):
-        return ours(x, grid.told[jnp.argmin(jnp.abs(grid.times - time))])
+        return model(x, grid.told[jnp.argmin(jnp.abs(grid.times - time))])
 
     step = jax.jit(
-        lambda state, time, following, noise: found.solver.step(
+        lambda state, time, following, noise: solver.step(
             estimator(denoise, found.process, found.prediction), found.process, state, Interval(time, following, noise)
         )
     )
-    state = found.solver.init(jnp.asarray(NOISE), steps=steps)
+    dtype = grid.times.dtype
+    state, samples = solver.init(jnp.asarray(NOISE, dtype), steps=steps), []
     for index in range(steps):
-        state = step(state, grid.times[index], grid.times[index + 1], noises[index])
-        # Heun's has two steps of one each, but for the last.
-        there = theirs[min(2 * index + 1, len(theirs) - 1) if heun else index]
-        np.testing.assert_allclose(np.asarray(state.x), there, rtol=1e-4, atol=1e-4 * np.abs(there).max())
+        state = step(state, grid.times[index], grid.times[index + 1], jnp.asarray(noises[index], dtype))
+        samples.append(np.asarray(state.x))
+    return samples, np.asarray(grid.told[:-1])
+
+
+def compare(folder, made, models, steps, *, tolerance=1e-6, solver=None, **options):
+    scheduler, drawn = made
+    scheduler.save_config(folder)
+    theirs, noises = of_diffusers(scheduler, drawn, models[0], steps, **options)
+    timesteps = scheduler.timesteps.numpy()
+    if type(scheduler).__name__ == "HeunDiscreteScheduler":  # which has two steps of one each, but for the last
+        theirs, timesteps = [*theirs[1::2], theirs[-1]], timesteps[np.r_[0, 1 : len(timesteps) : 2]]
+    ours, told = of_ours(folder, models[1], steps, noises, solver=solver)
+    np.testing.assert_allclose(told * scheduler.config.num_train_timesteps, timesteps, atol=2e-3)
+    for there, here in zip(theirs, ours, strict=True):
+        np.testing.assert_allclose(here, there, rtol=tolerance, atol=tolerance * np.abs(there).max())
+
+
+def steep(sine):
+    """For a library's sine."""
+    return lambda x, time: sine(3 * x) / 2 + time * x
+
+
+def tame(sine):
+    return lambda x, time: sine(x) / 2 + time * x
 
 
 @pytest.fixture(scope="module")
-def diffusers():
-    pytest.importorskip("torch")
+def torch():
+    return pytest.importorskip("torch")
+
+
+@pytest.fixture(scope="module")
+def diffusers(torch):
     return pytest.importorskip("diffusers")
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize(
-    ("name", "changes"),
-    [
-        ("DDIMScheduler", {"clip_sample": False}),
-        ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
-        ("DDIMScheduler", {"clip_sample": False, "timestep_spacing": "trailing", "num_train_timesteps": 70}),
-        ("DDPMScheduler", {"clip_sample": False}),
-        ("DDPMScheduler", {"clip_sample": False, "timestep_spacing": "trailing"}),
-        ("DDPMScheduler", {"clip_sample": False, "timestep_spacing": "linspace"}),
-        ("DDPMScheduler", {"clip_sample": False, "variance_type": "fixed_large"}),
-        ("DDPMScheduler", {"clip_sample": False, "variance_type": "fixed_small_log"}),
-        ("EulerDiscreteScheduler", {}),
-        ("EulerDiscreteScheduler", {"timestep_spacing": "leading", "steps_offset": 1}),
-        ("EulerDiscreteScheduler", {"timestep_spacing": "trailing", "final_sigmas_type": "sigma_min"}),
-        ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
-        ("EulerDiscreteScheduler", {"use_exponential_sigmas": True}),
-        ("EulerAncestralDiscreteScheduler", {}),
-        ("EulerAncestralDiscreteScheduler", {"timestep_spacing": "trailing"}),
-        ("HeunDiscreteScheduler", {}),
-        ("HeunDiscreteScheduler", {"use_karras_sigmas": True}),
-        ("DPMSolverMultistepScheduler", {}),
-        ("DPMSolverMultistepScheduler", {"solver_type": "heun", "timestep_spacing": "trailing"}),
-        ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True, "timestep_spacing": "leading"}),
-        ("DPMSolverMultistepScheduler", {"solver_order": 1}),
-        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun"}),
-        ("DPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min", "lower_order_final": False}),
-        ("DPMSolverSinglestepScheduler", {}),
-        ("DPMSolverSinglestepScheduler", {"use_karras_sigmas": True, "solver_type": "heun"}),
-        ("UniPCMultistepScheduler", {}),
-        ("UniPCMultistepScheduler", {"use_karras_sigmas": True, "solver_order": 3}),
-        ("UniPCMultistepScheduler", {"timestep_spacing": "trailing"}),
-        ("LCMScheduler", {}),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
-)
-def test_steps_of_a_ddpm(diffusers, tmp_path, monkeypatch, name, changes, prediction):
-    if prediction == "epsilon":
-        betas, steps = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}, 10
-    else:
-        betas, steps = STABLE if name in SCALED or "use_karras_sigmas" in changes else COSINE, 7
-    scheduler = getattr(diffusers, name)(**betas, **changes, prediction_type=prediction)
-    compare(tmp_path, scheduler, steps, monkeypatch)
+DDPMS = [
+    ("DDIMScheduler", {"clip_sample": False}),
+    ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
+    ("DDIMScheduler", {"clip_sample": False, "timestep_spacing": "trailing", "num_train_timesteps": 70}),
+    ("DDPMScheduler", {"clip_sample": False}),
+    ("DDPMScheduler", {"clip_sample": False, "timestep_spacing": "trailing"}),
+    ("DDPMScheduler", {"clip_sample": False, "timestep_spacing": "linspace"}),
+    ("DDPMScheduler", {"clip_sample": False, "variance_type": "fixed_large"}),
+    ("DDPMScheduler", {"clip_sample": False, "variance_type": "fixed_small_log"}),
+    ("EulerDiscreteScheduler", {}),
+    ("EulerDiscreteScheduler", {"timestep_spacing": "leading", "steps_offset": 1}),
+    ("EulerDiscreteScheduler", {"timestep_spacing": "trailing", "final_sigmas_type": "sigma_min"}),
+    ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
+    ("EulerDiscreteScheduler", {"use_exponential_sigmas": True}),
+    ("EulerAncestralDiscreteScheduler", {}),
+    ("EulerAncestralDiscreteScheduler", {"timestep_spacing": "trailing"}),
+    ("HeunDiscreteScheduler", {}),
+    ("HeunDiscreteScheduler", {"use_karras_sigmas": True}),
+    ("HeunDiscreteScheduler", {"use_exponential_sigmas": True}),
+    ("DPMSolverMultistepScheduler", {}),
+    ("DPMSolverMultistepScheduler", {"solver_type": "heun", "timestep_spacing": "trailing"}),
+    ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True, "timestep_spacing": "leading"}),
+    ("DPMSolverMultistepScheduler", {"use_exponential_sigmas": True}),
+    ("DPMSolverMultistepScheduler", {"solver_order": 1}),
+    ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun"}),
+    ("DPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min", "lower_order_final": False}),
+    ("DPMSolverSinglestepScheduler", {}),
+    ("DPMSolverSinglestepScheduler", {"use_karras_sigmas": True, "solver_type": "heun"}),
+    ("DPMSolverSinglestepScheduler", {"use_exponential_sigmas": True}),
+    ("UniPCMultistepScheduler", {}),
+    ("UniPCMultistepScheduler", {"use_karras_sigmas": True, "solver_order": 3}),
+    ("UniPCMultistepScheduler", {"use_exponential_sigmas": True}),
+    ("UniPCMultistepScheduler", {"timestep_spacing": "trailing"}),
+    ("LCMScheduler", {}),
+]
+
+
+def named(value):
+    return value if isinstance(value, str) else "-".join(map(str, value.values()))
+
+
+@pytest.mark.parametrize(("betas", "prediction", "steps"), [(LINEAR, "epsilon", 10), (COSINE, "v_prediction", 7)])
+@pytest.mark.parametrize(("name", "changes"), DDPMS, ids=named)
+def test_steps_of_a_ddpm(diffusers, torch, tmp_path, monkeypatch, name, changes, betas, prediction, steps):
+    betas = STABLE if betas == COSINE and name in ROUNDING and "use_karras_sigmas" in changes else betas
+    scheduler = made(diffusers, name, monkeypatch, **betas, **changes, prediction_type=prediction)
+    with jax.enable_x64(True):
+        compare(tmp_path, scheduler, (steep(torch.sin), steep(jnp.sin)), steps)
+
+
+@pytest.mark.parametrize(("name", "changes"), dict(DDPMS[::-1]).items(), ids=named)
+def test_steps_of_a_ddpm_in_float32(diffusers, torch, tmp_path, monkeypatch, name, changes):
+    scheduler = made(diffusers, name, monkeypatch, **LINEAR, **changes)
+    compare(tmp_path, scheduler, (tame(torch.sin), tame(jnp.sin)), 10, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("eta", [0.4, 1.0])
+@pytest.mark.parametrize("changes", [{}, {"set_alpha_to_one": False, "timestep_spacing": "trailing"}], ids=named)
+def test_ddim_with_noise(diffusers, torch, tmp_path, monkeypatch, changes, eta):
+    scheduler = made(diffusers, "DDIMScheduler", monkeypatch, **COSINE, **changes, clip_sample=False)
+    with jax.enable_x64(True):
+        models = steep(torch.sin), steep(jnp.sin)
+        compare(tmp_path, scheduler, models, 8, solver=Ddim(eta=eta), eta=eta)
+
+
+@pytest.mark.parametrize("betas", [LINEAR, COSINE], ids=["linear", "cosine"])
+@pytest.mark.parametrize("spacing", ["leading", "linspace"])
+def test_a_learned_variance(diffusers, torch, tmp_path, monkeypatch, betas, spacing):
+    """Channels are their second axis and our last."""
+    settings = {"variance_type": "learned_range", "timestep_spacing": spacing, "prediction_type": "v_prediction"}
+    scheduler = made(diffusers, "DDPMScheduler", monkeypatch, **betas, **settings, clip_sample=False)
+
+    def theirs(x, time):
+        return torch.cat([steep(torch.sin)(x, time), torch.cos(2 * x) - time], dim=1)
+
+    def ours(x, time):
+        return jnp.concatenate([steep(jnp.sin)(x, time), jnp.cos(2 * x) - time], axis=-1)
+
+    with jax.enable_x64(True):
+        compare(tmp_path, scheduler, (theirs, ours), 10)
+    assert isinstance(load_scheduler(tmp_path).prediction, LearnedVariance)
 
 
 @pytest.mark.parametrize("steps", [5, 20])
@@ -154,5 +226,7 @@ def test_steps_of_a_ddpm(diffusers, tmp_path, monkeypatch, name, changes, predic
     ],
     ids=["multistep", "sde", "singlestep", "unipc"],
 )
-def test_steps_of_a_flow(diffusers, tmp_path, monkeypatch, name, changes, steps):
-    compare(tmp_path, getattr(diffusers, name)(**FLOW, **changes), steps, monkeypatch)
+def test_steps_of_a_flow(diffusers, torch, tmp_path, monkeypatch, name, changes, steps):
+    scheduler = made(diffusers, name, monkeypatch, **FLOW, **changes)
+    with jax.enable_x64(True):
+        compare(tmp_path, scheduler, (steep(torch.sin), steep(jnp.sin)), steps)

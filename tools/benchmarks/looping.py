@@ -117,7 +117,7 @@ def _looped(trained: Trained, batches: list[Any], steps: int, folder: Path, *, s
         trained.step,
         with_step(trained.state, jnp.zeros((), jnp.int32)),
         endless,
-        config=LoopConfig(steps=last + 1, log_every=20, save_every=steps),
+        config=LoopConfig(steps=last + 1, log_every=20, save_every=steps if save else last + 1),
         checkpoints=checkpoints,
         log=MetricsLog(place / "metrics.jsonl"),
         on_step=mark,
@@ -145,12 +145,14 @@ def measure_starts(command: Sequence[str]) -> dict[str, Any]:
 
 def _until_step(folder: str, command: Sequence[str], *, more: int) -> tuple[float, int]:
     """Seconds to the first step, and its number; the process is killed after `more` further ones."""
+    # Programs that were kept before would make the first start another one's second.
+    inherited = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     began = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, str(_WORKER), folder, *command],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(_WORKER.parents[2]), str(_WORKER.parents[1])])},
+        env={**inherited, "PYTHONPATH": os.pathsep.join([str(_WORKER.parents[2]), str(_WORKER.parents[1])])},
     )
     assert process.stdout is not None
     try:

@@ -1,6 +1,6 @@
 """A run planned before it is paid for: what a step needs, moves and takes, from its compiled program."""
 
-from dit_video.distributed.planner.compiled import CompiledStep, Memory, compile_step, held, peak_of
+from dit_video.distributed.planner.compiled import CompiledStep, Memory, compile_step, held, measured_peak, peak_of
 from dit_video.distributed.planner.estimate import Step, estimate
 from dit_video.distributed.planner.hardware import CHIPS, Chip, Topology, chip_of, peak_flops
 from dit_video.distributed.planner.hlo import Moved, Program, read_program
@@ -22,6 +22,7 @@ __all__ = [
     "estimate",
     "held",
     "link_of",
+    "measured_peak",
     "peak_flops",
     "peak_of",
     "read_program",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from dit_video.distributed.planner.hlo import Program, read_program
@@ -95,6 +96,23 @@ def compile_step(
     activations = min(int(program.kept), temporary)
     memory = Memory(**parts, activations=activations, temporary=temporary - activations, peak=peak)
     return CompiledStep(memory=memory, program=program, seconds=seconds)
+
+
+def measured_peak(step: Callable[..., Any], arguments: tuple[PyTree, ...]) -> int | None:
+    """Run a step once on the devices of its arguments' layouts, all of them zeros, and ask how much they held at most.
+
+    None where devices do not tell, as CPUs do not.
+    """
+    layouts = jax.tree.map(lambda leaf: leaf.sharding, arguments)
+
+    def zeros() -> PyTree:
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), arguments)
+
+    made = jax.jit(zeros, out_shardings=layouts)()
+    devices = {device for layout in jax.tree.leaves(layouts) for device in layout.device_set}
+    jax.block_until_ready(step(*made))
+    stats = [device.memory_stats() for device in devices]
+    return max(each["peak_bytes_in_use"] for each in stats) if all(stats) else None
 
 
 def peak_of(analysis: Any) -> int:

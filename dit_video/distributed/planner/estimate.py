@@ -8,8 +8,8 @@ from dit_video.distributed.planner.hlo import Moved
 from dit_video.distributed.planner.roofline import Work
 
 _KERNEL_BACKWARD = 3.5
-"""Operations of attention's backward pass in kernels, in forward passes: of two kernels one has 3 products, the other 4, as
-scores are computed again in both (arXiv 2205.14135); the forward pass has 2."""
+"""Operations of attention's backward pass in kernels, in forward passes, which have 2 products: one kernel has 3, the
+other 4, as scores are computed again in both (arXiv 2205.14135)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,14 +40,19 @@ class Step:
 
     @property
     def again(self) -> bool:
-        """Whether layers are computed again in the backward pass; also where some results are kept."""
+        """Whether attention, at the least, is computed again in the backward pass."""
         return self.training and self.remat != "none"
+
+    @property
+    def all_again(self) -> bool:
+        """Whether all of a layer is: where no results of its products are kept."""
+        return self.training and self.remat == "full"
 
     @property
     def executed(self) -> int:
         """Operations of a step, with what is computed again."""
         products = self.forward - self.attention
-        return products * ((4 if self.again else 3) if self.training else 1) + self.attention_executed
+        return products * ((4 if self.all_again else 3) if self.training else 1) + self.attention_executed
 
     @property
     def attention_executed(self) -> int:
@@ -75,7 +80,9 @@ def estimate(step: Step, parts: Mapping[str, int], layer_bytes: int, mesh: Mappi
     stream = 4 * local * step.width
     # Of a layer: the stream and its six modulations in float32; queries, keys, values, what is mixed, and the MLP.
     inside = 10 * stream + local * (8 * step.width + 3 * step.hidden) * step.itemsize // tensor
-    activations = 0 if not step.training else step.layers * (stream if step.again else inside)
+    products = local * (8 * step.width + step.hidden) * step.itemsize // tensor
+    kept = {"none": inside, "full": stream, "offload": stream}.get(step.remat, stream + products)
+    activations = step.layers * kept if step.training else 0
     gathered = 2 * layer_bytes // 4 * step.itemsize // tensor
     gradients = parts["parameters"] if step.training else 0
     temporary = gradients + gathered + (2 * inside if step.training else inside)
@@ -89,10 +96,10 @@ def estimate(step: Step, parts: Mapping[str, int], layer_bytes: int, mesh: Mappi
         peak=sum(parts.values()) + activations + temporary,
     )
     # The state is read and written once, each stream of a layer some times in each pass.
-    passes = (4 if step.again else 3) if step.training else 1
+    passes = (4 if step.all_again else 3) if step.training else 1
     traffic = 2 * sum(parts.values()) + passes * step.layers * (2 * inside + gathered)
     moved = tuple(part for part in _moved(step, parts, layer_bytes, mesh, local) if part.bytes)
-    return memory, Work(flops=step.executed / devices, bytes=traffic, moved=moved)
+    return memory, Work(flops=step.executed / devices, bytes=float(traffic), moved=moved)
 
 
 def _moved(step: Step, parts: Mapping[str, int], layer_bytes: int, mesh: Mapping[str, int], local: int) -> list[Moved]:

@@ -28,7 +28,7 @@ class Chip:
     two links of that axis; of a GPU all of NVLink, one way."""
     domain: int | None = None
     """GPUs that NVLink joins; None for TPUs, all chips of whose slice are joined"""
-    network: float = 50 * GB
+    network: float = 50e9
     """bytes that leave a GPU for those of another domain, by a network adapter of 400 Gbit/s each"""
     price: float | None = None
     """of a chip for an hour, in dollars; None where none is kept here"""

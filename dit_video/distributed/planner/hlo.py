@@ -67,7 +67,7 @@ class Moved:
 
     kind: str
     axes: tuple[str, ...]
-    bytes: float = 0
+    bytes: float = 0.0
     """that each device receives, at the least: `(n - 1) / n` of what is gathered, scattered or exchanged among `n`
     devices, twice that of what is summed and given to all"""
     times: int = 0
@@ -77,21 +77,21 @@ class Moved:
 class Program:
     """What one step of a compiled program does on one device."""
 
-    flops: float = 0
+    flops: float = 0.0
     """of matrix products and convolutions, but for those of kernels"""
-    bytes: float = 0
+    bytes: float = 0.0
     """that instructions read from HBM and write to it, as if none found its operands in a cache"""
     kernels: int = 0
     """calls of kernels, whose operations the text does not tell"""
     moved: dict[tuple[str, tuple[str, ...]], Moved] = field(default_factory=dict)
-    kept: float = 0
+    kept: float = 0.0
     """bytes that loops over layers stack up for the backward pass"""
     unknown_loops: int = 0
 
     @property
     def sent(self) -> float:
         """Bytes of all collectives."""
-        return sum(part.bytes for part in self.moved.values())
+        return sum((part.bytes for part in self.moved.values()), start=0.0)
 
 
 def read_program(text: str, mesh: dict[str, int], *, turns: int = 1) -> Program:

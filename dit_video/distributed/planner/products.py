@@ -10,9 +10,9 @@ def dot_flops(each: Any, computation: Any) -> float:
     left = computation.get(each.operands[0])
     contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", each.rest)
     if left is None or contracted is None:
-        return 0
+        return 0.0
     sizes = left.shapes[0].sizes
-    return 2 * each.shapes[0].values * math.prod(sizes[int(axis)] for axis in contracted[1].split(",") if axis)
+    return 2.0 * each.shapes[0].values * math.prod(sizes[int(axis)] for axis in contracted[1].split(",") if axis)
 
 
 def convolution_flops(each: Any, computation: Any) -> float:
@@ -20,7 +20,7 @@ def convolution_flops(each: Any, computation: Any) -> float:
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", each.rest)
     left, right = (computation.get(name) for name in each.operands[:2])
     if labels is None or left is None or right is None:
-        return 0
+        return 0.0
     window = re.search(r"window=\{([^}]*)\}", each.rest)
     options = dict(part.split("=") for part in window[1].split()) if window else {}
     spatial = sorted(label for label in labels[1] if label.isdigit())
@@ -41,7 +41,7 @@ def convolution_flops(each: Any, computation: Any) -> float:
     batch = each.shapes[0].sizes[labels[3].index("b")]
     values = right.shapes[0].sizes
     outputs, inputs = values[labels[2].index("o")], values[labels[2].index("i")]
-    return 2 * taps * batch * outputs * inputs / (int(groups[1]) if groups else 1)
+    return 2.0 * taps * batch * outputs * inputs / (int(groups[1]) if groups else 1)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -47,7 +47,9 @@ def step_times(work: Work, topology: Topology, mesh: Mapping[str, int], *, devic
     return Times(
         compute=work.flops * devices_per_chip / chip.flops,
         memory=work.bytes * devices_per_chip / chip.bandwidth,
-        collectives=sum(part.bytes * devices_per_chip / link_of(topology, mesh, part.axes) for part in work.moved),
+        collectives=sum(
+            (part.bytes * devices_per_chip / link_of(topology, mesh, part.axes) for part in work.moved), start=0.0
+        ),
     )
 
 

@@ -26,6 +26,9 @@ from dit_video.nn.attention.patterns import Full, Pattern, Sight, sight, visible
 from dit_video.nn.attention.stretches import given_back, padded, sorting, stretches, taken
 from dit_video.nn.attention.tokens import Tokens
 
+NOTHING = -MASKED
+"""The logarithm of a sum of exponentials where nothing is seen: so far above all scores that the backward pass finds
+weights of zero."""
 _LEAST, _MOST = int(np.iinfo(np.int32).min), int(np.iinfo(np.int32).max)
 
 
@@ -71,22 +74,83 @@ class Chunked:
         return given_back(out, order)
 
 
+def attend_part(
+    q: Queries, k: Keys, v: Keys, at: Tokens, *, pattern: Pattern, chunk: int
+) -> tuple[Queries, Float[Array, "B K N"]]:
+    """What queries mix of these keys alone, and the logarithm of each one's sum of exponentials; both float32.
+
+    Parts over all keys of a row add up to its attention: each counts by its exponentials. Where a query sees none of
+    these keys the mixture is zero and the logarithm `NOTHING`.
+    """
+    ready = _Ready.of(q * q.shape[-1] ** -0.5, k, v, sight(pattern, at), at.bias, chunk)
+    row = functools.partial(_row, ready.relative, dtype=jnp.float32)
+    out, lse = _each_head(row, ready.blocks, ready.q, ready.k, ready.v, ready.table)
+    length = q.shape[1]
+    return jnp.moveaxis(out[:, :, :length], 1, 2), lse[:, :, :length]
+
+
+def part_gradients(
+    q: Queries,
+    k: Keys,
+    v: Keys,
+    at: Tokens,
+    *,
+    pattern: Pattern,
+    chunk: int,
+    lse: Float[Array, "B K N"],
+    delta: Float[Array, "B K N"],
+    d_out: Queries,
+) -> tuple[Queries, Keys, Keys, Float[Array, "T K"] | None]:
+    """Gradients of queries, keys, values and a bias' table by these keys alone, in float32.
+
+    `lse` is that of all keys, `delta` the sum of `out * d_out` over a head.
+    """
+    scale = q.shape[-1] ** -0.5
+    ready = _Ready.of(q * scale, k, v, sight(pattern, at), at.bias, chunk)
+    size = ready.blocks.low.shape[2]
+    missing = -q.shape[1] % size
+    lse = jnp.pad(lse, ((0, 0), (0, 0), (0, missing)), constant_values=NOTHING)
+    delta = jnp.pad(delta, ((0, 0), (0, 0), (0, missing)))
+    d_heads = jnp.moveaxis(padded(d_out, size, 0), 2, 1)
+    row = functools.partial(_row_backward, ready.relative)
+    *heads, d_table = _each_head(row, ready.blocks, ready.q, ready.k, ready.v, ready.table, lse, delta, d_heads)
+    lengths = q.shape[1], k.shape[1], k.shape[1]
+    d_q, d_k, d_v = (jnp.moveaxis(x[:, :, :n], 1, 2) for x, n in zip(heads, lengths, strict=True))
+    return d_q * scale, d_k, d_v, None if d_table is None else d_table.sum(axis=0).T
+
+
 def _attend(q: Queries, k: Keys, v: Keys, seen: Sight, bias: Bias | None, chunk: int) -> Queries:
-    """Pad to whole blocks and lay out heads first. `q` is already scaled."""
-    length, keys = q.shape[1], k.shape[1]
-    q_chunk, kv_chunk = min(chunk, length), min(chunk, keys)
-    low, high = (padded(ends, q_chunk, fill) for ends, fill in ((seen.low, 1), (seen.high, 0)))
-    # -1 is the segment of padding, and a place in no stretch.
-    blocks = _in_blocks(Sight(low, high, padded(seen.at, kv_chunk, -1)), q_chunk, kv_chunk)
-    table = relative = None
-    if bias is not None:
-        relative, heads = bias.relative, bias.table.T
-        table = jnp.broadcast_to(heads, (q.shape[0], *heads.shape))
-        pairs = (bias.q_coordinates, q_chunk), (bias.kv_coordinates, kv_chunk)
-        places = [padded(at, size).reshape(at.shape[0], -1, size, 3) for at, size in pairs]
-        blocks = blocks._replace(q_places=places[0], kv_places=places[1])
-    q, k, v = (jnp.moveaxis(padded(x, size, 0), 2, 1) for x, size in ((q, q_chunk), (k, kv_chunk), (v, kv_chunk)))
-    return jnp.moveaxis(_blockwise(relative, q, k, v, table, blocks)[:, :, :length], 1, 2)
+    """`q` is already scaled."""
+    ready = _Ready.of(q, k, v, seen, bias, chunk)
+    mixed = _blockwise(ready.relative, ready.q, ready.k, ready.v, ready.table, ready.blocks)
+    return jnp.moveaxis(mixed[:, :, : q.shape[1]], 1, 2)
+
+
+class _Ready(NamedTuple):
+    """What the blocks are computed from: padded to whole blocks, heads first."""
+
+    relative: RelativeBias | None
+    q: Float[Array, "B K N d"]
+    k: Float[Array, "B K M d"]
+    v: Float[Array, "B K M d"]
+    table: Float[Array, "B K T"] | None
+    blocks: "_Blocks"
+
+    @staticmethod
+    def of(q: Queries, k: Keys, v: Keys, seen: Sight, bias: Bias | None, chunk: int) -> "_Ready":
+        q_chunk, kv_chunk = min(chunk, q.shape[1]), min(chunk, k.shape[1])
+        low, high = (padded(ends, q_chunk, fill) for ends, fill in ((seen.low, 1), (seen.high, 0)))
+        # -1 is the segment of padding, and a place in no stretch.
+        blocks = _in_blocks(Sight(low, high, padded(seen.at, kv_chunk, -1)), q_chunk, kv_chunk)
+        table = relative = None
+        if bias is not None:
+            relative, heads = bias.relative, bias.table.T
+            table = jnp.broadcast_to(heads, (q.shape[0], *heads.shape))
+            pairs = (bias.q_coordinates, q_chunk), (bias.kv_coordinates, kv_chunk)
+            places = [padded(at, size).reshape(at.shape[0], -1, size, 3) for at, size in pairs]
+            blocks = blocks._replace(q_places=places[0], kv_places=places[1])
+        q, k, v = (jnp.moveaxis(padded(x, size, 0), 2, 1) for x, size in ((q, q_chunk), (k, kv_chunk), (v, kv_chunk)))
+        return _Ready(relative, q, k, v, table, blocks)
 
 
 class _Blocks(NamedTuple):
@@ -186,8 +250,12 @@ def _row(
     k: Float[Array, "M d"],
     v: Float[Array, "M d"],
     table: Float[Array, " T"] | None,
+    dtype: Any = None,
 ) -> tuple[Float[Array, "N d"], Float[Array, " N"]]:
-    """One head of one row: what it mixes, and the logarithm of every query's sum of exponentials (float32)."""
+    """One head of one row: what it mixes, and the logarithm of every query's sum of exponentials (float32).
+
+    The mixture is in `dtype`, that of the values if None.
+    """
     number, size = blocks.low.shape[:2]
 
     def block(index):
@@ -210,9 +278,8 @@ def _row(
         begin = jnp.full(size, MASKED), jnp.zeros(size), jnp.zeros((size, v.shape[-1]))
         top, total, mixed = jax.lax.fori_loop(0, count, step, begin)
         sees = top > MASKED
-        out = jnp.where(sees[:, None], mixed / total[:, None], 0.0).astype(v.dtype)
-        # So far above all scores that the backward pass finds weights of zero where nothing is seen.
-        return out, jnp.where(sees, top + jnp.log(total), -MASKED)
+        out = jnp.where(sees[:, None], mixed / total[:, None], 0.0).astype(dtype or v.dtype)
+        return out, jnp.where(sees, top + jnp.log(total), NOTHING)
 
     out, lse = jax.lax.map(block, jnp.arange(number))
     return out.reshape(number * size, -1), lse.reshape(-1)

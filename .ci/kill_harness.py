@@ -1,0 +1,205 @@
+"""Kill a training again and again, and see that nothing of its result changes.
+
+    python .ci/kill_harness.py 100 --folder /tmp/kills
+
+A tiny experiment (clips -> latents -> a denoiser on packed rows, through the real loader, saved in the background every
+three steps) is trained once without a disturbance. Then it is trained again, and its processes are killed (SIGKILL) at
+random moments: while it starts, restores, computes, logs and saves, which it does most of the time. The same command
+goes on each time. At the end its log and every array of its last checkpoint are compared with the undisturbed run's,
+bit by bit; runs follow each other until so many kills are done. The folder can be used again: what was prepared stays.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS, SAVE_EVERY, BATCH = 120, 3, 2
+MOST_SECONDS = 3600
+"""without which a training that isn't killed ends"""
+OF_TIME = re.compile("seconds|wait|per_second|memory|mfu|utilisation")
+"""Entries of the log that are measured with a clock, or of the machine."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kills", type=int, help="how many")
+    parser.add_argument("--folder", type=Path, default=Path("runs/kills"))
+    parser.add_argument("--seed", type=int, default=None, help="of the moments; random by default")
+    arguments = parser.parse_args()
+    seed = time.time_ns() % 2**32 if arguments.seed is None else arguments.seed
+    moments = random.Random(seed)
+    folder = arguments.folder.absolute()
+    whole = folder / "whole"
+    prepared(folder / "prepared")
+    if not (whole / "done").is_file():
+        again(folder / "prepared", whole)
+        began = time.monotonic()
+        trained(whole, None)
+        print(f"undisturbed: {STEPS} steps, {time.monotonic() - began:.0f} s with its start", flush=True)
+    want = result(whole)
+    done, runs, moment_of = 0, 0, Counter[str]()
+    while done < arguments.kills:
+        run = folder / "killed"
+        again(folder / "prepared", run)
+        while when := trained(run, moments if done < arguments.kills else None):
+            done += 1
+            moment_of[when] += 1
+            print(f"kill {done} {when}; it has step {newest(run)}", flush=True)
+        runs += 1
+        compare(want, result(run), run)
+        print(f"run {runs}: after {done} kills its log and arrays are the undisturbed run's", flush=True)
+    told = ", ".join(f"{count} {when}" for when, count in moment_of.most_common())
+    print(f"{done} kills in {runs} runs ({told}; seed {seed}): no bit differs")
+
+
+def trained(run: Path, moments: random.Random | None) -> str:
+    """Start the training, and kill it at a random moment, if there are any; empty once it ends by itself, else when."""
+    with (run / "output.txt").open("a") as output:
+        process = subprocess.Popen(
+            [sys.executable, __file__, "train", str(run)],
+            env=environment(run.parent),
+            stdout=subprocess.PIPE,
+            stderr=output,
+            text=True,
+            start_new_session=True,
+        )
+        assert process.stdout is not None
+        process.stdout.readline()  # it has imported what it needs
+        when = "" if moments is None else wait(process, run, moments)
+        if when:
+            os.killpg(process.pid, signal.SIGKILL)
+        elif process.wait(MOST_SECONDS) != 0:
+            raise SystemExit(f"a start failed, which is to go on:\n{(run / 'output.txt').read_text()[-4000:]}")
+        process.wait()
+    return when
+
+
+def wait(process: subprocess.Popen, run: Path, moments: random.Random) -> str:
+    """Until a random moment: of the start, or some saves later; what it is, or nothing where the training has ended."""
+    if moments.random() < 0.2:
+        time.sleep(moments.uniform(0.0, 6.0))
+        return "" if process.poll() is not None else "while it started"
+    goal = newest(run) + SAVE_EVERY * moments.randint(1, 5)
+    while newest(run) < goal:
+        if process.poll() is not None:
+            return ""
+        time.sleep(0.01)
+    time.sleep(moments.uniform(0.0, 0.3))
+    writing = any(path.name.endswith(".orbax-checkpoint-tmp") for path in checkpoints(run).glob("*"))
+    return "" if process.poll() is not None else "while it saved" if writing else "while it trained"
+
+
+def prepared(folder: Path) -> None:
+    """Clips, a trained autoencoder and its latents: what the training of the denoiser begins with."""
+    if not (folder / "done").is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        command = [sys.executable, __file__, "prepare", str(folder)]
+        subprocess.run(command, env=environment(folder.parent), check=True)
+        (folder / "done").touch()
+
+
+def again(source: Path, run: Path) -> None:
+    shutil.rmtree(run, ignore_errors=True)
+    shutil.copytree(source, run, symlinks=True)
+    (run / "done").unlink()
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Programs are compiled once, for starts to be short."""
+    programs = {
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+    return {"JAX_PLATFORMS": "cpu", **os.environ, **programs, "PYTHONPATH": str(ROOT)}
+
+
+def checkpoints(run: Path) -> Path:
+    return run / "run" / "denoiser" / "checkpoints"
+
+
+def newest(run: Path) -> int:
+    return max((int(path.name) for path in checkpoints(run).glob("*") if path.name.isdigit()), default=0)
+
+
+def result(run: Path) -> dict[str, Any]:
+    """The log without what is measured with a clock, and digests of all arrays of the last checkpoint."""
+    lines = (run / "run" / "denoiser" / "metrics.jsonl").read_text().splitlines()
+    log = [{name: value for name, value in json.loads(line).items() if not OF_TIME.search(name)} for line in lines]
+    return {"log": log, "arrays": json.loads((run / "done").read_text())}
+
+
+def compare(want: dict[str, Any], got: dict[str, Any], run: Path) -> None:
+    for step, (left, right) in enumerate(zip(want["log"], got["log"], strict=False), start=1):
+        if left != right:
+            raise SystemExit(f"{run}: the log differs at step {step}: {left} undisturbed, {right} killed")
+    if len(want["log"]) != len(got["log"]) or len(want["log"]) != STEPS:
+        raise SystemExit(
+            f"{run}: {len(got['log'])} entries of the log, {len(want['log'])} undisturbed, of {STEPS} steps"
+        )
+    if different := [path for path in want["arrays"] if want["arrays"][path] != got["arrays"].get(path)]:
+        raise SystemExit(f"{run}: arrays differ: {', '.join(different)}")
+
+
+def tiny() -> Any:
+    """The tiny experiment of the tests, with a longer training of its denoiser."""
+    specification = importlib.util.spec_from_file_location("tiny", ROOT / "tests" / "experiments" / "tiny.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def experiment(config: Any) -> Any:
+    denoiser = dataclasses.replace(config.denoiser, steps=STEPS, batch=BATCH)
+    return dataclasses.replace(config, denoiser=denoiser, log_every=1, save_every=SAVE_EVERY)
+
+
+def prepare(folder: Path) -> None:
+    from dit_video.data import shapes
+    from dit_video.run import Run
+
+    module = tiny()
+    clips = shapes.write_folder(folder / "clips", count=module.COUNT, seed=0, sizes=module.SIZES)
+    run = Run.create(folder / "run", experiment(module.EXPERIMENT))
+    run.prepare(clips)
+    run.encode_latents()
+
+
+def train(folder: Path) -> None:
+    import numpy as np
+    import orbax.checkpoint as ocp
+
+    from dit_video import tree as trees
+    from dit_video.run import Run
+
+    run = Run.open(folder / "run")
+    print("begins", flush=True)
+    run.train_denoiser()
+    arrays = ocp.StandardCheckpointer().restore(checkpoints(folder) / str(STEPS) / "state")
+    digests = {
+        path: hashlib.sha256(np.asarray(array).tobytes()).hexdigest() for path, array in trees.flatten(arrays).items()
+    }
+    (folder / "done").write_text(json.dumps(digests))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] in (["prepare"], ["train"]):
+        {"prepare": prepare, "train": train}[sys.argv[1]](Path(sys.argv[2]))
+    else:
+        main()

@@ -1,0 +1,48 @@
+"""Whether a model and its batches fit a mesh: asked before anything is computed."""
+
+from dit_video.distributed.context import check_ring, check_ulysses
+from dit_video.distributed.mesh import AnyMesh, ContextAttention
+from dit_video.distributed.rules import row_shards
+from dit_video.dit import DitConfig, WanDitConfig
+from dit_video.errors import UserError
+
+
+def check_denoiser(
+    mesh: AnyMesh,
+    dit: DitConfig | WanDitConfig,
+    *,
+    rows: int,
+    tokens: int,
+    context_attention: ContextAttention = "ulysses",
+) -> None:
+    """Check that heads, hidden widths, rows and tokens divide among the devices of a mesh.
+
+    Args:
+      mesh: of the run.
+      dit: the denoiser.
+      rows: of a step's batch.
+      tokens: of a row.
+      context_attention: how tokens of a row meet.
+
+    Raises:
+      UserError: what does not divide, and what would.
+    """
+    _check(rows, row_shards(mesh), "a batch", "rows", "data x fsdp")
+    tensor, context = mesh.shape["tensor"], mesh.shape["context"]
+    _check(dit.heads, tensor, "the denoiser", "heads", "tensor")
+    _check(dit.hidden_width, tensor, "the denoiser's MLP", "hidden values", "tensor")
+    _check(tokens, context, "a row", "tokens", "context")
+    if context > 1 and context_attention == "ring":
+        check_ring(dit.attention)
+    elif context > 1:
+        check_ulysses(dit.heads // tensor, context)
+
+
+def _check(number: int, parts: int, owner: str, things: str, axes: str) -> None:
+    if number % parts:
+        divisors = [size for size in range(1, number + 1) if number % size == 0 and size <= 2 * parts]
+        would = ", ".join(str(size) for size in divisors)
+        raise UserError(
+            f"{owner} has {number} {things}, which {axes}={parts} devices do not divide; use a mesh with {axes} of "
+            f"{would}, or {number + -number % parts} {things}"
+        )

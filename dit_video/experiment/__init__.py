@@ -1,0 +1,21 @@
+"""The config of a run: frozen, complete, and checked across its parts."""
+
+from dit_video.experiment.config import Experiment
+from dit_video.experiment.trainings import (
+    AutoencoderTraining,
+    Data,
+    DenoiserTraining,
+    GivenAutoencoder,
+    OneOfTwo,
+    Stage,
+)
+
+__all__ = [
+    "AutoencoderTraining",
+    "Data",
+    "DenoiserTraining",
+    "Experiment",
+    "GivenAutoencoder",
+    "OneOfTwo",
+    "Stage",
+]

@@ -1,0 +1,137 @@
+"""The reader of compiled programs: on text in the forms that XLA prints, and on programs that are counted by hand."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dit_video.distributed.planner import read_program
+from dit_video.distributed.planner.groups import axes_of, replica_groups
+
+MESH = {"data": 1, "fsdp": 2, "tensor": 1, "context": 4}
+
+
+def in_a_module(*lines: str, rest: str = "") -> str:
+    body = "\n".join(f"  {line}" for line in lines)
+    first = "ENTRY %main (p: f32[8]) -> f32[8] {\n  %p = f32[64,32]{1,0} parameter(0)"
+    return f"HloModule jit_step\n\n{rest}\n{first}\n{body}\n}}\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "kind", "axes", "moved"),
+    [
+        ("all-gather(%p), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}", "all-gather", ("context",), 3 * 8192),
+        ("all-gather(%p), replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}", "all-gather", ("fsdp",), 8192),
+        ("all-gather(%p), replica_groups=mesh['x'=2,'y'=4] {'x'}, dimensions={0}", "all-gather", ("fsdp",), 8192),
+        ("all-reduce(%p), replica_groups={}, to_apply=%add", "all-reduce", ("fsdp", "context"), 2 * 8192 * 7 / 8),
+        ("reduce-scatter(%p), replica_groups=[2,4]<=[8], to_apply=%add", "reduce-scatter", ("context",), 8192 * 3 / 4),
+        ("all-to-all(%p), replica_groups=[2,4]<=[8]", "all-to-all", ("context",), 8192 * 3 / 4),
+        ("collective-permute(%p), source_target_pairs={{0,1},{1,2}}", "collective-permute", ("context",), 8192),
+        ("all-gather(%p), replica_groups={{0,1},{2,3},{4,5},{6,7}}", "all-gather", ("part of", "context"), 8192),
+    ],
+)
+def test_collectives(line, kind, axes, moved):
+    program = read_program(in_a_module(f"%c = f32[8]{{0}} {line}"), MESH)
+    (found,) = program.moved.values()
+    assert (found.kind, found.axes, found.bytes, found.times) == (kind, axes, moved, 1)
+
+
+LOOP = """
+%body (t: (s32[], f32[64,32])) -> (s32[], f32[64,32]) {
+  %t = (s32[], f32[64,32]{1,0}) parameter(0)
+  %x = f32[64,32]{1,0} get-tuple-element(%t), index=1
+  %a = f32[64,32]{1,0} all-to-all(%x), channel_id=1, replica_groups=[2,4]<=[8]
+  %d = f32[64,64]{1,0} dot(%a, %a), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+  ROOT %r = (s32[], f32[64,32]{1,0}) tuple(%t, %a)
+}
+
+%condition (t: (s32[], f32[64,32])) -> pred[] {
+  %t = (s32[], f32[64,32]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %n = s32[] constant(24)
+  ROOT %l = pred[] compare(%i, %n), direction=LT
+}
+"""
+
+
+def test_what_a_loop_does_counts_as_often_as_it_turns():
+    text = in_a_module("%w = (s32[], f32[64,32]{1,0}) while(%p), condition=%condition, body=%body", rest=LOOP)
+    program = read_program(text, MESH)
+    assert program.flops == 24 * 2 * 64 * 64 * 32
+    (moved,) = program.moved.values()
+    assert (moved.times, moved.bytes) == (24, 24 * 8192 * 3 / 4)
+    config = 'body=%body, backend_config={"known_trip_count":{"n":"5"}}'
+    assert read_program(text.replace("body=%body", config), MESH).flops == 5 * 2 * 64 * 64 * 32
+
+
+def test_a_loop_that_the_data_end():
+    rest = LOOP.replace("%n = s32[] constant(24)", "%n = s32[] get-tuple-element(%t), index=0")
+    text = in_a_module("%w = (s32[], f32[64,32]{1,0}) while(%p), condition=%condition, body=%body", rest=rest)
+    assert read_program(text, MESH).unknown_loops == 1
+    assert read_program(text, MESH).flops == 2 * 64 * 64 * 32
+    assert read_program(text, MESH, turns=50).flops == 50 * 2 * 64 * 64 * 32
+
+
+def test_asynchronous_collectives_count_once():
+    pair = [
+        "%s = (f32[64,32]{1,0}, f32[256,32]{1,0}) all-gather-start(%p), replica_groups=[2,4]<=[8], dimensions={0}",
+        "%d = f32[256,32]{1,0} all-gather-done(%s)",
+    ]
+    (moved,) = read_program(in_a_module(*pair), MESH).moved.values()
+    assert (moved.times, moved.bytes) == (1, 3 * 8192)
+    fused = "%{0} (q: f32[64,32]) -> f32[256,32] {{\n  %q = f32[64,32]{{1,0}} parameter(0)\n  ROOT %g.{0} = "
+    fused += "f32[256,32]{{1,0}} "
+    fused += 'all-gather(%q), replica_groups=[2,4]<=[8], frontend_attributes={{chain_id="7"}}\n}}\n'
+    calls = [f"%f.{name} = f32[256,32]{{1,0}} fusion(%p), kind=kOutput, calls=%{name}" for name in ("start", "end")]
+    (moved,) = read_program(in_a_module(*calls, rest=fused.format("start") + fused.format("end")), MESH).moved.values()
+    assert (moved.times, moved.bytes) == (1, 3 * 8192)
+
+
+def test_a_sum_of_which_a_slice_is_taken_is_a_scatter():
+    lines = ["%s = f32[64,32]{1,0} all-reduce(%p), replica_groups=[2,4]<=[8], to_apply=%add"]
+    lines += ["ROOT %d = f32[16,32]{1,0} dynamic-slice(%s), dynamic_slice_sizes={16,32}"]
+    (moved,) = read_program(in_a_module(*lines), MESH).moved.values()
+    assert (moved.kind, moved.bytes) == ("reduce-scatter", 8192 * 3 / 4)
+
+
+def test_products_in_the_form_of_tpus():
+    lines = [
+        "%q = f32[32,16]{1,0} parameter(1)",
+        "%c = f32[64,16]{1,0} convolution(%p, %q), dim_labels=bf_io->bf",
+        "%a = f32[8,64,32]{2,1,0} parameter(2)",
+        "%b = f32[8,32,16]{2,1,0} parameter(3)",
+    ]
+    assert read_program(in_a_module(*lines), MESH).flops == 2 * 64 * 32 * 16
+    # Eight products, in a window of which each output meets one weight alone.
+    window = "window={size=8 stride=7 pad=0_0 lhs_dilate=8}, dim_labels=0bf_0io->0bf"
+    lines = [*lines[2:], f"%e = f32[8,64,16]{{2,1,0}} convolution(%a, %b), {window}"]
+    assert read_program(in_a_module(*lines), MESH).flops == 8 * 2 * 64 * 32 * 16
+
+
+def test_what_is_read_and_written():
+    lines = [
+        "%i = s32[] parameter(1)",
+        "%s = f32[1,32]{1,0} dynamic-slice(%p, %i), dynamic_slice_sizes={1,32}",
+        "%n = f32[64,32]{1,0:S(1)} negate(%p)",
+        "ROOT %e = f32[64,32]{1,0} exponential(%n)",
+    ]
+    # A slice is read and written, then the whole read; what lies in near memory costs nothing; a whole is written.
+    assert read_program(in_a_module(*lines), MESH).bytes == 2 * 128 + 8192 + 8192
+
+
+def test_groups():
+    assert replica_groups("replica_groups=[4,2]<=[2,4]T(1,0)", 8) == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert replica_groups("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}", 8) == [[0, 1]]
+    assert replica_groups("replica_groups=mesh['a'=2,'b'=4] {'a','b':(1)2}", 8) == [[0, 2, 4, 6]]
+    assert axes_of([0, 4], MESH) == ("fsdp",)
+
+
+def test_a_program_of_this_machine():
+    def run(x, weights):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
+
+    compiled = jax.jit(run).lower(jnp.ones((64, 32)), jnp.ones((6, 32, 32))).compile()
+    program = read_program(compiled.as_text(), {"data": 1})
+    if program.flops:  # some CPUs have their products in library calls, which the text does not tell
+        assert program.flops == 6 * 2 * 64 * 32 * 32
+    assert program.unknown_loops == 0
+    assert program.bytes > 6 * 32 * 32 * 4

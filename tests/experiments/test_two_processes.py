@@ -1,0 +1,47 @@
+"""The whole of experiments/train.py as two processes, and as one."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from devices import HANG, _environment, _free_port
+from dit_video.training.logging import read
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+
+
+def test_two_processes_train_and_report_what_one_does(tiny_clips, tiny_run, tmp_path):
+    port, run = _free_port(), tmp_path / "run"
+    command = [sys.executable, "experiments/train.py", "tests/experiments/tiny.py"]
+    options = ["--data", str(tiny_clips), "--workdir", str(run), "--patience.silent", "300"]
+    processes = []
+    try:
+        for index in range(2):
+            place = {"COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "NUM_PROCESSES": "2", "PROCESS_ID": str(index)}
+            environment = {**_environment(1), **place, "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}"}
+            output = (tmp_path / f"{index}.txt").open("w")
+            processes.append(
+                subprocess.Popen(
+                    command + options,
+                    env=environment,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    cwd=os.path.dirname(os.path.dirname(os.path.dirname(__file__))),
+                )
+            )
+        codes = [process.wait(HANG) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    said = [(tmp_path / f"{index}.txt").read_text() for index in range(2)]
+    assert codes == [0, 0], "\n".join(said)
+    assert "look at" in said[0]
+    assert "look at" not in said[1]
+    assert (run / "report.html").is_file()
+    assert (run / "pipeline").is_dir()
+    for stage in ("autoencoder", "denoiser"):
+        alone, together = (read(folder / stage / "metrics.jsonl") for folder in (tiny_run, run))
+        assert [entry["step"] for entry in together] == [entry["step"] for entry in alone]
+        assert [entry["loss"] for entry in together] == pytest.approx([entry["loss"] for entry in alone], rel=1e-3)

@@ -1,0 +1,163 @@
+"""Plans of a tiny experiment: counted for hardware that is not here, and compiled for devices that are simulated."""
+
+import dataclasses
+import json
+
+import pytest
+
+from devices import check_on_eight_devices
+from dit_video.distributed import MeshConfig
+from dit_video.distributed.planner import Topology
+from dit_video.errors import UserError
+from dit_video.planning import plan_experiment, suggest
+from dit_video.planning.report import with_dit
+from dit_video.planning.steps import clips_of
+from dit_video.planning.suggest import candidates
+
+GPUS = Topology.parse("h100:8")
+
+
+@pytest.fixture
+def two_rows(tiny):
+    return tiny.EXPERIMENT
+
+
+@pytest.fixture
+def eight_rows(two_rows):
+    return dataclasses.replace(two_rows, denoiser=dataclasses.replace(two_rows.denoiser, batch=8))
+
+
+def test_what_is_not_here_is_counted(eight_rows):
+    mesh = MeshConfig(fsdp=2)
+    plan = plan_experiment(eight_rows, GPUS, mesh=mesh, steps=3600, price=2.0)
+    assert (plan.how, plan.fits, plan.devices, plan.rows) == ("analytic", True, 8, 8)
+    assert plan.mesh == {"data": 4, "fsdp": 2, "tensor": 1, "context": 1}
+    memory = plan.memory
+    assert memory.peak == memory.state + memory.activations + memory.temporary
+    assert 0 < memory.parameters <= memory.ema
+    assert plan.executed_flops == plan.model_flops > 0  # nothing is computed twice
+    assert plan.times is not None
+    assert plan.mfu(plan.times.apart) <= plan.mfu(plan.times.overlapped) < 1
+    assert plan.chip_hours(2.0) == 3600 * 2.0 * 8 / 3600
+    document = json.loads(json.dumps(plan.to_json()))
+    assert document["topology"] == "h100:8"
+    assert document["apart"]["price"] == pytest.approx(2.0 * document["apart"]["chip_hours"])
+    text = str(plan)
+    for word in ("analytic", "fits", "parameters", "optimizer", "ema", "activations", "MFU", "chip-hours"):
+        assert word in text
+
+
+def test_recomputation_is_executed_but_not_the_models(eight_rows):
+    once, twice = (plan_experiment(with_dit(eight_rows, remat=remat), GPUS) for remat in ("none", "full"))
+    assert twice.model_flops == once.model_flops
+    assert once.executed_flops < twice.executed_flops <= once.executed_flops * 4 / 3
+
+
+def test_the_sampler_is_planned_too(eight_rows):
+    plan = plan_experiment(eight_rows, GPUS, part="sampler")
+    training = plan_experiment(eight_rows, GPUS)
+    assert plan.memory.optimizer == plan.memory.ema == 0
+    # 2 steps of 2 branches, forwards alone.
+    assert plan.model_flops == 4 * training.model_flops / 3
+    assert plan.parameter_count == training.parameter_count
+
+
+@pytest.mark.parametrize(
+    ("mesh", "says"),
+    [
+        (MeshConfig(data=3), "data=3 does not divide the 8 devices"),
+        (MeshConfig(data=4, tensor=2), None),
+        (MeshConfig(data=1, tensor=8), "2 heads, which tensor=8"),
+        (MeshConfig(data=1, context=8), "12 tokens, which context=8"),
+        (MeshConfig(data=8), "2 rows, which data x fsdp=8"),
+    ],
+)
+def test_meshes_that_do_not_divide(mesh, says, eight_rows, two_rows):
+    if says is None:
+        assert plan_experiment(eight_rows, GPUS, mesh=mesh).fits
+        return
+    with pytest.raises(UserError, match=says):
+        plan_experiment(two_rows, GPUS, mesh=mesh)
+
+
+def test_clips_of_a_row(two_rows):
+    assert clips_of(two_rows) == [6, 6]
+    assert clips_of(two_rows, 3) == [4, 4, 4]
+    with pytest.raises(UserError, match="room for 3 clips"):
+        clips_of(two_rows, 4)
+
+
+def test_the_best_of_those_that_fit_is_suggested(two_rows):
+    found = candidates(two_rows, GPUS)
+    assert len({(one.mesh, one.rows, one.remat) for one in found}) == len(found)
+    assert {one.remat for one in found} == {"none", "full", "dots_no_batch"}
+    assert all(one.mesh.tensor <= 2 and one.mesh.context <= 2 for one in found)  # there are two heads
+    told = []
+    best = suggest(two_rows, GPUS, tries=3, say=told.append)
+    assert best.fits
+    assert len(told) == 3
+    assert best.times is not None
+    kept = suggest(two_rows, GPUS, rows=4, tries=1)
+    assert kept.rows == 4
+    with pytest.raises(UserError, match="autoencoder with --mesh"):
+        suggest(two_rows, GPUS, part="autoencoder")
+
+
+def test_what_never_fits_is_said(two_rows):
+    small = dataclasses.replace(GPUS.chip, memory=1000)
+    with pytest.raises(UserError, match="nothing on h100:8"):
+        suggest(two_rows, dataclasses.replace(GPUS, chip=small))
+
+
+def test_an_autoencoder_is_compiled(eight_rows, two_rows):
+    with pytest.raises(UserError, match="h100:8, or for a TPU"):
+        plan_experiment(two_rows, GPUS, part="autoencoder")
+    with pytest.raises(UserError, match="leave out --measure"):
+        plan_experiment(eight_rows, GPUS, measure=True)
+
+
+def test_memory_is_that_of_the_program_that_runs():
+    """The state of a run on simulated devices, its step and the step's own analysis, beside the plan of it."""
+    check_on_eight_devices("""
+        import dataclasses, functools
+        import jax
+        import numpy as np
+        from dit_video.distributed import MeshConfig, make_mesh, shard_batch, shardings
+        from dit_video.distributed.planner import compile_step, measured_peak, peak_of
+        from dit_video.planning.steps import clips_of, plan_step
+        from dit_video.training.state import make_on_devices, init_state
+        from dit_video.training.optimizer import make_optimizer
+        from dit_video.starting import optimizer_of
+        from dit_video.planning.steps import _init
+        from experiments.tiny import experiment
+
+        tiny = experiment()
+        shape = {"width": 128, "layers": 2, "rotary": "even", "attention": "dense", "remat": "full"}
+        dit = dataclasses.replace(tiny.denoiser.dit, **shape)
+        tiny = dataclasses.replace(tiny, denoiser=dataclasses.replace(tiny.denoiser, batch=4, dit=dit))
+        mesh = make_mesh(MeshConfig(data=1, fsdp=4, context=2))
+        planned = plan_step(tiny, "denoiser", mesh, clips=clips_of(tiny))
+        compiled = compile_step(planned.step, planned.arguments, mesh)
+        memory, program = compiled.memory, compiled.program
+        assert measured_peak(planned.step, planned.arguments) is None  # it ran, and CPUs do not tell
+
+        config = tiny.denoiser
+        optimizer = make_optimizer(optimizer_of(config), steps=config.steps)
+        begin = lambda key: init_state(_init(config, key), optimizer)
+        state = make_on_devices(begin, jax.random.key(0), shardings=functools.partial(shardings, mesh=mesh))
+        batch = shard_batch(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), planned.arguments[1]), mesh)
+        first = lambda leaf: next(part.data for part in leaf.addressable_shards if part.device == jax.devices()[0])
+        here = lambda tree: sum(first(leaf).nbytes for leaf in jax.tree.leaves(tree))
+        assert memory.parameters == here(state.params), (memory, here(state.params))
+        assert memory.optimizer == here(state.opt_state)
+        assert memory.ema == here(state.ema) + here(state.averages)
+        executed = planned.step.lower(state, batch).compile()
+        analysis = executed.memory_analysis()
+        assert abs(memory.peak - peak_of(analysis)) <= 0.1 * peak_of(analysis), (memory, analysis)
+        executed(state, batch)
+
+        axes = {part.axes for part in program.moved.values()}
+        assert ("fsdp",) in axes, axes
+        assert ("all-to-all", ("context",)) in program.moved, program.moved
+        print("done")
+    """)
