@@ -8,6 +8,7 @@ import pytest
 from dit_video import measure
 from dit_video.codec import Codec
 from dit_video.data import shapes
+from dit_video.data.sizes import read_fitted
 from dit_video.errors import MissingError, UserError
 from dit_video.evaluation.kinds import CaptionEvaluation
 from dit_video.evaluation.shapes import prompt_following
@@ -61,6 +62,10 @@ def test_captions_are_spread_over_the_clips_at_their_sizes(held_out, limits):
     assert [request.prompt for request in requests] == [info.caption for info in ends]
     assert [request.size for request in requests] == [Grid(info.frames, info.height, info.width) for info in ends]
     assert [request.seed for request in requests] == [3004, 3005]
+    assert [request.image for request in requests] == [None, None]
+    animated = measure.caption_requests(held_out, limits, count=2, seed=3, animated=True)
+    for request, index in zip(animated, (0, len(held_out) - 1), strict=True):
+        np.testing.assert_array_equal(request.image, read_fitted(held_out, index, limits).frames[0])
     assert len(measure.caption_requests(held_out, limits, count=99, seed=3)) == len(
         {info.caption for info in held_out.infos}
     )

@@ -244,6 +244,40 @@ def test_a_damaged_example_keeps_its_place_and_does_not_count(source, monkeypatc
     assert f"{damaged} is damaged" in caplog.text
 
 
+def test_rows_hold_what_stands_beside_latents(tmp_path, monkeypatch):
+    draw = np.random.default_rng(3)
+    latents = [draw.standard_normal((size, 4, 4, 4)).astype(np.float32) for size in (1, 2, 3)]
+    images = [draw.standard_normal((5, 6)).astype(np.float32) for _ in latents]
+
+    def examples():
+        for index, (values, image) in enumerate(zip(latents, images, strict=True)):
+            yield LatentExample(f"{index}.mp4", "clip", values, shown=values + 1, image=image)
+
+    write_latents(tmp_path / "l", examples(), identity="x", dtype="float32")
+    source = LatentSource(tmp_path / "l")
+    shape = RowShape(tokens=24, text=256, segments=4)
+
+    whole = take(source, 1, batch=1, shape=shape)[0]
+    assert whole.image.shape == (1, 4 * 5, 6)
+    found = []
+    for segment in (1, 2, 3):
+        own = whole.segments[0] == segment
+        np.testing.assert_array_equal(whole.shown[0, own], whole.tokens[0, own] + 1)
+        image = whole.image[0, whole.image_segments[0] == segment]
+        found += [index for index, one in enumerate(images) if np.array_equal(image, one)]
+        np.testing.assert_array_equal(whole.tokens[0, own], patchify(latents[found[-1]], PATCH))
+    assert sorted(found) == [0, 1, 2]
+
+    def damaged(self, index):
+        raise DecodeError("record 1 is damaged")
+
+    monkeypatch.setattr(LatentSource, "image", damaged)
+    lost = take(LatentSource(tmp_path / "l"), 1, batch=1, shape=shape)[0]
+    assert not lost.valid.any()
+    assert not any(values.any() for values in (lost.tokens, lost.shown, lost.image))
+    np.testing.assert_array_equal(lost.image_segments, whole.image_segments)
+
+
 # --- from video files -----------------------------------------------------------------------------------------------
 
 LIMITS = SizeLimits(max_pixels=32 * 32, max_frames=5, multiple=Grid(4, 16, 16))
