@@ -243,7 +243,7 @@ def plan_experiment(
     planned = plan_step(experiment, part, laid, clips=rows_of_clips)
     devices = laid.size
     limit = topology.chip.memory * topology.chips // devices
-    if there:
+    if there and isinstance(laid, Mesh):
         compiled = compile_step(planned.step, planned.arguments, laid, turns=planned.turns)
         executed, hbm, moved = _read(compiled, planned, devices)
         memory, fits, over = compiled.memory, compiled.over is None and compiled.memory.peak <= limit, compiled.over
