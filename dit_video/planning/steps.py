@@ -297,7 +297,8 @@ def _autoencoder(experiment: Experiment, mesh: AnyMesh) -> PlannedStep:
         *_laid(constants, whole),
     )
     jitted = jax.jit(step, donate_argnums=0)
-    flops = jitted.trace(*arguments).lower(lowering_platforms=("cpu",)).cost_analysis() or {}
+    anywhere = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arguments)
+    flops = jitted.lower(*anywhere).cost_analysis() or {}
     return PlannedStep(jitted, arguments, model_flops=int(flops.get("flops", 0)))
 
 
