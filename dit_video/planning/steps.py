@@ -289,6 +289,11 @@ def _autoencoder(experiment: Experiment, mesh: AnyMesh) -> PlannedStep:
         return make_adversarial_step(loss, optimizer, rival, **settings)(state, clips)
 
     window = max(config.windows, key=_pixels)
+    if window.batch % (shards := row_shards(mesh)):
+        raise UserError(
+            f"windows in batches of {window.batch} do not divide among {shards} devices along data and fsdp; set "
+            f"autoencoder windows of batch={window.batch + -window.batch % shards}, or use fewer chips"
+        )
     batch = jax.ShapeDtypeStruct((window.batch, *window.size, 3), jnp.uint8)
     whole = jax.tree.map(lambda leaf: NamedSharding(mesh, PartitionSpec()), constants)
     arguments = (
