@@ -156,7 +156,7 @@ def _clips(clips: Sequence[int]) -> str:
     return " + ".join(parts)
 
 
-def _size(number: float) -> str:
+def _size(number: int | float) -> str:
     return f"{number / 2**30:,.2f} GiB" if number >= 2**28 else f"{number / 2**20:,.1f} MiB"
 
 
@@ -239,6 +239,8 @@ def plan_experiment(
     config = experiment.mesh if mesh is None else mesh
     experiment = adapted(dataclasses.replace(experiment, mesh=config), topology)
     laid, there = mesh_for(experiment, topology, config, part)
+    if part == "autoencoder" and not there:
+        raise UserError(f"an autoencoder is planned by compiling: run this where there are {topology}, or for a TPU")
     rows_of_clips = clips_of(experiment, clips)
     planned = plan_step(experiment, part, laid, clips=rows_of_clips)
     devices = laid.size
@@ -248,10 +250,7 @@ def plan_experiment(
         executed, hbm, moved = _read(compiled, planned, devices)
         memory, fits, over = compiled.memory, compiled.over is None and compiled.memory.peak <= limit, compiled.over
     else:
-        if planned.known is None:
-            raise UserError(
-                f"an autoencoder is planned by compiling: run this where there are {topology}, or for a TPU"
-            )
+        assert planned.known is not None
         compiled = None
         memory, work = estimate(planned.known, held(planned.arguments), planned.layer_bytes, dict(laid.shape))
         executed, hbm, moved = work.flops * devices * planned.turns, work.bytes * planned.turns, work.moved

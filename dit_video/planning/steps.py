@@ -289,6 +289,11 @@ def _autoencoder(experiment: Experiment, mesh: AnyMesh) -> PlannedStep:
         return make_adversarial_step(loss, optimizer, rival, **settings)(state, clips)
 
     window = max(config.windows, key=_pixels)
+    if window.batch % (shards := row_shards(mesh)):
+        raise UserError(
+            f"windows in batches of {window.batch} do not divide among {shards} devices along data and fsdp; set "
+            f"autoencoder windows of batch={window.batch + -window.batch % shards}, or use fewer chips"
+        )
     batch = jax.ShapeDtypeStruct((window.batch, *window.size, 3), jnp.uint8)
     whole = jax.tree.map(lambda leaf: NamedSharding(mesh, PartitionSpec()), constants)
     arguments = (
@@ -297,7 +302,8 @@ def _autoencoder(experiment: Experiment, mesh: AnyMesh) -> PlannedStep:
         *_laid(constants, whole),
     )
     jitted = jax.jit(step, donate_argnums=0)
-    flops = jitted.trace(*arguments).lower(lowering_platforms=("cpu",)).cost_analysis() or {}
+    anywhere = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arguments)
+    flops = jitted.lower(*anywhere).cost_analysis() or {}
     return PlannedStep(jitted, arguments, model_flops=int(flops.get("flops", 0)))
 
 
