@@ -18,7 +18,7 @@ def load(
     text_encoder: str | Path | None = None,
     dtype: Dtype | None = None,
     place: Place | None = None,
-    ema: float | None = None,
+    ema: float | int | None = None,
     sigma_rel: float | None = None,
 ) -> Pipeline:
     """The pipeline of a run folder, a pipeline folder, or a folder of open weights (Wan, DiT and SiT).
@@ -67,7 +67,7 @@ def load(
     )
 
 
-def _run_pipeline(folder: Path, ema: float | None, sigma_rel: float | None) -> Pipeline:
+def _run_pipeline(folder: Path, ema: float | int | None, sigma_rel: float | None) -> Pipeline:
     if not (folder / "experiment.json").is_file():
         raise UserError(f"{folder} is no run, and has one set of weights; leave out ema and sigma_rel")
     # Imported here: a finished pipeline is sampled without anything that training needs.

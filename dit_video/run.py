@@ -380,7 +380,7 @@ class Run:
             pipeline.save(self.folder / "pipeline")
         return pipeline
 
-    def newest_pipeline(self, *, ema: float | None = None, sigma_rel: float | None = None) -> Pipeline:
+    def newest_pipeline(self, *, ema: float | int | None = None, sigma_rel: float | None = None) -> Pipeline:
         """The pipeline of the newest checkpoint of a run that need not be finished.
 
         Args:

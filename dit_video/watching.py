@@ -221,7 +221,7 @@ def sheet(clips: Sequence[Clip], *, gap: int = 2) -> Clip:
 
 
 def averaged(
-    state: Any, config: DenoiserTraining, folder: Path, *, ema: float | None, sigma_rel: float | None
+    state: Any, config: DenoiserTraining, folder: Path, *, ema: float | int | None, sigma_rel: float | None
 ) -> dict[str, Any]:
     """The weights of a training that are asked for, on the host: those of one of its averages.
 
