@@ -147,7 +147,9 @@ class AutoencoderStage:
         part = RowPart.of(make_mesh(self.experiment.mesh))
         opened = WindowBatches(
             stretches,
-            tuple(dataclasses.replace(window, augment=augment and window.augment) for window in training.windows),
+            tuple(
+                dataclasses.replace(window, augment=window.augment if augment else None) for window in training.windows
+            ),
             seed=int(rng.host(self.experiment.seed, purpose).integers(2**31)),
             start_step=start,
             # What is measured is measured on whole batches, by each process: all have to find the same.

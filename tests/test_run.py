@@ -13,6 +13,7 @@ from devices import wait_until
 from dit_video import configs, feed, stages
 from dit_video import tree as trees
 from dit_video.data import shapes
+from dit_video.data.augmentation import Augmentation
 from dit_video.data.bucket_batches import BucketConfig
 from dit_video.data.buckets import Memory
 from dit_video.data.latents import LatentSource
@@ -188,7 +189,7 @@ def test_the_linear_start_is_fitted_once_by_a_new_run_alone(tiny_run, copy, monk
 
 def test_the_linear_start_is_fitted_on_clips_as_they_are(tiny, tiny_run, copy):
     experiment = tiny.EXPERIMENT
-    windows = tuple(dataclasses.replace(window, augment=True) for window in experiment.autoencoder.windows)
+    windows = tuple(dataclasses.replace(window, augment=Augmentation()) for window in experiment.autoencoder.windows)
     augmented = dataclasses.replace(
         experiment, autoencoder=dataclasses.replace(experiment.autoencoder, windows=windows)
     )

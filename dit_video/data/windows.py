@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from dit_video import rng
+from dit_video.data.augmentation import Augmentation, changed, composite
 from dit_video.data.prefetch import ENDLESS
 from dit_video.data.rows import set_aside
 from dit_video.data.sizes import SizeLimits, fit, read_fitted, sampled_frames
@@ -41,11 +42,14 @@ class WindowConfig:
     """frames, height and width of a window, in pixels"""
     batch: int
     """windows a step"""
-    augment: bool = False
-    """Whether windows are, at random, mirrored, reversed in time, shrunk to half from twice the size, and given other
-    colours: where the training clips show few scenes, and others are to be coded too."""
+    augment: Augmentation | None = None
+    """how windows are changed at random; None for not at all"""
 
     def __post_init__(self):
+        if self.augment is not None and self.augment.turned and self.size.h != self.size.w:
+            raise UserError(
+                f"windows of {tuple(self.size)} are not square, so that they can't be turned; set turned=False"
+            )
         if min(self.size) < 1 or self.batch < 1:
             raise UserError(f"windows of {tuple(self.size)} in batches of {self.batch}: each must be at least 1")
 
@@ -134,24 +138,32 @@ class Windows:
         return np.stack([self._window(first + index) for index in range(self._share)])
 
     def _window(self, position: int) -> UInt8[np.ndarray, "T H W 3"]:
-        for attempt in range(_ATTEMPTS):
-            clip = self._clip_at(position + attempt)
-            generator = rng.host(self._seed, "windows", position)
-            try:
-                frames = self._stretches.frames(clip, int(generator.integers(self._stretches.count(clip))))
-                break
-            except DecodeError as error:
-                set_aside(self._stretches.source.infos[clip].name, error)
-        else:
-            raise UserError(f"{_ATTEMPTS} clips in a row can't be decoded; ingest the clips again")
-        size = self._config.size
-        zoom = int(self._config.augment and generator.integers(2)) + 1
-        if frames.shape[1] < zoom * size.h or frames.shape[2] < zoom * size.w:
-            zoom = 1
+        generator = rng.host(self._seed, "windows", position)
+        window = self._cut([self._clip_at(position + attempt) for attempt in range(_ATTEMPTS)], generator)
+        augment = self._config.augment
+        if augment is None or not augment.composites or generator.random() >= augment.composites:
+            return window
+        others = [self.clips[index] for index in generator.integers(len(self.clips), size=_ATTEMPTS)]
+        return composite(window, self._cut(others, generator), generator)
+
+    def _cut(self, clips: Sequence[int], generator: np.random.Generator) -> UInt8[np.ndarray, "T H W 3"]:
+        """A window of the first of these clips that can be decoded."""
+        frames, size, augment = self._stretch(clips, generator), self._config.size, self._config.augment
+        most = 1 if augment is None else min(2, frames.shape[1] // size.h, frames.shape[2] // size.w)
+        zoom = int(generator.integers(most)) + 1
         size = Grid(size.t, zoom * size.h, zoom * size.w)
         t, h, w = (int(generator.integers(have - want + 1)) for have, want in zip(frames.shape[:3], size, strict=True))
         window = frames[t : t + size.t, h : h + size.h, w : w + size.w]
-        return _augmented(window, zoom, generator) if self._config.augment else window
+        return window if augment is None else changed(window, zoom, augment.turned, generator)
+
+    def _stretch(self, clips: Sequence[int], generator: np.random.Generator) -> UInt8[np.ndarray, "T H W 3"]:
+        """A stretch of the first of these clips that can be decoded; the others before it are set aside."""
+        for clip in clips:
+            try:
+                return self._stretches.frames(clip, int(generator.integers(self._stretches.count(clip))))
+            except DecodeError as error:
+                set_aside(self._stretches.source.infos[clip].name, error)
+        raise UserError(f"{len(clips)} clips in a row can't be decoded; ingest the clips again")
 
     def _clip_at(self, position: int) -> int:
         epoch, index = divmod(position, len(self.clips))
@@ -225,18 +237,6 @@ class _InTurn:
     def __getitem__(self, step: int) -> UInt8[np.ndarray, "B T H W 3"]:
         number, shape = divmod(step, len(self._windows))
         return self._windows[shape][number]
-
-
-def _augmented(
-    window: UInt8[np.ndarray, "T H W 3"], zoom: int, generator: np.random.Generator
-) -> UInt8[np.ndarray, "T h w 3"]:
-    """A window shrunk by `zoom`, forwards or backwards, mirrored or not, with its colours exchanged or inverted."""
-    if zoom > 1:
-        cells = window.reshape(len(window), window.shape[1] // zoom, zoom, window.shape[2] // zoom, zoom, 3)
-        window = np.rint(cells.mean(axis=(2, 4), dtype=np.float32)).astype(np.uint8)
-    reverse, mirror, invert = generator.integers(2, size=3)
-    window = window[:: -1 if reverse else 1, :, :: -1 if mirror else 1, generator.permutation(3)]
-    return 255 - window if invert else window
 
 
 def _fit_or_none(source: ClipSource, index: int, limits: SizeLimits) -> Grid | None:

@@ -21,6 +21,7 @@ minutes (44 with other jobs beside them):
 """
 
 from dit_video.autoencoder import AutoencoderObjective, PatchVaeConfig
+from dit_video.data.augmentation import Augmentation
 from dit_video.data.windows import WindowConfig
 from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
 from dit_video.dit import DitConfig
@@ -29,6 +30,8 @@ from dit_video.generation import Sampling
 from dit_video.text import ByteEncoderConfig
 from dit_video.tokens import Grid, RowShape
 from dit_video.training.optimizer import OptimizerConfig
+
+AUGMENT = Augmentation(turned=True, composites=0.35)
 
 EXPERIMENT = Experiment(
     name="autoencoder",
@@ -44,8 +47,8 @@ EXPERIMENT = Experiment(
             bfloat16=True,
         ),
         windows=(
-            WindowConfig(size=Grid(9, 64, 64), batch=8, augment=True),
-            WindowConfig(size=Grid(17, 64, 64), batch=5, augment=True),
+            WindowConfig(size=Grid(9, 64, 64), batch=8, augment=AUGMENT),
+            WindowConfig(size=Grid(17, 64, 64), batch=5, augment=AUGMENT),
         ),
         optimizer=OptimizerConfig(
             kind="muon",
@@ -53,6 +56,7 @@ EXPERIMENT = Experiment(
             matrix_scale=0.5,
             matrices=("coder",),
             b2=0.95,
+            weight_decay=0.1,
             schedule="cosine",
             warmup=30,
         ),

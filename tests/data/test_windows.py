@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from dit_video.data.augmentation import Augmentation, composite
 from dit_video.data.ingest import ingest
 from dit_video.data.sizes import SizeLimits
 from dit_video.data.source import ClipSource
@@ -155,10 +156,14 @@ def test_refusals(source):
         Windows(Stretches(source, LIMITS), WindowConfig(size=Grid(17, 16, 16), batch=1), seed=0)
     with pytest.raises(UserError, match="at least 1"):
         WindowConfig(size=Grid(1, 16, 16), batch=0)
+    with pytest.raises(UserError, match="are not square"):
+        WindowConfig(size=Grid(1, 16, 32), batch=1, augment=Augmentation(turned=True))
+    with pytest.raises(UserError, match=r"composites=1\.5 is a share"):
+        Augmentation(composites=1.5)
 
 
 def test_augmented_windows_are_views_of_clips(source):
-    config = WindowConfig(size=Grid(5, 16, 16), batch=3, augment=True)
+    config = WindowConfig(size=Grid(5, 16, 16), batch=3, augment=Augmentation())
     plain = {0, 1, 2, 5}
     reversed_, mirrored, exchanged, zoomed = set(), set(), set(), set()
     for batch in take(source, 40, configs=(config,)):
@@ -184,3 +189,42 @@ def test_augmented_windows_are_views_of_clips(source):
         take(source, 2, start_step=2, configs=(config,)), take(source, 4, configs=(config,))[2:], strict=True
     ):
         np.testing.assert_array_equal(resumed, batch)
+
+
+def test_turned_windows_have_height_for_width(source):
+    config = WindowConfig(size=Grid(5, 16, 16), batch=3, augment=Augmentation(turned=True))
+    turned = [
+        bool(np.abs(np.diff(window[0].astype(int), axis=0)).max() > 0)  # columns differ, as these clips are made
+        for batch in take(source, 20, configs=(config,))
+        for window in batch
+    ]
+    assert 0.3 < np.mean(turned) < 0.7
+
+
+def test_a_composite_shows_another_window_within_a_moving_blob():
+    window, other = np.zeros((6, 32, 32, 3), np.uint8), np.full((6, 32, 32, 3), 200, np.uint8)
+    moves = []
+    for seed in range(20):
+        both = composite(window, other, np.random.default_rng(seed))
+        assert set(np.unique(both)) <= set(range(201))
+        inside = both[..., 0] > 100
+        assert (both[..., 0] == 0).mean() + (both[..., 0] == 200).mean() > 0.75  # edges apart it is one or the other
+        if inside.all(axis=(1, 2)).any() or not inside.any(axis=(1, 2)).all():
+            continue  # in some frames it lies beyond, or covers all
+        centres = np.array([np.argwhere(frame).mean(axis=0) for frame in inside])
+        moves.append(np.abs(np.diff(centres, axis=0)).max())
+    assert len(moves) > 5
+    assert np.median(moves) > 0.5
+    np.testing.assert_array_equal(window, 0)  # which is not written to
+
+
+def test_the_share_of_composites(source):
+    shares = {}
+    for share in (0.0, 0.5):
+        config = WindowConfig(size=Grid(5, 16, 16), batch=3, augment=Augmentation(composites=share))
+        batches = list(take(source, 30, configs=(config,)))
+        # A clip's own channel is constant in its windows; with a blob of another clip none is.
+        constant = [any(np.ptp(window[..., c]) == 0 for c in range(3)) for batch in batches for window in batch]
+        shares[share] = 1 - np.mean(constant)
+    assert shares[0.0] == 0
+    assert 0.15 < shares[0.5] < 0.6  # a blob may lie beyond the window, or be of the same clip
