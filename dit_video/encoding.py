@@ -39,7 +39,7 @@ EncodeText = Callable[[str], Float32[np.ndarray, "s e"]]
 """A caption to its embedding: real tokens only."""
 EncodeImage = Callable[[UInt8[np.ndarray, "T H W 3"]], Float32[np.ndarray, "T i F"]]
 """Frames to an image encoder's tokens."""
-First = UInt8[np.ndarray, "1 H W 3"]
+First = UInt8[np.ndarray, "1 _ _ 3"]
 _TEXTS = 64
 """Embeddings that are kept, as the views of a clip and the clips of a class share their captions. One may take 8 MB."""
 
