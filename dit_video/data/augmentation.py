@@ -51,7 +51,7 @@ def changed(
 def composite(
     window: UInt8[np.ndarray, "T H W 3"], other: UInt8[np.ndarray, "T H W 3"], generator: np.random.Generator
 ) -> UInt8[np.ndarray, "T H W 3"]:
-    """A window with another one in an ellipse that moves, what it shows moving along by whole pixels, wrapped around."""
+    """A window with another in an ellipse that moves; what it shows moves along, by whole pixels, wrapped around."""
     length, height, width = window.shape[:3]
     speed = generator.normal(size=2) * _SPEED
     start = generator.uniform(0, 1, 2) * (height, width)
