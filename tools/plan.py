@@ -1,10 +1,10 @@
 """What a run will need, before it is paid for: its own step, compiled for hardware that need not be there.
 
-    python tools/plan.py experiments/configs/wan_1_3b.py --topology v5p:2x2x4
-    python tools/plan.py experiments/configs/wan_14b.py --topology v6e:16x16 --mesh fsdp=64,context=4 --rows 64
-    python tools/plan.py experiments/configs/wan_14b.py --topology v5p:4x4x8 --suggest --json plan.json
+    python tools/plan.py experiments/configs/wan_1_3b_480p.py --topology v5p:2x2x4
+    python tools/plan.py experiments/configs/wan_14b_480p.py --topology v6e:16x16 --mesh fsdp=64,context=4 --rows 64
+    python tools/plan.py experiments/configs/wan_14b_480p.py --topology v5p:4x4x8 --suggest --json plan.json
     python tools/plan.py experiments/configs/clips.py --topology h100:8          # counted, unless there are eight H100
-    python tools/plan.py experiments/configs/wan_1_3b.py --topology v5e:4x4 --of sampler
+    python tools/plan.py experiments/configs/wan_1_3b_480p.py --topology v5e:4x4 --of sampler
 
 Says whether it fits, bytes on each device (parameters, optimizer, EMA, activations, temporary), operations of the model
 and those executed, bytes that each kind of collective moves over each axis of the mesh, what the roofline allows, and
@@ -36,7 +36,7 @@ from dit_video.planning import plan_experiment, suggest
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path, help="an experiment, such as experiments/configs/wan_1_3b.py")
+    parser.add_argument("config", type=Path, help="an experiment, such as experiments/configs/wan_1_3b_480p.py")
     parser.add_argument("--topology", required=True, help="hardware: v5e:4x4, v5p:2x2x4, h100:16")
     parser.add_argument("--of", choices=("denoiser", "autoencoder", "sampler"), default="denoiser")
     parser.add_argument(
