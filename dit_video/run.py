@@ -40,7 +40,7 @@ from dit_video.data.loader import Batches
 from dit_video.data.places import Address
 from dit_video.data.sizes import fit
 from dit_video.data.source import ClipSource
-from dit_video.distributed import make_mesh, over_devices, row_shards
+from dit_video.distributed import make_mesh, row_shards
 from dit_video.encoding import (
     Encoding,
     encode_latents,
@@ -53,23 +53,21 @@ from dit_video.errors import MissingError, UserError
 from dit_video.experiment import Experiment
 from dit_video.files import read_json, write_json
 from dit_video.image_encoder import IMAGE_ENCODER, open_image_encoder
-from dit_video.nn import graph_of
 from dit_video.pipeline import Pipeline, PipelineConfig
 from dit_video.stages import AutoencoderStage
 from dit_video.starting import (
     TrainedDenoiser,
     check_image_encoder,
     check_start,
+    denoiser_loss,
     experts_of,
     optimizer_of,
-    shares_of,
     trained_denoiser,
     with_other,
 )
 from dit_video.text import FrozenTextConfig, Tokenizer
 from dit_video.text_encoder import FrozenEncoder, check_width, open_tokenizer
 from dit_video.training.checkpoint import Checkpoints
-from dit_video.training.denoiser import DenoiserLoss
 from dit_video.training.distillation import distillation_loss
 from dit_video.training.logging import Progress, remark
 from dit_video.training.optimizer import make_optimizer
@@ -314,19 +312,7 @@ class Run:
             texts = feed.texts_of(self._tokenizer(cache=self.folder / "texts"), captions)
             encode = feed.live_encoder(experiment, self.train_autoencoder(), self.training_clips)
             rows = feed.live(experiment, self.training_clips, texts, encode)
-        make = over_devices(config.dit.make, make_mesh(experiment.mesh), experiment.mesh.context_attention)
-        base = DenoiserLoss(
-            dit=graph_of(make),
-            text=graph_of(config.text.make),
-            objective=config.objective,
-            caption_dropout=config.caption_dropout,
-            empty_caption=texts.empty,
-            seed=experiment.seed,
-            known=config.known,
-            shares=shares_of(config),
-            times_of=config.times_of,
-            optimizer=optimizer_of(config) if config.lora is None else None,
-        )
+        base = denoiser_loss(experiment, make_mesh(experiment.mesh), empty=texts.empty)
         distillation = config.distillation
         loss: Loss | OwnStep = base if distillation is None else distillation_loss(distillation, base)
 

@@ -12,14 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array
+from jaxtyping import Array, Shaped
 
 from dit_video import configs, rng
 from dit_video.autoencoder import InflatedConfig, VqConfig, inflate
-from dit_video.distributed import shardings
+from dit_video.distributed import over_devices, shardings
+from dit_video.distributed.mesh import AnyMesh
 from dit_video.dit import WanDitConfig
 from dit_video.errors import UserError
-from dit_video.experiment import AutoencoderTraining, DenoiserTraining, GivenAutoencoder
+from dit_video.experiment import AutoencoderTraining, DenoiserTraining, Experiment, GivenAutoencoder
 from dit_video.features import Lpips
 from dit_video.files import read_json, write_json
 from dit_video.nn import LoraConfig, graph_of, init_lora, init_params, merge_lora, scaled
@@ -28,7 +29,7 @@ from dit_video.pipeline import load_pipeline
 from dit_video.text import FrozenTextConfig
 from dit_video.training.adversarial import Rival
 from dit_video.training.autoencoder import AutoencoderLoss
-from dit_video.training.denoiser import TEMPORAL, share_below
+from dit_video.training.denoiser import TEMPORAL, DenoiserLoss, share_below
 from dit_video.training.lora import LoraLoss
 from dit_video.training.optimizer import OptimizerConfig
 from dit_video.training.step import Loss, OwnStep
@@ -180,6 +181,29 @@ def trained_denoiser(training: DenoiserTraining, folder: Path, mesh: Mesh, *, co
     if training.start is None or training.trained == "scratch" or continues:
         return TrainedDenoiser(init)
     return TrainedDenoiser(init, start=lambda: _given_denoiser(training, _Placing(mesh, training)))
+
+
+def denoiser_loss(experiment: Experiment, mesh: AnyMesh, *, empty: Shaped[np.ndarray, "s *E"]) -> DenoiserLoss:
+    """What the denoiser's training minimises, its attention being spread over a mesh.
+
+    Args:
+      experiment: of the training.
+      mesh: that it is computed on.
+      empty: the tokens of an empty caption, or their embeddings.
+    """
+    config = experiment.denoiser
+    return DenoiserLoss(
+        dit=graph_of(over_devices(config.dit.make, mesh, experiment.mesh.context_attention)),
+        text=graph_of(config.text.make),
+        objective=config.objective,
+        caption_dropout=config.caption_dropout,
+        empty_caption=empty,
+        seed=experiment.seed,
+        known=config.known,
+        shares=shares_of(config),
+        times_of=config.times_of,
+        optimizer=optimizer_of(config) if config.lora is None else None,
+    )
 
 
 def shares_of(training: DenoiserTraining) -> tuple[float, float]:

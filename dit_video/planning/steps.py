@@ -27,11 +27,10 @@ from dit_video.generation import LatentRequest
 from dit_video.generation.program import program_of, steps_of_program
 from dit_video.generation.rows import Group, Packer
 from dit_video.nn import graph_of, init_lora, init_params
-from dit_video.starting import loss_parts, optimizer_of, shares_of
+from dit_video.starting import denoiser_loss, loss_parts, optimizer_of
 from dit_video.text import ByteEncoderConfig, FrozenTextConfig
 from dit_video.tokens import Grid, empty_row
 from dit_video.training.adversarial import make_adversarial_step
-from dit_video.training.denoiser import DenoiserLoss
 from dit_video.training.distillation import distillation_loss
 from dit_video.training.lora import LoraLoss
 from dit_video.training.optimizer import make_optimizer
@@ -102,19 +101,7 @@ def plan_step(experiment: Experiment, part: Part, mesh: AnyMesh, *, clips: Seque
 
 def _denoiser(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int]) -> PlannedStep:
     config = experiment.denoiser
-    make = over_devices(config.dit.make, mesh, experiment.mesh.context_attention)
-    base = DenoiserLoss(
-        dit=graph_of(make),
-        text=graph_of(config.text.make),
-        objective=config.objective,
-        caption_dropout=config.caption_dropout,
-        empty_caption=_empty_caption(config),
-        seed=experiment.seed,
-        known=config.known,
-        shares=shares_of(config),
-        times_of=config.times_of,
-        optimizer=optimizer_of(config) if config.lora is None else None,
-    )
+    base = denoiser_loss(experiment, mesh, empty=_empty_caption(config))
     optimizer = make_optimizer(optimizer_of(config), steps=config.steps)
     layout = functools.partial(shardings, mesh=mesh)
     init: Callable[[Array], dict[str, Any]] = functools.partial(_init, config)
