@@ -35,14 +35,15 @@ def copy(tiny_run, tmp_path):
 
 
 def content(folder):
-    """Every file with its time of writing and its bytes. (A log of metrics is written again when it is opened.)"""
+    """Every file with its time of writing and its bytes. (A log of metrics is written again when it is opened, and a
+    lock says who has it.)"""
     return {
         path.relative_to(folder).as_posix(): (
             0 if path.name == "metrics.jsonl" else path.stat().st_mtime_ns,
             hashlib.sha256(path.read_bytes()).hexdigest(),
         )
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name != ".lock"
     }
 
 

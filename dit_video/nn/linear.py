@@ -66,8 +66,8 @@ class Linear(nnx.Module):
         return jnp.stack(parts, axis=1).reshape(*x.shape[:-1], count, -1)
 
     def _of(self, x: Float[Array, "n i"], kernel: Any, bias: Float[Array, " o"] | None) -> Float[Array, "n o"]:
-        if kernel.dtype == self.dtype:
-            y = x @ kernel
+        if not isinstance(kernel, jax.Array) or kernel.dtype == self.dtype:  # an adapted kernel knows its products
+            y = x @ kernel.astype(self.dtype)
             return y if bias is None else y + bias.astype(self.dtype)
         y = _product(x, kernel)
         return y if bias is None else _sum(y, bias)

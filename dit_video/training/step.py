@@ -138,7 +138,8 @@ def accumulated(
       number: of parts, which divides the rows.
     """
     parts = jax.tree.map(
-        lambda leaf: jnp.moveaxis(leaf.reshape(-1, number, *leaf.shape[1:]), 1, 0), jax.tree.map(jnp.asarray, batch)
+        lambda leaf: jnp.moveaxis(leaf.reshape(leaf.shape[0] // number, number, *leaf.shape[1:]), 1, 0),
+        jax.tree.map(jnp.asarray, batch),
     )
     whole = jnp.maximum(loss.weight(batch), 1)
 

@@ -79,7 +79,7 @@ def test_batches_hold_the_examples(source):
         assert rows.text.shape == (4, 256)
         assert rows.examples.dtype == np.uint32
         for row in zip(*rows, strict=True):
-            tokens, segments, where, text, text_segments, ranks, valid = row
+            tokens, segments, where, text, text_segments, ranks, valid, *_ = row
             parts = unpack(tokens, segments)
             assert len(parts) == valid.sum()
             for index, (part, place) in enumerate(zip(parts, unpack(where, segments), strict=True)):

@@ -28,7 +28,7 @@ def test_data_and_noise_come_back_from_the_velocity():
 
 def test_any_prediction_is_data_and_noise_that_explain_the_noisy_value():
     noisy, velocity = PROCESS.add_noise(DATA, NOISE, TIME), 3 * DATA + 1
-    data, noise, _ = VELOCITY.estimate(PROCESS, noisy, velocity, TIME)
+    data, noise, *_ = VELOCITY.estimate(PROCESS, noisy, velocity, TIME)
     np.testing.assert_allclose(PROCESS.add_noise(data, noise, TIME), noisy, atol=1e-5)
     np.testing.assert_allclose(VELOCITY.target(PROCESS, data, noise, TIME), velocity, atol=1e-5)
 
