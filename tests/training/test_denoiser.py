@@ -136,7 +136,7 @@ def test_parts_of_a_batch_make_its_gradients_and_figures():
         np.testing.assert_allclose(figures[name], figure, rtol=1e-5, err_msg=name)
     bins = [figure for name, figure in figures.items() if name.startswith("loss_t")]
     assert sum(float(one.total) for one in bins) / 6 == pytest.approx(float(value), rel=1e-5)
-    assert sum(float(one.count) for one in bins) == pytest.approx(6)
+    assert sum(float(one.number) for one in bins) == pytest.approx(6)
     assert float(figures["masked"].total) == 1
 
 
