@@ -77,6 +77,7 @@ def test_steps_count_on_and_checkpoints_are_of_one_training(uninterrupted):
     assert Checkpoints(run.folder / "denoiser" / "checkpoints").latest() == 11
 
 
+@pytest.mark.slow
 def test_a_stage_starts_where_the_one_before_ended(tiny_run, staged, tmp_path, monkeypatch, uninterrupted):
     states = {}
     real = trainer.make_step
@@ -124,7 +125,7 @@ def test_a_schedule_is_of_its_own_stage(staged, monkeypatch):
     assert float(rates(3)) == pytest.approx(1e-3)
 
 
-@pytest.mark.parametrize(("at", "saved"), [(4, 2), (6, 4)])
+@pytest.mark.parametrize(("at", "saved"), [pytest.param(4, 2, marks=pytest.mark.slow), (6, 4)])
 def test_an_interrupted_stage_ends_as_the_uninterrupted_one(
     tiny_run, staged, tmp_path, monkeypatch, uninterrupted, at, saved
 ):

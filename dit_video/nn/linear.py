@@ -9,6 +9,8 @@ from flax import nnx
 from jax.custom_derivatives import linear_call
 from jaxtyping import Array, Float
 
+from dit_video.arrays import AnyArray
+
 Init = Literal["xavier", "zero", "normal"]
 
 Fused = Callable[[Float[Array, "i o"], int], Float[Array, "i parts n"]]
@@ -65,7 +67,7 @@ class Linear(nnx.Module):
         parts = [self._of(x_flat, kernels[:, at], None if bias is None else bias[at]) for at in range(count)]
         return jnp.stack(parts, axis=1).reshape(*x.shape[:-1], count, -1)
 
-    def _of(self, x: Float[Array, "n i"], kernel: Any, bias: Float[Array, " o"] | None) -> Float[Array, "n o"]:
+    def _of(self, x: Float[Array, "n i"], kernel: Any, bias: Float[AnyArray, " o"] | None) -> Float[Array, "n o"]:
         if not isinstance(kernel, jax.Array) or kernel.dtype == self.dtype:  # an adapted kernel knows its products
             y = x @ kernel.astype(self.dtype)
             return y if bias is None else y + bias.astype(self.dtype)

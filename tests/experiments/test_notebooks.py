@@ -151,6 +151,7 @@ def test_the_spiral_is_learned_when_the_notebook_runs_in_full(monkeypatch):
     assert found["right"][2] > 0.98
 
 
+@pytest.mark.slow
 def test_the_notebook_that_looks_inside_a_run(tiny_run, monkeypatch):
     questions = {
         "losses": "{name: values.tolist() for name, values in losses.items()}",

@@ -116,6 +116,7 @@ def test_an_autoencoder_is_compiled(eight_rows, two_rows):
         plan_experiment(eight_rows, GPUS, measure=True)
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_program_that_runs():
     """The state of a run on simulated devices, its step and the step's own analysis, beside the plan of it."""
     check_on_eight_devices("""
