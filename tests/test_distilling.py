@@ -32,7 +32,7 @@ def weights(folder):
     return trees.flatten(load_weights(folder / "pipeline" / "denoiser.safetensors"))
 
 
-@pytest.fixture(scope="module", params=list(OPTIONS))
+@pytest.fixture(scope="module", params=["consistency", pytest.param("dmd", marks=pytest.mark.slow)])
 def distilled(request, tiny_run, tmp_path_factory):
     """The folder of a finished one. Read only."""
     run = Run.create(tmp_path_factory.mktemp("distilled") / "run", distilling(tiny_run, OPTIONS[request.param]))
