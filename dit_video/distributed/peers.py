@@ -164,7 +164,7 @@ class Peers:
         """End with the others: they would wait for this one, and JAX at its end for them."""
         names = set(map(str, range(self._count)))
         try:
-            if isinstance(error, jax.errors.JaxRuntimeError):
+            if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):  # which JAX gives as a ValueError
                 # Of a connection that another one's death has broken, and that one is to be named; or all have it.
                 self._store.write(f"trouble/{self._me}", "")
                 with contextlib.suppress(TimeoutError):

@@ -85,7 +85,7 @@ class Checkpoints:
                 f"continue from step {newest}, remove it, or use another folder"
             )
         arrays = trees.flatten(state)
-        digests = jax.device_get({path: _digest(array) for path, array in arrays.items()})
+        digests = _digests(arrays)
         table = {path: {**_kind(array), "digest": int(digests[path])} for path, array in arrays.items()}
         self._metrics[step] = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
         told = {"metrics": self._metrics[step], "code": code_version(), "meta": dict(meta)}
@@ -189,7 +189,7 @@ class Checkpoints:
         args = ocp.args.StandardRestore(trees.unflatten({path: s for path, s in wanted.items() if path not in empty}))
         with self._reader() as reader:
             arrays = empty | trees.flatten(reader.restore(step, args=ocp.args.Composite(state=args)).state)
-        digests = jax.device_get({path: _digest(array) for path, array in arrays.items()})
+        digests = _digests(arrays)
         for path, digest in digests.items():
             if int(digest) != document["arrays"][path]["digest"]:
                 raise ValueError(f"{path} is not what was written")
@@ -258,6 +258,12 @@ def _place(folder: str | os.PathLike) -> Path:
             "or use a folder"
         ) from error
     return cast(Path, place)
+
+
+def _digests(arrays: Mapping[str, Array]) -> dict[str, int]:
+    """Of each array, one after the other: on CPUs, programs of several devices that run side by side may wait for each
+    other for ever."""
+    return {path: int(_digest(array)) for path, array in arrays.items()}
 
 
 @jax.jit

@@ -57,7 +57,7 @@ def test_a_tpu_that_is_not_there(tmp_path, script):
     assert "compiled in" in done.out
     document = json.loads(target.read_text())
     assert document["fits"]
-    assert document["model_flops"] < document["executed_flops"] < 3 * document["model_flops"]
+    assert document["model_flops"] < document["executed_flops"]  # by far: of rows as short as the kernel's least block
     assert any(part["axes"] == ["fsdp"] for part in document["moved"])
     huge = script(TOOL, CONFIG, "--topology", "v5e:2x2", *more, "--rows", 2**20)
     assert huge.code == 0, huge.err

@@ -108,6 +108,6 @@ def test_on_one_two_four_and_eight_devices(tmp_path):
 
 def test_on_one_host_two_hosts_and_one(tmp_path):
     check_on_eight_devices(ALONE, LOSS, str(tmp_path))
-    outputs = run_together(SHARED, TOGETHER, LOSS, str(tmp_path), devices=4)
+    outputs = run_together("import jax", SHARED + TOGETHER, LOSS, str(tmp_path), devices=4)
     assert all("done" in output for output in outputs)
     check_on_eight_devices(AFTERWARDS, LOSS, str(tmp_path))
