@@ -53,7 +53,7 @@ def test_work_of_rows_is_that_of_their_clips(tiny):
 
 
 WATCHED = Monitoring(validate_every=3, validation_batches=2, sample_every=6, prompts=("a red circle", "a square", "x"))
-AVERAGES = Averages(decays=(0.5,), sigmas=(0.05, 0.1), snapshot_every=1)
+AVERAGES = Averages(decays=(0.2,), sigmas=(0.05, 0.1), snapshot_every=1)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_samples_and_a_trace_are_in_the_folder(watched):
 @pytest.mark.slow
 def test_each_average_can_be_sampled_from(watched):
     folder = watched.folder
-    usual, own, short, none = (flatten(dit_video.load(folder, ema=ema).denoiser_params) for ema in (None, 0.9, 0.5, 0))
+    usual, own, short, none = (flatten(dit_video.load(folder, ema=ema).denoiser_params) for ema in (None, 0.9, 0.2, 0))
     wide, narrow = (flatten(dit_video.load(folder, sigma_rel=s).denoiser_params) for s in (0.1, 0.05))
     path = max(usual, key=lambda name: np.abs(usual[name] - none[name]).max())  # which has moved most
     np.testing.assert_array_equal(usual[path], own[path])
@@ -115,7 +115,7 @@ def test_each_average_can_be_sampled_from(watched):
     # The shorter an average, the nearer to where training ended.
     far = [np.abs(one[path] - none[path]).mean() for one in (short, usual)]
     assert far[0] < far[1]
-    with pytest.raises(UserError, match=r"no average of decay 0.99; use 0.9, 0.5, or 0"):
+    with pytest.raises(UserError, match=r"no average of decay 0.99; use 0.9, 0.2, or 0"):
         dit_video.load(folder, ema=0.99)
     with pytest.raises(UserError, match="give ema or sigma_rel"):
         dit_video.load(folder, ema=0.9, sigma_rel=0.1)
