@@ -150,6 +150,14 @@ class TrainedDenoiser(NamedTuple):
         return map_with_path(merged, self.adapted)
 
 
+def init_denoiser(training: DenoiserTraining, key: Array) -> dict[str, Any]:
+    """Random parameters of a denoiser and its text encoder. Traceable."""
+    return {
+        "dit": init_params(training.dit.make, jax.random.fold_in(key, 0)),
+        "text": init_params(training.text.make, jax.random.fold_in(key, 1)),
+    }
+
+
 def trained_denoiser(training: DenoiserTraining, folder: Path, mesh: Mesh, *, continues: bool) -> TrainedDenoiser:
     """What is trained, in `folder`, where there are checkpoints already or not.
 
@@ -160,13 +168,7 @@ def trained_denoiser(training: DenoiserTraining, folder: Path, mesh: Mesh, *, co
       UserError: one that holds no denoiser, or one of another model; other weights than those that adapters were
         trained for, or that were distilled, before.
     """
-
-    def init(key: Array) -> dict[str, Any]:
-        return {
-            "dit": init_params(training.dit.make, jax.random.fold_in(key, 0)),
-            "text": init_params(training.text.make, jax.random.fold_in(key, 1)),
-        }
-
+    init = functools.partial(init_denoiser, training)
     check_start(training)
     if training.lora is not None or training.distillation is not None:
         placing = _Placing(mesh, training)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from dit_video.diffusion.predictions import Estimator
 from dit_video.diffusion.process import Process
-from dit_video.diffusion.solvers import Interval, Solver
+from dit_video.diffusion.solvers import Interval, SolverOf
 
 
 class RememberingState(NamedTuple):
@@ -24,25 +24,12 @@ class RememberingState(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Remembering(Solver):
+class Remembering(SolverOf):
     """Another solver, of a `denoise(noisy, time, past)` that gives its prediction and the past of the next step.
 
     All evaluations of a step see one past; the first of them is what is remembered, so that a solver with two of them
     remembers one value a step too.
     """
-
-    solver: Solver
-
-    @property
-    def name(self) -> str:
-        return self.solver.name
-
-    @property
-    def stochastic(self) -> bool:
-        return self.solver.stochastic
-
-    def check(self, process: Process) -> None:
-        self.solver.check(process)
 
     def init(self, noisy: Float[Array, "*shape"], *, steps: int) -> RememberingState:
         """Before the first of `steps` steps, with nothing to remember."""

@@ -51,6 +51,24 @@ class Solver(ABC):
         """The state after one step."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class SolverOf(Solver):
+    """Another solver, with something beside it: it has its name, its noise and its processes."""
+
+    solver: Solver
+
+    @property
+    def name(self) -> str:
+        return self.solver.name
+
+    @property
+    def stochastic(self) -> bool:
+        return self.solver.stochastic
+
+    def check(self, process: Process) -> None:
+        self.solver.check(process)
+
+
 class SolverState(NamedTuple):
     """What a one-step solver carries."""
 

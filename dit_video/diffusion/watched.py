@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from dit_video.diffusion.predictions import Estimator
 from dit_video.diffusion.process import Process
-from dit_video.diffusion.solvers import Interval, Solver
+from dit_video.diffusion.solvers import Interval, SolverOf
 
 
 class Trace(NamedTuple):
@@ -38,7 +38,7 @@ class WatchedState(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Watched(Solver):
+class Watched(SolverOf):
     """Another solver, but for three things.
 
     An interval of no length is no step, and costs nothing: times may be padded by their last, so that one program
@@ -46,19 +46,7 @@ class Watched(Solver):
     `recorded`, where that is asked for.
     """
 
-    solver: Solver
     recorded: bool = False
-
-    @property
-    def name(self) -> str:
-        return self.solver.name
-
-    @property
-    def stochastic(self) -> bool:
-        return self.solver.stochastic
-
-    def check(self, process: Process) -> None:
-        self.solver.check(process)
 
     def init(self, noisy: Float[Array, "*shape"], *, steps: int) -> WatchedState:
         """Before the first of `steps` steps, those of no length not counted."""

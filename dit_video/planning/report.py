@@ -198,15 +198,24 @@ def mesh_for(experiment: Experiment, topology: Topology, config: MeshConfig, par
     devices, there = devices_of(topology)
     mesh = make_mesh(config, devices) if there else abstract_mesh(config, topology.chips)
     if part != "autoencoder":
-        denoiser = experiment.denoiser
-        check_denoiser(
-            mesh,
-            denoiser.dit,
-            rows=denoiser.batch,
-            tokens=denoiser.rows.tokens,
-            context_attention=config.context_attention,
-        )
+        check_mesh(dataclasses.replace(experiment, mesh=config), mesh)
     return mesh, there
+
+
+def check_mesh(experiment: Experiment, mesh: AnyMesh) -> None:
+    """Check that the devices of a mesh divide an experiment's rows, heads and tokens.
+
+    Raises:
+      UserError: what they do not divide, and what would.
+    """
+    denoiser = experiment.denoiser
+    check_denoiser(
+        mesh,
+        denoiser.dit,
+        rows=denoiser.batch,
+        tokens=denoiser.rows.tokens,
+        context_attention=experiment.mesh.context_attention,
+    )
 
 
 def plan_experiment(

@@ -27,7 +27,7 @@ from dit_video.generation import LatentRequest
 from dit_video.generation.program import program_of, steps_of_program
 from dit_video.generation.rows import Group, Packer
 from dit_video.nn import graph_of, init_lora, init_params
-from dit_video.starting import denoiser_loss, loss_parts, optimizer_of
+from dit_video.starting import denoiser_loss, init_denoiser, loss_parts, optimizer_of
 from dit_video.text import ByteEncoderConfig, FrozenTextConfig
 from dit_video.tokens import Grid, empty_row
 from dit_video.training.adversarial import make_adversarial_step
@@ -104,7 +104,7 @@ def _denoiser(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int]) -> Pl
     base = denoiser_loss(experiment, mesh, empty=_empty_caption(config))
     optimizer = make_optimizer(optimizer_of(config), steps=config.steps)
     layout = functools.partial(shardings, mesh=mesh)
-    init: Callable[[Array], dict[str, Any]] = functools.partial(_init, config)
+    init: Callable[[Array], dict[str, Any]] = functools.partial(init_denoiser, config)
     loss: Loss | OwnStep = base
     frozen: tuple[PyTree, ...] = ()
     if config.lora is not None or config.distillation is not None:
@@ -137,13 +137,6 @@ def _denoiser(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int]) -> Pl
         known=known,
         layer_bytes=_layer_bytes(config, init),
     )
-
-
-def _init(config: DenoiserTraining, key: Array) -> dict[str, Any]:
-    return {
-        "dit": init_params(config.dit.make, jax.random.fold_in(key, 0)),
-        "text": init_params(config.text.make, jax.random.fold_in(key, 1)),
-    }
 
 
 def _layer_bytes(config: DenoiserTraining, init: Callable[[Array], dict[str, Any]]) -> int:
@@ -219,7 +212,7 @@ def _sampler(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int]) -> Pla
     state = jax.eval_shape(
         lambda tokens: solver.init(process.start(tokens), steps=sampling.steps), batch.branches[0][0].tokens
     )
-    params = jax.eval_shape(functools.partial(_init, config), jax.random.key(0))
+    params = jax.eval_shape(functools.partial(init_denoiser, config), jax.random.key(0))
     whole = NamedSharding(mesh, PartitionSpec())
     times = jax.ShapeDtypeStruct((steps_of_program(sampling.steps) + 1,), jnp.float32, sharding=whole)
     strength = guidance.strength(0) if guidance.branches > 1 else None
@@ -236,7 +229,7 @@ def _sampler(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int]) -> Pla
         jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
     )
     known = _known(config, clips, training=False, copies=guidance.branches)
-    layers = _layer_bytes(config, functools.partial(_init, config))
+    layers = _layer_bytes(config, functools.partial(init_denoiser, config))
     flops = sampling.steps * known.forward
     return PlannedStep(program, arguments, flops, turns=sampling.steps, known=known, layer_bytes=layers)
 

@@ -5,13 +5,13 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, get_args
 
-from dit_video.distributed import AXES, MeshConfig, check_denoiser, row_shards
+from dit_video.distributed import AXES, MeshConfig, row_shards
 from dit_video.distributed.mesh import abstract_mesh
 from dit_video.distributed.planner import Topology, estimate, held, step_times
 from dit_video.errors import UserError
 from dit_video.experiment import Experiment
 from dit_video.nn import Remat
-from dit_video.planning.report import Plan, adapted, devices_of, plan_experiment, with_dit
+from dit_video.planning.report import Plan, adapted, check_mesh, devices_of, plan_experiment, with_dit
 from dit_video.planning.steps import Part, clips_of, on_mesh, plan_step
 
 _SLACK = 1.25
@@ -129,7 +129,7 @@ def candidates(
         batches = [rows] if rows is not None else [parts * each for each in _ROWS]
         for batch, remat in itertools.product(batches, remats):
             try:
-                _check(Candidate(mesh, batch, remat, 0.0, 0).of(experiment), abstract)
+                check_mesh(Candidate(mesh, batch, remat, 0.0, 0).of(experiment), abstract)
             except UserError:
                 continue
             known = one.known.resized(batch, remat)
@@ -141,12 +141,6 @@ def candidates(
             share = flops / (times.apart * topology.chips * topology.chip.flops)
             found.append(Candidate(mesh, batch, remat, share, memory.peak))
     return sorted(found, key=lambda one: (-round(one.share, 2), one.rows, -one.mesh.fsdp))
-
-
-def _check(experiment: Experiment, mesh: Any) -> None:
-    denoiser = experiment.denoiser
-    given = {"rows": denoiser.batch, "tokens": denoiser.rows.tokens}
-    check_denoiser(mesh, denoiser.dit, **given, context_attention=experiment.mesh.context_attention)
 
 
 def meshes(experiment: Experiment, devices: int) -> Iterator[MeshConfig]:

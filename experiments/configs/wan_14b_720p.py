@@ -7,7 +7,7 @@ Latents and embedded captions are cached first, by the autoencoder and the text 
 Wan-AI/Wan2.1-T2V-14B-Diffusers from Hugging Face: its `vae`, `text_encoder` and `tokenizer`. A row holds one such
 clip, or up to four that are shorter or smaller, and is divided among the devices of `context`.
 
-Not trained here: planned, for v5p:4x4x8 and v6e:16x16, as the README's table of plans says.
+Not trained here; made for v5p:4x4x8 and v6e:16x16.
 """
 
 from dit_video.autoencoder import CausalVaeConfig
