@@ -81,9 +81,9 @@ class Plan:
         return self.model_flops / (seconds * self.topology.chips * self.topology.chip.flops)
 
     @property
-    def intensity(self) -> float:
-        """Operations a byte of a device's memory that is read or written."""
-        return self.executed_flops / self.devices / max(1.0, self.hbm_bytes)
+    def intensity(self) -> float | None:
+        """Operations a byte of a device's memory that is read or written; None of a program that was not made."""
+        return self.executed_flops / self.devices / self.hbm_bytes if self.hbm_bytes else None
 
     def chip_hours(self, seconds: float) -> float:
         """Of all steps, if each takes so long."""
@@ -126,7 +126,8 @@ class Plan:
             yield f"    {'measured':<12} {_size(self.device_peak):>10}"
         done = f"{self.model_flops / 1e12:,.4g} TFLOP of the model, {self.executed_flops / 1e12:,.4g} executed"
         yield f"  operations     {done}"
-        yield f"  memory traffic {_size(self.hbm_bytes)} on each device, {self.intensity:.0f} operations a byte"
+        if self.intensity is not None:
+            yield f"  memory traffic {_size(self.hbm_bytes)} on each device, {self.intensity:.0f} operations a byte"
         if self.unknown_loops:
             yield f"    {self.unknown_loops} loops that the data end are counted as one turn"
         for part in self.moved:

@@ -128,8 +128,7 @@ def test_memory_is_that_of_the_program_that_runs():
         from dit_video.planning.steps import clips_of, plan_step
         from dit_video.training.state import make_on_devices, init_state
         from dit_video.training.optimizer import make_optimizer
-        from dit_video.starting import optimizer_of
-        from dit_video.planning.steps import _init
+        from dit_video.starting import init_denoiser, optimizer_of
         from experiments.tiny import experiment
 
         tiny = experiment()
@@ -144,7 +143,7 @@ def test_memory_is_that_of_the_program_that_runs():
 
         config = tiny.denoiser
         optimizer = make_optimizer(optimizer_of(config), steps=config.steps)
-        begin = lambda key: init_state(_init(config, key), optimizer)
+        begin = lambda key: init_state(init_denoiser(config, key), optimizer)
         state = make_on_devices(begin, jax.random.key(0), shardings=functools.partial(shardings, mesh=mesh))
         batch = shard_batch(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), planned.arguments[1]), mesh)
         first = lambda leaf: next(part.data for part in leaf.addressable_shards if part.device == jax.devices()[0])

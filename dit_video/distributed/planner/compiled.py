@@ -84,7 +84,7 @@ def compile_step(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        reason, wanted = over_the_limit(str(error))
+        reason, wanted = over_the_limit(str(error), arguments=sum(parts.values()))
         temporary = max(0, wanted - sum(parts.values()))
         memory = Memory(**parts, activations=0, temporary=temporary, peak=wanted)
         return CompiledStep(memory=memory, program=None, seconds=time.perf_counter() - began, over=reason)
@@ -157,11 +157,25 @@ def local_bytes(leaf: Any) -> int:
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def over_the_limit(message: str) -> tuple[str, int]:
-    """What the compiler says where a program needs more memory than there is: the sentence, and how many bytes."""
-    used = re.search(r"Used ([\d.]+)([KMGT]?)i?B?\s+of\s+([\d.]+)([KMGT]?)i?B?", message)
-    if used is None:
-        used = re.search(r"(?:allocate|requires?|needs?|total of)[^\d]{0,40}([\d.]+)\s*([KMGT]?)i?B", message)
-    wanted = int(float(used[1]) * _UNITS[used[2]]) if used else 0
-    first = next((line.strip() for line in message.splitlines() if used and used[0] in line), message.splitlines()[0])
-    return first, wanted
+_SIZE = r"([\d.]+)\s*([KMGT]?)i?B?\b"
+
+
+_SIZE = r"([\d.]+)\s*([KMGT]?)i?B?\b"
+_TEMPORARY = rf"HLO temporaries \({_SIZE}\)"
+_WHOLE = rf"(?:Used|allocate|requires?|needs?|total of)[^\d]{{0,40}}{_SIZE}"
+
+
+def over_the_limit(message: str, *, arguments: int) -> tuple[str, int]:
+    """What the compiler says where a program needs more memory than there is: the sentence, and bytes at the peak.
+
+    Args:
+      message: of the error.
+      arguments: bytes of what the program is given. XLA's compiler for TPUs leaves them out where what is temporary
+        is too much alone.
+    """
+    lines = [line.strip().removeprefix("RESOURCE_EXHAUSTED: ") for line in message.splitlines()]
+    for pattern, beside in ((_TEMPORARY, arguments), (_WHOLE, 0)):
+        for line in lines:
+            if wanted := re.search(pattern, line):
+                return line, int(float(wanted[1]) * _UNITS[wanted[2]]) + beside
+    return lines[0], 0
