@@ -18,7 +18,7 @@ from dit_video import feed
 from dit_video.data.source import ClipSource
 from dit_video.distributed import make_mesh, shard_batch
 from dit_video.dit import DitConfig
-from dit_video.dit.flops import forward_flops
+from dit_video.dit.flops import training_flops
 from dit_video.errors import UserError
 from dit_video.experiment import DenoiserTraining, Experiment
 from dit_video.live import LiveEncoder
@@ -182,21 +182,24 @@ def samples(
 def work_of(config: DenoiserTraining) -> Callable[[Rows], float] | None:
     """Operations of a step of the denoiser, by its rows, as utilisation counts them; None for a student.
 
-    Three forward passes' worth; of adapters two, for no gradients of the weights beneath them are made.
+    Padding counts for nothing.
     """
     if config.distillation is not None:
         return None
-    passes, dit = (2 if config.lora is not None else 3), config.dit
+    dit, adapters = config.dit, config.lora is not None
     gridded = dit.patterns != (Full(),) if isinstance(dit, DitConfig) else False
 
     def work(rows: Rows) -> float:
         clips: list[Any] = []
         texts: list[int] = []
-        for segments, places, text in zip(rows.segments, rows.coordinates, rows.text_segments, strict=True):
+        images: list[int] = []
+        each = zip(rows.segments, rows.coordinates, rows.text_segments, rows.image_segments, strict=True)
+        for segments, places, text, image in each:
             numbers = np.bincount(segments)[1:]
             clips += [grid_of(places[segments == i + 1]) for i in range(len(numbers))] if gridded else numbers.tolist()
-            texts += np.bincount(text, minlength=len(numbers) + 1)[1:].tolist()
-        return float(passes * forward_flops(dit, clips, texts))
+            for found, of in ((texts, text), (images, image)):
+                found += np.bincount(of, minlength=len(numbers) + 1)[1:].tolist()
+        return float(training_flops(dit, clips, texts, images=images, adapters=adapters))
 
     return work
 

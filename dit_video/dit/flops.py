@@ -46,14 +46,30 @@ def forward_flops(
 
 
 def training_flops(
-    config: DitConfig | WanDitConfig, clips: Sequence[Clip], texts: Sequence[int], *, images: Sequence[int] = ()
+    config: DitConfig | WanDitConfig,
+    clips: Sequence[Clip],
+    texts: Sequence[int],
+    *,
+    images: Sequence[int] = (),
+    adapters: bool = False,
 ) -> int:
-    """Operations of a training step: three times the forward pass, which is what utilisation (MFU) is counted by.
+    """Operations of a training step, which is what utilisation (MFU) is counted by. Errors are as for `forward_flops`.
 
-    A backward pass has two products for each of the forward pass. That of the very first maps, whose input needs no
-    gradient, is counted with them. Arguments and errors are as for `forward_flops`.
+    Args:
+      config, clips, texts, images: as for `forward_flops`.
+      adapters: whether those alone are trained.
     """
-    return 3 * forward_flops(config, clips, texts, images=images)
+    return training_passes(adapters=adapters) * forward_flops(config, clips, texts, images=images)
+
+
+def training_passes(*, adapters: bool = False) -> int:
+    """How many forward passes' worth of operations a training step has.
+
+    A backward pass has two products for each of the forward pass: for what goes in, and for the weights, which is left
+    out where adapters alone are trained. That of the very first maps, whose input needs no gradient, is counted with
+    them.
+    """
+    return 2 if adapters else 3
 
 
 def attention_flops(config: DitConfig | WanDitConfig, clips: Sequence[Clip], texts: Sequence[int]) -> int:

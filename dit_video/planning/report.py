@@ -213,7 +213,7 @@ def check_mesh(experiment: Experiment, mesh: AnyMesh) -> None:
     check_denoiser(
         mesh,
         denoiser.dit,
-        rows=denoiser.batch,
+        rows=denoiser.batch // denoiser.accumulate,
         tokens=denoiser.rows.tokens,
         context_attention=experiment.mesh.context_attention,
     )

@@ -20,16 +20,17 @@ from dit_video.diffusion import SampleTimes, Watched
 from dit_video.distributed import batch_shardings, over_devices, row_shards, shardings
 from dit_video.distributed.mesh import AnyMesh
 from dit_video.distributed.planner import Step
-from dit_video.dit.flops import attention_flops, forward_flops
+from dit_video.dit.flops import attention_flops, forward_flops, training_passes
 from dit_video.errors import UserError
 from dit_video.experiment import DenoiserTraining, Experiment, GivenAutoencoder
+from dit_video.features.clip import ClipVisionConfig
 from dit_video.generation import LatentRequest
 from dit_video.generation.program import program_of, steps_of_program
 from dit_video.generation.rows import Group, Packer
 from dit_video.nn import graph_of, init_lora, init_params
 from dit_video.starting import denoiser_loss, init_denoiser, loss_parts, optimizer_of
 from dit_video.text import ByteEncoderConfig, FrozenTextConfig
-from dit_video.tokens import Grid, empty_row
+from dit_video.tokens import Grid, Item, empty_row
 from dit_video.training.adversarial import make_adversarial_step
 from dit_video.training.distillation import distillation_loss
 from dit_video.training.lora import LoraLoss
@@ -37,6 +38,7 @@ from dit_video.training.optimizer import make_optimizer
 from dit_video.training.state import init_state, shapes_on_devices
 from dit_video.training.step import Loss, OwnStep, StatefulLoss, make_step
 from dit_video.tree import flatten
+from dit_video.weights import clip_vision_config
 
 Part = Literal["denoiser", "autoencoder", "sampler"]
 """What of an experiment: the training steps of its two models, or the sampler's program"""
@@ -133,7 +135,7 @@ def _denoiser(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int]) -> Pl
     return PlannedStep(
         jax.jit(step, donate_argnums=0),
         arguments,
-        model_flops=3 * known.forward,
+        model_flops=training_passes(adapters=config.lora is not None) * known.forward,
         known=known,
         layer_bytes=_layer_bytes(config, init),
     )
@@ -156,8 +158,22 @@ def _text_width(config: DenoiserTraining) -> int:
 
 
 def _rows(config: DenoiserTraining) -> PyTree:
-    row = empty_row(config.rows, width=config.dit.token_width, text_width=_text_width(config))
+    row = empty_row(config.rows, width=config.dit.token_width, text_width=_text_width(config), given=_item(config))
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((config.batch, *leaf.shape), leaf.dtype), row)
+
+
+def _item(config: DenoiserTraining) -> Item:
+    """A clip of one token, with all that this training gives of a known first frame."""
+    token, place = np.zeros((1, config.dit.token_width), np.float32), np.zeros((1, 3), np.float32)
+    grey = config.known is not None and config.known.rest == "grey"
+    image = None
+    if encoder := _image_encoder(config):
+        image = np.zeros((encoder.tokens, encoder.width), np.float32)
+    return Item(token, place, np.zeros(0, np.int32), 0, shown=token if grey else None, image=image)
+
+
+def _image_encoder(config: DenoiserTraining) -> ClipVisionConfig | None:
+    return None if config.image_encoder is None else clip_vision_config(config.image_encoder)
 
 
 def _laid(shapes: PyTree, layouts: PyTree) -> PyTree:
@@ -176,8 +192,10 @@ def _known(config: DenoiserTraining, clips: Sequence[int], *, training: bool, co
     dit, text = config.dit, min(config.text.max_tokens, config.rows.text // max(1, len(clips)))
     if isinstance(config.text, ByteEncoderConfig):
         text = -(-text // config.text.patch)
+    encoder = _image_encoder(config) if training else None
     grids = [Grid(1, 1, clip) for clip in clips]
     texts = [text] * len(clips)
+    images = [0 if encoder is None else encoder.tokens] * len(clips)
     return Step(
         width=dit.width,
         hidden=dit.hidden_width,
@@ -186,7 +204,7 @@ def _known(config: DenoiserTraining, clips: Sequence[int], *, training: bool, co
         rows=config.batch * copies,
         itemsize=jnp.dtype(dit.dtype).itemsize,
         remat=dit.remat,
-        forward=copies * config.batch * forward_flops(dit, grids, texts),
+        forward=copies * config.batch * forward_flops(dit, grids, texts, images=images),
         attention=copies * config.batch * attention_flops(dit, grids, texts),
         fused=dit.attention not in ("dense", "auto", "chunked"),
         training=training,

@@ -6,13 +6,17 @@ import json
 import pytest
 
 from devices import check_on_eight_devices
-from dit_video.distributed import MeshConfig
+from dit_video.distributed import MeshConfig, make_mesh
 from dit_video.distributed.planner import Topology
+from dit_video.dit.flops import forward_flops
 from dit_video.errors import UserError
+from dit_video.finetuning import FineTuning, finetuning
 from dit_video.planning import plan_experiment, suggest
 from dit_video.planning.report import with_dit
-from dit_video.planning.steps import clips_of
+from dit_video.planning.steps import clips_of, plan_step
 from dit_video.planning.suggest import candidates
+from tiny_clip import VISION
+from tiny_wan import write_animating_wan
 
 GPUS = Topology.parse("h100:8")
 
@@ -51,6 +55,25 @@ def test_recomputation_is_executed_but_not_the_models(eight_rows):
     once, twice = (plan_experiment(with_dit(eight_rows, remat=remat), GPUS) for remat in ("none", "full"))
     assert twice.model_flops == once.model_flops
     assert once.executed_flops < twice.executed_flops <= once.executed_flops * 4 / 3
+
+
+@pytest.mark.parametrize(("train", "passes"), [("full", 3), ("lora", 2)])
+def test_fine_tuning_of_a_model_that_animates_an_image(tmp_path, train, passes):
+    """Rows hold grey-backed latents and image tokens too; of adapters no gradients of the weights are made."""
+    write_animating_wan(tmp_path / "wan")
+    tuning = FineTuning(max_pixels=32 * 48, max_frames=5, dtype="float32", train=train)
+    experiment = finetuning(tmp_path / "wan", tuning)
+    plan = plan_experiment(experiment, Topology.parse("h100:1"), clips=2)
+    dit, rows = experiment.denoiser.dit, experiment.denoiser.rows
+    text = min(experiment.denoiser.text.max_tokens, rows.text // 2)
+    shown = {"texts": [text] * 2, "images": [VISION.tokens] * 2}
+    forward = forward_flops(dit, [rows.tokens // 2] * 2, **shown)
+    assert plan.model_flops == passes * forward * experiment.denoiser.batch
+    compiled = plan_step(experiment, "denoiser", make_mesh(MeshConfig()), clips=[rows.tokens])
+    batch = compiled.arguments[1]
+    assert batch.shown.shape == batch.tokens.shape
+    assert batch.image.shape[1:] == (rows.segments * VISION.tokens, VISION.width)
+    compiled.step.lower(*compiled.arguments)
 
 
 def test_the_sampler_is_planned_too(eight_rows):

@@ -1,4 +1,3 @@
-import dataclasses
 import importlib
 import json
 import os
@@ -9,14 +8,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from flax import nnx
-from jax.extend.core import jaxprs_in_params
 
 from devices import HANG
 from dit_video.data.ingest import list_clips
 from dit_video.errors import UserError
-from dit_video.nn import graph_of, param_shapes
-from dit_video.tokens import Grid
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -174,45 +169,6 @@ def test_a_transformer_beside_diffusers(script):
     assert max(figures["difference"].values()) < 1e-4
     for name in figures["difference"]:
         np.testing.assert_allclose(figures["losses"][name], figures["losses"]["ours"], rtol=1e-3)
-
-
-def matrix_flops(jaxpr):
-    """Of all matrix products of a program, a scan's as often as it turns."""
-    total = 0
-    for equation in jaxpr.eqns:
-        times = equation.params["length"] if equation.primitive.name == "scan" else 1
-        if equation.primitive.name == "dot_general":
-            contracted = equation.params["dimension_numbers"][0][0]
-            left = equation.invars[0].aval.shape
-            total += 2 * equation.outvars[0].aval.size * int(np.prod([left[axis] for axis in contracted]))
-        for inner in jaxprs_in_params(equation.params):
-            total += times * matrix_flops(inner)
-    return total
-
-
-def test_flops_are_those_of_the_models_matrix_products(benchmark):
-    mfu = importlib.import_module("benchmarks.mfu")
-    clip = Grid(2, 8, 8)
-    shape = dataclasses.replace(mfu.SMALL, row=clip.volume, clips=(clip,), width=64, layers=3, text=16, text_width=24)
-    config = shape.config("dense")
-    params = param_shapes(config.make)
-    graph, given = graph_of(config.make), mfu._inputs(shape, config)
-    program = jax.make_jaxpr(lambda params, given: nnx.merge(graph, params)(**given))(params, given)
-    counted = mfu.forward_flops(config, clip.volume, shape.text)
-    assert counted == pytest.approx(matrix_flops(program.jaxpr), rel=0.01)
-    clips, texts = [clip.volume, 8], [shape.text, 3]
-    assert mfu.training_flops(config, clips, texts) == 3 * (counted + mfu.forward_flops(config, 8, 3))
-    # Attention is the only part that grows faster than its clip.
-    twice = mfu.forward_flops(config, 2 * clip.volume, 0) - 2 * mfu.forward_flops(config, clip.volume, 0)
-    beside = mfu.forward_flops(config, 0, 0)
-    assert twice + beside == 2 * config.layers * 2 * config.width * 2 * clip.volume**2
-
-
-@pytest.mark.parametrize(
-    ("name", "peak"), [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("cpu", None)]
-)
-def test_peaks_by_name(benchmark, name, peak):
-    assert importlib.import_module("benchmarks.mfu").peak_of(name) == peak
 
 
 BARE = """

@@ -7,7 +7,6 @@ tokens in bfloat16, which wants a GPU; `--small` tries the same on anything.
 
 import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +18,12 @@ from flax import nnx
 from benchmarks.steps import compilations, peak_memory
 from benchmarks.training import start, step_of
 from dit_video import rng
+from dit_video.distributed.planner import peak_flops
 from dit_video.dit import DitConfig
+from dit_video.dit.flops import attention_flops, training_flops, training_passes
 from dit_video.nn import Backend, graph_of, init_params
 from dit_video.tokens import Grid, coordinates
 from dit_video.tree import size as count
-
-PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12, "L40S": 362e12}
-"""FLOP/s in bfloat16 without sparsity, by a part of the device's name; the first that fits"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,26 +69,6 @@ SMALL = Shape(
 )
 
 
-def training_flops(config: DitConfig, tokens: Sequence[int], texts: Sequence[int]) -> int:
-    """Of one step on clips of so many tokens with texts of so many: three times those of the forward pass."""
-    return 3 * sum(forward_flops(config, *clip) for clip in zip(tokens, texts, strict=True))
-
-
-def forward_flops(config: DitConfig, tokens: int, text: int) -> int:
-    """Of the matrix products for one clip (2 for a multiplication and an addition), for blocks with cross-attention."""
-    width = config.width
-    square = width**2
-    layer = tokens * round(config.matrices * square) + text * 2 * square + 2 * width * tokens * (tokens + text)
-    ends = tokens * width * (2 * config.token_width + 192) + text * width * config.context_width
-    conditions = 256 * width + square + config.context_width * width + (6 + 2) * square
-    return 2 * (config.layers * layer + ends + conditions)
-
-
-def peak_of(device: str) -> float | None:
-    """FLOP/s that a device of this name can do at the most, where it is known."""
-    return next((peak for name, peak in PEAKS.items() if name in device), None)
-
-
 def measure(shape: Shape, steps: int, attention: Backend, peak: float | None = None) -> dict[str, Any]:
     """Seconds of a training step, and which share of the device's peak that uses (None where the peak isn't known)."""
     config = shape.config(attention)
@@ -118,16 +96,15 @@ def measure(shape: Shape, steps: int, attention: Backend, peak: float | None = N
         programs = compiled()
     seconds = statistics.median(taken[2:])
     clips = [clip.volume for clip in shape.clips]
-    flops = training_flops(config, clips, [shape.text] * len(clips))
-    peak = peak or peak_of(jax.devices()[0].device_kind)
+    texts = [shape.text] * len(clips)
+    flops = training_flops(config, clips, texts)
+    peak = peak or peak_flops(jax.devices()[:1])
     return {
         "attention": attention,
         "parameters": parameters,
         "tokens": shape.row,
         "padding_share": round(1 - sum(clips) / shape.row, 4),
-        "attention_share_of_flops": round(
-            3 * 4 * config.layers * config.width * sum(clip**2 for clip in clips) / flops, 4
-        ),
+        "attention_share_of_flops": round(training_passes() * attention_flops(config, clips, texts) / flops, 4),
         "flops": flops,
         "steps": steps,
         "step_seconds": round(seconds, 4),

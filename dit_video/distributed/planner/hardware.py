@@ -130,7 +130,7 @@ CHIPS = {
             price=4.92,
             source="NVIDIA H100 SXM data sheet, without sparsity",
             price_source=_BLOCKS,
-            devices=("H100",),
+            devices=("H100 80GB HBM3",),  # others of that name are slower
         ),
         Chip(
             name="h200",

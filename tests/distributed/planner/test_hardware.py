@@ -56,6 +56,7 @@ def test_devices_of_jax():
     assert chip_of(Device("cpu")) is None
     assert peak_flops([Device("NVIDIA H100 80GB HBM3")] * 2) == 2 * 989e12
     assert peak_flops([Device("cpu")]) is None
+    assert peak_flops([Device("NVIDIA H100 PCIe")]) is None  # slower than the table's
 
 
 def test_times_are_those_of_the_slowest_resource():
