@@ -16,6 +16,7 @@ from their checkpoints. So a run that was interrupted is continued by running th
     pytorch_lora_weights.safetensors   the same of Wan, with diffusers' names
     transformer/              all weights of Wan, where these are trained, as diffusers reads them; of the second of two
                               experts transformer_2/
+    checkpoints/              a link to those of both models, where they lie elsewhere
     pipeline/                 the result: what `dit_video.load` reads
 """
 
@@ -26,7 +27,7 @@ import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -149,29 +150,32 @@ class Run:
             raise UserError(f"{folder / CONFIG} holds no experiment; start the run anew in another folder")
         return Run(folder=folder, experiment=experiment, command=str(document.get("command")))
 
-    def train(self, *clips: Address, latents: Address | None = None) -> Pipeline:
+    def train(self, *clips: Address, latents: Address | None = None, checkpoints: Address | None = None) -> Pipeline:
         """Everything from clips to the finished pipeline.
 
         Args:
           clips: folders of clips, or data sets that `tools/ingest.py` made: one, or several that are mixed.
           latents: where the cached latents are, or are to be written: a folder or an address (`gs://…`); if None the
             run's own folder, or what it was given before.
+          checkpoints: the same of those of both models.
 
         Raises:
-          UserError: clips that can't be used, or that do not fit the config; other latents than before.
+          UserError: clips that can't be used, or that do not fit the config; other latents or checkpoints than before.
           KeyboardInterrupt: after a signal, the state being saved.
         """
-        self.prepare(*clips, latents=latents)
+        self.prepare(*clips, latents=latents, checkpoints=checkpoints)
         return self.export()
 
-    def prepare(self, *clips: Address, latents: Address | None = None) -> None:
+    def prepare(self, *clips: Address, latents: Address | None = None, checkpoints: Address | None = None) -> None:
         """Take the clips, and refuse what would fail later, before anything is trained; arguments are as for `train`.
 
         Raises:
-          UserError: clips that can't be used, or that do not fit the config; other latents than before.
+          UserError: clips that can't be used, or that do not fit the config; other latents or checkpoints than before.
         """
         if latents is not None:
             self.keep_latents(latents)
+        if checkpoints is not None:
+            self.keep_checkpoints(checkpoints)
         self.take(*clips)
         self.clips.select(self.experiment.data.held_out)  # a name that isn't there, before anything is trained
         for stage in (*self.earlier, self):  # before hours are spent on the others
@@ -196,6 +200,26 @@ class Run:
         if not self.experiment.data.cache_latents:
             raise UserError(f"the config caches no latents, {destination} was named for them; leave it out")
         intake.link(self.folder / "latents", destination, "latents")
+
+    def keep_checkpoints(self, destination: Address) -> None:
+        """Have the checkpoints elsewhere: a folder or an address, which need not hold any yet.
+
+        Raises:
+          UserError: the run has checkpoints already, or has them elsewhere.
+        """
+        for model in ("autoencoder", "denoiser"):
+            if (self.folder / model / "checkpoints").exists():
+                raise UserError(
+                    f"{self.folder} has checkpoints of its {model} already, {destination} was named for them"
+                )
+        intake.link(self.folder / "checkpoints", destination, "checkpoints")
+
+    def checkpoints_of(self, model: Literal["autoencoder", "denoiser"]) -> str | Path:
+        """Where the checkpoints of a model are, or will be."""
+        elsewhere = self.folder / "checkpoints"
+        if elsewhere.is_symlink() or elsewhere.is_dir():
+            return str(intake.lies(elsewhere) / model)
+        return self.folder / model / "checkpoints"
 
     @property
     def _own(self) -> Path:
@@ -224,6 +248,7 @@ class Run:
         return AutoencoderStage(
             experiment=self.experiment,
             folder=self.folder / "autoencoder",
+            checkpoints=self.checkpoints_of("autoencoder"),
             clips=lambda: self.training_clips,
             profile=self.profile,
         )
@@ -282,7 +307,7 @@ class Run:
 
         Earlier stages are trained before; of one that is done nothing is read again.
         """
-        checkpoints = Checkpoints(self.folder / "denoiser" / "checkpoints")
+        checkpoints = Checkpoints(self.checkpoints_of("denoiser"))
         if self.earlier:
             self.train_autoencoder()
         for stage in self.earlier:
@@ -336,6 +361,7 @@ class Run:
         )
         begin = self.begin or sum(stage.steps for stage in experiment.earlier)
         given = {**trained.arguments(), **watched.arguments(), "begin": begin, "profile": self.profile}
+        given["checkpoints"] = self.checkpoints_of("denoiser")
         return stages.train(experiment, folder, trained.init, trained.loss(loss), batches, **given), trained
 
     def _pipeline(self, denoiser: dict[str, Any]) -> Pipeline:
@@ -378,7 +404,7 @@ class Run:
           UserError: the denoiser has no checkpoint yet, or kept no such average.
         """
         config = self.experiment.denoiser
-        checkpoints = Checkpoints(self.folder / "denoiser" / "checkpoints")
+        checkpoints = Checkpoints(self.checkpoints_of("denoiser"))
         if checkpoints.latest() is None:
             raise UserError(f"{self.folder} has no checkpoint of its denoiser yet; continue it with: {self.command}")
         trained = self._trained_denoiser()
@@ -423,7 +449,7 @@ class Run:
 
     def _trained_denoiser(self) -> TrainedDenoiser:
         folder = self.folder / "denoiser"
-        continues = Checkpoints(folder / "checkpoints").latest() is not None
+        continues = Checkpoints(self.checkpoints_of("denoiser")).latest() is not None
         mesh = make_mesh(self.experiment.mesh)
         return trained_denoiser(self.experiment.denoiser, folder, mesh, continues=continues)
 

@@ -44,6 +44,7 @@ def train(
     loss: Loss | OwnStep,
     batches: Callable[[int], Batches | WindowBatches],
     *,
+    checkpoints: str | Path,
     begin: int = 0,
     profile: tuple[int, int] | None = None,
     **given: Any,
@@ -56,6 +57,7 @@ def train(
       init: parameters from a random key.
       loss: of them.
       batches: from a step on, counted from `begin`.
+      checkpoints: where they lie.
       begin: steps of earlier stages.
       profile: the first and the last step that are traced.
       given: further arguments of `Training`.
@@ -71,6 +73,7 @@ def train(
         given |= {"accumulate": config.accumulate, "averages": config.averages}
     return trainer.Training(
         folder=folder,
+        checkpoints=checkpoints,
         title=f"training the {name}",
         init=init,
         random_key=rng.key(experiment.seed, name),
@@ -84,6 +87,7 @@ def train(
             log_every=experiment.log_every,
             save_every=experiment.save_every,
             most_skipped=experiment.most_skipped,
+            stop_within=experiment.stop_within,
         ),
         mesh=make_mesh(experiment.mesh),
         keep=experiment.keep,
@@ -99,6 +103,8 @@ class AutoencoderStage:
     experiment: Experiment
     folder: Path
     """`autoencoder` of the run"""
+    checkpoints: str | Path
+    """where they lie"""
     clips: Callable[[], ClipSource]
     """those that are trained on"""
     profile: tuple[int, int] | None = None
@@ -117,7 +123,7 @@ class AutoencoderStage:
         if path.is_file():
             return load_weights(path, like=param_shapes(config.model.make))
         graph, parts = graph_of(config.model.make), loss_parts(config, experiment.seed)
-        continues = Checkpoints(path.parent / "checkpoints").latest() is not None
+        continues = Checkpoints(self.checkpoints).latest() is not None
         stretches = Stretches(self.clips(), experiment.window_limits)
         start = functools.partial(given_params, config, rng.key(experiment.seed, "inflation"))
         linear = self._linear(stretches) if isinstance(config.model, PatchVaeConfig) and not continues else None
@@ -127,7 +133,7 @@ class AutoencoderStage:
             return params if linear is None else start_from_linear(params, linear)
 
         batches = functools.partial(self.windows, stretches, purpose="autoencoder")
-        given: dict[str, Any] = {"start": start, "profile": self.profile}
+        given: dict[str, Any] = {"start": start, "profile": self.profile, "checkpoints": self.checkpoints}
         state = train(experiment, self.folder, init, parts.pop("loss"), batches, **given, **parts)
         params = on_host(state.ema)
         if config.optimizer.trains("normalizer/mean"):

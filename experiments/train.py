@@ -44,6 +44,8 @@ class Arguments:
     """folders of clips, or data sets that tools/ingest.py made; several are mixed by the config's data.weights"""
     latents: str | None = None
     """where cached latents are, or are to be written: a folder or gs://…; WORKDIR/latents by default"""
+    checkpoints: str | None = None
+    """where checkpoints are kept, and are found again if WORKDIR is lost: a folder or gs://…; WORKDIR by default"""
     workdir: Path | None = None
     """the run's folder; runs/NAME by default"""
     autoencoder_only: bool = False
@@ -86,9 +88,9 @@ def main() -> None:
         with first_goes_first():
             run = dataclasses.replace(Run.create(workdir, arguments.experiment), profile=arguments.profile)
         if arguments.autoencoder_only:
-            metrics = train_autoencoder(run, arguments.data)
+            metrics = train_autoencoder(run, arguments.data, checkpoints=arguments.checkpoints)
         else:
-            metrics = train(run, arguments.data, latents=arguments.latents)
+            metrics = train(run, arguments.data, latents=arguments.latents, checkpoints=arguments.checkpoints)
     if quality := metrics.get("reconstruction"):
         linear = f"; linear {quality['linear_psnr']:.1f} dB" if "linear_psnr" in quality else ""
         print(f"reconstruction of held-out clips: {quality['psnr']:.1f} dB, SSIM {quality['ssim']:.3f}{linear}")
@@ -96,9 +98,9 @@ def main() -> None:
         print(f"{(time.perf_counter() - began) / 60:.1f} minutes; look at {workdir / 'report.html'}")
 
 
-def train_autoencoder(run: Run, data: Sequence[str]) -> dict[str, Any]:
+def train_autoencoder(run: Run, data: Sequence[str], *, checkpoints: str | None = None) -> dict[str, Any]:
     """Train the autoencoder alone and report it; returns the figures."""
-    run.prepare(*data)
+    run.prepare(*data, checkpoints=checkpoints)
     if jax.process_index() != 0:
         run.train_autoencoder()
         return {}
@@ -107,10 +109,12 @@ def train_autoencoder(run: Run, data: Sequence[str]) -> dict[str, Any]:
     return measured.metrics
 
 
-def train(run: Run, data: Sequence[str], *, latents: str | None = None) -> dict[str, Any]:
+def train(
+    run: Run, data: Sequence[str], *, latents: str | None = None, checkpoints: str | None = None
+) -> dict[str, Any]:
     """Train, sample and report; returns the figures."""
     experiment, workdir = run.experiment, run.folder
-    pipeline = run.train(*data, latents=latents)
+    pipeline = run.train(*data, latents=latents, checkpoints=checkpoints)
     if jax.process_index() != 0:  # one reports for all
         return {}
     measured = measure.evaluate(pipeline, workdir, seed=experiment.seed, run=run)

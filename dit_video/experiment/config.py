@@ -48,6 +48,8 @@ class Experiment:
     seed: int = 0
     log_every: int = 20
     save_every: int = 500
+    stop_within: float = 300.0
+    """Seconds from SIGTERM or Ctrl-C to the end of the process, at most. Preempted machines have less: 30 are usual."""
     most_skipped: int = 10
     """Steps whose loss or gradient is not finite are skipped; after so many in a row the run ends."""
     monitoring: Monitoring = field(default_factory=Monitoring)
@@ -73,6 +75,7 @@ class Experiment:
             "log_every": self.log_every,
             "save_every": self.save_every,
             "most_skipped": self.most_skipped,
+            "stop_within": self.stop_within,
             "accumulate": self.denoiser.accumulate,
         }
         if isinstance(self.autoencoder, AutoencoderTraining):

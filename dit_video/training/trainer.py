@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,9 @@ class Training:
     """What is trained, and how."""
 
     folder: Path
-    """of its checkpoints and log"""
+    """of its log, and of its checkpoints if these lie nowhere else"""
+    checkpoints: str | os.PathLike | None = None
+    """where they lie: a folder or an address (`gs://…`)"""
     title: str
     """of its progress"""
     init: Callable[[Array], dict[str, Any]]
@@ -111,7 +114,7 @@ class Training:
 
     def _run(self, batches: Callable[[int], Batches]) -> Any:
         layout = functools.partial(shardings, mesh=self.mesh)
-        checkpoints = Checkpoints(self.folder / "checkpoints", keep=self.keep)
+        checkpoints = Checkpoints(self.checkpoints or self.folder / "checkpoints", keep=self.keep)
         meta: dict[str, Any] = {}
         if checkpoints.latest() is None and not self.begin:
             state = make_on_devices(self._begin, self.random_key, *self._given(), shardings=layout)
