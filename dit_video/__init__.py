@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from dit_video.xla_flags import set_xla_flags
+
 if TYPE_CHECKING:
     from dit_video.loading import load
     from dit_video.pipeline import Pipeline, Request
@@ -10,6 +12,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["Clip", "Pipeline", "Request", "__version__", "load"]
+
+set_xla_flags()
 
 _LAZY = {
     "Clip": "dit_video.video",

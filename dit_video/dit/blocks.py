@@ -5,14 +5,13 @@ Streams of tokens are in float32 between blocks; only matrix products are in the
 
 from typing import ClassVar, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dit_video.dit.conditioning import CrossAttention, JointAttention
 from dit_video.dit.config import DitConfig
-from dit_video.nn import Attention, Fused, Init, Linear, RmsNorm, Tokens, layer_norm, make_attention, modulate
+from dit_video.nn import Attention, Fused, Init, Linear, RmsNorm, Tokens, gelu, layer_norm, make_attention, modulate
 from dit_video.nn.attention import BiasTable
 from dit_video.tokens import rotate, to_tokens
 
@@ -110,7 +109,7 @@ class Stream(nnx.Module):
         """Modulation, linear, tanh-gelu, linear; or SwiGLU, `down(silu(gate(x)) * up(x))` (arXiv 2002.05202)."""
         x = modulate(x, shift, scale, eps=self.mlp_norm_eps)
         up = self.up(x)
-        hidden = jax.nn.gelu(up, approximate=True) if self.gate is None else nnx.silu(self.gate(x)) * up
+        hidden = gelu(up) if self.gate is None else nnx.silu(self.gate(x)) * up
         return self.down(hidden).astype(jnp.float32)
 
 

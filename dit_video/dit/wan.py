@@ -28,6 +28,7 @@ from dit_video.nn import (
     Tokens,
     Turns,
     apply_groups,
+    gelu,
     make_attention,
     make_stack,
     modulate,
@@ -228,7 +229,7 @@ class WanDit(nnx.Module):
         length = self.config.text_length
         zeros = jnp.zeros((rows, 1, context.shape[2]), context.dtype)
         values = self.text_in(jnp.concatenate([context, zeros], axis=1))
-        values = self.text_out(jax.nn.gelu(values, approximate=True))
+        values = self.text_out(gelu(values))
         place = positions(segments)
         kept = (segments > 0) & (place < length)
         slots = jnp.where(kept, (segments - 1) * length + place, count * length)  # the last: none, and left out
@@ -307,7 +308,7 @@ class WanBlock(nnx.Module):
         )
         x = x + gate * self._self_attention(modulate(x, shift, scale), row, attention)
         x = x + self._cross_attention(self.cross_norm(x), row.segments, text, image)
-        hidden = jax.nn.gelu(self.up(modulate(x, mlp_shift, mlp_scale)), approximate=True)
+        hidden = gelu(self.up(modulate(x, mlp_shift, mlp_scale)))
         return x + mlp_gate * self.down(hidden).astype(jnp.float32)
 
     def _self_attention(self, x, row, attention):

@@ -1,5 +1,6 @@
 """Layers: parameters in Flax NNX modules, computed with plain JAX."""
 
+from dit_video.nn.activations import gelu
 from dit_video.nn.attention import Attention, Backend, Tokens, make_attention
 from dit_video.nn.container import Make, checked_params, completed_params, graph_of, init_params, param_shapes
 from dit_video.nn.conv import CausalConv, Form, Memory, Past, choose_form, with_past
@@ -35,6 +36,7 @@ __all__ = [
     "checked_params",
     "choose_form",
     "completed_params",
+    "gelu",
     "graph_of",
     "init_lora",
     "init_params",

@@ -42,9 +42,24 @@ class RmsNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        x32 = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.square(x32).mean(axis=-1, keepdims=True) + self.eps)
-        return (x32 * inverse * self.scale[...]).astype(x.dtype)
+        normal, _ = _unit(x.astype(jnp.float32), self.eps)
+        return (normal * self.scale[...]).astype(x.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _unit(x: Float[Array, "*batch D"], eps: float) -> tuple[Float[Array, "*batch D"], Float[Array, "*batch 1"]]:
+    """A root mean square of 1, and by what the values were multiplied."""
+    inverse = jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + eps)
+    return x * inverse, inverse
+
+
+@_unit.defjvp
+def _unit_jvp(eps, primals, tangents):
+    """As for `_normal`."""
+    normal, inverse = _unit(*primals, eps)
+    (step,) = tangents
+    along = (normal * step).mean(axis=-1, keepdims=True)
+    return (normal, inverse), (inverse * (step - normal * along), -jnp.square(inverse) * along)
 
 
 class LayerNorm(nnx.Module):

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
 from dit_video.errors import UserError
-from dit_video.nn import LayerNorm, Linear, Tokens, apply_stack, make_attention, make_stack, sinusoidal
+from dit_video.nn import LayerNorm, Linear, Tokens, apply_stack, gelu, make_attention, make_stack, sinusoidal
 from dit_video.text.interface import Context, Tokenizer
 from dit_video.tokens import positions
 
@@ -95,7 +95,7 @@ class ByteEncoder(nnx.Module):
         letters = self.embedding[...][ids]
         # Every byte sees those before it, so that words are alike wherever a patch begins.
         near = self.neighbours(jnp.concatenate([_shift(letters, segments, by) for by in range(patch)], axis=-1))
-        x = self.merge(nnx.gelu(letters + near).reshape(rows, -1, patch * width))
+        x = self.merge(gelu(letters + near).reshape(rows, -1, patch * width))
         segments = segments[:, ::patch]
         x = x + sinusoidal(positions(segments), width)
         return Context(self.norm(apply_stack(self.blocks, x, segments)), segments)
@@ -115,7 +115,7 @@ class _Block(nnx.Module):
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         mixed = self.attention(q, k, v, Tokens.among(segments))
         x = x + self.out(mixed.reshape(x.shape))
-        return x + self.down(nnx.gelu(self.up(self.norm_mlp(x))))
+        return x + self.down(gelu(self.up(self.norm_mlp(x))))
 
 
 def _shift(x: Float[Array, "B S E"], segments: Int[Array, "B S"], by: int) -> Float[Array, "B S E"]:

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from dit_video.errors import UserError
-from dit_video.nn import Linear, RmsNorm, apply_stack, make_stack
+from dit_video.nn import Linear, RmsNorm, apply_stack, gelu, make_stack
 from dit_video.text.interface import Context
 
 # Not -inf, which would make NaN of a token that sees nothing.
@@ -113,7 +113,7 @@ class _Block(nnx.Module):
         assert bias is not None  # the encoder has a table where its layers have none
         x = x + self.out(_attend(q, k, v, bias=bias, same=same).reshape(*x.shape[:2], -1))
         y = self.norm_mlp(x)
-        hidden = jax.nn.relu(self.up(y)) if self.gate is None else jax.nn.gelu(self.gate(y)) * self.up(y)
+        hidden = jax.nn.relu(self.up(y)) if self.gate is None else gelu(self.gate(y)) * self.up(y)
         return x + self.down(hidden)
 
 
