@@ -14,9 +14,10 @@ def test_layer_norm():
     np.testing.assert_allclose(layer_norm(jnp.asarray(X)), expected, atol=1e-5)
 
 
-def test_the_derivatives_of_layer_norm_are_those_of_its_operations():
+@pytest.mark.parametrize(("norm", "centre"), [(layer_norm, True), (RmsNorm(32), False)])
+def test_derivatives_are_those_of_the_operations(norm, centre):
     def plain(x):
-        centred = x - x.mean(-1, keepdims=True)
+        centred = x - x.mean(-1, keepdims=True) if centre else x
         return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-6)
 
     weights, step = (jnp.asarray(np.random.default_rng(seed).normal(size=X.shape), jnp.float32) for seed in (1, 2))
@@ -25,7 +26,7 @@ def test_the_derivatives_of_layer_norm_are_those_of_its_operations():
         return jax.grad(lambda x: (weights * jax.jvp(norm, (x,), (step,))[1]).sum())
 
     for derive in (lambda norm: lambda x: jax.vjp(norm, x)[1](weights)[0], twice):
-        found, expected = (jax.jit(derive(norm))(jnp.asarray(X)) for norm in (layer_norm, plain))
+        found, expected = (jax.jit(derive(norm))(jnp.asarray(X)) for norm in (norm, plain))
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
