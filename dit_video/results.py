@@ -1,15 +1,24 @@
-"""What the training of a denoiser leaves beside the pipeline: adapters and weights under other projects' names.
+"""What a run leaves: its pipeline's config, and beside it adapters and weights under other projects' names.
 
 Of several processes the first writes.
 """
 
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
+from dit_video.data.sizes import fit
+from dit_video.data.source import ClipInfo
 from dit_video.dit import DitConfig, WanDitConfig
+from dit_video.experiment import Experiment
 from dit_video.files import atomic_path
+from dit_video.pipeline_config import PipelineConfig
+from dit_video.text import Tokenizer
+from dit_video.text_encoder import FrozenEncoder
 from dit_video.weights import own_modules, save_denoiser, save_lora, wan_modules
 
 ADAPTER, LORA = "adapter.safetensors", "pytorch_lora_weights.safetensors"
@@ -45,3 +54,42 @@ def save_transformer(
         return
     with atomic_path(folder / TRANSFORMERS[expert]) as temporary:
         save_denoiser(temporary, dit, params["dit"])
+
+
+def pipeline_config_of(
+    experiment: Experiment, infos: Sequence[ClipInfo], encoder: Tokenizer | FrozenEncoder, *, command: str
+) -> PipelineConfig:
+    """What the pipeline of a run is made of.
+
+    Args:
+      experiment: of the run.
+      infos: the clips that it was trained on.
+      encoder: of their captions.
+      command: that started it.
+    """
+    rates = [info.fps for info in infos if info.frames > 1] or [info.fps for info in infos]
+    sizes = [fit(info, experiment.limits) for info in infos]
+    denoiser = experiment.denoiser
+    return PipelineConfig(
+        autoencoder=experiment.autoencoder.model,
+        dit=denoiser.dit,
+        text=encoder.pinned if isinstance(encoder, FrozenEncoder) else denoiser.text,
+        process=denoiser.objective.process,
+        prediction=denoiser.objective.prediction,
+        caption_dropout=denoiser.caption_dropout,
+        boundary=None if denoiser.expert is None else denoiser.expert.boundary,
+        rows=denoiser.rows,
+        batch=denoiser.batch,
+        sampling=experiment.sampling,
+        fps=float(np.median(rates)) if experiment.data.fps is None else experiment.data.fps,
+        image_encoder=denoiser.image_encoder,
+        evaluation=experiment.evaluation,
+        size=max(sizes, key=lambda size: (size.volume, size)),
+        made_by={
+            "command": command,
+            "experiment": experiment.name,
+            "seed": str(experiment.seed),
+            "dit_video": version("dit-video"),
+            "jax": jax.__version__,
+        },
+    )

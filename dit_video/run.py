@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
 
 from dit_video import configs, feed, intake, results, stages, watching
 from dit_video.autoencoder import LinearAutoencoder
@@ -418,33 +417,8 @@ class Run:
 
     def pipeline_config(self) -> PipelineConfig:
         """What the pipeline of this run is made of."""
-        experiment, infos = self.experiment, self.training_clips.infos
-        rates = [info.fps for info in infos if info.frames > 1] or [info.fps for info in infos]
-        fps = float(np.median(rates)) if experiment.data.fps is None else experiment.data.fps
-        sizes = [fit(info, experiment.limits) for info in infos]
-        encoder = self._tokenizer()
-        return PipelineConfig(
-            autoencoder=experiment.autoencoder.model,
-            dit=experiment.denoiser.dit,
-            text=encoder.pinned if isinstance(encoder, FrozenEncoder) else experiment.denoiser.text,
-            process=experiment.denoiser.objective.process,
-            prediction=experiment.denoiser.objective.prediction,
-            caption_dropout=experiment.denoiser.caption_dropout,
-            boundary=None if experiment.denoiser.expert is None else experiment.denoiser.expert.boundary,
-            rows=experiment.denoiser.rows,
-            batch=experiment.denoiser.batch,
-            sampling=experiment.sampling,
-            fps=fps,
-            image_encoder=experiment.denoiser.image_encoder,
-            evaluation=experiment.evaluation,
-            size=max(sizes, key=lambda size: (size.volume, size)),
-            made_by={
-                "command": self.command,
-                "experiment": experiment.name,
-                "seed": str(experiment.seed),
-                "dit_video": version("dit-video"),
-                "jax": jax.__version__,
-            },
+        return results.pipeline_config_of(
+            self.experiment, self.training_clips.infos, self._tokenizer(), command=self.command
         )
 
     def _trained_denoiser(self) -> TrainedDenoiser:

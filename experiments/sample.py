@@ -4,6 +4,7 @@ python experiments/sample.py experiments/pretrained/shapes --prompt "a red circl
 python experiments/sample.py RUN --prompt "…" --size 17x32x48 --seed 3 --steps 50 --guidance 3 --out clip.gif
 python experiments/sample.py RUN --prompt "…" --sampler unipc --steps 12 --guidance 6 --rescale 0.7 --out clip.mp4
 python experiments/sample.py RUN --prompts prompts.json --out samples/
+python experiments/sample.py Wan2.1-I2V-14B-480P-Diffusers --prompt "…" --image first.png --out clip.mp4
 """
 
 import re
@@ -19,6 +20,7 @@ from dit_video.compiled import keep_programs
 from dit_video.errors import UserError, script
 from dit_video.tokens import Grid
 from dit_video.training.logging import Progress
+from dit_video.video.decode import decode
 from dit_video.video.encode import FORMATS
 
 
@@ -30,6 +32,8 @@ def main(
     size: str | None = None,
     seed: int | None = None,
     negative: str = "",
+    image: Path | None = None,
+    last_image: Path | None = None,
     steps: int | None = None,
     guidance: float | None = None,
     sampler: str | None = None,
@@ -51,6 +55,8 @@ def main(
         size: frames x height x width, such as 17x32x48; the training size by default.
         seed: of the noise; 0 by default.
         negative: what guidance leads away from.
+        image: what the clip begins with, of models that animate an image; a picture, or a video's first frame.
+        last_image: what it ends with, of models that take that too.
         steps: of the sampler.
         guidance: how strongly the prompt is followed; 1 is not at all stronger than it was trained.
         sampler: such as euler, heun, unipc, dpm++2m or ddim.
@@ -68,8 +74,8 @@ def main(
         keep_programs()
     began = time.perf_counter()
     if prompts is not None:
-        if size is not None or seed is not None or negative:
-            raise UserError("--size, --seed and --negative go with --prompt; in a file of prompts each has its own")
+        if any(given not in (None, "") for given in (size, seed, negative, image, last_image)):
+            raise UserError("--size, --seed, --negative, --image and --last-image go with --prompt, not --prompts")
         requests = measure.read_requests(prompts)
         pipeline = dit_video.load(run, text_encoder=text_encoder, ema=ema, sigma_rel=sigma_rel)
         guided = pipeline.config.sampling.guided(
@@ -86,8 +92,18 @@ def main(
     grid = None if size is None else parse_size(size)
     pipeline = dit_video.load(run, text_encoder=text_encoder, ema=ema, sigma_rel=sigma_rel)
     guided = pipeline.config.sampling.guided(scale=guidance, interval=interval, rescale=rescale, projected=projected)
+    frame = (grid or pipeline.config.size)._replace(t=1)
+    first, last = (None if path is None else decode(path, size=frame) for path in (image, last_image))
     clip = pipeline.generate(
-        str(prompt), size=grid, seed=seed or 0, negative=negative, steps=steps, guidance=guided, sampler=sampler
+        str(prompt),
+        size=grid,
+        seed=seed or 0,
+        negative=negative,
+        image=first,
+        last_image=last,
+        steps=steps,
+        guidance=guided,
+        sampler=sampler,
     )
     seconds = time.perf_counter() - began
     clip.save(out)

@@ -3,10 +3,10 @@ import hashlib
 import itertools
 import json
 import shutil
-import signal
 
 import numpy as np
 import pytest
+from interruptions import interrupt
 
 import dit_video
 from devices import wait_until
@@ -21,7 +21,7 @@ from dit_video.data.windows import Stretches, WindowConfig
 from dit_video.errors import MissingError, UserError
 from dit_video.run import Run
 from dit_video.tokens import Grid
-from dit_video.training import logging, trainer
+from dit_video.training import logging
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.weights import load as load_weights
 
@@ -103,25 +103,6 @@ STAGES = {"autoencoder": ("autoencoder", "latents", "denoiser", "pipeline"), "de
 """What is to be made again if a stage's result goes."""
 
 
-def interrupt(monkeypatch, *, at, how):
-    """The run is interrupted at call `at` of its step: by Ctrl-C, or as if it were killed, with nothing saved."""
-    real = trainer.make_step
-
-    def make_step(*arguments, **keywords):
-        step, calls = real(*arguments, **keywords), itertools.count(1)
-
-        def interrupted(state, batch):
-            if next(calls) == at:
-                if how == "killed":
-                    raise KeyboardInterrupt
-                signal.raise_signal(signal.SIGINT)
-            return step(state, batch)
-
-        return interrupted
-
-    monkeypatch.setattr(trainer, "make_step", make_step)
-
-
 def begin(copy, tiny_clips, monkeypatch, *, stage, at, how):
     """Remove the results from `stage` on, and run until the interruption."""
     for folder in STAGES[stage]:
@@ -164,39 +145,6 @@ def test_an_interrupted_run_ends_bit_for_bit_where_the_uninterrupted_one_does(
         assert (copy / name).read_bytes() == (tiny_run / name).read_bytes()
     steps = [[entry["step"] for entry in logging.read(folder / stage / "metrics.jsonl")] for folder in (copy, tiny_run)]
     assert steps[0] == steps[1]
-
-
-def test_a_run_whose_folder_is_lost_goes_on_from_checkpoints_elsewhere(
-    tiny, tiny_run, tiny_clips, tmp_path, monkeypatch
-):
-    elsewhere = tmp_path / "bucket" / "run"
-    first = Run.create(tmp_path / "first", tiny.EXPERIMENT)
-    first.prepare(tiny_clips, checkpoints=elsewhere)
-    first.train_autoencoder()
-    with monkeypatch.context() as patch:
-        interrupt(patch, at=3, how="Ctrl-C")
-        with pytest.raises(KeyboardInterrupt):
-            first.train(tiny_clips)
-    assert Checkpoints(elsewhere / "denoiser").latest() == 3
-    assert not (tmp_path / "first" / "denoiser" / "checkpoints").exists()
-    with pytest.raises(UserError, match=r"the run was started with the checkpoints .*bucket/run, not .*other"):
-        first.train(tiny_clips, checkpoints=tmp_path / "other")
-    shutil.rmtree(tmp_path / "first")
-
-    again = Run.create(tmp_path / "again", tiny.EXPERIMENT)
-    again.train(tiny_clips, checkpoints=elsewhere)
-    for name in ("autoencoder/weights.safetensors", "pipeline/denoiser.safetensors"):
-        assert (tmp_path / "again" / name).read_bytes() == (tiny_run / name).read_bytes()
-    assert logging.read(tmp_path / "again" / "denoiser" / "metrics.jsonl")[0]["step"] > 3
-    with pytest.raises(UserError, match="has checkpoints of its autoencoder already"):
-        Run.open(tiny_run).keep_checkpoints(elsewhere)
-
-
-def test_checkpoints_at_an_address(tiny, tmp_path, memory):
-    run = Run.create(tmp_path / "run", tiny.EXPERIMENT)
-    run.keep_checkpoints(memory)
-    run.keep_checkpoints(memory)  # the same command again
-    assert Run.open(tmp_path / "run").checkpoints_of("denoiser") == f"{memory}/denoiser"
 
 
 def test_a_run_without_a_checkpoint_of_its_denoiser_says_how_to_go_on(copy):

@@ -1,0 +1,25 @@
+"""Runs that are interrupted."""
+
+import itertools
+import signal
+
+from dit_video.training import trainer
+
+
+def interrupt(monkeypatch, *, at, how):
+    """The run is interrupted at call `at` of its step: by Ctrl-C, or as if it were killed, with nothing saved."""
+    real = trainer.make_step
+
+    def make_step(*arguments, **keywords):
+        step, calls = real(*arguments, **keywords), itertools.count(1)
+
+        def interrupted(state, batch):
+            if next(calls) == at:
+                if how == "killed":
+                    raise KeyboardInterrupt
+                signal.raise_signal(signal.SIGINT)
+            return step(state, batch)
+
+        return interrupted
+
+    monkeypatch.setattr(trainer, "make_step", make_step)
