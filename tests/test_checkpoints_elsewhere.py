@@ -11,6 +11,8 @@ from dit_video.training import logging
 from dit_video.training.checkpoint import Checkpoints
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_run_whose_folder_is_lost_goes_on_from_checkpoints_elsewhere(
     tiny, tiny_run, tiny_clips, tmp_path, monkeypatch
 ):

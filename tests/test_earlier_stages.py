@@ -125,7 +125,8 @@ def test_a_schedule_is_of_its_own_stage(staged, monkeypatch):
     assert float(rates(3)) == pytest.approx(1e-3)
 
 
-@pytest.mark.parametrize(("at", "saved"), [pytest.param(4, 2, marks=pytest.mark.slow), (6, 4)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("at", "saved"), [(4, 2), (6, 4)])
 def test_an_interrupted_stage_ends_as_the_uninterrupted_one(
     tiny_run, staged, tmp_path, monkeypatch, uninterrupted, at, saved
 ):

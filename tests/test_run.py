@@ -365,6 +365,7 @@ def test_a_run_without_a_cache_of_latents(tiny, tiny_run, tiny_clips, tmp_path):
     assert all(0 <= entry["padding"] < 1 and entry["masked"] == 0 for entry in entries)
 
 
+@pytest.mark.slow
 def test_a_run_in_buckets(tiny, tiny_run, tiny_clips, tmp_path, capsys):
     data = dataclasses.replace(tiny.EXPERIMENT.data, cache_latents=False)
     buckets = BucketConfig(memory=Memory(fixed=0, per_token=1), budget=24, count=2)

@@ -114,7 +114,7 @@ def test_a_run_inflates_and_trains_the_temporal_layers_alone(folder, tiny, tiny_
         np.testing.assert_array_equal(value, trained[path])
 
 
-@pytest.mark.parametrize("given", [False, True], ids=["fresh", "given"])
+@pytest.mark.parametrize("given", [pytest.param(False, marks=pytest.mark.slow), True], ids=["fresh", "given"])
 def test_a_codebook_starts_among_the_latents_unless_it_is_given(given, tiny, tiny_clips, tmp_path, quick_compilation):
     model = VqConfig(network=IMAGE, codebook=CodebookConfig(codes=64, width=4))
     parameters = rough_params(model.make)

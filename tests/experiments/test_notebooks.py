@@ -102,6 +102,7 @@ def test_the_sampling_notebook_runs_and_shows_videos(tiny_run, monkeypatch):
     assert len(set(pages["seeds"].split("<figure"))) == 5  # four different clips
 
 
+@pytest.mark.slow
 def test_the_spiral_notebook_shows_what_it_says(monkeypatch):
     notebook, found = asked("spiral", monkeypatch, SPIRAL, **BRIEF)
     assert pictures(notebook) == {

@@ -120,7 +120,9 @@ def test_the_student_is_given_all_of_its_steps():
     assert times == {1.0, 0.8, 0.5}  # thirds, shifted by 2
 
 
-@pytest.mark.parametrize("loss", [CONSISTENCY, MATCHING], ids=["consistency", "matching"])
+@pytest.mark.parametrize(
+    "loss", [CONSISTENCY, pytest.param(MATCHING, marks=pytest.mark.slow)], ids=["consistency", "matching"]
+)
 def test_a_step_moves_the_players_alone_and_repeats(loss):
     optimizer = optax.adam(1e-2)
 

@@ -47,6 +47,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+@pytest.mark.slow
 def test_lost_workers_name_their_clips(tmp_path, log, monkeypatch):
     # The others may take as long as a busy machine needs.
     monkeypatch.setattr(workers, "limit_of", lambda clip, limit: limit if "hang" in clip.name else HANG)

@@ -42,6 +42,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_they_are_quarantined_apart_and_tried_again_when_asked(tmp_path, log):
     clips = write_clips(
         tmp_path / "clips", "a.mp4", "b_unreadable.mp4", "c_memory.mp4", "d.mp4", "f_always_rewritten.mp4"
