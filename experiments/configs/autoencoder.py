@@ -9,14 +9,13 @@ is trained on its latents.
 
 Convolutions are in bfloat16, which takes .20 s a step on a CPU that multiplies it, and .32 s in float32.
 
-Measured on 17 real clips, four of other scenes held out, all at 17 frames of up to 192×256, in a trial of this recipe
-that drew other windows; 8,400 steps of .20 s are 28 minutes (43 with other jobs beside them):
+Measured on 17 real clips, four of other scenes held out, all at 17 frames of up to 192×256; 8,400 steps, 28.4 minutes:
 
     dB                     linear  learned
-    car-detection            39.6     43.1
+    car-detection            39.5     43.1
     big_buck_bunny_rope      25.1     28.4
     crystal                  31.5     33.1
-    rabbit320                30.2     31.8
+    rabbit320                30.2     31.6
     mean                     31.6     34.1
 """
 
