@@ -103,6 +103,7 @@ def test_the_sampling_notebook_runs_and_shows_videos(tiny_run, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
 def test_the_spiral_notebook_shows_what_it_says(monkeypatch):
     notebook, found = asked("spiral", monkeypatch, SPIRAL, **BRIEF)
     assert pictures(notebook) == {
