@@ -77,21 +77,18 @@ def main(
         if any(given not in (None, "") for given in (size, seed, negative, image, last_image)):
             raise UserError("--size, --seed, --negative, --image and --last-image go with --prompt, not --prompts")
         requests = measure.read_requests(prompts)
-        pipeline = dit_video.load(run, text_encoder=text_encoder, ema=ema, sigma_rel=sigma_rel)
-        guided = pipeline.config.sampling.guided(
-            scale=guidance, interval=interval, rescale=rescale, projected=projected
-        )
+    elif out.suffix.lower().removeprefix(".") not in FORMATS:
+        raise UserError(f"{out} has no suffix of a known format; use one of .{', .'.join(FORMATS)}")
+    grid = None if size is None else parse_size(size)
+    pipeline = dit_video.load(run, text_encoder=text_encoder, ema=ema, sigma_rel=sigma_rel)
+    guided = pipeline.config.sampling.guided(scale=guidance, interval=interval, rescale=rescale, projected=projected)
+    if prompts is not None:
         with Progress("sampling", len(requests), unit="clip") as progress:
             measure.write_samples(
                 pipeline, requests, out, progress=progress.update, steps=steps, guidance=guided, sampler=sampler
             )
         print(f"{len(requests)} clips in {out}")
         return
-    if out.suffix.lower().removeprefix(".") not in FORMATS:
-        raise UserError(f"{out} has no suffix of a known format; use one of .{', .'.join(FORMATS)}")
-    grid = None if size is None else parse_size(size)
-    pipeline = dit_video.load(run, text_encoder=text_encoder, ema=ema, sigma_rel=sigma_rel)
-    guided = pipeline.config.sampling.guided(scale=guidance, interval=interval, rescale=rescale, projected=projected)
     frame = (grid or pipeline.config.size)._replace(t=1)
     first, last = (None if path is None else decode(path, size=frame) for path in (image, last_image))
     clip = pipeline.generate(

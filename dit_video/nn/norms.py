@@ -13,25 +13,29 @@ from dit_video.errors import UserError
 
 def layer_norm(x: Float[Array, "*batch D"], *, eps: float = 1e-6) -> Float[Array, "*batch D"]:
     """Zero mean and unit variance, without learned scale: what adaptive modulation is applied to."""
-    return _normal(x.astype(jnp.float32), eps)[0].astype(x.dtype)
+    return _normal(x.astype(jnp.float32), eps, True)[0].astype(x.dtype)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _normal(x: Float[Array, "*batch D"], eps: float) -> tuple[Float[Array, "*batch D"], Float[Array, "*batch 1"]]:
-    """And by what the centred values were multiplied."""
-    centred = x - x.mean(axis=-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + eps)
-    return centred * inverse, inverse
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _normal(
+    x: Float[Array, "*batch D"], eps: float, centre: bool
+) -> tuple[Float[Array, "*batch D"], Float[Array, "*batch 1"]]:
+    """A root mean square of 1, with `centre` around a mean of 0; and by what the values were multiplied."""
+    if centre:
+        x = x - x.mean(axis=-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + eps)
+    return x * inverse, inverse
 
 
 @_normal.defjvp
-def _normal_jvp(eps, primals, tangents):
-    """Two means, where the derivative of each operation in turn takes four: half the time on CPU."""
-    normal, inverse = _normal(*primals, eps)
+def _normal_jvp(eps, centre, primals, tangents):
+    """At most two means, where the derivative of each operation in turn takes four: half the time on CPU."""
+    normal, inverse = _normal(*primals, eps, centre)
     (step,) = tangents
     along = (normal * step).mean(axis=-1, keepdims=True)
-    moved = inverse * (step - step.mean(axis=-1, keepdims=True) - normal * along)
-    return (normal, inverse), (moved, -jnp.square(inverse) * along)
+    if centre:
+        step = step - step.mean(axis=-1, keepdims=True)
+    return (normal, inverse), (inverse * (step - normal * along), -jnp.square(inverse) * along)
 
 
 class RmsNorm(nnx.Module):
@@ -42,24 +46,8 @@ class RmsNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        normal, _ = _unit(x.astype(jnp.float32), self.eps)
+        normal, _ = _normal(x.astype(jnp.float32), self.eps, False)
         return (normal * self.scale[...]).astype(x.dtype)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _unit(x: Float[Array, "*batch D"], eps: float) -> tuple[Float[Array, "*batch D"], Float[Array, "*batch 1"]]:
-    """A root mean square of 1, and by what the values were multiplied."""
-    inverse = jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + eps)
-    return x * inverse, inverse
-
-
-@_unit.defjvp
-def _unit_jvp(eps, primals, tangents):
-    """As for `_normal`."""
-    normal, inverse = _unit(*primals, eps)
-    (step,) = tangents
-    along = (normal * step).mean(axis=-1, keepdims=True)
-    return (normal, inverse), (inverse * (step - normal * along), -jnp.square(inverse) * along)
 
 
 class LayerNorm(nnx.Module):

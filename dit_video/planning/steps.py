@@ -23,7 +23,6 @@ from dit_video.distributed.planner import Step
 from dit_video.dit.flops import attention_flops, forward_flops, training_passes
 from dit_video.errors import UserError
 from dit_video.experiment import DenoiserTraining, Experiment, GivenAutoencoder
-from dit_video.features.clip import ClipVisionConfig
 from dit_video.generation import LatentRequest
 from dit_video.generation.program import program_of, steps_of_program
 from dit_video.generation.rows import Group, Packer
@@ -131,7 +130,8 @@ def _denoiser(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int]) -> Pl
 
     batch = _rows(config)
     arguments = (shapes_on_devices(begin, shardings=layout), _laid(batch, batch_shardings(batch, mesh)), *frozen)
-    known = _known(config, clips, training=True)
+    images = batch.image.shape[1] // config.rows.segments
+    known = _known(config, clips, training=True, images=images)
     return PlannedStep(
         jax.jit(step, donate_argnums=0),
         arguments,
@@ -167,13 +167,10 @@ def _item(config: DenoiserTraining) -> Item:
     token, place = np.zeros((1, config.dit.token_width), np.float32), np.zeros((1, 3), np.float32)
     grey = config.known is not None and config.known.rest == "grey"
     image = None
-    if encoder := _image_encoder(config):
+    if config.image_encoder is not None:
+        encoder = clip_vision_config(config.image_encoder)
         image = np.zeros((encoder.tokens, encoder.width), np.float32)
     return Item(token, place, np.zeros(0, np.int32), 0, shown=token if grey else None, image=image)
-
-
-def _image_encoder(config: DenoiserTraining) -> ClipVisionConfig | None:
-    return None if config.image_encoder is None else clip_vision_config(config.image_encoder)
 
 
 def _laid(shapes: PyTree, layouts: PyTree) -> PyTree:
@@ -187,15 +184,14 @@ def on_mesh(state: PyTree, mesh: AnyMesh) -> PyTree:
     return _laid(state, shardings(state, mesh))
 
 
-def _known(config: DenoiserTraining, clips: Sequence[int], *, training: bool, copies: int = 1) -> Step:
-    """What is counted of a denoiser's step; each clip has as long a text as there is room for."""
+def _known(config: DenoiserTraining, clips: Sequence[int], *, training: bool, images: int = 0, copies: int = 1) -> Step:
+    """What is counted of a denoiser's step; each clip has as long a text as there is room for, and so many image
+    tokens."""
     dit, text = config.dit, min(config.text.max_tokens, config.rows.text // max(1, len(clips)))
     if isinstance(config.text, ByteEncoderConfig):
         text = -(-text // config.text.patch)
-    encoder = _image_encoder(config) if training else None
     grids = [Grid(1, 1, clip) for clip in clips]
     texts = [text] * len(clips)
-    images = [0 if encoder is None else encoder.tokens] * len(clips)
     return Step(
         width=dit.width,
         hidden=dit.hidden_width,
@@ -204,7 +200,7 @@ def _known(config: DenoiserTraining, clips: Sequence[int], *, training: bool, co
         rows=config.batch * copies,
         itemsize=jnp.dtype(dit.dtype).itemsize,
         remat=dit.remat,
-        forward=copies * config.batch * forward_flops(dit, grids, texts, images=images),
+        forward=copies * config.batch * forward_flops(dit, grids, texts, images=[images] * len(clips)),
         attention=copies * config.batch * attention_flops(dit, grids, texts),
         fused=dit.attention not in ("dense", "auto", "chunked"),
         training=training,

@@ -158,9 +158,6 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 _SIZE = r"([\d.]+)\s*([KMGT]?)i?B?\b"
-
-
-_SIZE = r"([\d.]+)\s*([KMGT]?)i?B?\b"
 _TEMPORARY = rf"HLO temporaries \({_SIZE}\)"
 _WHOLE = rf"(?:Used|allocate|requires?|needs?|total of)[^\d]{{0,40}}{_SIZE}"
 
