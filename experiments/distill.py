@@ -15,6 +15,10 @@ WORKDIR/few_steps.json and the report say how teacher and student follow prompts
 the same command continues where it was.
 """
 
+from dit_video.huge_pages import use_huge_pages
+
+use_huge_pages(__name__)
+
 import time
 from dataclasses import dataclass, field
 from pathlib import Path

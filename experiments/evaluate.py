@@ -4,6 +4,10 @@ python experiments/evaluate.py runs/quickstart
 python experiments/evaluate.py experiments/pretrained/shapes --out runs/pretrained --seed 7
 """
 
+from dit_video.huge_pages import use_huge_pages
+
+use_huge_pages(__name__)
+
 from pathlib import Path
 from typing import Annotated
 

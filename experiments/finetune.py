@@ -22,6 +22,10 @@ Interrupted, the same command continues where it was. What this command does not
 `EXPERIMENT = finetuning(MODEL, FineTuning(...))`, for `train.py`.
 """
 
+from dit_video.huge_pages import use_huge_pages
+
+use_huge_pages(__name__)
+
 import sys
 import time
 from dataclasses import dataclass, field

@@ -6,6 +6,10 @@ renders captioned clips, trains an autoencoder and a diffusion transformer on th
 samples and writes runs/quickstart/report.html. Interrupted, the same command continues where it was.
 """
 
+from dit_video.huge_pages import use_huge_pages
+
+use_huge_pages(__name__)
+
 import sys
 import time
 from pathlib import Path

@@ -7,6 +7,10 @@ python experiments/sample.py RUN --prompts prompts.json --out samples/
 python experiments/sample.py Wan2.1-I2V-14B-480P-Diffusers --prompt "…" --image first.png --out clip.mp4
 """
 
+from dit_video.huge_pages import use_huge_pages
+
+use_huge_pages(__name__)
+
 import re
 import time
 from pathlib import Path

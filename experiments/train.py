@@ -10,6 +10,10 @@ Started as several processes, on one host or many (see experiments/launch), it i
 stops when the autoencoder is trained and reports that; the same command without it goes on from there.
 """
 
+from dit_video.huge_pages import use_huge_pages
+
+use_huge_pages(__name__)
+
 import dataclasses
 import importlib.util
 import sys

@@ -30,6 +30,10 @@ the same weights, and attention beside torch's. A part whose packages are missin
 for that reason, models of about its size are measured, and `setting` is `built in`.
 """
 
+from dit_video.huge_pages import use_huge_pages
+
+use_huge_pages(__name__)
+
 import argparse
 import json
 import os

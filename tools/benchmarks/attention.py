@@ -2,17 +2,16 @@
 
 A dense attention takes the same time whatever the row holds. One that skips foreign blocks should take the share
 `sum(n_i²) / N²` of it, for clips of `n_i` tokens in a row of `N`; `times_share` is how many times that share it takes.
-Times are medians of rounds that run all of them one after the other, in an order that alternates.
+Times are those of `turns`.
 """
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from benchmarks.turns import in_turn
 from dit_video import rng
 from dit_video.nn import Attention, Tokens, make_attention
 
@@ -86,15 +85,3 @@ def _of_jax(q: jax.Array, k: jax.Array, v: jax.Array, at: Tokens) -> jax.Array:
     """Of one segment, so no mask is needed: the fastest that it can be."""
     del at
     return jax.nn.dot_product_attention(q, k, v)
-
-
-def in_turn(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of every call, after one that is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(rounds + 1):
-        for name in list(calls) if number % 2 else list(calls)[::-1]:
-            began = time.perf_counter()
-            calls[name]()
-            if number:
-                seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in seconds.items()}

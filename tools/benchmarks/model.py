@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.attention import in_turn
 from benchmarks.training import start, step_of
+from benchmarks.turns import in_turn
 from dit_video import rng
 from dit_video.dit import WanDitConfig
 from dit_video.nn import graph_of, init_params, param_shapes

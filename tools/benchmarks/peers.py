@@ -1,16 +1,13 @@
 """Autoencoders beside diffusers' `AutoencoderKLWan` on the same weights and inputs, in one process, in turn;
 and torch's attention, for the benchmark of ours.
 
-torch takes as many threads as there are cores. Each round times the two one after the other, in alternating order; the
-ratio is that of the medians.
+torch takes as many threads as there are cores; the ratio is that of the medians.
 """
 
 import functools
 import os
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from flax import nnx
 
+from benchmarks.turns import in_turn
 from dit_video.nn import graph_of
 from dit_video.weights import load_autoencoder
 
@@ -80,13 +78,13 @@ def _of_width(width: int, rounds: int) -> dict[str, Any]:
                 "latents": float(np.abs(encode(params, clip) - latents).max()),
                 "pixels": float(np.abs(np.clip(decode(params, latents), -1, 1) - decoded).max()),
             },
-            "encode": _in_turn(
+            "encode": _beside(
                 f"width {width}, encode",
                 lambda: jax.block_until_ready(encode(params, clip)),
                 lambda: theirs.encode(theirs_clip),
                 rounds,
             ),
-            "decode": _in_turn(
+            "decode": _beside(
                 f"width {width}, decode",
                 lambda: jax.block_until_ready(decode(params, latents)),
                 lambda: theirs.decode(theirs_latents),
@@ -94,7 +92,7 @@ def _of_width(width: int, rounds: int) -> dict[str, Any]:
             ),
         }
     steps = _our_step(graph, params), _their_step(theirs)
-    return figures | {"training step": _in_turn(f"width {width}, training step", *steps, rounds)}
+    return figures | {"training step": _beside(f"width {width}, training step", *steps, rounds)}
 
 
 def _our_step(graph: nnx.GraphDef, params: Any) -> Callable[[], None]:
@@ -135,21 +133,13 @@ def _their_step(model: AutoencoderKLWan) -> Callable[[], None]:
     return step
 
 
-def _in_turn(what: str, ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int) -> dict[str, Any]:
-    """Seconds of both, after one call of each that is not counted; a line of them on stderr."""
-    seconds: dict[str, list[float]] = {"ours": [], "diffusers": []}
-    both = (("ours", ours), ("diffusers", theirs))
-    for number in range(rounds + 1):
-        for name, call in both if number % 2 else both[::-1]:
-            began = time.perf_counter()
-            call()
-            if number:
-                seconds[name].append(time.perf_counter() - began)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    print(f"{what}: {medians['ours']:.3f} s, diffusers {medians['diffusers']:.3f} s", file=sys.stderr, flush=True)
+def _beside(what: str, ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int) -> dict[str, Any]:
+    """Seconds of both; a line of them on stderr."""
+    seconds = in_turn({"ours": ours, "diffusers": theirs}, rounds)
+    print(f"{what}: {seconds['ours']:.3f} s, diffusers {seconds['diffusers']:.3f} s", file=sys.stderr, flush=True)
     return {
-        "ours_seconds": round(medians["ours"], 3),
-        "diffusers_seconds": round(medians["diffusers"], 3),
-        "ratio": round(medians["ours"] / medians["diffusers"], 3),
+        "ours_seconds": round(seconds["ours"], 3),
+        "diffusers_seconds": round(seconds["diffusers"], 3),
+        "ratio": round(seconds["ours"] / seconds["diffusers"], 3),
         "rounds": rounds,
     }

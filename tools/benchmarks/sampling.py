@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.attention import in_turn
 from benchmarks.setting import byte_tokens
 from benchmarks.steps import compilations
+from benchmarks.turns import in_turn
 from dit_video import rng
 from dit_video.diffusion import RectifiedFlow
 from dit_video.dit import DitConfig, packed_denoise
