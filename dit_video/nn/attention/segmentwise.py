@@ -21,24 +21,31 @@ from dit_video.nn.attention.interface import Keys, Queries
 
 _NOBODY, _PADDING = -2, -1
 """segments of tokens that don't count, of the outer and of the inner loop: equal to no other"""
+_FILLED = 0.75
+"""what part of a well filled block is its own"""
 _MOST = int(np.iinfo(np.int32).max)
 Carried = TypeVar("Carried")
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """How two rows are cut: so many tokens of one at a time, and of the other the first of these sizes that is well
-    filled. Products of a narrow block with a wide one are the fastest in XLA's CPU backend, which divides those of less
-    than two chunks among threads to little avail."""
+    """How two rows are cut: blocks of one of them, and for each those of the other, have the first of these sizes that
+    is well filled. Products of a narrow block with a wide one are the fastest in XLA's CPU backend, which divides those
+    of less than two chunks among threads to little avail; the smaller sizes are for the ends of segments."""
 
-    narrow: int
+    narrow: tuple[int, ...]
     wide: tuple[int, ...]
 
     @staticmethod
     def of(length: int, other: int, chunk: int) -> "Blocks":
         number = max(1, round(length / (2 * chunk)))
-        sizes = {min(size * chunk, other) for size in (2, 8)}
-        return Blocks(-(-length // number), tuple(sorted(sizes, reverse=True)))
+        most = -(-length // number)
+        sizes = {min(size, other) for size in (8 * chunk, chunk, -(-chunk // 4))}
+        return Blocks(_descending({most, -(-most // 4)}), _descending(sizes))
+
+
+def _descending(sizes: set[int]) -> tuple[int, ...]:
+    return tuple(sorted(sizes, reverse=True))
 
 
 def attend(
@@ -92,13 +99,16 @@ def _walk(
     # In floating point, as this is what the CPU backend has a fast minimum of; exact up to 16 million.
     other_places = jnp.arange(others, dtype=jnp.float32)
 
-    def outer(state):
+    def stops(first, size):
+        full = jnp.minimum(first + size, length)
+        return jnp.where(boundary[full] > first, boundary[full], full)
+
+    def outer(size, state):
         first, carried = state
-        full = jnp.minimum(first + blocks.narrow, length)
-        stop = jnp.where(boundary[full] > first, boundary[full], full)
-        start = jnp.minimum(first, length - blocks.narrow)
-        own = _at((places[:-1] >= first) & (places[:-1] < stop), start, blocks.narrow)
-        block_ids = _at(ids, start, blocks.narrow)
+        stop = stops(first, size)
+        start = jnp.minimum(first, length - size)
+        own = _at((places[:-1] >= first) & (places[:-1] < stop), start, size)
+        block_ids = _at(ids, start, size)
         block_ids = jnp.where(own & (block_ids > 0), block_ids, _NOBODY)
         lowest, highest = jnp.where(block_ids > 0, block_ids, _MOST).min(), block_ids.max()
         wanted = jnp.where((lowest <= other_ids) & (other_ids <= highest), other_places, others)
@@ -108,7 +118,7 @@ def _walk(
 
         def well_filled(first, size):
             inside = (wanted >= first) & (wanted < jnp.minimum(first + size, others))
-            return jnp.where(inside, 1.0, 0.0).sum() > 0.75 * size
+            return jnp.where(inside, 1.0, 0.0).sum() > _FILLED * size
 
         def over_others(step, state):
             first = next_wanted(0)
@@ -127,9 +137,22 @@ def _walk(
                 first, state = jax.lax.while_loop(more, inner, (first, state))
             return state
 
-        return stop, block(start, own, over_others, carried)
+        return stop, block(size, start, own, over_others, carried)
 
-    return jax.lax.while_loop(lambda state: state[0] < length, outer, (jnp.int32(0), carried))[1]
+    def size_at(first):
+        filled = [stops(first, size) - first > _FILLED * size for size in blocks.narrow[:-1]]
+        return jnp.argmax(jnp.array([*filled, True]))
+
+    def of_all_sizes(state):
+        for place, size in enumerate(blocks.narrow):
+
+            def more(state, place=place):
+                return (state[0] < length) & (size_at(state[0]) == place)
+
+            state = jax.lax.while_loop(more, functools.partial(outer, size), state)
+        return state
+
+    return jax.lax.while_loop(lambda state: state[0] < length, of_all_sizes, (jnp.int32(0), carried))[1]
 
 
 def _row(
@@ -141,10 +164,9 @@ def _row(
     kv_ids: Int[Array, " M"],
 ) -> tuple[Float[Array, "N K d"], Float[Array, "K N"]]:
     """What a row mixes, and the logarithm of every query's sum of exponentials; both float32. Heads take turns."""
-    size = blocks.narrow
 
     def head(index, carried):
-        def block(start, own, over_keys, carried):
+        def block(size, start, own, over_keys, carried):
             queries = _of_head(q, start, size, index)
 
             def step(at, mask, state):
@@ -190,10 +212,9 @@ def _row_backward(
     Keys are the outer loop, and scores are taken keys first: so two of the three products that follow are plain ones,
     instead of one. That of the queries' gradient is taken turned round, as XLA's CPU backend does it the fastest.
     """
-    size = blocks.narrow
 
     def head(index, carried):
-        def block(start, own, over_queries, carried):
+        def block(size, start, own, over_queries, carried):
             del own
             keys, values = (_of_head(x, start, size, index) for x in (k, v))
 
