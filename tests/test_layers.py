@@ -47,7 +47,19 @@ LEVELS = {
     0: {"nn", "tokens"},
 }
 """The rooms of each level. The single files of level 0 lie under all of them, `nn` and `tokens` too."""
-GROUND = {"arrays", "pixels", "rng", "tree", "errors", "files", "configs", "compiled", "code_version", "xla_flags", "huge_pages"}
+GROUND = {
+    "arrays",
+    "pixels",
+    "rng",
+    "tree",
+    "errors",
+    "files",
+    "configs",
+    "compiled",
+    "code_version",
+    "xla_flags",
+    "huge_pages",
+}
 SIDEWAYS = {("data", "video"), ("autoencoder", "features")}
 COMPOSITION = 4
 """The level that composes: its files may import each other, as long as they do not do so in a circle."""

@@ -121,6 +121,21 @@ class MatchingState(WithModel):
     critic: CriticState
 
 
+def paced(critic: CriticState, student: TrainState) -> CriticState:
+    """The critic, whose next step has the learning rate of the student's.
+
+    It moves several times for each time that the student does. By a schedule of its own steps it would stand still,
+    and the student run away from it, once it had made as many as the student is to make.
+    """
+
+    def schedule(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    states = critic.opt_state, student.opt_state
+    chosen = jax.tree.map(lambda own, other: other if schedule(other) else own, *states, is_leaf=schedule)
+    return critic.replace(opt_state=chosen)
+
+
 def distillation_loss(config: Distillation, loss: DenoiserLoss) -> "ConsistencyLoss | MatchingLoss":
     """Of a student, from the loss that its teacher was trained with."""
     parts: dict[str, Any] = {
@@ -246,7 +261,8 @@ class MatchingLoss(_Taught):
     ) -> Step:
         """`step(state, rows) -> (state, figures)` for a `MatchingState`, which is donated.
 
-        First the critic moves `critic_steps` times, then the student once, by the same optimizer. The figures are
+        First the critic moves `critic_steps` times, then the student once, by the same optimizer and at the learning
+        rate of the student's step. The figures are
         `loss` (half the square of what samples are moved by, which has no minimum to reach), `critic` (its mean loss)
         and `distance` (of samples from the teacher's estimate of their data).
         """
@@ -259,9 +275,12 @@ class MatchingLoss(_Taught):
                 generated = jax.lax.stop_gradient(self.generated(params, rows, *self.noised(params, rows, at)))
                 value, gradients = jax.value_and_grad(self.critic_loss)(critic.params, generated, rows, at)
                 updates, opt_state = optimizer.update(gradients, critic.opt_state, critic.params)
-                return CriticState(params=optax.apply_updates(critic.params, updates), opt_state=opt_state), value
+                moved = CriticState(params=optax.apply_updates(critic.params, updates), opt_state=opt_state)
+                return paced(moved, state.model), value
 
-            critic, losses = jax.lax.scan(improve, state.critic, jnp.arange(self.config.critic_steps))
+            critic, losses = jax.lax.scan(
+                improve, paced(state.critic, state.model), jnp.arange(self.config.critic_steps)
+            )
             noised = self.noised(params, rows, number, purpose="student ")
             (value, figures), gradients = jax.value_and_grad(self, has_aux=True)(
                 params, critic.params, noised, rows, number, teacher

@@ -15,7 +15,13 @@ from dit_video.nn import graph_of
 from dit_video.text import ByteEncoderConfig
 from dit_video.tokens import Grid, Item, Rows, RowShape, coordinates, pack
 from dit_video.training.denoiser import DenoiserLoss
-from dit_video.training.distillation import ConsistencyDistillation, DistributionMatching, distillation_loss
+from dit_video.training.distillation import (
+    ConsistencyDistillation,
+    CriticState,
+    DistributionMatching,
+    distillation_loss,
+    paced,
+)
 from dit_video.training.state import init_state
 from dit_video.training.step import OwnStep
 from dit_video.tree import flatten
@@ -157,3 +163,30 @@ def test_options_out_of_range():
     ):
         with pytest.raises(UserError, match=message):
             make()
+
+
+def test_the_critics_learning_rate_is_that_of_the_students_step():
+    """Not that of its own, which come faster: its rate would be at its end when the student has hardly begun."""
+    optimizer, gradients = optax.adamw(lambda step: 1 / (1 + step), weight_decay=0), {"x": jnp.ones(3)}
+    student = init_state({"x": jnp.zeros(3)}, optimizer)
+    for _ in range(3):
+        student = student.replace(opt_state=optimizer.update(gradients, student.opt_state, student.params)[1])
+    critic = CriticState(params=student.params, opt_state=optimizer.init(student.params))
+    for rate in (1, 1 / 4):
+        updates, _ = optimizer.update(gradients, critic.opt_state, critic.params)
+        np.testing.assert_allclose(updates["x"], -rate, rtol=1e-6)
+        critic = paced(critic, student)
+
+
+@pytest.mark.slow
+def test_the_critic_keeps_its_pace():
+    assert isinstance(MATCHING, OwnStep)
+    rows = batch([A, B], [C])
+    critics = []
+    for rate in (1e-2, lambda step: jnp.where(step < 1, 1e-2, 0.0)):
+        optimizer = optax.adamw(rate)
+        state = MATCHING.begin(init_state(jax.tree.map(jnp.array, TEACHER), optimizer), optimizer)
+        after, _ = MATCHING.make_step(optimizer, ema_decay=0.9, constants=(TEACHER,))(state, rows)
+        critics.append(after.critic.params)
+    jax.tree.map(np.testing.assert_array_equal, *critics)
+    assert any((left != right).any() for left, right in zip(*map(jax.tree.leaves, (critics[0], TEACHER)), strict=True))
