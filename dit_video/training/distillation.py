@@ -278,9 +278,8 @@ class MatchingLoss(_Taught):
                 moved = CriticState(params=optax.apply_updates(critic.params, updates), opt_state=opt_state)
                 return paced(moved, state.model), value
 
-            critic, losses = jax.lax.scan(
-                improve, paced(state.critic, state.model), jnp.arange(self.config.critic_steps)
-            )
+            turns = jnp.arange(self.config.critic_steps)
+            critic, losses = jax.lax.scan(improve, paced(state.critic, state.model), turns)
             noised = self.noised(params, rows, number, purpose="student ")
             (value, figures), gradients = jax.value_and_grad(self, has_aux=True)(
                 params, critic.params, noised, rows, number, teacher

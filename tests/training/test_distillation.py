@@ -174,7 +174,7 @@ def test_the_critics_learning_rate_is_that_of_the_students_step():
     critic = CriticState(params=student.params, opt_state=optimizer.init(student.params))
     for rate in (1, 1 / 4):
         updates, _ = optimizer.update(gradients, critic.opt_state, critic.params)
-        np.testing.assert_allclose(updates["x"], -rate, rtol=1e-6)
+        np.testing.assert_allclose(updates["x"], -rate, rtol=1e-4)
         critic = paced(critic, student)
 
 
