@@ -16,11 +16,13 @@ def use_huge_pages(name: str) -> None:
     (autoencoder) less. glibc (2.35 on) asks for such pages where it is told to, and reads that only at a process'
     start; see "Memory Allocation Tunables" in its manual.
 
-    Nothing happens in a module that is imported (its `name` is not `__main__`), under a debugger, where
-    `GLIBC_TUNABLES` has a choice already, on other systems, and where Linux gives such pages to nobody, or to all.
+    Nothing happens in a module that is imported (its `name` is not `__main__`), in a process that has JAX already or a
+    debugger, where `GLIBC_TUNABLES` has a choice already, on other systems, and where Linux gives such pages to nobody,
+    or to all.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if name != "__main__" or _TUNABLE in tunables or sys.gettrace() is not None or not _on_request():
+    late = name != "__main__" or "jax" in sys.modules or sys.gettrace() is not None
+    if late or _TUNABLE in tunables or not _on_request():
         return
     os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, f"{_TUNABLE}=1")))
     sys.stdout.flush()

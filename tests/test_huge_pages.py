@@ -22,6 +22,7 @@ def started(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "execv", lambda path, arguments: found.append((path, arguments)))
     monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", "train.py", "--steps", "3"])
     monkeypatch.setattr(sys, "gettrace", lambda: None)
+    monkeypatch.delitem(sys.modules, "jax", raising=False)
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     return found
 
@@ -43,6 +44,12 @@ def test_other_tunables_stay(started, monkeypatch):
 
 def test_not_in_a_module(started):
     huge_pages.use_huge_pages("train")
+    assert not started
+
+
+def test_not_where_jax_is(started, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax", sys)
+    huge_pages.use_huge_pages("__main__")
     assert not started
 
 
