@@ -23,6 +23,7 @@ from dit_video.tokens import RowShape
 from dit_video.training.distillation import ConsistencyDistillation, Distillation, DistributionMatching
 from dit_video.training.optimizer import OptimizerConfig
 
+RATES = {"consistency": 1e-3, "dmd": 3e-4}
 ATTRIBUTES = ("colour", "direction", "shape")
 
 
@@ -45,7 +46,8 @@ class Distilling:
     batch: int | None = None
     """rows of a step; as many as the teacher's by default"""
     optimizer: Literal["adamw", "muon"] = "muon"
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
+    """1e-3 of consistency, 3e-4 of distribution matching by default"""
     warmup: int = 20
     ema_decay: float = 0.98
     """of the moving average, which is consistency's target and what is sampled from in the end"""
@@ -92,7 +94,7 @@ def distilling(folder: str | os.PathLike, options: Distilling = Distilling()) ->
             batch=options.batch or config.batch,
             optimizer=OptimizerConfig(
                 kind=options.optimizer,
-                learning_rate=options.learning_rate,
+                learning_rate=RATES[options.method] if options.learning_rate is None else options.learning_rate,
                 matrix_scale=0.5,
                 schedule="wsd",
                 warmup=min(options.warmup, options.steps - 1),

@@ -45,6 +45,7 @@ def test_a_run_says_all_that_its_student_needs(tiny_run):
     teacher = dit_video.load(tiny_run).config
     assert experiment.autoencoder == GivenAutoencoder(model=teacher.autoencoder, folder=str(tiny_run / "pipeline"))
     assert experiment.denoiser.distillation == DistributionMatching(guidance=2.0, steps=2, critic_steps=2)
+    assert experiment.denoiser.optimizer.learning_rate == 3e-4
     assert experiment.denoiser.dit == teacher.dit
     assert experiment.data == Run.open(tiny_run).experiment.data
     assert (experiment.sampling.steps, experiment.sampling.guidance) == (2, 1.0)
@@ -56,6 +57,7 @@ def test_a_pipeline_says_it_too(tiny_run):
     experiment = distilling(tiny_run / "pipeline", dataclasses.replace(OPTIONS["consistency"], guidance=1.5))
     teacher = dit_video.load(tiny_run).config
     assert experiment.denoiser.distillation == ConsistencyDistillation(guidance=1.5, intervals=4)
+    assert experiment.denoiser.optimizer.learning_rate == 1e-3
     assert experiment.data.max_frames == teacher.size.t
     assert experiment.data.max_pixels == teacher.size.h * teacher.size.w
     assert experiment.denoiser.rows == teacher.rows
