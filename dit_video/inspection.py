@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Float32
 
 from dit_video.arrays import SameArray
 from dit_video.diffusion import ClipSize
-from dit_video.dit import attention_maps, packed_denoise
+from dit_video.dit import Given, attention_maps, packed_denoise
 from dit_video.errors import UserError
 from dit_video.nn import graph_of
 from dit_video.pipeline import Pipeline
@@ -52,6 +52,7 @@ class ClipDenoiser:
         self._rows = self._packed(prompts, pipeline)
         text = nnx.merge(graph_of(config.text.make), params["text"])
         self._context = text(jnp.asarray(self._rows.text), jnp.asarray(self._rows.text_segments))
+        self._given = Given(labels=self._context.classes(1))
         self._denoise = packed_denoise(
             self.dit,
             segments=self._rows.segments,
@@ -59,6 +60,7 @@ class ClipDenoiser:
             context=self._context.values,
             context_segments=self._context.segments,
             count=1,
+            given=self._given,
         )
 
     def _packed(self, prompts: Sequence[str], pipeline: Pipeline) -> Rows:
@@ -86,8 +88,11 @@ class ClipDenoiser:
         """The latents of tokens."""
         return unpatchify(tokens, self.grid, self.patch)
 
-    def denoise(self, noisy: Float[Array, "B n p"], time: Float[Array, "*time"]) -> Float[Array, "B n p"]:
-        """The model's prediction at one time for all clips, or at times that broadcast to `[B n]`; without guidance."""
+    def denoise(self, noisy: Float[Array, "B n p"], time: Float[Array, "*time"]) -> Float[Array, "B n prediction"]:
+        """The model's prediction at one time for all clips, or at times that broadcast to `[B n]`; without guidance.
+
+        It has the width of `noisy`, or twice that where the model predicts a variance too, which comes behind.
+        """
         return self._denoise(noisy, jnp.broadcast_to(time, noisy.shape[:2]))
 
     def attention_maps(
@@ -107,6 +112,7 @@ class ClipDenoiser:
             coordinates=jnp.asarray(self._rows.coordinates),
             context=self._context.values,
             context_segments=self._context.segments,
+            given=self._given,
         )
 
     def token_at(self, pixel: tuple[int, float, float]) -> int:

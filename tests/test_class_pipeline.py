@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,6 +12,7 @@ import dit_video
 from dit_video.autoencoder import ImageLevels, ImageVaeConfig
 from dit_video.diffusion import Ddim, Ddpm, Epsilon, Heun, LearnedVariance, RectifiedFlow, VariancePreserving, Velocity
 from dit_video.errors import MissingError, UserError
+from dit_video.inspection import ClipDenoiser
 from dit_video.pipeline import Request
 from dit_video.text import ByteEncoderConfig, ClassNamesConfig
 from dit_video.weights import save_autoencoder, save_denoiser
@@ -70,6 +72,15 @@ def test_a_class_by_its_name_is_that_by_its_number(pipeline):
     for name in ("0", "tench", "Tinca tinca", "tench, Tinca tinca"):
         np.testing.assert_array_equal(drawn(pipeline, name), latents)
     assert np.abs(drawn(pipeline, "goldfinch") - latents).max() > 1e-2
+
+
+def test_taken_apart_it_is_told_of_the_class(pipeline):
+    inside = ClipDenoiser(pipeline, ["goldfinch", "tench"])
+    noisy = jnp.zeros((2, inside.grid.volume, inside.patch.volume * inside.channels))
+    first, second = np.asarray(inside.denoise(noisy, jnp.asarray(0.5)))
+    assert np.abs(first - second).max() > 1e-3
+    maps = inside.attention_maps(noisy, 0.5, queries=[0])
+    assert np.abs(maps[-1, 0] - maps[-1, 1]).max() > 1e-6
 
 
 def test_no_class_is_what_guidance_leads_away_from(pipeline):

@@ -32,7 +32,7 @@ from dit_video.diffusion import (
     matching_loss,
     multistep,
 )
-from dit_video.dit import packed_denoise
+from dit_video.dit import Given, packed_denoise
 from dit_video.errors import UserError
 from dit_video.rng import example_keys, key
 from dit_video.tokens import Rows, segment_mean, to_tokens
@@ -169,14 +169,15 @@ class _Taught:
         if silent:
             drop = jnp.ones(rows.examples.shape, bool)
             text, text_segments = drop_captions(text, text_segments, drop, empty=self.empty_caption)
-        context = nnx.merge(self.text, params["text"])(text, text_segments)
+        context, count = nnx.merge(self.text, params["text"])(text, text_segments), rows.examples.shape[1]
         denoise = packed_denoise(
             nnx.merge(self.dit, params["dit"]),
             segments=rows.segments,
             coordinates=rows.coordinates,
             context=context.values,
             context_segments=context.segments,
-            count=rows.examples.shape[1],
+            count=count,
+            given=Given(labels=context.classes(count)),
         )
         return lambda noisy, time: denoise(noisy, jnp.broadcast_to(time, (*noisy.shape[:-1], 1))[..., 0])
 

@@ -9,10 +9,10 @@ import optax
 import pytest
 
 from dit_video.diffusion import FlowMatching, RectifiedFlow
-from dit_video.dit import DitConfig
+from dit_video.dit import ClassLabels, DitConfig, NoContext
 from dit_video.errors import UserError
 from dit_video.nn import graph_of
-from dit_video.text import ByteEncoderConfig
+from dit_video.text import ByteEncoderConfig, ClassNamesConfig
 from dit_video.tokens import Grid, Item, Rows, RowShape, coordinates, pack
 from dit_video.training.denoiser import DenoiserLoss
 from dit_video.training.distillation import (
@@ -163,6 +163,23 @@ def test_options_out_of_range():
     ):
         with pytest.raises(UserError, match=message):
             make()
+
+
+def test_players_are_told_of_the_class():
+    text = ClassNamesConfig(classes=3)
+    dit = dataclasses.replace(DIT, context=NoContext(), context_width=0, labels=ClassLabels(classes=3))
+    empty = text.tokenizer()("")
+    loss = dataclasses.replace(CONSISTENCY, dit=graph_of(dit.make), text=graph_of(text.make), empty_caption=empty)
+    weights = {"dit": rough_params(dit.make), "text": {}}
+
+    def prediction(label, *, silent=False):
+        clip = A._replace(text=text.tokenizer()(label))
+        rows = Rows(*(np.stack([part]) for part in pack([clip], SHAPE, width=4)))
+        return loss.denoise(weights, rows, silent=silent)(jnp.asarray(rows.tokens), jnp.ones((1, 1, 1)))
+
+    none = prediction("")
+    assert min(np.abs(prediction(label) - other).max() for label, other in (("0", none), ("0", prediction("1")))) > 1e-3
+    np.testing.assert_allclose(prediction("0", silent=True), none, atol=1e-6)
 
 
 def test_the_critics_learning_rate_is_that_of_the_students_step():
