@@ -1,7 +1,7 @@
 """Distil a model into one of few steps, sample it, and write its report beside its teacher's figures.
 
-    python experiments/distill.py experiments/pretrained/shapes --method consistency --workdir runs/distilled
-    python experiments/distill.py runs/mine --method dmd --workdir runs/mine-dmd
+    python experiments/distill.py experiments/pretrained/shapes --method dmd --steps 150 --batch 4
+    python experiments/distill.py runs/mine --method consistency --workdir runs/mine-few
 
 The teacher is a run's folder or a pipeline's. A run brings its own clips; for a pipeline of the rendered shapes clips
 are rendered; any other takes them with --data, as `train.py` does. The student begins as the teacher and learns to
