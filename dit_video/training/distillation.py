@@ -133,7 +133,7 @@ def paced(critic: CriticState, student: TrainState) -> CriticState:
 
     states = critic.opt_state, student.opt_state
     chosen = jax.tree.map(lambda own, other: other if schedule(other) else own, *states, is_leaf=schedule)
-    return critic.replace(opt_state=chosen)
+    return CriticState(params=critic.params, opt_state=chosen)
 
 
 def distillation_loss(config: Distillation, loss: DenoiserLoss) -> "ConsistencyLoss | MatchingLoss":
