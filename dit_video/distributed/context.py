@@ -176,7 +176,13 @@ def _filled(at: Tokens, ranks: int, *, keys: bool) -> Tokens:
     if bias is not None:
         places = fill(bias.q_coordinates), fill(bias.kv_coordinates, keys)
         bias = replace(bias, q_coordinates=places[0], kv_coordinates=places[1])
-    return Tokens(fill(at.q_segments), fill(at.kv_segments, keys), fill(at.q_indices), fill(at.kv_indices, keys), bias)
+    return Tokens(
+        fill(at.q_segments),
+        fill(at.context_segments, keys),
+        fill(at.q_indices),
+        fill(at.context_indices, keys),
+        bias,
+    )
 
 
 def _specs(at: Tokens) -> Any:

@@ -20,13 +20,15 @@ class Tokens(NamedTuple):
     """The queries and the keys of an attention, besides their values.
 
     Segment id 0 is padding. Grid indices are those of `grid_indices`, queries and keys on one grid; only a pattern
-    other than `Full` reads them.
+    other than `Full` reads them. In self-attention (`among`) keys are the same tokens as queries, and only these are
+    given: so a backend knows that whoever has a segment sees something.
     """
 
     q_segments: Int[Array, "B N"]
-    kv_segments: Int[Array, "B M"]
+    context_segments: Int[Array, "B M"] | None = None
+    """of keys that are other tokens"""
     q_indices: Int[Array, "B N 3"] | None = None
-    kv_indices: Int[Array, "B M 3"] | None = None
+    context_indices: Int[Array, "B M 3"] | None = None
     bias: Bias | None = None
     """added to the scores, where the backend can"""
 
@@ -35,7 +37,15 @@ class Tokens(NamedTuple):
         cls, segments: Int[Array, "B N"], indices: Int[Array, "B N 3"] | None = None, *, bias: Bias | None = None
     ) -> "Tokens":
         """Of self-attention: queries and keys are the same tokens."""
-        return cls(segments, segments, indices, indices, bias)
+        return cls(segments, q_indices=indices, bias=bias)
+
+    @property
+    def kv_segments(self) -> Int[Array, "B M"]:
+        return self.q_segments if self.context_segments is None else self.context_segments
+
+    @property
+    def kv_indices(self) -> Int[Array, "B M 3"] | None:
+        return self.q_indices if self.context_segments is None else self.context_indices
 
     def without_bias(self, backend: str) -> "Tokens":
         """Raises UserError where there is a bias."""

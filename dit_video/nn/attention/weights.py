@@ -64,4 +64,4 @@ def _of_queries(at: Tokens, chosen: Int[Array, " Q"]) -> Tokens:
             kv_coordinates=bias.kv_coordinates,
         )
     indices = None if at.q_indices is None else at.q_indices[:, chosen]
-    return at._replace(q_segments=at.q_segments[:, chosen], q_indices=indices, bias=bias)
+    return Tokens(at.q_segments[:, chosen], at.kv_segments, indices, at.kv_indices, bias)
