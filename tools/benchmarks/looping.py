@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +53,16 @@ def measure(setting: Setting, steps: int, number: int, rounds: int, command: Seq
             "saving": lambda trained: _looped(trained, batches, steps, Path(folder), save=True),
         }
         seconds, trained = _in_turn(kinds, trained, rounds)
-    bare, looped, saving = (seconds[kind] for kind in kinds)
-    every, of_a_save = getattr(setting, "save_every", _EVERY), (saving - looped) * steps
+    every = getattr(setting, "save_every", _EVERY)
+    of_the_loop = _median(looped / bare - 1 for bare, looped in zip(seconds["bare"], seconds["loop"], strict=True))
+    of_a_save = steps * _median(
+        saving - looped for looped, saving in zip(seconds["loop"], seconds["saving"], strict=True)
+    )
+    looped = statistics.median(seconds["loop"])
     found |= {
-        "step_ms": round(1000 * bare, 3),
+        "step_ms": round(1000 * statistics.median(seconds["bare"]), 3),
         "loop_step_ms": round(1000 * looped, 3),
-        "loop_overhead": round(looped / bare - 1, 4),
+        "loop_overhead": round(of_the_loop, 4),
         "save_seconds": round(of_a_save, 4),
         "save_overhead": {f"every {n} steps": round(of_a_save / n / looped, 4) for n in sorted({steps, every})},
     }
@@ -67,14 +71,19 @@ def measure(setting: Setting, steps: int, number: int, rounds: int, command: Seq
 
 def _in_turn(
     kinds: dict[str, Callable[[Trained], tuple[float, Trained]]], trained: Trained, rounds: int
-) -> tuple[dict[str, float], Trained]:
-    """The median of seconds a step of every kind, by taking turns: what else the machine does falls on all."""
+) -> tuple[dict[str, list[float]], Trained]:
+    """Seconds a step of every kind in every round, in an order that alternates. What else the machine does falls on all
+    of a round, so what is compared is compared in each."""
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
-    for _ in range(rounds):
-        for kind, stretch in kinds.items():
-            each, trained = stretch(trained)
+    for number in range(rounds):
+        for kind in list(kinds)[:: -1 if number % 2 else 1]:
+            each, trained = kinds[kind](trained)
             seconds[kind].append(each)
-    return {kind: statistics.median(each) for kind, each in seconds.items()}, trained
+    return seconds, trained
+
+
+def _median(values: Iterable[float]) -> float:
+    return statistics.median(list(values))
 
 
 def _bare(trained: Trained, batches: list[Any], steps: int) -> tuple[float, Trained]:
