@@ -145,7 +145,13 @@ class Plan:
                 f"    {label:<20} {seconds:.4g} s, MFU {self.mfu(seconds):.1%}; "
                 f"{self.steps:,} steps: {hours:,.0f} chip-hours{cost}"
             )
-        yield f"  hardware: {chip.source}" + (f"; price: {chip.price_source}" if chip.price_source else "")
+        yield f"  hardware: {chip.source}{self._price_source()}"
+
+    def _price_source(self) -> str:
+        chip = self.topology.chip
+        if self.price is None:
+            return f"; no public price of {chip.name} is kept here: give one"
+        return f"; price: {chip.price_source}" if self.price == chip.price else ""
 
 
 def _axes(part: Moved) -> str:

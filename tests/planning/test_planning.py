@@ -51,6 +51,21 @@ def test_what_is_not_here_is_counted(eight_rows):
         assert word in text
 
 
+@pytest.mark.parametrize(
+    ("topology", "price", "says"),
+    [
+        ("h100:8", None, "; price: aws.amazon.com"),
+        ("h100:8", 2.0, "at $2.00 an hour"),
+        ("b200:8", None, "no public price of b200 is kept here: give one"),
+        ("b200:8", 6.0, "at $6.00 an hour"),
+    ],
+)
+def test_where_a_price_is_from_is_said(eight_rows, topology, price, says):
+    text = str(plan_experiment(eight_rows, Topology.parse(topology), price=price))
+    assert says in text
+    assert price is None or "price:" not in text
+
+
 def test_recomputation_is_executed_but_not_the_models(eight_rows):
     once, twice = (plan_experiment(with_dit(eight_rows, remat=remat), GPUS) for remat in ("none", "full"))
     assert twice.model_flops == once.model_flops
