@@ -34,8 +34,9 @@ class Linear(nnx.Module):
 
     In a lower precision it would be summed over devices in that: each adds its own rows, after the product.
 
-    The leading axes are flattened before the product: XLA's CPU backend runs a 2-D product up to 2.6 times faster than
-    the batched form, and other backends do not care.
+    On CPU the leading axes are one in the product: XLA runs the gradient of a 2-D product up to 1.5 times faster there.
+    Elsewhere they stay apart. Rows and tokens that are split over devices have no place on one axis as soon as a device
+    holds two rows of which it has some tokens: XLA would gather all tokens of both for every product.
     """
 
     def __init__(
@@ -55,19 +56,22 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
         kernel, bias = self.kernel[...], None if self.bias is None else self.bias[...]
-        y = self._of(x.reshape(-1, x.shape[-1]).astype(self.dtype), kernel, bias)
-        return y.reshape(*x.shape[:-1], kernel.shape[1])
+        return self._of(x.astype(self.dtype), kernel, bias)
 
     def parts(self, x: Float[Array, "*batch i"], count: int, fused: Fused | None) -> Float[Array, "*batch {count} n"]:
         """Its outputs as those of `count` maps of equal width, whose weights lie where `fused` says."""
         kernel, bias = self.kernel[...], None if self.bias is None else self.bias[...].reshape(count, -1)
         if fused is None or not isinstance(kernel, jax.Array):  # adapted kernels are products of their own
             return self(x).reshape(*x.shape[:-1], count, -1)
-        kernels, x_flat = fused(kernel, count), x.reshape(-1, x.shape[-1]).astype(self.dtype)
-        parts = [self._of(x_flat, kernels[:, at], None if bias is None else bias[at]) for at in range(count)]
-        return jnp.stack(parts, axis=1).reshape(*x.shape[:-1], count, -1)
+        kernels, x = fused(kernel, count), x.astype(self.dtype)
+        parts = [self._of(x, kernels[:, at], None if bias is None else bias[at]) for at in range(count)]
+        return jnp.stack(parts, axis=-2)
 
-    def _of(self, x: Float[Array, "n i"], kernel: Any, bias: Float[AnyArray, " o"] | None) -> Float[Array, "n o"]:
+    def _of(
+        self, x: Float[Array, "*batch i"], kernel: Any, bias: Float[AnyArray, " o"] | None
+    ) -> Float[Array, "*batch o"]:
+        if jax.default_backend() == "cpu" and x.ndim != 2:
+            return self._of(x.reshape(-1, x.shape[-1]), kernel, bias).reshape(*x.shape[:-1], kernel.shape[1])
         if not isinstance(kernel, jax.Array) or kernel.dtype == self.dtype:  # an adapted kernel knows its products
             y = x @ kernel.astype(self.dtype)
             return y if bias is None else y + bias.astype(self.dtype)
@@ -76,7 +80,7 @@ class Linear(nnx.Module):
 
 
 @jax.custom_jvp
-def _product(x: Float[Array, "n i"], kernel: Float[Array, "i o"]) -> Float[Array, "n o"]:
+def _product(x: Float[Array, "*batch i"], kernel: Float[Array, "i o"]) -> Float[Array, "*batch o"]:
     """In the dtype of `x`, with a gradient of the kernel that is summed in float32."""
     return x @ kernel.astype(x.dtype)
 
@@ -89,7 +93,8 @@ def _product_jvp(primals, tangents):
         return x @ tangent.astype(x.dtype)
 
     def gradient(x, cotangent):
-        summed = jax.lax.dot_general(x, cotangent, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        rows = tuple(range(x.ndim - 1))
+        summed = jax.lax.dot_general(x, cotangent, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
         return summed.astype(kernel.dtype)
 
     by_kernel = linear_call(product, gradient, x, kernel_tangent)
@@ -97,7 +102,7 @@ def _product_jvp(primals, tangents):
 
 
 @jax.custom_jvp
-def _sum(y: Float[Array, "n o"], bias: Float[Array, " o"]) -> Float[Array, "n o"]:
+def _sum(y: Float[Array, "*batch o"], bias: Float[Array, " o"]) -> Float[Array, "*batch o"]:
     """The same of a bias."""
     return y + bias.astype(y.dtype)
 
@@ -110,6 +115,7 @@ def _sum_jvp(primals, tangents):
         return jnp.broadcast_to(tangent.astype(y.dtype), y.shape)
 
     def gradient(_, cotangent):
-        return cotangent.sum(axis=0, dtype=jnp.float32).astype(bias.dtype)
+        rows = tuple(range(cotangent.ndim - 1))
+        return cotangent.sum(axis=rows, dtype=jnp.float32).astype(bias.dtype)
 
     return _sum(y, bias), y_tangent + linear_call(spread, gradient, (), bias_tangent)

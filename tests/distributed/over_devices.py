@@ -53,9 +53,8 @@ def optimizer_of(name: str) -> optax.GradientTransformation:
     return make_optimizer(OptimizerConfig(learning_rate=1e-3, warmup=0), steps=10)
 
 
-def train(mesh_config: MeshConfig, dit=DIT, *, optimizer: str, devices=None, steps: int = STEPS):
-    """The losses and gradient norms of some steps from rough parameters, the parameters after them, and how many
-    arrays of the state are split."""
+def begin(mesh_config: MeshConfig, dit=DIT, *, optimizer: str, devices=None):
+    """The mesh, a state of rough parameters on it, and the step."""
     mesh = make_mesh(mesh_config, devices)
     chosen = optimizer_of(optimizer)
     loss = DenoiserLoss(
@@ -69,8 +68,14 @@ def train(mesh_config: MeshConfig, dit=DIT, *, optimizer: str, devices=None, ste
     params = {"dit": rough_params(dit.make), "text": rough_params(TEXT.make)}
     layout = functools.partial(shardings, mesh=mesh, rules=RULES)
     state = new_state(lambda key: params, chosen, jax.random.key(0), shardings=layout)
+    return mesh, state, make_step(loss, chosen, ema_decay=0.9)
+
+
+def train(mesh_config: MeshConfig, dit=DIT, *, optimizer: str, devices=None, steps: int = STEPS):
+    """The losses and gradient norms of some steps from rough parameters, the parameters after them, and how many
+    arrays of the state are split."""
+    mesh, state, step = begin(mesh_config, dit, optimizer=optimizer, devices=devices)
     split = sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state))
-    step = make_step(loss, chosen, ema_decay=0.9)
     found = []
     for number in range(steps):
         state, figures = step(state, shard_batch(packed(20 * number), mesh))

@@ -107,6 +107,27 @@ BYTES = """
     print("done")
 """
 
+ROWS = """
+    import dataclasses
+    import jax
+    from distributed import over_devices as shared
+    from dit_video.distributed import MeshConfig, shard_batch
+    from dit_video.distributed.planner import read_program
+
+    # Two rows on each device, a part of each row's tokens: what a layer computes of a token needs none of the others.
+    jax.default_backend = lambda: "tpu"  # lays arrays out as there
+    dit = dataclasses.replace(shared.DIT, attention="chunked")
+    for sizes in ({"data": 1, "fsdp": 4, "context": 2},):
+        mesh, state, step = shared.begin(MeshConfig(**sizes), dit, optimizer="adamw")
+        compiled = step.lower(state, shard_batch(shared.packed(0), mesh)).compile()
+        moved = read_program(compiled.as_text(), dict(mesh.shape)).moved
+        gathered = [part for (kind, axes), part in moved.items() if kind == "all-gather" and "context" in axes]
+        activations = shared.ROWS // 4 * shared.SHAPE.tokens * dit.width * 4 / 2
+        print(sizes, [(part.axes, part.bytes, part.times) for part in gathered], activations)
+        assert sum(part.bytes for part in gathered) < activations, moved
+    print("done")
+"""
+
 TRAIN = """
     import ast, sys
     import jax
@@ -136,6 +157,12 @@ def test_attention_over_devices_is_that_of_one():
 @pytest.mark.usefixtures("quick_compilation")
 def test_context_moves_what_it_must():
     check_on_eight_devices(BYTES)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
+def test_tokens_stay_on_their_device_outside_attention():
+    check_on_eight_devices(ROWS)
 
 
 @pytest.mark.slow

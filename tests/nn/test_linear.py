@@ -16,8 +16,10 @@ def rough(features_in: int, features_out: int, **options) -> Linear:
     return layer
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("batch", [(), (2, 3, 4)])
-def test_linear_is_an_einsum_in_values_and_gradients(batch):
+def test_linear_is_an_einsum_in_values_and_gradients(batch, platform, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
     layer = rough(5, 7)
     kernel, bias = layer.kernel[...], layer.bias[...]
     graph = nnx.graphdef(layer)
@@ -59,8 +61,10 @@ def test_bfloat16_is_computed_in_bfloat16_from_float32_weights():
     assert (layer(x).astype(jnp.float32) != exact).any()
 
 
-def test_gradients_of_weights_are_summed_in_float32():
+@pytest.mark.parametrize(("platform", "batch"), [("cpu", (300,)), ("tpu", (3, 100))])
+def test_gradients_of_weights_are_summed_in_float32(platform, batch, monkeypatch):
     """Where products are in bfloat16, a sum in that over devices would lose what is small beside the rest."""
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
     layer = rough(8, 6, dtype=jnp.dtype("bfloat16"))
     graph, draw = nnx.graphdef(layer), np.random.default_rng(0)
     weights = {"kernel": layer.kernel[...], "bias": layer.bias[...]}
@@ -69,7 +73,8 @@ def test_gradients_of_weights_are_summed_in_float32():
 
     @jax.jit
     def pull(weights, x):
-        return jax.vjp(lambda weights, x: nnx.merge(graph, weights)(x), weights, x)[1](pulled)
+        value, back = jax.vjp(lambda weights, x: nnx.merge(graph, weights)(x.reshape(*batch, 8)), weights, x)
+        return back(pulled.reshape(value.shape))
 
     found, of_x = pull(weights, x)
     wide, above = np.asarray(x, np.float32), np.asarray(pulled, np.float32)
