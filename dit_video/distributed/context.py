@@ -27,10 +27,10 @@ from jaxtyping import Array, Float
 
 from dit_video.distributed.mesh import AnyMesh, ContextAttention
 from dit_video.distributed.ring import Ring
-from dit_video.distributed.rules import ROWS
+from dit_video.distributed.rules import ROWS, tensor_axis
 from dit_video.dit import Dit, WanDit
 from dit_video.errors import UserError
-from dit_video.nn import Make
+from dit_video.nn import Linear, Make
 from dit_video.nn.attention import Attention, Chosen, Pattern, Tokens
 from dit_video.nn.attention.interface import Keys, Queries
 from dit_video.nn.attention.stretches import padded
@@ -63,6 +63,10 @@ def over_devices(make: Make, mesh: AnyMesh, context_attention: ContextAttention 
                     stream.cross = OverDevices(mesh, stream.cross, "cross")
                 if hasattr(stream, "fused") and mesh.shape["tensor"] > 1:
                     stream.fused = ByHeads(mesh)
+        if mesh.shape["fsdp"] > 1:
+            for path, part in nnx.iter_modules(model):
+                if isinstance(part, Linear):
+                    part.placed = _whole(mesh, "/".join(map(str, path)))
         return model
 
     return made
@@ -148,6 +152,31 @@ class OverDevices:
         first = jax.lax.axis_index("context") * q.shape[1]
         own = jax.lax.dynamic_slice_in_dim(at.q_segments, first, q.shape[1], axis=1)
         return self.inner(q, k, v, at._replace(q_segments=own))
+
+
+def _whole(mesh: AnyMesh, path: str) -> "Whole | None":
+    """How the weights of the module at this path lie while they are used; None where `ByHeads` says so."""
+    axis = tensor_axis(f"{path}/kernel") if mesh.shape["tensor"] > 1 else None
+    if axis is None:
+        return Whole(mesh, P())
+    if path.endswith(("qkv", "cross_key_value")):
+        return None
+    return Whole(mesh, P(None, "tensor") if axis == -1 else P("tensor", None))
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A weight that `fsdp` splits, gathered before it is used: once for a forward pass, and once for a backward pass.
+
+    Left to itself XLA's partitioner gathers a weight anew for each product that it is in, a layout of its own each
+    time, and may gather tokens instead.
+    """
+
+    mesh: AnyMesh
+    spec: P
+
+    def __call__(self, kernel: Float[Array, "i o"]) -> Float[Array, "i o"]:
+        return jax.lax.with_sharding_constraint(kernel, NamedSharding(self.mesh, self.spec))
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,11 @@ way out of them along its input (arXiv 1909.08053, section 3). Where queries, ke
 outputs would be no part of the heads: that one lies split along its input, and is laid anew where it is used."""
 
 
+def tensor_axis(path: str) -> int | None:
+    """Which axis of a parameter is split over `tensor`, counted from the end."""
+    return next((axis for pattern, axis in TENSOR if re.search(pattern, path)), None)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShardingRules:
     """Path rules, the first match deciding, and what holds for all other arrays.

@@ -5,7 +5,7 @@ from dit_video.nn.attention import Attention, Backend, Tokens, make_attention
 from dit_video.nn.container import Make, checked_params, completed_params, graph_of, init_params, param_shapes
 from dit_video.nn.conv import CausalConv, Form, Memory, Past, choose_form, with_past
 from dit_video.nn.embeddings import sinusoidal
-from dit_video.nn.linear import Fused, Init, Linear
+from dit_video.nn.linear import Fused, Init, Linear, Placed
 from dit_video.nn.lora import LoraConfig, LowRank, attach_lora, init_lora, merge_lora, scaled
 from dit_video.nn.modulation import modulate
 from dit_video.nn.norms import GroupNorm, LayerNorm, RmsNorm, layer_norm
@@ -26,6 +26,7 @@ __all__ = [
     "Make",
     "Memory",
     "Past",
+    "Placed",
     "Remat",
     "RmsNorm",
     "Tokens",

@@ -1,5 +1,6 @@
 """Linear maps on the last axis."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -15,6 +16,9 @@ Init = Literal["xavier", "zero", "normal"]
 
 Fused = Callable[[Float[Array, "i o"], int], Float[Array, "i parts n"]]
 """Takes the weights of several maps in one apart, and says where they lie on devices; no value changes."""
+
+Placed = Callable[[Float[Array, "i o"]], Float[Array, "i o"]]
+"""Says where weights lie while they are used; no value changes."""
 
 
 def initial(init: Init, key: Array, shape: tuple[int, ...], *, fan: tuple[int, int]) -> Float[Array, "..."]:
@@ -38,6 +42,9 @@ class Linear(nnx.Module):
     Elsewhere they stay apart. Rows and tokens that are split over devices have no place on one axis as soon as a device
     holds two rows of which it has some tokens: XLA would gather all tokens of both for every product.
     """
+
+    placed: Placed | None = None
+    """of weights that lie in parts on several devices between their uses"""
 
     def __init__(
         self,
@@ -72,21 +79,31 @@ class Linear(nnx.Module):
     ) -> Float[Array, "*batch o"]:
         if jax.default_backend() == "cpu" and x.ndim != 2:
             return self._of(x.reshape(-1, x.shape[-1]), kernel, bias).reshape(*x.shape[:-1], kernel.shape[1])
-        if not isinstance(kernel, jax.Array) or kernel.dtype == self.dtype:  # an adapted kernel knows its products
+        if not isinstance(kernel, jax.Array) or (kernel.dtype == self.dtype and self.placed is None):
+            # An adapted kernel knows its products.
             y = x @ kernel.astype(self.dtype)
             return y if bias is None else y + bias.astype(self.dtype)
-        y = _product(x, kernel)
+        y = _product(self.placed, x, kernel)
         return y if bias is None else _sum(y, bias)
 
 
-@jax.custom_jvp
-def _product(x: Float[Array, "*batch i"], kernel: Float[Array, "i o"]) -> Float[Array, "*batch o"]:
-    """In the dtype of `x`, with a gradient of the kernel that is summed in float32."""
-    return x @ kernel.astype(x.dtype)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _product(
+    placed: Placed | None, x: Float[Array, "*batch i"], kernel: Float[Array, "i o"]
+) -> Float[Array, "*batch o"]:
+    """In the dtype of `x`, with a gradient of the kernel that is summed in float32, and over devices to where the
+    kernel lies between its uses."""
+    return x @ _used(placed, kernel, x.dtype)
+
+
+def _used(placed: Placed | None, kernel: Float[Array, "i o"], dtype: Any) -> Float[Array, "i o"]:
+    """Rounded first, so that no more is sent than is read."""
+    kernel = kernel.astype(dtype)
+    return kernel if placed is None else placed(kernel)
 
 
 @_product.defjvp
-def _product_jvp(primals, tangents):
+def _product_jvp(placed, primals, tangents):
     (x, kernel), (x_tangent, kernel_tangent) = primals, tangents
 
     def product(x, tangent):
@@ -97,8 +114,9 @@ def _product_jvp(primals, tangents):
         summed = jax.lax.dot_general(x, cotangent, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
         return summed.astype(kernel.dtype)
 
+    used = _used(placed, kernel, x.dtype)  # once, for the value and for the gradient of `x`
     by_kernel = linear_call(product, gradient, x, kernel_tangent)
-    return _product(x, kernel), x_tangent @ kernel.astype(x.dtype) + by_kernel
+    return x @ used, x_tangent @ used + by_kernel
 
 
 @jax.custom_jvp
