@@ -21,7 +21,9 @@ from dit_video.distributed.planner import (
     compile_step,
     estimate,
     held,
+    least_moved,
     measured_peak,
+    moved_over,
     step_times,
 )
 from dit_video.errors import UserError
@@ -61,6 +63,9 @@ class Plan:
     hbm_bytes: float
     """that each device reads and writes in a step"""
     moved: tuple[Moved, ...]
+    least: dict[str, float]
+    """bytes that cannot but be moved over `fsdp`, and over `context` for attention, where the program was compiled and
+    trains all weights"""
     times: Times | None
     """None where it does not fit"""
     compile_seconds: float
@@ -132,6 +137,9 @@ class Plan:
             yield f"    {self.unknown_loops} loops that the data end are counted as one turn"
         for part in self.moved:
             yield f"  {part.kind:<18} over {_axes(part):<18} {_size(part.bytes):>10}, {part.times} times"
+        for axis, least in self.least.items():
+            found = moved_over(axis, self.moved)
+            yield f"  in all over {axis:<12} {_size(found):>10}, {found / least:.2f} times the least"
         if self.times is None:
             return
         yield (
@@ -293,6 +301,7 @@ def plan_experiment(
         executed_flops=executed,
         hbm_bytes=hbm,
         moved=moved,
+        least=_least(experiment, planned, dict(laid.shape)) if moved and there and part == "denoiser" else {},
         times=times if over is None else None,
         compile_seconds=0.0 if compiled is None else compiled.seconds,
         unknown_loops=0 if compiled is None or compiled.program is None else compiled.program.unknown_loops,
@@ -307,6 +316,14 @@ def _measured(planned: PlannedStep, mesh: Any, topology: Topology, fits: bool) -
     if not here:
         raise UserError(f"a step is measured where it can run, and {topology} is not here; leave out --measure")
     return measured_peak(planned.step, planned.arguments) if fits else None
+
+
+def _least(experiment: Experiment, planned: PlannedStep, mesh: dict[str, int]) -> dict[str, float]:
+    denoiser = experiment.denoiser
+    if denoiser.lora is not None or denoiser.distillation is not None:
+        return {}
+    assert planned.known is not None
+    return least_moved(planned.known, _parameters(planned), mesh, experiment.mesh.context_attention)
 
 
 def _rows_of(planned: PlannedStep, part: Part) -> int:

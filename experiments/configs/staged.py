@@ -40,7 +40,7 @@ EXPERIMENT = Experiment(
     earlier=(
         Stage(
             name="images",
-            steps=150,
+            steps=100,
             data=Data(max_pixels=48 * 64, max_frames=1, fps=8.0, stretches=8),
             rows=RowShape(tokens=96, text=1024, segments=8),
             optimizer=optimizer(2e-3),
@@ -48,7 +48,7 @@ EXPERIMENT = Experiment(
         ),
         Stage(
             name="small",
-            steps=150,
+            steps=100,
             data=Data(max_pixels=48 * 64, max_frames=17, fps=8.0, stretches=4),
             rows=RowShape(tokens=240, text=512, segments=8),
             optimizer=optimizer(2e-3),
@@ -56,10 +56,10 @@ EXPERIMENT = Experiment(
         ),
         Stage(
             name="large",
-            steps=100,
+            steps=250,
             data=Data(max_pixels=96 * 128, max_frames=17, fps=8.0, stretches=4),
             rows=RowShape(tokens=480, text=512, segments=8),
-            optimizer=optimizer(1e-3),
+            optimizer=optimizer(2e-3),
             objective=objective(2.0),
         ),
     ),
@@ -70,7 +70,7 @@ EXPERIMENT = Experiment(
         rows=RowShape(tokens=864, text=512, segments=8),
         batch=2,
         optimizer=OptimizerConfig(kind="muon", learning_rate=1e-3, schedule="wsd", warmup=20),
-        steps=60,
+        steps=120,
         objective=objective(3.0),
         ema_decay=0.98,
     ),

@@ -128,6 +128,30 @@ ROWS = """
     print("done")
 """
 
+WEIGHTS = """
+    import dataclasses
+    import jax
+    from distributed import over_devices as shared
+    from dit_video import tree
+    from dit_video.distributed import MeshConfig, shard_batch
+    from dit_video.distributed.planner import read_program
+
+    jax.default_backend = lambda: "tpu"
+    for dit in (shared.DIT, shared.WAN):
+        dit = dataclasses.replace(dit, attention="chunked", remat="full")
+        mesh, state, step = shared.begin(MeshConfig(data=1, fsdp=8), dit, optimizer="adamw")
+        compiled = step.lower(state, shard_batch(shared.packed(0), mesh)).compile()
+        moved = read_program(compiled.as_text(), dict(mesh.shape)).moved
+        once = 7 / 8 * 4 * tree.size(state.params)
+        gathered = moved["all-gather", ("fsdp",)].bytes / once
+        sums = [part for (kind, axes), part in moved.items() if "reduce" in kind and axes == ("fsdp",)]
+        summed = sum(part.bytes for part in sums)
+        print(gathered, summed / once)
+        assert gathered <= 1.1 * 2  # for the forward and for the backward pass
+        assert summed <= 1.1 * 2 * once  # XLA's CPU backend sums them to all devices, which is twice as much
+    print("done")
+"""
+
 TRAIN = """
     import ast, sys
     import jax
@@ -157,6 +181,12 @@ def test_attention_over_devices_is_that_of_one():
 @pytest.mark.usefixtures("quick_compilation")
 def test_context_moves_what_it_must():
     check_on_eight_devices(BYTES)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
+def test_weights_are_gathered_once_for_a_pass():
+    check_on_eight_devices(WEIGHTS)
 
 
 @pytest.mark.slow

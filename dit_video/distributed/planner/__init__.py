@@ -4,6 +4,7 @@ from dit_video.distributed.planner.compiled import CompiledStep, Memory, compile
 from dit_video.distributed.planner.estimate import Step, estimate
 from dit_video.distributed.planner.hardware import CHIPS, Chip, Topology, chip_of, peak_flops
 from dit_video.distributed.planner.hlo import Moved, Program, read_program
+from dit_video.distributed.planner.least import least_moved, moved_over
 from dit_video.distributed.planner.roofline import Times, Work, link_of, step_times
 
 __all__ = [
@@ -21,8 +22,10 @@ __all__ = [
     "compile_step",
     "estimate",
     "held",
+    "least_moved",
     "link_of",
     "measured_peak",
+    "moved_over",
     "peak_flops",
     "peak_of",
     "read_program",

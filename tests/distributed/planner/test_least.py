@@ -1,0 +1,39 @@
+import pytest
+
+from dit_video.distributed.planner import Moved, Step, least_moved, moved_over
+
+STEP = Step(width=64, hidden=256, layers=3, tokens=1024, rows=8, itemsize=2, remat="none", forward=1, attention=1)
+MESH = {"data": 2, "fsdp": 4, "tensor": 2, "context": 8}
+
+
+def test_weights_twice_and_gradients_once():
+    assert least_moved(STEP, 1000, MESH, "ulysses")["fsdp"] == 3 / 4 * 1000 / 2 * (2 + 2 + 4)
+
+
+@pytest.mark.parametrize(
+    ("way", "remat", "of_a_value"),
+    [
+        ("ulysses", "none", 7 / 8 * 4 * 2 * 2),  # four arrays, two passes, two bytes
+        ("ulysses", "full", 7 / 8 * 4 * 3 * 2),
+        ("ring", "none", 7 * (2 * 2 + 2 * 2 + 2 * 4)),  # keys and values in both passes, their gradients in float32
+        ("ring", "full", 7 * (2 * 2 * 3 + 2 * 4)),
+    ],
+)
+def test_tokens_meet(way, remat, of_a_value):
+    values = 3 * (8 * 1024 // (2 * 4 * 8)) * 64 // 2
+    assert least_moved(STEP.resized(8, remat), 1000, MESH, way)["context"] == pytest.approx(values * of_a_value)
+
+
+def test_axes_of_one_move_nothing():
+    assert least_moved(STEP, 1000, {"data": 8, "fsdp": 1, "tensor": 1, "context": 1}, "ring") == {}
+
+
+def test_sums_of_gradients_over_context_are_no_part_of_attention():
+    moved = [
+        Moved("all-to-all", ("context",), 5.0, 1),
+        Moved("all-reduce", ("context",), 7.0, 1),
+        Moved("all-gather", ("fsdp",), 2.0, 1),
+        Moved("reduce-scatter", ("fsdp",), 3.0, 1),
+        Moved("all-gather", ("data", "fsdp"), 11.0, 1),
+    ]
+    assert (moved_over("context", moved), moved_over("fsdp", moved)) == (5.0, 5.0)
