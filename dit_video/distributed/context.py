@@ -1,9 +1,10 @@
 """Attention of a model whose rows, heads and tokens lie on several devices.
 
 Attention is the one place where tokens of a row meet: all else of a transformer is computed for each token alone, and
-the compiler divides it as arrays lie. So a denoiser's attention functions are wrapped, and nothing else of it knows of
-devices, but for linear maps that are told how their weights lie while they are used (`Whole`, `ByHeads`): under `jax.shard_map` each device gets its rows (`data`, `fsdp`), its heads (`tensor`) and its tokens
-(`context`), and computes with the model's own backend. How tokens meet over `context`:
+the compiler divides it as arrays lie. So a denoiser's attention functions are wrapped, its linear maps are told how
+weights lie while they are used (`Whole`, `ByHeads`), and nothing else of it knows of devices. Under `jax.shard_map`
+each device gets its rows (`data`, `fsdp`), its heads (`tensor`) and its tokens (`context`), and computes with the
+model's own backend. How tokens meet over `context`:
 
 - `ulysses` (arXiv 2309.14509): an all-to-all gives every device all tokens of some of its heads, another one takes the
   result back. 8 of them a layer and training step (12 with recomputation), each of `(c - 1) / c` of a device's values.
