@@ -5,8 +5,10 @@
 The recipe of the open systems in small, for the folders that `clips.py` is for. Every stage has frames, rows, a
 learning rate and a shift of times of its own; weights, optimizer state and averages are carried over. A stage that was
 interrupted is continued by the same command. Times of larger and longer clips are shifted towards noise, as more tokens
-show more of a clip through the same noise. On 17 clips and two cores, beside other jobs, the autoencoder took five minutes
-and the four stages 19; the loss ends at 0.20.
+show more of a clip through the same noise.
+
+On 17 clips and two cores, beside other jobs, the autoencoder took five minutes and the four stages 19; the loss ends at
+0.20, and what was learnt by heart is recognised at once.
 """
 
 from dit_video.autoencoder import AutoencoderObjective, PatchVaeConfig
