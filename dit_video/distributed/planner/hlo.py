@@ -249,8 +249,8 @@ class _Reader:
         part.times += times
 
     def _scatters(self, each: Instruction, computation: Computation) -> bool:
-        """Whether an all-reduce stands for a reduce-scatter: a fusion in which only a slice of it is taken."""
-        users = [other for other in computation.values() if each.name in other.operands]
+        """Whether an all-reduce stands for a reduce-scatter: a fusion in which only slices of its results are taken."""
+        users = list(_users(each.name, computation))
         return bool(users) and not each.root and all(user.kind == "dynamic-slice" for user in users)
 
     def _traffic(self, each: Instruction, computation: Computation) -> int:
@@ -286,6 +286,17 @@ class _Reader:
             value = (fused if root is not None else computation).get(update.operands[1])
             return value.shapes[0].bytes if value is not None and value.shapes else 0
         return sum(shape.bytes for shape in each.shapes if not shape.near)
+
+
+def _users(name: str, computation: Computation) -> Iterator[Instruction]:
+    """What reads an instruction's result, or a part of it."""
+    for other in computation.values():
+        if name not in other.operands:
+            continue
+        if other.kind == "get-tuple-element":
+            yield from _users(other.name, computation)
+        else:
+            yield other
 
 
 def _stacked(computations: dict[str, Computation], body: str, turns: int) -> float:

@@ -93,6 +93,21 @@ def test_a_sum_of_which_a_slice_is_taken_is_a_scatter():
     assert (moved.kind, moved.bytes) == ("reduce-scatter", 8192 * 3 / 4)
 
 
+def test_sums_of_several_arrays_of_which_slices_are_taken_are_scatters():
+    lines = ["%s = (f32[64,32]{1,0}, f32[64,32]{1,0}) all-reduce(%p, %p), replica_groups=[2,4]<=[8], to_apply=%add"]
+    parts = [
+        f"%g{part} = f32[64,32]{{1,0}} get-tuple-element(%s), index={part}\n"
+        f"  %d{part} = f32[16,32]{{1,0}} dynamic-slice(%g{part}), dynamic_slice_sizes={{16,32}}"
+        for part in (0, 1)
+    ]
+    found = []
+    for whole in ("", "%w = f32[64,32]{1,0} negate(%g0)"):
+        text = in_a_module(*lines, *parts, whole, "ROOT %r = (f32[16,32]{1,0}, f32[16,32]{1,0}) tuple(%d0, %d1)")
+        found += read_program(text, MESH).moved.values()
+    assert [part.kind for part in found] == ["reduce-scatter", "all-reduce"]
+    assert [part.bytes for part in found] == [2 * 8192 * 3 / 4, 2 * 2 * 8192 * 3 / 4]
+
+
 def test_products_in_the_form_of_tpus():
     lines = [
         "%q = f32[32,16]{1,0} parameter(1)",
