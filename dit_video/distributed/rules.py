@@ -36,11 +36,6 @@ way out of them along its input (arXiv 1909.08053, section 3). Where queries, ke
 outputs would be no part of the heads: that one lies split along its input, and is laid anew where it is used."""
 
 
-def tensor_axis(path: str) -> int | None:
-    """Which axis of a parameter is split over `tensor`, counted from the end."""
-    return next((axis for pattern, axis in TENSOR if re.search(pattern, path)), None)
-
-
 @dataclass(frozen=True, kw_only=True)
 class ShardingRules:
     """Path rules, the first match deciding, and what holds for all other arrays.
@@ -58,6 +53,10 @@ class ShardingRules:
     """arrays whose first axis counts layers: it is not split, for a scan takes one layer at a time"""
     minimum: int = 2**14
     """arrays of fewer values lie whole on every device, if no rule names them"""
+
+    def tensor_axis(self, path: str) -> int | None:
+        """Which axis of an array is split over `tensor`, counted from the end; None of most arrays."""
+        return next((axis for pattern, axis in self.tensor if re.search(pattern, path)), None)
 
 
 DEFAULT_RULES = ShardingRules()
@@ -204,7 +203,8 @@ def _by_default(path: str, shape: tuple[int, ...], mesh: AnyMesh, rules: Shardin
         return PartitionSpec()
     first = 1 if re.search(rules.stacked, path) else 0
     split: dict[int, str] = {}
-    axis = next((len(shape) + axis for pattern, axis in rules.tensor if re.search(pattern, path)), -1)
+    from_end = rules.tensor_axis(path)
+    axis = -1 if from_end is None else len(shape) + from_end
     if mesh.shape["tensor"] > 1 and first <= axis and shape[axis] % mesh.shape["tensor"] == 0:
         split[axis] = "tensor"
     count = mesh.shape["fsdp"]

@@ -9,6 +9,7 @@ import optax
 from dit_video import tree as trees
 from dit_video.diffusion import FlowMatching
 from dit_video.distributed import MeshConfig, ShardingRules, make_mesh, over_devices, shard_batch, shardings
+from dit_video.distributed.planner import read_program
 from dit_video.dit import DitConfig, WanDitConfig
 from dit_video.nn import graph_of
 from dit_video.text import ByteEncoderConfig
@@ -69,6 +70,14 @@ def begin(mesh_config: MeshConfig, dit=DIT, *, optimizer: str, devices=None):
     layout = functools.partial(shardings, mesh=mesh, rules=RULES)
     state = new_state(lambda key: params, chosen, jax.random.key(0), shardings=layout)
     return mesh, state, make_step(loss, chosen, ema_decay=0.9)
+
+
+def moved(mesh_config: MeshConfig, dit):
+    """What the collectives of a step's compiled program move, laid out as on TPUs, and the number of its parameters."""
+    jax.default_backend = lambda: "tpu"
+    mesh, state, step = begin(mesh_config, dit, optimizer="adamw")
+    compiled = step.lower(state, shard_batch(packed(0), mesh)).compile()
+    return read_program(compiled.as_text(), dict(mesh.shape)).moved, trees.size(state.params)
 
 
 def train(mesh_config: MeshConfig, dit=DIT, *, optimizer: str, devices=None, steps: int = STEPS):

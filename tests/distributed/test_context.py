@@ -109,40 +109,28 @@ BYTES = """
 
 ROWS = """
     import dataclasses
-    import jax
     from distributed import over_devices as shared
-    from dit_video.distributed import MeshConfig, shard_batch
-    from dit_video.distributed.planner import read_program
+    from dit_video.distributed import MeshConfig
 
     # Two rows on each device, a part of each row's tokens: what a layer computes of a token needs none of the others.
-    jax.default_backend = lambda: "tpu"  # lays arrays out as there
     dit = dataclasses.replace(shared.DIT, attention="chunked")
-    for sizes in ({"data": 1, "fsdp": 4, "context": 2},):
-        mesh, state, step = shared.begin(MeshConfig(**sizes), dit, optimizer="adamw")
-        compiled = step.lower(state, shard_batch(shared.packed(0), mesh)).compile()
-        moved = read_program(compiled.as_text(), dict(mesh.shape)).moved
-        gathered = [part for (kind, axes), part in moved.items() if kind == "all-gather" and "context" in axes]
-        activations = shared.ROWS // 4 * shared.SHAPE.tokens * dit.width * 4 / 2
-        print(sizes, [(part.axes, part.bytes, part.times) for part in gathered], activations)
-        assert sum(part.bytes for part in gathered) < activations, moved
+    moved, _ = shared.moved(MeshConfig(data=1, fsdp=4, context=2), dit)
+    gathered = [part for (kind, axes), part in moved.items() if kind == "all-gather" and "context" in axes]
+    activations = shared.ROWS // 4 * shared.SHAPE.tokens * dit.width * 4 / 2
+    print([(part.axes, part.bytes, part.times) for part in gathered], activations)
+    assert sum(part.bytes for part in gathered) < activations, moved
     print("done")
 """
 
 WEIGHTS = """
     import dataclasses
-    import jax
     from distributed import over_devices as shared
-    from dit_video import tree
-    from dit_video.distributed import MeshConfig, shard_batch
-    from dit_video.distributed.planner import read_program
+    from dit_video.distributed import MeshConfig
 
-    jax.default_backend = lambda: "tpu"
     for dit in (shared.DIT, shared.WAN):
         dit = dataclasses.replace(dit, attention="chunked", remat="full")
-        mesh, state, step = shared.begin(MeshConfig(data=1, fsdp=8), dit, optimizer="adamw")
-        compiled = step.lower(state, shard_batch(shared.packed(0), mesh)).compile()
-        moved = read_program(compiled.as_text(), dict(mesh.shape)).moved
-        once = 7 / 8 * 4 * tree.size(state.params)
+        moved, parameters = shared.moved(MeshConfig(data=1, fsdp=8), dit)
+        once = 7 / 8 * 4 * parameters
         gathered = moved["all-gather", ("fsdp",)].bytes / once
         sums = [part for (kind, axes), part in moved.items() if "reduce" in kind and axes == ("fsdp",)]
         summed = sum(part.bytes for part in sums)

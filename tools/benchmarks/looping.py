@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,10 @@ def measure(setting: Setting, steps: int, number: int, rounds: int, command: Seq
         }
         seconds, trained = _in_turn(kinds, trained, rounds)
     every = getattr(setting, "save_every", _EVERY)
-    of_the_loop = _median(looped / bare - 1 for bare, looped in zip(seconds["bare"], seconds["loop"], strict=True))
-    of_a_save = steps * _median(
+    of_the_loop = statistics.median(
+        looped / bare - 1 for bare, looped in zip(seconds["bare"], seconds["loop"], strict=True)
+    )
+    of_a_save = steps * statistics.median(
         saving - looped for looped, saving in zip(seconds["loop"], seconds["saving"], strict=True)
     )
     looped = statistics.median(seconds["loop"])
@@ -80,10 +82,6 @@ def _in_turn(
             each, trained = kinds[kind](trained)
             seconds[kind].append(each)
     return seconds, trained
-
-
-def _median(values: Iterable[float]) -> float:
-    return statistics.median(list(values))
 
 
 def _bare(trained: Trained, batches: list[Any], steps: int) -> tuple[float, Trained]:
