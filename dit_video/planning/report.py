@@ -340,13 +340,15 @@ def _parameters(planned: PlannedStep) -> int:
 
 
 def _read(compiled: CompiledStep, planned: PlannedStep, devices: int) -> tuple[float, float, tuple[Moved, ...]]:
-    """Operations of all devices, and what each moves: of kernels what is known of attention is added."""
+    """Operations of all devices, bytes that each reads and writes, and what it moves to others: of kernels what is known
+    of attention is added."""
     program, known = compiled.program, planned.known
     if program is None:
         executed = float(known.executed * planned.turns if known is not None else planned.model_flops)
         return executed, 0.0, ()
-    executed = program.flops * devices
+    executed, traffic = program.flops * devices, program.bytes
     if program.kernels and known is not None:
         executed += known.attention_executed * planned.turns
+        traffic += known.attention_bytes * planned.turns / devices
     moved = tuple(sorted(program.moved.values(), key=lambda part: -part.bytes))
-    return executed, program.bytes, moved
+    return executed, traffic, moved

@@ -27,6 +27,7 @@ from dit_video.generation import LatentRequest
 from dit_video.generation.program import program_of, steps_of_program
 from dit_video.generation.rows import Group, Packer
 from dit_video.nn import graph_of, init_lora, init_params
+from dit_video.nn.attention import default_block
 from dit_video.starting import denoiser_loss, init_denoiser, loss_parts, optimizer_of
 from dit_video.text import ByteEncoderConfig, FrozenTextConfig
 from dit_video.tokens import Grid, Item, empty_row
@@ -203,6 +204,7 @@ def _known(config: DenoiserTraining, clips: Sequence[int], *, training: bool, im
         forward=copies * config.batch * forward_flops(dit, grids, texts, images=[images] * len(clips)),
         attention=copies * config.batch * attention_flops(dit, grids, texts),
         fused=dit.attention not in ("dense", "auto", "chunked"),
+        block=default_block(config.rows.tokens) if dit.attention == "splash" else None,
         training=training,
     )
 

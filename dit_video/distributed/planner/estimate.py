@@ -31,6 +31,8 @@ class Step:
     attention: int
     fused: bool = True
     """whether attention keeps no scores"""
+    block: int | None = None
+    """queries for which a kernel reads all keys and values once; None where that is not known, or there is no kernel"""
     training: bool = True
 
     def resized(self, rows: int, remat: str) -> "Step":
@@ -61,6 +63,15 @@ class Step:
             return self.attention
         backward = _KERNEL_BACKWARD if self.fused else 2.0
         return round(((2 if self.again else 1) + backward) * self.attention)
+
+    @property
+    def attention_bytes(self) -> int:
+        """What kernels read on all devices: keys and values for each block of queries in a forward pass and for the
+        gradient of queries, queries and their gradients for each block of keys for that of keys and values."""
+        if self.block is None:
+            return 0
+        passes = (4 if self.again else 3) if self.training else 1
+        return passes * self.attention * self.itemsize // (2 * self.block)
 
 
 def estimate(step: Step, parts: Mapping[str, int], layer_bytes: int, mesh: Mapping[str, int]) -> tuple[Memory, Work]:
@@ -97,7 +108,7 @@ def estimate(step: Step, parts: Mapping[str, int], layer_bytes: int, mesh: Mappi
     )
     # The state is read and written once, each stream of a layer some times in each pass.
     passes = (4 if step.all_again else 3) if step.training else 1
-    traffic = 2 * sum(parts.values()) + passes * step.layers * (2 * inside + gathered)
+    traffic = 2 * sum(parts.values()) + passes * step.layers * (2 * inside + gathered) + step.attention_bytes / devices
     moved = tuple(part for part in _moved(step, parts, layer_bytes, mesh, local) if part.bytes)
     return memory, Work(flops=step.executed / devices, bytes=float(traffic), moved=moved)
 

@@ -156,6 +156,10 @@ _FREE = frozenset(
 """Instructions that read and write nothing themselves"""
 
 
+_SLICES = frozenset({"slice", "slice-start", "dynamic-slice", "gather"})
+"""Instructions that read no more of their first operand than they give"""
+
+
 class _Reader:
     def __init__(self, computations: dict[str, Computation], mesh: dict[str, int], outermost: int):
         self.computations, self.mesh, self.outermost, self.found = computations, mesh, outermost, Program()
@@ -265,14 +269,14 @@ class _Reader:
             source = computation.get(name)
             if source is None or len(source.shapes) != 1 or source.shapes[0].near:
                 continue
-            if each.kind in ("dynamic-slice", "gather"):
-                yield each.shapes[0].bytes if place == 0 else 0
+            if each.kind in _SLICES:
+                yield sum(shape.bytes for shape in _made(each)) if place == 0 else 0
                 continue
             if each.kind == "dynamic-update-slice" and place == 0:
                 continue
             inner = parameters.get(str(place))
             users = [part for part in fused.values() if inner is not None and inner in part.operands]
-            sliced = [part for part in users if part.kind in ("dynamic-slice", "gather") and part.operands[0] == inner]
+            sliced = [part for part in users if part.kind in _SLICES and part.operands[0] == inner]
             updated = [part for part in users if part.kind == "dynamic-update-slice" and part.operands[0] == inner]
             if users and len(sliced) + len(updated) == len(users):
                 yield sum(part.shapes[0].bytes for part in sliced)
@@ -285,7 +289,17 @@ class _Reader:
         if update.kind == "dynamic-update-slice":
             value = (fused if root is not None else computation).get(update.operands[1])
             return value.shapes[0].bytes if value is not None and value.shapes else 0
-        return sum(shape.bytes for shape in each.shapes if not shape.near)
+        return sum(shape.bytes for shape in _made(each) if not shape.near)
+
+
+def _made(each: Instruction) -> tuple[Shape, ...]:
+    """The arrays that an instruction makes. What starts names those that it reads, too: a copy last, others first."""
+    if each.kind == "copy-start":
+        return each.shapes[:1]
+    if each.kind in ("slice-start", "all-gather-start", "collective-permute-start"):
+        given = len(each.operands)
+        return each.shapes[given : 2 * given]
+    return each.shapes
 
 
 def _users(name: str, computation: Computation) -> Iterator[Instruction]:

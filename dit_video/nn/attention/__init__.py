@@ -22,7 +22,7 @@ from dit_video.nn.attention.patterns import (
     TimeOnly,
     WithPlaceless,
 )
-from dit_video.nn.attention.splash import Splash
+from dit_video.nn.attention.splash import Splash, default_block
 from dit_video.nn.attention.tokens import NOWHERE, Coordinates, Tokens, grid_indices
 from dit_video.nn.attention.weights import Recorded, attention_weights
 
@@ -54,6 +54,7 @@ __all__ = [
     "WithPlaceless",
     "attention_weights",
     "check_attention",
+    "default_block",
     "grid_indices",
     "make_attention",
     "pair_count",

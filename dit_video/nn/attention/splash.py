@@ -23,25 +23,27 @@ from dit_video.nn.attention.stretches import given_back, padded, require_stretch
 from dit_video.nn.attention.tokens import Tokens
 
 _LANES = 128
+_LONG = 8192
 _NO_QUERY, _NO_KEY = -1, -2
 """ids of what sees nothing, and of what nobody sees"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Splash:
-    """Blocks of `block` queries by `block` keys.
+    """Attention in blocks of queries by blocks of keys.
 
     Raises:
       UserError: a block that is not a multiple of 128, or a pattern whose queries see several stretches of keys.
     """
 
     pattern: Pattern = Full()
-    block: int = 512
+    block: int | None = None
+    """queries, and keys, of a block; `default_block` of each by default"""
     interpret: bool = False
     """run by Pallas' interpreter, on any platform and slowly: for tests"""
 
     def __post_init__(self):
-        if self.block < 1 or self.block % _LANES:
+        if self.block is not None and (self.block < 1 or self.block % _LANES):
             raise UserError(f"blocks of splash attention are multiples of {_LANES} tokens, not {self.block}")
         require_stretches(self.pattern, "splash")
 
@@ -75,11 +77,14 @@ class Splash:
     ) -> Float[Array, "B N K d"]:
         """Rows take turns, as each has a table of its own. Padded to whole blocks, heads first."""
         length = q.shape[1]
-        size, key_size = (min(self.block, number + -number % _LANES) for number in (length, k.shape[1]))
+        size, key_size = (self._block(number) for number in (length, k.shape[1]))
         heads = [jnp.moveaxis(padded(x, by), 2, 1) for x, by in ((q, size), (k, key_size), (v, key_size))]
         of_tokens = padded(ids, size, _NO_QUERY), padded(key_ids, key_size, _NO_KEY), padded(ends, size)
         mixed = jax.lax.map(lambda row: self._row(row[:3], row[3:], size, key_size), (*heads, *of_tokens))
         return jnp.moveaxis(mixed, 1, 2)[:, :length]
+
+    def _block(self, tokens: int) -> int:
+        return min(self.block or default_block(tokens), tokens + -tokens % _LANES)
 
     def _row(
         self,
@@ -120,6 +125,17 @@ class Splash:
             interpret=self.interpret,
         )
         return kernel(*heads, SegmentIds(ids, key_ids))
+
+
+def default_block(tokens: int) -> int:
+    """Queries or keys of a block, where there are so many in a row.
+
+    Keys and values are read again for each block of queries. In blocks of 512 that is 512 operations a byte, in blocks of
+    1,024 twice as many, while a v6e needs 560 to be busy; and there are a quarter as many blocks to start. Larger ones
+    need more memory beside the processor than v5e and v5p give a kernel. In short rows clips are short, too, and of
+    large blocks more is foreign.
+    """
+    return 1024 if tokens >= _LONG else 512
 
 
 def _before_the_end(end: Array, place: Array) -> Array:

@@ -133,6 +133,27 @@ def test_what_is_read_and_written():
     assert read_program(in_a_module(*lines), MESH).bytes == 2 * 128 + 8192 + 8192
 
 
+def test_what_is_started_is_read_and_written_once():
+    """Of what is copied or sliced ahead of its use, only as much is read as arrives, and what is near costs nothing."""
+    near, far = "f32[64,32]{1,0:S(1)}", "f32[64,32]{1,0}"
+
+    def traffic(*lines):
+        return read_program(in_a_module(*lines), MESH).bytes
+
+    ahead = f"%s = ({near}, {far}, u32[]) copy-start(%p)"
+    assert traffic(ahead, f"ROOT %d = {near} copy-done(%s)") == 8192
+    back = [f"%n = {near} negate(%p)", f"%s = ({far}, {near}, u32[]) copy-start(%n)", f"ROOT %d = {far} copy-done(%s)"]
+    assert traffic(*back) == 8192 + 8192
+    part = "f32[16,32]{1,0:S(1)}"
+    pieces = [
+        f"%s{start} = (({far}), {part}, s32[]) slice-start(%p), slice={{[{start}:{start + 16}], [0:32]}}"
+        for start in (0, 16, 32, 48)
+    ]
+    assert traffic(*pieces, f"ROOT %d = {part} slice-done(%s0)") == 8192
+    gathered = f"%s = ({far}, f32[256,32]{{1,0}}) all-gather-start(%p), replica_groups=[2,4]<=[8], dimensions={{0}}"
+    assert traffic(gathered) == 8192 + 4 * 8192
+
+
 def test_groups():
     assert replica_groups("replica_groups=[4,2]<=[2,4]T(1,0)", 8) == [[0, 4], [1, 5], [2, 6], [3, 7]]
     assert replica_groups("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}", 8) == [[0, 1]]

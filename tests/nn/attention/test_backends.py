@@ -23,6 +23,7 @@ from dit_video.nn.attention import (
     Tokamax,
     Tokens,
     WithPlaceless,
+    default_block,
     make_attention,
 )
 from dit_video.nn.attention.patterns import sight, visible
@@ -267,6 +268,7 @@ def test_backends_by_name():
     assert make_attention("auto", chunk=64) == Auto(limit=256, short=Dense(), long=Chunked(chunk=64))
     assert make_attention() == make_attention("auto")
     assert make_attention("splash", pattern=TimeOnly()) == Splash(pattern=TimeOnly())
+    assert (default_block(8191), default_block(8192)) == (512, 1024)
     assert make_attention("cudnn", pattern=SparseCausal()) == Cudnn(pattern=SparseCausal())
     # Equal models have equal graphs, so that a program is compiled once: an attention is a value.
     assert hash(make_attention()) == hash(make_attention())
