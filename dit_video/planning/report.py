@@ -340,8 +340,8 @@ def _parameters(planned: PlannedStep) -> int:
 
 
 def _read(compiled: CompiledStep, planned: PlannedStep, devices: int) -> tuple[float, float, tuple[Moved, ...]]:
-    """Operations of all devices, bytes that each reads and writes, and what it moves to others: of kernels what is known
-    of attention is added."""
+    """Operations of all devices, bytes that each reads and writes, and what it moves to others. Of the kernels in the
+    program, which are attention, what is known is added."""
     program, known = compiled.program, planned.known
     if program is None:
         executed = float(known.executed * planned.turns if known is not None else planned.model_flops)

@@ -130,10 +130,10 @@ class Splash:
 def default_block(tokens: int) -> int:
     """Queries or keys of a block, where there are so many in a row.
 
-    Keys and values are read again for each block of queries. In blocks of 512 that is 512 operations a byte, in blocks of
-    1,024 twice as many, while a v6e needs 560 to be busy; and there are a quarter as many blocks to start. Larger ones
-    need more memory beside the processor than v5e and v5p give a kernel. In short rows clips are short, too, and of
-    large blocks more is foreign.
+    Keys and values are read again for each block of queries. In blocks of 512 that is 512 operations a byte, in blocks
+    of 1,024 twice as many, while a v6e needs 560 to be busy; and there are a quarter as many blocks to start. Larger
+    ones need more memory beside the processor than v5e and v5p give a kernel. In short rows clips are short, too, and
+    of large blocks more is foreign.
     """
     return 1024 if tokens >= _LONG else 512
 

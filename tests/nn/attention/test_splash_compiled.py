@@ -49,7 +49,9 @@ for pattern in (Full(), CausalFrames(chunk=2)):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("topology", "width"), [("v5e:2x2", 64), ("v5e:2x2", 128), ("v5p:2x2x1", 128), ("v6e:2x2", 128)])
+@pytest.mark.parametrize(
+    ("topology", "width"), [("v5e:2x2", 64), ("v5e:2x2", 128), ("v5p:2x2x1", 128), ("v6e:2x2", 128)]
+)
 def test_splash_compiles_for_a_topology(topology, width):
     pytest.importorskip("libtpu", reason="libtpu is not installed: pip install -e '.[tpu]'")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
