@@ -145,7 +145,7 @@ class WeightsAndBiases:
         self._folder.mkdir(parents=True, exist_ok=True)
         known = self._folder / "wandb_run.txt"
         if not known.is_file():
-            known.write_text(self._wandb.util.generate_id(), encoding="utf-8")
+            known.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
         self._run = self._wandb.init(
             project=self._project,
             dir=str(self._folder),

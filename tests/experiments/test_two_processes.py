@@ -1,5 +1,6 @@
 """The whole of experiments/train.py as two processes, and as one."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -16,11 +17,14 @@ def test_two_processes_train_and_report_what_one_does(tiny_clips, tiny_run, tmp_
     port, run = _free_port(), tmp_path / "run"
     command = [sys.executable, "experiments/train.py", "tests/experiments/tiny.py"]
     options = ["--data", str(tiny_clips), "--workdir", str(run), "--patience.silent", "300"]
+    logged = importlib.util.find_spec("wandb") is not None
+    options += ["--monitoring.wandb", "videos"] if logged else []
     processes = []
     try:
         for index in range(2):
             place = {"COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "NUM_PROCESSES": "2", "PROCESS_ID": str(index)}
             environment = {**_environment(1), **place, "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}"}
+            environment["WANDB_MODE"] = "offline"
             output = (tmp_path / f"{index}.txt").open("w")
             processes.append(
                 subprocess.Popen(
@@ -39,6 +43,7 @@ def test_two_processes_train_and_report_what_one_does(tiny_clips, tiny_run, tmp_
     assert codes == [0, 0], "\n".join(said)
     assert "look at" in said[0]
     assert "look at" not in said[1]
+    assert len(list(run.glob("denoiser/wandb/offline-run-*"))) == logged  # the first process alone
     assert (run / "report.html").is_file()
     assert (run / "pipeline").is_dir()
     for stage in ("autoencoder", "denoiser"):

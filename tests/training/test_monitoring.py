@@ -78,7 +78,7 @@ def test_weights_and_biases_is_told_the_same(tmp_path, monkeypatch):
         told.append(options)
         return SimpleNamespace(log=lambda values, step: told.append((step, values)), finish=lambda: told.append("end"))
 
-    stand_in = SimpleNamespace(init=init, util=SimpleNamespace(generate_id=lambda: "abc"))
+    stand_in = SimpleNamespace(init=init)
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
     for step in (0, 40):
         log = WeightsAndBiases("videos", tmp_path / "run" / "denoiser")
@@ -87,9 +87,25 @@ def test_weights_and_biases_is_told_the_same(tmp_path, monkeypatch):
         log.close()
     first, second = told[0::3]
     assert first == second  # one run, continued
-    assert (first["project"], first["id"], first["name"], first["resume"]) == ("videos", "abc", "run", "allow")
+    assert (first["project"], first["name"], first["resume"]) == ("videos", "run", "allow")
+    assert first["id"] == (tmp_path / "run" / "denoiser" / "wandb_run.txt").read_text()
     assert told[2::3] == ["end", "end"]
     assert told[1::3] == [(20, {"loss": 0.5}), (60, {"loss": 0.5})]
+
+
+@pytest.mark.slow
+def test_weights_and_biases_itself_writes_one_run(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="wandb is not installed: pip install -e '.[wandb]'")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for step in (0, 40):
+        log = WeightsAndBiases("videos", tmp_path)
+        log.resume(step)
+        log.write(step + 20, {"loss": 0.5, "norm": math.nan})
+        log.close()
+    name = (tmp_path / "wandb_run.txt").read_text()
+    parts = list(tmp_path.glob(f"wandb/offline-run-*-{name}/run-{name}.wandb"))
+    assert len(parts) == 2  # which the service joins by their name
+    assert all(b"loss" in part.read_bytes() and b"norm" not in part.read_bytes() for part in parts)
 
 
 @pytest.mark.parametrize(("package", "make"), [("tensorboardX", TensorBoard), ("wandb", WeightsAndBiases)])
