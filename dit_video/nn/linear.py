@@ -79,9 +79,11 @@ class Linear(nnx.Module):
     ) -> Float[Array, "*batch o"]:
         if jax.default_backend() == "cpu" and x.ndim != 2:
             return self._of(x.reshape(-1, x.shape[-1]), kernel, bias).reshape(*x.shape[:-1], kernel.shape[1])
-        if not isinstance(kernel, jax.Array) or (kernel.dtype == self.dtype and self.placed is None):
+        adapted = not isinstance(kernel, jax.Array)
+        if adapted or (kernel.dtype == self.dtype and self.placed is None):
             # An adapted kernel knows its products.
-            y = x @ kernel.astype(self.dtype)
+            kernel = kernel.astype(self.dtype)
+            y = x @ (kernel.laid(self.placed) if adapted and self.placed is not None else kernel)
             return y if bias is None else y + bias.astype(self.dtype)
         y = _product(self.placed, x, kernel)
         return y if bias is None else _sum(y, bias)

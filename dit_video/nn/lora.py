@@ -13,7 +13,7 @@ Both can be applied again, with another adapter.
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,6 +140,10 @@ class LowRank:
 
     def astype(self, dtype: Any) -> "LowRank":
         return LowRank(self.kernel.astype(dtype), self.a.astype(dtype), self.b.astype(dtype))
+
+    def laid(self, placed: Callable[[Array], Array]) -> "LowRank":
+        """With the kernel, of which no gradient is asked, where `placed` says; the factors are small."""
+        return LowRank(placed(self.kernel), self.a, self.b)
 
     def __rmatmul__(self, x: Array) -> Array:
         return x @ self.kernel + (x @ self.a) @ self.b

@@ -11,10 +11,11 @@ from dit_video.diffusion import FlowMatching
 from dit_video.distributed import MeshConfig, ShardingRules, make_mesh, over_devices, shard_batch, shardings
 from dit_video.distributed.planner import read_program
 from dit_video.dit import DitConfig, WanDitConfig
-from dit_video.nn import graph_of
+from dit_video.nn import LoraConfig, graph_of, init_lora
 from dit_video.text import ByteEncoderConfig
 from dit_video.tokens import Grid, Item, Rows, RowShape, coordinates, pack
 from dit_video.training.denoiser import DenoiserLoss
+from dit_video.training.lora import LoraLoss
 from dit_video.training.optimizer import OptimizerConfig, make_optimizer
 from dit_video.training.state import new_state
 from dit_video.training.step import make_step
@@ -54,8 +55,9 @@ def optimizer_of(name: str) -> optax.GradientTransformation:
     return make_optimizer(OptimizerConfig(learning_rate=1e-3, warmup=0), steps=10)
 
 
-def begin(mesh_config: MeshConfig, dit=DIT, *, optimizer: str, devices=None):
-    """The mesh, a state of rough parameters on it, and the step."""
+def begin(mesh_config: MeshConfig, dit=DIT, *, optimizer: str, devices=None, lora: LoraConfig | None = None):
+    """The mesh, a state of rough parameters on it, the step, and its constants: the parameters, where an adapter is
+    trained."""
     mesh = make_mesh(mesh_config, devices)
     chosen = optimizer_of(optimizer)
     loss = DenoiserLoss(
@@ -68,26 +70,41 @@ def begin(mesh_config: MeshConfig, dit=DIT, *, optimizer: str, devices=None):
     )
     params = {"dit": rough_params(dit.make), "text": rough_params(TEXT.make)}
     layout = functools.partial(shardings, mesh=mesh, rules=RULES)
-    state = new_state(lambda key: params, chosen, jax.random.key(0), shardings=layout)
-    return mesh, state, make_step(loss, chosen, ema_decay=0.9)
+    if lora is None:
+        state = new_state(lambda key: params, chosen, jax.random.key(0), shardings=layout)
+        return mesh, state, make_step(loss, chosen, ema_decay=0.9), ()
+    state = new_state(lambda key: rough_factors(params, lora), chosen, jax.random.key(0), shardings=layout)
+    frozen = jax.device_put(params, layout(params))
+    adapting = LoraLoss(loss=loss, scale=lora.scale)
+
+    def step(state, batch, frozen):
+        return make_step(adapting, chosen, ema_decay=0.9, constants=(frozen,))(state, batch)
+
+    return mesh, state, jax.jit(step), (frozen,)
 
 
-def moved(mesh_config: MeshConfig, dit):
+def rough_factors(params, lora: LoraConfig):
+    """An adapter whose second factors are not zero."""
+    factors = init_lora(params, lora, jax.random.key(1))
+    return jax.tree.map(lambda leaf: 0.05 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), factors)
+
+
+def moved(mesh_config: MeshConfig, dit, *, lora: LoraConfig | None = None):
     """What the collectives of a step's compiled program move, laid out as on TPUs, and the number of its parameters."""
     jax.default_backend = lambda: "tpu"
-    mesh, state, step = begin(mesh_config, dit, optimizer="adamw")
-    compiled = step.lower(state, shard_batch(packed(0), mesh)).compile()
-    return read_program(compiled.as_text(), dict(mesh.shape)).moved, trees.size(state.params)
+    mesh, state, step, frozen = begin(mesh_config, dit, optimizer="adamw", lora=lora)
+    compiled = step.lower(state, shard_batch(packed(0), mesh), *frozen).compile()
+    return read_program(compiled.as_text(), dict(mesh.shape)).moved, trees.size((state.params, frozen))
 
 
-def train(mesh_config: MeshConfig, dit=DIT, *, optimizer: str, devices=None, steps: int = STEPS):
+def train(mesh_config: MeshConfig, dit=DIT, *, optimizer: str, devices=None, steps: int = STEPS, lora=None):
     """The losses and gradient norms of some steps from rough parameters, the parameters after them, and how many
     arrays of the state are split."""
-    mesh, state, step = begin(mesh_config, dit, optimizer=optimizer, devices=devices)
+    mesh, state, step, frozen = begin(mesh_config, dit, optimizer=optimizer, devices=devices, lora=lora)
     split = sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state))
     found = []
     for number in range(steps):
-        state, figures = step(state, shard_batch(packed(20 * number), mesh))
+        state, figures = step(state, shard_batch(packed(20 * number), mesh), *frozen)
         found.append([float(figures["loss"]), float(figures["gradient_norm"])])
     gathered = {path: whole(leaf) for path, leaf in trees.flatten(state.params).items()}
     return np.asarray(found), gathered, split

@@ -124,6 +124,7 @@ ROWS = """
 
 WEIGHTS = """
     import dataclasses
+    from dit_video.nn import LoraConfig
     from distributed import over_devices as shared
     from dit_video.distributed import MeshConfig
 
@@ -137,6 +138,11 @@ WEIGHTS = """
         print(gathered, summed / once)
         assert gathered <= 1.1 * 2  # for the forward and for the backward pass
         assert summed <= 1.1 * 2 * once  # XLA's CPU backend sums them to all devices, which is twice as much
+        # Of a model that is adapted no gradient is summed.
+        moved, parameters = shared.moved(MeshConfig(data=1, fsdp=8), dit, lora=LoraConfig(rank=1))
+        gathered = moved["all-gather", ("fsdp",)].bytes / (7 / 8 * 4 * parameters)
+        print(gathered, "adapted")
+        assert gathered <= 1.1 * 2
     print("done")
 """
 

@@ -13,8 +13,9 @@ _ATTENTION = ("all-to-all", "collective-permute")
 def least_moved(step: Step, parameters: int, mesh: Mapping[str, int], way: ContextAttention) -> dict[str, float]:
     """Bytes that a device receives at the least over `fsdp`, and over `context` for attention; axes of 1 are left out.
 
-    - `fsdp` (arXiv 1910.02054): `(n - 1) / n` of all weights once for the forward and once for the backward pass, in
-      the dtype of products, and of their gradients once, in float32.
+    - `fsdp` (arXiv 1910.02054): `(n - 1) / n` of all weights, in the dtype of products, and of their gradients once, in
+      float32. Weights once for the forward and once for the backward pass; where nothing is computed again what was
+      gathered is kept, and once is enough.
     - `context`, `ulysses` (arXiv 2309.14509): `(n - 1) / n` of a device's queries, keys, values and results, and as
       much for their gradients; those of a forward pass that is computed again, again.
     - `context`, `ring` (arXiv 2310.01889): keys and values of `n - 1` others in each pass, and gradients of both in
@@ -33,7 +34,7 @@ def least_moved(step: Step, parameters: int, mesh: Mapping[str, int], way: Conte
         attention = 4 * (forwards + 1) * (context - 1) / context * values * step.itemsize
     else:
         attention = (context - 1) * values * 2 * ((forwards + 1) * step.itemsize + 4)
-    weights = (fsdp - 1) / fsdp * parameters / tensor * (2 * step.itemsize + 4)
+    weights = (fsdp - 1) / fsdp * parameters / tensor * (forwards * step.itemsize + 4)
     return {name: bytes for name, bytes in (("fsdp", weights), ("context", attention)) if mesh[name] > 1}
 
 

@@ -6,8 +6,10 @@ STEP = Step(width=64, hidden=256, layers=3, tokens=1024, rows=8, itemsize=2, rem
 MESH = {"data": 2, "fsdp": 4, "tensor": 2, "context": 8}
 
 
-def test_weights_twice_and_gradients_once():
-    assert least_moved(STEP, 1000, MESH, "ulysses")["fsdp"] == 3 / 4 * 1000 / 2 * (2 + 2 + 4)
+@pytest.mark.parametrize(("remat", "times"), [("full", 2), ("none", 1)])
+def test_weights_for_every_forward_pass_and_gradients_once(remat, times):
+    found = least_moved(STEP.resized(8, remat), 1000, MESH, "ulysses")["fsdp"]
+    assert found == 3 / 4 * 1000 / 2 * (2 * times + 4)
 
 
 @pytest.mark.parametrize(
