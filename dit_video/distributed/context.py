@@ -28,7 +28,7 @@ from jaxtyping import Array, Float
 
 from dit_video.distributed.mesh import AnyMesh, ContextAttention
 from dit_video.distributed.ring import Ring
-from dit_video.distributed.rules import DEFAULT_RULES, ROWS
+from dit_video.distributed.rules import DEFAULT_RULES, FUSED, ROWS
 from dit_video.dit import Dit, WanDit
 from dit_video.errors import UserError
 from dit_video.nn import Linear, Make
@@ -160,7 +160,7 @@ def _whole(mesh: AnyMesh, path: str) -> "Whole | None":
     axis = DEFAULT_RULES.tensor_axis(f"{path}/kernel") if mesh.shape["tensor"] > 1 else None
     if axis is None:
         return Whole(mesh, P())
-    if path.endswith(("qkv", "cross_key_value")):
+    if path.endswith(FUSED):
         return None
     return Whole(mesh, P(None, "tensor") if axis == -1 else P("tensor", None))
 

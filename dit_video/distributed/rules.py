@@ -26,8 +26,10 @@ _TOKENS = r"(^|/)(tokens|segments|coordinates)$"
 
 _LAYER = r"(^|/)(temporal_)?blocks/(.*/)?"
 _COLUMNS = r"((cross_|image_)?(query|key|value)|up|gate)"
+FUSED = ("qkv", "cross_key_value")
+"""Maps that are several in one, by which a model's heads are made"""
 TENSOR: tuple[tuple[str, int], ...] = (
-    (_LAYER + r"(qkv|cross_key_value)/kernel$", -2),
+    (_LAYER + rf"({'|'.join(FUSED)})/kernel$", -2),
     (_LAYER + _COLUMNS + r"/(kernel|bias)$", -1),
     (_LAYER + r"(out|cross_out|down)/kernel$", -2),
 )

@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,7 +49,8 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
 
     The lock is the operating system's (`flock`), on the file `.lock` in the folder: it ends with its process, however
     that ends, so that a dead one holds nothing. The same process may take it again. Of a run of several processes the
-    first takes it for all. File systems without such locks go without.
+    first takes it for all. File systems without such locks go without, with a
+    warning.
 
     Raises:
       UserError: another process holds it, which is named; the folder can't be written.
@@ -80,8 +82,12 @@ def _lock(path: Path) -> int | None:
         raise UserError(
             f"{path.parent} is in use by {_holder(path)}; stop that one, wait for it, or use another folder"
         ) from error
-    except OSError:  # as on some network file systems
+    except OSError as error:  # as on some network file systems
         os.close(file)
+        warnings.warn(
+            f"{path.parent} cannot be locked ({error.strerror}): see to it that no other process trains there",
+            stacklevel=2,
+        )
         return None
     holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
     with contextlib.suppress(OSError):  # a full disk: the lock holds without saying whose it is

@@ -58,12 +58,12 @@ def test_a_folder_in_use_names_who_uses_it_until_that_one_is_dead(tmp_path):
         other.kill()
 
 
-def test_without_locks_it_goes_on(tmp_path, monkeypatch):
+def test_without_locks_it_goes_on_with_a_warning(tmp_path, monkeypatch):
     def none(*_: object) -> None:
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", none)
-    with locked(tmp_path):
+    with pytest.warns(UserWarning, match="No locks available.*no other process trains there"), locked(tmp_path):
         pass
 
 
