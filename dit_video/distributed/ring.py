@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dit_video.nn.attention import Bias, Full, Pattern, RelativeBias, Tokens
 from dit_video.nn.attention.chunked import NOTHING, attend_part, part_gradients
-from dit_video.nn.attention.interface import Keys, Queries
+from dit_video.nn.attention.interface import Keys, Queries, named
 
 _MOST = int(np.iinfo(np.int32).max)
 
@@ -143,7 +143,7 @@ def _forward(how: Ring, relative: RelativeBias | None, q, k, v, table, at: Token
     heads = q.shape[0], q.shape[2], q.shape[1]
     begin = _Mixed(jnp.zeros((*q.shape[:3], v.shape[3])), jnp.full(heads, NOTHING))
     (keys, values), mixed = jax.lax.fori_loop(0, how.ranks - 1, step, ((k, v), begin))
-    out, lse = take(how.ranks - 1, keys, values, mixed)
+    out, lse = named(take(how.ranks - 1, keys, values, mixed))
     return out.astype(v.dtype), (q, k, v, table, at, out, lse)
 
 

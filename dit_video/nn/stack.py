@@ -7,10 +7,18 @@ import jax
 from flax import nnx
 from jaxtyping import Array, PyTree
 
-Remat = Literal["none", "full", "dots", "dots_no_batch", "offload"]
+from dit_video.nn.attention.interface import RESULTS
+
+Remat = Literal["none", "full", "attention", "dots", "dots_no_batch", "dots_attention", "offload"]
 """What of a layer is kept for the backward pass, the rest being computed again: all of it (`none`: nothing is computed
-again), its input alone (`full`), and beside the input the results of all matrix products (`dots`), of those with
-weights but not of attention's (`dots_no_batch`), or the latter in the host's memory (`offload`)."""
+again), its input alone (`full`), and beside the input
+
+- `attention`: what attention gives. In long rows that is most of the work, and one array of a layer's twenty;
+- `dots_no_batch`: the results of matrix products with weights, and `offload`: those, in the host's memory;
+- `dots_attention`: both of these, so that no product is computed again but those inside attention's backward pass;
+- `dots`: the results of all matrix products, dense attention's scores among them.
+
+Attention is kept where it has a backward pass that computes scores again: `chunked`, `splash` and rings."""
 Carried = TypeVar("Carried")
 """what goes from layer to layer: an array, or a tree of arrays"""
 
@@ -78,13 +86,19 @@ def _apply(
 
 def _policy(remat: Remat) -> Callable[..., Any] | None:
     """What JAX is told to keep; None for nothing but what goes in."""
+    policies = jax.checkpoint_policies
+    attention = policies.save_only_these_names(RESULTS)
     match remat:
+        case "attention":
+            return attention
+        case "dots_attention":
+            return policies.save_from_both_policies(policies.checkpoint_dots_with_no_batch_dims, attention)
         case "dots":
-            return jax.checkpoint_policies.checkpoint_dots
+            return policies.checkpoint_dots
         case "dots_no_batch":
-            return jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims
+            return policies.checkpoint_dots_with_no_batch_dims
         case "offload":
-            return jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host")
+            return policies.offload_dot_with_no_batch_dims("device", "pinned_host")
     return None
 
 

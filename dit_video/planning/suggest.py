@@ -17,8 +17,9 @@ from dit_video.planning.steps import Part, clips_of, on_mesh, plan_step
 _SLACK = 1.1
 """How much more than a device's memory a candidate may be estimated at: estimates are 7 % off, the compiler decides."""
 _ROWS = (1, 2, 4, 8)
-_LIKE_OTHERS = ("dots", "offload")
-"""Policies that are not tried: one keeps scores of attention too, one keeps in the host what `dots_no_batch` does."""
+_LIKE_OTHERS = ("dots", "dots_no_batch", "offload")
+"""Policies that are not tried: one keeps scores of attention too, and the two others keep a little less than
+`dots_attention`, one of them in the host, for which all of attention is computed again."""
 
 
 class Candidate(NamedTuple):

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from dit_video.nn import Linear, Remat, Turns, apply_groups, apply_stack, graph_of, init_params, make_stack
+from programs import times
 
 WIDTH, LAYERS = 8, 3
 
@@ -121,7 +122,16 @@ def test_remat_keeps_less(monkeypatch, platform):
 
 
 @pytest.mark.parametrize(
-    ("remat", "products"), [("none", 2), ("full", 2 + 2), ("dots", 2), ("dots_no_batch", 2), ("offload", 2)]
+    ("remat", "products"),
+    [
+        ("none", 2),
+        ("full", 2 + 2),
+        ("attention", 2 + 2),
+        ("dots", 2),
+        ("dots_no_batch", 2),
+        ("dots_attention", 2),
+        ("offload", 2),
+    ],
 )
 def test_what_is_computed_again(remat, products):
     """Products of a layer's forward pass, in the program of the gradients: kept results are not computed again."""
@@ -143,19 +153,6 @@ def test_what_is_computed_again(remat, products):
     def loss(params, x):
         return apply_stack(nnx.merge(graph, params), x, remat=remat).sum()
 
-    again = products + (remat in ("dots_no_batch", "offload"))  # that of the batch
+    again = products + (remat in ("dots_no_batch", "dots_attention", "offload"))  # that of the batch
     # Each product has two more in the backward pass.
-    assert _products(jax.make_jaxpr(jax.grad(loss))(params, x).jaxpr) == again + 4
-
-
-def _products(jaxpr):
-    """Matrix products in a program, those of a loop's body once."""
-    inner = [
-        sub.jaxpr if hasattr(sub, "jaxpr") else sub
-        for equation in jaxpr.eqns
-        for value in equation.params.values()
-        for sub in (value if isinstance(value, (tuple, list)) else [value])
-        if hasattr(sub, "eqns") or hasattr(getattr(sub, "jaxpr", None), "eqns")
-    ]
-    own = sum(equation.primitive.name == "dot_general" for equation in jaxpr.eqns)
-    return own + sum(map(_products, inner))
+    assert times("dot_general", jax.make_jaxpr(jax.grad(loss))(params, x).jaxpr) == again + 4

@@ -128,7 +128,7 @@ def test_clips_of_a_row(two_rows):
 def test_the_best_of_those_that_fit_is_suggested(two_rows):
     found = candidates(two_rows, GPUS)
     assert len({(one.mesh, one.rows, one.remat) for one in found}) == len(found)
-    assert {"none", "full"} <= {one.remat for one in found} <= {"none", "full", "dots_no_batch"}
+    assert {"none", "full"} <= {one.remat for one in found} <= {"none", "full", "attention", "dots_attention"}
     assert all(one.mesh.tensor <= 2 and one.mesh.context <= 2 for one in found)  # there are two heads
     told = []
     best = suggest(two_rows, GPUS, tries=3, say=told.append)

@@ -42,19 +42,23 @@ class Step:
 
     @property
     def again(self) -> bool:
-        """Whether attention, at the least, is computed again in the backward pass."""
+        """Whether anything is computed again in the backward pass, for which weights and tokens are sent once more."""
         return self.training and self.remat != "none"
 
     @property
-    def all_again(self) -> bool:
-        """Whether all of a layer is: where no results of its products are kept."""
-        return self.training and self.remat == "full"
+    def attention_again(self) -> bool:
+        return self.again and self.remat not in ("attention", "dots_attention")
+
+    @property
+    def products_again(self) -> bool:
+        """Whether products with weights are: where no results of theirs are kept."""
+        return self.again and self.remat in ("full", "attention")
 
     @property
     def executed(self) -> int:
         """Operations of a step, with what is computed again."""
         products = self.forward - self.attention
-        return products * ((4 if self.all_again else 3) if self.training else 1) + self.attention_executed
+        return products * ((4 if self.products_again else 3) if self.training else 1) + self.attention_executed
 
     @property
     def attention_executed(self) -> int:
@@ -62,7 +66,7 @@ class Step:
         if not self.training:
             return self.attention
         backward = _KERNEL_BACKWARD if self.fused else 2.0
-        return round(((2 if self.again else 1) + backward) * self.attention)
+        return round(((2 if self.attention_again else 1) + backward) * self.attention)
 
     @property
     def attention_bytes(self) -> int:
@@ -70,7 +74,7 @@ class Step:
         gradient of queries, queries and their gradients for each block of keys for that of keys and values."""
         if self.block is None:
             return 0
-        passes = (4 if self.again else 3) if self.training else 1
+        passes = (4 if self.attention_again else 3) if self.training else 1
         return passes * self.attention * self.itemsize // (2 * self.block)
 
 
@@ -92,7 +96,9 @@ def estimate(step: Step, parts: Mapping[str, int], layer_bytes: int, mesh: Mappi
     # Of a layer: the stream and its six modulations in float32; queries, keys, values, what is mixed, and the MLP.
     inside = 10 * stream + local * (8 * step.width + 3 * step.hidden) * step.itemsize // tensor
     products = local * (8 * step.width + step.hidden) * step.itemsize // tensor
-    kept = {"none": inside, "full": stream, "offload": stream}.get(step.remat, stream + products)
+    mixed = local * step.width * step.itemsize // tensor
+    beside = {"full": 0, "offload": 0, "attention": mixed, "dots_attention": products + mixed}
+    kept = inside if step.remat == "none" else stream + beside.get(step.remat, products)
     activations = step.layers * kept if step.training else 0
     gathered = 2 * layer_bytes // 4 * step.itemsize // tensor
     gradients = parts["parameters"] if step.training else 0
@@ -107,7 +113,7 @@ def estimate(step: Step, parts: Mapping[str, int], layer_bytes: int, mesh: Mappi
         peak=sum(parts.values()) + activations + temporary,
     )
     # The state is read and written once, each stream of a layer some times in each pass.
-    passes = (4 if step.all_again else 3) if step.training else 1
+    passes = (4 if step.products_again else 3) if step.training else 1
     traffic = 2 * sum(parts.values()) + passes * step.layers * (2 * inside + gathered) + step.attention_bytes / devices
     moved = tuple(part for part in _moved(step, parts, layer_bytes, mesh, local) if part.bytes)
     return memory, Work(flops=step.executed / devices, bytes=float(traffic), moved=moved)

@@ -21,7 +21,7 @@ from dit_video.errors import UserError
 from dit_video.nn.attention import segmentwise
 from dit_video.nn.attention.bias import Bias, RelativeBias
 from dit_video.nn.attention.dense import MASKED
-from dit_video.nn.attention.interface import Keys, Queries
+from dit_video.nn.attention.interface import Keys, Queries, named
 from dit_video.nn.attention.patterns import Full, Pattern, Sight, sight, visible
 from dit_video.nn.attention.stretches import given_back, padded, sorting, stretches, taken
 from dit_video.nn.attention.tokens import Tokens
@@ -228,7 +228,7 @@ def _blockwise(
 
 
 def _forward(relative, q, k, v, table, blocks):
-    out, lse = _each_head(functools.partial(_row, relative), blocks, q, k, v, table)
+    out, lse = named(_each_head(functools.partial(_row, relative), blocks, q, k, v, table))
     return out, (q, k, v, table, blocks, out, lse)
 
 

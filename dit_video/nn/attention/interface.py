@@ -1,7 +1,9 @@
 """The one type of attention functions."""
 
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
+import jax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from dit_video.nn.attention.tokens import Tokens
@@ -9,6 +11,14 @@ from dit_video.nn.attention.tokens import Tokens
 Queries = Float[Array, "B N K d"]
 Keys = Float[Array, "B M K d"]
 """or values"""
+RESULTS = "attention"
+"""the name of what attention gives and its backward pass needs beside what attention is given, for `nn.Remat`"""
+Named = TypeVar("Named")
+
+
+def named(results: Named) -> Named:
+    """Arrays that a backward pass is to find again by the name `RESULTS`, where that is asked for."""
+    return jax.tree.map(lambda x: checkpoint_name(x, RESULTS), results)
 
 
 @runtime_checkable

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from dit_video.nn.attention.dense import MASKED
-from dit_video.nn.attention.interface import Keys, Queries
+from dit_video.nn.attention.interface import Keys, Queries, named
 
 _NOBODY, _PADDING = -2, -1
 """segments of tokens that don't count, of the outer and of the inner loop: equal to no other"""
@@ -62,7 +62,7 @@ def _mixed(chunk: int, q: Queries, k: Keys, v: Keys, q_ids: Int[Array, "B N"], k
 
 def _forward(chunk, q, k, v, q_ids, kv_ids):
     blocks = Blocks.of(q.shape[1], k.shape[1], chunk)
-    out, lse = jax.lax.map(lambda row: _row(blocks, *row), (q, k, v, q_ids, kv_ids))
+    out, lse = named(jax.lax.map(lambda row: _row(blocks, *row), (q, k, v, q_ids, kv_ids)))
     return out.astype(v.dtype), (q, k, v, q_ids, kv_ids, out, lse)
 
 

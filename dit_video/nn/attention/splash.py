@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dit_video.errors import UserError
-from dit_video.nn.attention.interface import Keys, Queries
+from dit_video.nn.attention.interface import RESULTS, Keys, Queries
 from dit_video.nn.attention.patterns import Full, Pattern, sight
 from dit_video.nn.attention.stretches import given_back, padded, require_stretches, stretches, taken
 from dit_video.nn.attention.tokens import Tokens
@@ -120,7 +120,7 @@ class Splash:
             save_residuals=False,
             mask_value=splash_attention_kernel.DEFAULT_MASK_VALUE,
             attn_logits_soft_cap=None,
-            residual_checkpoint_name=None,
+            residual_checkpoint_name=RESULTS,
             mask_function=_before_the_end if prefix else None,
             interpret=self.interpret,
         )

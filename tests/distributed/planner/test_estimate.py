@@ -4,6 +4,7 @@ from dit_video.distributed.planner import Step, estimate
 
 STEP = Step(width=64, hidden=256, layers=1, tokens=1024, rows=1, itemsize=2, remat="none", forward=10**9, attention=0)
 MESH = {"data": 1, "fsdp": 1, "tensor": 1, "context": 2}
+STATE = ("parameters", "optimizer", "ema", "other")
 
 
 def test_kernels_read_keys_and_values_again_for_each_block_of_queries():
@@ -17,6 +18,26 @@ def test_kernels_read_keys_and_values_again_for_each_block_of_queries():
     assert dataclasses.replace(kernel, block=None).attention_bytes == 0
 
     def traffic(step):
-        return estimate(step, dict.fromkeys(("parameters", "optimizer", "ema", "other"), 0), 0, MESH)[1].bytes
+        return estimate(step, dict.fromkeys(STATE, 0), 0, MESH)[1].bytes
 
     assert traffic(kernel) - traffic(dataclasses.replace(kernel, block=None)) == one_pass / 2
+
+
+def test_what_is_computed_again_by_what_is_kept():
+    step = dataclasses.replace(STEP, attention=4 * 10**8, remat="none")  # of 10**9 operations, 6 * 10**8 with weights
+    with_weights, attention = step.forward - step.attention, step.attention
+    once = 3 * with_weights + round((1 + 3.5) * attention)
+    again = {
+        "none": 0,
+        "full": with_weights + attention,
+        "attention": with_weights,
+        "dots_no_batch": attention,
+        "dots_attention": 0,
+    }
+    assert {remat: step.resized(1, remat).executed - once for remat in again} == again
+    kept = [
+        estimate(step.resized(1, remat), dict.fromkeys(STATE, 0), 0, MESH)[0].activations
+        for remat in ("full", "attention", "dots_no_batch", "dots_attention", "none")
+    ]
+    assert kept == sorted(set(kept))
+    assert kept[1] - kept[0] == kept[3] - kept[2] == 1024 // 2 * 64 * 2  # a device's tokens, in two bytes
