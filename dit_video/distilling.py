@@ -17,8 +17,8 @@ from dit_video.generation import Sampling
 from dit_video.measure import shape_requests
 from dit_video.pipeline import CONFIG as PIPELINE
 from dit_video.pipeline import Pipeline, load_pipeline
-from dit_video.run import CONFIG as RUN
 from dit_video.run import Run
+from dit_video.run_folder import CONFIG as RUN
 from dit_video.tokens import RowShape
 from dit_video.training.distillation import ConsistencyDistillation, Distillation, DistributionMatching
 from dit_video.training.optimizer import OptimizerConfig

@@ -1,37 +1,19 @@
 """A training run, composed: clips -> data set -> autoencoder -> latents -> denoiser -> pipeline, in one folder.
 
 Every stage leaves its result in the folder, whole or not at all, and is not done again; the two trainings continue
-from their checkpoints. So a run that was interrupted is continued by running the same again.
-
-    experiment.json           the resolved config
-    data/                     the ingested clips, or a link to them (see `intake`); of several data sets one folder each
-    autoencoder/              checkpoints, metrics.jsonl, weights.safetensors
-    text_encoder.json         the identity of a frozen text encoder
-    image_encoder.json        that of an image encoder
-    texts/                    its embeddings of the captions, where latents are not cached
-    latents/                  what the denoiser is trained on, or a link to it
-    denoiser/                 checkpoints, metrics.jsonl, rows.json (what an epoch holds), skipped.jsonl (steps that
-                              were not finite); snapshots/, samples/, tensorboard/, as the config says
-    adapter.safetensors       the trained adapter, where one is trained, with our names
-    pytorch_lora_weights.safetensors   the same of Wan, with diffusers' names
-    transformer/              all weights of Wan, where these are trained, as diffusers reads them; of the second of two
-                              experts transformer_2/
-    checkpoints/              a link to those of both models, where they lie elsewhere
-    pipeline/                 the result: what `dit_video.load` reads
+from their checkpoints. So a run that was interrupted is continued by running the same again. `run_folder` lists what
+lies in the folder.
 """
 
 import dataclasses
-import functools
-import sys
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
-from dit_video import configs, feed, intake, results, stages, watching
+from dit_video import feed, intake, results, stages, watching
 from dit_video.autoencoder import LinearAutoencoder
 from dit_video.codec import Codec
 from dit_video.data.latents import INDEX as LATENTS
@@ -39,7 +21,6 @@ from dit_video.data.latents import LatentSource
 from dit_video.data.loader import Batches
 from dit_video.data.places import Address
 from dit_video.data.sizes import fit
-from dit_video.data.source import ClipSource
 from dit_video.distributed import make_mesh, row_shards
 from dit_video.encoding import (
     Encoding,
@@ -49,11 +30,11 @@ from dit_video.encoding import (
     latent_identity,
     plan_encoding,
 )
-from dit_video.errors import MissingError, UserError
-from dit_video.experiment import Experiment
-from dit_video.files import read_json, write_json
+from dit_video.errors import UserError
+from dit_video.files import write_json
 from dit_video.image_encoder import IMAGE_ENCODER, open_image_encoder
 from dit_video.pipeline import Pipeline, PipelineConfig
+from dit_video.run_folder import RunFolder
 from dit_video.stages import AutoencoderStage
 from dit_video.starting import (
     TrainedDenoiser,
@@ -74,80 +55,17 @@ from dit_video.training.optimizer import make_optimizer
 from dit_video.training.state import on_host, state_shapes
 from dit_video.training.step import Loss, OwnStep
 
-FORMAT = 1
-CONFIG = "experiment.json"
-
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class Run(RunFolder):
     """One run in its folder. `create` or `open` makes it."""
 
-    folder: Path
-    experiment: Experiment
-    command: str
-    """what it was started with"""
     profile: tuple[int, int] | None = None
     """the first and the last step that are traced"""
     stage: str = ""
     """which of the denoiser's earlier stages this is"""
     begin: int = 0
     """steps of the stages before it"""
-
-    @staticmethod
-    def create(folder: str | Path, experiment: Experiment) -> "Run":
-        """A new run, or the one in this folder if its config is the same.
-
-        Raises:
-          UserError: the folder holds a run of another config or version, or something else.
-        """
-        folder = Path(folder)
-        run = Run(folder=folder, experiment=experiment, command=" ".join(["python", *sys.argv]))
-        if (folder / CONFIG).is_file():
-            existing = Run.open(folder)
-            difference = configs.difference(configs.to_json(existing.experiment), configs.to_json(experiment))
-            if not difference:
-                return existing
-            if any((folder / part).exists() for part in ("autoencoder", "denoiser")):
-                raise UserError(
-                    f"{folder} holds a run of another config ({difference}); use another folder or remove it"
-                )
-            return run._written()  # nothing was trained yet: a start that failed can be corrected
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"{folder} is a file; a run needs a folder of its own")
-        if folder.is_dir() and any(entry.name != "clips" and entry.name[0] != "." for entry in folder.iterdir()):
-            raise UserError(f"{folder} is not empty and holds no run; use another folder")
-        return run._written()
-
-    def _written(self) -> "Run":
-        """Itself, with its config in its folder."""
-        document = {
-            "format": FORMAT,
-            "version": version("dit-video"),
-            "command": self.command,
-            "experiment": configs.to_json(self.experiment),
-        }
-        write_json(self.folder / CONFIG, document)
-        return self
-
-    @staticmethod
-    def open(folder: str | Path) -> "Run":
-        """The run in a folder.
-
-        Raises:
-          MissingError: no such folder, or no run in it.
-          UserError: a run of another version.
-        """
-        folder = Path(folder)
-        if not (folder / CONFIG).is_file():
-            raise MissingError(f"no such run: {folder} has no {CONFIG}")
-        document = read_json(folder / CONFIG)
-        if not isinstance(document, dict) or document.get("format") != FORMAT:
-            found = document.get("format") if isinstance(document, dict) else None
-            raise UserError(f"{folder} is a run of format {found}, this version reads {FORMAT}; start it anew")
-        experiment = configs.from_json(document.get("experiment"))
-        if not isinstance(experiment, Experiment):
-            raise UserError(f"{folder / CONFIG} holds no experiment; start the run anew in another folder")
-        return Run(folder=folder, experiment=experiment, command=str(document.get("command")))
 
     def train(self, *clips: Address, latents: Address | None = None, checkpoints: Address | None = None) -> Pipeline:
         """Everything from clips to the finished pipeline.
@@ -190,56 +108,10 @@ class Run:
         """Ingest folders of clips, and link to data sets that are ingested already; see `intake.take`."""
         intake.take(self.folder / "data", clips, weights=self.experiment.data.weights)
 
-    def keep_latents(self, destination: Address) -> None:
-        """Have the cached latents elsewhere: a folder or an address, which need not hold any yet.
-
-        Raises:
-          UserError: the run has latents already, or has them elsewhere; its config caches none.
-        """
-        if not self.experiment.data.cache_latents:
-            raise UserError(f"the config caches no latents, {destination} was named for them; leave it out")
-        intake.link(self.folder / "latents", destination, "latents")
-
-    def keep_checkpoints(self, destination: Address) -> None:
-        """Have the checkpoints elsewhere: a folder or an address, which need not hold any yet.
-
-        Raises:
-          UserError: the run has checkpoints already, or has them elsewhere.
-        """
-        for model in ("autoencoder", "denoiser"):
-            if (self.folder / model / "checkpoints").exists():
-                raise UserError(
-                    f"{self.folder} has checkpoints of its {model} already, {destination} was named for them"
-                )
-        intake.link(self.folder / "checkpoints", destination, "checkpoints")
-
-    def checkpoints_of(self, model: Literal["autoencoder", "denoiser"]) -> str | Path:
-        """Where the checkpoints of a model are, or will be."""
-        elsewhere = self.folder / "checkpoints"
-        if elsewhere.is_symlink() or elsewhere.is_dir():
-            return str(intake.lies(elsewhere) / model)
-        return self.folder / model / "checkpoints"
-
     @property
     def _own(self) -> Path:
         """Where that lies which another stage has too."""
         return self.folder / "stages" / self.stage if self.stage else self.folder
-
-    @functools.cached_property
-    def clips(self) -> ClipSource:
-        """All ingested clips."""
-        return intake.taken(self.folder / "data")
-
-    @property
-    def training_clips(self) -> ClipSource:
-        """The split `train`, without what the config holds out."""
-        return self.clips.without(self.experiment.data.held_out).split("train")
-
-    @property
-    def held_out_clips(self) -> ClipSource:
-        """What the config names; without names the split `validation`."""
-        held_out = self.experiment.data.held_out
-        return self.clips.select(held_out) if held_out else self.clips.split("validation")
 
     @property
     def autoencoder(self) -> AutoencoderStage:
@@ -306,7 +178,7 @@ class Run:
 
         Earlier stages are trained before; of one that is done nothing is read again.
         """
-        checkpoints = Checkpoints(self.checkpoints_of("denoiser"))
+        checkpoints = self._checkpoints
         if self.earlier:
             self.train_autoencoder()
         for stage in self.earlier:
@@ -403,8 +275,7 @@ class Run:
           UserError: the denoiser has no checkpoint yet, or kept no such average.
         """
         config = self.experiment.denoiser
-        checkpoints = Checkpoints(self.checkpoints_of("denoiser"))
-        if checkpoints.latest() is None:
+        if (checkpoints := self._checkpoints).latest() is None:
             raise UserError(f"{self.folder} has no checkpoint of its denoiser yet; continue it with: {self.command}")
         trained = self._trained_denoiser()
         optimizer = make_optimizer(optimizer_of(config), steps=config.steps)  # any stage's: they have one state
@@ -421,9 +292,14 @@ class Run:
             self.experiment, self.training_clips.infos, self._tokenizer(), command=self.command
         )
 
+    @property
+    def _checkpoints(self) -> Checkpoints:
+        """Of the denoiser."""
+        return Checkpoints(self.checkpoints_of("denoiser"))
+
     def _trained_denoiser(self) -> TrainedDenoiser:
         folder = self.folder / "denoiser"
-        continues = Checkpoints(self.checkpoints_of("denoiser")).latest() is not None
+        continues = self._checkpoints.latest() is not None
         mesh = make_mesh(self.experiment.mesh)
         return trained_denoiser(self.experiment.denoiser, folder, mesh, continues=continues)
 

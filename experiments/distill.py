@@ -37,7 +37,8 @@ from dit_video.evaluation.kinds import ShapesEvaluation
 from dit_video.files import write_json
 from dit_video.pipeline import Pipeline
 from dit_video.reports.run_report import report_run
-from dit_video.run import CONFIG, Run
+from dit_video.run import Run
+from dit_video.run_folder import CONFIG
 from dit_video.training.logging import Progress
 
 

@@ -18,7 +18,8 @@ from dit_video import configs, measure
 from dit_video.compiled import keep_programs
 from dit_video.errors import UserError, script
 from dit_video.reports.run_report import report_run
-from dit_video.run import CONFIG, Run
+from dit_video.run import Run
+from dit_video.run_folder import CONFIG
 
 
 def main(

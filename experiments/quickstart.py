@@ -25,7 +25,8 @@ from dit_video.data import shapes
 from dit_video.errors import script
 from dit_video.files import read_json, write_json
 from dit_video.reports.run_report import report_run
-from dit_video.run import CONFIG, Run
+from dit_video.run import Run
+from dit_video.run_folder import CONFIG
 from dit_video.training.logging import Progress
 
 

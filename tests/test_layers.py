@@ -27,6 +27,7 @@ LEVELS = {
         "live",
         "feed",
         "run",
+        "run_folder",
         "starting",
         "stages",
         "watching",

@@ -32,7 +32,8 @@ from dit_video.image_encoder import ImageEncoder
 from dit_video.intake import lies, taken
 from dit_video.nn import param_shapes
 from dit_video.pipeline import load_pipeline
-from dit_video.run import CONFIG, Run
+from dit_video.run import Run
+from dit_video.run_folder import CONFIG
 from dit_video.text import FrozenTextConfig
 from dit_video.text_encoder import FrozenEncoder
 from dit_video.tokens import Grid

@@ -143,7 +143,7 @@ def _forward(how: Ring, relative: RelativeBias | None, q, k, v, table, at: Token
     heads = q.shape[0], q.shape[2], q.shape[1]
     begin = _Mixed(jnp.zeros((*q.shape[:3], v.shape[3])), jnp.full(heads, NOTHING))
     (keys, values), mixed = jax.lax.fori_loop(0, how.ranks - 1, step, ((k, v), begin))
-    out, lse = named(take(how.ranks - 1, keys, values, mixed))
+    out, lse = named(take(how.ranks - 1, keys, values, mixed), queries=q.shape[1], keys=k.shape[1])
     return out.astype(v.dtype), (q, k, v, table, at, out, lse)
 
 

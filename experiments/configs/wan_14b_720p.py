@@ -37,6 +37,6 @@ EXPERIMENT = Experiment(
         ema_decay=0.9999,
     ),
     sampling=Sampling(steps=50, guidance=5.0),
-    mesh=MeshConfig(data=-1, fsdp=16, context=8),
+    mesh=MeshConfig(data=1, fsdp=-1, context=8),
     save_every=1000,
 )

@@ -27,7 +27,7 @@ EXPERIMENT = Experiment(
     data=Data(max_pixels=720 * 1280, max_frames=81, fps=16.0, workers=8),
     autoencoder=GivenAutoencoder(model=CausalVaeConfig.wan21(), folder=f"{WAN}/vae"),
     denoiser=DenoiserTraining(
-        dit=WanDitConfig.t2v_1_3b(dtype="bfloat16", remat="dots_attention"),
+        dit=WanDitConfig.t2v_1_3b(dtype="bfloat16", remat="attention"),
         text=FrozenTextConfig(folder=WAN, width=4096, max_tokens=512, dtype="bfloat16", cleaned=True),
         rows=RowShape(tokens=75_776, text=2048, segments=4),
         batch=16,

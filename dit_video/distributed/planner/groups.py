@@ -15,19 +15,29 @@ def lists(text: str, name: str) -> list[list[int]]:
 
 def replica_groups(text: str, devices: int) -> list[list[int]]:
     """The groups of devices among which a collective works: `{{0,1},{2,3}}`; or `[2,2]<=[2,2]T(1,0)`, an array of all
-    devices, transposed and cut into rows; or `mesh['a'=2,'b'=2] {'b'}`, an array with names for its axes."""
+    devices, transposed and cut into rows; or `mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}`, an array with names
+    for its axes, of whose groups this gives the first."""
     if named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
-        return [_along(named[1], named[2])]
+        group = _along(named[1], named[2])
+        laid = re.search(r"device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)", named[0])
+        ids = list(range(devices)) if laid is None else _transposed(laid[1], laid[2])
+        return [[ids[place] for place in group]]
     compact = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     if compact is None:
         return lists(text, "replica_groups") or [list(range(devices))]
-    rows, length, sizes = int(compact[1]), int(compact[2]), [int(size) for size in compact[3].split(",")]
-    order = [int(axis) for axis in compact[4].split(",")] if compact[4] else list(range(len(sizes)))
+    rows, length, ids = int(compact[1]), int(compact[2]), _transposed(compact[3], compact[4])
+    return [ids[row * length : (row + 1) * length] for row in range(rows)]
+
+
+def _transposed(sizes_text: str, axes: str | None) -> list[int]:
+    """All devices in an array of these sizes, whose axes are transposed."""
+    sizes = [int(size) for size in sizes_text.split(",")]
+    order = [int(axis) for axis in axes.split(",")] if axes else list(range(len(sizes)))
     steps = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
     ids = [0]
     for axis in order:
         ids = [first + place * steps[axis] for first in ids for place in range(sizes[axis])]
-    return [ids[row * length : (row + 1) * length] for row in range(rows)]
+    return ids
 
 
 def _along(mesh: str, axes: str) -> list[int]:

@@ -228,7 +228,8 @@ def _blockwise(
 
 
 def _forward(relative, q, k, v, table, blocks):
-    out, lse = named(_each_head(functools.partial(_row, relative), blocks, q, k, v, table))
+    out, lse = _each_head(functools.partial(_row, relative), blocks, q, k, v, table)
+    out, lse = named((out, lse), queries=q.shape[2], keys=k.shape[2])
     return out, (q, k, v, table, blocks, out, lse)
 
 

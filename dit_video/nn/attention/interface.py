@@ -16,9 +16,16 @@ RESULTS = "attention"
 Named = TypeVar("Named")
 
 
-def named(results: Named) -> Named:
-    """Arrays that a backward pass is to find again by the name `RESULTS`, where that is asked for."""
-    return jax.tree.map(lambda x: checkpoint_name(x, RESULTS), results)
+def name_of(*, queries: int, keys: int) -> str | None:
+    """`RESULTS`, or None for attention to fewer keys than queries, as texts have: it takes less time than what it gives
+    takes memory."""
+    return RESULTS if keys >= queries else None
+
+
+def named(results: Named, *, queries: int, keys: int) -> Named:
+    """Arrays that a backward pass is to find again by `name_of` these, where that is asked for."""
+    name = name_of(queries=queries, keys=keys)
+    return results if name is None else jax.tree.map(lambda x: checkpoint_name(x, name), results)
 
 
 @runtime_checkable

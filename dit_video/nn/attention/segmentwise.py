@@ -62,7 +62,8 @@ def _mixed(chunk: int, q: Queries, k: Keys, v: Keys, q_ids: Int[Array, "B N"], k
 
 def _forward(chunk, q, k, v, q_ids, kv_ids):
     blocks = Blocks.of(q.shape[1], k.shape[1], chunk)
-    out, lse = named(jax.lax.map(lambda row: _row(blocks, *row), (q, k, v, q_ids, kv_ids)))
+    out, lse = jax.lax.map(lambda row: _row(blocks, *row), (q, k, v, q_ids, kv_ids))
+    out, lse = named((out, lse), queries=q.shape[1], keys=k.shape[1])
     return out.astype(v.dtype), (q, k, v, q_ids, kv_ids, out, lse)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dit_video.errors import UserError
-from dit_video.nn.attention.interface import RESULTS, Keys, Queries
+from dit_video.nn.attention.interface import Keys, Queries, name_of
 from dit_video.nn.attention.patterns import Full, Pattern, sight
 from dit_video.nn.attention.stretches import given_back, padded, require_stretches, stretches, taken
 from dit_video.nn.attention.tokens import Tokens
@@ -80,7 +80,8 @@ class Splash:
         size, key_size = (self._block(number) for number in (length, k.shape[1]))
         heads = [jnp.moveaxis(padded(x, by), 2, 1) for x, by in ((q, size), (k, key_size), (v, key_size))]
         of_tokens = padded(ids, size, _NO_QUERY), padded(key_ids, key_size, _NO_KEY), padded(ends, size)
-        mixed = jax.lax.map(lambda row: self._row(row[:3], row[3:], size, key_size), (*heads, *of_tokens))
+        name = name_of(queries=length, keys=k.shape[1])
+        mixed = jax.lax.map(lambda row: self._row(row[:3], row[3:], size, key_size, name), (*heads, *of_tokens))
         return jnp.moveaxis(mixed, 1, 2)[:, :length]
 
     def _block(self, tokens: int) -> int:
@@ -92,8 +93,10 @@ class Splash:
         of_tokens: tuple[Int[Array, " N"], Int[Array, " M"], Int[Array, " N"]],
         size: int,
         key_size: int,
+        name: str | None,
     ) -> Float[Array, "K N d"]:
-        """`heads` are queries, keys and values; `of_tokens` are ids of queries and keys, and ends of stretches."""
+        """`heads` are queries, keys and values; `of_tokens` are ids of queries and keys, and ends of stretches; `name` is
+        what `name_of` says."""
         # Imported here: half a second, of use only where there is a TPU.
         from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds, splash_attention_kernel
 
@@ -120,7 +123,7 @@ class Splash:
             save_residuals=False,
             mask_value=splash_attention_kernel.DEFAULT_MASK_VALUE,
             attn_logits_soft_cap=None,
-            residual_checkpoint_name=RESULTS,
+            residual_checkpoint_name=name,
             mask_function=_before_the_end if prefix else None,
             interpret=self.interpret,
         )

@@ -158,6 +158,8 @@ def test_groups():
     assert replica_groups("replica_groups=[4,2]<=[2,4]T(1,0)", 8) == [[0, 4], [1, 5], [2, 6], [3, 7]]
     assert replica_groups("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}", 8) == [[0, 1]]
     assert replica_groups("replica_groups=mesh['a'=2,'b'=4] {'a','b':(1)2}", 8) == [[0, 2, 4, 6]]
+    laid = "replica_groups=mesh['a'=4,'b'=2], device_ids=([2,2,2]T(1,0,2)) {'a'}"
+    assert replica_groups(laid, 8) == [[0, 4, 2, 6]]
     assert axes_of([0, 4], MESH) == ("fsdp",)
 
 

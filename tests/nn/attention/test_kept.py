@@ -75,3 +75,17 @@ def test_gradients_are_the_same(name):
     )
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", [Chunked(chunk=8, platform="cpu"), Chunked(chunk=8, platform="gpu"), Splash()])
+def test_of_attention_to_a_text_nothing_is_kept(backend):
+    def names(keys):
+        def value(q, k):
+            at = Tokens(q_segments=SEGMENTS, context_segments=None if keys is X else SEGMENTS[:, : keys.shape[1]])
+            return backend(q, k, k, at).sum()
+
+        heads = [x.reshape(*x.shape[:2], HEADS, WIDTH) for x in (X, keys)]
+        return times("name", jax.make_jaxpr(jax.grad(value))(*heads).jaxpr)
+
+    assert names(X) == 2  # what is mixed, and the logarithms of the sums
+    assert names(X[:, :5]) == 0
