@@ -95,8 +95,8 @@ class Splash:
         key_size: int,
         name: str | None,
     ) -> Float[Array, "K N d"]:
-        """`heads` are queries, keys and values; `of_tokens` are ids of queries and keys, and ends of stretches; `name` is
-        what `name_of` says."""
+        """`heads` are queries, keys and values; `of_tokens` are ids of queries and keys, and ends of stretches; what is
+        given has a `name`."""
         # Imported here: half a second, of use only where there is a TPU.
         from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds, splash_attention_kernel
 
