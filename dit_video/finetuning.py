@@ -13,7 +13,7 @@ from dit_video.errors import UserError
 from dit_video.evaluation.kinds import CaptionEvaluation
 from dit_video.experiment import Data, DenoiserTraining, Experiment, GivenAutoencoder, OneOfTwo
 from dit_video.generation import Sampling
-from dit_video.nn import LoraConfig
+from dit_video.nn import LoraConfig, Remat
 from dit_video.text import FrozenTextConfig
 from dit_video.tokens import Grid, RowShape
 from dit_video.training.optimizer import OptimizerConfig
@@ -61,6 +61,9 @@ class FineTuning:
     """names of clips that are not trained on, but reconstructed and reported"""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """of matrix products, and of weights that are not trained"""
+    remat: Remat = "full"
+    """what is kept for the backward pass; where there is memory for it, `attention` computes much less of long clips
+    again"""
     sampling_steps: int = 50
     guidance: float = 5.0
     samples: int = 4
@@ -94,7 +97,7 @@ def finetuning(folder: str | os.PathLike, options: FineTuning = FineTuning()) ->
     found = denoiser_config(folder / "transformer")
     if not isinstance(found, WanDitConfig):
         raise UserError(f"{folder / 'transformer'} holds no Wan, which alone can be fine-tuned so; name another folder")
-    dit = replace(found, dtype=options.dtype, remat="full")
+    dit = replace(found, dtype=options.dtype, remat=options.remat)
     autoencoder = autoencoder_config(folder / "vae")
     assert isinstance(autoencoder, CausalVaeConfig)
     schedule = load_scheduler(folder / "scheduler")

@@ -68,6 +68,7 @@ def test_what_a_folder_gives(folder):
     assert experiment.name == "tiny"
     assert experiment.autoencoder == GivenAutoencoder(model=VAE, folder=str(folder / "vae"))
     assert denoiser.dit == dataclasses.replace(DIT, remat="full")
+    assert training_of(folder, remat="attention").dit == dataclasses.replace(DIT, remat="attention")
     assert (denoiser.text.folder, denoiser.text.width, denoiser.text.cleaned) == (
         str(folder / "text_encoder"),
         16,

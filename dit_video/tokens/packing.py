@@ -146,10 +146,22 @@ def to_tokens(values: Shaped[Array, "B G *rest"], segments: Int[AnyArray, "B N"]
     return _read(values, places) if jax.numpy.issubdtype(values.dtype, jax.numpy.inexact) else _gather(values, places)
 
 
+_CHOSEN = 8
+"""Segments of a row up to which accelerators choose among their values, in what reads them: what is gathered is written
+to memory first."""
+
+
 def _gather(values: Shaped[Array, "B G *rest"], places: Int[Array, "B N"]) -> Shaped[Array, "B N *rest"]:
-    if values.shape[1] == 1:
-        return jax.numpy.broadcast_to(values, (*places.shape, *values.shape[2:]))
-    return jax.vmap(lambda row, at: row[at])(values, places)
+    count, spread = values.shape[1], (*places.shape, *values.shape[2:])
+    if count == 1:
+        return jax.numpy.broadcast_to(values, spread)
+    if count > _CHOSEN or jax.default_backend() == "cpu":
+        return jax.vmap(lambda row, at: row[at])(values, places)
+    places = places.reshape(*places.shape, *(1,) * (values.ndim - 2))
+    found = jax.numpy.broadcast_to(values[:, :1], spread)
+    for segment in range(1, count):
+        found = jax.numpy.where(places == segment, values[:, segment : segment + 1], found)
+    return found
 
 
 _read = jax.custom_jvp(_gather)

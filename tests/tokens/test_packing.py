@@ -124,8 +124,10 @@ def test_the_mean_ignores_padding_and_other_segments():
 SEGMENTS = jnp.asarray([[1, 1, 1, 3, 3, 0, 0], [0, 0, 1, 2, 2, 2, 2]])
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_the_derivatives_of_to_tokens_are_those_of_reading_one_by_one(count):
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("count", [1, 3, 9])
+def test_the_derivatives_of_to_tokens_are_those_of_reading_one_by_one(monkeypatch, count, platform):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
     segments = jnp.minimum(jnp.asarray(SEGMENTS), count)
     draw = np.random.default_rng(0)
     values, steps = (jnp.asarray(draw.normal(size=(len(segments), count, 2, 4)), jnp.float32) for _ in range(2))
@@ -143,7 +145,9 @@ def test_the_derivatives_of_to_tokens_are_those_of_reading_one_by_one(count):
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-def test_to_tokens_takes_any_dtype_and_gives_padding_the_first_segments_value():
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_to_tokens_takes_any_dtype_and_gives_padding_the_first_segments_value(monkeypatch, platform):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
     for values in ([[5, 6, 7], [8, 9, 1]], [[True, False, True], [False, True, True]]):
         values = jnp.asarray(values)
         found = to_tokens(values, SEGMENTS)
