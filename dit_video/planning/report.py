@@ -119,7 +119,8 @@ class Plan:
         mesh = " ".join(f"{name}={size}" for name, size in self.mesh.items() if size > 1) or "one device"
         yield f"{self.experiment}: {self.part}, {self.parameter_count / 1e9:.3g} billion parameters"
         rows = f"{self.rows} rows" + (f" of {_clips(self.clips)} tokens" if self.part != "autoencoder" else "")
-        yield f"  on {self.topology}, {self.devices} devices, mesh {mesh}; {rows}; remat {self.remat}"
+        remat = f"; remat {self.remat}" if self.part == "denoiser" else ""
+        yield f"  on {self.topology}, {self.devices} devices, mesh {mesh}; {rows}{remat}"
         verdict = "fits" if self.fits else "does not fit"
         made = f"compiled in {self.compile_seconds:.0f} s" if self.how == "compiled" else _ANALYTIC
         yield f"  {verdict}: {_size(self.memory.peak)} of {_size(self.limit)} on each device ({made})"
@@ -142,17 +143,17 @@ class Plan:
             yield f"  in all over {axis:<12} {_size(found):>10}, {found / least:.2f} times the least"
         if self.times is None:
             return
+        one, several = ("batch", "batches") if self.part == "sampler" else ("step", "steps")
         yield (
-            f"  seconds a step {self.times.compute:.4g} computing, {self.times.memory:.4g} memory, "
+            f"  seconds a {one} {self.times.compute:.4g} computing, {self.times.memory:.4g} memory, "
             f"{self.times.collectives:.4g} collectives"
         )
+        paid = f"{self.steps:,} {one if self.steps == 1 else several}"
         for label, seconds in (("all at once", self.times.overlapped), ("one after the other", self.times.apart)):
             hours = self.chip_hours(seconds)
-            cost = "" if self.price is None else f", ${self.price * hours:,.0f} at ${self.price:.2f} an hour"
-            yield (
-                f"    {label:<20} {seconds:.4g} s, MFU {self.mfu(seconds):.1%}; "
-                f"{self.steps:,} steps: {hours:,.0f} chip-hours{cost}"
-            )
+            cost = "" if self.price is None else f", ${_round(self.price * hours)} at ${self.price:.2f} an hour"
+            needs = f"{paid}: {_round(hours)} chip-hours{cost}"
+            yield f"    {label:<20} {seconds:.4g} s, MFU {self.mfu(seconds):.1%}; {needs}"
         yield f"  hardware: {chip.source}{self._price_source()}"
 
     def _price_source(self) -> str:
@@ -173,6 +174,10 @@ def _clips(clips: Sequence[int]) -> str:
 
 def _size(number: int | float) -> str:
     return f"{number / 2**30:,.2f} GiB" if number >= 2**28 else f"{number / 2**20:,.1f} MiB"
+
+
+def _round(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def devices_of(topology: Topology) -> tuple[list[Any], bool]:
@@ -252,7 +257,7 @@ def plan_experiment(
       part: which of its steps.
       mesh: instead of the experiment's.
       clips: in each row, all equally long; as many of the largest as fit by default.
-      steps: to be paid for; the experiment's by default. Of a sampler, batches.
+      steps: to be paid for; the experiment's by default. Of a sampler, batches, by default one.
       price: of a chip for an hour, instead of the table's.
       measure: whether to run a step, and ask the devices how much they held; where the hardware is here.
 
@@ -270,14 +275,18 @@ def plan_experiment(
     devices = laid.size
     limit = topology.chip.memory * topology.chips // devices
     if there and isinstance(laid, Mesh):
-        compiled = compile_step(planned.step, planned.arguments, laid, turns=planned.turns)
+        compiled = compile_step(planned.step, planned.arguments, laid, turns=planned.turns, room=planned.room)
         executed, hbm, moved = _read(compiled, planned, devices)
         memory, fits, over = compiled.memory, compiled.over is None and compiled.memory.peak <= limit, compiled.over
     else:
         assert planned.known is not None
         compiled = None
         memory, work = estimate(planned.known, held(planned.arguments), planned.layer_bytes, dict(laid.shape))
-        executed, hbm, moved = work.flops * devices * planned.turns, work.bytes * planned.turns, work.moved
+        executed, hbm = work.flops * devices * planned.turns, work.bytes * planned.turns
+        turns = planned.turns
+        moved = tuple(
+            dataclasses.replace(part, bytes=part.bytes * turns, times=part.times * turns) for part in work.moved
+        )
         fits, over = memory.peak <= limit, None
     work = Work(flops=executed / devices, bytes=hbm, moved=moved)
     times = step_times(work, topology, dict(laid.shape), devices_per_chip=devices // topology.chips)
@@ -290,7 +299,7 @@ def plan_experiment(
         mesh=dict(laid.shape),
         rows=_rows_of(planned, part),
         clips=tuple(rows_of_clips),
-        remat="none" if part == "autoencoder" else experiment.denoiser.dit.remat,
+        remat=experiment.denoiser.dit.remat if part == "denoiser" else "none",
         parameter_count=_parameters(planned),
         how="compiled" if there else "analytic",
         fits=fits,
@@ -306,7 +315,7 @@ def plan_experiment(
         compile_seconds=0.0 if compiled is None else compiled.seconds,
         unknown_loops=0 if compiled is None or compiled.program is None else compiled.program.unknown_loops,
         device_peak=_measured(planned, laid, topology, fits) if measure else None,
-        steps=getattr(training, "steps", 1) if steps is None else steps,
+        steps=steps or (1 if part == "sampler" else getattr(training, "steps", 1)),
         price=topology.chip.price if price is None else price,
     )
 

@@ -31,13 +31,13 @@ from dit_video.nn.attention import default_block
 from dit_video.starting import denoiser_loss, init_denoiser, loss_parts, optimizer_of
 from dit_video.text import ByteEncoderConfig, FrozenTextConfig
 from dit_video.tokens import Grid, Item, empty_row
-from dit_video.training.adversarial import make_adversarial_step
+from dit_video.training.adversarial import play
 from dit_video.training.distillation import distillation_loss
 from dit_video.training.lora import LoraLoss
 from dit_video.training.optimizer import make_optimizer
 from dit_video.training.state import init_state, shapes_on_devices
 from dit_video.training.step import Loss, OwnStep, StatefulLoss, make_step
-from dit_video.tree import flatten
+from dit_video.tree import flatten, map_with_path
 from dit_video.weights import clip_vision_config
 
 Part = Literal["denoiser", "autoencoder", "sampler"]
@@ -58,6 +58,8 @@ class PlannedStep(NamedTuple):
     """operations on all devices that the model asks for, without recomputation"""
     turns: int = 1
     """steps of a sampler"""
+    room: int | None = None
+    """how many steps its program has room for"""
     known: Step | None = None
     """of a denoiser, for what is counted without compiling"""
     layer_bytes: int = 0
@@ -230,7 +232,8 @@ def _sampler(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int]) -> Pla
     )
     params = jax.eval_shape(functools.partial(init_denoiser, config), jax.random.key(0))
     whole = NamedSharding(mesh, PartitionSpec())
-    times = jax.ShapeDtypeStruct((steps_of_program(sampling.steps) + 1,), jnp.float32, sharding=whole)
+    room = steps_of_program(sampling.steps)
+    times = jax.ShapeDtypeStruct((room + 1,), jnp.float32, sharding=whole)
     strength = guidance.strength(0) if guidance.branches > 1 else None
     if strength is None:
         batch = batch._replace(branches=batch.branches[:1])
@@ -247,21 +250,22 @@ def _sampler(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int]) -> Pla
     known = _known(config, clips, training=False, copies=guidance.branches)
     layers = _layer_bytes(config, functools.partial(init_denoiser, config))
     flops = sampling.steps * known.forward
-    return PlannedStep(program, arguments, flops, turns=sampling.steps, known=known, layer_bytes=layers)
+    return PlannedStep(program, arguments, flops, turns=sampling.steps, room=room, known=known, layer_bytes=layers)
 
 
 def _laid_rows(shapes: PyTree, mesh: AnyMesh, rows: int) -> PyTree:
-    """Rows split as a batch's are, tokens too; what has no rows lies whole everywhere."""
-    parts, ranks = row_shards(mesh), mesh.shape["context"]
+    """Rows, and of what counts tokens those too, split as a training batch's are; what has no rows lies whole
+    everywhere."""
 
-    def layout(leaf: Any) -> jax.ShapeDtypeStruct:
-        spec = PartitionSpec()
-        if leaf.ndim and leaf.shape[0] == rows and rows % parts == 0:
-            along = leaf.ndim > 1 and leaf.shape[1] % ranks == 0 and leaf.shape[1] >= 128 * ranks
-            spec = PartitionSpec(("data", "fsdp"), "context") if along else PartitionSpec(("data", "fsdp"))
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+    def layout(path: str, leaf: Any) -> jax.ShapeDtypeStruct:
+        split: NamedSharding = NamedSharding(mesh, PartitionSpec())
+        if leaf.ndim and leaf.shape[0] == rows and rows % row_shards(mesh) == 0:
+            # A solver's state is of noisy tokens.
+            name = "tokens" if leaf.ndim == 3 and path.startswith("solver/") else path
+            split = batch_shardings({name: leaf}, mesh)[name]
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split)
 
-    return jax.tree.map(layout, shapes)
+    return map_with_path(layout, shapes)
 
 
 def _autoencoder(experiment: Experiment, mesh: AnyMesh) -> PlannedStep:
@@ -279,10 +283,11 @@ def _autoencoder(experiment: Experiment, mesh: AnyMesh) -> PlannedStep:
         return state if rival is None else rival.join(state)
 
     def step(state: Any, clips: Any, *constants: Any) -> Any:
-        settings: dict[str, Any] = {"ema_decay": config.ema_decay, "constants": constants}
         if rival is None:
-            return make_step(loss, optimizer, **settings)(state, clips)
-        return make_adversarial_step(loss, optimizer, rival, **settings)(state, clips)
+            return make_step(loss, optimizer, ema_decay=config.ema_decay, constants=constants)(state, clips)
+        # The largest of its programs.
+        both = play(loss, optimizer, rival, ema_decay=config.ema_decay, penalised=True)
+        return both(state, clips, *constants)
 
     window = max(config.windows, key=_pixels)
     if window.batch % (shards := row_shards(mesh)):

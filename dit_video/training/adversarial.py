@@ -104,9 +104,10 @@ def make_adversarial_step(
     """
     config, count, rest = rival.config, HostCount(), jnp.zeros(())
     alone = make_step(loss, optimizer, ema_decay=ema_decay, constants=constants)
-    play = functools.partial(_play, loss, optimizer, rival, ema_decay)
     programs = {
-        penalised: with_constants(jax.jit(functools.partial(play, penalised), donate_argnums=0), constants)
+        penalised: with_constants(
+            jax.jit(play(loss, optimizer, rival, ema_decay=ema_decay, penalised=penalised), donate_argnums=0), constants
+        )
         for penalised in (False, True)
     }
 
@@ -143,6 +144,14 @@ class HostCount:
 
 def _is_penalised(config: Adversarial, step: int) -> bool:
     return not isinstance(config.regulariser, R1) or step % config.regulariser.every == 0
+
+
+def play(
+    loss: AutoencoderLoss, optimizer: optax.GradientTransformation, rival: Rival, *, ema_decay: float, penalised: bool
+) -> Callable[..., tuple[AdversarialState, Figures]]:
+    """`(state, clips, *constants) -> (state, figures)`, traceable: a step in which both players move, with or without
+    the regulariser's part. Arguments are as for `make_adversarial_step`."""
+    return functools.partial(_play, loss, optimizer, rival, ema_decay, penalised)
 
 
 def _play(

@@ -3,11 +3,14 @@
 import dataclasses
 import json
 
+import jax
 import pytest
 
 from devices import check_on_eight_devices
+from dit_video.autoencoder import Adversarial, AutoencoderObjective
 from dit_video.distributed import MeshConfig, make_mesh
-from dit_video.distributed.planner import Topology
+from dit_video.distributed.mesh import abstract_mesh
+from dit_video.distributed.planner import Topology, compile_step
 from dit_video.dit.flops import forward_flops
 from dit_video.errors import UserError
 from dit_video.finetuning import FineTuning, finetuning
@@ -15,6 +18,7 @@ from dit_video.planning import plan_experiment, suggest
 from dit_video.planning.report import with_dit
 from dit_video.planning.steps import clips_of, plan_step
 from dit_video.planning.suggest import candidates
+from dit_video.tree import flatten, size
 from tiny_clip import VISION
 from tiny_wan import write_animating_wan
 
@@ -97,6 +101,8 @@ def test_the_sampler_is_planned_too(eight_rows):
     assert plan.memory.optimizer == plan.memory.ema == 0
     # 2 steps of 2 branches, forwards alone.
     assert plan.model_flops == 4 * training.model_flops / 3
+    assert "seconds a batch" in str(plan)
+    assert "1 batch: " in str(plan)
     assert plan.parameter_count == training.parameter_count
 
 
@@ -152,6 +158,30 @@ def test_an_autoencoder_is_compiled(eight_rows, two_rows):
         plan_experiment(two_rows, GPUS, part="autoencoder")
     with pytest.raises(UserError, match="leave out --measure"):
         plan_experiment(eight_rows, GPUS, measure=True)
+
+
+def test_an_autoencoder_with_a_discriminator(two_rows):
+    """Planned is a step in which both players move."""
+    loss = AutoencoderObjective(adversarial=Adversarial(width=4, layers=1, start=1))
+    autoencoder = dataclasses.replace(two_rows.autoencoder, loss=loss)
+    experiment = dataclasses.replace(two_rows, autoencoder=autoencoder)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    alone, both = (plan_step(each, "autoencoder", mesh, clips=[]) for each in (two_rows, experiment))
+    assert both.model_flops > alone.model_flops > 0
+    compiled = compile_step(both.step, both.arguments, mesh)
+    assert compiled.memory.parameters == 4 * size(both.arguments[0].model.params) + 4 * size(
+        both.arguments[0].discriminator.params
+    )
+
+
+def test_of_a_sampler_tokens_are_split_and_texts_are_whole(eight_rows):
+    rows = dataclasses.replace(eight_rows.denoiser.rows, tokens=16, text=256)
+    experiment = dataclasses.replace(eight_rows, denoiser=dataclasses.replace(eight_rows.denoiser, rows=rows))
+    mesh = abstract_mesh(MeshConfig(data=1, context=2), 2)
+    _, state, batch, *_ = plan_step(experiment, "sampler", mesh, clips=[16]).arguments
+    split = {path: leaf.sharding.spec for path, leaf in flatten((state, batch)).items() if leaf.ndim > 1}
+    along = {path.split("/")[-1] for path, spec in split.items() if "context" in spec}
+    assert along == {"x", "tokens", "segments", "coordinates"}
 
 
 @pytest.mark.slow

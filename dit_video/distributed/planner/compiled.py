@@ -63,7 +63,12 @@ def compiling_for(platform: str) -> Iterator[None]:
 
 
 def compile_step(
-    step: Callable[..., Any], arguments: tuple[PyTree, ...], mesh: jax.sharding.Mesh, *, turns: int = 1
+    step: Callable[..., Any],
+    arguments: tuple[PyTree, ...],
+    mesh: jax.sharding.Mesh,
+    *,
+    turns: int = 1,
+    room: int | None = None,
 ) -> CompiledStep:
     """Compile a jitted step for the devices of a mesh, and read what came of it.
 
@@ -73,6 +78,7 @@ def compile_step(
       arguments: shapes with their layout on the mesh (`jax.ShapeDtypeStruct`).
       mesh: of devices that are there, or that libtpu describes.
       turns: of an outermost loop that the data end; see `read_program`.
+      room: for turns, that this loop has.
     """
     platform = mesh.devices.flat[0].platform
     began = time.perf_counter()
@@ -89,7 +95,7 @@ def compile_step(
         memory = Memory(**parts, activations=0, temporary=temporary, peak=wanted)
         return CompiledStep(memory=memory, program=None, seconds=time.perf_counter() - began, over=reason)
     seconds = time.perf_counter() - began
-    program = read_program(compiled.as_text(), dict(mesh.shape), turns=turns)
+    program = read_program(compiled.as_text(), dict(mesh.shape), turns=turns, room=room)
     analysis = compiled.memory_analysis()
     peak = peak_of(analysis)
     temporary = max(0, peak - sum(parts.values()))

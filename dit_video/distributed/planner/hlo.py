@@ -94,13 +94,14 @@ class Program:
         return sum((part.bytes for part in self.moved.values()), start=0.0)
 
 
-def read_program(text: str, mesh: dict[str, int], *, turns: int = 1) -> Program:
+def read_program(text: str, mesh: dict[str, int], *, turns: int = 1, room: int | None = None) -> Program:
     """What a compiled program does, from `compiled.as_text()`, for a mesh of these axes and sizes.
 
-    `turns` are those of an outermost loop that the data end, such as a sampler's steps.
+    `turns` are those of an outermost loop that the data end, such as a sampler's steps: one that does not say how many
+    it has, or that has as many as there is `room` for, in most of which nothing may be done.
     """
     computations, entry = _computations(text)
-    reader = _Reader(computations, mesh, turns)
+    reader = _Reader(computations, mesh, turns, room)
     if entry is not None:
         reader.walk(entry, 1, inside=False)
     return reader.found
@@ -161,8 +162,9 @@ _SLICES = frozenset({"slice", "slice-start", "dynamic-slice", "gather"})
 
 
 class _Reader:
-    def __init__(self, computations: dict[str, Computation], mesh: dict[str, int], outermost: int):
-        self.computations, self.mesh, self.outermost, self.found = computations, mesh, outermost, Program()
+    def __init__(self, computations: dict[str, Computation], mesh: dict[str, int], outermost: int, room: int | None):
+        self.computations, self.mesh, self.outermost, self.room = computations, mesh, outermost, room
+        self.found = Program()
         self._chains: set[tuple[str, str]] = set()
 
     def walk(self, name: str, times: int, *, inside: bool) -> None:
@@ -197,6 +199,8 @@ class _Reader:
     def _loop(self, each: Instruction, times: int) -> None:
         called = dict(_CALLED.findall(each.rest))
         turns = self._turns(each, called.get("condition", ""))
+        if turns is not None and turns == self.room and times == 1:
+            turns = self.outermost
         if turns is None:
             turns = self.outermost if times == 1 else 1
             self.found.unknown_loops += turns == 1

@@ -69,6 +69,10 @@ def test_a_loop_that_the_data_end():
     assert read_program(text, MESH).unknown_loops == 1
     assert read_program(text, MESH).flops == 2 * 64 * 64 * 32
     assert read_program(text, MESH, turns=50).flops == 50 * 2 * 64 * 64 * 32
+    # A sampler's loop has room for more steps than are taken.
+    text = text.replace(rest, LOOP)
+    assert read_program(text, MESH, turns=5).flops == 24 * 2 * 64 * 64 * 32
+    assert read_program(text, MESH, turns=5, room=24).flops == 5 * 2 * 64 * 64 * 32
 
 
 def test_asynchronous_collectives_count_once():
