@@ -290,7 +290,9 @@ def plan_experiment(
         fits, over = memory.peak <= limit, None
     work = Work(flops=executed / devices, bytes=hbm, moved=moved)
     times = step_times(work, topology, dict(laid.shape), devices_per_chip=devices // topology.chips)
-    training = experiment.autoencoder if part == "autoencoder" else experiment.denoiser
+    if steps is None:
+        training = experiment.autoencoder if part == "autoencoder" else experiment.denoiser
+        steps = 1 if part == "sampler" else int(getattr(training, "steps", 1))
     return Plan(
         experiment=experiment.name,
         part=part,
@@ -315,7 +317,7 @@ def plan_experiment(
         compile_seconds=0.0 if compiled is None else compiled.seconds,
         unknown_loops=0 if compiled is None or compiled.program is None else compiled.program.unknown_loops,
         device_peak=_measured(planned, laid, topology, fits) if measure else None,
-        steps=steps or (1 if part == "sampler" else getattr(training, "steps", 1)),
+        steps=steps,
         price=topology.chip.price if price is None else price,
     )
 
