@@ -16,6 +16,8 @@ from typing import Any
 from dit_video.errors import UserError
 
 _PACKAGE = "dit_video"
+_SHOWN = 8
+"""differences that are named"""
 
 
 def to_json(value: Any) -> Any:
@@ -74,16 +76,20 @@ def from_json(value: Any) -> Any:
 
 
 def difference(old: Any, new: Any, path: str = "") -> str:
-    """The first place where two JSON values differ, in words; empty where they are equal."""
-    return next(iter(differences(old, new, path)), "")
+    """The places where two JSON values differ, in words, of many the first few; empty where they are equal."""
+    found = _differences(old, new, path)
+    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return ", ".join(found[:_SHOWN]) + more
 
 
-def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """All places where two JSON values differ, in words."""
+def _differences(old: Any, new: Any, path: str) -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         names = (*old, *(name for name in new if name not in old))
-        inner = (differences(old.get(name), new.get(name), f"{path}.{name}" if path else name) for name in names)
+        inner = (_differences(old.get(name), new.get(name), f"{path}.{name}" if path else name) for name in names)
         return [found for each in inner for found in each]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = enumerate(zip(old, new, strict=True))
+        return [found for place, both in pairs for found in _differences(*both, f"{path}[{place}]")]
     return [] if old == new else [f"{path} is {old!r} there and {new!r} here"]
 
 

@@ -197,6 +197,11 @@ def test_the_same_config_continues_and_another_is_refused(tiny, copy):
     assert Run.create(copy, tiny.EXPERIMENT).experiment == tiny.EXPERIMENT
     with pytest.raises(UserError, match=r"another config \(seed is 0 there and 1 here\)"):
         Run.create(copy, dataclasses.replace(tiny.EXPERIMENT, seed=1))
+    (window,) = tiny.EXPERIMENT.autoencoder.windows
+    autoencoder = dataclasses.replace(tiny.EXPERIMENT.autoencoder, windows=(dataclasses.replace(window, batch=5),))
+    other = dataclasses.replace(tiny.EXPERIMENT, name="a", autoencoder=autoencoder)
+    with pytest.raises(UserError, match=r"\(name is 'tiny' there and 'a' here, .*windows\[0\].batch is 4 there and 5"):
+        Run.create(copy, other)
 
 
 def test_a_folder_with_other_files_is_refused_and_left_alone(tiny, tmp_path):

@@ -14,7 +14,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -183,7 +183,7 @@ class Checkpoints:
                 "use the version that wrote it"
             )
         wanted = {path: _placed(leaf) for path, leaf in trees.flatten(like).items()}
-        fields = [] if config is None else configs.differences(document["meta"].get("config"), config)
+        fields = "" if config is None else configs.difference(document["meta"].get("config"), config)
         _match(where, document["arrays"], wanted, fields)
         empty = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in wanted.items() if 0 in leaf.shape}
         args = ocp.args.StandardRestore(trees.unflatten({path: s for path, s in wanted.items() if path not in empty}))
@@ -291,7 +291,7 @@ def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _match(where: Path, given: Mapping[str, Any], wanted: Mapping[str, Any], fields: Sequence[str]) -> None:
+def _match(where: Path, given: Mapping[str, Any], wanted: Mapping[str, Any], fields: str) -> None:
     """Raise with the first difference between the arrays of a checkpoint and those of the state that is wanted.
 
     With the `fields` of the config that differ, where these are known.
@@ -306,7 +306,7 @@ def _match(where: Path, given: Mapping[str, Any], wanted: Mapping[str, Any], fie
             )
     if differences:
         more = f" (and {len(differences) - 1} more differences)" if len(differences) > 1 else ""
-        named = f"; of the config, {', '.join(fields)}" if fields else ""
+        named = f"; of the config, {fields}" if fields else ""
         raise UserError(
             f"checkpoint {where} is of another config: {differences[0]}{more}{named}; "
             "use the run's own config or another folder"
