@@ -179,6 +179,17 @@ class Whole:
     def __call__(self, kernel: Float[Array, "i o"]) -> Float[Array, "i o"]:
         return jax.lax.with_sharding_constraint(kernel, NamedSharding(self.mesh, self.spec))
 
+    def factors(
+        self, a: Float[Array, "i r"], b: Float[Array, "r o"]
+    ) -> tuple[Float[Array, "i r"], Float[Array, "r o"]]:
+        """Of an adapted kernel, to go with it: of a factor in parts the compiler makes all rows' outputs in parts."""
+        inputs, outputs = (*self.spec, None, None)[:2]
+        layouts = P(inputs, None), P(None, outputs)
+        return tuple(
+            jax.lax.with_sharding_constraint(factor, NamedSharding(self.mesh, spec))
+            for factor, spec in zip((a, b), layouts, strict=True)
+        )
+
 
 @dataclass(frozen=True)
 class ByHeads:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,18 @@ Init = Literal["xavier", "zero", "normal"]
 Fused = Callable[[Float[Array, "i o"], int], Float[Array, "i parts n"]]
 """Takes the weights of several maps in one apart, and says where they lie on devices; no value changes."""
 
-Placed = Callable[[Float[Array, "i o"]], Float[Array, "i o"]]
-"""Says where weights lie while they are used; no value changes."""
+
+@runtime_checkable
+class Placed(Protocol):
+    """Says where weights lie while they are used; no value changes."""
+
+    def __call__(self, kernel: Float[Array, "i o"]) -> Float[Array, "i o"]: ...
+
+    def factors(
+        self, a: Float[Array, "i r"], b: Float[Array, "r o"]
+    ) -> tuple[Float[Array, "i r"], Float[Array, "r o"]]:
+        """The same of an adapter's."""
+        ...
 
 
 def initial(init: Init, key: Array, shape: tuple[int, ...], *, fan: tuple[int, int]) -> Float[Array, "..."]:

@@ -13,7 +13,7 @@ Both can be applied again, with another adapter.
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 
 from dit_video.arrays import AnyArray
 from dit_video.errors import UserError
+from dit_video.nn.linear import Placed
 from dit_video.tree import closest, flatten, unflatten
 
 _SHOWN = 10
@@ -141,9 +142,9 @@ class LowRank:
     def astype(self, dtype: Any) -> "LowRank":
         return LowRank(self.kernel.astype(dtype), self.a.astype(dtype), self.b.astype(dtype))
 
-    def laid(self, placed: Callable[[Array], Array]) -> "LowRank":
-        """With the kernel, of which no gradient is asked, where `placed` says; the factors are small."""
-        return LowRank(placed(self.kernel), self.a, self.b)
+    def laid(self, placed: Placed) -> "LowRank":
+        """With the kernel, of which no gradient is asked, and the factors where `placed` says."""
+        return LowRank(placed(self.kernel), *placed.factors(self.a, self.b))
 
     def __rmatmul__(self, x: Array) -> Array:
         return x @ self.kernel + (x @ self.a) @ self.b
