@@ -66,3 +66,24 @@ def read_json(path: str | os.PathLike) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); fix or remove it") from error
+
+
+def read_document(path: str | os.PathLike, *, format: int, what: str, otherwise: str) -> dict[str, Any]:
+    """Read the JSON document that describes a folder, which must be of a format.
+
+    Args:
+      path: of the document, in the folder.
+      format: that its `format` must be.
+      what: the folder is, for the message.
+      otherwise: what to do with one of another format, for the message.
+
+    Raises:
+      MissingError: no file at `path`.
+      UserError: the file is not JSON, or no document of this format.
+    """
+    document = read_json(path)
+    found = document.get("format") if isinstance(document, dict) else None
+    if found != format:
+        folder = Path(path).parent
+        raise UserError(f"{folder} is a {what} of format {found}, this version reads {format}; {otherwise}")
+    return document

@@ -24,7 +24,7 @@ from dit_video.diffusion import Guidance
 from dit_video.diffusion import sampler as sampler_of
 from dit_video.dit import WanDitConfig
 from dit_video.errors import UserError
-from dit_video.files import atomic_path, read_json, write_json
+from dit_video.files import atomic_path, read_document, write_json
 from dit_video.generation import (
     Denoiser,
     LatentRequest,
@@ -357,10 +357,7 @@ def load_pipeline(folder: str | Path, *, text_encoder: str | Path | None = None)
       UserError: one of another version, whose weights are not those of its config, or whose text encoder is not frozen.
     """
     folder = Path(folder)
-    document = read_json(folder / CONFIG)
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        found = document.get("format") if isinstance(document, dict) else None
-        raise UserError(f"{folder} is a pipeline of format {found}, this version reads {FORMAT}; export it again")
+    document = read_document(folder / CONFIG, format=FORMAT, what="pipeline", otherwise="export it again")
     config = configs.from_json(document.get("config"))
     if not isinstance(config, PipelineConfig):
         raise UserError(f"{folder / CONFIG} holds no pipeline's config; export it again")

@@ -29,7 +29,7 @@ from dit_video.data.places import Address
 from dit_video.data.source import ClipSource
 from dit_video.errors import MissingError, UserError
 from dit_video.experiment import Experiment
-from dit_video.files import read_json, write_json
+from dit_video.files import read_document, write_json
 
 FORMAT = 1
 CONFIG = "experiment.json"
@@ -92,10 +92,7 @@ class RunFolder:
         folder = Path(folder)
         if not (folder / CONFIG).is_file():
             raise MissingError(f"no such run: {folder} has no {CONFIG}")
-        document = read_json(folder / CONFIG)
-        if not isinstance(document, dict) or document.get("format") != FORMAT:
-            found = document.get("format") if isinstance(document, dict) else None
-            raise UserError(f"{folder} is a run of format {found}, this version reads {FORMAT}; start it anew")
+        document = read_document(folder / CONFIG, format=FORMAT, what="run", otherwise="start it anew")
         experiment = configs.from_json(document.get("experiment"))
         if not isinstance(experiment, Experiment):
             raise UserError(f"{folder / CONFIG} holds no experiment; start the run anew in another folder")

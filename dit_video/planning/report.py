@@ -282,8 +282,8 @@ def plan_experiment(
         assert planned.known is not None
         compiled = None
         memory, work = estimate(planned.known, held(planned.arguments), planned.layer_bytes, dict(laid.shape))
-        executed, hbm = work.flops * devices * planned.turns, work.bytes * planned.turns
         turns = planned.turns
+        executed, hbm = work.flops * devices * turns, work.bytes * turns
         moved = tuple(
             dataclasses.replace(part, bytes=part.bytes * turns, times=part.times * turns) for part in work.moved
         )

@@ -15,7 +15,8 @@ from dit_video.planning.report import Plan, adapted, check_mesh, devices_of, pla
 from dit_video.planning.steps import Part, clips_of, on_mesh, plan_step
 
 _SLACK = 1.1
-"""How much more than a device's memory a candidate may be estimated at: estimates are 7 % off, the compiler decides."""
+"""How much more than a device's memory a candidate may be estimated at: where steps were compiled, too, estimates were
+at most 5 % too high."""
 _ROWS = (1, 2, 4, 8)
 _LIKE_OTHERS = ("dots", "dots_no_batch", "offload")
 """Policies that are not tried: one keeps scores of attention too, and the two others keep a little less than
