@@ -6,7 +6,7 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
-from dit_video.training.logging import read
+from dit_video.training.hooks.logging import read
 from dit_video.video import decode
 
 

@@ -171,8 +171,8 @@ def experiment(config: Any) -> Any:
 
 
 def prepare(folder: Path) -> None:
-    from dit_video.data import shapes
-    from dit_video.run import Run
+    from dit_video.data.synthetic import shapes
+    from dit_video.experiment.run import Run
 
     module = tiny()
     clips = shapes.write_folder(folder / "clips", count=module.COUNT, seed=0, sizes=module.SIZES)
@@ -185,8 +185,8 @@ def train(folder: Path) -> None:
     import numpy as np
     import orbax.checkpoint as ocp
 
-    from dit_video import tree as trees
-    from dit_video.run import Run
+    from dit_video.core import trees as trees
+    from dit_video.experiment.run import Run
 
     run = Run.open(folder / "run")
     print("begins", flush=True)

@@ -7,9 +7,9 @@ bound does not hold.
 import sys
 from pathlib import Path
 
-from dit_video import measure
-from dit_video.data import shapes
-from dit_video.evaluation.shapes import prompt_following
+from dit_video.data.synthetic import shapes
+from dit_video.evaluation import evaluate
+from dit_video.evaluation.metrics.prompt_following import prompt_following
 
 BOUNDS = {"colour": 0.95, "direction": 0.85, "shape": 0.60}
 LEAST_SPREAD = 0.80
@@ -18,7 +18,7 @@ LEAST_SPREAD = 0.80
 def main(runs: list[Path]) -> None:
     results, rates = [], {name: [] for name in BOUNDS}
     for run in runs:
-        of_run = measure.examine_samples(measure.read_samples(run / "samples"))
+        of_run = evaluate.examine_samples(evaluate.read_samples(run / "samples"))
         table = prompt_following(of_run)["all"]
         for name in BOUNDS:
             rates[name].append(table[name]["rate"])

@@ -3,11 +3,11 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from dit_video.xla_flags import set_xla_flags
+from dit_video.platform.xla_flags import set_xla_flags
 
 if TYPE_CHECKING:
-    from dit_video.loading import load
-    from dit_video.pipeline import Pipeline, Request
+    from dit_video.families.loading import load
+    from dit_video.pipelines.pipeline import Pipeline, Request
     from dit_video.video import Clip
 
 __version__ = "0.1.0"
@@ -17,9 +17,9 @@ set_xla_flags()
 
 _LAZY = {
     "Clip": "dit_video.video",
-    "Pipeline": "dit_video.pipeline",
-    "Request": "dit_video.pipeline",
-    "load": "dit_video.loading",
+    "Pipeline": "dit_video.pipelines.pipeline",
+    "Request": "dit_video.pipelines.pipeline",
+    "load": "dit_video.families.loading",
 }
 
 

@@ -15,7 +15,7 @@ WORKDIR/few_steps.json and the report say how teacher and student follow prompts
 the same command continues where it was.
 """
 
-from dit_video.huge_pages import use_huge_pages
+from dit_video.platform.huge_pages import use_huge_pages
 
 use_huge_pages(__name__)
 
@@ -27,19 +27,21 @@ from typing import Annotated, Any
 import tyro
 
 import dit_video
-from dit_video import configs, intake, measure
-from dit_video.compiled import keep_programs
-from dit_video.data import shapes
-from dit_video.data.places import Address
-from dit_video.distilling import ATTRIBUTES, Distilling, compare, distilling
-from dit_video.errors import UserError, script
-from dit_video.evaluation.kinds import ShapesEvaluation
-from dit_video.files import write_json
-from dit_video.pipeline import Pipeline
+from dit_video.core import config_json
+from dit_video.core.errors import UserError, script
+from dit_video.core.files import write_json
+from dit_video.core.storage import Address
+from dit_video.data.synthetic import shapes
+from dit_video.evaluation import evaluate
+from dit_video.evaluation.config import ShapesEvaluation
+from dit_video.experiment import datasets
+from dit_video.experiment.folder import CONFIG
+from dit_video.experiment.run import Run
+from dit_video.pipelines.pipeline import Pipeline
+from dit_video.platform.compilation_cache import keep_programs
+from dit_video.recipes.distill import ATTRIBUTES, Distilling, compare, distilling
 from dit_video.reports.run_report import report_run
-from dit_video.run import Run
-from dit_video.run_folder import CONFIG
-from dit_video.training.logging import Progress
+from dit_video.training.hooks.logging import Progress
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,13 @@ def main() -> None:
     experiment = distilling(arguments.teacher, arguments.options)
     judged = isinstance(experiment.evaluation, ShapesEvaluation)
     if arguments.data:
-        intake.check(arguments.data)  # before a run is made of it
+        datasets.check(arguments.data)  # before a run is made of it
     elif not judged and not (arguments.teacher / CONFIG).is_file():
         raise UserError(f"{arguments.teacher} is a pipeline without clips; name folders of them: --data CLIPS")
     run = Run.create(arguments.workdir, experiment)
     student = run.train(*(arguments.data or _own(arguments)))
     teacher = dit_video.load(arguments.teacher)
-    measured = measure.evaluate(student, run.folder, seed=experiment.seed, run=run)
+    measured = evaluate.evaluate(student, run.folder, seed=experiment.seed, run=run)
     if judged and arguments.seeds:
         measured.metrics["few_steps"] = _compared(arguments, teacher, student, run.folder)
     report_run(
@@ -86,7 +88,7 @@ def main() -> None:
         measured,
         title=f"{arguments.teacher.name}, in {experiment.sampling.steps} steps",
         source=run.folder,
-        config=configs.to_json(experiment),
+        config=config_json.to_json(experiment),
     )
     print(f"{(time.perf_counter() - began) / 60:.1f} minutes; look at {run.folder / 'report.html'}")
 
@@ -94,7 +96,7 @@ def main() -> None:
 def _own(arguments: Arguments) -> tuple[Address, ...]:
     """The clips of the teacher's run; rendered ones where it has none."""
     if (arguments.teacher / CONFIG).is_file():
-        return intake.sources(arguments.teacher / "data")
+        return datasets.sources(arguments.teacher / "data")
     folder, count, seed = arguments.workdir / "clips", arguments.clips, arguments.options.seed
     with Progress("rendering clips", count, unit="clip") as progress:
         shapes.write_folder(folder, count=count, seed=seed, progress=lambda done, _: progress.update(done))

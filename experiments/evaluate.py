@@ -4,7 +4,7 @@ python experiments/evaluate.py runs/quickstart
 python experiments/evaluate.py experiments/pretrained/shapes --out runs/pretrained --seed 7
 """
 
-from dit_video.huge_pages import use_huge_pages
+from dit_video.platform.huge_pages import use_huge_pages
 
 use_huge_pages(__name__)
 
@@ -14,12 +14,13 @@ from typing import Annotated
 import tyro
 
 import dit_video
-from dit_video import configs, measure
-from dit_video.compiled import keep_programs
-from dit_video.errors import UserError, script
+from dit_video.core import config_json
+from dit_video.core.errors import UserError, script
+from dit_video.evaluation import evaluate
+from dit_video.experiment.folder import CONFIG
+from dit_video.experiment.run import Run
+from dit_video.platform.compilation_cache import keep_programs
 from dit_video.reports.run_report import report_run
-from dit_video.run import Run
-from dit_video.run_folder import CONFIG
 
 
 def main(
@@ -59,7 +60,7 @@ def main(
     if trained is None and out is None:
         raise UserError(f"{run} is a pipeline without a run; say where the files go with --out")
     folder = run if out is None else out
-    measured = measure.evaluate(
+    measured = evaluate.evaluate(
         pipeline,
         folder,
         seed=seed,
@@ -76,7 +77,7 @@ def main(
         measured,
         title=f"Evaluation of {run.name}",
         source=run,
-        config=None if trained is None else configs.to_json(trained.experiment),
+        config=None if trained is None else config_json.to_json(trained.experiment),
     )
     for name, value in measured.metrics.get("prompt_following", {}).get("all", {}).items():
         print(f"{name}: {value['rate']:.1%} ({value['low']:.1%} to {value['high']:.1%}, {value['count']} samples)")

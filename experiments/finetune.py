@@ -22,7 +22,7 @@ Interrupted, the same command continues where it was. What this command does not
 `EXPERIMENT = finetuning(MODEL, FineTuning(...))`, for `train.py`.
 """
 
-from dit_video.huge_pages import use_huge_pages
+from dit_video.platform.huge_pages import use_huge_pages
 
 use_huge_pages(__name__)
 
@@ -38,12 +38,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from train import train
 
-from dit_video import intake
-from dit_video.compiled import keep_programs
-from dit_video.errors import UserError, script
-from dit_video.finetuning import FineTuning, finetuning
-from dit_video.results import ADAPTER, LORA, TRANSFORMERS
-from dit_video.run import Run
+from dit_video.core.errors import UserError, script
+from dit_video.experiment import datasets
+from dit_video.experiment.export import ADAPTER, LORA, TRANSFORMERS
+from dit_video.experiment.run import Run
+from dit_video.platform.compilation_cache import keep_programs
+from dit_video.recipes.finetune_wan import FineTuning, finetuning
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def main() -> None:
         keep_programs()
     if not arguments.data:
         raise UserError("--data names no folder; give one or more: --data CLIPS")
-    intake.check(arguments.data)  # before a run is made of it
+    datasets.check(arguments.data)  # before a run is made of it
     began = time.perf_counter()
     experiment = finetuning(arguments.model, arguments.options)
     run = Run.create(arguments.workdir or Path("runs") / experiment.name, experiment)

@@ -6,7 +6,7 @@ renders captioned clips, trains an autoencoder and a diffusion transformer on th
 samples and writes runs/quickstart/report.html. Interrupted, the same command continues where it was.
 """
 
-from dit_video.huge_pages import use_huge_pages
+from dit_video.platform.huge_pages import use_huge_pages
 
 use_huge_pages(__name__)
 
@@ -19,15 +19,16 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parent))
 
 from configs import quickstart
-from dit_video import configs, measure
-from dit_video.compiled import keep_programs
-from dit_video.data import shapes
-from dit_video.errors import script
-from dit_video.files import read_json, write_json
+from dit_video.core import config_json
+from dit_video.core.errors import script
+from dit_video.core.files import read_json, write_json
+from dit_video.data.synthetic import shapes
+from dit_video.evaluation import evaluate
+from dit_video.experiment.folder import CONFIG
+from dit_video.experiment.run import Run
+from dit_video.platform.compilation_cache import keep_programs
 from dit_video.reports.run_report import report_run
-from dit_video.run import Run
-from dit_video.run_folder import CONFIG
-from dit_video.training.logging import Progress
+from dit_video.training.hooks.logging import Progress
 
 
 def main(workdir: Path = Path("runs/quickstart"), seed: int = 0, brief: bool = False, cache: bool = True) -> None:
@@ -49,7 +50,7 @@ def main(workdir: Path = Path("runs/quickstart"), seed: int = 0, brief: bool = F
     with Progress("rendering clips", count, unit="clip") as progress:
         shapes.write_folder(workdir / "clips", count=count, seed=seed, progress=lambda done, _: progress.update(done))
     pipeline = run.train(workdir / "clips")
-    measured = measure.evaluate(pipeline, workdir, seed=seed, run=run)
+    measured = evaluate.evaluate(pipeline, workdir, seed=seed, run=run)
     minutes = _minutes(workdir, time.perf_counter() - began if anew else None)
     report_run(
         workdir / "report.html",
@@ -57,7 +58,7 @@ def main(workdir: Path = Path("runs/quickstart"), seed: int = 0, brief: bool = F
         measured,
         title="A text-to-video model, from nothing",
         source=workdir,
-        config=configs.to_json(experiment),
+        config=config_json.to_json(experiment),
         minutes=minutes,
     )
     _say(workdir, measured.metrics, minutes)

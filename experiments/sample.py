@@ -7,7 +7,7 @@ python experiments/sample.py RUN --prompts prompts.json --out samples/
 python experiments/sample.py Wan2.1-I2V-14B-480P-Diffusers --prompt "…" --image first.png --out clip.mp4
 """
 
-from dit_video.huge_pages import use_huge_pages
+from dit_video.platform.huge_pages import use_huge_pages
 
 use_huge_pages(__name__)
 
@@ -19,11 +19,11 @@ from typing import Annotated
 import tyro
 
 import dit_video
-from dit_video import measure
-from dit_video.compiled import keep_programs
-from dit_video.errors import UserError, script
+from dit_video.core.errors import UserError, script
+from dit_video.evaluation import evaluate
+from dit_video.platform.compilation_cache import keep_programs
 from dit_video.tokens import Grid
-from dit_video.training.logging import Progress
+from dit_video.training.hooks.logging import Progress
 from dit_video.video.decode import decode
 from dit_video.video.encode import FORMATS
 
@@ -80,7 +80,7 @@ def main(
     if prompts is not None:
         if any(given not in (None, "") for given in (size, seed, negative, image, last_image)):
             raise UserError("--size, --seed, --negative, --image and --last-image go with --prompt, not --prompts")
-        requests = measure.read_requests(prompts)
+        requests = evaluate.read_requests(prompts)
     elif out.suffix.lower().removeprefix(".") not in FORMATS:
         raise UserError(f"{out} has no suffix of a known format; use one of .{', .'.join(FORMATS)}")
     grid = None if size is None else parse_size(size)
@@ -88,7 +88,7 @@ def main(
     guided = pipeline.config.sampling.guided(scale=guidance, interval=interval, rescale=rescale, projected=projected)
     if prompts is not None:
         with Progress("sampling", len(requests), unit="clip") as progress:
-            measure.write_samples(
+            evaluate.write_samples(
                 pipeline, requests, out, progress=progress.update, steps=steps, guidance=guided, sampler=sampler
             )
         print(f"{len(requests)} clips in {out}")

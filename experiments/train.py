@@ -10,7 +10,7 @@ Started as several processes, on one host or many (see experiments/launch), it i
 stops when the autoencoder is trained and reports that; the same command without it goes on from there.
 """
 
-from dit_video.huge_pages import use_huge_pages
+from dit_video.platform.huge_pages import use_huge_pages
 
 use_huge_pages(__name__)
 
@@ -26,17 +26,18 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from dit_video import configs, intake, measure
-from dit_video.code_version import code_version
-from dit_video.compiled import keep_programs
-from dit_video.distributed.peers import Patience
+from dit_video.core import config_json
+from dit_video.core.errors import MissingError, Stopped, UserError, script
+from dit_video.distributed.heartbeat import Patience
 from dit_video.distributed.processes import first_goes_first, joined
-from dit_video.errors import MissingError, Stopped, UserError, script
-from dit_video.experiment import Experiment
+from dit_video.evaluation import evaluate
+from dit_video.experiment import Experiment, datasets
+from dit_video.experiment.run import Run
+from dit_video.platform.compilation_cache import keep_programs
+from dit_video.platform.provenance import code_version
 from dit_video.reports.run_report import report_autoencoder, report_run
-from dit_video.run import Run
 from dit_video.training.folder_lock import locked
-from dit_video.training.stopping import terminable
+from dit_video.training.preemption import terminable
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,9 @@ def main() -> None:
     workdir = arguments.workdir or Path("runs") / arguments.experiment.name
     if not arguments.data:
         raise UserError("--data names no folder; give one or more: --data CLIPS")
-    intake.check(arguments.data)  # before a run is made of it
+    datasets.check(arguments.data)  # before a run is made of it
     began = time.perf_counter()
-    config = configs.to_json(arguments.experiment)
+    config = config_json.to_json(arguments.experiment)
     Stopped.code = arguments.stopped_code
     with terminable(), joined(config, code=code_version(), patience=arguments.patience), locked(workdir):
         with first_goes_first():
@@ -108,7 +109,7 @@ def train_autoencoder(run: Run, data: Sequence[str], *, checkpoints: str | None 
     if jax.process_index() != 0:
         run.train_autoencoder()
         return {}
-    measured = measure.evaluate_autoencoder(run, run.folder)
+    measured = evaluate.evaluate_autoencoder(run, run.folder)
     report_autoencoder(run.folder / "report.html", run, measured)
     return measured.metrics
 
@@ -121,14 +122,14 @@ def train(
     pipeline = run.train(*data, latents=latents, checkpoints=checkpoints)
     if jax.process_index() != 0:  # one reports for all
         return {}
-    measured = measure.evaluate(pipeline, workdir, seed=experiment.seed, run=run)
+    measured = evaluate.evaluate(pipeline, workdir, seed=experiment.seed, run=run)
     report_run(
         workdir / "report.html",
         pipeline,
         measured,
         title=experiment.name,
         source=workdir,
-        config=configs.to_json(experiment),
+        config=config_json.to_json(experiment),
     )
     return measured.metrics
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import pytest
 
-from devices import HANG
+from support.devices import HANG
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -99,7 +99,7 @@ def tiny() -> ModuleType:
 @pytest.fixture(scope="session")
 def tiny_clips(tiny, tmp_path_factory) -> Path:
     """The folder of rendered clips that the tiny experiment is for. Read only."""
-    from dit_video.data import shapes
+    from dit_video.data.synthetic import shapes
 
     folder = tmp_path_factory.mktemp("tiny") / "clips"
     return shapes.write_folder(folder, count=tiny.COUNT, seed=0, sizes=tiny.SIZES)
@@ -108,7 +108,7 @@ def tiny_clips(tiny, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_run(tiny, tiny_clips, tmp_path_factory) -> Path:
     """The folder of a finished run. Read only: copy it to change it."""
-    from dit_video.run import Run
+    from dit_video.experiment.run import Run
 
     folder = tmp_path_factory.mktemp("tiny") / "run"
     quick = jax.config.read("jax_disable_most_optimizations")

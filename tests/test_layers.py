@@ -88,7 +88,7 @@ def imported(source: str, module: str, *, is_package: bool = False) -> Iterator[
 
 
 def room_of(module: str) -> str:
-    """`dit_video.data.plan` lies in `data`; what is no known room is the front door."""
+    """`dit_video.data.packing.plan` lies in `data`; what is no known room is the front door."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 and parts[1] in HEIGHT else FRONT_DOOR
 
@@ -160,16 +160,16 @@ def circle(edges: dict[str, set[str]]) -> set[str]:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("dit_video.dit.model", "from dit_video.training import step"),
-        ("dit_video.dit.model", "from dit_video import training"),
-        ("dit_video.dit.model", "import dit_video.autoencoder.vae"),
-        ("dit_video.dit.model", "def build():\n    from dit_video.text import encoder"),
-        ("dit_video.dit.model", "from ..text import encoder"),
-        ("dit_video.dit.model", "from dit_video import load"),
-        ("dit_video.dit.model", "import dit_video"),
+        ("dit_video.backbones.dit.model", "from dit_video.training import step"),
+        ("dit_video.backbones.dit.model", "from dit_video import training"),
+        ("dit_video.backbones.dit.model", "import dit_video.autoencoders.vae"),
+        ("dit_video.backbones.dit.model", "def build():\n    from dit_video.text import encoder"),
+        ("dit_video.backbones.dit.model", "from ..text import encoder"),
+        ("dit_video.backbones.dit.model", "from dit_video import load"),
+        ("dit_video.backbones.dit.model", "import dit_video"),
         ("dit_video.nn.linear", "from dit_video.tokens import Grid"),
-        ("dit_video.rng", "from dit_video.nn import linear"),
-        ("dit_video.video.clip", "from dit_video.data import source"),
+        ("dit_video.core.rng", "from dit_video.nn import linear"),
+        ("dit_video.video.clip", "from dit_video.data import clips as source"),
         ("dit_video.diffusion.objective", "from flax import nnx"),
         ("dit_video.diffusion.objective", "import flax.nnx as nnx"),
         ("dit_video.training.loop", "from dit_video.evaluation import psnr"),
@@ -183,14 +183,14 @@ def test_a_violation_is_found(module, source):
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("dit_video.data.source", "from dit_video.video import decode"),
-        ("dit_video.autoencoder.losses", "from dit_video.features import lpips"),
-        ("dit_video.autoencoder.losses", "from . import causal\nfrom .causal import Causal"),
-        ("dit_video.nn.linear", "from dit_video.arrays import AnyArray\nfrom flax import nnx"),
-        ("dit_video.files", "from dit_video.errors import UserError"),
-        ("dit_video.training.step", "from dit_video import rng, diffusion"),
-        ("dit_video.run", "from dit_video.experiment import Experiment"),
-        ("dit_video", "def load():\n    from dit_video.pipeline import load"),
+        ("dit_video.data.clips", "from dit_video.video import decode"),
+        ("dit_video.autoencoders.losses", "from dit_video.features import lpips"),
+        ("dit_video.autoencoders.losses", "from . import causal\nfrom .causal import Causal"),
+        ("dit_video.nn.linear", "from dit_video.core.typing import AnyArray\nfrom flax import nnx"),
+        ("dit_video.core.files", "from dit_video.core.errors import UserError"),
+        ("dit_video.training.step", "from dit_video.core import rng; from dit_video import diffusion"),
+        ("dit_video.experiment.run", "from dit_video.experiment import Experiment"),
+        ("dit_video", "def load():\n    from dit_video.pipelines.pipeline import load"),
     ],
 )
 def test_the_way_down_is_open(module, source):

@@ -30,7 +30,7 @@ the same weights, and attention beside torch's. A part whose packages are missin
 for that reason, models of about its size are measured, and `setting` is `built in`.
 """
 
-from dit_video.huge_pages import use_huge_pages
+from dit_video.platform.huge_pages import use_huge_pages
 
 use_huge_pages(__name__)
 
@@ -52,7 +52,7 @@ import dit_video
 from benchmarks import mfu, sampling
 from benchmarks.setting import Setting, chosen_setting
 from benchmarks.steps import Trained, measure_autoencoder, measure_denoiser
-from dit_video.errors import MissingError, UserError, script
+from dit_video.core.errors import MissingError, UserError, script
 from dit_video.nn import Backend
 
 PARTS = ("denoiser", "autoencoder", "data")

@@ -9,8 +9,8 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from dit_video import measure
-from dit_video.errors import UserError, script
+from dit_video.core.errors import UserError, script
+from dit_video.evaluation import evaluate
 from dit_video.video import Clip
 
 _GAP = 2
@@ -33,7 +33,7 @@ def main(
         frames: only samples of this length.
         scale: each pixel is drawn this many times along both axes.
     """
-    clips = [clip for entry, clip in measure.read_samples(samples) if entry["frames"] == frames]
+    clips = [clip for entry, clip in evaluate.read_samples(samples) if entry["frames"] == frames]
     if not clips:
         raise UserError(f"{samples} has no samples of {frames} frames; give --frames a length that it has")
     height, width = max(clip.height for clip in clips) + _GAP, max(clip.width for clip in clips) + _GAP

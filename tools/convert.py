@@ -16,14 +16,15 @@ import jax.numpy as jnp
 import tyro
 
 import dit_video
-from dit_video import configs
-from dit_video.errors import UserError, script
-from dit_video.files import read_json
-from dit_video.pipeline import CONFIG
-from dit_video.pipeline_config import PipelineConfig
-from dit_video.wan_pipeline import INDEX
-from dit_video.weights import load, save_autoencoder
-from dit_video.weights.convert import To, check_destination, convert, convert_lora, convert_own
+from dit_video.core import config_json
+from dit_video.core.errors import UserError, script
+from dit_video.core.files import read_json
+from dit_video.families import save_autoencoder
+from dit_video.families.convert import To, check_destination, convert, convert_lora, convert_own
+from dit_video.families.wan.pipeline import INDEX
+from dit_video.pipelines.config import PipelineConfig
+from dit_video.pipelines.pipeline import CONFIG
+from dit_video.weights import load
 
 
 def main(
@@ -63,7 +64,7 @@ def _pipeline(source: Path, destination: Path, to: To, dtype: jnp.dtype | None) 
     """A pipeline of ours, to folders of its denoisers and its autoencoder."""
     if to == "dit_video":
         raise UserError(f"{source} is a pipeline of ours already; tools/export.py writes it in another dtype")
-    config = configs.from_json(read_json(source / CONFIG).get("config"))
+    config = config_json.from_json(read_json(source / CONFIG).get("config"))
     if not isinstance(config, PipelineConfig):
         raise UserError(f"{source / CONFIG} holds no pipeline's config; export it again")
     check_destination(destination)

@@ -21,23 +21,30 @@ from typing import Annotated
 import jax
 import tyro
 
-from dit_video.data.latents import LatentSource, Storage
-from dit_video.data.places import place
+from dit_video.core.errors import UserError, script
+from dit_video.core.storage import place
+from dit_video.data.clips import ClipSource
+from dit_video.data.latents.cache import LatentSource, Storage
+from dit_video.data.latents.offline import (
+    Augmentations,
+    Encoding,
+    encode_latents,
+    finish_latents,
+    latent_identity,
+    plan_encoding,
+)
 from dit_video.data.sizes import SizeLimits
-from dit_video.data.source import ClipSource
-from dit_video.encoding import Augmentations, Encoding, encode_latents, finish_latents, latent_identity, plan_encoding
-from dit_video.errors import UserError, script
+from dit_video.encoders.image import ImageEncoder
+from dit_video.encoders.text import FrozenEncoder
 from dit_video.experiment import Data
-from dit_video.image_encoder import ImageEncoder
-from dit_video.intake import lies, taken
+from dit_video.experiment.datasets import lies, taken
+from dit_video.experiment.folder import CONFIG
+from dit_video.experiment.run import Run
 from dit_video.nn import param_shapes
-from dit_video.pipeline import load_pipeline
-from dit_video.run import Run
-from dit_video.run_folder import CONFIG
+from dit_video.pipelines.pipeline import load_pipeline
 from dit_video.text import FrozenTextConfig
-from dit_video.text_encoder import FrozenEncoder
 from dit_video.tokens import Grid
-from dit_video.training.logging import Progress
+from dit_video.training.hooks.logging import Progress
 from dit_video.weights import load as load_weights
 from dit_video.weights import load_embedder
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 import dit_video
-from dit_video.errors import script
+from dit_video.core.errors import script
 
 
 def main(

@@ -5,7 +5,7 @@
     python tools/ingest.py clips data --reencode.max-pixels 409920 --reencode.fps 24
 
 SOURCE is a folder of videos and images with captions beside them or in `metadata.csv`, a list of paths, WebDataset
-tars, UCF-101 or MSR-VTT: see `dit_video.data.ingest.listing`. What can't be used is set aside and listed, with the
+tars, UCF-101 or MSR-VTT: see `dit_video.data.ingest.formats`. What can't be used is set aside and listed, with the
 reason, in DESTINATION/report.json; DESTINATION/REPORT.html shows it. Files keep their bytes; with `--reencode` those
 that are over a limit are stored anew, smaller. Started again after a kill, the command continues. What failed for a
 reason that may pass (a file that could not be read, too little memory or time) is tried again by --retry.
@@ -18,10 +18,10 @@ from typing import Annotated
 
 import tyro
 
+from dit_video.core.errors import UserError, script
+from dit_video.core.storage import place
 from dit_video.data.ingest import REPORT, IngestConfig, IngestReport, ingest
-from dit_video.data.places import place
-from dit_video.errors import UserError, script
-from dit_video.intake import ingest_shown
+from dit_video.experiment.datasets import ingest_shown
 from dit_video.reports.ingest_report import PAGE, write_ingest_report
 
 Source = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
@@ -72,7 +72,7 @@ def _beam(options: str | None):
         raise UserError(
             "Apache Beam is not installed; pip install -e '.[beam]' into an environment of its own"
         ) from error
-    from dit_video.data.cluster import Beam
+    from dit_video.data.records.cluster import Beam
 
     said = io.StringIO()
     try:

@@ -26,11 +26,11 @@ if "JAX_PLATFORMS" not in os.environ and not any(Path("/dev").glob("nvidia[0-9]"
 sys.path.insert(0, str(Path(__file__).parent))
 
 from benchmarks.setting import changed, read_setting
+from dit_video.core.errors import UserError, script
+from dit_video.core.files import write_json
 from dit_video.distributed import AXES, MeshConfig
 from dit_video.distributed.planner import Topology
-from dit_video.errors import UserError, script
 from dit_video.experiment import Experiment
-from dit_video.files import write_json
 from dit_video.planning import plan_experiment, suggest
 
 

@@ -6,8 +6,8 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dit_video.arrays import AnyArray
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
+from dit_video.core.typing import AnyArray
 from dit_video.tokens import segment_max, to_tokens
 
 

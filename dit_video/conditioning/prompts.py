@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Shaped
 
-from dit_video.arrays import AnyArray
+from dit_video.core.typing import AnyArray
 from dit_video.tokens import positions, to_tokens
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
 
 _SPEED = 2.5
 """Standard deviation of a blob's speed along each axis, in pixels a frame."""

@@ -17,15 +17,15 @@ import absl.flags
 import grain
 import numpy as np
 
-from dit_video.data.balance import Balance, Cost
-from dit_video.data.latents import LatentSource
-from dit_video.data.mixture import Mixture
+from dit_video.core.errors import UserError
+from dit_video.data.captions import Texts
+from dit_video.data.clips import ClipSource
+from dit_video.data.latents.cache import LatentSource
+from dit_video.data.packing.balance import Balance, Cost
+from dit_video.data.packing.mixture import Mixture
+from dit_video.data.packing.rows import ClipRow, ClipRows, Encode, LatentRows, Layout, encoded_row, latent_grids
 from dit_video.data.prefetch import ENDLESS, prefetch
-from dit_video.data.rows import ClipRow, ClipRows, Encode, LatentRows, Layout, encoded_row, latent_grids
 from dit_video.data.sizes import SizeLimits, fit
-from dit_video.data.source import ClipSource
-from dit_video.data.texts import Texts
-from dit_video.errors import UserError
 from dit_video.tokens import Grid, Rows, RowShape, token_grid
 
 CACHE_BYTES = 1 << 30

@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass, replace
 
-from dit_video.data.source import ClipInfo, ClipSource
-from dit_video.errors import DecodeError, UserError
+from dit_video.core.errors import DecodeError, UserError
+from dit_video.data.clips import ClipInfo, ClipSource
 from dit_video.tokens import Grid
 from dit_video.video import TOLERANCE, Clip, decode
 

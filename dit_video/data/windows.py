@@ -14,13 +14,13 @@ import grain
 import numpy as np
 from jaxtyping import UInt8
 
-from dit_video import rng
+from dit_video.core import rng
+from dit_video.core.errors import DecodeError, UserError
 from dit_video.data.augmentation import Augmentation, changed, composite
+from dit_video.data.clips import ClipSource
+from dit_video.data.packing.rows import set_aside
 from dit_video.data.prefetch import ENDLESS
-from dit_video.data.rows import set_aside
 from dit_video.data.sizes import SizeLimits, fit, read_fitted, sampled_frames
-from dit_video.data.source import ClipSource
-from dit_video.errors import DecodeError, UserError
 from dit_video.tokens import Grid
 
 CACHE_BYTES = 2 << 30

@@ -34,13 +34,9 @@ second way is `dpm_solver`'s, and a step of DDPM its first order.
 $q(x_t \mid x_s)\,q(x_s \mid x_0)$ are (`Process.posterior`); drawn at $x_0 = \hat x_0$ it is a step of DDPM.
 """
 
-from dit_video.diffusion.ancestral import Ddim, Ddpm, Lcm
 from dit_video.diffusion.consistency import consistency_function, consistency_loss, flow_step, multistep
-from dit_video.diffusion.distribution_matching import distance, matching_gradient, matching_loss
-from dit_video.diffusion.dpm_solver import DpmMultistep, DpmSinglestep
-from dit_video.diffusion.edm import Edm
-from dit_video.diffusion.flow import RectifiedFlow
-from dit_video.diffusion.grids import Even, Exponential, Given, Karras, Shifted, TimeGrid, time_grid
+from dit_video.diffusion.diffusers_schedules import DpmFlowGrid, FlowMatchGrid, LcmGrid, StepGrid, UniPcGrid
+from dit_video.diffusion.dmd import distance, matching_gradient, matching_loss
 from dit_video.diffusion.guidance import (
     Branches,
     Guidance,
@@ -52,9 +48,9 @@ from dit_video.diffusion.guidance import (
     guided,
     mean_of_each,
 )
-from dit_video.diffusion.inversion import Inversion, invert
 from dit_video.diffusion.learned_variance import LearnedVariance
 from dit_video.diffusion.likelihood import Divergence, Exact, Hutchinson, Likelihood, log_likelihood
+from dit_video.diffusion.loss_weights import AsPredicted, EdmWeight, MinSnr, SigmoidWeight, Weighting
 from dit_video.diffusion.objective import FlowMatching, Objective
 from dit_video.diffusion.predictions import (
     X0,
@@ -67,18 +63,22 @@ from dit_video.diffusion.predictions import (
     Velocity,
     estimator,
 )
-from dit_video.diffusion.process import Estimate, Normal, Process
-from dit_video.diffusion.remembering import Remembering, RememberingState
+from dit_video.diffusion.processes.edm import Edm
+from dit_video.diffusion.processes.process import Estimate, Normal, Process
+from dit_video.diffusion.processes.rectified_flow import RectifiedFlow
+from dit_video.diffusion.processes.variance_preserving import Betas, Cosine, Linear, ScaledLinear, VariancePreserving
 from dit_video.diffusion.sample_times import SampleTimes
-from dit_video.diffusion.samplers import SAMPLERS, Draw, Sampler, advance, draws, sample, sampler, trace
-from dit_video.diffusion.scheduler_grids import DpmFlowGrid, FlowMatchGrid, LcmGrid, StepGrid, UniPcGrid
+from dit_video.diffusion.samplers.ancestral import Ddim, Ddpm, Lcm
+from dit_video.diffusion.samplers.dpm_solver import DpmMultistep, DpmSinglestep
+from dit_video.diffusion.samplers.inversion import Inversion, invert
+from dit_video.diffusion.samplers.momentum import Remembering, RememberingState
+from dit_video.diffusion.samplers.sampler import SAMPLERS, Draw, Sampler, advance, draws, sample, sampler, trace
+from dit_video.diffusion.samplers.solvers import Euler, Heun, Interval, Solver
+from dit_video.diffusion.samplers.traced import Trace, Watched, WatchedState
+from dit_video.diffusion.samplers.unipc import UniPc
 from dit_video.diffusion.shift import ClipSize, ExponentialShift, LinearShift, SizeShift
-from dit_video.diffusion.solvers import Euler, Heun, Interval, Solver
-from dit_video.diffusion.times import LogitNormal, LogNormalSigma, Mode, Times, Uniform, low_discrepancy
-from dit_video.diffusion.unipc import UniPc
-from dit_video.diffusion.variance_preserving import Betas, Cosine, Linear, ScaledLinear, VariancePreserving
-from dit_video.diffusion.watched import Trace, Watched, WatchedState
-from dit_video.diffusion.weighting import AsPredicted, EdmWeight, MinSnr, SigmoidWeight, Weighting
+from dit_video.diffusion.time_distributions import LogitNormal, LogNormalSigma, Mode, Times, Uniform, low_discrepancy
+from dit_video.diffusion.time_schedules import Even, Exponential, Given, Karras, Shifted, TimeGrid, time_grid
 
 __all__ = [
     "SAMPLERS",

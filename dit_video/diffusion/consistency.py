@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dit_video.core.errors import UserError
 from dit_video.diffusion.predictions import X0, Denoise, Estimator, Prediction, estimator
-from dit_video.diffusion.process import Process
-from dit_video.diffusion.samplers import Draw
-from dit_video.errors import UserError
+from dit_video.diffusion.processes.process import Process
+from dit_video.diffusion.samplers.sampler import Draw
 
 Consistency = Callable[[Float[Array, "*shape"], Float[Array, "*time"]], Float[Array, "*shape"]]
 """`f(noisy, time) -> data`"""

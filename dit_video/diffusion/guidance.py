@@ -25,10 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from dit_video.arrays import AnyArray
+from dit_video.core.errors import UserError
+from dit_video.core.typing import AnyArray
 from dit_video.diffusion.predictions import Denoise, Prediction, Velocity
-from dit_video.diffusion.process import LEAST_ALPHA, Process
-from dit_video.errors import UserError
+from dit_video.diffusion.processes.process import LEAST_ALPHA, Process
 
 Branches = Callable[[Float[Array, "*shape"], Float[Array, "*time"]], Sequence[Float[Array, "*shape"]]]
 """`branches(noisy, time)`: the predictions with all conditions, without the prompt, and (of three) without any."""

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dit_video.core.errors import UserError
 from dit_video.diffusion.predictions import Coefficients, Epsilon, Prediction
-from dit_video.diffusion.process import Estimate, Process
-from dit_video.errors import UserError
+from dit_video.diffusion.processes.process import Estimate, Process
 
 
 class _Step(NamedTuple):

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 from jax.scipy.stats import norm
 from jaxtyping import Array, Float, Key
 
+from dit_video.core.errors import UserError
 from dit_video.diffusion.predictions import Denoise, Prediction, Velocity, estimator
-from dit_video.diffusion.process import Process
-from dit_video.errors import UserError
+from dit_video.diffusion.processes.process import Process
 
 
 class Likelihood(NamedTuple):

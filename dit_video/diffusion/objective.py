@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from dit_video.diffusion.flow import RectifiedFlow
+from dit_video.diffusion.loss_weights import AsPredicted, Weighting
 from dit_video.diffusion.predictions import Denoise, Prediction, Velocity
-from dit_video.diffusion.process import Process
+from dit_video.diffusion.processes.process import Process
+from dit_video.diffusion.processes.rectified_flow import RectifiedFlow
 from dit_video.diffusion.shift import ClipSize
-from dit_video.diffusion.times import LogitNormal, Times, Uniform
-from dit_video.diffusion.weighting import AsPredicted, Weighting
+from dit_video.diffusion.time_distributions import LogitNormal, Times, Uniform
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dit_video.diffusion.edm import Edm
-from dit_video.diffusion.process import LEAST_ALPHA, Estimate, Process
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
+from dit_video.diffusion.processes.edm import Edm
+from dit_video.diffusion.processes.process import LEAST_ALPHA, Estimate, Process
 
 Denoise = Callable[[Float[Array, "*shape"], Float[Array, "*time"]], Float[Array, "*shape"]]
 """`denoise(noisy, time) -> prediction`: all that diffusion knows of a model."""

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
 
 
 class SampleTimes(NamedTuple):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Num
 
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
 
 Number = int | float | Num[Array, "*shape"]
 

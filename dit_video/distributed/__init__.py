@@ -1,10 +1,10 @@
 """Many devices: the mesh, path rules that lay arrays out on it, and attention over it."""
 
 from dit_video.distributed.checks import check_denoiser
-from dit_video.distributed.context import OverDevices, over_devices
+from dit_video.distributed.context_parallel import OverDevices, over_devices
 from dit_video.distributed.mesh import AXES, ContextAttention, MeshConfig, Slices, make_mesh
 from dit_video.distributed.ring import Ring
-from dit_video.distributed.rules import (
+from dit_video.distributed.sharding_rules import (
     DEFAULT_RULES,
     RowPart,
     ShardingRules,

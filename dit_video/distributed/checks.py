@@ -1,10 +1,11 @@
 """Whether a model and its batches fit a mesh: asked before anything is computed."""
 
-from dit_video.distributed.context import check_ring, check_ulysses
+from dit_video.backbones.dit import DitConfig
+from dit_video.backbones.wan import WanDitConfig
+from dit_video.core.errors import UserError
+from dit_video.distributed.context_parallel import check_ring, check_ulysses
 from dit_video.distributed.mesh import AnyMesh, ContextAttention
-from dit_video.distributed.rules import row_shards
-from dit_video.dit import DitConfig, WanDitConfig
-from dit_video.errors import UserError
+from dit_video.distributed.sharding_rules import row_shards
 
 
 def check_denoiser(

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
 
 AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 """A mesh of devices, or the sizes of one whose devices are not there"""

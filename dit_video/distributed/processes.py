@@ -24,9 +24,9 @@ from typing import Any
 
 import jax
 
-from dit_video.distributed.peers import Patience, Peers
+from dit_video.core.errors import TRY_AGAIN, UserError
+from dit_video.distributed.heartbeat import Patience, Peers
 from dit_video.distributed.store import Store
-from dit_video.errors import TRY_AGAIN, UserError
 
 _SPARE = 60
 """seconds by which JAX waits longer than we do"""

@@ -19,8 +19,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dit_video.nn.attention import Bias, Full, Pattern, RelativeBias, Tokens
-from dit_video.nn.attention.chunked import NOTHING, attend_part, part_gradients
-from dit_video.nn.attention.interface import Keys, Queries, named
+from dit_video.nn.attention.api import Keys, Queries, named
+from dit_video.nn.attention.backends.chunked import NOTHING, attend_part, part_gradients
 
 _MOST = int(np.iinfo(np.int32).max)
 

@@ -1,7 +1,7 @@
 """The config of a run: frozen, complete, and checked across its parts."""
 
 from dit_video.experiment.config import Experiment
-from dit_video.experiment.trainings import (
+from dit_video.experiment.training_config import (
     AutoencoderTraining,
     Data,
     DenoiserTraining,

@@ -6,25 +6,24 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from dit_video.autoencoder import (
-    latent_grid,
-)
+from dit_video.autoencoders import latent_grid
+from dit_video.backbones.dit import DitConfig
+from dit_video.backbones.given_frames import check_given_frames
+from dit_video.backbones.wan import WanDitConfig
+from dit_video.core.errors import UserError
 from dit_video.data.sizes import SizeLimits
 from dit_video.diffusion import LearnedVariance
 from dit_video.distributed import MeshConfig
-from dit_video.dit import DitConfig, WanDitConfig
-from dit_video.errors import UserError
-from dit_video.evaluation.kinds import CaptionEvaluation, Evaluation
-from dit_video.experiment.trainings import AutoencoderTraining, Data, DenoiserTraining, GivenAutoencoder, Stage
+from dit_video.evaluation.config import CaptionEvaluation, Evaluation
+from dit_video.experiment.training_config import AutoencoderTraining, Data, DenoiserTraining, GivenAutoencoder, Stage
 from dit_video.features.lpips import SMALLEST as LPIPS_SMALLEST
 from dit_video.generation import Sampling
-from dit_video.given_frames import check_given_frames
-from dit_video.pipeline_config import check_classes
+from dit_video.pipelines.config import check_classes
 from dit_video.text import ByteEncoderConfig
 from dit_video.tokens import Grid
-from dit_video.training.keeping import Keep
-from dit_video.training.monitoring import Monitoring
-from dit_video.training.optimizer import OptimizerConfig, learning_rates
+from dit_video.training.checkpoint_policy import Keep
+from dit_video.training.hooks.writers import Monitoring
+from dit_video.training.optim.optimizer import OptimizerConfig, learning_rates
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
 from dit_video.nn import CausalConv
 
 STAGES = (2, 2, 3, 3, 3)

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from dit_video.arrays import AnyArray
+from dit_video.backbones.dit import Given
+from dit_video.core.typing import AnyArray
 from dit_video.diffusion import Process
-from dit_video.dit import Given
 from dit_video.tokens import Grid, RowShape, patchify
 
 

@@ -8,18 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from dit_video.diffusion import (
-    Branches,
-    Denoise,
-    Prediction,
-    Process,
-    Watched,
-    advance,
-    apart,
-    batched,
-    guided,
-)
-from dit_video.dit import packed_denoise
+from dit_video.backbones.denoise import packed_denoise
+from dit_video.diffusion import Branches, Denoise, Prediction, Process, Watched, advance, apart, batched, guided
 from dit_video.generation.given import GivenRows
 from dit_video.generation.rows import Batch
 from dit_video.tokens import Rows, packed_noise, segment_mean, to_tokens

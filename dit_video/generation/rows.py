@@ -12,10 +12,10 @@ import jax
 import numpy as np
 from jaxtyping import Float32, Int32, UInt32
 
-from dit_video.arrays import AnyArray
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
+from dit_video.core.rng import key
+from dit_video.core.typing import AnyArray
 from dit_video.generation.given import GivenClip, GivenRows, given_rows
-from dit_video.rng import key
 from dit_video.text import TextTokens
 from dit_video.tokens import Grid, Item, Rows, RowShape, coordinates, empty_row, pack, patchify, token_grid
 

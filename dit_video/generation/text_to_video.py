@@ -18,6 +18,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float32
 
+from dit_video.core.errors import UserError
+from dit_video.core.rng import key
 from dit_video.diffusion import (
     ClipSize,
     Euler,
@@ -35,10 +37,8 @@ from dit_video.diffusion import (
     Watched,
     WatchedState,
 )
-from dit_video.errors import UserError
 from dit_video.generation.program import program_of, steps_of_program
 from dit_video.generation.rows import Batch, Group, LatentRequest, Need, Packer, plan
-from dit_video.rng import key
 from dit_video.text import Tokenizer
 from dit_video.tokens import Grid, RowShape, token_grid, unpack, unpatchify
 

@@ -7,8 +7,8 @@ import jax
 from flax import nnx
 from jaxtyping import Array
 
-from dit_video.errors import UserError
-from dit_video.tree import flatten, map_with_path
+from dit_video.core.errors import UserError
+from dit_video.core.trees import flatten, map_with_path
 
 Make = Callable[[nnx.Rngs], nnx.Module]
 

@@ -15,9 +15,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from dit_video.nn.columns import LIMIT, columns, frame_bytes
+from dit_video.nn.cpu.im2col import LIMIT, columns, frame_bytes
+from dit_video.nn.cpu.winograd import winograd
 from dit_video.nn.linear import Init, initial
-from dit_video.nn.winograd import winograd
 
 Past = Literal["first", "zero"]
 """What lies before a clip: its first frame, again and again, or zeros."""

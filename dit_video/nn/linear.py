@@ -10,7 +10,7 @@ from flax import nnx
 from jax.custom_derivatives import linear_call
 from jaxtyping import Array, Float
 
-from dit_video.arrays import AnyArray
+from dit_video.core.typing import AnyArray
 
 Init = Literal["xavier", "zero", "normal"]
 

@@ -22,10 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dit_video.arrays import AnyArray
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
+from dit_video.core.trees import closest, flatten, unflatten
+from dit_video.core.typing import AnyArray
 from dit_video.nn.linear import Placed
-from dit_video.tree import closest, flatten, unflatten
 
 _SHOWN = 10
 

@@ -8,7 +8,7 @@ from einops import rearrange, repeat
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
 
 
 def layer_norm(x: Float[Array, "*batch D"], *, eps: float = 1e-6) -> Float[Array, "*batch D"]:

@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, PyTree
 
-from dit_video.nn.attention.interface import RESULTS
+from dit_video.nn.attention.api import RESULTS
 
 Remat = Literal["none", "full", "attention", "dots", "dots_no_batch", "dots_attention", "offload"]
 """What of a layer is kept for the backward pass, the rest being computed again: all of it (`none`: nothing is computed

@@ -8,6 +8,9 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
+from dit_video.core.errors import UserError
+from dit_video.core.trees import flatten
+from dit_video.core.trees import size as count
 from dit_video.distributed import MeshConfig, check_denoiser, make_mesh
 from dit_video.distributed.mesh import AnyMesh, abstract_mesh
 from dit_video.distributed.planner import (
@@ -26,11 +29,8 @@ from dit_video.distributed.planner import (
     moved_over,
     step_times,
 )
-from dit_video.errors import UserError
 from dit_video.experiment import Experiment
 from dit_video.planning.steps import Part, PlannedStep, clips_of, plan_step
-from dit_video.tree import flatten
-from dit_video.tree import size as count
 
 _ANALYTIC = "analytic: counted, not compiled"
 _ATTENTION_BACKENDS = {"tpu": "splash", "gpu": "chunked"}

@@ -14,30 +14,30 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
-from dit_video.autoencoder import latent_grid
+from dit_video.autoencoders import latent_grid
+from dit_video.backbones.flops import attention_flops, forward_flops, training_passes
+from dit_video.core.errors import UserError
+from dit_video.core.trees import flatten, map_with_path
 from dit_video.data.windows import WindowConfig
 from dit_video.diffusion import SampleTimes, Watched
 from dit_video.distributed import batch_shardings, over_devices, row_shards, shardings
 from dit_video.distributed.mesh import AnyMesh
 from dit_video.distributed.planner import Step
-from dit_video.dit.flops import attention_flops, forward_flops, training_passes
-from dit_video.errors import UserError
 from dit_video.experiment import DenoiserTraining, Experiment, GivenAutoencoder
+from dit_video.experiment.initialization import denoiser_loss, init_denoiser, loss_parts, optimizer_of
 from dit_video.generation import LatentRequest
 from dit_video.generation.program import program_of, steps_of_program
 from dit_video.generation.rows import Group, Packer
 from dit_video.nn import graph_of, init_lora, init_params
 from dit_video.nn.attention import default_block
-from dit_video.starting import denoiser_loss, init_denoiser, loss_parts, optimizer_of
 from dit_video.text import ByteEncoderConfig, FrozenTextConfig
 from dit_video.tokens import Grid, Item, empty_row
-from dit_video.training.adversarial import play
-from dit_video.training.distillation import distillation_loss
-from dit_video.training.lora import LoraLoss
-from dit_video.training.optimizer import make_optimizer
+from dit_video.training.losses.adversarial import play
+from dit_video.training.losses.distillation import distillation_loss
+from dit_video.training.losses.lora import LoraLoss
+from dit_video.training.optim.optimizer import make_optimizer
 from dit_video.training.state import init_state, shapes_on_devices
 from dit_video.training.step import Loss, OwnStep, StatefulLoss, make_step
-from dit_video.tree import flatten, map_with_path
 from dit_video.weights import clip_vision_config
 
 Part = Literal["denoiser", "autoencoder", "sampler"]

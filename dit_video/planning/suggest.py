@@ -5,10 +5,10 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, get_args
 
+from dit_video.core.errors import UserError
 from dit_video.distributed import AXES, MeshConfig, row_shards
 from dit_video.distributed.mesh import abstract_mesh
 from dit_video.distributed.planner import Topology, estimate, held, step_times
-from dit_video.errors import UserError
 from dit_video.experiment import Experiment
 from dit_video.nn import Remat
 from dit_video.planning.report import Plan, adapted, check_mesh, devices_of, plan_experiment, with_dit

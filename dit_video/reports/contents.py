@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
 from dit_video.video import Clip
 
 

@@ -4,11 +4,11 @@ import importlib.resources
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from dit_video import rng
+from dit_video.core import rng
+from dit_video.core.errors import UserError
+from dit_video.core.storage import Address, Place, write_text
+from dit_video.data.clips import ClipInfo, ClipSource
 from dit_video.data.ingest import IngestReport
-from dit_video.data.places import Address, Place, write_text
-from dit_video.data.source import ClipInfo, ClipSource
-from dit_video.errors import UserError
 from dit_video.reports import clips
 from dit_video.reports.markup import Markup, element, join
 from dit_video.reports.tables import json_block, readable

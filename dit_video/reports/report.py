@@ -4,7 +4,7 @@ import importlib.resources
 import os
 from collections.abc import Iterator, Sequence
 
-from dit_video import files
+from dit_video.core import files
 from dit_video.reports import clips
 from dit_video.reports.charts import line_chart
 from dit_video.reports.contents import Chart, Command, Figure, Reconstruction, Report, Sample

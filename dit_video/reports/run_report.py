@@ -6,15 +6,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from dit_video import configs
-from dit_video.evaluation.kinds import ShapesEvaluation
-from dit_video.evaluation.shapes import Result, score
-from dit_video.measure import Measured
-from dit_video.pipeline import Pipeline
+from dit_video.core import config_json
+from dit_video.evaluation.config import ShapesEvaluation
+from dit_video.evaluation.evaluate import Measured
+from dit_video.evaluation.metrics.prompt_following import Result, score
+from dit_video.experiment.run import Run
+from dit_video.pipelines.pipeline import Pipeline
 from dit_video.reports.contents import Chart, Command, Curve, Figure, Reconstruction, Report, Sample
 from dit_video.reports.report import write_report
-from dit_video.run import Run
-from dit_video.training.logging import read
+from dit_video.training.hooks.logging import read
 
 _SHOWN = 12
 """Reconstructions on the page; the figures are of all."""
@@ -55,7 +55,7 @@ def report_run(
         reconstructions=_reconstructions(measured),
         charts=_charts(source),
         metrics=measured.metrics,
-        config=configs.to_json(pipeline.config) if config is None else config,
+        config=config_json.to_json(pipeline.config) if config is None else config,
         commands=_commands(pipeline, source),
     )
     write_report(path, report)
@@ -72,7 +72,7 @@ def report_autoencoder(path: str | Path, run: Run, measured: Measured) -> None:
         reconstructions=_reconstructions(measured),
         charts=_charts(run.folder),
         metrics=measured.metrics,
-        config=configs.to_json(experiment),
+        config=config_json.to_json(experiment),
     )
     write_report(path, report)
 

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
 from dit_video.nn import LayerNorm, Linear, Tokens, apply_stack, gelu, make_attention, make_stack, sinusoidal
 from dit_video.text.interface import Context, Tokenizer
 from dit_video.tokens import positions

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32
 
-from dit_video.files import atomic_path
+from dit_video.core.files import atomic_path
 
 
 class MemoryCache:

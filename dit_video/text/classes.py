@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int, Int32
 
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
 from dit_video.text.interface import Context, Tokenizer
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float32, Int32
 
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
 from dit_video.nn import graph_of
 from dit_video.text.cache import FolderCache, MemoryCache
 from dit_video.text.tokenizer import PretrainedTokenizer

@@ -6,7 +6,7 @@ from typing import Literal
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
 from dit_video.text.interface import Context
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
 from dit_video.nn import Linear, RmsNorm, apply_stack, gelu, make_stack
 from dit_video.text.interface import Context
 

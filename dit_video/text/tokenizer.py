@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int32
 
-from dit_video.errors import MissingError, UserError
+from dit_video.core.errors import MissingError, UserError
 
 _FILES = (("tokenizer.json",), ("spiece.model",), ("vocab.json", "merges.txt"))
 """that hold the vocabulary: one of these, or both of the last (CLIP's)"""

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Shaped, UInt32
 
-from dit_video.arrays import AnyArray
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
+from dit_video.core.typing import AnyArray
 
 
 @dataclass(frozen=True, kw_only=True)

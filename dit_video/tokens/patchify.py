@@ -5,8 +5,8 @@ from typing import NamedTuple
 from einops import rearrange
 from jaxtyping import Float
 
-from dit_video.arrays import SameArray
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
+from dit_video.core.typing import SameArray
 
 
 class Grid(NamedTuple):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

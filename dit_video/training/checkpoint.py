@@ -25,11 +25,11 @@ from etils import epath
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, UInt32
 
-from dit_video import configs
-from dit_video import tree as trees
-from dit_video.code_version import code_version
-from dit_video.errors import MissingError, UserError
-from dit_video.training.keeping import Keep, Preservation
+from dit_video.core import config_json
+from dit_video.core import trees as trees
+from dit_video.core.errors import MissingError, UserError
+from dit_video.platform.provenance import code_version
+from dit_video.training.checkpoint_policy import Keep, Preservation
 
 FORMAT = 1
 
@@ -183,7 +183,7 @@ class Checkpoints:
                 "use the version that wrote it"
             )
         wanted = {path: _placed(leaf) for path, leaf in trees.flatten(like).items()}
-        fields = "" if config is None else configs.difference(document["meta"].get("config"), config)
+        fields = "" if config is None else config_json.difference(document["meta"].get("config"), config)
         _match(where, document["arrays"], wanted, fields)
         empty = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in wanted.items() if 0 in leaf.shape}
         args = ocp.args.StandardRestore(trees.unflatten({path: s for path, s in wanted.items() if path not in empty}))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
 
 LOCK = ".lock"
 

@@ -26,15 +26,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from dit_video import tree as trees
-from dit_video.errors import Stopped, UserError
+from dit_video.core import trees as trees
+from dit_video.core.errors import Stopped, UserError
 from dit_video.training.checkpoint import Checkpoints
-from dit_video.training.interval import Identify, Interval, NotFinite, TooManySkipped
-from dit_video.training.logging import Progress
-from dit_video.training.monitoring import Log
-from dit_video.training.skipped import SkippedLog
-from dit_video.training.stopping import signals
-from dit_video.training.trace import Profile, Tracer
+from dit_video.training.hooks.log_interval import Identify, Interval, NotFinite, TooManySkipped
+from dit_video.training.hooks.logging import Progress
+from dit_video.training.hooks.profiler import Profile, Tracer
+from dit_video.training.hooks.skipped_steps import SkippedLog
+from dit_video.training.hooks.writers import Log
+from dit_video.training.preemption import signals
 
 
 @dataclass(frozen=True, kw_only=True)

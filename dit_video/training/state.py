@@ -11,7 +11,7 @@ from flax.struct import dataclass
 from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree
 
-from dit_video.training.ema import Averages, copied
+from dit_video.training.optim.ema import Averages, copied
 
 
 @dataclass

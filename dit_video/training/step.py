@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from dit_video.training.ema import update_averages, update_ema
-from dit_video.training.optimizer import own_average
+from dit_video.training.optim.ema import update_averages, update_ema
+from dit_video.training.optim.optimizer import own_average
 from dit_video.training.state import TrainState, with_step
 
 

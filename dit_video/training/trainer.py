@@ -14,24 +14,24 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
+from dit_video.core.errors import UserError
 from dit_video.distributed import shard_batch, shardings
 from dit_video.distributed.planner.hardware import peak_flops
-from dit_video.errors import UserError
 from dit_video.training import loop
-from dit_video.training.adversarial import Rival, make_adversarial_step
-from dit_video.training.autoencoder import AutoencoderLoss
 from dit_video.training.checkpoint import Checkpoints
-from dit_video.training.ema import Averages
+from dit_video.training.checkpoint_policy import Keep
 from dit_video.training.folder_lock import locked
-from dit_video.training.keeping import Keep
-from dit_video.training.logging import MetricsLog
-from dit_video.training.meter import Meter
-from dit_video.training.monitoring import Log, Logs
-from dit_video.training.posthoc import Snapshots
-from dit_video.training.skipped import SkippedLog, examples_of
+from dit_video.training.hooks.logging import MetricsLog
+from dit_video.training.hooks.profiler import Profile
+from dit_video.training.hooks.skipped_steps import SkippedLog, examples_of
+from dit_video.training.hooks.throughput import Meter
+from dit_video.training.hooks.writers import Log, Logs
+from dit_video.training.losses.adversarial import Rival, make_adversarial_step
+from dit_video.training.losses.autoencoder import AutoencoderLoss
+from dit_video.training.optim.ema import Averages
+from dit_video.training.optim.posthoc_ema import Snapshots
 from dit_video.training.state import init_state, make_on_devices, shapes_on_devices
 from dit_video.training.step import Loss, OwnStep, StatefulLoss, Step, make_step
-from dit_video.training.trace import Profile
 
 
 @runtime_checkable

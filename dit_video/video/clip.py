@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from dit_video.errors import UserError
-from dit_video.files import atomic_path
+from dit_video.core.errors import UserError
+from dit_video.core.files import atomic_path
 from dit_video.video.encode import FORMATS, encode_frames
 
 DISPLAY_HEIGHT = 192
@@ -34,7 +34,7 @@ class Clip:
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
             raise UserError(
                 f"a clip's frames are uint8 [T H W 3] with at least one pixel, {frames.dtype} {list(frames.shape)} was "
-                "given; see dit_video.pixels.to_uint8"
+                "given; see dit_video.core.pixels.to_uint8"
             )
         if not 0 < self.fps < float("inf"):
             raise UserError(f"a clip's fps is a positive number, {self.fps} was given")

@@ -8,12 +8,12 @@ from pathlib import Path
 import av
 import numpy as np
 
-from dit_video.errors import DecodeError, UserError
+from dit_video.core.errors import DecodeError, UserError
 from dit_video.tokens import Grid
 from dit_video.video.clip import Clip
 from dit_video.video.interlaced import progressive
-from dit_video.video.picture import Pictures, shown_size
-from dit_video.video.reading import TOLERANCE, Timed, Video
+from dit_video.video.reader import TOLERANCE, Timed, Video
+from dit_video.video.to_rgb import Pictures, shown_size
 
 MAX_BYTES = 1 << 34
 """Of a clip's frames in memory: more is refused rather than left to the machine to end."""

@@ -10,7 +10,7 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from jaxtyping import UInt8
 
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
 
 if TYPE_CHECKING:
     from dit_video.video.clip import Clip

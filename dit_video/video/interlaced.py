@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import av
 
 from dit_video.video.filters import chain, shape_of
-from dit_video.video.reading import Timed, complaints
+from dit_video.video.reader import Timed, complaints
 
 
 def progressive(frames: Iterator[Timed], name: str) -> Iterator[Timed]:

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from dit_video.video.decode import sampled
 from dit_video.video.encode import Shown, encode_shown
 from dit_video.video.interlaced import progressive
-from dit_video.video.picture import Pictures
-from dit_video.video.reading import Timed, Video
+from dit_video.video.reader import Timed, Video
+from dit_video.video.to_rgb import Pictures
 
 
 def transcode(

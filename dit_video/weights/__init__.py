@@ -1,6 +1,5 @@
 """Weights as files: safetensors, never pickle."""
 
-from dit_video.weights.autoencoders import autoencoder_config, load_autoencoder, save_autoencoder
 from dit_video.weights.clip import (
     LoadedClip,
     clip_text_config,
@@ -11,7 +10,6 @@ from dit_video.weights.clip import (
     save_clip,
 )
 from dit_video.weights.clip_images import load_clip_images, save_clip_images
-from dit_video.weights.denoisers import denoiser_config, load_denoiser, save_denoiser
 from dit_video.weights.embedders import load_embedder, text_encoder_config
 from dit_video.weights.folders import TensorFolder
 from dit_video.weights.lora import Module, Modules, load_lora, numbered, own_modules, save_lora
@@ -19,7 +17,6 @@ from dit_video.weights.lpips import load_lpips, open_lpips
 from dit_video.weights.safetensors import load, load_metadata, save
 from dit_video.weights.scheduler import Schedule, load_scheduler
 from dit_video.weights.text_encoders import LoadedEncoder, load_text_encoder, save_text_encoder, t5_config
-from dit_video.weights.wan_transformer import wan_modules
 
 __all__ = [
     "LoadedClip",
@@ -28,17 +25,13 @@ __all__ = [
     "Modules",
     "Schedule",
     "TensorFolder",
-    "autoencoder_config",
     "clip_text_config",
     "clip_vision_config",
-    "denoiser_config",
     "load",
-    "load_autoencoder",
     "load_clip",
     "load_clip_images",
     "load_clip_text",
     "load_clip_vision",
-    "load_denoiser",
     "load_embedder",
     "load_lora",
     "load_lpips",
@@ -49,13 +42,10 @@ __all__ = [
     "open_lpips",
     "own_modules",
     "save",
-    "save_autoencoder",
     "save_clip",
     "save_clip_images",
-    "save_denoiser",
     "save_lora",
     "save_text_encoder",
     "t5_config",
     "text_encoder_config",
-    "wan_modules",
 ]

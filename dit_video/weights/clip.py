@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
+from dit_video.core.files import write_json
 from dit_video.features.clip import ACTIVATIONS, ClipConfig, ClipTextConfig, ClipTower, ClipVisionConfig
-from dit_video.files import write_json
 from dit_video.nn import param_shapes
-from dit_video.weights.exchange import read_encoder, write_foreign
 from dit_video.weights.folders import TensorFolder, model_folder, transformers_config
-from dit_video.weights.foreign import SHARD_BYTES, Foreign
+from dit_video.weights.io import read_encoder, write_foreign
+from dit_video.weights.tensor_mapping import SHARD_BYTES, Foreign
 
 _BOTH = "CLIPModel"
 _TEXT, _VISION = ("CLIPTextModel", "CLIPTextModelWithProjection"), ("CLIPVisionModel", "CLIPVisionModelWithProjection")

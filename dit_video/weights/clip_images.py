@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dit_video.errors import MissingError, UserError
+from dit_video.core.errors import MissingError, UserError
+from dit_video.core.files import read_json, write_json
 from dit_video.features.clip import ClipImages
-from dit_video.files import read_json, write_json
 
 _FILE, _WITH_TOKENIZER = "preprocessor_config.json", "processor_config.json"
 """of an image processor alone, and of one that was saved with a tokenizer"""

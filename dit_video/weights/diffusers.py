@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from dit_video.errors import UserError
-from dit_video.files import read_json, write_json
-from dit_video.weights.exchange import read_foreign, write_foreign
+from dit_video.core.errors import UserError
+from dit_video.core.files import read_json, write_json
 from dit_video.weights.folders import TensorFolder
-from dit_video.weights.foreign import SHARD_BYTES, Foreign, Names
+from dit_video.weights.io import read_foreign, write_foreign
+from dit_video.weights.tensor_mapping import SHARD_BYTES, Foreign, Names
 
 STEM = "diffusion_pytorch_model"
 PICTURE = "o i h w -> 1 h w i o"

@@ -5,8 +5,8 @@ import json
 import os
 from pathlib import Path
 
-from dit_video.configs import to_json
-from dit_video.errors import MissingError, UserError
+from dit_video.core.config_json import to_json
+from dit_video.core.errors import MissingError, UserError
 from dit_video.features import ClipTextConfig
 from dit_video.text import TOKENIZER_FILES, Embedder, PretrainedTokenizer, T5Config, holds_tokenizer
 from dit_video.weights.clip import TEXT_KINDS, LoadedClip, clip_text_config, load_clip_text

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import safetensors
 
-from dit_video.errors import MissingError, UserError
-from dit_video.files import read_json
+from dit_video.core.errors import MissingError, UserError
+from dit_video.core.files import read_json
 from dit_video.weights.safetensors import NUMPY, corrupt, refuse, unread_dtype
 
 _SHOWN = 3

@@ -6,13 +6,13 @@ from typing import Any
 
 from flax import nnx
 
-from dit_video.errors import MissingError, UserError
+from dit_video.core.errors import MissingError, UserError
 from dit_video.features import Lpips
 from dit_video.features.lpips import STAGES
 from dit_video.nn import graph_of, param_shapes
-from dit_video.weights.exchange import read_foreign
-from dit_video.weights.foreign import Foreign
+from dit_video.weights.io import read_foreign
 from dit_video.weights.safetensors import refuse
+from dit_video.weights.tensor_mapping import Foreign
 
 COMMAND = (
     'python -c "import lpips, safetensors.torch as s; '

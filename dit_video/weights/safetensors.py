@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from dit_video import tree as trees
-from dit_video.errors import MissingError, UserError
-from dit_video.files import atomic_path
+from dit_video.core import trees as trees
+from dit_video.core.errors import MissingError, UserError
+from dit_video.core.files import atomic_path
 
 _DTYPES = {
     "float64": "F64",

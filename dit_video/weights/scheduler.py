@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from dit_video.core.errors import UserError
+from dit_video.core.files import read_json
 from dit_video.diffusion import (
     X0,
     Betas,
@@ -35,8 +37,6 @@ from dit_video.diffusion import (
     VariancePreserving,
     Velocity,
 )
-from dit_video.errors import UserError
-from dit_video.files import read_json
 
 CONFIG = "scheduler_config.json"
 

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dit_video import tree as trees
-from dit_video.errors import UserError
-from dit_video.files import write_json
+from dit_video.core import trees as trees
+from dit_video.core.errors import UserError
+from dit_video.core.files import write_json
 from dit_video.weights import safetensors as ours
 from dit_video.weights.folders import TensorFolder
-from dit_video.weights.foreign import SHARD_BYTES, Foreign, Names, their_shape
 from dit_video.weights.parameter import Parameter, Place, on_host
+from dit_video.weights.tensor_mapping import SHARD_BYTES, Foreign, Names, their_shape
 
 _ROWS_BYTES = 16_000_000
 """of a large tensor, in memory at once where it is taken as it is"""

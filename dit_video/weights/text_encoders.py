@@ -7,13 +7,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from dit_video.errors import UserError
-from dit_video.files import write_json
+from dit_video.core.errors import UserError
+from dit_video.core.files import write_json
 from dit_video.nn import param_shapes
 from dit_video.text import T5Config
-from dit_video.weights.exchange import read_encoder, write_foreign
 from dit_video.weights.folders import TensorFolder, model_folder, transformers_config
-from dit_video.weights.foreign import SHARD_BYTES, Foreign, Names
+from dit_video.weights.io import read_encoder, write_foreign
+from dit_video.weights.tensor_mapping import SHARD_BYTES, Foreign, Names
 
 _EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")
 """one tensor under two names: a file has either, or both"""

@@ -19,16 +19,16 @@ Measured on 17 real clips, four of other scenes held out, all at 17 frames of up
     mean                     31.6     34.1
 """
 
-from dit_video.autoencoder import AutoencoderObjective, PatchVaeConfig
+from dit_video.autoencoders import AutoencoderObjective, PatchVaeConfig
+from dit_video.backbones.dit import DitConfig
 from dit_video.data.augmentation import Augmentation
 from dit_video.data.windows import WindowConfig
 from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
-from dit_video.dit import DitConfig
 from dit_video.experiment import AutoencoderTraining, Data, DenoiserTraining, Experiment
 from dit_video.generation import Sampling
 from dit_video.text import ByteEncoderConfig
 from dit_video.tokens import Grid, RowShape
-from dit_video.training.optimizer import OptimizerConfig
+from dit_video.training.optim.optimizer import OptimizerConfig
 
 AUGMENT = Augmentation(turned=True, composites=0.35)
 

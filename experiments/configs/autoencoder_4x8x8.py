@@ -16,13 +16,13 @@ Of the shapes and XLA's count of the lowered step, for one clip of 17×256×256:
 200,000 steps are about 6×10^19 FLOP.
 """
 
-from dit_video.autoencoder import Adversarial, AutoencoderObjective, CausalVaeConfig, LeCam
+from dit_video.autoencoders import Adversarial, AutoencoderObjective, CausalVaeConfig, LeCam
+from dit_video.backbones.dit import DitConfig
 from dit_video.data.windows import WindowConfig
-from dit_video.dit import DitConfig
 from dit_video.experiment import AutoencoderTraining, Data, DenoiserTraining, Experiment
 from dit_video.text import ByteEncoderConfig
 from dit_video.tokens import Grid, RowShape
-from dit_video.training.optimizer import OptimizerConfig
+from dit_video.training.optim.optimizer import OptimizerConfig
 
 BATCH = 8
 

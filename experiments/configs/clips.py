@@ -8,16 +8,16 @@ reconstructed and reported. Frames of up to 96×128 pixels at 8 a second, clips 
 real scenes: this config shows that the whole chain runs on real input, and it is where to start from.
 """
 
-from dit_video.autoencoder import AutoencoderObjective, PatchVaeConfig
+from dit_video.autoencoders import AutoencoderObjective, PatchVaeConfig
+from dit_video.backbones.dit import DitConfig
 from dit_video.data.windows import WindowConfig
 from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
-from dit_video.dit import DitConfig
-from dit_video.evaluation.kinds import CaptionEvaluation
+from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.experiment import AutoencoderTraining, Data, DenoiserTraining, Experiment
 from dit_video.generation import Sampling
 from dit_video.text import ByteEncoderConfig
 from dit_video.tokens import Grid, RowShape
-from dit_video.training.optimizer import OptimizerConfig
+from dit_video.training.optim.optimizer import OptimizerConfig
 
 EXPERIMENT = Experiment(
     name="clips",

@@ -16,16 +16,16 @@ TFLOP, so about 37 GB (less in bfloat16, as below, on a GPU) and 17 TFLOP for a 
 eight devices of 80 GB. The denoiser, of 120 M parameters, is a start.
 """
 
-from dit_video.autoencoder import AutoencoderObjective, ImageLevels, ImageVaeConfig, InflatedConfig
+from dit_video.autoencoders import AutoencoderObjective, ImageLevels, ImageVaeConfig, InflatedConfig
+from dit_video.backbones.dit import DitConfig
 from dit_video.data.windows import WindowConfig
 from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
-from dit_video.dit import DitConfig
-from dit_video.evaluation.kinds import CaptionEvaluation
+from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.experiment import AutoencoderTraining, Data, DenoiserTraining, Experiment
 from dit_video.generation import Sampling
 from dit_video.text import ByteEncoderConfig
 from dit_video.tokens import Grid, RowShape
-from dit_video.training.optimizer import OptimizerConfig
+from dit_video.training.optim.optimizer import OptimizerConfig
 
 EXPERIMENT = Experiment(
     name="inflation",

@@ -14,17 +14,17 @@ TFLOP, an image of 256×256 less than half of a window. In bfloat16, as below, t
 The denoiser, of 120 M parameters, is a start.
 """
 
-from dit_video.autoencoder import Adversarial, AutoencoderObjective, CausalVaeConfig, CodebookConfig, VqConfig
+from dit_video.autoencoders import Adversarial, AutoencoderObjective, CausalVaeConfig, CodebookConfig, VqConfig
+from dit_video.backbones.dit import DitConfig
 from dit_video.data.windows import WindowConfig
 from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
-from dit_video.dit import DitConfig
-from dit_video.evaluation.kinds import CaptionEvaluation
+from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.experiment import AutoencoderTraining, Data, DenoiserTraining, Experiment
 from dit_video.generation import Sampling
 from dit_video.text import ByteEncoderConfig
 from dit_video.tokens import Grid, RowShape
-from dit_video.training.codebook import CodebookLearning
-from dit_video.training.optimizer import OptimizerConfig
+from dit_video.training.losses.codebook import CodebookLearning
+from dit_video.training.optim.optimizer import OptimizerConfig
 
 EXPERIMENT = Experiment(
     name="movq",

@@ -3,17 +3,17 @@
 python experiments/quickstart.py
 """
 
-from dit_video.autoencoder import AutoencoderObjective, PatchVaeConfig
-from dit_video.data import shapes
+from dit_video.autoencoders import AutoencoderObjective, PatchVaeConfig
+from dit_video.backbones.dit import DitConfig
+from dit_video.data.synthetic import shapes
 from dit_video.data.windows import WindowConfig
 from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
-from dit_video.dit import DitConfig
-from dit_video.evaluation.kinds import ShapesEvaluation
+from dit_video.evaluation.config import ShapesEvaluation
 from dit_video.experiment import AutoencoderTraining, Data, DenoiserTraining, Experiment
 from dit_video.generation import Sampling
 from dit_video.text import ByteEncoderConfig
 from dit_video.tokens import Grid, RowShape
-from dit_video.training.optimizer import OptimizerConfig
+from dit_video.training.optim.optimizer import OptimizerConfig
 
 CLIPS = 4000
 HELD_OUT = 24

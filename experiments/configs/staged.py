@@ -11,16 +11,16 @@ On 17 clips and two cores, beside other jobs, the autoencoder took five minutes 
 0.20, and what was learnt by heart is recognised at once.
 """
 
-from dit_video.autoencoder import AutoencoderObjective, PatchVaeConfig
+from dit_video.autoencoders import AutoencoderObjective, PatchVaeConfig
+from dit_video.backbones.dit import DitConfig
 from dit_video.data.windows import WindowConfig
 from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
-from dit_video.dit import DitConfig
-from dit_video.evaluation.kinds import CaptionEvaluation
+from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.experiment import AutoencoderTraining, Data, DenoiserTraining, Experiment, Stage
 from dit_video.generation import Sampling
 from dit_video.text import ByteEncoderConfig
 from dit_video.tokens import Grid, RowShape
-from dit_video.training.optimizer import OptimizerConfig
+from dit_video.training.optim.optimizer import OptimizerConfig
 
 
 def optimizer(learning_rate: float) -> OptimizerConfig:

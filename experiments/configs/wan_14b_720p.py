@@ -10,15 +10,15 @@ clip, or up to four that are shorter or smaller, and is divided among the device
 Not trained here; made for v5p:4x4x8 and v6e:16x16.
 """
 
-from dit_video.autoencoder import CausalVaeConfig
+from dit_video.autoencoders import CausalVaeConfig
+from dit_video.backbones.wan import WanDitConfig
 from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
 from dit_video.distributed import MeshConfig
-from dit_video.dit import WanDitConfig
 from dit_video.experiment import Data, DenoiserTraining, Experiment, GivenAutoencoder
 from dit_video.generation import Sampling
 from dit_video.text import FrozenTextConfig
 from dit_video.tokens import RowShape
-from dit_video.training.optimizer import OptimizerConfig
+from dit_video.training.optim.optimizer import OptimizerConfig
 
 WAN = "Wan2.1-T2V-14B-Diffusers"
 

@@ -1,7 +1,7 @@
 import numpy as np
 
 from dit_video.conditioning import blanked, folded
-from dit_video.pixels import to_float
+from dit_video.core.pixels import to_float
 
 
 def test_what_is_not_given_is_grey_and_grey_is_zero():

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dit_video.conditioning import KnownFrames, given_latents, known_tokens
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
 from dit_video.tokens import Grid, coordinates, patchify
 
 CLIP, IMAGE = Grid(3, 1, 2), Grid(1, 2, 1)

@@ -6,20 +6,20 @@ import threading
 import numpy as np
 import pytest
 
-from dit_video.data import shapes
-from dit_video.data.balance import Balance, Cost
+from dit_video.core.errors import DecodeError, UserError
+from dit_video.data.captions import TokenizedTexts
+from dit_video.data.clips import ClipSource
 from dit_video.data.ingest import ingest
-from dit_video.data.latent_files import write_latents
-from dit_video.data.latents import LatentExample, LatentSource
+from dit_video.data.latents.cache import LatentExample, LatentSource
+from dit_video.data.latents.writer import write_latents
 from dit_video.data.loader import Pieces, Reading, encoded_ahead, encoded_batches, of_part, packed_batches, parts_of
-from dit_video.data.mixture import Mixture
-from dit_video.data.rows import Layout
+from dit_video.data.packing.balance import Balance, Cost
+from dit_video.data.packing.mixture import Mixture
+from dit_video.data.packing.rows import Layout
 from dit_video.data.sizes import SizeLimits
-from dit_video.data.source import ClipSource
-from dit_video.data.texts import TokenizedTexts
-from dit_video.errors import DecodeError, UserError
+from dit_video.data.synthetic import shapes
 from dit_video.tokens import Grid, RowShape, coordinates, patchify, unpack
-from stand_ins import pooled, tokenize
+from support.stand_ins import pooled, tokenize
 
 PATCH = Grid(1, 2, 2)
 SHAPE = RowShape(tokens=64, text=256, segments=16)

@@ -4,9 +4,9 @@ import threading
 
 import pytest
 
-from devices import wait_until
+from dit_video.core.errors import UserError
 from dit_video.data.prefetch import prefetch
-from dit_video.errors import UserError
+from support.devices import wait_until
 
 
 def test_prefetch_keeps_order_errors_and_ends():

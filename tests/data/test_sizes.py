@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dit_video.core.errors import UserError
+from dit_video.data.clips import ClipInfo, ClipSource
 from dit_video.data.ingest import ingest
 from dit_video.data.sizes import SizeLimits, fit, read_fitted, sampled_fps, sampled_frames
-from dit_video.data.source import ClipInfo, ClipSource
-from dit_video.errors import UserError
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 

@@ -2,11 +2,12 @@ import itertools
 
 import jax
 import jax.numpy as jnp
-import known_mixture as mixture
 import numpy as np
 import optax
 import pytest
 
+import support.known_mixture as mixture
+from dit_video.core.errors import UserError
 from dit_video.diffusion import (
     X0,
     Edm,
@@ -23,7 +24,6 @@ from dit_video.diffusion import (
     flow_step,
     multistep,
 )
-from dit_video.errors import UserError
 
 PROCESS = RectifiedFlow(shift=3.0)
 MEAN, STD = 1.5, 0.4

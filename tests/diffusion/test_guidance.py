@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_video import configs
+from dit_video.core import config_json
+from dit_video.core.errors import UserError
 from dit_video.diffusion import (
     X0,
     Epsilon,
@@ -19,7 +20,6 @@ from dit_video.diffusion import (
     classifier_free,
     guided,
 )
-from dit_video.errors import UserError
 
 NOISY = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 4)), jnp.float32)
 TIME = jnp.asarray(0.7)
@@ -221,4 +221,4 @@ def test_a_config_comes_back():
     guidance = Guidance(
         scale=(3.0, 2.0), interval=(0.2, 0.9), rescale=0.5, projected=Projected(largest=0.06, momentum=-0.5)
     )
-    assert configs.from_json(configs.to_json(guidance)) == guidance
+    assert config_json.from_json(config_json.to_json(guidance)) == guidance

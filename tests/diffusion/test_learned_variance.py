@@ -4,22 +4,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dit_video.diffusion import (
-    Ddpm,
-    Epsilon,
-    LearnedVariance,
-    Objective,
-    VariancePreserving,
-    draws,
-    sample,
-    time_grid,
-)
-from dit_video.dit import Given, packed_denoise
-from dit_video.errors import UserError
+from dit_video.backbones.denoise import packed_denoise
+from dit_video.backbones.dit import Given
+from dit_video.core.errors import UserError
+from dit_video.diffusion import Ddpm, Epsilon, LearnedVariance, Objective, VariancePreserving, draws, sample, time_grid
 from dit_video.nn import graph_of
 from dit_video.tokens import Grid, coordinates
-from rough import rough_params
-from tiny_class_dit import DIT
+from support.rough import rough_params
+from support.tiny_class_dit import DIT
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from dit_video.core.errors import UserError
 from dit_video.diffusion import (
     X0,
     Cosine,
@@ -23,7 +24,6 @@ from dit_video.diffusion import (
     log_likelihood,
     time_grid,
 )
-from dit_video.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -3,9 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_video import configs
+from dit_video.core import config_json
+from dit_video.core.errors import UserError
 from dit_video.diffusion import ClipSize, ExponentialShift, FlowMatching, LinearShift, RectifiedFlow, Uniform, time_grid
-from dit_video.errors import UserError
 
 LINEAR, EXPONENTIAL = RectifiedFlow(by_size=LinearShift()), RectifiedFlow(by_size=ExponentialShift())
 
@@ -43,7 +43,9 @@ def test_a_shift_by_size_without_a_size():
 
 
 def test_a_config_keeps_it():
-    assert configs.from_json(configs.to_json(FlowMatching(process=EXPONENTIAL))) == FlowMatching(process=EXPONENTIAL)
+    assert config_json.from_json(config_json.to_json(FlowMatching(process=EXPONENTIAL))) == FlowMatching(
+        process=EXPONENTIAL
+    )
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
+from dit_video.core.errors import UserError
 from dit_video.distributed import AXES, MeshConfig, Slices, make_mesh
 from dit_video.distributed.mesh import _sizes, hybrid
-from dit_video.errors import UserError
 
 
 def test_one_device_makes_a_mesh_in_auto_mode():

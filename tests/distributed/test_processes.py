@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from devices import HANG, _environment, _free_port
-from dit_video.distributed.peers import Patience
+from dit_video.core.errors import TRY_AGAIN, UserError
+from dit_video.distributed.heartbeat import Patience
 from dit_video.distributed.processes import Place, detect
-from dit_video.errors import TRY_AGAIN, UserError
+from support.devices import HANG, _environment, _free_port
 
 EXPLICIT = {"COORDINATOR_ADDRESS": "node0:1234", "NUM_PROCESSES": "4", "PROCESS_ID": "2"}
 GIVEN = Place(found="the environment", count=4, index=2, address="node0:1234")
@@ -82,9 +82,9 @@ CODE = """
 import os, signal, sys, time
 import jax, numpy as np
 from jax.experimental import multihost_utils
-from dit_video.distributed.peers import Patience, count_step
+from dit_video.distributed.heartbeat import Patience, count_step
 from dit_video.distributed.processes import joined
-from dit_video.errors import UserError, script
+from dit_video.core.errors import UserError, script
 
 index = int(os.environ["PROCESS_ID"])
 everyone = lambda value: multihost_utils.process_allgather(np.asarray(value)).tolist()

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 import dit_video
-from dit_video.data import shapes
-from dit_video.results import ADAPTER, LORA, TRANSFORMERS
+from dit_video.core.trees import flatten
+from dit_video.data.synthetic import shapes
+from dit_video.experiment.export import ADAPTER, LORA, TRANSFORMERS
+from dit_video.families import load_denoiser
 from dit_video.tokens import Grid
-from dit_video.training import logging
-from dit_video.tree import flatten
+from dit_video.training.hooks import logging
 from dit_video.video import decode
-from dit_video.weights import load_denoiser
-from tiny_wan import TWO, write_animating_wan, write_wan
+from support.tiny_wan import TWO, write_animating_wan, write_wan
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dit_video.core.errors import TRY_AGAIN
 from dit_video.distributed.processes import _NAMES
-from dit_video.errors import TRY_AGAIN
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "experiments" / "launch"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import dit_video
-from dit_video.evaluation.shapes import judge
+from dit_video.evaluation.metrics.prompt_following import judge
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "experiments" / "notebooks").glob("*.ipynb"))

@@ -5,7 +5,7 @@ import pytest
 
 from dit_video.video.clip import Clip
 from dit_video.video.decode import decode
-from tiny_wan import write_animating_wan, write_wan
+from support.tiny_wan import write_animating_wan, write_wan
 
 SAMPLE = "experiments/sample.py"
 

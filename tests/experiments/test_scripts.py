@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from dit_video import measure
-from dit_video.data import shapes
+from dit_video.core.storage import copy_there, place
 from dit_video.data.ingest import ingest
-from dit_video.data.places import copy_there, place
-from dit_video.pipeline import Request
-from dit_video.run import Run
+from dit_video.data.synthetic import shapes
+from dit_video.evaluation import evaluate
+from dit_video.experiment.run import Run
+from dit_video.pipelines.pipeline import Request
 from dit_video.tokens import Grid
 from dit_video.video import decode
 
@@ -42,7 +42,7 @@ def copy(tiny_run, tmp_path):
 @pytest.fixture
 def few_samples(monkeypatch):
     """An evaluation of three samples instead of all 162."""
-    monkeypatch.setattr(measure, "shape_requests", lambda seed: REQUESTS)
+    monkeypatch.setattr(evaluate, "shape_requests", lambda seed: REQUESTS)
 
 
 def assert_one_line(ended, message):

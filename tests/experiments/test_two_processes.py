@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from devices import HANG, _environment, _free_port
-from dit_video.training.logging import read
+from dit_video.training.hooks.logging import read
+from support.devices import HANG, _environment, _free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
 from dit_video.features import Lpips
 from dit_video.nn import graph_of, init_params
 

@@ -4,15 +4,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tiny_denoiser import DENOISER, DIT, SHAPE, SMALL, request
 
+from dit_video.core.errors import UserError
 from dit_video.diffusion import Ddim, ExponentialShift, Guidance, Projected, RectifiedFlow
-from dit_video.errors import UserError
 from dit_video.generation import GivenClip, LatentRequest, Sampling, initial_noise, sample_latents, trace_latents
 from dit_video.generation.rows import Need, plan
 from dit_video.nn import graph_of
 from dit_video.tokens import Grid, RowShape
-from rough import rough_params
+from support.rough import rough_params
+from support.tiny_denoiser import DENOISER, DIT, SHAPE, SMALL, request
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

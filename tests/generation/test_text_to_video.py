@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny_denoiser import DENOISER, DIT, SAMPLING, SHAPE, SMALL, request
 
+from dit_video.core.errors import UserError
 from dit_video.diffusion import Heun, Watched
-from dit_video.errors import UserError
 from dit_video.generation import LatentRequest, Sampling, initial_noise, sample_latents
 from dit_video.generation.program import program_of
 from dit_video.tokens import Grid, coordinates, patchify, token_grid, unpatchify
+from support.tiny_denoiser import DENOISER, DIT, SAMPLING, SHAPE, SMALL, request
 
 MIXED = [request("red"), SMALL, request("a box", (1, 4, 6), seed=2), request("", (3, 2, 2), seed=3)]
 

@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dit_video.core.trees import flatten
 from dit_video.nn import Linear, RmsNorm, graph_of, init_params, make_stack, param_shapes
-from dit_video.tree import flatten
 
 
 class Net(nnx.Module):

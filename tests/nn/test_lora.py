@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dit_video import rng
-from dit_video.errors import UserError
+from dit_video.core import rng
+from dit_video.core.errors import UserError
+from dit_video.core.trees import flatten, map_with_path
 from dit_video.nn import (
     Linear,
     LoraConfig,
@@ -19,7 +20,6 @@ from dit_video.nn import (
     param_shapes,
     scaled,
 )
-from dit_video.tree import flatten, map_with_path
 
 
 class Net(nnx.Module):

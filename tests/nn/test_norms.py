@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
 from dit_video.nn import GroupNorm, LayerNorm, RmsNorm, layer_norm
 
 X = np.random.default_rng(0).normal(3.0, 2.0, size=(2, 3, 32)).astype(np.float32)

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from dit_video.nn import Linear, Remat, Turns, apply_groups, apply_stack, graph_of, init_params, make_stack
-from programs import times
+from support.jaxprs import times
 
 WIDTH, LAYERS = 8, 3
 

@@ -6,21 +6,21 @@ import json
 import jax
 import pytest
 
-from devices import check_on_eight_devices
-from dit_video.autoencoder import Adversarial, AutoencoderObjective
+from dit_video.autoencoders import Adversarial, AutoencoderObjective
+from dit_video.backbones.flops import forward_flops
+from dit_video.core.errors import UserError
+from dit_video.core.trees import flatten, size
 from dit_video.distributed import MeshConfig, make_mesh
 from dit_video.distributed.mesh import abstract_mesh
 from dit_video.distributed.planner import Topology, compile_step
-from dit_video.dit.flops import forward_flops
-from dit_video.errors import UserError
-from dit_video.finetuning import FineTuning, finetuning
 from dit_video.planning import plan_experiment, suggest
 from dit_video.planning.report import with_dit
 from dit_video.planning.steps import clips_of, plan_step
 from dit_video.planning.suggest import candidates
-from dit_video.tree import flatten, size
-from tiny_clip import VISION
-from tiny_wan import write_animating_wan
+from dit_video.recipes.finetune_wan import FineTuning, finetuning
+from support.devices import check_on_eight_devices
+from support.tiny_clip import VISION
+from support.tiny_wan import write_animating_wan
 
 GPUS = Topology.parse("h100:8")
 
@@ -195,8 +195,8 @@ def test_memory_is_that_of_the_program_that_runs():
         from dit_video.distributed.planner import compile_step, measured_peak, peak_of
         from dit_video.planning.steps import clips_of, plan_step
         from dit_video.training.state import make_on_devices, init_state
-        from dit_video.training.optimizer import make_optimizer
-        from dit_video.starting import init_denoiser, optimizer_of
+        from dit_video.training.optim.optimizer import make_optimizer
+        from dit_video.experiment.initialization import init_denoiser, optimizer_of
         from experiments.tiny import experiment
 
         tiny = experiment()

@@ -5,11 +5,11 @@ import re
 import numpy as np
 import pytest
 
+from dit_video.core.errors import MissingError
 from dit_video.data.ingest import IngestConfig, ScreeningConfig, ingest
-from dit_video.errors import MissingError
 from dit_video.reports.ingest_report import write_ingest_report
 from dit_video.video import Clip
-from page import HOSTILE, Page
+from support.page import HOSTILE, Page
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,10 @@ import re
 import numpy as np
 import pytest
 
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
 from dit_video.reports import Chart, Command, Curve, Figure, Reconstruction, Report, Sample, write_report
 from dit_video.video import Clip
-from page import HOSTILE, Page
+from support.page import HOSTILE, Page
 
 
 def clip(frames=3, height=32, width=32, caption="a red circle", seed=0):

@@ -3,12 +3,13 @@ from dataclasses import replace
 
 import pytest
 
-from dit_video import configs, measure
-from dit_video.data import shapes
-from dit_video.evaluation.kinds import CaptionEvaluation
-from dit_video.evaluation.shapes import prompt_following
-from dit_video.measure import Measured, Reconstructed, Sampled
-from dit_video.pipeline import Pipeline
+from dit_video.core import config_json
+from dit_video.data.synthetic import shapes
+from dit_video.evaluation import evaluate
+from dit_video.evaluation.config import CaptionEvaluation
+from dit_video.evaluation.evaluate import Measured, Reconstructed, Sampled
+from dit_video.evaluation.metrics.prompt_following import prompt_following
+from dit_video.pipelines.pipeline import Pipeline
 from dit_video.reports.run_report import report_run
 from dit_video.video import Clip
 
@@ -29,11 +30,11 @@ def measured(tiny_pipeline):
         clip = shapes.render(description, geometry, frames=frames, height=32, width=32)
         samples.append(Sampled(entry(clip, f"{number}.mp4", 40 + number), clip))
     original = samples[0].clip
-    verdicts = measure.examine_samples(samples)
+    verdicts = evaluate.examine_samples(samples)
     reconstruction = Reconstructed("clips/7.mp4", original, original, float("inf"), 1.0)
     metrics = {
         "parameters": tiny_pipeline.parameter_counts(),
-        "reconstruction": measure._reconstruction_figures([reconstruction]),
+        "reconstruction": evaluate._reconstruction_figures([reconstruction]),
         "sampling": {"samples": 3, "seed": 0, "steps": 5, "guidance": 1.5, "sampler": "heun", "seconds": 1.0},
         "prompt_following": prompt_following(verdicts),
     }
@@ -58,7 +59,7 @@ def test_the_report_of_a_run_shows_all_of_it(tiny, tiny_run, tiny_pipeline, meas
         measured,
         title="A run",
         source=tiny_run,
-        config=configs.to_json(tiny.EXPERIMENT),
+        config=config_json.to_json(tiny.EXPERIMENT),
         minutes=3.25,
     )
     text = page(tmp_path / "report.html")
@@ -85,7 +86,7 @@ def test_a_pipeline_without_a_run_has_no_curves(tiny_run, tiny_pipeline, measure
     text = page(tmp_path / "report.html")
     assert ">Training" not in text
     assert "whole run" not in text
-    assert "dit_video.pipeline_config:PipelineConfig" in text
+    assert "dit_video.pipelines.config:PipelineConfig" in text
     assert str(tiny_run / "pipeline") in text
 
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
+from dit_video.core.trees import flatten
 from dit_video.nn import graph_of, init_params
 from dit_video.text import ByteEncoder, ByteEncoderConfig, ByteTokenizer, TextEncoder, TextEncoderConfig
-from dit_video.tree import flatten
-from rough import rough_params
+from support.rough import rough_params
 
 CONFIG = ByteEncoderConfig(width=16, layers=2, heads=2, max_tokens=32, patch=4)
 TOKENIZE = CONFIG.tokenizer()

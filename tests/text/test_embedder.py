@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
 from dit_video.nn import graph_of
 from dit_video.text import Embedder, PretrainedTokenizer
 from dit_video.text.cache import FolderCache
-from rough import rough_params
-from tiny_t5 import CONFIG, write_tokenizer
+from support.rough import rough_params
+from support.tiny_t5 import CONFIG, write_tokenizer
 
 PARAMS = rough_params(CONFIG.make)
 TEXTS = ["a red ball moves left", "", "green cube", "red " * 40, "a red ball moves left", "xyz"]

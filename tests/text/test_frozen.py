@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dit_video import configs, rng
-from dit_video.errors import UserError
+from dit_video.core import config_json, rng
+from dit_video.core.errors import UserError
 from dit_video.nn import graph_of, init_params, param_shapes
 from dit_video.text import FrozenTextConfig, TextEncoder, TextEncoderConfig
 
@@ -29,7 +29,7 @@ def test_embeddings_are_the_context():
 
 
 def test_it_comes_back_from_json():
-    assert configs.from_json(json.loads(json.dumps(configs.to_json(CONFIG)))) == CONFIG
+    assert config_json.from_json(json.loads(json.dumps(config_json.to_json(CONFIG)))) == CONFIG
 
 
 @pytest.mark.parametrize("wrong", [{"folder": ""}, {"width": 0}, {"max_tokens": 0}])

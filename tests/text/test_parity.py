@@ -12,7 +12,7 @@ from dit_video.nn import graph_of
 from dit_video.text import clean
 from dit_video.text.t5 import relative_buckets
 from dit_video.weights import load_embedder, load_text_encoder, save_text_encoder
-from tiny_t5 import write_tokenizer
+from support.tiny_t5 import write_tokenizer
 
 pytestmark = pytest.mark.parity
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dit_video import configs
-from dit_video.errors import UserError
+from dit_video.core import config_json
+from dit_video.core.errors import UserError
+from dit_video.core.trees import flatten
 from dit_video.nn import graph_of
 from dit_video.text import T5Config, TextEncoder
 from dit_video.text.t5 import relative_buckets
-from dit_video.tree import flatten
-from rough import rough_params
+from support.rough import rough_params
 
 UMT5 = T5Config(vocabulary=40, width=16, layers=3, heads=3, head_width=4, mlp_width=24, buckets=8, max_distance=12)
 T5 = dataclasses.replace(UMT5, activation="relu", position_bias="shared", layers=2)
@@ -116,7 +116,7 @@ def test_a_bucket_depends_on_the_distance_alone():
 def test_the_parts_fit_the_protocol_and_configs_go_to_json_and_back():
     assert isinstance(nnx.merge(graph_of(T5.make), rough_params(T5.make)), TextEncoder)
     for config in (UMT5, T5):
-        assert configs.from_json(configs.to_json(config)) == config
+        assert config_json.from_json(config_json.to_json(config)) == config
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import tiny_clip
-from dit_video.errors import MissingError, UserError
+from dit_video.core.errors import MissingError, UserError
 from dit_video.text import PretrainedTokenizer, clean, holds_tokenizer
-from tiny_t5 import WORDS, write_tokenizer
+from support import tiny_clip
+from support.tiny_t5 import WORDS, write_tokenizer
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "tokenizers"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the shared tokenizers are not here")

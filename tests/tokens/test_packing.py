@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
 from dit_video.tokens import (
     Grid,
     Item,

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
 from dit_video.tokens import Rotary3d, rotary_angles, rotate
 
 ROTARY = Rotary3d(split=(4, 6, 2), theta=100.0)

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from devices import HANG
+from dit_video.core.errors import UserError
 from dit_video.data.ingest import list_clips
-from dit_video.errors import UserError
+from support.devices import HANG
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

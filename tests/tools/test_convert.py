@@ -1,8 +1,9 @@
 """The command that converts weights, as a user starts it."""
 
 import dit_video
-from dit_video.weights import load_autoencoder, load_denoiser, load_metadata
-from tiny_wan import DIT, TWO, VAE, write_wan
+from dit_video.families import load_autoencoder, load_denoiser
+from dit_video.weights import load_metadata
+from support.tiny_wan import DIT, TWO, VAE, write_wan
 
 TOOL = "tools/convert.py"
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dit_video.data.ingest import ingest
-from dit_video.data.latents import LatentSource
-from dit_video.run import Run
+from dit_video.data.latents.cache import LatentSource
+from dit_video.experiment.run import Run
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 TOOL = "tools/encode_latents.py"

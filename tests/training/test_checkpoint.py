@@ -18,11 +18,11 @@ import numpy as np
 import optax
 import pytest
 
-from devices import HANG
-from dit_video.code_version import code_version
-from dit_video.errors import MissingError, UserError
+from dit_video.core.errors import MissingError, UserError
+from dit_video.platform.provenance import code_version
 from dit_video.training.checkpoint import Checkpoints
-from dit_video.training.keeping import Keep
+from dit_video.training.checkpoint_policy import Keep
+from support.devices import HANG
 
 ROOT = Path(__file__).parents[2]
 
@@ -344,9 +344,9 @@ def test_a_full_disk_leaves_the_old_checkpoints(tmp_path):
     code = """
         import resource, sys
         import jax.numpy as jnp, numpy as np
-        from dit_video.errors import UserError
+        from dit_video.core.errors import UserError
         from dit_video.training.checkpoint import Checkpoints
-        from dit_video.training.keeping import Keep
+        from dit_video.training.checkpoint_policy import Keep
         state = {"x": jnp.asarray(np.random.default_rng(0).normal(size=200_000))}
         checkpoints = Checkpoints(sys.argv[1], keep=Keep(newest=1))
         checkpoints.save(1, state, {})

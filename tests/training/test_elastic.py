@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from devices import check_on_eight_devices, run_together
+from support.devices import check_on_eight_devices, run_together
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 
@@ -13,8 +13,8 @@ SHARED = """
     import jax, jax.numpy as jnp, numpy as np
     from dit_video.distributed import MeshConfig, ShardingRules, make_mesh, shard_batch, shardings
     from dit_video.training.checkpoint import Checkpoints
-    from dit_video.training.keeping import Keep
-    from dit_video.training.optimizer import OptimizerConfig, make_optimizer
+    from dit_video.training.checkpoint_policy import Keep
+    from dit_video.training.optim.optimizer import OptimizerConfig, make_optimizer
     from dit_video.training.state import new_state, state_shapes
     from dit_video.training.step import make_step
 

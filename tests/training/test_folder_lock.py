@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from devices import HANG
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
 from dit_video.training.folder_lock import locked
+from support.devices import HANG
 
 ROOT = Path(__file__).parents[2]
 CODE = """
 import sys, time
-from dit_video.errors import script
+from dit_video.core.errors import script
 from dit_video.training.folder_lock import locked
 
 @script

@@ -18,11 +18,11 @@ import numpy as np
 import optax
 import pytest
 
-from devices import HANG, run_together
-from dit_video.errors import Stopped, UserError
+from dit_video.core.errors import Stopped, UserError
 from dit_video.training.checkpoint import Checkpoints
-from dit_video.training.logging import MetricsLog, read
+from dit_video.training.hooks.logging import MetricsLog, read
 from dit_video.training.loop import LoopConfig, run
+from support.devices import HANG, run_together
 
 ROOT = Path(__file__).parents[2]
 TIMES = {"first_step_seconds", "step_seconds", "steps_per_second", "data_wait"}
@@ -172,7 +172,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("dit_video.training.interval.time", clock)
+    monkeypatch.setattr("dit_video.training.hooks.log_interval.time", clock)
     return clock
 
 

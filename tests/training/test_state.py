@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dit_video.core.trees import flatten
 from dit_video.training.state import TrainState, init_state, new_state, state_shapes
-from dit_video.tree import flatten
 
 OPTIMIZER = optax.adam(1e-3)
 

@@ -4,8 +4,8 @@ import numpy as np
 import optax
 import pytest
 
-from dit_video.training.ema import Averages, gamma_of
-from dit_video.training.optimizer import OptimizerConfig, learning_rates, make_optimizer
+from dit_video.training.optim.ema import Averages, gamma_of
+from dit_video.training.optim.optimizer import OptimizerConfig, learning_rates, make_optimizer
 from dit_video.training.state import init_state, new_state
 from dit_video.training.step import Ratio, make_step
 

@@ -4,7 +4,7 @@ import re
 import numpy as np
 import pytest
 
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
 from dit_video.video import Clip, decode
 
 noise = np.random.default_rng(0).integers(0, 256, (3, 16, 24, 3)).astype(np.uint8)

@@ -16,11 +16,11 @@ import av
 import numpy as np
 import pytest
 
-from devices import HANG
-from dit_video.errors import DecodeError
+from dit_video.core.errors import DecodeError
 from dit_video.tokens import Grid
 from dit_video.video import Facts, decode, probe
-from dit_video.video.reading import MAX_PIXELS
+from dit_video.video.reader import MAX_PIXELS
+from support.devices import HANG
 
 ROOT = Path(__file__).resolve().parents[2]
 READS = [probe, decode, lambda content: decode(content, fps=8)]
@@ -270,7 +270,7 @@ def mutated(rng: np.random.Generator, content: bytes, other: bytes) -> bytes:
 CHILD = """
 import json, sys
 from pathlib import Path
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
 from dit_video.tokens import Grid
 from dit_video.video import decode, probe
 

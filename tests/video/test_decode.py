@@ -6,8 +6,8 @@ import av
 import numpy as np
 import pytest
 
-from dit_video import pixels
-from dit_video.errors import DecodeError, MissingError, UserError
+from dit_video.core import pixels
+from dit_video.core.errors import DecodeError, MissingError, UserError
 from dit_video.tokens import Grid
 from dit_video.video import Clip, Facts, decode, encode, probe
 

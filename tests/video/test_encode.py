@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
 from dit_video.video import Clip, decode, encode
 
 

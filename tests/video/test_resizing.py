@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from av.video.reformatter import Interpolation
 
-from dit_video import pixels
+from dit_video.core import pixels
 from dit_video.tokens import Grid
 from dit_video.video import decode, probe
-from dit_video.video.picture import RESIZING
+from dit_video.video.to_rgb import RESIZING
 
 SIZES = [(48, 64), (25, 43), (124, 204), (32, 128), (96, 40), (11, 17)]
 

@@ -7,11 +7,11 @@ import av
 import numpy as np
 import pytest
 
-from dit_video.errors import DecodeError, UserError
+from dit_video.core.errors import DecodeError, UserError
 from dit_video.tokens import Grid
 from dit_video.video import decode, probe
 from dit_video.video.encode import Shown, encode_jpeg, encode_shown
-from dit_video.video.reading import Video
+from dit_video.video.reader import Video
 from dit_video.video.transcode import transcode
 
 LOSSLESS = {"codec": "libx264", "format": "mov", "options": {"qp": "0"}}

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dit_video.errors import MissingError, UserError
+from dit_video.core.errors import MissingError, UserError
+from dit_video.core.trees import flatten, size
 from dit_video.nn import param_shapes
-from dit_video.tree import flatten, size
 from dit_video.weights import (
     clip_text_config,
     clip_vision_config,
@@ -19,8 +19,8 @@ from dit_video.weights import (
     load_clip_vision,
     save_clip,
 )
-from tiny_clip import CONFIG, TEXT, VISION, write_clip
-from tiny_t5 import change_json, write_encoder
+from support.tiny_clip import CONFIG, TEXT, VISION, write_clip
+from support.tiny_t5 import change_json, write_encoder
 
 BARE_TEXT, BARE_VISION = (dataclasses.replace(config, projection=None) for config in (TEXT, VISION))
 KINDS = {

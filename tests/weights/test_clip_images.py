@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from dit_video.errors import MissingError, UserError
+from dit_video.core.errors import MissingError, UserError
 from dit_video.features import ClipImages
 from dit_video.weights import load_clip_images, save_clip_images
 

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import tiny_clip
-from dit_video.errors import MissingError, UserError
+from dit_video.core.errors import MissingError, UserError
 from dit_video.nn import graph_of
 from dit_video.text import PretrainedTokenizer
 from dit_video.weights import load_clip_text, load_embedder, save_clip, text_encoder_config
-from tiny_t5 import CONFIG, change_json, write_encoder, write_tokenizer
+from support import tiny_clip
+from support.tiny_t5 import CONFIG, change_json, write_encoder, write_tokenizer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

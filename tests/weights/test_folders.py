@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dit_video.errors import MissingError, UserError
+from dit_video.core.errors import MissingError, UserError
 from dit_video.weights import TensorFolder
 
 A, B, C = (np.random.default_rng(index).normal(size=(2, 3 + index)).astype(np.float32) for index in range(3))

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from devices import HANG
-from dit_video.dit import WanDitConfig
+from dit_video.backbones.wan import WanDitConfig
+from dit_video.core.trees import map_with_path
+from dit_video.families import save_denoiser
 from dit_video.nn import param_shapes
-from dit_video.tree import map_with_path
-from dit_video.weights import save_denoiser
+from support.devices import HANG
 
 pytestmark = [
     pytest.mark.slow,
@@ -48,8 +48,8 @@ import numpy as np
 
 from dit_video.distributed import MeshConfig, make_mesh, shardings
 from dit_video.nn import param_shapes
-from dit_video.tree import flatten
-from dit_video.weights import load_denoiser
+from dit_video.core.trees import flatten
+from dit_video.families import load_denoiser
 from weights.test_loading_memory import CONFIG, numbers
 
 def resident(name):

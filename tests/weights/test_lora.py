@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_video.errors import MissingError, UserError
+from dit_video.core.errors import MissingError, UserError
+from dit_video.core.trees import flatten, unflatten
 from dit_video.nn import merge_lora
-from dit_video.tree import flatten, unflatten
 from dit_video.weights import Module, load, load_lora, load_metadata, numbered, own_modules, save, save_lora
 
 NOISE = np.random.default_rng(0)

@@ -5,8 +5,8 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from dit_video import tree as trees
-from dit_video.errors import MissingError, UserError
+from dit_video.core import trees as trees
+from dit_video.core.errors import MissingError, UserError
 from dit_video.features import Lpips
 from dit_video.nn import graph_of, param_shapes
 from dit_video.weights import load_lpips

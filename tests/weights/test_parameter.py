@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from devices import check_on_eight_devices
 from dit_video.weights import parameter
 from dit_video.weights.parameter import Parameter, on_device, on_host
+from support.devices import check_on_eight_devices
 
 WHOLE = np.random.default_rng(0).normal(size=(5, 8, 16)).astype(np.float32)
 

@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 
 from dit_video import weights
-from dit_video.errors import MissingError, UserError
+from dit_video.core.errors import MissingError, UserError
 
 
 def example() -> dict:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dit_video.core.errors import MissingError, UserError
 from dit_video.diffusion import (
     X0,
     Ddim,
@@ -32,7 +33,6 @@ from dit_video.diffusion import (
     Velocity,
     estimator,
 )
-from dit_video.errors import MissingError, UserError
 from dit_video.weights import Schedule, load_scheduler
 
 # The scheduler of Wan 2.1's folders, without what is at its default.

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dit_video.errors import MissingError, UserError
+from dit_video.core.errors import MissingError, UserError
+from dit_video.core.trees import flatten, size
 from dit_video.nn import param_shapes
-from dit_video.tree import flatten, size
 from dit_video.weights import load_text_encoder, save_text_encoder, t5_config
-from rough import rough_params
-from tiny_t5 import CONFIG, change_json, write_encoder
+from support.rough import rough_params
+from support.tiny_t5 import CONFIG, change_json, write_encoder
 
 SHARED = dataclasses.replace(CONFIG, activation="relu", position_bias="shared")
 

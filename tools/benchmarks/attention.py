@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from benchmarks.turns import in_turn
-from dit_video import rng
+from dit_video.core import rng
 from dit_video.nn import Attention, Tokens, make_attention
 
 Peer = Callable[[Sequence[np.ndarray], bool], Callable[[], Any]]

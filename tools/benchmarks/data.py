@@ -18,18 +18,18 @@ import av
 
 from benchmarks.setting import Setting, make_examples, values_of
 from benchmarks.steps import Trained, compilations, peak_memory
-from dit_video.data import shapes
+from dit_video.data.captions import TokenizedTexts
+from dit_video.data.clips import ClipSource
 from dit_video.data.ingest import ingest, list_clips
-from dit_video.data.latent_files import write_latents
-from dit_video.data.latents import LatentExample, LatentSource
+from dit_video.data.latents.cache import LatentExample, LatentSource
+from dit_video.data.latents.writer import write_latents
 from dit_video.data.loader import Reading, packed_batches
 from dit_video.data.sizes import SizeLimits, fit, sampled_frames
-from dit_video.data.source import ClipSource
-from dit_video.data.texts import TokenizedTexts
+from dit_video.data.synthetic import shapes
 from dit_video.data.windows import CACHE_BYTES, THREADS, Stretches, WindowBatches
 from dit_video.tokens import Grid
 from dit_video.training import loop
-from dit_video.training.logging import MetricsLog, read
+from dit_video.training.hooks.logging import MetricsLog, read
 from dit_video.video import decode
 
 _RENDERED = (Grid(33, 240, 320), Grid(33, 320, 240), Grid(17, 360, 640))

@@ -14,18 +14,19 @@ import numpy as np
 from benchmarks.data import resident
 from benchmarks.setting import Setting
 from benchmarks.steps import Trained
-from dit_video import feed, rng
-from dit_video.autoencoder import AutoencoderConfig, latent_grid
-from dit_video.data.bucket_batches import BucketConfig
-from dit_video.data.buckets import Memory
+from dit_video.autoencoders import AutoencoderConfig, latent_grid
+from dit_video.core import rng
+from dit_video.data.bucketing.batches import BucketConfig
+from dit_video.data.bucketing.buckets import Memory
+from dit_video.data.captions import TokenizedTexts
+from dit_video.data.clips import ClipSource
 from dit_video.data.ingest import ingest
-from dit_video.data.rows import Encode
-from dit_video.data.source import ClipSource
-from dit_video.data.texts import TokenizedTexts
+from dit_video.data.packing.rows import Encode
+from dit_video.experiment import input_pipeline
 from dit_video.nn import init_params
 from dit_video.tokens import Grid
 from dit_video.training import loop
-from dit_video.training.logging import MetricsLog, read
+from dit_video.training.hooks.logging import MetricsLog, read
 
 _BUCKETS = 2
 """Sizes, each of which compiles a step of its own."""
@@ -62,7 +63,7 @@ def measure_live(setting: Setting, trained: Trained, clips: Path, steps: int) ->
     # As many tokens a step as the rows have.
     config = BucketConfig(
         memory=Memory(fixed=0, per_token=1),
-        budget=setting.denoiser.rows.tokens * setting.denoiser.batch / feed.parts(rows),
+        budget=setting.denoiser.rows.tokens * setting.denoiser.batch / input_pipeline.parts(rows),
         count=_BUCKETS,
     )
     buckets = replace(rows, denoiser=replace(rows.denoiser, buckets=config))
@@ -74,7 +75,7 @@ def measure_live(setting: Setting, trained: Trained, clips: Path, steps: int) ->
         for name, experiment in (("rows", rows), ("buckets", buckets)):
             found[name] = {}
             for how, encode in (
-                ("encoded", feed.live_encoder(experiment, params, source)),
+                ("encoded", input_pipeline.live_encoder(experiment, params, source)),
                 ("given", functools.partial(zeros, model)),
             ):
                 found[name][how], trained = _train(experiment, trained, source, Timed(encode), steps)
@@ -87,7 +88,7 @@ def _train(
     """Twice the steps: in the first half what is new is compiled, the second one is measured."""
     first, spent = int(trained.state.step), [0.0]
     texts = TokenizedTexts([info.captions for info in source.infos], experiment.denoiser.text.tokenizer())
-    batches = feed.live(experiment, source, texts, encode)(0)
+    batches = input_pipeline.live(experiment, source, texts, encode)(0)
 
     def note(done: int, _state: Any) -> None:
         if done == first + steps:

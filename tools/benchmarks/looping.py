@@ -18,9 +18,9 @@ import jax.numpy as jnp
 
 from benchmarks.setting import Packed, Setting
 from benchmarks.steps import Trained, denoiser_parts, trainable
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
 from dit_video.training.checkpoint import Checkpoints
-from dit_video.training.logging import MetricsLog
+from dit_video.training.hooks.logging import MetricsLog
 from dit_video.training.loop import LoopConfig, run
 from dit_video.training.state import with_step
 

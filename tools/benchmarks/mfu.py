@@ -17,13 +17,13 @@ from flax import nnx
 
 from benchmarks.steps import compilations, peak_memory
 from benchmarks.training import start, step_of
-from dit_video import rng
+from dit_video.backbones.dit import DitConfig
+from dit_video.backbones.flops import attention_flops, training_flops, training_passes
+from dit_video.core import rng
+from dit_video.core.trees import size as count
 from dit_video.distributed.planner import peak_flops
-from dit_video.dit import DitConfig
-from dit_video.dit.flops import attention_flops, training_flops, training_passes
 from dit_video.nn import Backend, graph_of, init_params
 from dit_video.tokens import Grid, coordinates
-from dit_video.tree import size as count
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,12 +19,12 @@ from flax import nnx
 
 from benchmarks.training import start, step_of
 from benchmarks.turns import in_turn
-from dit_video import rng
-from dit_video.dit import WanDitConfig
+from dit_video.backbones.wan import WanDitConfig
+from dit_video.core import rng
+from dit_video.core.trees import size as count
+from dit_video.families import save_denoiser
 from dit_video.nn import graph_of, init_params, param_shapes
 from dit_video.tokens import Grid, coordinates, patchify, unpatchify
-from dit_video.tree import size as count
-from dit_video.weights import save_denoiser
 
 TIME = 0.6
 

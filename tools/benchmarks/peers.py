@@ -21,8 +21,8 @@ from diffusers import AutoencoderKLWan
 from flax import nnx
 
 from benchmarks.turns import in_turn
+from dit_video.families import load_autoencoder
 from dit_video.nn import graph_of
-from dit_video.weights import load_autoencoder
 
 CLIP, TRAINED = (1, 17, 128, 128, 3), (2, 9, 64, 64, 3)
 WIDTHS = (32, 96)

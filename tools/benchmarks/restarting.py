@@ -11,11 +11,11 @@ from typing import Any
 
 from benchmarks.setting import Packed, Setting, chosen_setting
 from benchmarks.steps import denoiser_parts
-from dit_video import rng
-from dit_video.compiled import keep_programs
+from dit_video.core import rng
 from dit_video.distributed import make_mesh
+from dit_video.platform.compilation_cache import keep_programs
 from dit_video.training import loop, trainer
-from dit_video.training.optimizer import make_optimizer
+from dit_video.training.optim.optimizer import make_optimizer
 
 _STEPS, _SAVE_EVERY, _EXAMPLES = 10_000, 2, 200
 

@@ -25,9 +25,10 @@ from flax import nnx
 from benchmarks.setting import byte_tokens
 from benchmarks.steps import compilations
 from benchmarks.turns import in_turn
-from dit_video import rng
+from dit_video.backbones.denoise import packed_denoise
+from dit_video.backbones.dit import DitConfig
+from dit_video.core import rng
 from dit_video.diffusion import RectifiedFlow
-from dit_video.dit import DitConfig, packed_denoise
 from dit_video.generation import Denoiser, LatentRequest, Sampling, initial_noise, sample_latents
 from dit_video.nn import graph_of, init_params
 from dit_video.text import ByteEncoderConfig
@@ -189,7 +190,7 @@ _FIRST = """
 import sys, time
 began = time.perf_counter()
 import dit_video
-from dit_video.compiled import keep_programs
+from dit_video.platform.compilation_cache import keep_programs
 if sys.argv[2]:
     keep_programs()
 pipeline = dit_video.load(sys.argv[1])

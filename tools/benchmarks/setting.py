@@ -11,16 +11,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dit_video import rng
-from dit_video.autoencoder import AutoencoderObjective, PatchVaeConfig, latent_grid
-from dit_video.data.plan import RowStream
+from dit_video.autoencoders import AutoencoderObjective, PatchVaeConfig, latent_grid
+from dit_video.backbones.dit import DitConfig
+from dit_video.core import rng
+from dit_video.core.errors import MissingError, UserError
+from dit_video.data.packing.plan import RowStream
 from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
 from dit_video.distributed import MeshConfig
-from dit_video.dit import DitConfig
-from dit_video.errors import MissingError, UserError
 from dit_video.text import ByteEncoderConfig
 from dit_video.tokens import Grid, Item, Rows, RowShape, coordinates, pack, patchify, token_grid
-from dit_video.training.optimizer import OptimizerConfig
+from dit_video.training.optim.optimizer import OptimizerConfig
 
 _WORDS = (
     ("red", "green", "blue", "yellow", "magenta", "white"),

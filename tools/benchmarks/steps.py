@@ -12,16 +12,16 @@ import jax
 import numpy as np
 
 from benchmarks.setting import Packed, Setting, byte_tokens
-from dit_video import rng
-from dit_video.autoencoder import latent_grid
+from dit_video.autoencoders import latent_grid
+from dit_video.core import rng
+from dit_video.core.trees import size as count
 from dit_video.distributed import make_mesh, shard_batch, shardings
 from dit_video.nn import graph_of, init_params
-from dit_video.training.autoencoder import AutoencoderLoss
-from dit_video.training.denoiser import DenoiserLoss
-from dit_video.training.optimizer import OptimizerConfig, make_optimizer
+from dit_video.training.losses.autoencoder import AutoencoderLoss
+from dit_video.training.losses.denoiser import DenoiserLoss
+from dit_video.training.optim.optimizer import OptimizerConfig, make_optimizer
 from dit_video.training.state import TrainState, new_state
 from dit_video.training.step import Loss, Step, make_step
-from dit_video.tree import size as count
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 _HORIZON = 100_000

@@ -8,12 +8,12 @@ import numpy as np
 
 import dit_video
 from benchmarks.data import clips_of
-from dit_video.autoencoder import Tiles, tiling_error
-from dit_video.codec import Codec
+from dit_video.autoencoders import Tiles, tiling_error
+from dit_video.data.clips import ClipSource
 from dit_video.data.ingest import ingest
 from dit_video.data.sizes import SizeLimits, fit, read_fitted
-from dit_video.data.source import ClipSource
-from dit_video.run import Run
+from dit_video.encoders.autoencoder import Codec
+from dit_video.experiment.run import Run
 from dit_video.tokens import Grid
 
 _TILE = 8

@@ -1,10 +1,10 @@
 """A source of clips becomes a data set: listing (its formats are in a table there), screening, engine."""
 
 from dit_video.data.ingest.engine import IngestConfig, ingest
-from dit_video.data.ingest.listing import MEDIA, Format, Listed, Listing, list_clips
-from dit_video.data.ingest.reencoding import Reencode
+from dit_video.data.ingest.formats import MEDIA, Format, Listed, Listing, list_clips
+from dit_video.data.ingest.quality_filter import ScreeningConfig
+from dit_video.data.ingest.reencoder import Reencode
 from dit_video.data.ingest.report import REPORT, IngestReport
-from dit_video.data.ingest.screening import ScreeningConfig
 
 __all__ = [
     "MEDIA",

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import apache_beam as beam
 
-from dit_video.data.cluster import NOTE, Beam, note_errors, pipeline_errors
+from dit_video.data.ingest.formats import Listed
 from dit_video.data.ingest.inspection import Inspected, InspectionConfig
 from dit_video.data.ingest.journal import PARTS, Journal, Part, read_parts
-from dit_video.data.ingest.listing import Listed
 from dit_video.data.ingest.workers import Task, Workers
+from dit_video.data.records.cluster import NOTE, Beam, note_errors, pipeline_errors
 
 
 class _Inspect(beam.DoFn):

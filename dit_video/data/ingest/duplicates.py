@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Int64, UInt64
 
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
 
 BITS = 64
 BANDED = 8

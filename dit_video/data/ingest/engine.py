@@ -32,21 +32,21 @@ from typing import Any, Literal
 import numpy as np
 import tensorflow_datasets as tfds
 
-from dit_video import configs
-from dit_video.data import builder
-from dit_video.data.cluster import Beam
+from dit_video.core import config_json
+from dit_video.core.errors import UserError
+from dit_video.core.storage import Address, Place, place, publish, read_document
+from dit_video.data.clips import INDEX, ClipInfo, write_index
+from dit_video.data.ingest.formats import Format, Listed, Listing, list_clips
 from dit_video.data.ingest.inspection import Inspected, InspectionConfig
 from dit_video.data.ingest.journal import Journal
-from dit_video.data.ingest.listing import Format, Listed, Listing, list_clips
-from dit_video.data.ingest.reencoding import Reencode
+from dit_video.data.ingest.quality_filter import ScreeningConfig
+from dit_video.data.ingest.reencoder import Reencode
 from dit_video.data.ingest.report import REPORT, IngestReport, summarise
-from dit_video.data.ingest.screening import ScreeningConfig
 from dit_video.data.ingest.selection import Selection, select
 from dit_video.data.ingest.workers import Workers, cores, worth
-from dit_video.data.places import Address, Place, place, publish, read_document
-from dit_video.data.reference import ChangedError
-from dit_video.data.source import INDEX, ClipInfo, write_index
-from dit_video.errors import UserError
+from dit_video.data.records import builder
+from dit_video.data.records.cluster import Beam
+from dit_video.data.records.reference import ChangedError
 
 WORK = ".ingest"
 """Ends the name of the folder beside the destination."""
@@ -215,9 +215,9 @@ def _work(destination: Place) -> Path:
 def _fingerprint(listing: Listing, config: IngestConfig) -> str:
     """Of names, captions, sizes, splits and screening; not of where the source lies, or how long a clip may take."""
     facts = [(clip.name, clip.captions, clip.size, clip.split) for clip in listing.clips]
-    settings = [configs.to_json(config.screening)]
+    settings = [config_json.to_json(config.screening)]
     if config.reencode.asked:
-        settings.append(configs.to_json(config.reencode))
+        settings.append(config_json.to_json(config.reencode))
     known = json.dumps([facts, *settings], ensure_ascii=True)
     return hashlib.sha256(known.encode()).hexdigest()
 

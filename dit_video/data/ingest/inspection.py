@@ -7,12 +7,12 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dit_video.data import builder
-from dit_video.data.ingest.listing import Listed
+from dit_video.core.errors import DecodeError, UserError
+from dit_video.data.ingest.formats import Listed
 from dit_video.data.ingest.measures import Borders
-from dit_video.data.ingest.reencoding import Reencode, Stored, reencode
-from dit_video.data.ingest.screening import Screened, ScreeningConfig, Shot, screen
-from dit_video.errors import DecodeError, UserError
+from dit_video.data.ingest.quality_filter import Screened, ScreeningConfig, Shot, screen
+from dit_video.data.ingest.reencoder import Reencode, Stored, reencode
+from dit_video.data.records import builder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -18,10 +18,10 @@ from typing import Any, BinaryIO
 
 import av
 
-from dit_video import configs
+from dit_video.core import config_json
+from dit_video.core.errors import UserError
+from dit_video.data.ingest.formats import Listed
 from dit_video.data.ingest.inspection import Inspected
-from dit_video.data.ingest.listing import Listed
-from dit_video.errors import UserError
 
 FILE = "journal.jsonl"
 PARTS = "parts"
@@ -44,7 +44,7 @@ class Journal:
     """
 
     def __init__(self, folder: Path, settings: Any):
-        known = json.dumps([_VERSION, av.__version__, configs.to_json(settings)], sort_keys=True)
+        known = json.dumps([_VERSION, av.__version__, config_json.to_json(settings)], sort_keys=True)
         self.settings = hashlib.sha256(known.encode()).hexdigest()[:16]
         """What stands for them in a line."""
         folder.mkdir(parents=True, exist_ok=True)

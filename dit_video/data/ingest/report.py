@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dit_video.core.files import write_json
+from dit_video.core.storage import Place, read_document
+from dit_video.data.clips import ClipInfo
 from dit_video.data.ingest.captions import caption_statistics
-from dit_video.data.places import Place, read_document
-from dit_video.data.source import ClipInfo
-from dit_video.files import write_json
 
 REPORT = "report.json"
 

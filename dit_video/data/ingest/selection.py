@@ -4,14 +4,14 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from dit_video.data.builder import in_order
+from dit_video.core.errors import UserError
+from dit_video.data.clips import ClipInfo
 from dit_video.data.ingest.duplicates import drop_duplicates
+from dit_video.data.ingest.formats import Listed
+from dit_video.data.ingest.formats.listed import quoted
 from dit_video.data.ingest.inspection import Inspected
-from dit_video.data.ingest.listing import Listed
-from dit_video.data.ingest.listing.listed import quoted
-from dit_video.data.ingest.screening import ScreeningConfig, Shot
-from dit_video.data.source import ClipInfo
-from dit_video.errors import UserError
+from dit_video.data.ingest.quality_filter import ScreeningConfig, Shot
+from dit_video.data.records.builder import in_order
 
 
 class Selection(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
 
 Detector = Literal["content", "adaptive"]
 THRESHOLDS: dict[Detector, float] = {"content": 27.0, "adaptive": 3.0}

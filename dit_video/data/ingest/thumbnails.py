@@ -5,8 +5,8 @@ import numpy as np
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from jaxtyping import Real, UInt8
 
-from dit_video.video.picture import is_full_range, is_transparent, orientation, over_black
-from dit_video.video.reading import complaints
+from dit_video.video.reader import complaints
+from dit_video.video.to_rgb import is_full_range, is_transparent, orientation, over_black
 
 LONG_SIDE = 256
 """Pixels of a thumbnail's longer side, whatever the clip's size: small ones are enlarged, so that measures compare."""

@@ -12,16 +12,16 @@ import threading
 from collections.abc import Iterable
 from typing import Any, BinaryIO
 
-from dit_video import configs
+from dit_video.core import config_json
+from dit_video.core.errors import UserError
+from dit_video.data.ingest.formats import Listed
 from dit_video.data.ingest.inspection import inspect
-from dit_video.data.ingest.listing import Listed
-from dit_video.errors import UserError
 
 
 def serve(requests: Iterable[bytes], answers: BinaryIO) -> None:
     """Answer every clip with its verdict, or with the error that ends the run."""
     requests = iter(requests)
-    config = configs.from_json(json.loads(next(requests)))
+    config = config_json.from_json(json.loads(next(requests)))
     _answer(answers, {"ready": True})
     for line in requests:
         name, captions, *place = json.loads(line)

@@ -20,10 +20,10 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
-from dit_video import configs
+from dit_video.core import config_json
+from dit_video.core.errors import UserError
+from dit_video.data.ingest.formats import Listed
 from dit_video.data.ingest.inspection import Inspected, InspectionConfig
-from dit_video.data.ingest.listing import Listed
-from dit_video.errors import UserError
 
 MODULE = "dit_video.data.ingest.worker"
 _STARTING = 300.0
@@ -75,7 +75,7 @@ class _Process:
         self.ready = False
         self.limit = _STARTING
         self.deadline = time.monotonic() + _STARTING
-        self._send(configs.to_json(config))
+        self._send(config_json.to_json(config))
 
     def give(self, task: Task, time_limit: float | int) -> None:
         self.task, self.limit = task, limit_of(task[1], time_limit)

@@ -1,10 +1,17 @@
 """A run planned before it is paid for: what a step needs, moves and takes, from its compiled program."""
 
-from dit_video.distributed.planner.compiled import CompiledStep, Memory, compile_step, held, measured_peak, peak_of
+from dit_video.distributed.planner.compiled_program import (
+    CompiledStep,
+    Memory,
+    compile_step,
+    held,
+    measured_peak,
+    peak_of,
+)
 from dit_video.distributed.planner.estimate import Step, estimate
 from dit_video.distributed.planner.hardware import CHIPS, Chip, Topology, chip_of, peak_flops
 from dit_video.distributed.planner.hlo import Moved, Program, read_program
-from dit_video.distributed.planner.least import least_moved, moved_over
+from dit_video.distributed.planner.lower_bounds import least_moved, moved_over
 from dit_video.distributed.planner.roofline import Times, Work, link_of, step_times
 
 __all__ = [

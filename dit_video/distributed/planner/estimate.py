@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from dit_video.distributed.planner.compiled import Memory
+from dit_video.distributed.planner.compiled_program import Memory
 from dit_video.distributed.planner.hlo import Moved
 from dit_video.distributed.planner.roofline import Work
 

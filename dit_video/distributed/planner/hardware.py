@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dit_video.errors import MissingError, UserError
+from dit_video.core.errors import MissingError, UserError
 
 GIB, GB = 2**30, 10**9
 

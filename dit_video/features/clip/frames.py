@@ -7,7 +7,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float32, UInt8
 
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
 from dit_video.features.clip.images import ClipImages, prepare
 from dit_video.features.clip.vision import ClipVisionConfig
 from dit_video.nn import graph_of

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
 from dit_video.features.clip.resize import resize_bicubic
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
 from dit_video.nn import LayerNorm, Linear
 
 Activation = Literal["quick_gelu", "gelu"]

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
 from dit_video.features.clip.text import ClipTextConfig
 from dit_video.features.clip.vision import ClipVisionConfig
 

@@ -9,7 +9,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
 from dit_video.features.clip.layers import ClipLayer, ClipTower, States, make_projection
 from dit_video.nn import LayerNorm, apply_stack, make_stack
 

@@ -4,14 +4,14 @@ One function type, `Attention`, is chosen when a model is built: a backend, and 
 backend is held equal to `Dense`, whose mask is the pattern's definition.
 """
 
+from dit_video.nn.attention.api import Attention
+from dit_video.nn.attention.backends.chunked import Chunked
+from dit_video.nn.attention.backends.dense import Dense
+from dit_video.nn.attention.backends.gpu import Cudnn, Tokamax
+from dit_video.nn.attention.backends.splash import Splash, default_block
 from dit_video.nn.attention.bias import Bias, BiasTable, RelativeBias
-from dit_video.nn.attention.chunked import Chunked
-from dit_video.nn.attention.dense import Dense
-from dit_video.nn.attention.gpu import Cudnn, Tokamax
-from dit_video.nn.attention.interface import Attention
-from dit_video.nn.attention.making import Auto, Backend, Chosen, check_attention, make_attention
-from dit_video.nn.attention.pairs import pair_count
-from dit_video.nn.attention.patterns import (
+from dit_video.nn.attention.dispatch import Auto, Backend, Chosen, check_attention, make_attention
+from dit_video.nn.attention.masks import (
     CausalFrames,
     Full,
     Pattern,
@@ -22,7 +22,7 @@ from dit_video.nn.attention.patterns import (
     TimeOnly,
     WithPlaceless,
 )
-from dit_video.nn.attention.splash import Splash, default_block
+from dit_video.nn.attention.pairs import pair_count
 from dit_video.nn.attention.tokens import NOWHERE, Coordinates, Tokens, grid_indices
 from dit_video.nn.attention.weights import Recorded, attention_weights
 

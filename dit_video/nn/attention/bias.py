@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 
-from dit_video.nn.attention.patterns import Pattern
+from dit_video.nn.attention.masks import Pattern
 
 
 @functools.lru_cache(maxsize=65_536)

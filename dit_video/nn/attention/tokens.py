@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
 from dit_video.nn.attention.bias import Bias
 
 Coordinates = Float[Array, "B N 3"] | Int[Array, "B N 3"]

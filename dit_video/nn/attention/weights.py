@@ -9,10 +9,10 @@ import numpy as np
 from jax.experimental import io_callback
 from jaxtyping import Array, Float, Float32, Int
 
+from dit_video.nn.attention.api import Attention, Keys, Queries
+from dit_video.nn.attention.backends.dense import MASKED
 from dit_video.nn.attention.bias import Bias
-from dit_video.nn.attention.dense import MASKED
-from dit_video.nn.attention.interface import Attention, Keys, Queries
-from dit_video.nn.attention.patterns import Full, Pattern, sight, visible
+from dit_video.nn.attention.masks import Full, Pattern, sight, visible
 from dit_video.nn.attention.tokens import Tokens
 
 Record = Callable[[Float32[np.ndarray, "B K Q M"]], None]

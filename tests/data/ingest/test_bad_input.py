@@ -8,10 +8,10 @@ import av
 import numpy as np
 import pytest
 
-from dit_video import rng
+from dit_video.core import rng
+from dit_video.core.errors import UserError
+from dit_video.data.clips import ClipSource
 from dit_video.data.ingest import IngestConfig, IngestReport, ingest
-from dit_video.data.source import ClipSource
-from dit_video.errors import UserError
 from dit_video.video import Clip, encode
 
 SHARED = Path(__file__).parents[4] / "shared" / "clips"

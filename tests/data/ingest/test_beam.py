@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from devices import HANG
-from dit_video.data import builder
-from dit_video.data.cluster import Beam
+from dit_video.core.errors import UserError
+from dit_video.data.clips import ClipSource
 from dit_video.data.ingest import IngestConfig, ingest, workers
-from dit_video.data.source import ClipSource
-from dit_video.errors import UserError
+from dit_video.data.records import builder
+from dit_video.data.records.cluster import Beam
 from dit_video.video import Clip
+from support.devices import HANG
 
 pytest.importorskip("apache_beam")
 
@@ -93,7 +93,7 @@ def test_a_crash_in_a_decoder_does_not_end_the_pipeline(clips, tmp_path, how, lo
 RUN = """
 import sys
 from apache_beam.options.pipeline_options import PipelineOptions
-from dit_video.data.cluster import Beam
+from dit_video.data.records.cluster import Beam
 from dit_video.data.ingest import ingest, workers
 sys.path.insert(0, sys.argv[1])
 workers.MODULE = "interrupted_worker"
@@ -155,7 +155,7 @@ def test_workers_in_another_folder_than_the_source_is_named_in(clips, tmp_path, 
 def test_a_workers_mistake_is_one_line(clips, tmp_path, how, monkeypatch):
     (tmp_path / "mistaken_worker.py").write_text(
         "from dit_video.data.ingest import inspection, worker\n"
-        "from dit_video.errors import UserError\n"
+        "from dit_video.core.errors import UserError\n"
         "def screen(*_):\n"
         "    raise UserError('nothing works here')\n"
         "inspection.screen = screen\n"

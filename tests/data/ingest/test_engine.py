@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from dit_video.data import builder
+from dit_video.core.errors import MissingError, UserError
+from dit_video.data.clips import ClipSource
 from dit_video.data.ingest import IngestConfig, ScreeningConfig, engine, ingest
 from dit_video.data.ingest.report import IngestReport
-from dit_video.data.source import ClipSource
-from dit_video.errors import MissingError, UserError
+from dit_video.data.records import builder
 from dit_video.video import Clip
 
 REPOSITORY = Path(__file__).parents[3]

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from devices import HANG, wait_until
+from dit_video.core.errors import UserError
+from dit_video.data.clips import ClipSource
 from dit_video.data.ingest import IngestConfig, Listed, ScreeningConfig, ingest, workers
 from dit_video.data.ingest.inspection import Inspected, InspectionConfig
 from dit_video.data.ingest.journal import FILE, PARTS, Journal, Part, read_parts
-from dit_video.data.source import ClipSource
-from dit_video.errors import UserError
 from dit_video.video import Clip
+from support.devices import HANG, wait_until
 
 HERE = Path(__file__).parent
 
@@ -79,7 +79,7 @@ def test_workers_that_cannot_start(tmp_path, monkeypatch):
 def test_a_mistake_in_the_screening_ends_the_run(tmp_path, monkeypatch):
     (tmp_path / "mistaken_worker.py").write_text(
         "from dit_video.data.ingest import inspection, worker\n"
-        "from dit_video.errors import UserError\n"
+        "from dit_video.core.errors import UserError\n"
         "def screen(*_):\n"
         "    raise UserError('nothing works here')\n"
         "inspection.screen = screen\n"

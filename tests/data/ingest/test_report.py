@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from dit_video.data.ingest.listing.listed import quoted
+from dit_video.data.clips import ClipInfo
+from dit_video.data.ingest.formats.listed import quoted
 from dit_video.data.ingest.report import IngestReport, summarise
-from dit_video.data.source import ClipInfo
 
 
 def info(name, height, width, frames, fps, captions=("x",), split="train"):

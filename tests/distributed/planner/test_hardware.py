@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
+from dit_video.core.errors import MissingError, UserError
 from dit_video.distributed.planner import CHIPS, Moved, Topology, Work, chip_of, link_of, peak_flops, step_times
-from dit_video.errors import MissingError, UserError
 
 
 class Device:

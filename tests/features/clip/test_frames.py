@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
 from dit_video.features import ClipImages, FrameEncoder
 from dit_video.features.clip import prepare
 from dit_video.nn import graph_of
-from rough import rough_params
-from tiny_clip import VISION
+from support.rough import rough_params
+from support.tiny_clip import VISION
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

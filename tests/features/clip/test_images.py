@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from dit_video.errors import UserError
+from dit_video.core.errors import UserError
 from dit_video.features import ClipImages
 from dit_video.features.clip import prepare
 from dit_video.features.clip.resize import resize_bicubic

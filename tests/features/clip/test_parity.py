@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import tiny_clip
 from dit_video.features import ClipImages, FrameEncoder
 from dit_video.features.clip import prepare
 from dit_video.features.clip.resize import resize_bicubic
@@ -20,6 +19,7 @@ from dit_video.weights import (
     save_clip,
     save_clip_images,
 )
+from support import tiny_clip
 
 pytestmark = pytest.mark.parity
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dit_video import configs
-from dit_video.errors import UserError
+from dit_video.core import config_json
+from dit_video.core.errors import UserError
 from dit_video.features import ClipConfig
 from dit_video.nn import graph_of, param_shapes
-from rough import rough_params
-from tiny_clip import CONFIG, END, START, TEXT, VISION
+from support.rough import rough_params
+from support.tiny_clip import CONFIG, END, START, TEXT, VISION
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -122,7 +122,7 @@ def test_sizes_are_those_of_the_published_models():
 
 
 def test_configs_go_to_json_and_back():
-    assert configs.from_json(configs.to_json(CONFIG)) == CONFIG
+    assert config_json.from_json(config_json.to_json(CONFIG)) == CONFIG
 
 
 def test_inputs_of_another_size():

@@ -5,19 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_video.errors import UserError
-from dit_video.nn.attention import (
-    Bias,
-    Chunked,
-    Cudnn,
-    Dense,
-    Full,
-    RelativeBias,
-    Splash,
-    TimeOnly,
-    Tokens,
-)
-from dit_video.nn.attention.patterns import sight, visible
+from dit_video.core.errors import UserError
+from dit_video.nn.attention import Bias, Chunked, Cudnn, Dense, Full, RelativeBias, Splash, TimeOnly, Tokens
+from dit_video.nn.attention.masks import sight, visible
 from dit_video.text.t5 import relative_buckets
 from dit_video.tokens import Grid, coordinates
 

@@ -1,0 +1,202 @@
+"""The parts of a convolutional causal autoencoder: residual blocks, attention within a frame, changes of resolution.
+
+They are those of Wan's autoencoder (arXiv 2503.20314, section 4.1), which are those of Stable Diffusion's (arXiv
+2112.10752) made causal in time. A resolution changes by factors of 1 or 2 along (t, h, w); in time the first frame
+stays alone.
+
+Every part takes the features of a clip, or of a chunk of one with the `Memory` of the chunk before. `places` says which
+clip each position belongs to where several share a canvas: between them lie zeros before every convolution, and
+attention stays within a clip.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange, repeat
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from dit_video.autoencoders.interface import chunk_grid
+from dit_video.autoencoders.modulation import Guide, SpatialNorm
+from dit_video.core.errors import UserError
+from dit_video.nn import CausalConv, Linear, Memory, RmsNorm, Tokens, make_attention
+from dit_video.tokens import Grid
+
+_EPSILON = 1e-12
+"""Of norms: next to nothing, as in the open models, which divide by the norm itself."""
+
+
+class Places(NamedTuple):
+    """Which clip each latent position belongs to: 1, 2, …; 0 is none's."""
+
+    clips: Int[Array, "B h w"]
+
+    def alone(self, x: Float[Array, "B t H W i"]) -> Float[Array, "B t H W i"]:
+        """Features at any resolution, zero where there is no clip."""
+        return jnp.where(self.at(x)[:, None, :, :, None] > 0, x, 0)
+
+    def at(self, x: Float[Array, "B t H W i"]) -> Int[Array, "B H W"]:
+        """The clips' numbers at the resolution of some features."""
+        rows, columns = x.shape[2] // self.clips.shape[1], x.shape[3] // self.clips.shape[2]
+        return jnp.repeat(jnp.repeat(self.clips, rows, axis=1), columns, axis=2)
+
+
+def alone(x: Float[Array, "B t h w i"], places: Places | None) -> Float[Array, "B t h w i"]:
+    """Features with zeros between the clips of a canvas, as each clip alone has beyond its border."""
+    return x if places is None else places.alone(x)
+
+
+def placed(
+    pixels: Float[Array, "B T H W _"],
+    stride: Grid,
+    inside: Int[Array, "B h w"] | Bool[Array, "B h w"] | None,
+    memory: Memory | None,
+) -> Places | None:
+    """Which clip each latent position of a canvas belongs to; None where clips have no canvas.
+
+    Raises:
+      UserError: pixels of a clip, or of a chunk of one, that do not fit the stride, or that are not red, green, blue.
+    """
+    if pixels.shape[-1] != 3:
+        raise UserError(f"pixels have 3 channels, red, green and blue; {pixels.shape[-1]} were given")
+    chunk_grid(Grid(*pixels.shape[1:4]), stride, begins=memory is None or memory.begins)
+    return None if inside is None else Places(inside.astype(jnp.int32))
+
+
+def frame_segments(x: Float[Array, "B t h w D"], places: Places | None) -> Int[Array, "B*t h*w"]:
+    """Which clip each position of every frame belongs to, for attention within the clips' frames."""
+    if places is None:
+        return jnp.ones((x.shape[0] * x.shape[1], x.shape[2] * x.shape[3]), jnp.int32)
+    return repeat(places.at(x), "B h w -> (B t) (h w)", t=x.shape[1])
+
+
+def make_norm(width: int, guided: int | None, rngs: nnx.Rngs) -> nnx.Module:
+    """A norm by the root mean square; one that latents of `guided` channels modulate, if that is given."""
+    norm = RmsNorm(width, eps=_EPSILON)
+    return norm if guided is None else SpatialNorm(norm, width, guided, rngs=rngs)
+
+
+def normed(norm: nnx.Module, x: Float[Array, "B t h w D"], guide: Guide | None) -> Float[Array, "B t h w D"]:
+    """What `make_norm` made, applied."""
+    return norm(x) if guide is None else norm(x, guide)
+
+
+class ResidualBlock(nnx.Module):
+    """Twice norm, SiLU and a 3×3×3 convolution, beside the identity or a projection."""
+
+    def __init__(
+        self,
+        width_in: int,
+        width_out: int,
+        *,
+        guided: int | None = None,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.norm_in, self.norm_out = make_norm(width_in, guided, rngs), make_norm(width_out, guided, rngs)
+        self.conv_in = CausalConv(width_in, width_out, (3, 3, 3), past="zero", dtype=dtype, rngs=rngs)
+        self.conv_out = CausalConv(width_out, width_out, (3, 3, 3), past="zero", dtype=dtype, rngs=rngs)
+        self.shortcut = None if width_in == width_out else Linear(width_in, width_out, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B t h w i"],
+        memory: Memory | None = None,
+        places: Places | None = None,
+        guide: Guide | None = None,
+    ) -> Float[Array, "B t h w o"]:
+        y = self.conv_in(alone(jax.nn.silu(normed(self.norm_in, x, guide)), places), memory)
+        y = self.conv_out(alone(jax.nn.silu(normed(self.norm_out, y, guide)), places), memory)
+        return y + (x if self.shortcut is None else self.shortcut(x))
+
+
+class FrameAttention(nnx.Module):
+    """Attention of one head among the positions of a frame, beside the identity."""
+
+    def __init__(self, width: int, *, guided: int | None = None, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+        self.norm = make_norm(width, guided, rngs)
+        self.qkv = Linear(width, 3 * width, dtype=dtype, rngs=rngs)
+        self.out = Linear(width, width, dtype=dtype, rngs=rngs)
+        self.attention = make_attention()
+
+    def __call__(
+        self, x: Float[Array, "B t h w D"], places: Places | None = None, guide: Guide | None = None
+    ) -> Float[Array, "B t h w D"]:
+        tokens = rearrange(normed(self.norm, x, guide), "B t h w D -> (B t) (h w) 1 D")
+        q, k, v = jnp.split(self.qkv(tokens), 3, axis=-1)
+        mixed = self.attention(q, k, v, Tokens.among(frame_segments(x, places)))
+        return x + self.out(mixed).reshape(x.shape)
+
+
+class Down(nnx.Module):
+    """Half the resolution along the axes where `factors` is 2: a convolution in space, then one in time."""
+
+    def __init__(self, width: int, factors: Grid, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+        spatial = factors.h == 2
+        self.space = CausalConv(width, width, (1, 3, 3), stride=2, dtype=dtype, rngs=rngs) if spatial else None
+        self.time = CausalConv(width, width, (3, 1, 1), dtype=dtype, rngs=rngs) if factors.t == 2 else None
+
+    def __call__(
+        self, x: Float[Array, "B T H W D"], memory: Memory | None = None, places: Places | None = None
+    ) -> Float[Array, "B t h w D"]:
+        if self.space is not None:
+            x = self.space(alone(x, places))
+        if self.time is None:
+            return x
+        if memory is None or memory.begins:  # the first frame stays as it is, and is the past of those that follow
+            rest = x if memory is None else memory.exchange(x[:, :1], x[:, 1:])
+            first = x[:, :1]
+            return first if x.shape[1] == 1 else jnp.concatenate([first, self.time.valid(rest, step=2)], axis=1)
+        return self.time.valid(memory.exchange(x[:, :1], x), step=2)
+
+
+class Up(nnx.Module):
+    """Twice the resolution along the axes where `factors` is 2: a convolution in time, then one in space."""
+
+    def __init__(self, width_in: int, width_out: int, factors: Grid, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+        spatial = factors.h == 2
+        self.time = CausalConv(width_in, 2 * width_in, (3, 1, 1), dtype=dtype, rngs=rngs) if factors.t == 2 else None
+        self.space = CausalConv(width_in, width_out, (1, 3, 3), dtype=dtype, rngs=rngs) if spatial else None
+        self.narrow = None if spatial or width_in == width_out else Linear(width_in, width_out, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B t h w i"], memory: Memory | None = None) -> Float[Array, "B T H W o"]:
+        if self.time is not None:
+            x = self._doubled(self.time, x, memory)
+        if self.space is not None:
+            x = self.space(repeat(x, "B t h w i -> B t (h a) (w b) i", a=2, b=2))
+        return x if self.narrow is None else self.narrow(x)
+
+    def _doubled(
+        self, convolution: CausalConv, x: Float[Array, "B t h w i"], memory: Memory | None
+    ) -> Float[Array, "B T h w i"]:
+        """Two frames for each but the clip's first, which those that follow do not see."""
+        begins = memory is None or memory.begins
+        first, rest = (x[:, :1], x[:, 1:]) if begins else (x[:, :0], x)
+        past = jnp.zeros_like(jnp.repeat(x[:, :1], 2, axis=1))
+        longer = jnp.concatenate([past, rest], axis=1) if memory is None else memory.exchange(past, rest)
+        if rest.shape[1] == 0:
+            return first
+        pairs = rearrange(convolution.valid(longer), "B t h w (two i) -> B (t two) h w i", two=2)
+        return jnp.concatenate([first, pairs], axis=1)
+
+
+def averaged(x: Float[Array, "B T H W i"], width: int, factors: Grid, *, begins: bool) -> Float[Array, "B t h w o"]:
+    """A block's shortcut to a lower resolution without parameters: cells of pixels become channels, groups their mean.
+
+    The first frame stands alone: a cell of it has zeros before it.
+    """
+    if begins:
+        x = jnp.pad(x, ((0, 0), (factors.t - 1, 0), (0, 0), (0, 0), (0, 0)))
+    cells = rearrange(x, "B (t a) (h b) (w c) i -> B t h w (i a b c)", a=factors.t, b=factors.h, c=factors.w)
+    return cells.reshape(*cells.shape[:-1], width, -1).mean(axis=-1)
+
+
+def repeated(x: Float[Array, "B t h w i"], width: int, factors: Grid, *, begins: bool) -> Float[Array, "B T H W o"]:
+    """A block's shortcut to a higher resolution without parameters: channels, repeated, become cells of pixels.
+
+    Of the first frame's cells the last is kept.
+    """
+    wide = jnp.repeat(x, width * factors.volume // x.shape[-1], axis=-1)
+    cells = rearrange(wide, "B t h w (o a b c) -> B (t a) (h b) (w c) o", a=factors.t, b=factors.h, c=factors.w)
+    return cells[:, factors.t - 1 :] if begins else cells

@@ -1,0 +1,97 @@
+"""What an autoencoder is to the rest."""
+
+from typing import Protocol, runtime_checkable
+
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from dit_video.core.errors import UserError
+from dit_video.nn import Memory
+from dit_video.tokens import Grid
+
+
+@runtime_checkable
+class Autoencoder(Protocol):
+    """Clips to latents and back. Latents are normalised: about zero mean and unit variance in every channel."""
+
+    def encode(
+        self,
+        pixels: Float[Array, "B T H W 3"],
+        inside: Int[Array, "B h w"] | Bool[Array, "B h w"] | None = None,
+        memory: Memory | None = None,
+    ) -> Float[Array, "B t h w c"]:
+        """Of a clip, or of a chunk of one with what was kept of the chunk before.
+
+        `inside` says which clip each latent position belongs to, of several that share a canvas, a position apart:
+        1, 2, …, and 0 for none.
+        """
+        ...
+
+    def decode(self, latents: Float[Array, "B t h w c"], memory: Memory | None = None) -> Float[Array, "B T H W 3"]:
+        """Of a clip, or of a chunk of one with what was kept of the chunk before."""
+        ...
+
+
+@runtime_checkable
+class AutoencoderConfig(Protocol):
+    """The config of an autoencoder: makes its module, and knows the size of its latents."""
+
+    def __hash__(self) -> int: ...
+
+    @property
+    def stride(self) -> Grid:
+        """Pixels for one latent along (t, h, w); the first frame has a latent frame of its own."""
+        ...
+
+    @property
+    def channels(self) -> int: ...
+
+    @property
+    def last_layer(self) -> str:
+        """Path of the parameter that makes the pixels: the decoder's last kernel."""
+        ...
+
+    def make(self, rngs: nnx.Rngs) -> nnx.Module: ...
+
+
+def latent_grid(clip: Grid, stride: Grid) -> Grid:
+    """The latent size of a clip of `T H W` pixels.
+
+    Raises:
+      UserError: a length that is not 1 + k * temporal stride, or a size that the spatial stride does not divide.
+    """
+    if clip.t < 1 or (clip.t - 1) % stride.t:
+        below = max(1, clip.t - (clip.t - 1) % stride.t)
+        raise UserError(
+            f"T={clip.t} is not 1 + {stride.t}k for temporal stride {stride.t}; use {below} or {below + stride.t}"
+        )
+    for name, length, step in (("height", clip.h, stride.h), ("width", clip.w, stride.w)):
+        if length < 1 or length % step:
+            below = max(step, length - length % step)
+            raise UserError(
+                f"{name} {length} is not divisible by the spatial stride {step}; use {below} or {below + step}"
+            )
+    return Grid(1 + (clip.t - 1) // stride.t, clip.h // stride.h, clip.w // stride.w)
+
+
+def chunk_grid(chunk: Grid, stride: Grid, *, begins: bool) -> Grid:
+    """The latent size of a chunk of a clip: its start, or frames that follow it.
+
+    Raises:
+      UserError: a start that `latent_grid` refuses, or frames after it that are no multiple of the temporal stride.
+    """
+    if begins:
+        return latent_grid(chunk, stride)
+    if chunk.t < 1 or chunk.t % stride.t:
+        below = max(stride.t, chunk.t - chunk.t % stride.t)
+        raise UserError(
+            f"a chunk of {chunk.t} frames after a clip's first is not divisible by the temporal stride {stride.t}; "
+            f"use {below} or {below + stride.t}"
+        )
+    alone = latent_grid(Grid(1, chunk.h, chunk.w), stride)
+    return alone._replace(t=chunk.t // stride.t)
+
+
+def clip_grid(latents: Grid, stride: Grid) -> Grid:
+    """The clip size of latents: the inverse of `latent_grid`."""
+    return Grid(1 + (latents.t - 1) * stride.t, latents.h * stride.h, latents.w * stride.w)

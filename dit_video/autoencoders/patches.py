@@ -1,0 +1,37 @@
+"""Causal spacetime patches of pixels."""
+
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jaxtyping import Float
+
+from dit_video.autoencoders.interface import chunk_grid
+from dit_video.core.typing import SameArray
+from dit_video.tokens import Grid
+
+
+def to_patches(
+    pixels: Float[SameArray, "B T H W 3"], stride: Grid, *, begins: bool = True
+) -> Float[SameArray, "B t h w p"]:
+    """Causal patches: frame 0 repeated `stride.t` times is the first, then `stride.t` frames each.
+
+    Of a chunk that does not begin its clip all patches are `stride.t` frames.
+
+    Raises:
+      UserError: a size that does not fit the stride.
+    """
+    chunk_grid(Grid(*pixels.shape[1:4]), stride, begins=begins)
+    if begins:
+        xp = np if isinstance(pixels, np.ndarray) else jnp
+        pixels = xp.concatenate([xp.repeat(pixels[:, :1], stride.t - 1, axis=1), pixels], axis=1)
+    return rearrange(pixels, "B (t pt) (h ph) (w pw) C -> B t h w (pt ph pw C)", pt=stride.t, ph=stride.h, pw=stride.w)
+
+
+def from_patches(
+    patches: Float[SameArray, "B t h w p"], stride: Grid, *, begins: bool = True
+) -> Float[SameArray, "B T H W 3"]:
+    """Invert `to_patches`; of a clip's first patch, the last frame is kept."""
+    pixels = rearrange(
+        patches, "B t h w (pt ph pw C) -> B (t pt) (h ph) (w pw) C", pt=stride.t, ph=stride.h, pw=stride.w
+    )
+    return pixels[:, stride.t - 1 :] if begins else pixels

@@ -1,0 +1,250 @@
+"""The transformer's blocks: attention and an MLP, shifted, scaled and gated by what conditions them.
+
+Streams of tokens are in float32 between blocks; only matrix products are in the config's dtype.
+"""
+
+from typing import ClassVar, NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dit_video.backbones.dit.conditioning import CrossAttention, JointAttention
+from dit_video.backbones.dit.config import DitConfig
+from dit_video.nn import Attention, Fused, Init, Linear, RmsNorm, Tokens, gelu, layer_norm, make_attention, modulate
+from dit_video.nn.attention import BiasTable
+from dit_video.tokens import rotate, to_tokens
+
+
+class Row(NamedTuple):
+    """What all blocks are told of a row of tokens."""
+
+    segments: Int[Array, "B N"]
+    at: Tokens
+    """of self-attention, with a joint context's tokens behind the row's own"""
+    angles: Float[Array, "B N half"] | None
+    places: Float[Array, "B T 3"] | None = None
+    """coordinates for a relative bias, of as many tokens as `at`"""
+
+
+def make_block(config: DitConfig, *, rngs: nnx.Rngs) -> nnx.Module:
+    """The kind of block that the config's context asks for."""
+    if isinstance(config.context, JointAttention):
+        return JointBlock(config, rngs=rngs)
+    return Block(config, rngs=rngs)
+
+
+def spread(
+    values: Float[Array, "B M *rest"], segments: Int[Array, "B N"], *, per_token: bool
+) -> Float[Array, "B N *rest"]:
+    """Every token's value, of one value per segment or of one per token already."""
+    return values if per_token else to_tokens(values, segments)
+
+
+class Stream(nnx.Module):
+    """What a block has for one kind of tokens: modulation, the way into attention's heads and out of them, an MLP."""
+
+    end: ClassVar[Init] = "xavier"
+    """how what is added to the stream begins"""
+    fused: Fused | None = None
+    """where the weights of queries, keys and values lie, on several devices"""
+
+    def __init__(self, config: DitConfig, *, per_token: bool, rngs: nnx.Rngs):
+        self._add_modulation(config, per_token, rngs)
+        self._add_attention(config, rngs)
+        self._add_mlp(config, rngs)
+
+    def _add_modulation(self, config: DitConfig, per_token: bool, rngs: nnx.Rngs) -> None:
+        self.heads, self.per_token = config.heads, per_token
+        width, own = config.width, config.modulation == "own"
+        self.own = Linear(width, 6 * width, init="zero", rngs=rngs) if own else None
+        self.table = None if own else nnx.Param(jnp.zeros((6, width), jnp.float32))
+
+    def _add_attention(self, config: DitConfig, rngs: nnx.Rngs) -> None:
+        width, dtype = config.width, jnp.dtype(config.dtype)
+        self.qkv = Linear(width, 3 * width, bias=config.bias, dtype=dtype, rngs=rngs)
+        self.query_norm, self.key_norm = _qk_norm(config), _qk_norm(config)
+        self.out = Linear(width, width, bias=config.bias, init=self.end, dtype=dtype, rngs=rngs)
+
+    def _add_mlp(self, config: DitConfig, rngs: nnx.Rngs) -> None:
+        width, hidden, dtype = config.width, config.hidden_width, jnp.dtype(config.dtype)
+        self.up = Linear(width, hidden, bias=config.bias, dtype=dtype, rngs=rngs)
+        self.down = Linear(hidden, width, bias=config.bias, init=self.end, dtype=dtype, rngs=rngs)
+        self.mlp_norm_eps = config.mlp_norm_eps
+        gated = config.mlp == "swiglu"
+        self.gate = Linear(width, hidden, bias=config.bias, dtype=dtype, rngs=rngs) if gated else None
+
+    def parts(
+        self, modulation: Float[Array, "B M 6 D"] | Float[Array, "B M D"], segments: Int[Array, "B N"]
+    ) -> tuple[Float[Array, "B N D"], ...]:
+        """Shift, scale and gate of attention, then those of the MLP.
+
+        `modulation` is the shared one, of segments or of tokens, or the condition that this stream projects for itself.
+        """
+        if self.own is None:
+            assert self.table is not None
+            shared = [modulation[:, :, index] + self.table[...][index] for index in range(6)]
+            return tuple(spread(part, segments, per_token=self.per_token) for part in shared)
+        projected = spread(self.own(modulation), segments, per_token=self.per_token)
+        return tuple(jnp.split(projected, 6, axis=-1))
+
+    def project(
+        self, x: Float[Array, "B N D"], angles: Float[Array, "B N half"] | None
+    ) -> tuple[Float[Array, "B N K d"], Float[Array, "B N K d"], Float[Array, "B N K d"]]:
+        """Queries, keys and values; without angles queries and keys aren't turned."""
+        qkv = self.qkv.parts(x, 3, self.fused)
+        q = into_heads(qkv[:, :, 0], self.query_norm, self.heads)
+        k = into_heads(qkv[:, :, 1], self.key_norm, self.heads)
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        return q, k, into_heads(qkv[:, :, 2], None, self.heads)
+
+    def leave(self, mixed: Float[Array, "B N K d"]) -> Float[Array, "B N D"]:
+        """What attention adds to the stream."""
+        return self.out(mixed.reshape(*mixed.shape[:2], -1)).astype(jnp.float32)
+
+    def mlp(
+        self, x: Float[Array, "B N D"], shift: Float[Array, "B N D"], scale: Float[Array, "B N D"]
+    ) -> Float[Array, "B N D"]:
+        """Modulation, linear, tanh-gelu, linear; or SwiGLU, `down(silu(gate(x)) * up(x))` (arXiv 2002.05202)."""
+        x = modulate(x, shift, scale, eps=self.mlp_norm_eps)
+        up = self.up(x)
+        hidden = gelu(up) if self.gate is None else nnx.silu(self.gate(x)) * up
+        return self.down(hidden).astype(jnp.float32)
+
+
+class Block(Stream):
+    """Self-attention among a segment's tokens, cross-attention to its context where there is one, and an MLP."""
+
+    def __init__(self, config: DitConfig, *, rngs: nnx.Rngs):
+        self.parallel = config.order == "parallel"
+        # A seed's parameters are drawn in this order.
+        self._add_modulation(config, config.time == "token", rngs)
+        self._add_attention(config, rngs)
+        self.crosses = isinstance(config.context, CrossAttention)
+        if self.crosses:
+            width, dtype = config.width, jnp.dtype(config.dtype)
+            self.cross: Attention = make_attention(config.attention)
+            self.cross_query = Linear(width, width, bias=config.bias, dtype=dtype, rngs=rngs)
+            self.cross_key_value = Linear(width, 2 * width, bias=config.bias, dtype=dtype, rngs=rngs)
+            self.cross_query_norm, self.cross_key_norm = _qk_norm(config), _qk_norm(config)
+            self.cross_out = Linear(width, width, bias=config.bias, init="zero", dtype=dtype, rngs=rngs)
+        self._add_mlp(config, rngs)
+        self.relative = _relative(config, rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B N D"],
+        modulation: Float[Array, "B M 6 D"] | Float[Array, "B M D"],
+        row: Row,
+        context: Float[Array, "B S D"] | None,
+        context_segments: Int[Array, "B S"] | None,
+        attention: Attention,
+    ) -> Float[Array, "B N D"]:
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.parts(modulation, row.segments)
+        start = x
+        q, k, v = self.project(modulate(x, shift, scale), row.angles)
+        x = x + gate * self.leave(attention(q, k, v, _biased(row, self.relative)))
+        if self.crosses:
+            seen = layer_norm(start if self.parallel else x)
+            x = x + self._cross_attention(seen, row.segments, context, context_segments)
+        return x + mlp_gate * self.mlp(start if self.parallel else x, mlp_shift, mlp_scale)
+
+    def _cross_attention(self, x, segments, context, context_segments):
+        q = into_heads(self.cross_query(x), self.cross_query_norm, self.heads)
+        key_value = self.cross_key_value.parts(context, 2, self.fused)
+        k = into_heads(key_value[:, :, 0], self.cross_key_norm, self.heads)
+        v = into_heads(key_value[:, :, 1], None, self.heads)
+        mixed = self.cross(q, k, v, Tokens(segments, context_segments))
+        return self.cross_out(mixed.reshape(x.shape)).astype(jnp.float32)
+
+
+class TemporalBlock(Stream):
+    """Attention over the frames at one place, and an MLP; the identity until it is trained.
+
+    What it adds comes from maps that start at zero; so gates count from 1, or both would be zero in a fresh model and
+    neither would learn.
+    """
+
+    end: ClassVar[Init] = "zero"
+
+    def __init__(self, config: DitConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, per_token=config.time == "token", rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B N D"],
+        modulation: Float[Array, "B M 6 D"] | Float[Array, "B M D"],
+        row: Row,
+        attention: Attention,
+    ) -> Float[Array, "B N D"]:
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.parts(modulation, row.segments)
+        q, k, v = self.project(modulate(x, shift, scale), row.angles)
+        x = x + (1 + gate) * self.leave(attention(q, k, v, row.at))
+        return x + (1 + mlp_gate) * self.mlp(x, mlp_shift, mlp_scale)
+
+
+class JointBlock(nnx.Module):
+    """Two streams whose tokens attend to those of both: the video's, and the context's behind them in `x`."""
+
+    def __init__(self, config: DitConfig, *, rngs: nnx.Rngs):
+        self.parallel = config.order == "parallel"
+        self.video = Stream(config, per_token=config.time == "token", rngs=rngs)
+        self.context = Stream(config, per_token=False, rngs=rngs)
+        self.relative = _relative(config, rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        modulation: Float[Array, "B M 6 D"] | Float[Array, "B M D"],
+        row: Row,
+        context_modulation: Float[Array, "B G 6 D"] | Float[Array, "B G D"],
+        context_segments: Int[Array, "B S"],
+        attention: Attention,
+    ) -> Float[Array, "B T D"]:
+        length = row.segments.shape[1]
+        streams = (self.video, self.context)
+        starts = [x[:, :length], x[:, length:]]
+        parts = [
+            self.video.parts(modulation, row.segments),
+            self.context.parts(context_modulation, context_segments),
+        ]
+        heads = [
+            stream.project(modulate(start, shift, scale), at)
+            for stream, start, (shift, scale, *_), at in zip(streams, starts, parts, (row.angles, None), strict=True)
+        ]
+        q, k, v = (jnp.concatenate(both, axis=1) for both in zip(*heads, strict=True))
+        mixed = attention(q, k, v, _biased(row, self.relative))
+        ends = []
+        for stream, start, (_, _, gate, mlp_shift, mlp_scale, mlp_gate), part in zip(
+            streams, starts, parts, (mixed[:, :length], mixed[:, length:]), strict=True
+        ):
+            attended = start + gate * stream.leave(part)
+            seen = start if self.parallel else attended
+            ends.append(attended + mlp_gate * stream.mlp(seen, mlp_shift, mlp_scale))
+        return jnp.concatenate(ends, axis=1)
+
+
+def into_heads(x: Float[Array, "B N D"], norm: RmsNorm | None, heads: int) -> Float[Array, "B N {heads} d"]:
+    """A width divided into heads; a norm as wide as all of them goes before, one as wide as a head after."""
+    if norm is not None and norm.scale.shape[-1] == x.shape[-1]:
+        x, norm = norm(x), None
+    x = x.reshape(*x.shape[:2], heads, -1)
+    return x if norm is None else norm(x)
+
+
+def _relative(config: DitConfig, rngs: nnx.Rngs) -> BiasTable | None:
+    return None if config.relative_bias is None else BiasTable(config.relative_bias, config.heads, rngs=rngs)
+
+
+def _biased(row: Row, relative: BiasTable | None) -> Tokens:
+    if relative is None:
+        return row.at
+    assert row.places is not None
+    return row.at._replace(bias=relative(row.places))
+
+
+def _qk_norm(config: DitConfig) -> RmsNorm | None:
+    if config.qk_norm == "none":
+        return None
+    return RmsNorm(config.width if config.qk_norm == "full" else config.width // config.heads)

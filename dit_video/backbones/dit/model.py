@@ -1,0 +1,241 @@
+"""The spacetime diffusion transformer over packed rows.
+
+Blocks as in DiT (arXiv 2212.09748) with text by cross-attention as in PixArt (arXiv 2310.00426), if the config says
+nothing else; the modulation is projected once and shared, each block adding its own table, as in Wan 2.1.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dit_video.backbones.dit.blocks import Row, TemporalBlock, make_block
+from dit_video.backbones.dit.conditioning import CrossAttention, Given, JointAttention
+from dit_video.backbones.dit.config import DitConfig
+from dit_video.backbones.dit.positions import EndDistances
+from dit_video.nn import Attention, Linear, Tokens, Turns, apply_groups, make_stack, modulate, sinusoidal
+from dit_video.nn.attention import NOWHERE, Chosen, Full, Pattern, TimeOnly, grid_indices
+from dit_video.tokens import Rotary3d, rotary_angles, segment_mean, to_tokens
+
+_TIME = np.asarray([1, 0, 0], np.float32)
+"""what of coordinates (t, h, w) is time"""
+
+
+class _Sequence(NamedTuple):
+    """A row's tokens, with the registers of every segment behind them."""
+
+    x: Float[Array, "B N D"]
+    segments: Int[Array, "B N"]
+    coordinates: Float[Array, "B N 3"]
+    token_time: Float[Array, "B N"] | None
+
+
+class Dit(nnx.Module):
+    """`prediction = dit(noisy, time, ...)` on packed rows."""
+
+    def __init__(self, config: DitConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.attention: Callable[[Pattern], Attention] = Chosen(config.attention)
+        width, dtype = config.width, jnp.dtype(config.dtype)
+        self.embed = Linear(config.token_width, width, dtype=dtype, rngs=rngs)
+        if config.added_position is not None:
+            self.position = config.added_position.make(width, dtype=dtype, rngs=rngs)
+        self.time_in, self.time_out = Linear(256, width, rngs=rngs), Linear(width, width, rngs=rngs)
+        if isinstance(config.context, CrossAttention | JointAttention):
+            self.context_in = Linear(config.context_width, width, dtype=dtype, rngs=rngs)
+        if config.context.pooled:
+            self.context_pooled = Linear(config.context_width, width, rngs=rngs)
+        if config.modulation == "shared":
+            self.modulation = Linear(width, 6 * width, init="zero", rngs=rngs)
+        self.blocks = make_stack(lambda r: make_block(config, rngs=r), config.layers, rngs=rngs)
+        self.head_modulation = Linear(width, 2 * width, init="zero", rngs=rngs)
+        self.head = Linear(width, config.head_width, init="zero", rngs=rngs)
+        normal = nnx.initializers.normal(0.02)
+        if config.given_channels:
+            # From zero: a model that is given more than it was trained with begins as it was.
+            self.given = Linear(config.given_width, width, bias=False, init="zero", dtype=dtype, rngs=rngs)
+        if config.registers:
+            self.registers = nnx.Param(normal(rngs.params(), (config.registers, width), jnp.float32))
+        if config.labels is not None:
+            self.labels = nnx.Param(normal(rngs.params(), (config.labels.classes + 1, width), jnp.float32))
+        if config.temporal is not None:
+            self.temporal_position = EndDistances().make(width, init="zero", dtype=dtype, rngs=rngs)
+            number = config.layers // config.temporal.every * config.temporal.layers
+            self.temporal_blocks = make_stack(lambda r: TemporalBlock(config, rngs=r), number, rngs=rngs)
+
+    def __call__(
+        self,
+        noisy: Float[Array, "B N p"],
+        time: Float[Array, "B G"],
+        *,
+        segments: Int[Array, "B N"],
+        coordinates: Float[Array, "B N 3"],
+        context: Float[Array, "B S E"] | None,
+        context_segments: Int[Array, "B S"] | None,
+        given: Given = Given(),
+    ) -> Float[Array, "B N prediction"]:
+        """Predict from noisy tokens at one diffusion time per segment (0 = data, 1 = noise).
+
+        A prediction is as wide as a token, or twice with its variance: `[prediction, variance]` at each place of a
+        patch.
+
+        Raises:
+          UserError: something is given that the config does not ask for, or the other way round.
+        """
+        given.check(*self._wanted())
+        steady = self._steady((time.shape[0], time.shape[1]), context, context_segments, given.labels)
+        of_segments = of_tokens = nnx.silu(self._time(time) + steady)
+        row = self._sequence(noisy, time, segments, coordinates, given)
+        if row.token_time is not None:
+            of_tokens = nnx.silu(self._time(row.token_time) + to_tokens(steady, row.segments))
+        x = self._through_blocks(row, noisy.shape[1], of_segments, of_tokens, context, context_segments)
+        shift_scale = self.head_modulation(of_tokens)
+        if row.token_time is None:
+            shift_scale = to_tokens(shift_scale, segments)
+        shift, scale = jnp.split(shift_scale[:, : noisy.shape[1]], 2, axis=-1)
+        return self._predicted(self.head(modulate(x[:, : noisy.shape[1]], shift, scale)))
+
+    def _predicted(self, head: Float[Array, "B N o"]) -> Float[Array, "B N prediction"]:
+        """What is given of the head's values, with their sign."""
+        config = self.config
+        if config.variance == "dropped":
+            places = head.reshape(*head.shape[:2], config.patch.volume, -1)
+            head = places[..., : config.channels].reshape(*head.shape[:2], -1)
+        return -head if config.time_embedding.reversed else head
+
+    def _wanted(self) -> list[str]:
+        config = self.config
+        wanted = {
+            "token_time": config.time == "token",
+            "latents": config.given_channels > 0,
+            "labels": config.labels is not None,
+        }
+        return [name for name, needed in wanted.items() if needed]
+
+    def _time(self, time: Float[Array, "*batch"]) -> Float[Array, "*batch D"]:
+        of = self.config.time_embedding
+        return self.time_out(nnx.silu(self.time_in(sinusoidal(of.told(time), 256, period=of.period))))
+
+    def _steady(
+        self,
+        shape: tuple[int, int],
+        context: Float[Array, "B S E"] | None,
+        context_segments: Int[Array, "B S"] | None,
+        labels: Int[Array, "B G"] | None,
+    ) -> Float[Array, "B G D"]:
+        """What modulates a segment whatever the time: the mean of its context, and its class.
+
+        `shape` is (B, G). A class that there isn't gives NaN.
+        """
+        steady: Array = jnp.zeros((*shape, self.config.width), jnp.float32)
+        if self.config.context.pooled:
+            assert context is not None
+            assert context_segments is not None
+            steady = self.context_pooled(segment_mean(context.astype(jnp.float32), context_segments, count=shape[1]))
+        if labels is not None:
+            steady = steady + self.labels[...].at[labels].get(mode="fill", fill_value=jnp.nan)
+        return steady
+
+    def _sequence(
+        self,
+        noisy: Float[Array, "B N p"],
+        time: Float[Array, "B G"],
+        segments: Int[Array, "B N"],
+        coordinates: Float[Array, "B N 3"],
+        given: Given,
+    ) -> _Sequence:
+        config = self.config
+        x = self.embed(noisy)
+        if given.latents is not None:
+            x = x + self.given(given.latents)
+        count = time.shape[1]
+        if config.temporal is not None:
+            # What is not temporal takes every frame for an image.
+            of_time = EndDistances().features(coordinates * _TIME, segments, count=count, width=config.width)
+            x = x + self.temporal_position(of_time)
+        if config.added_position is not None:
+            at = coordinates if config.temporal is None else coordinates * (1 - _TIME)
+            features = config.added_position.features(at, segments, count=count, width=config.width)
+            x = x + (features if self.position is None else self.position(features))
+        row = _Sequence(x.astype(jnp.float32), segments, coordinates, given.token_time)
+        return self._with_registers(row, time) if config.registers else row
+
+    def _with_registers(self, row: _Sequence, time: Float[Array, "B G"]) -> _Sequence:
+        """Those of every segment, at its time and turned by no position."""
+        rows, count = time.shape
+        ids = jnp.repeat(jnp.arange(1, count + 1, dtype=row.segments.dtype), self.config.registers)
+        ids = jnp.tile(ids, (rows, 1))
+        nowhere = jnp.zeros((*ids.shape, 3), row.coordinates.dtype)
+        token_time = row.token_time
+        if token_time is not None:
+            token_time = jnp.concatenate([token_time, to_tokens(time, ids)], axis=1)
+        return _Sequence(
+            jnp.concatenate([row.x, jnp.tile(self.registers[...], (rows, count, 1))], axis=1),
+            jnp.concatenate([row.segments, ids], axis=1),
+            jnp.concatenate([row.coordinates, nowhere], axis=1),
+            token_time,
+        )
+
+    def _through_blocks(
+        self,
+        row: _Sequence,
+        length: int,
+        of_segments: Float[Array, "B G D"],
+        of_tokens: Float[Array, "B M D"],
+        context: Float[Array, "B S E"] | None,
+        context_segments: Int[Array, "B S"] | None,
+    ) -> Float[Array, "B T D"]:
+        """All tokens after the last block, those of a joint context at the end; the first `length` have a place."""
+        config = self.config
+        modulation = self._modulation(of_tokens)
+        x, third = row.x, None
+        if isinstance(config.context, CrossAttention | JointAttention):
+            assert context is not None
+            assert context_segments is not None
+            third = self.context_in(context)
+            if isinstance(config.context, JointAttention):
+                x = jnp.concatenate([x, third.astype(jnp.float32)], axis=1)
+                third = self._modulation(of_segments)
+        told = self._told(row, length, context_segments if isinstance(config.context, JointAttention) else None)
+        attentions = [self.attention(pattern) for pattern in config.layer_patterns]
+        turns = [(modulation, told, third, context_segments, attention) for attention in attentions]
+        if config.temporal is None:
+            return apply_groups(x, [Turns(self.blocks, turns)], remat=config.remat)
+        over_time = told._replace(angles=rotary_angles(row.coordinates, config.time_rotary))
+        temporal = (modulation, over_time, self.attention(TimeOnly()))
+        stacks = [
+            Turns(self.blocks, turns * config.temporal.every),
+            Turns(self.temporal_blocks, [temporal] * config.temporal.layers),
+        ]
+        return apply_groups(x, stacks, remat=config.remat)
+
+    def _told(self, row: _Sequence, length: int, joint_segments: Int[Array, "B S"] | None) -> Row:
+        """Where tokens lie, in the forms that blocks read: found once for all of them."""
+        config = self.config
+        coordinates = row.coordinates if config.temporal is None else row.coordinates * (1 - _TIME)
+        segments = row.segments
+        if joint_segments is not None:
+            segments = jnp.concatenate([segments, joint_segments], axis=1)
+
+        def padded(of_placed: Array, fill: float | int) -> Array:
+            """With what stands for the place of registers and of a joint context."""
+            return jnp.pad(of_placed, ((0, 0), (0, segments.shape[1] - length), (0, 0)), constant_values=fill)
+
+        indices = None
+        if config.layer_patterns != (Full(),):
+            indices = padded(grid_indices(row.coordinates[:, :length], row.segments[:, :length]), NOWHERE)
+        return Row(
+            row.segments,
+            Tokens.among(segments, indices),
+            rotary_angles(coordinates, config.rotary) if isinstance(config.rotary, Rotary3d) else None,
+            None if config.relative_bias is None else padded(coordinates[:, :length], jnp.inf),
+        )
+
+    def _modulation(self, condition: Float[Array, "B M D"]) -> Float[Array, "B M 6 D"] | Float[Array, "B M D"]:
+        """The shared one; or the condition, which each block projects for itself."""
+        if self.config.modulation == "own":
+            return condition
+        return self.modulation(condition).reshape(*condition.shape[:2], 6, -1)

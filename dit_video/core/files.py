@@ -1,0 +1,89 @@
+"""Files that are whole or absent: written beside their final name, then renamed."""
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dit_video.core.errors import MissingError, UserError
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path with the same suffix beside `path`; on success it is renamed to `path`, else removed.
+
+    Works for a file or for a folder that the caller makes at the temporary path. A file at `path` is replaced; a
+    folder there is replaced too, after the new one is complete.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); name a place in a folder that can be") from error
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.partial{path.suffix}")
+    try:
+        yield temporary
+        if path.is_dir() and temporary.is_dir():
+            old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
+            path.rename(old)
+            temporary.rename(path)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write UTF-8 `text` atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Read JSON.
+
+    Raises:
+      MissingError: no file at `path`.
+      UserError: the file is not JSON.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MissingError(f"no such file: {path}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); fix or remove it") from error
+
+
+def read_document(path: str | os.PathLike, *, format: int, what: str, otherwise: str) -> dict[str, Any]:
+    """Read the JSON document that describes a folder, which must be of a format.
+
+    Args:
+      path: of the document, in the folder.
+      format: that its `format` must be.
+      what: the folder is, for the message.
+      otherwise: what to do with one of another format, for the message.
+
+    Raises:
+      MissingError: no file at `path`.
+      UserError: the file is not JSON, or no document of this format.
+    """
+    document = read_json(path)
+    found = document.get("format") if isinstance(document, dict) else None
+    if found != format:
+        folder = Path(path).parent
+        raise UserError(f"{folder} is a {what} of format {found}, this version reads {format}; {otherwise}")
+    return document

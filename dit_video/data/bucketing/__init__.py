@@ -1,0 +1,1 @@
+"""Batches of clips of one size: one bucket for every size."""

@@ -1,0 +1,151 @@
+"""The autoencoder over canvases, on all devices of a process; and clips that are encoded as they are read.
+
+With the latter, a denoiser is trained without a cache of latents.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float32, Int32, UInt8
+
+from dit_video.autoencoders import AutoencoderConfig, covers, latent_grid
+from dit_video.autoencoders.canvas import PIXELS
+from dit_video.core import pixels
+from dit_video.core.errors import UserError
+from dit_video.distributed import MeshConfig, batch_sharding, make_mesh
+from dit_video.nn import graph_of
+from dit_video.tokens import Grid
+
+
+class CanvasEncoder:
+    """The autoencoder over batches of canvases, which are split over the devices of this process.
+
+    Args:
+      autoencoder: its config.
+      params: its parameters.
+      canvas_pixels: what a device works on at once, about: of its canvases, over all their frames.
+    """
+
+    def __init__(self, autoencoder: AutoencoderConfig, params: dict[str, Any], *, canvas_pixels: int = PIXELS):
+        mesh = make_mesh(MeshConfig(), jax.local_devices())
+        self._devices, self._split, self._pixels = mesh.size, batch_sharding(mesh), canvas_pixels
+        self._graph = graph_of(autoencoder.make)
+        self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+
+    def together(self, size: Grid, count: int) -> int:
+        """How many canvases of a size make a batch, of `count` that there are: one number for all batches, so that a
+        size compiles once. It is a multiple of the devices."""
+        on_device = -(-count // self._devices)
+        batches = -(-on_device // max(1, self._pixels // size.volume))
+        return self._devices * -(-on_device // batches)
+
+    def __call__(
+        self, canvases: UInt8[np.ndarray, "B T H W 3"], inside: Int32[np.ndarray, "B h w"], *, first: bool = False
+    ) -> Array:
+        """Latents [B t h w c] of canvases, of which `inside` says whose each position is. They are not waited for.
+
+        With `first` all frames but the first are taken as grey.
+        """
+        return _encoded(self._graph, first, self._params, *jax.device_put((canvases, inside), self._split))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _encoded(graph: nnx.GraphDef, first: bool, params: dict[str, Any], canvases: Array, inside: Array) -> Array:
+    clips = pixels.to_float(canvases)
+    if first:
+        clips = clips.at[:, 1:].set(0)
+    return nnx.merge(graph, params).encode(clips, inside)
+
+
+class LiveEncoder:
+    """Latents of clips of any sizes, by at most eight programs.
+
+    A clip lies in the corner of the smallest canvas that holds it; the rest of the canvas is masked, so that its
+    latents are those that it has alone.
+
+    Args:
+      autoencoder: its config.
+      params: its parameters.
+      sizes: of all clips that will come, in frames and pixels.
+      calls: in how many calls these come. Of each canvas, a batch holds what one call has of it on average, or as much
+        as the devices work on at once. What is left free of a call's last batch is computed in vain.
+      canvas_pixels: what a device works on at once, about.
+    """
+
+    def __init__(
+        self,
+        autoencoder: AutoencoderConfig,
+        params: dict[str, Any],
+        sizes: Sequence[Grid],
+        *,
+        calls: float | int = 1,
+        canvas_pixels: int = PIXELS,
+    ):
+        self.canvases = covers(sizes)
+        """The sizes of the canvases, by increasing volume."""
+        self._encode = CanvasEncoder(autoencoder, params, canvas_pixels=canvas_pixels)
+        self._stride = autoencoder.stride
+        counts: Counter[Grid] = Counter()
+        for size, count in Counter(sizes).items():
+            counts[self._canvas(size)] += count
+        self.together = {
+            canvas: self._encode.together(canvas, math.ceil(count / calls)) for canvas, count in counts.items()
+        }
+        """How many canvases of each size make a batch."""
+
+    def __call__(self, clips: Sequence[UInt8[np.ndarray, "_ _ _ 3"]]) -> list[Float32[np.ndarray, "_ _ _ c"]]:
+        """Latents of the clips, in their order.
+
+        Raises:
+          UserError: a clip that is larger than all that were announced.
+        """
+        by_canvas: dict[Grid, list[int]] = {}
+        for number, clip in enumerate(clips):
+            by_canvas.setdefault(self._canvas(Grid(*clip.shape[:3])), []).append(number)
+        results: dict[int, np.ndarray] = {}
+        computed: tuple[list[int], Array] | None = None
+        for canvas, part in self._batches(by_canvas):
+            latents = self._encode(*self._drawn(canvas, [clips[number] for number in part]))
+            if computed is not None:  # what was begun before is taken while this is computed
+                results |= self._cut(*computed, clips)
+            computed = part, latents
+        if computed is not None:
+            results |= self._cut(*computed, clips)
+        return [results[number] for number in range(len(clips))]
+
+    def _canvas(self, size: Grid) -> Grid:
+        for canvas in self.canvases:
+            if all(have >= want for have, want in zip(canvas, size, strict=True)):
+                return canvas
+        raise UserError(f"a clip of {size.t}x{size.h}x{size.w} is larger than all that were announced")
+
+    def _batches(self, by_canvas: dict[Grid, list[int]]) -> Iterator[tuple[Grid, list[int]]]:
+        for canvas, members in by_canvas.items():
+            rows = self.together[canvas]
+            yield from ((canvas, members[first : first + rows]) for first in range(0, len(members), rows))
+
+    def _drawn(
+        self, canvas: Grid, clips: Sequence[np.ndarray]
+    ) -> tuple[UInt8[np.ndarray, "B T H W 3"], Int32[np.ndarray, "B h w"]]:
+        rows, grid = self.together[canvas], latent_grid(canvas, self._stride)
+        drawn, inside = np.zeros((rows, *canvas, 3), np.uint8), np.zeros((rows, grid.h, grid.w), np.int32)
+        for row, clip in enumerate(clips):
+            own = latent_grid(Grid(*clip.shape[:3]), self._stride)
+            drawn[row, : len(clip), : clip.shape[1], : clip.shape[2]] = clip
+            inside[row, : own.h, : own.w] = 1
+        return drawn, inside
+
+    def _cut(self, part: list[int], latents: Array, clips: Sequence[np.ndarray]) -> dict[int, np.ndarray]:
+        values = np.asarray(latents, np.float32)
+        results = {}
+        for row, number in enumerate(part):
+            own = latent_grid(Grid(*clips[number].shape[:3]), self._stride)
+            results[number] = values[row, : own.t, : own.h, : own.w]
+        return results

@@ -1,0 +1,307 @@
+"""Writing cached latents: file by file, by any number of processes, and the index once all files are there."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from jaxtyping import Float32
+
+from dit_video.core.errors import UserError
+from dit_video.core.files import atomic_path
+from dit_video.core.storage import Place, is_remote, read_document, write_document
+from dit_video.data.latents.cache import (
+    DTYPES,
+    INDEX,
+    NAME,
+    PLAN,
+    VERSION,
+    Identity,
+    LatentExample,
+    LeftOut,
+    Storage,
+    check_identity,
+    identity_hash,
+    little_endian,
+)
+from dit_video.data.records import builder, shards
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentFiles:
+    """A data set of latents in the making. Any number of processes write its files, in any order, each once.
+
+    Raises:
+      UserError: the folder holds something else, or the files of another encoding.
+    """
+
+    folder: Place
+    identity: Identity
+    """of the autoencoder and all else that latents depend on; `LatentSource` asks for it again"""
+    files: int
+    plan: str = ""
+    """A hash of what each file holds."""
+    dtype: Storage = "bfloat16"
+
+    def __post_init__(self):
+        wanted = {
+            "version": VERSION,
+            "identity": self.identity if isinstance(self.identity, str) else dict(self.identity),
+            "dtype": self.dtype,
+            "files": self.files,
+            "plan": self.plan,
+        }
+        if not (self.folder / PLAN).exists():
+            # What begins with a dot another process is writing at this moment.
+            others = self.folder.exists() and any(not path.name.startswith(".") for path in self.folder.iterdir())
+            if not (self.folder / PLAN).exists():  # another process may have written it meanwhile
+                if others:
+                    raise UserError(f"{self.folder} exists and holds no latents; name a folder that does not exist")
+                write_document(self.folder / PLAN, wanted)
+        found = read_document(self.folder / PLAN)
+        if not isinstance(found, dict) or found.get("version") != VERSION:
+            raise UserError(f"{self.folder / PLAN} is not of version {VERSION}; encode the clips into another folder")
+        check_identity(self.folder, found["identity"], self.identity)
+        if found != wanted:
+            raise UserError(
+                f"{self.folder} was begun with other options ({found['files']} files of {found['dtype']}, plan "
+                f"{found['plan']}; now {self.files} of {self.dtype}, plan {self.plan}); use the same ones or another "
+                "folder"
+            )
+
+    def done(self, number: int) -> int | None:
+        """How many examples, with those that were left out, a finished file has; None while it isn't finished."""
+        part = self._part(number)
+        if not part.exists():
+            return None
+        written = read_document(part)
+        return len(written["examples"]["name"]) + len(written["left_out"])
+
+    def write(self, number: int, examples: Iterable[LatentExample | LeftOut]) -> None:
+        """Write one file, whole or not at all.
+
+        Raises:
+          UserError: latents that are empty, not finite, or of another number of channels than those before them.
+        """
+        columns: dict[str, list] = {name: [] for name in ("name", "clip", "captions", "size", "text")}
+        left_out: list[LeftOut] = []
+        widths = _Widths()
+
+        def records() -> Iterator[dict[str, Any]]:
+            for example in examples:
+                if isinstance(example, LeftOut):
+                    left_out.append(example)
+                    continue
+                captions = _captions(example)
+                widths.check(example, captions)
+                columns["name"].append(example.name)
+                columns["clip"].append(example.clip or example.name)
+                columns["captions"].append(list(captions))
+                columns["size"].append(list(example.latents.shape[:3]))
+                columns["text"].append([len(text) for text in example.text])
+                yield {
+                    "latents": self._stored(example.latents),
+                    "shape": np.asarray(example.latents.shape, np.int32),
+                    "text": b"".join(self._stored(text) for text in example.text),
+                    "shown": b"" if example.shown is None else self._stored(example.shown),
+                    "image": b"" if example.image is None else self._stored(example.image),
+                    "name": example.name,
+                    "captions": list(captions),
+                }
+
+        shards.write_file(self.folder, NAME, number, self.files, features=_features(), examples=records())
+        # Last: the file is finished when this is there.
+        write_document(
+            self._part(number),
+            {
+                "channels": widths.channels,
+                "text_width": widths.text,
+                "shown": widths.shown,
+                "image": widths.image,
+                "examples": columns,
+                "left_out": left_out,
+            },
+        )
+
+    def finish(self, *, empty_text: Float32[np.ndarray, "s e"] | None = None) -> bool:
+        """Write the index when all files are there: every process does, and the last one succeeds.
+
+        Args:
+          empty_text: the embedding of the empty caption, where texts are embedded.
+
+        Returns:
+          whether the data set is finished.
+
+        Raises:
+          UserError: no example could be made, or files that disagree on the number of channels.
+        """
+        if (self.folder / INDEX).exists():
+            return True
+        if not all(self._part(number).exists() for number in range(self.files)):
+            return False
+        parts = [read_document(self._part(number)) for number in range(self.files)]
+        columns = {name: [value for part in parts for value in part["examples"][name]] for name in _COLUMNS}
+        left_out = [one for part in parts for one in part["left_out"]]
+        if not columns["name"]:
+            reason = f": {left_out[0][0]}: {left_out[0][1]}" if left_out else "; encode at least one clip"
+            raise UserError(f"no latents for {self.folder}, {len(left_out)} clips could not be read{reason}")
+        channels = {part["channels"] for part in parts} - {0}
+        text_widths = {part["text_width"] for part in parts} - {0}  # 0 where no clip has a caption
+        full = [part for part in parts if part["examples"]["name"]]
+        if any(part.get(name) != full[0].get(name) for part in full for name in ("shown", "image")):
+            raise UserError(
+                f"the files of {self.folder} disagree on what stands beside latents; encode the clips again, into "
+                "another folder"
+            )
+        if len(channels) > 1 or len(text_widths) > 1:
+            raise UserError(
+                f"the files of {self.folder} disagree on channels ({sorted(channels)}) or text width "
+                f"({sorted(text_widths)}); encode the clips again, into another folder"
+            )
+        counts = [len(part["examples"]["name"]) for part in parts]
+        shards.remove_partial(self.folder)
+        shards.finish(self.folder, NAME, counts, features=_features())
+        index = {
+            "version": VERSION,
+            "identity": self.identity if isinstance(self.identity, str) else dict(self.identity),
+            "hash": identity_hash(self.identity),
+            "dtype": self.dtype,
+            "channels": channels.pop(),
+            "text_width": max(text_widths, default=0),
+            "empty_text": None if empty_text is None else empty_text.tolist(),
+            "shown": full[0].get("shown", False),
+            "image": full[0].get("image"),
+            "examples": columns,
+            "left_out": left_out,
+        }
+        write_document(self.folder / INDEX, index)
+        return True
+
+    def _part(self, number: int) -> Place:
+        return self.folder / "shards" / f"{number:05d}.json"
+
+    def _stored(self, values: np.ndarray) -> bytes:
+        return little_endian(np.ascontiguousarray(values.astype(DTYPES[self.dtype]))).tobytes()
+
+
+def write_latents(
+    destination: str | os.PathLike,
+    examples: Iterable[LatentExample],
+    *,
+    identity: Identity,
+    dtype: Storage = "bfloat16",
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Write the data set `destination` in one file, whole or not at all. Latents that are there are replaced.
+
+    Args:
+      destination: the folder, a local one.
+      examples: read once, one at a time, in order.
+      identity: of the autoencoder; `LatentSource` asks for it again.
+      dtype: how values are stored; they are read as float32.
+      progress: called with the number of examples done.
+
+    Raises:
+      UserError: no examples; latents that are empty, not finite, or of another number of channels than those before
+        them; a destination that holds something else than latents.
+    """
+    if is_remote(destination):
+        raise UserError(f"{destination} is an address; write it with `LatentFiles`, or name a folder on this machine")
+    destination = Path(destination)
+    if destination.exists() and not (destination / INDEX).is_file() and not _is_empty(destination):
+        raise UserError(f"{destination} exists and holds no latents; name a folder that does not exist")
+
+    def counted() -> Iterator[LatentExample]:
+        done = 0
+        for done, example in enumerate(examples, 1):
+            yield example
+            if progress is not None:
+                progress(done)
+        if not done:
+            raise UserError(f"no latents to write to {destination}; encode at least one clip")
+
+    with atomic_path(destination) as folder:
+        made = LatentFiles(folder=folder, identity=identity, files=1, dtype=dtype)
+        made.write(0, counted())
+        made.finish()
+
+
+_COLUMNS = ("name", "clip", "captions", "size", "text")
+
+
+def _features() -> dict[str, Any]:
+    return {
+        "latents": builder.content(),
+        "shape": tfds.features.Tensor(shape=(4,), dtype=np.int32),
+        "text": builder.content(),
+        "shown": builder.content(),
+        "image": builder.content(),
+        "name": tfds.features.Text(),
+        "captions": tfds.features.Sequence(tfds.features.Text()),
+    }
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def _captions(example: LatentExample) -> tuple[str, ...]:
+    if isinstance(example.captions, str):
+        return (example.captions,) if example.captions else ()
+    return tuple(example.captions)
+
+
+class _Widths:
+    """What must be the same for all examples: the channels of the latents, the width of the embeddings (0 without), and
+    what stands beside the latents."""
+
+    def __init__(self) -> None:
+        self.channels = self.text = 0
+        self._beside: tuple[bool, tuple[int, ...] | None] | None = None
+
+    @property
+    def shown(self) -> bool:
+        """Whether there are `LatentExample.shown`."""
+        return self._beside is not None and self._beside[0]
+
+    @property
+    def image(self) -> tuple[int, ...] | None:
+        """The shape of `LatentExample.image`."""
+        return None if self._beside is None else self._beside[1]
+
+    def check(self, example: LatentExample, captions: tuple[str, ...]) -> None:
+        """Refuse an example of other widths, or one that holds no numbers."""
+        name, shape = example.name, example.latents.shape
+        if len(shape) != 4 or 0 in shape or shape[-1] != (self.channels or shape[-1]):
+            wanted = self.channels or (shape[-1] if shape else 0)
+            raise UserError(f"latents of {name} have the shape {list(shape)}, all must be [t h w {wanted}]")
+        if not np.isfinite(example.latents).all():
+            raise UserError(f"latents of {name} are not finite; the autoencoder that made them is broken")
+        self.channels = shape[-1]
+        self._check_beside(example)
+        if example.text and len(example.text) != len(captions):
+            raise UserError(f"{name} has {len(captions)} captions and {len(example.text)} embeddings; give one each")
+        for text in example.text:
+            wanted = self.text or text.shape[-1]
+            if text.ndim != 2 or 0 in text.shape or text.shape[-1] != wanted or not np.isfinite(text).all():
+                raise UserError(
+                    f"an embedding of {name} has the shape {list(text.shape)}, all must be finite [s {wanted}]"
+                )
+            self.text = wanted
+
+    def _check_beside(self, example: LatentExample) -> None:
+        """Refuse an example that has something else beside its latents than those before it."""
+        shown, image = example.shown, example.image
+        found = (shown is not None, None if image is None else image.shape)
+        if found != (self._beside or found):
+            raise UserError(
+                f"beside the latents of {example.name} stands {found}, of others {self._beside}; it must agree"
+            )
+        if shown is not None and shown.shape != example.latents.shape:
+            raise UserError(f"{example.name} has latents {list(example.latents.shape)}, but shows {list(shown.shape)}")
+        if any(values is not None and not np.isfinite(values).all() for values in (shown, image)):
+            raise UserError(f"what stands beside the latents of {example.name} is not finite; an encoder is broken")
+        self._beside = found

@@ -1,0 +1,263 @@
+"""The rows of a whole epoch, and their order: a function of the examples' sizes, the seed and the epoch.
+
+Every host makes the same plan, reads its own rows of it, and can start at any row. Every epoch has the same number of
+rows, so the row of any step is known without planning the epochs before it.
+"""
+
+import functools
+import hashlib
+import logging
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int, UInt32
+
+from dit_video.core import rng
+from dit_video.core.errors import UserError
+from dit_video.data.packing import balance as balancing
+from dit_video.data.packing import bin_packing
+from dit_video.data.packing.balance import Balance, Imbalance
+from dit_video.data.packing.mixture import Draws, Mixture
+from dit_video.tokens import RowShape
+
+ATTEMPTS = 4
+SLACK = 1000
+"""One row in this many is left free, so that nearly every shuffle fits into the same number of rows."""
+FORESEEN = 8
+"""Epochs of a mixture whose tokens are counted before the number of rows is fixed."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RowPlan:
+    """The rows of one epoch."""
+
+    order: Int[np.ndarray, " n"]
+    """Examples, row after row."""
+    offsets: Int[np.ndarray, " R1"]
+    """Row r holds `order[offsets[r]:offsets[r + 1]]`."""
+    padding: float
+    """Share of video tokens that are padding."""
+    cost: Float[np.ndarray, " R"]
+    """Of each row, the pairs in the attention of its clips, in millions: what attention costs, up to a factor."""
+    left_out: tuple[int, ...] = ()
+    """Examples of a mixture that had no room in this epoch."""
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def row(self, index: int) -> Int[np.ndarray, " G"]:
+        """The examples of one row."""
+        return self.order[self.offsets[index] : self.offsets[index + 1]]
+
+    @property
+    def rows(self) -> list[list[int]]:
+        """The examples of every row."""
+        return [self.row(index).tolist() for index in range(len(self))]
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """Equal for equal plans."""
+        return hashlib.sha256(self.order.astype("<i8").tobytes() + self.offsets.astype("<i8").tobytes()).hexdigest()[
+            :16
+        ]
+
+
+class RowStream:
+    """The endless sequence of rows, epoch after epoch, by row number.
+
+    Every epoch has the rows of epoch 0 and `1 / SLACK` more. A plan with fewer is brought to that number by halving
+    rows. One with more is shuffled again, and after `ATTEMPTS` the rows of epoch 0 are used, with examples of equal
+    sizes changing places: that always fits.
+
+    The epochs of a mixture differ in their examples, so the one with the most tokens among the first `FORESEEN`
+    decides, with a standard deviation added. Where a later one doesn't fit after all, its emptiest rows are left out:
+    `RowPlan.left_out` numbers their examples, and the log says how many there are.
+
+    Args:
+      tokens: video tokens of every example.
+      text: text tokens of every example.
+      shape: the budgets of a row.
+      seed: of the run.
+      names: of the examples, for errors.
+      mixture: which examples an epoch has; None for each one once.
+      balance: how rows are put into steps; None for random order.
+      pairs: in the attention of every example; None where all its tokens see all.
+
+    Raises:
+      UserError: no examples, one that is larger than a row, or see `Draws`.
+    """
+
+    def __init__(
+        self,
+        tokens: Int[np.ndarray, " n"],
+        text: Int[np.ndarray, " n"],
+        shape: RowShape,
+        *,
+        seed: int,
+        names: Sequence[str] | None = None,
+        mixture: Mixture | None = None,
+        balance: Balance | None = None,
+        pairs: Float[np.ndarray, " n"] | None = None,
+    ):
+        _check(tokens, text, shape, names)
+        self.tokens, self.text, self.shape, self.balance = tokens, text, shape, balance
+        """The sizes of every example: a place in a row stays as large if its example can't be read."""
+        all_pairs = tokens.astype(np.float64) ** 2
+        self.pairs = all_pairs if pairs is None else pairs
+        self._sparse = not np.array_equal(self.pairs, all_pairs)
+        self._seed = seed
+        self.draws: Draws | None = None if mixture is None else Draws(mixture, tokens, seed=seed)
+        self._first = self._shuffled(0, 0)[0]
+        self.rows_per_epoch = self._number_of_rows()
+        self._plans = _Recent(self._plan_epoch)
+
+    def epoch(self, number: int) -> RowPlan:
+        """The plan of one epoch; the last few are kept."""
+        return self._plans(number)
+
+    def row(self, number: int) -> tuple[Int[np.ndarray, " G"], UInt32[np.ndarray, " G"]]:
+        """The examples of a row, and their ranks: the running number of each over the whole stream, modulo 2**32."""
+        epoch, index = divmod(number, self.rows_per_epoch)
+        plan = self.epoch(epoch)
+        examples = plan.row(index)
+        start = epoch * len(self.tokens) if self.draws is None else self.draws.start(epoch)
+        first = start + int(plan.offsets[index])
+        ranks = (np.arange(first, first + len(examples), dtype=np.uint64) & np.uint64(0xFFFFFFFF)).astype(np.uint32)
+        return examples, ranks
+
+    def imbalance(self, *, batch: int, devices: int, epoch: int = 0) -> Imbalance:
+        """How unequal the devices' costs are, over the whole steps of an epoch.
+
+        Raises:
+          UserError: devices that do not divide the batch, or an epoch without a whole step.
+        """
+        cost = balancing.Cost() if self.balance is None else self.balance.cost
+        costs = cost.rows(self.epoch(epoch).cost * 1e6, self.shape.tokens)
+        return balancing.imbalance(costs, batch=batch, devices=devices, first=epoch * self.rows_per_epoch)
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """Equal for streams that give equal rows. Together with the step it is the whole state of the data."""
+        sizes = np.stack([self.tokens, self.text]).astype("<i8").tobytes()
+        constants = (self.shape, self._seed, self.rows_per_epoch, bin_packing.CONSTANTS, ATTEMPTS, SLACK, FORESEEN)
+        options = (self.balance, balancing.METHOD, None if self.draws is None else self.draws.hash)
+        told = sizes + repr((constants, options)).encode()
+        return hashlib.sha256(told + (self.pairs.astype("<f8").tobytes() if self._sparse else b"")).hexdigest()[:16]
+
+    def _examples(self, epoch: int) -> Int[np.ndarray, " m"]:
+        return np.arange(len(self.tokens)) if self.draws is None else self.draws.epoch(epoch)
+
+    def _number_of_rows(self) -> int:
+        first = len(self._first)
+        if self.draws is None:
+            return min(len(self.tokens), first + first // SLACK)
+        totals = [int(self.tokens[self._examples(epoch)].sum()) for epoch in range(FORESEEN)]
+        most = math.ceil(first * (max(totals) + float(np.std(totals))) / totals[0])
+        return min(self.draws.least, most + most // SLACK)  # no row is empty
+
+    def _shuffled(self, epoch: int, attempt: int) -> tuple[list[list[int]], np.random.Generator]:
+        generator = rng.host(self._seed, "row plan", epoch, attempt)
+        sizes = self.tokens, self.text, self.shape
+        return bin_packing.fill_rows(self._examples(epoch), *sizes, generator, self.pairs), generator
+
+    def _plan_epoch(self, epoch: int) -> RowPlan:
+        left_out: list[int] = []
+        for attempt in range(ATTEMPTS):
+            rows, generator = self._shuffled(epoch, attempt)
+            if len(rows) <= self.rows_per_epoch:
+                break
+        else:
+            if self.draws is None:
+                rows = bin_packing.exchanged(self._first, self.tokens, self.text, generator)
+            else:
+                rows, left_out = bin_packing.fullest(rows, self.rows_per_epoch, self.tokens)
+                logging.getLogger(__name__).warning(
+                    "epoch %d leaves %d of its %d examples out, which have no room in its %d rows",
+                    *(epoch, len(left_out), len(self._examples(epoch)), self.rows_per_epoch),
+                )
+        rows = bin_packing.split(rows, self.rows_per_epoch)
+        if self.balance is None:
+            order = generator.permutation(len(rows))
+        else:
+            costs = self.balance.cost.rows(_summed(rows, self.pairs), self.shape.tokens)
+            order = balancing.arrange(costs, self.balance, generator, first=epoch * self.rows_per_epoch)
+        return _plan(rows, order, self.tokens, self.pairs, self.shape, left_out=tuple(left_out))
+
+
+class _Recent:
+    """The last few values of a function of one number. (`functools.lru_cache` can't be pickled to workers.)
+
+    Several threads may ask; one computes a value, and the others wait for it.
+    """
+
+    def __init__(self, function: Callable[[int], RowPlan], *, keep: int = 3):
+        self._function, self._keep = function, keep
+        self._values: dict[int, RowPlan] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, number: int) -> RowPlan:
+        value = self._values.get(number)  # no thread waits for a value that is there
+        if value is not None:
+            return value
+        with self._lock:
+            if number not in self._values:
+                # A new dict: the threads that read without the lock see the old one or the new one.
+                kept = list(self._values.items())[-(self._keep - 1) :]
+                self._values = {**dict(kept), number: self._function(number)}
+            return self._values[number]
+
+    def __getstate__(self) -> dict:
+        return {"_function": self._function, "_keep": self._keep}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(state["_function"], keep=state["_keep"])  # type: ignore[misc]
+
+
+def _check(tokens: np.ndarray, text: np.ndarray, shape: RowShape, names: Sequence[str] | None) -> None:
+    if not len(tokens) or len(tokens) != len(text):
+        raise UserError(f"a plan needs examples with both sizes, {len(tokens)} tokens and {len(text)} text were given")
+    if shape.segments < 1:
+        raise UserError(f"a row needs room for at least one segment, segments={shape.segments}")
+    for sizes, room, kind, what, fix in (
+        (tokens, shape.tokens, "video", "tokens", "use a smaller clip size"),
+        (text, shape.text, "text", "text", "shorten its caption"),
+    ):
+        largest = int(np.argmax(sizes))
+        if sizes[largest] > room:
+            name = names[largest] if names is not None else f"example {largest}"
+            raise UserError(
+                f"{name} has {sizes[largest]} {kind} tokens, a row has room for {room} "
+                f"({int((sizes > room).sum())} examples are too large); raise the row's {what} or {fix}"
+            )
+    if int(tokens.min()) < 1:
+        smallest = int(np.argmin(tokens))
+        name = names[smallest] if names is not None else f"example {smallest}"
+        raise UserError(f"{name} has no tokens; leave it out")
+
+
+def _plan(
+    rows: list[list[int]],
+    order: np.ndarray,
+    tokens: np.ndarray,
+    pairs: np.ndarray,
+    shape: RowShape,
+    *,
+    left_out: tuple[int, ...] = (),
+) -> RowPlan:
+    rows = [rows[index] for index in order]
+    examples, offsets = bin_packing.flat(rows)
+    return RowPlan(
+        order=examples,
+        offsets=offsets,
+        padding=1 - int(tokens[examples].sum()) / (len(rows) * shape.tokens),
+        cost=_summed(rows, pairs) / 1e6,
+        left_out=left_out,
+    )
+
+
+def _summed(rows: list[list[int]], pairs: np.ndarray) -> np.ndarray:
+    examples, offsets = bin_packing.flat(rows)
+    return np.add.reduceat(pairs[examples], offsets[:-1])

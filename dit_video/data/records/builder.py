@@ -1,0 +1,275 @@
+"""TFDS data sets in ArrayRecord files, written and read without TensorFlow; on one machine or by Apache Beam.
+
+Clips are a `tfds.core.GeneratorBasedBuilder`, which runs as a plain generator here and as a pipeline on a cluster. Such
+a builder collects all examples before it writes them: here in memory, and past 1 GB in files that it opens through
+TensorFlow, which isn't installed; with Beam it holds a whole file's examples in a worker's memory. So clips travel
+through it as *references* (the example with the clip's place instead of its bytes: a few hundred bytes), and the
+`ExampleWriter`, which a builder may choose, puts the bytes in where a record is written: one at a time, in order.
+That holds up to about a million clips on one machine; more are for Beam.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import tensorflow_datasets as tfds
+from etils import epath
+from tensorflow_datasets.core import writer as tfds_writer
+from tensorflow_datasets.core.utils.shard_utils import ShardConfig, get_shard_boundaries
+from tensorflow_datasets.proto import tf_example_pb2
+
+from dit_video.core.errors import MissingError, UserError
+from dit_video.data.records.cluster import NOTE, Beam, note_errors, pipeline_errors
+from dit_video.data.records.reference import Reference
+
+SPLIT = "train"
+SPLITS = (SPLIT, "validation", "test")
+"""The usual splits, in the order in which their records are numbered; others follow by name."""
+MAX_BYTES = (1 << 31) - (1 << 20)
+"""An example is one protocol buffer, which holds less than 2 GiB."""
+SHARD_BYTES = 1 << 30
+"""About how much one file of a data set of clips holds."""
+
+_REFUSED = re.compile(r"\b(?:open|write|close)\(\) failed: ([^;]+)")
+"""What ArrayRecord says, in an error of no type of its own, where the system refuses to write."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def content() -> tfds.features.Tensor:
+    """The feature of raw bytes."""
+    return tfds.features.Tensor(shape=(), dtype=np.object_)
+
+
+def in_order(splits: Iterable[str]) -> list[str]:
+    """Splits as their records are numbered."""
+    return sorted(set(splits), key=lambda name: (SPLITS.index(name) if name in SPLITS else len(SPLITS), name))
+
+
+class _Info(tfds.core.DatasetInfo):
+    def initialize_from_bucket(self) -> None:
+        """No bucket of TFDS describes such data. (It would leave an empty temporary folder behind, each time.)"""
+
+
+# TFDS has no types, and mypy then takes class keywords for those of `object`.
+class Clips(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """Encoded clips with their facts; a split's records are in the order of its list.
+
+    Args:
+      features: the features of a record; `clip` holds the bytes.
+      records: for each split a file of JSON lines, one record a line, in which `clip` is a `Reference`.
+      count: called with how many records are written, in this process.
+      beam: run as a pipeline of Apache Beam.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    url_infos: ClassVar[dict] = {}
+    """Nothing is downloaded. (TFDS would look for a list of checksums by a package that it does not depend on.)"""
+
+    def __init__(
+        self,
+        *,
+        features: Mapping[str, Any],
+        records: Mapping[str, Path],
+        count: Callable[[int], None] | None = None,
+        beam: Beam | None = None,
+        **kwargs,
+    ):
+        self._given_features = features
+        self._records = records
+        self._count = count
+        self._beam = beam
+        self._writer: _Fetching | None = None
+        super().__init__(**kwargs)
+
+    @property
+    def failure(self) -> UserError | OSError | None:
+        """Why a record could not be written in this process."""
+        return None if self._writer is None else self._writer.failure
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = tfds.features.FeaturesDict(dict(self._given_features))
+        return _Info(builder=self, features=features, disable_shuffling=True)
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(path) for split, path in self._records.items()}
+
+    def _generate_examples(self, path: Path):
+        if self._beam is None:
+            return _parsed(path)
+        import apache_beam as beam
+
+        return "Read" >> beam.io.ReadFromText(str(path)) | beam.Map(_parse)
+
+    def _example_writer(self) -> tfds_writer.ExampleWriter:
+        note = None if self._beam is None else next(iter(self._records.values())).with_name(NOTE)
+        self._writer = _Fetching(self.info.file_format, None if self._beam else self._count, note)
+        return self._writer
+
+    def _generate_splits(self, dl_manager, download_config):
+        """TFDS counts the bytes that went through it, which were references: count those of the files."""
+        splits = super()._generate_splits(dl_manager, download_config)
+        sizes = [sum(path.stat().length for path in split.filepaths) for split in splits]
+        return [split.replace(num_bytes=size) for split, size in zip(splits, sizes, strict=True)]
+
+    def _log_download_bytes(self) -> None:
+        """Nothing is downloaded: no message."""
+
+    def _log_download_done(self) -> None:
+        """As above."""
+
+
+class _Fetching(tfds_writer.ExampleWriter):
+    """Writes records whose `clip` is a reference, with the bytes that it stands for."""
+
+    def __init__(self, file_format: tfds.core.FileFormat, count: Callable[[int], None] | None, note: Path | None):
+        super().__init__(file_format=file_format)
+        self._count = count
+        self._note = note
+        self._written = 0
+        self.failure: UserError | OSError | None = None
+
+    def write(self, path, examples):
+        with contextlib.nullcontext() if self._note is None else note_errors(self._note):
+            try:
+                super().write(path, ((key, self._whole(example)) for key, example in examples))
+            except (UserError, OSError) as error:
+                self.failure = error
+                raise
+            except Exception as error:
+                if (refused := _REFUSED.search(str(error))) is None:
+                    raise
+                number = next((n for n in _FULL if os.strerror(n) == refused[1]), errno.EIO)
+                self.failure = OSError(number, refused[1])
+                raise self.failure from error
+
+    def _whole(self, serialized: bytes) -> bytes:
+        example = tf_example_pb2.Example.FromString(serialized)
+        (reference,) = example.features.feature["clip"].bytes_list.value
+        example.features.feature["clip"].bytes_list.value[0] = Reference(*json.loads(reference)).read()
+        self._written += 1
+        if self._count is not None:
+            self._count(self._written)
+        # The features are a map, which has no order: without this the bytes differ from process to process.
+        return example.SerializeToString(deterministic=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shards(ShardConfig):
+    """As many files as bring each to about `SHARD_BYTES`. (TFDS would count the bytes of the references.)"""
+
+    mean_bytes: int = 0
+
+    def get_number_shards(self, total_size: int, num_examples: int, uses_precise_sharding: bool = True) -> int:
+        return shards_of(num_examples, self.mean_bytes)
+
+
+@dataclasses.dataclass(eq=False)
+class _Download(tfds.download.DownloadConfig):
+    mean_bytes: int = 0
+
+    def get_shard_config(self) -> ShardConfig:
+        return _Shards(mean_bytes=self.mean_bytes)
+
+
+def shards_of(records: int, mean_bytes: int) -> int:
+    """How many files hold this many records."""
+    return max(1, min(records, round(records * mean_bytes / SHARD_BYTES)))
+
+
+def _parsed(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with path.open(encoding="utf-8") as file:
+        yield from map(_parse, file)
+
+
+def _parse(line: str) -> tuple[int, dict[str, Any]]:
+    key, example = json.loads(line)
+    return key, {**example, "clip": json.dumps(example["clip"]).encode()}
+
+
+def _write_lines(path: Path, records: Sequence[Mapping[str, Any]], shards: int) -> None:
+    """Records with keys by which both of TFDS's writers put the same records into the same files.
+
+    The one cuts a list of n records into `shards` parts at round(n · i / shards). The other puts key k into file
+    trunc(k · shards / greatest key), which is s for every key s · m + position with m > n · shards.
+    """
+    n = len(records)
+    ends = get_shard_boundaries(n, shards)
+    shard = 0
+    with path.open("w", encoding="utf-8") as file:
+        for position, record in enumerate(records):
+            shard += position == ends[shard]
+            file.write(json.dumps((shard * 2 * n * shards + position, record)) + "\n")
+
+
+def write_clips(
+    folder: Path,
+    *,
+    features: Mapping[str, Any],
+    records: Mapping[str, Sequence[Mapping[str, Any]]],
+    mean_bytes: int,
+    count: Callable[[int], None] | None = None,
+    beam: Beam | None = None,
+) -> None:
+    """Write a data set of clips into `folder`, which must not exist yet.
+
+    Args:
+      folder: `folder.tfds` is used for work, and removed.
+      features: the features of a record; `clip` is `content()`.
+      records: of each split, none empty, the examples in order, in which `clip` is a `Reference`.
+      mean_bytes: how large a record is on average.
+      count: called with how many records of a split's shards are written; not with Beam, which writes them elsewhere.
+      beam: build it by Apache Beam; `folder` must then lie where its workers write, the clips where they read.
+
+    Raises:
+      ChangedError: a clip is another one than when it was inspected.
+      UserError: Beam's pipeline failed.
+      OSError: the folder cannot be written.
+    """
+    work = folder.with_name(folder.name + ".tfds")
+    try:
+        work.mkdir(parents=True)
+        lines = {split: work / f"{split}.jsonl" for split in in_order(records)}
+        for split, path in lines.items():
+            _write_lines(path, records[split], shards_of(len(records[split]), mean_bytes))
+        made = Clips(
+            features=features, records=lines, count=count, beam=beam, data_dir=work, file_format="array_record"
+        )
+        how = {"beam_runner": beam.runner, "beam_options": beam.options} if beam else {}
+        tfds.disable_progress_bar()  # `count` is ours
+        try:
+            with contextlib.nullcontext() if beam is None else pipeline_errors(work / NOTE):
+                made.download_and_prepare(download_config=_Download(mean_bytes=mean_bytes, **how))
+        except Exception as error:
+            if made.failure is not None:  # TFDS wraps it in lines of its own
+                raise made.failure from error
+            raise
+        Path(made.data_dir).rename(folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def open_records(folder: Path | epath.Path) -> Sequence[Any]:
+    """Random access to the examples of a data set, of all its splits as `in_order` has them.
+
+    Raises:
+      MissingError: no such folder.
+      UserError: the folder holds no data set, or one whose files are damaged.
+    """
+    if not folder.is_dir():
+        raise MissingError(f"no such data set: {folder}")
+    try:
+        made = tfds.builder_from_directory(folder)
+        return made.as_data_source("+".join(in_order(made.info.splits)))
+    except Exception as error:  # TFDS raises many types, depending on which file is missing or damaged
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{folder} is not a readable TFDS data set in ArrayRecord files ({reason}); make it again"
+        ) from error

@@ -1,0 +1,1 @@
+"""Rendered data sets whose truth is known."""

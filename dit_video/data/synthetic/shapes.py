@@ -1,0 +1,273 @@
+"""The quickstart's data: a coloured shape that moves over a dark background, with a caption that says so.
+
+What a clip shows is a `Description` (colour, shape, direction); where and how fast is a `Geometry`. Twelve of the
+seventy-two descriptions (`HELD_OUT`) never occur in training, so that a model's samples of them show what it composes.
+"""
+
+import csv
+import io
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from dit_video.core import files, rng
+from dit_video.core.errors import UserError
+from dit_video.tokens import Grid
+from dit_video.video import Clip
+
+FPS = 8.0
+FREE_FRAMES = 17
+"""No shape touches the border in its first 17 frames."""
+SMALLEST_SIDE = 8
+
+BACKGROUND = (16, 18, 28)
+COLOURS = {
+    "red": (232, 50, 46),
+    "green": (48, 200, 80),
+    "blue": (56, 96, 240),
+    "yellow": (244, 212, 48),
+    "magenta": (222, 60, 214),
+    "white": (240, 240, 240),
+}
+SHAPES = ("circle", "square", "triangle")
+DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
+"""Name to (rows, columns) of the motion."""
+IMAGE_SHARE = 0.15
+
+SIZES = tuple(Grid(t, h, w) for (h, w), t in itertools.product(((32, 32), (32, 48), (48, 32)), (1, 9, 17)))
+"""The sizes of the quickstart's clips."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What a clip shows; `direction` is None for an image (and for a shape that stays where it is)."""
+
+    colour: str
+    shape: str
+    direction: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """Where a shape starts and how it moves, in pixels."""
+
+    row: float
+    column: float
+    """Centre of the shape's bounding box in the first frame; (0, 0) is the frame's top left corner."""
+    radius: float
+    """Half the side of the bounding box, which is square for every shape."""
+    speed: float
+    """Pixels a frame."""
+
+
+COMBINATIONS = tuple(
+    Description(colour=colour, shape=shape, direction=direction)
+    for colour, shape, direction in itertools.product(COLOURS, SHAPES, DIRECTIONS)
+)
+
+
+def _held_out() -> tuple[Description, ...]:
+    """Every (shape, direction) once, every colour twice, with two shapes and two directions."""
+    shapes, directions = SHAPES, tuple(DIRECTIONS)
+    chosen = []
+    for index, colour in enumerate(COLOURS):
+        for pair in (index, 6 + (index + 1) % 6):  # 0..11 name the pairs, as 3 and 4 have no common divisor
+            chosen.append(Description(colour=colour, shape=shapes[pair % 3], direction=directions[pair % 4]))
+    return tuple(chosen)
+
+
+HELD_OUT = _held_out()
+TRAINING = tuple(combination for combination in COMBINATIONS if combination not in HELD_OUT)
+IMAGES = tuple(Description(colour=colour, shape=shape) for colour, shape in itertools.product(COLOURS, SHAPES))
+
+
+def caption(description: Description) -> str:
+    """`a red circle moving left`; without a direction, `a red circle`."""
+    still = f"a {description.colour} {description.shape}"
+    return still if description.direction is None else f"{still} moving {description.direction}"
+
+
+def parse(prompt: str) -> Description:
+    """Invert `caption`; letter case and spaces around and between words do not matter.
+
+    Raises:
+      UserError: the prompt is not of the grammar.
+    """
+    match prompt.lower().split():
+        case ["a", colour, shape] if colour in COLOURS and shape in SHAPES:
+            return Description(colour=colour, shape=shape)
+        case ["a", colour, shape, "moving", direction] if (
+            colour in COLOURS and shape in SHAPES and direction in DIRECTIONS
+        ):
+            return Description(colour=colour, shape=shape, direction=direction)
+    raise UserError(
+        f"{prompt!r} is not of the form 'a COLOUR SHAPE [moving DIRECTION]' with COLOUR one of {', '.join(COLOURS)}, "
+        f"SHAPE one of {', '.join(SHAPES)}, DIRECTION one of {', '.join(DIRECTIONS)}"
+    )
+
+
+def sample_description(generator: np.random.Generator, *, frames: int) -> Description:
+    """A random one of `TRAINING`, or of `IMAGES` for one frame."""
+    among = IMAGES if frames == 1 else TRAINING
+    return among[int(generator.integers(len(among)))]
+
+
+def sample_geometry(generator: np.random.Generator, description: Description, *, height: int, width: int) -> Geometry:
+    """A random radius (5 to 7 pixels), speed (0.55 to 0.8 pixels a frame) and start.
+
+    The start is uniform over all positions from which the shape does not touch the border in its first 17 frames.
+    In frames less than 32 pixels high or wide, radius and speed shrink in proportion.
+
+    Raises:
+      UserError: the frame is too small.
+    """
+    if min(height, width) < SMALLEST_SIDE:
+        raise UserError(
+            f"a shape needs frames of at least {SMALLEST_SIDE}x{SMALLEST_SIDE} pixels, {height}x{width} was asked for; "
+            "use a larger size"
+        )
+    scale = min(1.0, min(height, width) / 32)
+    radius, speed = scale * generator.uniform(5.0, 7.0), scale * generator.uniform(0.55, 0.8)
+    motion = (0, 0) if description.direction is None else DIRECTIONS[description.direction]
+    start = []
+    for side, sign in zip((height, width), motion, strict=True):
+        travel = sign * speed * (FREE_FRAMES - 1)
+        start.append(float(generator.uniform(radius - min(travel, 0.0), side - radius - max(travel, 0.0))))
+    return Geometry(row=start[0], column=start[1], radius=radius, speed=speed)
+
+
+def centres(
+    description: Description, geometry: Geometry, *, frames: int, height: int, width: int
+) -> Float[np.ndarray, "T 2"]:
+    """The (row, column) of the bounding box's centre in every frame; the shape bounces at the border."""
+    motion = (0, 0) if description.direction is None else DIRECTIONS[description.direction]
+    travelled = geometry.speed * np.arange(frames)
+    axes = []
+    for start, side, sign in zip((geometry.row, geometry.column), (height, width), motion, strict=True):
+        free = side - 2 * geometry.radius
+        phase = np.mod(start - geometry.radius + sign * travelled, 2 * free)
+        axes.append(geometry.radius + np.minimum(phase, 2 * free - phase))
+    return np.stack(axes, axis=-1)
+
+
+def render(description: Description, geometry: Geometry, *, frames: int, height: int, width: int) -> Clip:
+    """The clip, anti-aliased by area (exact along columns, 16 lines a pixel along rows), with its caption, at 8 fps.
+
+    Raises:
+      UserError: the shape does not lie wholly inside its first frame, or there are no frames.
+    """
+    radius = geometry.radius
+    if frames < 1:
+        raise UserError(f"a clip has at least one frame, {frames} were asked for")
+    inside = radius <= geometry.row <= height - radius and radius <= geometry.column <= width - radius
+    if not inside or min(height, width) <= 2 * radius:
+        raise UserError(
+            f"a shape of radius {radius:.2f} at row {geometry.row:.2f}, column {geometry.column:.2f} leaves the frame "
+            f"of {height}x{width}; move it inside"
+        )
+    at = centres(description, geometry, frames=frames, height=height, width=width)
+    alpha = _coverage(description.shape, at, radius, height, width)[..., None]
+    background = np.asarray(BACKGROUND, np.float64)
+    pixels = background + alpha * (np.asarray(COLOURS[description.colour], np.float64) - background)
+    return Clip(frames=np.rint(pixels).astype(np.uint8), fps=FPS, caption=caption(description))
+
+
+def _coverage(
+    shape: str, at: Float[np.ndarray, "T 2"], radius: float, height: int, width: int, *, lines: int = 16
+) -> Float[np.ndarray, "T H W"]:
+    """The share of each pixel that the shape covers: every scan line crosses a convex shape in one interval."""
+    y = (np.arange(height * lines) + 0.5) / lines - at[:, :1]  # T H*lines, from the centre
+    # A line at the top or bottom edge counts by the part of its thickness that is inside.
+    thickness = np.clip((radius - np.abs(y)) * lines + 0.5, 0.0, 1.0)
+    y = np.clip(y, -radius, radius)
+    if shape == "square":
+        half = np.full_like(y, radius)
+    elif shape == "circle":
+        half = np.sqrt(np.maximum(radius**2 - y**2, 0.0))  # two ways to square may differ in the last bit
+    elif shape == "triangle":  # upright: apex at the top, base and height equal
+        half = (y + radius) / 2
+    else:
+        raise UserError(f"there is no shape {shape!r}; use one of {', '.join(SHAPES)}")
+    left, right = (at[:, 1:] - half)[..., None], (at[:, 1:] + half)[..., None]
+    column = np.arange(width)
+    covered = np.maximum(np.minimum(right, column + 1) - np.maximum(left, column), 0.0) * thickness[..., None]
+    return covered.reshape(len(at), height, lines, width).mean(axis=2)
+
+
+def centroid_below_centre(shape: str, radius: float) -> float:
+    """How many rows the centroid lies below the bounding box's centre: a triangle's is at two thirds of its height."""
+    return radius / 3 if shape == "triangle" else 0.0
+
+
+def example(index: int, *, seed: int, sizes: tuple[Grid, ...] = SIZES) -> Clip:
+    """Clip `index` of the data set `seed`: a function of these alone.
+
+    15 % are images where `sizes` has sizes of one frame as well as of more.
+    """
+    description, geometry, size = draw(index, seed=seed, sizes=sizes)
+    return render(description, geometry, frames=size.t, height=size.h, width=size.w)
+
+
+def draw(index: int, *, seed: int, sizes: tuple[Grid, ...] = SIZES) -> tuple[Description, Geometry, Grid]:
+    """What `example` renders."""
+    generator = rng.host(seed, "shapes", index)
+    images = tuple(size for size in sizes if size.t == 1)
+    videos = tuple(size for size in sizes if size.t > 1)
+    image = generator.random() < IMAGE_SHARE
+    among = (images if image else videos) or images or videos
+    size = among[int(generator.integers(len(among)))]
+    description = sample_description(generator, frames=size.t)
+    return description, sample_geometry(generator, description, height=size.h, width=size.w), size
+
+
+def file_name(index: int, *, seed: int, sizes: tuple[Grid, ...] = SIZES) -> str:
+    """Where `write_folder` writes clip `index`."""
+    frames = draw(index, seed=seed, sizes=sizes)[2].t
+    return f"clips/{index:06d}.{'png' if frames == 1 else 'mp4'}"
+
+
+def write_folder(
+    folder: Path,
+    *,
+    count: int,
+    seed: int,
+    sizes: tuple[Grid, ...] = SIZES,
+    progress: Callable[[int, int], object] = lambda done, total: None,
+) -> Path:
+    """Write clips 0 … count-1 as `clips/000000.mp4` (`.png` for one frame) and `metadata.csv` (`file_name,text`).
+
+    A clip whose file exists already is not encoded again, and `metadata.csv` comes last, so that an interrupted call
+    is completed by the same call. `progress(done, total)` is called after every clip. Returns the folder.
+
+    Raises:
+      UserError: no sizes, or the folder holds clips of another seed or other sizes.
+    """
+    if not sizes or count < 1:
+        raise UserError(f"a data set needs at least one size and one clip; {len(sizes)} and {count} were given")
+    _check_recipe(folder, seed=seed, sizes=sizes)
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(("file_name", "text"))
+    for index in range(count):
+        description, geometry, size = draw(index, seed=seed, sizes=sizes)
+        name = file_name(index, seed=seed, sizes=sizes)
+        if not (folder / name).exists():
+            render(description, geometry, frames=size.t, height=size.h, width=size.w).save(folder / name)
+        writer.writerow((name, caption(description)))
+        progress(index + 1, count)
+    files.write_text(folder / "metadata.csv", table.getvalue())
+    return folder
+
+
+def _check_recipe(folder: Path, *, seed: int, sizes: tuple[Grid, ...]) -> None:
+    """Refuse a folder that another recipe wrote; note the recipe in a new one."""
+    recipe, path = {"seed": seed, "sizes": [list(size) for size in sizes]}, folder / "recipe.json"
+    if path.exists():
+        if files.read_json(path) != recipe:
+            raise UserError(f"{folder} holds clips of another seed or other sizes ({path.name}); use another folder")
+    else:
+        files.write_json(path, recipe)

@@ -1,0 +1,72 @@
+"""Rectified flow, and how far it is shifted towards noise."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dit_video.core.errors import UserError
+from dit_video.core.typing import SameArray
+from dit_video.diffusion.processes.process import Estimate, Path, Process
+from dit_video.diffusion.shift import ClipSize, ExponentialShift, LinearShift
+
+
+@dataclass(frozen=True, kw_only=True)
+class RectifiedFlow(Process):
+    r"""Straight paths between data and noise (arXiv 2209.03003; 2210.02747).
+
+    $x_t = (1 - t)\,x_0 + t\,\epsilon$ for time $t$ from 0 (data) to 1 (noise). The velocity is
+    $v = dx_t/dt = \epsilon - x_0$, so that $x_0 = x_t - t\,v$ and $\epsilon = x_t + (1 - t)\,v$.
+
+    `shift` $s$ moves times towards noise, $t' = s t / (1 + (s - 1) t)$ (arXiv 2403.03206, eq. 23), in training and
+    in sampling alike.
+
+    Raises:
+      UserError: a shift that is not positive.
+    """
+
+    shift: float = 1.0
+    by_size: LinearShift | ExponentialShift | None = None
+    """what the shift is multiplied by for clips of each size; then each clip has times of its own"""
+
+    def __post_init__(self):
+        if not self.shift > 0:
+            raise UserError(f"shift {self.shift} must be positive; 1 leaves times as they are")
+
+    def shifted(self, time: Float[SameArray, "*shape"], size: ClipSize | None = None) -> Float[SameArray, "*shape"]:
+        """$t'$ of the class docstring.
+
+        Raises:
+          UserError: times of no size, where the shift depends on it.
+        """
+        shift: Any = self.shift
+        if self.by_size is not None:
+            if size is None:
+                raise UserError("the shift depends on a clip's size; take the times of process.for_size(size)")
+            shift = shift * self.by_size(size)
+        return shift * time / (1 + (shift - 1) * time)
+
+    def for_size(self, size: ClipSize) -> "RectifiedFlow":
+        if self.by_size is None:
+            return self
+        return RectifiedFlow(shift=float(self.shift * self.by_size(size)))
+
+    def alpha(self, time: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:
+        return 1 - time
+
+    def sigma(self, time: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:
+        return time
+
+    def time_at(self, ratio: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:
+        return ratio / (1 + ratio)
+
+    def velocity(self, estimate: Estimate, time: Float[Array, "*time"]) -> Float[Array, "*shape"]:
+        return estimate.noise - estimate.data
+
+    def path(self, time: Float[Array, "*time"]) -> Path:
+        """The flow itself: where there is nothing of the data, what the noise is divided by would be 0."""
+        return Path(jnp.ones_like(time), time)
+
+    def slope(self, estimate: Estimate) -> Float[Array, "*shape"]:
+        return estimate.noise - estimate.data

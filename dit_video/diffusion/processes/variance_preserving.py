@@ -1,0 +1,111 @@
+"""The process of DDPM: data and noise in proportions that keep the variance."""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float64
+
+from dit_video.core.errors import UserError
+from dit_video.core.typing import SameArray
+from dit_video.diffusion.processes.process import Process
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """From the first to the last in even steps (arXiv 2006.11239, section 4)."""
+
+    first: float = 1e-4
+    last: float = 0.02
+
+    def __post_init__(self):
+        _check_ends(self.first, self.last)
+
+    def __call__(self, steps: int) -> Float64[np.ndarray, " steps"]:
+        """Of so many steps of noise."""
+        return np.linspace(self.first, self.last, steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaledLinear:
+    """In even steps of the square root, as Stable Diffusion has them (arXiv 2112.10752)."""
+
+    first: float = 0.00085
+    last: float = 0.012
+
+    def __post_init__(self):
+        _check_ends(self.first, self.last)
+
+    def __call__(self, steps: int) -> Float64[np.ndarray, " steps"]:
+        """Of so many steps of noise."""
+        return np.linspace(math.sqrt(self.first), math.sqrt(self.last), steps) ** 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cosine:
+    r"""So that $\alpha^2$ is about $\cos^2\big(\frac{t + s}{1 + s}\frac\pi2\big)$ (arXiv 2102.09672, eq. 17)."""
+
+    offset: float = 0.008
+    most: float = 0.999
+
+    def __call__(self, steps: int) -> Float64[np.ndarray, " steps"]:
+        """Of so many steps of noise."""
+        angles = (np.arange(steps + 1) / steps + self.offset) / (1 + self.offset) * math.pi / 2
+        kept = np.cos(angles) ** 2
+        return np.minimum(1 - kept[1:] / kept[:-1], self.most)
+
+
+Betas = Linear | ScaledLinear | Cosine
+
+
+def _check_ends(first: float, last: float) -> None:
+    if not 0 < first <= last < 1:
+        raise UserError(f"betas rise from above 0 to below 1; got first={first}, last={last}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariancePreserving(Process):
+    r"""$\alpha^2 + \sigma^2 = 1$, in `steps` steps: after $n$ of them $\alpha^2 = \prod_{i \le n} (1 - \beta_i)$.
+
+    After $n$ of $N$ steps it is time $n / N$, where DDPM's papers count from 0 and say step $n - 1$; between two steps
+    $\log \alpha$ is a straight line (arXiv 2006.11239).
+
+    Raises:
+      UserError: no steps.
+    """
+
+    betas: Betas = Linear()
+    steps: int = 1000
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise UserError(f"the noise is added in at least 1 step, not {self.steps}")
+
+    @functools.cached_property
+    def log_alpha_squared(self) -> Float64[np.ndarray, " steps"]:
+        """After 0, 1, 2, ... steps."""
+        return np.concatenate([[0.0], np.cumsum(np.log1p(-self.betas(self.steps)))])
+
+    def alpha(self, time: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:
+        xp = _library(time)
+        return xp.exp(self._log_alpha_squared_at(time) / 2)
+
+    def sigma(self, time: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:
+        xp = _library(time)
+        return xp.sqrt(-xp.expm1(self._log_alpha_squared_at(time)))
+
+    def time_at(self, ratio: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:
+        xp = _library(ratio)
+        rising = -self.log_alpha_squared
+        return xp.interp(xp.log1p(ratio**2), xp.asarray(rising), xp.linspace(0.0, 1.0, self.steps + 1))
+
+    def _log_alpha_squared_at(self, time: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:
+        xp = _library(time)
+        return xp.interp(time, xp.linspace(0.0, 1.0, self.steps + 1), xp.asarray(self.log_alpha_squared))
+
+
+def _library(value: Array | np.ndarray) -> Any:
+    return np if isinstance(value, np.ndarray) else jnp

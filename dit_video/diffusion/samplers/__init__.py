@@ -1,0 +1,1 @@
+"""Solvers of the reverse process, one family a file."""

@@ -1,0 +1,163 @@
+r"""UniPC: a multistep predictor and corrector (arXiv 2302.04867).
+
+With $\lambda = \log(\alpha / \sigma)$ the probability flow between two times, from $s$ to $t$, is exactly
+
+$$x_t = \frac{\sigma_t}{\sigma_s} x_s + \sigma_t \int_{\lambda_s}^{\lambda_t} e^\lambda\, \hat x_0(\lambda)\, d\lambda$$
+
+where $\hat x_0$ is the model's prediction of the data. It is replaced by the polynomial through values that are known.
+With $h = \lambda_t - \lambda_s$ and nodes $r_k = (\lambda_k - \lambda_s) / h$ that gives
+
+$$x_t = \frac{\sigma_t}{\sigma_s} x_s - \alpha_t \Big((e^{-h} - 1)\, m_s + \sum_k w_k \frac{m_k - m_s}{r_k}\Big),
+\qquad \sum_k r_k^{i-1} w_k = i!\, \phi_{i+1}(-h)\,(-h)$$
+
+with $m$ the predictions. **The predictor's nodes are the past evaluations; the corrector has one more, the evaluation
+at $t$ itself ($r = 1$)**, which the next step needs anyway: a step costs one evaluation. A single node takes
+$w = B(h)/2$ instead, with $B(h) = -h$ (`bh1`) or $e^{-h} - 1$ (`bh2`); for more nodes $B$ cancels.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dit_video.core.errors import UserError
+from dit_video.diffusion.predictions import Estimator
+from dit_video.diffusion.processes.process import Process
+from dit_video.diffusion.samplers.solvers import Interval, Solver
+
+
+class UniPcState(NamedTuple):
+    """What UniPC carries; `M` evaluations are remembered, the latest first."""
+
+    x: Float[Array, "*shape"]
+    before: Float[Array, "*shape"]
+    """the (corrected) sample that the last step started from"""
+    predictions: Float[Array, "M *shape"]
+    """of the data"""
+    times: Float[Array, " M"]
+    """of the predictions"""
+    done: Int[Array, ""]
+    left: Int[Array, ""]
+    """steps"""
+    order: Int[Array, ""]
+    """of the last step"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniPc(Solver):
+    """One evaluation a step; of accuracy `order` + 1 with the corrector.
+
+    The first steps, which have no past yet, are of a lower order, and so is a step to time 0, where the log-SNR is
+    infinite: there the data are what the model predicts.
+
+    Raises:
+      UserError: another order than 1, 2 or 3.
+    """
+
+    order: int = 2
+    kind: Literal["bh1", "bh2"] = "bh2"
+    lower_order_final: bool = True
+    """whether the last steps are of order ..., 2, 1, which is steadier with few steps"""
+    uncorrected: tuple[int, ...] = ()
+    """steps, counted from 0, whose result is not corrected"""
+
+    def __post_init__(self):
+        if self.order not in (1, 2, 3):
+            raise UserError(f"UniPC has order 1, 2 or 3, not {self.order}")
+
+    def init(self, noisy: Float[Array, "*shape"], *, steps: int) -> UniPcState:
+        """Before the first of `steps` steps."""
+        nothing = jnp.zeros((), jnp.int32)
+        return UniPcState(
+            x=noisy,
+            before=noisy,
+            predictions=jnp.zeros((self.order, *noisy.shape), noisy.dtype),
+            times=jnp.ones((self.order,)),
+            done=nothing,
+            left=nothing + steps,
+            order=nothing,
+        )
+
+    def step(self, estimate: Estimator, process: Process, state: UniPcState, interval: Interval) -> UniPcState:
+        """Evaluate at `x`, correct `x` by it, and predict the sample at the following time."""
+        advance = partial(_advance, process, self.kind)
+        time, following = interval.time, interval.following
+        now = estimate(state.x, time).data
+
+        def corrected(order: int) -> Callable[[], Array]:
+            past = range(1, order)
+            nodes, values = [time, *(state.times[k] for k in past)], [now, *(state.predictions[k] for k in past)]
+            return lambda: advance(state.before, state.times[0], time, state.predictions[0], nodes, values)
+
+        orders = range(1, self.order + 1)
+        trusted = jnp.isin(state.done - 1, jnp.asarray(self.uncorrected, jnp.int32))
+        x = jax.lax.switch(jnp.where(trusted, 0, state.order), [lambda: state.x, *map(corrected, orders)])
+
+        predictions = jnp.concatenate([now[None], state.predictions[:-1]])
+        times = jnp.concatenate([jnp.reshape(time, (1,)).astype(state.times.dtype), state.times[:-1]])
+
+        def predicted(order: int) -> Callable[[], Array]:
+            past = range(1, order)
+            nodes, values = [times[k] for k in past], [predictions[k] for k in past]
+            return lambda: advance(x, time, following, now, nodes, values)
+
+        order = jnp.minimum(self.order, state.done + 1)
+        if self.lower_order_final:
+            order = jnp.minimum(order, state.left)
+        order = jnp.where(following == 0, 1, order)
+        return UniPcState(
+            x=jax.lax.switch(order - 1, [predicted(number) for number in orders]),
+            before=x,
+            predictions=predictions,
+            times=times,
+            done=state.done + 1,
+            left=state.left - 1,
+            order=order,
+        )
+
+
+def _advance(
+    process: Process,
+    kind: str,
+    x: Float[Array, "*shape"],
+    start: Float[Array, ""],
+    end: Float[Array, ""],
+    prediction: Float[Array, "*shape"],
+    nodes: Sequence[Float[Array, ""]],
+    values: Sequence[Float[Array, "*shape"]],
+) -> Float[Array, "*shape"]:
+    """The sample at time `end`, from `x` at `start` with its prediction, and those (`values`) at other times."""
+    h = process.half_log_snr(end) - process.half_log_snr(start)
+    change = jnp.expm1(-h) * prediction
+    if nodes:
+        ratios = [(process.half_log_snr(node) - process.half_log_snr(start)) / h for node in nodes]
+        for weight, ratio, value in zip(_weights(kind, h, ratios), ratios, values, strict=True):
+            change = change + weight * (value - prediction) / ratio
+    return process.sigma(end) / process.sigma(start) * x - process.alpha(end) * change
+
+
+def _weights(kind: str, h: Float[Array, ""], ratios: Sequence[Float[Array, ""]]) -> list[Float[Array, ""]]:
+    """`w` of the module's docstring.
+
+    Of several nodes each has the moments' sum over the powers of the polynomial that is 1 there and 0 at the others.
+    """
+    if len(ratios) == 1:
+        return [(-h if kind == "bh1" else jnp.expm1(-h)) / 2]
+    moments, factorial, term = [], 1, jnp.expm1(-h)
+    for index in range(1, len(ratios) + 1):
+        factorial *= index
+        term = term / -h - 1 / factorial
+        moments.append(factorial * term)
+    weights = []
+    for node in ratios:
+        powers = [jnp.ones_like(h)]  # of the polynomial, the lowest first
+        for other in (ratio for ratio in ratios if ratio is not node):
+            zero, scale = jnp.zeros_like(h), node - other
+            longer = zip([zero, *powers], [*powers, zero], strict=True)
+            powers = [(shifted - other * same) / scale for shifted, same in longer]
+        weights.append(jnp.stack([power * moment for power, moment in zip(powers, moments, strict=True)]).sum(axis=0))
+    return weights

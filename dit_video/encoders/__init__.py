@@ -1,0 +1,1 @@
+"""Frozen encoders opened from folders: text, images, and clips to latents."""

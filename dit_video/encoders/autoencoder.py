@@ -1,0 +1,95 @@
+"""A trained autoencoder in use: clips to latents and back."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+
+from dit_video.autoencoders import AutoencoderConfig, Tiles, decode_stream, encode_stream, latent_grid
+from dit_video.autoencoders.streaming import Layout
+from dit_video.core.errors import UserError
+from dit_video.core.trees import size as count
+from dit_video.tokens import Grid
+from dit_video.video import Clip
+
+PIXELS = 1 << 24
+"""About as many are coded at once, over all frames and clips: what is larger goes in chunks of frames."""
+
+
+class Codec:
+    """An autoencoder with its parameters.
+
+    Long clips are coded in chunks of frames, which give what the whole would; memory does not grow with their length.
+
+    Args:
+      config: of the autoencoder.
+      params: its parameters: a nested dictionary of arrays.
+      tiles: into which pictures are cut that do not fit into memory; see `Tiles` for what that costs.
+      sharding: over which devices a picture's height lies; see `decode_stream`.
+    """
+
+    def __init__(
+        self,
+        config: AutoencoderConfig,
+        params: dict[str, Any],
+        *,
+        tiles: Tiles | None = None,
+        sharding: Layout = None,
+    ):
+        self.config, self.params = config, params
+        self._options: dict[str, Any] = {"tiles": tiles, "sharding": sharding}
+
+    def encode(self, clip: Clip) -> Float32[np.ndarray, "t h w c"]:
+        """Normalised latents of a clip whose size fits the stride.
+
+        Raises:
+          UserError: a size that does not fit.
+        """
+        return self.encode_pixels(clip.frames)
+
+    def encode_pixels(
+        self, pixels: UInt8[np.ndarray, "T H W 3"] | Float32[np.ndarray, "T H W 3"]
+    ) -> Float32[np.ndarray, "t h w c"]:
+        """Normalised latents of pixels in 0..255, which may lie between two whole numbers; raises as `encode`."""
+        grid = latent_grid(Grid(*pixels.shape[:3]), self.config.stride)
+        chunk = self._chunk(1, grid)
+        parts = encode_stream(self.config, self.params, [pixels[None]], chunk=chunk, **self._options)
+        return np.concatenate(list(parts), axis=1)[0]
+
+    def decode(self, latents: Float32[np.ndarray, "t h w c"], *, fps: float, caption: str = "") -> Clip:
+        """The clip of normalised latents.
+
+        Raises:
+          UserError: latents of another number of channels, or that are not finite.
+        """
+        channels, shape = self.config.channels, np.shape(latents)
+        if len(shape) != 4 or shape[-1] != channels:
+            raise UserError(f"latents are [t h w {channels}] for this autoencoder, {list(shape)} were given")
+        if not np.isfinite(latents).all():
+            raise UserError("the latents hold NaN or infinity; what made them is broken")
+        return Clip(frames=self.decode_many(latents[None])[0], fps=fps, caption=caption)
+
+    def decode_many(self, latents: Float32[np.ndarray, "B t h w c"]) -> UInt8[np.ndarray, "B T H W 3"]:
+        """The frames of several clips of one size."""
+        return np.concatenate(list(self.stream(latents)), axis=1)
+
+    def stream(self, latents: Float32[np.ndarray, "B t h w c"]) -> Iterator[UInt8[np.ndarray, "B _ H W 3"]]:
+        """The same frames, some at a time: for clips that are written as they come."""
+        values = np.asarray(latents, np.float32)
+        chunk = self._chunk(len(values), Grid(*values.shape[1:4]))
+        return decode_stream(self.config, self.params, values, chunk=chunk, **self._options)
+
+    def reconstruct(self, clip: Clip) -> Clip:
+        """A clip as the autoencoder sees it."""
+        return replace(clip, frames=self.decode(self.encode(clip), fps=clip.fps).frames)
+
+    def parameter_count(self) -> int:
+        """How many parameters there are."""
+        return count(self.params)
+
+    def _chunk(self, clips: int, latents: Grid) -> int:
+        """Latent frames that are coded at once."""
+        each = clips * self.config.stride.volume * latents.h * latents.w
+        return min(latents.t, max(1, PIXELS // each))

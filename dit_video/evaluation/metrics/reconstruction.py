@@ -1,0 +1,69 @@
+"""How close a reconstruction is to its original: PSNR and SSIM, one value a clip."""
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from dit_video.core.errors import UserError
+
+PEAK = 255.0
+WINDOW, SIGMA = 11, 1.5
+K1, K2 = 0.01, 0.03
+
+
+def psnr(original: UInt8[np.ndarray, "T H W 3"], other: UInt8[np.ndarray, "..."]) -> float:
+    """Peak signal-to-noise ratio in dB: `10 log10(255^2 / MSE)`, the MSE being over the whole clip; inf if equal.
+
+    Raises:
+      UserError: the shapes differ.
+    """
+    _check_alike(original, other)
+    error = np.mean(np.square(original.astype(np.float64) - other.astype(np.float64)), axis=(0, 1, 2, 3))
+    return float("inf") if error == 0 else float(10 * np.log10(PEAK**2 / error))
+
+
+def ssim(original: UInt8[np.ndarray, "T H W 3"], other: UInt8[np.ndarray, "..."]) -> float:
+    """Structural similarity (Wang et al. 2004, eq. 13), at most 1: a Gaussian window of 11x11 with sigma 1.5.
+
+    The mean over all places where the window lies inside the frame, over the R, G and B planes and the frames.
+
+    Raises:
+      UserError: the shapes differ, or the frames are smaller than the window.
+    """
+    _check_alike(original, other)
+    height, width = original.shape[1:3]
+    if min(height, width) < WINDOW:
+        raise UserError(f"SSIM needs frames of at least {WINDOW}x{WINDOW} pixels, {height}x{width} was given; use PSNR")
+    return float(np.mean([_ssim_of_frame(a, b) for a, b in zip(original, other, strict=True)]))
+
+
+def _ssim_of_frame(a: UInt8[np.ndarray, "H W 3"], b: UInt8[np.ndarray, "H W 3"]) -> float:
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    mean_a, mean_b = _window_mean(a), _window_mean(b)
+    variance_a = _window_mean(a * a) - mean_a**2
+    variance_b = _window_mean(b * b) - mean_b**2
+    covariance = _window_mean(a * b) - mean_a * mean_b
+    c1, c2 = (K1 * PEAK) ** 2, (K2 * PEAK) ** 2
+    luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
+    structure = (2 * covariance + c2) / (variance_a + variance_b + c2)
+    return float((luminance * structure).mean(axis=(0, 1, 2)))
+
+
+def _window_mean(plane: Float[np.ndarray, "H W 3"]) -> Float[np.ndarray, "h w 3"]:
+    """The Gaussian mean around every place where the window fits."""
+    offsets = np.arange(WINDOW) - WINDOW // 2
+    weights = np.exp(-(offsets**2) / (2 * SIGMA**2))
+    weights /= weights.sum(axis=0)
+    for axis in (0, 1):
+        length = plane.shape[axis] - WINDOW + 1
+        plane = sum(
+            weight * plane.take(range(first, first + length), axis=axis) for first, weight in enumerate(weights)
+        )
+    return plane
+
+
+def _check_alike(original: UInt8[np.ndarray, "..."], other: UInt8[np.ndarray, "..."]) -> None:
+    if original.shape != other.shape:
+        raise UserError(
+            f"only clips of one shape can be compared, {list(original.shape)} and {list(other.shape)} were given; "
+            "resize one of them or cut it"
+        )

@@ -1,0 +1,98 @@
+"""What a run leaves: its pipeline's config, and beside it adapters and weights under other projects' names.
+
+Of several processes the first writes.
+"""
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dit_video.backbones.dit import DitConfig
+from dit_video.backbones.wan import WanDitConfig
+from dit_video.core.files import atomic_path
+from dit_video.data.clips import ClipInfo
+from dit_video.data.sizes import fit
+from dit_video.encoders.text import FrozenEncoder
+from dit_video.experiment import Experiment
+from dit_video.families import save_denoiser
+from dit_video.families.wan.transformer import wan_modules
+from dit_video.pipelines.config import PipelineConfig
+from dit_video.text import Tokenizer
+from dit_video.weights import own_modules, save_lora
+
+ADAPTER, LORA = "adapter.safetensors", "pytorch_lora_weights.safetensors"
+TRANSFORMERS = {"dit": "transformer", "low_noise": "transformer_2"}
+"""folders of diffusers, by the expert"""
+
+
+def save_adapter(
+    folder: Path, dit: DitConfig | WanDitConfig, adapter: dict[str, Any], params: dict[str, Any], *, expert: str = "dit"
+) -> None:
+    """Write an adapter under our own names, and one of Wan as diffusers reads it: `load_lora_weights(folder)`.
+
+    Args:
+      folder: of the run.
+      dit: the denoiser's config.
+      adapter: with the parts of `params` that it changes.
+      params: that it is of, `{"dit": ..., "text": ...}`, or their shapes.
+      expert: what a pipeline calls the model, `dit` or, of the second of two experts, `low_noise`.
+    """
+    if jax.process_index() != 0:
+        return
+    named, of = ({expert if part == "dit" else part: tree[part] for part in tree} for tree in (adapter, params))
+    save_lora(folder / ADAPTER, named, own_modules(of))
+    if isinstance(dit, WanDitConfig) and "dit" in adapter:
+        save_lora(folder / LORA, adapter["dit"], wan_modules(dit))
+
+
+def save_transformer(
+    folder: Path, dit: DitConfig | WanDitConfig, params: dict[str, Any], *, expert: str = "dit"
+) -> None:
+    """Write a whole transformer of Wan as diffusers reads it: `WanTransformer3DModel.from_pretrained(folder)`."""
+    if not isinstance(dit, WanDitConfig) or jax.process_index() != 0:
+        return
+    with atomic_path(folder / TRANSFORMERS[expert]) as temporary:
+        save_denoiser(temporary, dit, params["dit"])
+
+
+def pipeline_config_of(
+    experiment: Experiment, infos: Sequence[ClipInfo], encoder: Tokenizer | FrozenEncoder, *, command: str
+) -> PipelineConfig:
+    """What the pipeline of a run is made of.
+
+    Args:
+      experiment: of the run.
+      infos: the clips that it was trained on.
+      encoder: of their captions.
+      command: that started it.
+    """
+    rates = [info.fps for info in infos if info.frames > 1] or [info.fps for info in infos]
+    sizes = [fit(info, experiment.limits) for info in infos]
+    denoiser = experiment.denoiser
+    return PipelineConfig(
+        autoencoder=experiment.autoencoder.model,
+        dit=denoiser.dit,
+        text=encoder.pinned if isinstance(encoder, FrozenEncoder) else denoiser.text,
+        process=denoiser.objective.process,
+        prediction=denoiser.objective.prediction,
+        caption_dropout=denoiser.caption_dropout,
+        boundary=None if denoiser.expert is None else denoiser.expert.boundary,
+        rows=denoiser.rows,
+        batch=denoiser.batch,
+        sampling=experiment.sampling,
+        fps=float(np.median(rates)) if experiment.data.fps is None else experiment.data.fps,
+        image_encoder=denoiser.image_encoder,
+        evaluation=experiment.evaluation,
+        size=max(sizes, key=lambda size: (size.volume, size)),
+        made_by={
+            "command": command,
+            "experiment": experiment.name,
+            "seed": str(experiment.seed),
+            "dit_video": version("dit-video"),
+            "jax": jax.__version__,
+        },
+    )

@@ -1,0 +1,232 @@
+"""What the denoiser's training reads: rows of cached latents, or of clips that are encoded on the way."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from dit_video.autoencoders import latent_grid
+from dit_video.backbones.dit import DitConfig
+from dit_video.backbones.wan import WanDitConfig
+from dit_video.core.errors import UserError
+from dit_video.data.bucketing.batches import bucket_batches
+from dit_video.data.bucketing.buckets import Buckets, plan_buckets
+from dit_video.data.captions import CachedTexts, EmbeddedTexts, Texts, TokenizedTexts, different_captions
+from dit_video.data.clips import ClipSource
+from dit_video.data.latents.cache import LatentSource
+from dit_video.data.latents.online import LiveEncoder
+from dit_video.data.loader import Batches, Reading, encoded_batches, packed_batches
+from dit_video.data.packing.balance import Balance, Cost
+from dit_video.data.packing.mixture import Mixture
+from dit_video.data.packing.rows import Encode
+from dit_video.data.sizes import fit, sampled_fps
+from dit_video.data.windows import THREADS
+from dit_video.distributed import RowPart, check_denoiser, make_mesh, row_shards
+from dit_video.encoders.text import FrozenEncoder
+from dit_video.experiment import Experiment
+from dit_video.text import Tokenizer
+from dit_video.tokens import Grid, token_grid
+from dit_video.training.hooks.logging import Progress
+
+_BATCHES = 4
+"""Into which a step's clips on one canvas are divided. How many there are varies from step to step, so that the last
+batch is half empty, on average: an eighth of the work."""
+
+Feed = Callable[[int], Batches]
+"""Batches from a step on."""
+
+
+def cached_rows(experiment: Experiment, latents: LatentSource, clips: ClipSource, texts: Texts) -> Feed:
+    """Rows of the latents of these clips; `texts` are those of the latents."""
+    config = experiment.denoiser
+    mixed = mixture(latents, clips, experiment.data.weights)
+    intervals = _intervals(experiment, clips, latents.clips)
+
+    def feed(start: int) -> Batches:
+        reading = _reading(experiment, start, mixed, threads=1)
+        return packed_batches(
+            latents, texts, patch=config.dit.patch, shape=config.rows, reading=reading, intervals=intervals
+        )
+
+    return feed
+
+
+def _intervals(experiment: Experiment, clips: ClipSource, names: Sequence[str]) -> list[float] | None:
+    """Seconds from one token to the next along time in the clips of these names, if that is what coordinates count."""
+    dit = experiment.denoiser.dit
+    if dit.clock == "tokens":
+        return None
+    frames = experiment.autoencoder.model.stride.t * dit.patch.t
+    rates = {info.name: sampled_fps(info, experiment.limits) for info in clips.infos}
+    return [frames / rates[name] for name in names]
+
+
+def live(experiment: Experiment, clips: ClipSource, texts: Texts, encode: Encode) -> Feed:
+    """Rows, or the batches of buckets where the config has these, of clips from their video files.
+
+    Args:
+      experiment: of which the denoiser, the limits and the weights are meant.
+      clips: that are trained on.
+      texts: their captions.
+      encode: `live_encoder` of the same.
+
+    Raises:
+      UserError: a size of which not one example fits into the memory of a bucket's batch.
+    """
+    config, model, weights = experiment.denoiser, experiment.autoencoder.model, experiment.data.weights
+    buckets = None if config.buckets is None else buckets_of(experiment, clips)
+    mixed = Mixture(sizes=clips.sizes, weights=weights) if weights else None
+
+    def feed(start: int) -> Batches:
+        reading = _reading(experiment, start, mixed, threads=THREADS)
+        common: dict[str, Any] = {
+            "latent_grid": functools.partial(latent_grid, stride=model.stride),
+            "channels": model.channels,
+            "limits": experiment.limits,
+            "patch": config.dit.patch,
+            "reading": reading,
+            "intervals": _intervals(experiment, clips, [info.name for info in clips.infos]),
+        }
+        if buckets is None:
+            return encoded_batches(clips, texts, encode, shape=config.rows, **common)
+        room = min(config.rows.text, config.text.max_tokens)
+        return bucket_batches(clips, texts, encode, buckets, text=room, **common)
+
+    return feed
+
+
+def live_encoder(experiment: Experiment, autoencoder: dict[str, Any], clips: ClipSource) -> LiveEncoder:
+    """What makes latents of clips as they are read; `autoencoder` are its parameters.
+
+    Raises:
+      UserError: a size of which not one example fits into the memory of a bucket's batch.
+    """
+    config, model, hosts = (
+        experiment.denoiser,
+        experiment.autoencoder.model,
+        RowPart.of(make_mesh(experiment.mesh)).parts,
+    )
+    if config.buckets is not None:
+        buckets = buckets_of(experiment, clips).buckets
+        return LiveEncoder(model, autoencoder, [one.size for one in buckets for _ in range(one.batch // hosts)])
+    sizes = [fit(info, experiment.limits) for info in clips.infos]
+    tokens = sum(token_grid(latent_grid(size, model.stride), config.dit.patch).volume for size in sizes)
+    steps = tokens / (config.rows.tokens * config.batch / hosts)
+    return LiveEncoder(model, autoencoder, sizes, calls=max(1, _BATCHES * steps))
+
+
+def check(experiment: Experiment, clips: ClipSource) -> None:
+    """That the denoiser can be fed from these clips: before the autoencoder is trained, for hours.
+
+    Raises:
+      UserError: rows, tokens, heads or hidden widths that do not divide among the devices, a data set without clips to
+        train on, or a size of which not one example fits into the memory.
+    """
+    config, mesh, way = experiment.denoiser, make_mesh(experiment.mesh), experiment.mesh.context_attention
+    if config.buckets is not None:
+        buckets_of(experiment, clips)
+        if mesh.shape["context"] > 1:
+            raise UserError(
+                f"rows of buckets have as many tokens as their clips, context={mesh.shape['context']} devices need not "
+                "divide them; use packed rows (buckets=None), or context=1"
+            )
+        check_denoiser(mesh, config.dit, rows=row_shards(mesh), tokens=config.rows.tokens, context_attention=way)
+        return
+    if config.batch // config.accumulate % (among := parts(experiment)):
+        part = "" if config.accumulate == 1 else f", in {config.accumulate} parts,"
+        raise UserError(f"a batch of {config.batch} rows{part} does not divide among {among} devices; use a multiple")
+    check_denoiser(
+        mesh, config.dit, rows=config.batch // config.accumulate, tokens=config.rows.tokens, context_attention=way
+    )
+    if experiment.data.weights:
+        Mixture(sizes=clips.sizes, weights=experiment.data.weights)
+
+
+def buckets_of(experiment: Experiment, clips: ClipSource) -> Buckets:
+    """The buckets of these clips.
+
+    Raises:
+      UserError: no buckets in the config, or a size of which not one example fits into the memory.
+    """
+    config, model, limits = experiment.denoiser, experiment.autoencoder.model, experiment.limits
+    if config.buckets is None:
+        raise UserError("the config has no buckets; give denoiser buckets=BucketConfig(...)")
+
+    def tokens(size: Grid) -> int:
+        return token_grid(latent_grid(size, model.stride), config.dit.patch).volume
+
+    return plan_buckets(
+        np.asarray([fit(info, limits) for info in clips.infos]),
+        config.buckets.memory,
+        budget=config.buckets.budget,
+        count=config.buckets.count,
+        devices=parts(experiment),
+        most=config.buckets.most,
+        tokens=tokens,
+    )
+
+
+def parts(experiment: Experiment) -> int:
+    """Into which a batch is divided: among the devices that rows are spread over."""
+    return row_shards(make_mesh(experiment.mesh))
+
+
+def texts_of(
+    tokenizer: Tokenizer | FrozenEncoder, captions: Sequence[tuple[str, ...]], *, cached: LatentSource | None = None
+) -> Texts:
+    """What rows hold of the captions of every example; of a frozen encoder what is `cached` beside their latents.
+
+    Raises:
+      UserError: the latents were encoded without the captions, or embeddings are of another width.
+    """
+    if not isinstance(tokenizer, FrozenEncoder):
+        return TokenizedTexts(captions, tokenizer)
+    if cached is not None:
+        texts = CachedTexts(cached)
+        if texts.width != tokenizer.config.width:
+            raise UserError(
+                f"{cached.folder} holds embeddings of width {texts.width}, the config says {tokenizer.config.width}; "
+                f"set text width={texts.width} and dit context_width={texts.width}"
+            )
+        return texts
+    with Progress("embedding captions", len(different_captions(captions)), unit="caption") as progress:
+        return EmbeddedTexts(captions, tokenizer.many, identity=tokenizer.identity, progress=progress.update)
+
+
+def mixture(latents: LatentSource, clips: ClipSource, weights: Sequence[float]) -> Mixture | None:
+    """An epoch has each clip once, as one of its views, or as often as its data set's weight says.
+
+    None where that is each example once.
+    """
+    views: dict[str, list[int]] = {}
+    for example, clip in enumerate(latents.clips):
+        views.setdefault(clip, []).append(example)
+    if not weights and len(views) == len(latents):
+        return None
+    clips = clips.select(views)
+    return Mixture(
+        sizes=clips.sizes,
+        weights=tuple(weights) or None,
+        variants=tuple(tuple(views[info.name]) for info in clips.infos),
+    )
+
+
+def _reading(experiment: Experiment, start: int, mixed: Mixture | None, *, threads: int) -> Reading:
+    config, part = experiment.denoiser, RowPart.of(make_mesh(experiment.mesh))
+    return Reading(
+        batch=config.batch,
+        seed=experiment.seed,
+        start_step=start,
+        host=part.number,
+        hosts=part.parts,
+        threads=threads,
+        workers=experiment.data.workers,
+        mixture=mixed,
+        balance=Balance(cost=_cost(config.dit), batch=config.batch),
+        pairs=config.dit.pairs,
+    )
+
+
+def _cost(dit: DitConfig | WanDitConfig) -> Cost:
+    return Cost.of_width(dit.width, matrices=dit.matrices)

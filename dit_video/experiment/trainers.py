@@ -1,0 +1,189 @@
+"""The two trainings of a run in its folder: the autoencoder's stage, and what both have in common."""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Array
+
+from dit_video.autoencoders import LinearAutoencoder, PatchVaeConfig, fit_linear, start_from_linear
+from dit_video.core import config_json, pixels, rng
+from dit_video.data.clips import ClipSource
+from dit_video.data.latents.offline import latent_moments
+from dit_video.data.loader import Batches
+from dit_video.data.windows import Stretches, WindowBatches
+from dit_video.distributed import RowPart, make_mesh
+from dit_video.experiment import AutoencoderTraining, DenoiserTraining, Experiment, GivenAutoencoder
+from dit_video.experiment.initialization import given_autoencoder, given_params, loss_parts, optimizer_of
+from dit_video.nn import graph_of, init_params, param_shapes
+from dit_video.training import loop, trainer
+from dit_video.training.checkpoint import Checkpoints
+from dit_video.training.hooks.logging import remark
+from dit_video.training.hooks.profiler import Profile
+from dit_video.training.optim.optimizer import make_optimizer
+from dit_video.training.state import on_host
+from dit_video.training.step import Loss, OwnStep
+from dit_video.weights import load as load_weights
+from dit_video.weights import save as save_weights
+
+_LINEAR_VALUES = 4096
+"""of a patch, at most, where principal components are computed: their matrix has the square of it"""
+_LINEAR_BATCHES, _MOMENT_BATCHES = 32, 64
+"""Batches of training windows that the linear start, and the latents' mean and deviation, are measured on."""
+
+
+def train(
+    experiment: Experiment,
+    folder: Path,
+    init: Callable[[Array], dict[str, Any]],
+    loss: Loss | OwnStep,
+    batches: Callable[[int], Batches | WindowBatches],
+    *,
+    checkpoints: str | Path,
+    begin: int = 0,
+    profile: tuple[int, int] | None = None,
+    **given: Any,
+) -> Any:
+    """Train one of the two models from its newest checkpoint, or from `init`.
+
+    Args:
+      experiment: what is trained.
+      folder: `autoencoder` or `denoiser` of the run.
+      init: parameters from a random key.
+      loss: of them.
+      batches: from a step on, counted from `begin`.
+      checkpoints: where they lie.
+      begin: steps of earlier stages.
+      profile: the first and the last step that are traced.
+      given: further arguments of `Training`.
+
+    Raises:
+      UserError: the data are others than those that the checkpoint was trained on.
+    """
+    name = folder.name
+    config = experiment.denoiser if name == "denoiser" else experiment.autoencoder
+    assert not isinstance(config, GivenAutoencoder)  # which is not trained
+    optimizer = config.optimizer if isinstance(config, AutoencoderTraining) else optimizer_of(config)
+    if isinstance(config, DenoiserTraining):
+        given |= {"accumulate": config.accumulate, "averages": config.averages}
+    return trainer.Training(
+        folder=folder,
+        checkpoints=checkpoints,
+        title=f"training the {name}",
+        init=init,
+        random_key=rng.key(experiment.seed, name),
+        loss=loss,
+        optimizer=make_optimizer(optimizer, steps=config.steps, begin=begin),
+        ema_decay=config.ema_decay,
+        begin=begin,
+        profile=None if profile is None else Profile(folder / "profile", *profile),
+        config=loop.LoopConfig(
+            steps=begin + config.steps,
+            log_every=experiment.log_every,
+            save_every=experiment.save_every,
+            most_skipped=experiment.most_skipped,
+            stop_within=experiment.stop_within,
+        ),
+        mesh=make_mesh(experiment.mesh),
+        keep=experiment.keep,
+        resolved=config_json.to_json(experiment),
+        **given,
+    ).run(batches)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderStage:
+    """A run's autoencoder: trained on its clips, or given."""
+
+    experiment: Experiment
+    folder: Path
+    """`autoencoder` of the run"""
+    checkpoints: str | Path
+    """where they lie"""
+    clips: Callable[[], ClipSource]
+    """those that are trained on"""
+    profile: tuple[int, int] | None = None
+    """the first and the last step that are traced"""
+
+    def params(self) -> dict[str, Any]:
+        """The averaged parameters of the trained autoencoder, with its latents' mean and deviation measured.
+
+        Where the config does not train `normalizer`, these stay as they were. An autoencoder that is given is read
+        from its folder.
+        """
+        config, experiment = self.experiment.autoencoder, self.experiment
+        if isinstance(config, GivenAutoencoder):
+            return given_autoencoder(config)
+        path = self.folder / "weights.safetensors"
+        if path.is_file():
+            return load_weights(path, like=param_shapes(config.model.make))
+        graph, parts = graph_of(config.model.make), loss_parts(config, experiment.seed)
+        continues = Checkpoints(self.checkpoints).latest() is not None
+        stretches = Stretches(self.clips(), experiment.window_limits)
+        start = functools.partial(given_params, config, rng.key(experiment.seed, "inflation"))
+        linear = self._linear(stretches) if isinstance(config.model, PatchVaeConfig) and not continues else None
+
+        def init(key: Array) -> dict[str, Any]:
+            params = init_params(config.model.make, key)
+            return params if linear is None else start_from_linear(params, linear)
+
+        batches = functools.partial(self.windows, stretches, purpose="autoencoder")
+        given: dict[str, Any] = {"start": start, "profile": self.profile, "checkpoints": self.checkpoints}
+        state = train(experiment, self.folder, init, parts.pop("loss"), batches, **given, **parts)
+        params = on_host(state.ema)
+        if config.optimizer.trains("normalizer/mean"):
+            with contextlib.closing(self.windows(stretches, 0, "latent moments")) as windows:
+                mean, std = latent_moments(graph, params, itertools.islice(windows, _MOMENT_BATCHES))
+            params["normalizer"] = {"mean": mean, "std": std}
+        save_weights(path, params)
+        return params
+
+    def windows(self, stretches: Stretches, start: int, purpose: str, *, augment: bool = True) -> WindowBatches:
+        """Batches of the window shapes in turn, from step `start` on. Each purpose has windows of its own.
+
+        With `augment` they are augmented where the config says so.
+        """
+        training = self.experiment.autoencoder
+        assert isinstance(training, AutoencoderTraining)  # one that is given has no windows
+        part = RowPart.of(make_mesh(self.experiment.mesh))
+        opened = WindowBatches(
+            stretches,
+            tuple(
+                dataclasses.replace(window, augment=window.augment if augment else None) for window in training.windows
+            ),
+            seed=int(rng.host(self.experiment.seed, purpose).integers(2**31)),
+            start_step=start,
+            # What is measured is measured on whole batches, by each process: all have to find the same.
+            host=part.number if purpose == "autoencoder" else 0,
+            hosts=part.parts if purpose == "autoencoder" else 1,
+        )
+        if purpose == "autoencoder" and opened.left_out:
+            remark(f"{len(opened.left_out)} clips have no room for a window of the autoencoder's training")
+        return opened
+
+    def linear_baseline(self) -> LinearAutoencoder | None:
+        """The best linear autoencoder of as many latent values, fitted on the training clips: what ours has to beat.
+
+        None where a patch has too many values for it, or where the autoencoder was given.
+        """
+        config = self.experiment.autoencoder
+        if isinstance(config, GivenAutoencoder) or 3 * config.model.stride.volume > _LINEAR_VALUES:
+            return None
+        return self._linear(Stretches(self.clips(), self.experiment.window_limits))
+
+    def _linear(self, stretches: Stretches) -> LinearAutoencoder:
+        """Principal components of the training clips as they are, which are kept in the run's folder."""
+        model = self.experiment.autoencoder.model
+        path = self.folder / "linear.safetensors"
+        if path.is_file():
+            return LinearAutoencoder(**load_weights(path))
+        with contextlib.closing(self.windows(stretches, 0, "linear start", augment=False)) as batches:
+            first = itertools.islice(batches, _LINEAR_BATCHES)
+            fitted = fit_linear(map(pixels.to_float, first), stride=model.stride, channels=model.channels)
+        save_weights(path, fitted._asdict())
+        return fitted

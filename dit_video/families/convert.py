@@ -1,0 +1,220 @@
+"""Models from one layout of files to another, tensor by tensor.
+
+Denoisers are in diffusers' layout, their authors' or our own (`parts`), text encoders in that of `transformers` or our
+own. Autoencoders, in diffusers' or our own, are small, and go through memory whole.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from dit_video.backbones.dit import DitConfig
+from dit_video.backbones.wan import WanDitConfig
+from dit_video.core.errors import UserError
+from dit_video.core.files import write_json
+from dit_video.families.autoencoders import KINDS as AUTOENCODERS
+from dit_video.families.autoencoders import load_autoencoder, save_autoencoder
+from dit_video.families.denoisers import KINDS as DENOISERS
+from dit_video.families.dit import transformer as dit_transformer
+from dit_video.families.wan import transformer as wan_transformer
+from dit_video.families.wan.transformer import wan_modules
+from dit_video.nn import param_shapes
+from dit_video.text import T5Config
+from dit_video.weights import diffusers, native_format, streaming
+from dit_video.weights.folders import TensorFolder
+from dit_video.weights.lora import load_lora, own_modules, save_lora
+from dit_video.weights.streaming import FileMap, FolderSource, ParamsSource
+from dit_video.weights.tensor_mapping import SHARD_BYTES
+from dit_video.weights.text_encoders import T5_KINDS, t5_config, t5_names, t5_written
+
+To = Literal["diffusers", "authors", "dit_video"]
+KNOWN = (*DENOISERS, *AUTOENCODERS, *T5_KINDS, native_format.CLASS)
+"""the classes of `config.json` that can be converted"""
+
+
+class _Opened(NamedTuple):
+    """A model's files, open."""
+
+    config: Any
+    source: FolderSource
+    depths: dict[str, int]
+
+
+def convert(
+    source: str | os.PathLike,
+    destination: str | os.PathLike,
+    *,
+    to: To,
+    dtype: Any = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a model's folder in another layout.
+
+    Args:
+      source: a folder with a `config.json`, or a file of the authors of DiT and SiT.
+      destination: a folder that does not exist, or is empty.
+      to: `diffusers` (of a text encoder `transformers`), the model's `authors`, or our own.
+      dtype: floating tensors are cast to it; None keeps the source's.
+      shard_bytes: what would be a larger file is split, with an index.
+
+    Raises:
+      MissingError: files that the source lacks.
+      UserError: a class that isn't known here (it lists those that are), a layout that can't express the model, weights
+        that do not fit, or a destination that holds something.
+    """
+    source, destination = Path(source), Path(destination)
+    check_destination(destination)
+    if source.is_file():
+        with _authors_file(source) as opened:
+            _write(destination, opened, to, dtype, shard_bytes)
+        return
+    document = diffusers.document_of(source)
+    kind = document.get("_class_name") or document.get("model_type")
+    if kind not in KNOWN:
+        raise UserError(f"{source} holds a model of class {kind}; known here: {', '.join(KNOWN)}")
+    own = native_format.part_config(source, document) if kind == native_format.CLASS else None
+    if kind in AUTOENCODERS or (own is not None and not isinstance(own, DitConfig | WanDitConfig | T5Config)):
+        _convert_autoencoder(source, destination, document, to, dtype, shard_bytes)
+    else:
+        with _opened(source, document, kind) as opened:
+            _write(destination, opened, to, dtype, shard_bytes)
+
+
+def convert_own(
+    file: Path,
+    prefix: str,
+    config: DitConfig | WanDitConfig,
+    destination: str | os.PathLike,
+    *,
+    to: To,
+    dtype: Any = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """`convert` of one denoiser in a pipeline's file: that whose names begin with `prefix`, such as `dit/`."""
+    destination = Path(destination)
+    check_destination(destination)
+    shapes = param_shapes(config.make)
+    with TensorFolder(file.parent, stem=file.stem) as tensors:
+        others = [name for name in tensors.shapes if not name.startswith(prefix)]
+        source = FolderSource(tensors, FileMap.own(shapes, prefix), shapes, ignored=others)
+        _write(destination, _Opened(config, source, {}), to, dtype, shard_bytes)
+
+
+def convert_lora(
+    source: str | os.PathLike, destination: str | os.PathLike, model: str | os.PathLike, *, to: To, dtype: Any = None
+) -> None:
+    """Rename the tensors of an adapter of Wan: PEFT's names of diffusers, ComfyUI's of the authors', or our own.
+
+    Args:
+      source: a safetensors file, or a folder of PEFT or diffusers.
+      destination: the file to be written.
+      model: the folder of the transformer that it is of; its config is read.
+      to: whose names are written.
+      dtype: factors are cast to it; None keeps theirs.
+
+    Raises:
+      MissingError: no such file.
+      UserError: an adapter of another model, or a model that is no Wan.
+    """
+    folder = Path(model)
+    document = diffusers.document_of(folder)
+    config = native_format.part_config(folder, document) if document.get("_class_name") == native_format.CLASS else None
+    if document.get("_class_name") in wan_transformer.CLASSES:
+        config = wan_transformer.read_config(folder, document)
+    if not isinstance(config, WanDitConfig):
+        raise UserError(f"{folder} holds no Wan; adapters are renamed for {', '.join(wan_transformer.CLASSES)}")
+    shapes = {"dit": param_shapes(config.make)}
+    theirs = {
+        name: module._replace(path=f"dit/{module.path}")
+        for name, module in wan_modules(config, first="authors" if to == "authors" else "diffusers").items()
+    }
+    lora = load_lora(source, shapes, own_modules(shapes) | theirs, dtype=None)
+    modules = own_modules(shapes) if to == "dit_video" else theirs
+    save_lora(destination, lora, modules, style="comfyui" if to == "authors" else "diffusers", dtype=dtype)
+
+
+def check_destination(folder: Path) -> None:
+    """Raises UserError for what holds something already."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not empty; name a folder that does not exist")
+
+
+@contextmanager
+def _opened(folder: Path, document: dict[str, Any], kind: str) -> Iterator[_Opened]:
+    """A folder of a kind that is read tensor by tensor."""
+    own, text, wan = kind == native_format.CLASS, kind in T5_KINDS, kind in wan_transformer.CLASSES
+    with TensorFolder(folder, stem=diffusers.STEM if not own and not text else "model") as tensors:
+        ignored: set[str] = set()
+        if own:
+            config = native_format.part_config(folder, document)
+            names = FileMap.own(param_shapes(config.make))
+        elif text:
+            config = t5_config(folder)
+            theirs, ignored = t5_names(tensors, config)
+            names = FileMap.of(theirs)
+        else:
+            authors = kind in (wan_transformer.AUTHORS_CLASS, *dit_transformer.AUTHORS_CLASSES)
+            config = (
+                wan_transformer.read_config(folder, document) if wan else dit_transformer.config_of(folder, document)
+            )
+            names = _file_map(config, "authors" if authors else "diffusers")
+        shapes = param_shapes(config.make)
+        yield _Opened(config, FolderSource(tensors, names, shapes, ignored=ignored), names.depths)
+
+
+@contextmanager
+def _authors_file(path: Path) -> Iterator[_Opened]:
+    """A checkpoint of the authors of DiT and SiT."""
+    with dit_transformer.open_file(path) as tensors:
+        config = dit_transformer.config_of(path, dit_transformer.file_document(path, tensors))
+        names = _file_map(config, "authors")
+        yield _Opened(config, FolderSource(tensors, names, param_shapes(config.make)), names.depths)
+
+
+def _file_map(config: DitConfig | WanDitConfig, layout: wan_transformer.Layout) -> FileMap:
+    if isinstance(config, WanDitConfig):
+        return FileMap.of(wan_transformer.wan_names(config, layout))
+    return dit_transformer.file_map(config, layout)
+
+
+def _write(folder: Path, opened: _Opened, to: To, dtype: Any, shard_bytes: int) -> None:
+    """A denoiser or a text encoder."""
+    config, source = opened.config, opened.source
+    if to == "dit_video":
+        native_format.write_part(folder, config, source, depths=opened.depths, dtype=dtype, shard_bytes=shard_bytes)
+        return
+    if isinstance(config, T5Config):
+        if to == "authors":
+            raise UserError("text encoders are written for transformers, with diffusers, or in our own layout")
+        theirs, document = t5_written(config)
+        names, stem = FileMap.of(theirs), "model"
+    else:
+        wan = isinstance(config, WanDitConfig)
+        document = wan_transformer.document_of(config, to) if wan else dit_transformer.document_of(config, to)
+        names, stem = _file_map(config, to), diffusers.STEM
+    shapes, depths = param_shapes(config.make), {**names.depths, **opened.depths}
+    streaming.write(folder, stem, source, names, shapes, depths, dtype=dtype, shard_bytes=shard_bytes)
+    write_json(folder / "config.json", document)
+
+
+def _convert_autoencoder(
+    folder: Path, destination: Path, document: dict[str, Any], to: To, dtype: Any, shard_bytes: int
+) -> None:
+    """From and to diffusers, or our own."""
+    if to == "authors":
+        raise UserError("autoencoders are written for diffusers or in our own layout; the authors' isn't known here")
+    own = document["_class_name"] == native_format.CLASS
+    read = native_format.read_part(folder, document, stored=lambda path: None) if own else load_autoencoder(folder)
+    config, params = read
+    if dtype is not None:
+        # The latents' normalisation keeps its precision: diffusers has it in its settings.
+        normalizer = params["normalizer"]
+        shapes = param_shapes(config.make)
+        params = streaming.read(ParamsSource(params), shapes, {}, stored=lambda path: dtype)
+        params["normalizer"] = normalizer
+    if to == "dit_video":
+        native_format.write_part(destination, config, ParamsSource(params), shard_bytes=shard_bytes)
+    else:
+        save_autoencoder(destination, config, params, shard_bytes=shard_bytes)

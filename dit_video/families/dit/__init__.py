@@ -1,0 +1,1 @@
+"""DiT and SiT: class-conditional image transformers."""

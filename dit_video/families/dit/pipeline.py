@@ -1,0 +1,154 @@
+"""Pipelines of images by class, DiT and SiT: the folders that diffusers writes (`DiTPipeline`), or the authors' models.
+
+A class takes the place of a prompt, by its name or its number, and no class that of the empty one:
+`pipeline.generate(207)`, or `generate_many([Request("golden retriever", pipeline.config.size), ...])`.
+
+As diffusers' pipeline has it, guidance is of all latent channels and 4 by default, and the learned variance is the
+conditional branch's. Its schedulers never see that variance. Here it is left out with a DDPM scheduler of a fixed one
+alone: `sampler="ddpm"` of others, and `learned_range`, which diffusers' pipeline fails on, draw with it. What comes
+without a scheduler, as from the authors, is sampled by DDPM with 250 of its 1000 steps (DiT), or along its flow (SiT).
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from dit_video.backbones.dit import DitConfig
+from dit_video.backbones.dit.positions import ImageSineCosine
+from dit_video.core import trees as trees
+from dit_video.core.errors import MissingError, UserError
+from dit_video.core.files import read_json
+from dit_video.diffusion import (
+    Ddpm,
+    Epsilon,
+    Even,
+    Heun,
+    LearnedVariance,
+    Prediction,
+    RectifiedFlow,
+    StepGrid,
+    VariancePreserving,
+    Velocity,
+)
+from dit_video.families import load_autoencoder, load_denoiser
+from dit_video.families.wan.pipeline import INDEX, Dtype
+from dit_video.generation import Sampling
+from dit_video.pipelines.config import PipelineConfig
+from dit_video.pipelines.pipeline import Pipeline
+from dit_video.text import ClassNamesConfig
+from dit_video.tokens import Grid
+from dit_video.weights import Schedule, load_scheduler
+from dit_video.weights.parameter import Parameter, Place, on_device
+
+CLASS = "DiTPipeline"
+_PARTS = ("transformer", "vae")
+_STEPS, _AUTHORS_STEPS, _GUIDANCE, _BATCH = 50, 250, 4.0, 8
+
+
+def load_class_pipeline(folder: str | os.PathLike, *, dtype: Dtype = "float32", place: Place | None = None) -> Pipeline:
+    """A pipeline of images by class; its solver and steps are those of its scheduler.
+
+    Args:
+      folder: holds `transformer` and `vae`, and of diffusers' also `scheduler` and `model_index.json`, whose names of
+        the classes are read. `transformer` holds a model of diffusers, or one of its authors with a `config.json` of
+        its class's arguments, or one file of its authors alone, named as they named it.
+      dtype: of the denoiser's matrix products and the weights that enter them.
+      place: where a parameter is kept, by its path, `dit/…` or `autoencoder/…`; by default on the device.
+
+    Raises:
+      MissingError: no such folder, or parts that it lacks, all named.
+      UserError: a model that isn't of classes, settings that aren't known here, or weights that do not fit.
+    """
+    folder = Path(folder)
+    index = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
+    wanted = (*_PARTS, "scheduler") if index else _PARTS
+    if missing := [part for part in wanted if not (folder / part).is_dir()]:
+        raise MissingError(f"{folder} lacks the folders {', '.join(missing)}; copy or download them too")
+    put = place or on_device
+    dit, params = load_denoiser(
+        _denoiser(folder / "transformer"),
+        kernels=jnp.dtype(dtype),
+        place=lambda path, parameter: put(f"dit/{path}", parameter),
+    )
+    position = dit.added_position if isinstance(dit, DitConfig) else None
+    if not isinstance(dit, DitConfig) or dit.labels is None or not isinstance(position, ImageSineCosine):
+        raise UserError(f"{folder / 'transformer'} holds no DiT of classes, which a pipeline of {CLASS} has")
+    autoencoder, autoencoder_params = load_autoencoder(folder / "vae")
+    if autoencoder.channels != dit.channels:
+        raise UserError(f"{folder}: the transformer has {dit.channels} channels, the vae {autoencoder.channels}")
+    schedule = load_scheduler(folder / "scheduler") if (folder / "scheduler").is_dir() else _of_its_authors(dit)
+    side, stride, classes = position.side, autoencoder.stride, dit.labels.classes
+    dit, prediction = _predicted(folder, replace(dit, dtype=dtype), schedule)
+    config = PipelineConfig(
+        autoencoder=autoencoder,
+        dit=dit,
+        text=ClassNamesConfig(classes=classes, names=_names(index.get("id2label"), classes)),
+        process=schedule.process,
+        prediction=prediction,
+        rows=None,
+        batch=_BATCH,
+        sampling=Sampling(
+            steps=_AUTHORS_STEPS if schedule.solver == Ddpm() and not index else _STEPS,
+            guidance=_GUIDANCE,
+            solver=schedule.solver,
+            grid=schedule.grid,
+        ),
+        fps=1.0,
+        size=Grid(1, side * dit.patch.h * stride.h, side * dit.patch.w * stride.w),
+        made_by={"loaded from": os.fspath(folder), "class": index.get("_class_name", "")},
+    )
+    placed = trees.map_with_path(lambda path, leaf: put(f"autoencoder/{path}", Parameter.of(leaf)), autoencoder_params)
+    return Pipeline(config, autoencoder=placed, denoiser={"dit": params, "text": {}})
+
+
+def holds_classes(folder: Path) -> bool:
+    """Whether a folder is one of such a pipeline: of diffusers, or a `transformer` beside a `vae`."""
+    if (folder / INDEX).is_file():
+        index = read_json(folder / INDEX)
+        return isinstance(index, dict) and index.get("_class_name") == CLASS
+    return all((folder / part).is_dir() for part in _PARTS)
+
+
+def _denoiser(folder: Path) -> Path:
+    """The model's folder, or its one file, where that is all there is."""
+    files = sorted(folder.glob("*.safetensors"))
+    return files[0] if len(files) == 1 and not (folder / "config.json").is_file() else folder
+
+
+def _of_its_authors(dit: DitConfig) -> Schedule:
+    """The sampling of a model that comes without a scheduler."""
+    if dit.time_embedding.reversed:
+        return Schedule(Heun(), RectifiedFlow(), Even(), Velocity())
+    prediction: Prediction = LearnedVariance() if dit.variance == "predicted" else Epsilon()
+    return Schedule(Ddpm(), VariancePreserving(), StepGrid(spacing="linspace", told="nearest"), prediction)
+
+
+def _predicted(folder: Path, dit: DitConfig, schedule: Schedule) -> tuple[DitConfig, Prediction]:
+    """The model as the schedule wants it: told its steps, and with its variance or without."""
+    flow = isinstance(schedule.process, RectifiedFlow)
+    if flow != dit.time_embedding.reversed:
+        raise UserError(
+            f"{folder}: the transformer predicts {'noise' if flow else 'a velocity'}, the scheduler is of a "
+            f"{type(schedule.process).__name__}; they are not of one model"
+        )
+    prediction = schedule.prediction
+    learned = isinstance(prediction, LearnedVariance)
+    if learned and dit.variance != "predicted":
+        raise UserError(f"{folder}: the scheduler asks for a learned variance, which the transformer doesn't predict")
+    if isinstance(schedule.process, VariancePreserving):
+        steps = schedule.process.steps
+        dit = replace(dit, time_embedding=replace(dit.time_embedding, scale=float(steps)))
+        if dit.variance == "predicted" and isinstance(schedule.solver, Ddpm) and not learned:
+            dit = replace(dit, variance="dropped")
+        elif dit.variance == "predicted" and not learned:
+            prediction = LearnedVariance(prediction=prediction, steps=steps)
+    return dit, prediction
+
+
+def _names(given: Mapping[str, Any] | None, classes: int) -> tuple[str, ...]:
+    """Of all classes in order, those without one being called by their number."""
+    return tuple(str((given or {}).get(str(number), number)) for number in range(classes)) if given else ()

@@ -1,0 +1,394 @@
+"""Image transformers of classes: DiT (arXiv 2212.09748) and SiT (arXiv 2401.08740).
+
+Layouts are diffusers' `DiTTransformer2DModel`, and the authors' state dict, which is the same for both, with a
+`config.json` of the arguments of their class beside it, or alone under the name that they gave it.
+
+DiT predicts noise, at `1000 * time` whole steps of its schedule, and a variance. SiT predicts a velocity from noise at
+0 to data at 1, so that time and velocity are reversed here; the variance that it computes is left out.
+
+diffusers computes DiT a little otherwise than its authors: the slowest sine of the time is slower by a factor of
+`10000 ** (1 / 127)`, and the norm before the MLP has an eps of its own. Each layout is computed as its own project
+does; converting moves the weights alone, as diffusers' own conversion did.
+"""
+
+import math
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from dit_video.backbones.dit import ClassLabels, DitConfig, ImageSineCosine, NoContext, TimeEmbedding
+from dit_video.core.errors import UserError
+from dit_video.core.files import write_json
+from dit_video.nn import param_shapes
+from dit_video.tokens import Grid
+from dit_video.weights import diffusers, streaming
+from dit_video.weights.diffusers import DENSE
+from dit_video.weights.folders import TensorFolder
+from dit_video.weights.parameter import Place, on_host
+from dit_video.weights.safetensors import refuse
+from dit_video.weights.streaming import FileMap, Fixed, FolderSource, ParamsSource
+from dit_video.weights.tensor_mapping import SHARD_BYTES, Foreign, stored_as
+
+CLASS, OLDER_CLASS, AUTHORS_CLASSES = "DiTTransformer2DModel", "Transformer2DModel", ("DiT", "SiT")
+Layout = Literal["diffusers", "authors"]
+
+_PERIOD = 10_000.0
+_DIFFUSERS_PERIOD = _PERIOD ** (128 / 127)
+"""its frequencies end at the period, those of others one step before it"""
+_DEFAULTS: dict[str, Any] = {
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "out_channels": None,
+    "num_layers": 28,
+    "dropout": 0.0,
+    "norm_num_groups": 32,
+    "attention_bias": True,
+    "sample_size": 32,
+    "patch_size": 2,
+    "activation_fn": "gelu-approximate",
+    "num_embeds_ada_norm": 1000,
+    "upcast_attention": False,
+    "norm_type": "ada_norm_zero",
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-5,
+}
+_OLDER: dict[str, Any] = {
+    "num_vector_embeds": None,
+    "cross_attention_dim": None,
+    "only_cross_attention": False,
+    "double_self_attention": False,
+    "use_linear_projection": False,
+    "attention_type": "default",
+    "caption_channels": None,
+    "interpolation_scale": None,
+    "use_additional_conditions": None,
+}
+"""of `Transformer2DModel`, which the published folders' files still name"""
+_OLDER_DEFAULTS = {
+    "norm_type": "layer_norm",
+    "attention_bias": False,
+    "activation_fn": "geglu",
+    "norm_elementwise_affine": True,
+    "num_embeds_ada_norm": None,
+}
+_FIXED = {
+    "dropout": 0.0,
+    "attention_bias": True,
+    "activation_fn": "gelu-approximate",
+    "norm_type": "ada_norm_zero",
+    "norm_elementwise_affine": False,
+}
+_AUTHORS_DEFAULTS: dict[str, Any] = {
+    "input_size": 32,
+    "patch_size": 2,
+    "in_channels": 4,
+    "hidden_size": 1152,
+    "depth": 28,
+    "num_heads": 16,
+    "mlp_ratio": 4.0,
+    "class_dropout_prob": 0.1,
+    "num_classes": 1000,
+    "learn_sigma": True,
+}
+_SIZES = {"XL": (1152, 28, 16), "L": (1024, 24, 16), "B": (768, 12, 12), "S": (384, 12, 6)}
+_FILE = re.compile(r"(?P<kind>DiT|SiT)-(?P<size>XL|L|B|S)-(?P<patch>\d+)(-(?P<height>\d+)(x\d+)?)?.*")
+
+# Our name, the authors', diffusers'; below a block, then once.
+_BLOCK = (
+    ("out", "attn.proj", "attn1.to_out.0"),
+    ("up", "mlp.fc1", "ff.net.0.proj"),
+    ("down", "mlp.fc2", "ff.net.2"),
+    ("own", "adaLN_modulation.1", "norm1.linear"),
+)
+_ONCE = (
+    ("head_modulation", "final_layer.adaLN_modulation.1", "proj_out_1"),
+    ("head", "final_layer.linear", "proj_out_2"),
+)
+_SHARED = (
+    ("time_in", "t_embedder.mlp.0", "timestep_embedder.linear_1"),
+    ("time_out", "t_embedder.mlp.2", "timestep_embedder.linear_2"),
+)
+"""of which diffusers has a copy in every block"""
+
+
+def load(
+    folder: Path,
+    document: dict[str, Any],
+    *,
+    dtype: Any = np.float32,
+    kernels: Any = None,
+    place: Place = on_host,
+) -> tuple[DitConfig, dict[str, Any]]:
+    """The config and parameters of a folder in either layout, whose config file is `document`.
+
+    `dtype`, `kernels` and `place` are as for `load_denoiser`.
+
+    Raises:
+      MissingError: files that it lacks.
+      UserError: a setting that isn't known here, or weights that do not fit.
+    """
+    config = config_of(folder, document)
+    authors = document.get("_class_name") in AUTHORS_CLASSES
+    with TensorFolder(folder, stem=diffusers.STEM) as tensors:
+        return config, _read(tensors, config, "authors" if authors else "diffusers", dtype, kernels, place)
+
+
+def load_file(
+    path: Path,
+    *,
+    dtype: Any = np.float32,
+    kernels: Any = None,
+    place: Place = on_host,
+) -> tuple[DitConfig, dict[str, Any]]:
+    """The same of the authors' checkpoint as one safetensors file, such as `SiT-XL-2-256.safetensors`.
+
+    What a file does not tell its name does: whether it is a DiT or a SiT, and how many heads it has.
+
+    Raises:
+      MissingError: no such file.
+      UserError: another name, a pickled or corrupt file, or weights that do not fit.
+    """
+    with open_file(path) as tensors:
+        config = config_of(path, file_document(path, tensors))
+        return config, _read(tensors, config, "authors", dtype, kernels, place)
+
+
+def open_file(path: Path) -> TensorFolder:
+    """The tensors of one file.
+
+    Raises:
+      MissingError: no such file.
+      UserError: a pickled or corrupt file.
+    """
+    refuse(path)
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path} is no .safetensors file, nor the folder of a model; give either")
+    return TensorFolder(path.parent, stem=path.stem)
+
+
+def save(
+    folder: str | os.PathLike,
+    config: DitConfig,
+    params: dict[str, Any],
+    *,
+    layout: Layout = "diffusers",
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """The inverse of `load`; tensors are written in the dtype that they have.
+
+    Raises:
+      UserError: a config that the layout can't express.
+    """
+    document, shapes = document_of(config, layout), param_shapes(config.make)
+    names = file_map(config, layout)
+    streaming.write(folder, diffusers.STEM, ParamsSource(params), names, shapes, names.depths, shard_bytes=shard_bytes)
+    write_json(Path(folder) / "config.json", document)
+
+
+def file_map(config: DitConfig, layout: Layout) -> FileMap:
+    """Where a layout keeps each parameter."""
+    column = 1 if layout == "authors" else 2
+    authors = layout == "authors"
+    block = "blocks.{}" if authors else "transformer_blocks.{}"
+    parts: dict[str, tuple[Foreign, ...]] = {}
+
+    def add(ours: str, *theirs: str, layers: int | None = None) -> None:
+        parts[f"{ours}/kernel"] = tuple(Foreign(f"{name}.weight", DENSE, layers=layers) for name in theirs)
+        parts[f"{ours}/bias"] = tuple(Foreign(f"{name}.bias", layers=layers) for name in theirs)
+
+    for row in _BLOCK:
+        add(f"blocks/{row[0]}", f"{block}.{row[column]}", layers=config.layers)
+    attention = ("attn.qkv",) if authors else ("attn1.to_q", "attn1.to_k", "attn1.to_v")
+    add("blocks/qkv", *(f"{block}.{name}" for name in attention), layers=config.layers)
+    for row in _ONCE:
+        add(row[0], row[column])
+    embed = "x_embedder.proj" if authors else "pos_embed.proj"
+    cut = (("h", config.patch.h), ("w", config.patch.w))
+    parts["embed/kernel"] = (Foreign(f"{embed}.weight", "o c h w -> (h w c) o", cut),)
+    parts["embed/bias"] = (Foreign(f"{embed}.bias"),)
+    if authors:
+        for row in _SHARED:
+            add(row[0], row[1])
+        parts["labels"] = (Foreign("y_embedder.embedding_table.weight"),)
+        return FileMap(parts, fixed={"pos_embed": Fixed(_table(config), "embed/kernel")})
+    emb = "transformer_blocks.{}.norm1.emb"
+    for row in _SHARED:
+        add(row[0], f"{emb.format(0)}.{row[2]}")
+    parts["labels"] = (Foreign(f"{emb.format(0)}.class_embedder.embedding_table.weight"),)
+    return FileMap(parts, copies=_copies(parts, config.layers))
+
+
+def config_of(path: Path, document: dict[str, Any]) -> DitConfig:
+    """The config of either layout's settings; `path` is that of the folder, or of the authors' file.
+
+    Raises:
+      UserError: a setting that isn't known here.
+    """
+    kind = document["_class_name"]
+    if kind not in AUTHORS_CLASSES:
+        given = diffusers.settings(
+            path, document, _DEFAULTS | _OLDER | (_OLDER_DEFAULTS if kind == OLDER_CLASS else {})
+        )
+        diffusers.check_fixed(path, given, _FIXED | _OLDER)
+        width, heads = given["num_attention_heads"] * given["attention_head_dim"], given["num_attention_heads"]
+        size, layers, classes = given["sample_size"], given["num_layers"], given["num_embeds_ada_norm"]
+        channels, ratio, eps, period = given["in_channels"], 4.0, given["norm_eps"], _DIFFUSERS_PERIOD
+        variance: Literal["none", "predicted", "dropped"] = "predicted"
+        if (given["out_channels"] or channels) == channels:
+            variance = "none"
+        else:
+            diffusers.check_fixed(path, given, {"out_channels": 2 * channels})
+    else:
+        given = diffusers.settings(path, document, _AUTHORS_DEFAULTS)
+        if not given["class_dropout_prob"] > 0:
+            raise UserError(f"{path}: without class_dropout_prob it has no vector for no class, which is needed here")
+        width, heads, size, layers = given["hidden_size"], given["num_heads"], given["input_size"], given["depth"]
+        classes, channels, ratio = given["num_classes"], given["in_channels"], given["mlp_ratio"]
+        eps, period = 1e-6, _PERIOD
+        variance = "none" if not given["learn_sigma"] else "dropped" if kind == "SiT" else "predicted"
+    patch = given["patch_size"]
+    if size % patch:
+        raise UserError(f"{path}: images of {size}x{size} latents are not divisible by the patch {patch}")
+    velocity = kind == "SiT"
+    return DitConfig(
+        channels=channels,
+        context_width=0,
+        context=NoContext(),
+        labels=ClassLabels(classes=classes),
+        patch=Grid(1, patch, patch),
+        width=width,
+        layers=layers,
+        heads=heads,
+        mlp_ratio=ratio,
+        qk_norm="none",
+        rotary="none",
+        absolute_position=ImageSineCosine(side=size // patch),
+        modulation="own",
+        mlp_norm_eps=eps,
+        time_embedding=TimeEmbedding(scale=1.0 if velocity else 1000.0, period=period, reversed=velocity),
+        variance=variance,
+    )
+
+
+def document_of(config: DitConfig, layout: Layout) -> dict[str, Any]:
+    """The settings of a config, the inverse of `config_of`.
+
+    Raises:
+      UserError: a config that the layout can't express.
+    """
+    velocity = config.time_embedding.reversed
+    kind = CLASS if layout == "diffusers" else "SiT" if velocity else "DiT"
+    if layout == "diffusers" and velocity:
+        raise UserError(f"{CLASS} predicts noise, a SiT can't be written in its layout; use the authors'")
+    position, labels, patch = config.added_position, config.labels, config.patch
+    if not isinstance(position, ImageSineCosine) or labels is None:
+        raise UserError(
+            f"{kind} has classes and sine-cosine positions of images; a config without can't be written as one"
+        )
+    size = position.side * patch.h
+    document: dict[str, Any]
+    if layout == "authors":
+        document = {
+            "input_size": size,
+            "patch_size": patch.h,
+            "in_channels": config.channels,
+            "hidden_size": config.width,
+            "depth": config.layers,
+            "num_heads": config.heads,
+            "mlp_ratio": config.mlp_ratio,
+            "num_classes": labels.classes,
+            "learn_sigma": config.variance != "none",
+        }
+    else:
+        document = _DEFAULTS | {
+            "num_attention_heads": config.heads,
+            "attention_head_dim": config.width // config.heads,
+            "in_channels": config.channels,
+            "out_channels": config.channels * (1 if config.variance == "none" else 2),
+            "num_layers": config.layers,
+            "sample_size": size,
+            "patch_size": patch.h,
+            "num_embeds_ada_norm": labels.classes,
+            "norm_eps": config.mlp_norm_eps if config.time_embedding.period == _DIFFUSERS_PERIOD else 1e-5,
+        }
+    document = {"_class_name": kind, **document}
+    kept = _kept(config_of(Path(kind), document))
+    if different := [name for name, value in _kept(config).items() if kept[name] != value]:
+        raise UserError(f"{kind} has no such {', '.join(different)} as a config that is to be written as one")
+    return document
+
+
+def file_document(path: Path, tensors: TensorFolder) -> dict[str, Any]:
+    """The settings of the authors' checkpoint: of its name, and of its tensors' shapes.
+
+    Raises:
+      UserError: another name.
+    """
+    found = _FILE.fullmatch(path.stem)
+    if not found:
+        raise UserError(
+            f"{path} does not say which model it is of; name it as its authors do, such as "
+            "DiT-XL-2-256x256.safetensors or SiT-XL-2-256.safetensors, or put it in a folder with a config.json"
+        )
+    width, depth, heads = _SIZES[found["size"]]
+    patch, shapes = int(found["patch"]), tensors.shapes
+    head = shapes.get("final_layer.linear.bias", (0,))[0]
+    channels = shapes.get("x_embedder.proj.weight", (0, 4))[1]
+    tokens = shapes.get("pos_embed", (1, 256))[1]
+    classes = shapes.get("y_embedder.embedding_table.weight", (1001,))[0] - 1
+    return {
+        "_class_name": found["kind"],
+        "input_size": math.isqrt(tokens) * patch,
+        "patch_size": patch,
+        "in_channels": channels,
+        "hidden_size": width,
+        "depth": depth,
+        "num_heads": heads,
+        "num_classes": classes,
+        "learn_sigma": head == 2 * patch**2 * channels,
+    }
+
+
+def _read(
+    tensors: TensorFolder, config: DitConfig, layout: Layout, dtype: Any, kernels: Any, place: Place
+) -> dict[str, Any]:
+    names, shapes = file_map(config, layout), param_shapes(config.make)
+
+    return streaming.read(
+        FolderSource(tensors, names, shapes), shapes, names.depths, stored=stored_as(dtype, kernels), place=place
+    )
+
+
+def _kept(config: DitConfig) -> dict[str, Any]:
+    """What must be the same in a folder: all but how it is computed, and what the layouts differ in."""
+    of_its_own = ("attention", "dtype", "remat", "mlp_norm_eps")
+    fields = {name: value for name, value in vars(config).items() if name not in of_its_own}
+    embedding = replace(config.time_embedding, period=_PERIOD)
+    return fields | {"variance": config.variance != "none", "time_embedding": embedding}
+
+
+def _copies(parts: dict[str, tuple[Foreign, ...]], layers: int) -> dict[str, tuple[Foreign, ...]]:
+    """Of what the first block holds for all, in the others."""
+    first = "transformer_blocks.0.norm1.emb."
+    return {
+        path: tuple(foreign._replace(name=foreign.name.replace(".0.", f".{layer}.", 1)) for layer in range(1, layers))
+        for path, (foreign, *_) in parts.items()
+        if foreign.name.startswith(first)
+    }
+
+
+def _table(config: DitConfig) -> np.ndarray:
+    """The authors' table of positions, a function of the sizes alone: sines and cosines, computed in float64."""
+    position = config.added_position
+    assert isinstance(position, ImageSineCosine)
+    quarter = config.width // 4
+    angles = np.arange(position.side)[:, None] / _PERIOD ** (np.arange(quarter) / quarter)
+    one = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    shape = (position.side, position.side, 2 * quarter)
+    both = np.concatenate([np.broadcast_to(one[None], shape), np.broadcast_to(one[:, None], shape)], axis=2)
+    return both.reshape(1, -1, config.width).astype(np.float32)

@@ -1,0 +1,1 @@
+"""Kandinsky's MoVQ autoencoders and their relatives, as diffusers' `VQModel`."""

@@ -1,0 +1,1 @@
+"""Stable Diffusion's autoencoder, as diffusers' `AutoencoderKL`."""

@@ -1,0 +1,177 @@
+"""Wan's autoencoders: the names and settings of diffusers' `AutoencoderKLWan`."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dit_video.autoencoders import CausalVaeConfig
+from dit_video.core.errors import UserError
+from dit_video.nn import param_shapes
+from dit_video.tokens import Grid
+from dit_video.weights import diffusers
+from dit_video.weights.diffusers import DENSE_PICTURE, PICTURE, both
+from dit_video.weights.tensor_mapping import SHARD_BYTES, Foreign
+
+CLASS = "AutoencoderKLWan"
+_VOLUME, _DENSE_VOLUME = "o i t h w -> t h w i o", "o i 1 1 1 -> i o"
+
+# Wan 2.1's measured latents (`wan/modules/vae.py` of Wan-Video/Wan2.1), which diffusers has as defaults.
+_MEAN = [-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508]
+_MEAN += [0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921]
+_STD = [2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743]
+_STD += [3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160]
+_DEFAULTS: dict[str, Any] = {
+    "base_dim": 96,
+    "decoder_base_dim": None,
+    "z_dim": 16,
+    "dim_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "attn_scales": [],
+    "temperal_downsample": [False, True, True],
+    "dropout": 0.0,
+    "latents_mean": _MEAN,
+    "latents_std": _STD,
+    "is_residual": False,
+    "in_channels": 3,
+    "out_channels": 3,
+    "patch_size": None,
+    "scale_factor_temporal": 4,
+    "scale_factor_spatial": 8,
+}
+
+
+def load(folder: Path, document: dict[str, Any]) -> tuple[CausalVaeConfig, dict[str, Any]]:
+    """The config and parameters of a folder, whose config file is `document`.
+
+    Raises:
+      MissingError: files that it lacks.
+      UserError: a setting that isn't known here, or weights that do not fit.
+    """
+    given, config = diffusers.settings(folder, document, _DEFAULTS), read_config(folder, document)
+    shapes = param_shapes(config.make)
+    normalizer = shapes.pop("normalizer")
+    params = diffusers.read(folder, wan_names(config), shapes)
+    for name, key in (("mean", "latents_mean"), ("std", "latents_std")):
+        values = np.asarray(given[key], np.float32)
+        if values.shape != normalizer[name].shape:
+            raise UserError(f"{folder / 'config.json'}: {key} has {len(values)} values for {config.channels} channels")
+        params.setdefault("normalizer", {})[name] = values
+    return config, params
+
+
+def read_config(folder: Path, document: dict[str, Any]) -> CausalVaeConfig:
+    """The config alone.
+
+    Raises:
+      UserError: a setting that isn't known here.
+    """
+    return _config(folder, diffusers.settings(folder, document, _DEFAULTS))
+
+
+def save(
+    folder: str | os.PathLike, config: CausalVaeConfig, params: dict[str, Any], *, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """The inverse of `load`.
+
+    Raises:
+      UserError: a config that diffusers' class can't express.
+    """
+    document = _document(config)
+    for name, key in (("mean", "latents_mean"), ("std", "latents_std")):
+        document[key] = [diffusers.decimal(value) for value in np.asarray(params["normalizer"][name])]
+    diffusers.write(folder, document, wan_names(config), params, shard_bytes=shard_bytes)
+
+
+def wan_names(config: CausalVaeConfig) -> dict[str, Foreign]:
+    """Where diffusers' `AutoencoderKLWan` keeps each parameter."""
+    names: dict[str, Foreign] = {}
+    names |= _conv("encoder/conv_in", "encoder.conv_in") | _conv("encoder/conv_out", "encoder.conv_out")
+    names |= _conv("decoder/conv_in", "decoder.conv_in") | _conv("decoder/conv_out", "decoder.conv_out")
+    names |= both("moments", "quant_conv", _DENSE_VOLUME) | both("latents", "post_quant_conv", _DENSE_VOLUME)
+    for side in ("encoder", "decoder"):
+        names[f"{side}/norm/scale"] = Foreign(f"{side}.norm_out.gamma", "d 1 1 1 -> d")
+        names |= _middle(f"{side}/middle", f"{side}.mid_block")
+    flat = 0
+    for level in range(len(config.multipliers)):
+        # Without shortcuts diffusers counts blocks and changes of resolution through all levels.
+        ours, theirs = f"encoder/levels/{level}", "encoder.down_blocks"
+        for block in range(config.blocks):
+            place = f"{theirs}.{level}.resnets.{block}" if config.shortcuts else f"{theirs}.{flat + block}"
+            names |= _residual(f"{ours}/blocks/{block}", place)
+        place = f"{theirs}.{level}.downsampler" if config.shortcuts else f"{theirs}.{flat + config.blocks}"
+        names |= _resample(f"{ours}/down", place)
+        flat += config.blocks + 1
+        ours, theirs = f"decoder/levels/{level}", f"decoder.up_blocks.{level}"
+        for block in range(config.blocks + 1):
+            names |= _residual(f"{ours}/blocks/{block}", f"{theirs}.resnets.{block}")
+        names |= _resample(f"{ours}/up", f"{theirs}.upsampler" if config.shortcuts else f"{theirs}.upsamplers.0")
+    return names
+
+
+def _conv(ours: str, theirs: str) -> dict[str, Foreign]:
+    return both(ours, theirs, _VOLUME)
+
+
+def _residual(ours: str, theirs: str) -> dict[str, Foreign]:
+    names = _conv(f"{ours}/conv_in", f"{theirs}.conv1") | _conv(f"{ours}/conv_out", f"{theirs}.conv2")
+    names |= both(f"{ours}/shortcut", f"{theirs}.conv_shortcut", _DENSE_VOLUME)
+    names[f"{ours}/norm_in/scale"] = Foreign(f"{theirs}.norm1.gamma", "d 1 1 1 -> d")
+    names[f"{ours}/norm_out/scale"] = Foreign(f"{theirs}.norm2.gamma", "d 1 1 1 -> d")
+    return names
+
+
+def _middle(ours: str, theirs: str) -> dict[str, Foreign]:
+    names = _residual(f"{ours}/before", f"{theirs}.resnets.0") | _residual(f"{ours}/after", f"{theirs}.resnets.1")
+    attention = f"{theirs}.attentions.0"
+    names[f"{ours}/attention/norm/scale"] = Foreign(f"{attention}.norm.gamma", "d 1 1 -> d")
+    names |= both(f"{ours}/attention/qkv", f"{attention}.to_qkv", DENSE_PICTURE)
+    return names | both(f"{ours}/attention/out", f"{attention}.proj", DENSE_PICTURE)
+
+
+def _resample(ours: str, theirs: str) -> dict[str, Foreign]:
+    return both(f"{ours}/space", f"{theirs}.resample.1", PICTURE) | _conv(f"{ours}/time", f"{theirs}.time_conv")
+
+
+def _config(folder: Path, given: dict[str, Any]) -> CausalVaeConfig:
+    fixed = {"attn_scales": [], "dropout": 0.0}
+    patch = given["patch_size"] or 1
+    fixed |= {"in_channels": 3 * patch**2, "out_channels": 3 * patch**2}
+    diffusers.check_fixed(folder, given, fixed)
+    levels = len(given["dim_mult"]) - 1
+    return CausalVaeConfig(
+        channels=given["z_dim"],
+        width=given["base_dim"],
+        decoder_width=given["decoder_base_dim"],
+        multipliers=tuple(given["dim_mult"]),
+        factors=tuple(Grid(1 + bool(time), 2, 2) for time in given["temperal_downsample"][:levels]),
+        blocks=given["num_res_blocks"],
+        patch=patch,
+        shortcuts=given["is_residual"],
+    )
+
+
+def _document(config: CausalVaeConfig) -> dict[str, Any]:
+    if any(factors.h != 2 for factors in config.factors):
+        raise UserError(
+            "AutoencoderKLWan halves height and width at every level, so factors (2, 1, 1) can't be written"
+        )
+    side = 3 * config.patch**2
+    return {
+        "_class_name": CLASS,
+        "base_dim": config.width,
+        "decoder_base_dim": config.decoder_width,
+        "z_dim": config.channels,
+        "dim_mult": list(config.multipliers),
+        "num_res_blocks": config.blocks,
+        "attn_scales": [],
+        "temperal_downsample": [factors.t == 2 for factors in config.factors],
+        "dropout": 0.0,
+        "is_residual": config.shortcuts,
+        "in_channels": side,
+        "out_channels": side,
+        "patch_size": config.patch if config.patch > 1 else None,
+        "scale_factor_temporal": config.stride.t,
+        "scale_factor_spatial": config.stride.h,
+    }

@@ -1,0 +1,141 @@
+"""Wan's pipelines, from the folders that diffusers writes: `WanPipeline` and `WanImageToVideoPipeline`, 2.1 and 2.2.
+
+What is not in a folder is as diffusers' pipeline has it: clips of 81 frames of 480×832 at 16 frames a second (24 of the
+model with a time per token, TI2V-5B), 50 steps, guidance 5; texts are cleaned and cut to 512 tokens, the denoiser pads
+them with zeros and attends to the padding.
+"""
+
+import functools
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from dit_video.backbones.wan import WanDitConfig
+from dit_video.core import trees as trees
+from dit_video.core.errors import MissingError, UserError
+from dit_video.core.files import read_json
+from dit_video.families import load_autoencoder, load_denoiser
+from dit_video.generation import Sampling
+from dit_video.pipelines.config import PipelineConfig
+from dit_video.pipelines.pipeline import Pipeline
+from dit_video.text import FrozenTextConfig
+from dit_video.tokens import Grid
+from dit_video.weights import clip_vision_config, load_scheduler, text_encoder_config
+from dit_video.weights.parameter import Parameter, Place, on_device, on_host
+
+INDEX = "model_index.json"
+_TWO_EXPERTS, _IMAGE_PARTS = "transformer_2", ("image_encoder", "image_processor")
+_ALWAYS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+PARTS = (*_ALWAYS, _TWO_EXPERTS, *_IMAGE_PARTS)
+"""Folders in a pipeline's that are read."""
+CLASSES = ("WanPipeline", "WanImageToVideoPipeline")
+_STEPS, _GUIDANCE, _SIZE = 50, 5.0, Grid(81, 480, 832)
+_FPS, _FPS_PER_TOKEN = 16.0, 24.0
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+def load_wan(
+    folder: str | os.PathLike,
+    *,
+    text_encoder: str | os.PathLike | None = None,
+    dtype: Dtype = "float32",
+    place: Place | None = None,
+) -> Pipeline:
+    """A pipeline from a folder of diffusers; solver, shift and time grid are those of its scheduler.
+
+    Parameters are read one at a time, of a stack one layer at a time, to where `place` keeps them.
+
+    Args:
+      folder: holds `model_index.json` and the parts that it names.
+      text_encoder: the folder of the text encoder, if not the pipeline's own. It is read at the first prompt.
+      dtype: of the denoiser's matrix products and the weights that enter them, and of the text encoder's.
+      place: where a parameter is kept, by its path: `dit/…`, `low_noise/…` of a second expert, `autoencoder/…`; for
+        devices `lambda path, parameter: parameter.on(SHARDING)`. By default it goes to the device; of two experts both
+        stay on the host, and only the one at work is on the device.
+
+    Raises:
+      MissingError: no such folder, or parts that it lacks, all named.
+      UserError: a pipeline or a model of a class that isn't known here, settings that aren't, or weights that do not
+        fit.
+    """
+    folder = Path(folder)
+    index = checked_index(folder)
+    schedule = load_scheduler(folder / "scheduler")
+    encoder = folder / "text_encoder" if text_encoder is None else Path(text_encoder)
+    width = text_encoder_config(encoder).width
+    boundary = index.get("boundary_ratio") if _named(index, _TWO_EXPERTS) else None
+    read = functools.partial(_read_denoiser, dtype=dtype, place=place or (on_device if boundary is None else on_host))
+    dit, params = read(folder / "transformer", "dit")
+    denoiser = {"dit": params, "text": {}}
+    if boundary is not None:
+        second, denoiser["low_noise"] = read(folder / _TWO_EXPERTS, "low_noise")
+        if second != dit:
+            raise UserError(f"{folder} has two experts of different shapes, {dit} and {second}; they must be alike")
+    if width != dit.context_width:
+        raise UserError(f"{encoder} makes embeddings of width {width}, the transformer reads {dit.context_width}")
+    images = folder / "image_encoder" if dit.image_width is not None else None
+    if images is not None and (found := clip_vision_config(images).width) != dit.image_width:
+        raise UserError(f"{images} makes tokens of width {found}, the transformer reads {dit.image_width}")
+    autoencoder, autoencoder_params = load_autoencoder(folder / "vae")
+    if autoencoder.channels != dit.channels:
+        raise UserError(f"{folder}: the transformer has {dit.channels} channels, the vae {autoencoder.channels}")
+    config = PipelineConfig(
+        autoencoder=autoencoder,
+        dit=dit,
+        text=FrozenTextConfig(
+            folder=os.fspath(encoder), width=width, max_tokens=dit.text_length, dtype=dtype, cleaned=True
+        ),
+        process=schedule.process,
+        prediction=schedule.prediction,
+        rows=None,
+        batch=1,
+        sampling=Sampling(steps=_STEPS, guidance=_GUIDANCE, solver=schedule.solver, grid=schedule.grid),
+        fps=_FPS_PER_TOKEN if dit.time == "token" else _FPS,
+        size=_SIZE,
+        boundary=boundary,
+        image_encoder=None if images is None else os.fspath(images),
+        made_by={"loaded from": os.fspath(folder), "class": index["_class_name"]},
+    )
+    put = place or on_device
+    placed = trees.map_with_path(lambda path, leaf: put(f"autoencoder/{path}", Parameter.of(leaf)), autoencoder_params)
+    return Pipeline(config, autoencoder=placed, denoiser=denoiser)
+
+
+def checked_index(folder: Path) -> dict[str, Any]:
+    """What `model_index.json` says, if all that it names is there; of two experts it has a `boundary_ratio`.
+
+    Raises:
+      MissingError: no such folder, or parts that it lacks.
+      UserError: a pipeline of a class that isn't known here, or half of what two experts have.
+    """
+    index = read_json(folder / INDEX)
+    name = index.get("_class_name") if isinstance(index, dict) else None
+    if name not in CLASSES:
+        raise UserError(f"{folder} holds a pipeline of class {name}; known here: {', '.join(CLASSES)}, DiTPipeline")
+    two = _named(index, _TWO_EXPERTS)
+    if two != (index.get("boundary_ratio") is not None):
+        given = "two experts without a boundary_ratio between them" if two else "a boundary_ratio, but one expert alone"
+        raise UserError(f"{folder / INDEX} names {given}; copy or download it again")
+    wanted = [part for part in PARTS if part in _ALWAYS or _named(index, part)]
+    if missing := [part for part in wanted if not (folder / part).is_dir()]:
+        raise MissingError(f"{folder} lacks the folders {', '.join(missing)}; copy or download them too")
+    return index
+
+
+def _named(index: dict[str, Any], part: str) -> bool:
+    """Whether a pipeline has a part: what it lacks is left out, or listed as two nulls."""
+    return bool(index.get(part)) and None not in index[part]
+
+
+def _read_denoiser(folder: Path, name: str, *, dtype: Dtype, place: Place) -> tuple[WanDitConfig, dict[str, Any]]:
+    """One expert, with the weights of matrix products in `dtype` and all else in float32."""
+    config, params = load_denoiser(
+        folder, kernels=jnp.dtype(dtype), place=lambda path, parameter: place(f"{name}/{path}", parameter)
+    )
+    if not isinstance(config, WanDitConfig):
+        raise UserError(f"{folder} holds no Wan, which a pipeline of class {' or '.join(CLASSES)} has; copy it again")
+    return replace(config, dtype=dtype), params

@@ -1,0 +1,336 @@
+"""Wan's transformers: the names and settings of diffusers' `WanTransformer3DModel` and of the authors' `WanModel`.
+
+Both keep the same numbers under different names. Queries and keys of self-attention have their channels in another
+order here: a head's pairs, which rotary positions turn, are neighbours there and half a head apart here.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from dit_video.backbones.wan import WanDitConfig
+from dit_video.core.errors import UserError
+from dit_video.core.files import read_json
+from dit_video.nn import param_shapes
+from dit_video.tokens import Grid
+from dit_video.weights import diffusers, streaming
+from dit_video.weights.diffusers import DENSE
+from dit_video.weights.folders import TensorFolder
+from dit_video.weights.lora import Module
+from dit_video.weights.parameter import Place, on_host
+from dit_video.weights.streaming import FileMap, FolderSource
+from dit_video.weights.tensor_mapping import SHARD_BYTES, Foreign, Names, stored_as
+
+CLASS, AUTHORS_CLASS = CLASSES = "WanTransformer3DModel", "WanModel"
+Layout = Literal["diffusers", "authors"]
+_LAYOUTS: tuple[Layout, ...] = ("diffusers", "authors")
+
+_QK_NORM = "rms_norm_across_heads"
+_DEFAULTS: dict[str, Any] = {
+    "patch_size": [1, 2, 2],
+    "num_attention_heads": 40,
+    "attention_head_dim": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 4096,
+    "freq_dim": 256,
+    "ffn_dim": 13824,
+    "num_layers": 40,
+    "cross_attn_norm": True,
+    "qk_norm": _QK_NORM,
+    "eps": 1e-6,
+    "image_dim": None,
+    "added_kv_proj_dim": None,
+    "rope_max_seq_len": 1024,
+    "pos_embed_seq_len": None,
+}
+_AUTHORS_DEFAULTS: dict[str, Any] = {
+    "model_type": "t2v",
+    "patch_size": [1, 2, 2],
+    "text_len": 512,
+    "in_dim": 16,
+    "dim": 2048,
+    "ffn_dim": 8192,
+    "freq_dim": 256,
+    "text_dim": 4096,
+    "out_dim": 16,
+    "num_heads": 16,
+    "num_layers": 32,
+    "window_size": [-1, -1],
+    "qk_norm": True,
+    "cross_attn_norm": True,
+    "eps": 1e-6,
+}
+_FIXED = {"cross_attn_norm": True, "eps": 1e-6}
+_TYPES = ("t2v", "i2v", "flf2v", "ti2v")
+
+# Below a block: our name, diffusers', the authors'. Linear maps first, then those whose channels are in another order.
+_LINEAR = (
+    ("value", "attn1.to_v", "self_attn.v"),
+    ("out", "attn1.to_out.0", "self_attn.o"),
+    ("cross_query", "attn2.to_q", "cross_attn.q"),
+    ("cross_key", "attn2.to_k", "cross_attn.k"),
+    ("cross_value", "attn2.to_v", "cross_attn.v"),
+    ("cross_out", "attn2.to_out.0", "cross_attn.o"),
+    ("up", "ffn.net.0.proj", "ffn.0"),
+    ("down", "ffn.net.2", "ffn.2"),
+)
+_TURNED = (("query", "attn1.to_q", "self_attn.q"), ("key", "attn1.to_k", "self_attn.k"))
+_TURNED_SCALES = (
+    ("query_norm", "attn1.norm_q", "self_attn.norm_q"),
+    ("key_norm", "attn1.norm_k", "self_attn.norm_k"),
+)
+_SCALES = (
+    ("cross_query_norm", "attn2.norm_q", "cross_attn.norm_q"),
+    ("cross_key_norm", "attn2.norm_k", "cross_attn.norm_k"),
+)
+_IMAGE_LINEAR = (
+    ("image_key", "attn2.add_k_proj", "cross_attn.k_img"),
+    ("image_value", "attn2.add_v_proj", "cross_attn.v_img"),
+)
+_ONCE = (
+    ("text_in", "condition_embedder.text_embedder.linear_1", "text_embedding.0"),
+    ("text_out", "condition_embedder.text_embedder.linear_2", "text_embedding.2"),
+    ("time_in", "condition_embedder.time_embedder.linear_1", "time_embedding.0"),
+    ("time_out", "condition_embedder.time_embedder.linear_2", "time_embedding.2"),
+    ("modulation", "condition_embedder.time_proj", "time_projection.1"),
+    ("head", "proj_out", "head.head"),
+)
+_IMAGE_ONCE = (
+    ("image/up", "condition_embedder.image_embedder.ff.net.0.proj", "img_emb.proj.1"),
+    ("image/down", "condition_embedder.image_embedder.ff.net.2", "img_emb.proj.3"),
+)
+_IMAGE_NORMS = (
+    ("image/norm_in", "condition_embedder.image_embedder.norm1", "img_emb.proj.0"),
+    ("image/norm_out", "condition_embedder.image_embedder.norm2", "img_emb.proj.4"),
+)
+
+
+def load(
+    folder: Path,
+    document: dict[str, Any],
+    *,
+    dtype: Any = np.float32,
+    kernels: Any = None,
+    place: Place = on_host,
+) -> tuple[WanDitConfig, dict[str, Any]]:
+    """The config and parameters of a folder in either layout, whose config file is `document`.
+
+    A model is taken to have a time per token where its type, or the pipeline of diffusers whose part it is, says so.
+    `dtype`, `kernels` and `place` are as for `load_denoiser`.
+
+    Raises:
+      MissingError: files that it lacks.
+      UserError: a setting that isn't known here, or weights that do not fit.
+    """
+    config = read_config(folder, document)
+    shapes = param_shapes(config.make)
+    names = FileMap.of(wan_names(config, _layout(document)))
+    with TensorFolder(folder, stem=diffusers.STEM) as tensors:
+        source = FolderSource(tensors, names, shapes)
+        return config, streaming.read(source, shapes, names.depths, stored=stored_as(dtype, kernels), place=place)
+
+
+def read_config(folder: Path, document: dict[str, Any]) -> WanDitConfig:
+    """The config of a folder in either layout, whose config file is `document`.
+
+    Raises:
+      MissingError: files that it lacks.
+      UserError: a setting that isn't known here.
+    """
+    return _authors_config(folder, document) if _layout(document) == "authors" else _config(folder, document)
+
+
+def _layout(document: dict[str, Any]) -> Layout:
+    return "authors" if document.get("_class_name") == AUTHORS_CLASS else "diffusers"
+
+
+def save(
+    folder: str | os.PathLike,
+    config: WanDitConfig,
+    params: dict[str, Any],
+    *,
+    layout: Layout = "diffusers",
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """The inverse of `load`; tensors are written in the dtype that they have.
+
+    Raises:
+      UserError: a config that the layout can't express.
+    """
+    diffusers.write(folder, document_of(config, layout), wan_names(config, layout), params, shard_bytes=shard_bytes)
+
+
+def document_of(config: WanDitConfig, layout: Layout) -> dict[str, Any]:
+    """The inverse; see `save`."""
+    return _document(config) if layout == "diffusers" else _authors_document(config)
+
+
+def wan_names(config: WanDitConfig, layout: Layout) -> Names:
+    """Where a layout keeps each parameter."""
+    column = 1 if layout == "diffusers" else 2
+    image = config.image_width is not None
+    names: dict[str, Foreign] = {}
+    for row in (*_ONCE, *(_IMAGE_ONCE if image else ())):
+        names |= diffusers.both(row[0], row[column], DENSE)
+    for row in _IMAGE_NORMS if image else ():
+        names[f"{row[0]}/scale"] = Foreign(f"{row[column]}.weight")
+        names[f"{row[0]}/shift"] = Foreign(f"{row[column]}.bias")
+    if config.image_positions is not None:
+        theirs = ("condition_embedder.image_embedder.pos_embed", "img_emb.emb_pos")[column - 1]
+        names["image/positions"] = Foreign(theirs, "1 n f -> n f")
+    patch = config.patch
+    cut = (("t", patch.t), ("h", patch.h), ("w", patch.w))
+    names["embed/kernel"] = Foreign("patch_embedding.weight", "o c t h w -> (t h w c) o", cut)
+    names["embed/bias"] = Foreign("patch_embedding.bias")
+    table = ("scale_shift_table", "head.modulation")[column - 1]
+    names["head_table"] = Foreign(table, "1 n d -> n d")
+    return names | _block_names(config, column, image=image)
+
+
+def wan_modules(config: WanDitConfig, *, first: Layout = "diffusers") -> dict[str, Module]:
+    """The linear maps that a LoRA of Wan may adapt, under the names of both layouts; files are written with `first`'s.
+
+    Files of diffusers (PEFT) have the names of the one, files of ComfyUI and kohya those of the authors'.
+    """
+    turned = {f"blocks/{ours}/kernel" for ours, *_ in _TURNED}
+    numbers = Foreign("", "(heads j two) -> (heads two j)", (("heads", config.heads), ("two", 2)))
+    order = tuple(map(int, numbers.to_ours(np.arange(config.width))))
+    found: dict[str, Module] = {}
+    for layout in sorted(_LAYOUTS, key=lambda layout: layout != first):
+        for path, foreign in wan_names(config, layout).items():
+            if not path.endswith("/kernel") or path == "embed/kernel":  # the latter is a convolution there
+                continue
+            for layer, name in enumerate(foreign.names):
+                found[name.removesuffix(".weight")] = Module(
+                    path, None if foreign.layers is None else layer, order=order if path in turned else None
+                )
+    return found
+
+
+def _block_names(config: WanDitConfig, column: int, *, image: bool) -> dict[str, Foreign]:
+    names: dict[str, Foreign] = {}
+    turns = (("heads", config.heads), ("two", 2))
+
+    def add(ours: str, theirs: str, pattern: str = "", sizes: tuple[tuple[str, int], ...] = ()) -> None:
+        names[f"blocks/{ours}"] = Foreign(f"blocks.{{}}.{theirs}", pattern, sizes, config.layers)
+
+    for row in (*_LINEAR, *(_IMAGE_LINEAR if image else ())):
+        add(f"{row[0]}/kernel", f"{row[column]}.weight", DENSE)
+        add(f"{row[0]}/bias", f"{row[column]}.bias")
+    for row in _TURNED:
+        add(f"{row[0]}/kernel", f"{row[column]}.weight", "(heads j two) i -> i (heads two j)", turns)
+        add(f"{row[0]}/bias", f"{row[column]}.bias", "(heads j two) -> (heads two j)", turns)
+    for row in _TURNED_SCALES:
+        add(f"{row[0]}/scale", f"{row[column]}.weight", "(heads j two) -> (heads two j)", turns)
+    for row in _SCALES:
+        add(f"{row[0]}/scale", f"{row[column]}.weight")
+    if image:
+        add("image_key_norm/scale", ("attn2.norm_added_k", "cross_attn.norm_k_img")[column - 1] + ".weight")
+    norm = ("norm2", "norm3")[column - 1]
+    add("cross_norm/scale", f"{norm}.weight")
+    add("cross_norm/shift", f"{norm}.bias")
+    add("table", ("scale_shift_table", "modulation")[column - 1], "1 n d -> n d")
+    return names
+
+
+def _config(folder: Path, document: dict[str, Any]) -> WanDitConfig:
+    given = diffusers.settings(folder, document, _DEFAULTS)
+    diffusers.check_fixed(folder, given, _FIXED | {"qk_norm": _QK_NORM})
+    width = given["num_attention_heads"] * given["attention_head_dim"]
+    added = None if given["image_dim"] is None else width
+    diffusers.check_fixed(folder, given, {"added_kv_proj_dim": added})
+    channels = given["out_channels"] or given["in_channels"]
+    pipeline = folder.parent / "model_index.json"
+    per_token = pipeline.is_file() and read_json(pipeline).get("expand_timesteps") is True
+    return WanDitConfig(
+        channels=channels,
+        given_channels=given["in_channels"] - channels,
+        context_width=given["text_dim"],
+        image_width=given["image_dim"],
+        image_positions=given["pos_embed_seq_len"],
+        patch=Grid(*given["patch_size"]),
+        width=width,
+        hidden_width=given["ffn_dim"],
+        layers=given["num_layers"],
+        heads=given["num_attention_heads"],
+        time_width=given["freq_dim"],
+        time="token" if per_token else "segment",
+    )
+
+
+def _document(config: WanDitConfig) -> dict[str, Any]:
+    if config.text_length != 512:
+        raise UserError(f"{CLASS} pads texts to 512 tokens, a text_length of {config.text_length} can't be written")
+    return {
+        "_class_name": CLASS,
+        **_DEFAULTS,
+        "patch_size": list(config.patch),
+        "num_attention_heads": config.heads,
+        "attention_head_dim": config.width // config.heads,
+        "in_channels": config.channels + config.given_channels,
+        "out_channels": config.channels,
+        "text_dim": config.context_width,
+        "freq_dim": config.time_width,
+        "ffn_dim": config.hidden_width,
+        "num_layers": config.layers,
+        "image_dim": config.image_width,
+        "added_kv_proj_dim": None if config.image_width is None else config.width,
+        "pos_embed_seq_len": config.image_positions,
+    }
+
+
+def _authors_config(folder: Path, document: dict[str, Any]) -> WanDitConfig:
+    """The authors leave out of the file what is not of the kind of model: the text's width is that of the weights."""
+    given = diffusers.settings(folder, document, _AUTHORS_DEFAULTS)
+    diffusers.check_fixed(folder, given, _FIXED | {"qk_norm": True, "window_size": [-1, -1]})
+    if given["model_type"] not in _TYPES:
+        kinds = ", ".join(_TYPES)
+        raise UserError(f"{folder / 'config.json'}: model_type {given['model_type']} is not known here, only {kinds}")
+    with TensorFolder(folder, stem=diffusers.STEM) as tensors:
+        shapes = tensors.shapes
+    text, image = shapes.get("text_embedding.0.weight", ()), shapes.get("img_emb.proj.0.weight", ())
+    positions = shapes.get("img_emb.emb_pos", ())
+    return WanDitConfig(
+        channels=given["out_dim"],
+        given_channels=given["in_dim"] - given["out_dim"],
+        context_width=text[1] if len(text) == 2 else given["text_dim"],
+        text_length=given["text_len"],
+        image_width=image[0] if image else None,
+        image_positions=positions[1] if len(positions) == 3 else None,
+        patch=Grid(*given["patch_size"]),
+        width=given["dim"],
+        hidden_width=given["ffn_dim"],
+        layers=given["num_layers"],
+        heads=given["num_heads"],
+        time_width=given["freq_dim"],
+        time="token" if given["model_type"] == "ti2v" else "segment",
+    )
+
+
+def _authors_document(config: WanDitConfig) -> dict[str, Any]:
+    return {
+        "_class_name": AUTHORS_CLASS,
+        "model_type": _authors_type(config),
+        "text_len": config.text_length,
+        "in_dim": config.channels + config.given_channels,
+        "dim": config.width,
+        "ffn_dim": config.hidden_width,
+        "freq_dim": config.time_width,
+        "out_dim": config.channels,
+        "num_heads": config.heads,
+        "num_layers": config.layers,
+        "eps": 1e-6,
+    }
+
+
+def _authors_type(config: WanDitConfig) -> str:
+    if config.patch != Grid(1, 2, 2):
+        raise UserError(f"{AUTHORS_CLASS}'s files don't say the patch, which is 1x2x2; {config.patch} can't be written")
+    if config.time == "token":
+        return "ti2v"
+    if config.image_positions is not None:
+        return "flf2v"
+    return "i2v" if config.given_channels else "t2v"

@@ -1,0 +1,1 @@
+"""Generation tasks: what a request asks for besides its prompt."""

@@ -1,0 +1,1 @@
+"""Implementations of attention, each equal to the dense masked reference."""

@@ -1,0 +1,1 @@
+"""A trained model with all that sampling needs."""

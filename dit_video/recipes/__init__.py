@@ -1,0 +1,1 @@
+"""Experiments built from a command line: fine-tuning and distillation."""

@@ -1,0 +1,1 @@
+"""Logging, throughput, profiles and records of skipped steps."""

@@ -1,0 +1,1 @@
+"""Losses, one model a file."""

@@ -1,0 +1,70 @@
+"""What an mp4's or mov's header promises, checked before ffmpeg makes room for it."""
+
+from collections.abc import Iterator
+from io import BytesIO, FileIO
+from typing import NamedTuple
+
+from dit_video.core.errors import DecodeError
+
+_MOST_BOXES = 100_000
+"""Looked at in one other: hours of a file in fragments, and no time at all."""
+
+
+class _Box(NamedTuple):
+    kind: bytes
+    start: int
+    """of its content"""
+    stop: int
+
+
+def check_promises(file: BytesIO | FileIO, name: str) -> None:
+    """Raise `DecodeError` where a video track has more frames of one size than the file has bytes for.
+
+    Frames of one size take a few bytes of header for any number of them, and ffmpeg keeps an entry for each: tens of
+    bytes, up to two gigabytes and half a minute (ISO/IEC 14496-12, 8.7.3). The file is left at its beginning.
+    """
+    length = file.seek(0, 2)
+    file.seek(4)
+    if file.read(4) in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"):
+        for track in _find(file, _Box(b"", 0, length), b"moov", b"trak", b"mdia"):
+            handlers = [_content(file, box, 12) for box in _boxes(file, track) if box.kind == b"hdlr"]
+            if any(handler[8:] == b"vide" for handler in handlers):
+                for box in _find(file, track, b"minf", b"stbl", b"stsz"):
+                    content = _content(file, box, 12)
+                    size, count = int.from_bytes(content[4:8], "big"), int.from_bytes(content[8:12], "big")
+                    if size * count > length:
+                        raise DecodeError(
+                            f"{name} promises {count} frames of {size} bytes in {length} bytes; remove it or replace it"
+                        )
+    file.seek(0)
+
+
+def _find(file: BytesIO | FileIO, box: _Box, *path: bytes) -> Iterator[_Box]:
+    if not path:
+        yield box
+        return
+    for inner in _boxes(file, box):
+        if inner.kind == path[0]:
+            yield from _find(file, inner, *path[1:])
+
+
+def _boxes(file: BytesIO | FileIO, outer: _Box) -> Iterator[_Box]:
+    at = outer.start
+    for _ in range(_MOST_BOXES):
+        if at + 8 > outer.stop:
+            return
+        file.seek(at)
+        header = file.read(16)
+        size, start = int.from_bytes(header[:4], "big"), at + 8
+        if size == 1:
+            size, start = int.from_bytes(header[8:16], "big"), at + 16
+        stop = outer.stop if size == 0 else min(at + size, outer.stop)
+        if stop < start:
+            return
+        yield _Box(header[4:8], start, stop)
+        at = stop
+
+
+def _content(file: BytesIO | FileIO, box: _Box, count: int) -> bytes:
+    file.seek(box.start)
+    return file.read(min(count, box.stop - box.start))

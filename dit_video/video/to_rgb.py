@@ -1,0 +1,183 @@
+"""A decoded frame to its picture: upright, in square pixels and full-range RGB."""
+
+from fractions import Fraction
+from typing import NamedTuple, cast
+
+import av
+import numpy as np
+from av.sidedata.sidedata import SideData, SideDataContainer, Type
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+from jaxtyping import UInt8
+
+from dit_video.core import pixels
+from dit_video.core.errors import DecodeError
+from dit_video.video.encode import ACCURATE
+from dit_video.video.filters import chain
+from dit_video.video.reader import MAX_PIXELS, complaints
+
+RESIZING = ACCURATE & ~Interpolation.BICUBIC | Interpolation.BILINEAR
+"""swscale's triangle filter, whose support grows with the scale when shrinking, as that of `pixels.resize`."""
+
+_BT709, _BT601 = 1, 6
+_COLORSPACES = {
+    _BT709: Colorspace.ITU709,
+    4: Colorspace.FCC,
+    5: Colorspace.ITU601,
+    _BT601: Colorspace.ITU601,
+    7: Colorspace.SMPTE240M,
+    9: Colorspace.BT2020,
+}
+"""By ISO/IEC 23091-2's number for matrix coefficients."""
+_UNKNOWN = {8: "YCgCo", 10: "BT.2020 with constant luminance", 11: "ST 2085", 12: "derived", 13: "derived", 14: "ICtCp"}
+"""What ffmpeg's scaler refuses too."""
+_STRANGE = sorted(set(range(64)) - {kind.value for kind in Type})
+"""Numbers of side data that PyAV has no name for."""
+
+
+class Orientation(NamedTuple):
+    """How to make a picture upright: exchange its axes, then flip its rows, then its columns."""
+
+    turned: bool
+    flip_rows: bool
+    flip_columns: bool
+
+
+def orientation(frame: av.VideoFrame) -> Orientation:
+    """How a frame is to be turned.
+
+    The display matrix of ISO/IEC 14496-12 maps a stored point (x, y) to (a x + c y, b x + d y), in 16.16 fixed point.
+    """
+    try:
+        matrix = _display_matrix(frame)
+    except ValueError:  # PyAV lists no side data where it doesn't know one kind of it: EXIF, a view's number, LCEVC …
+        graph = chain(frame, *(("sidedata", f"mode=delete:type={kind}") for kind in _STRANGE))
+        graph.vpush(frame)
+        matrix = _display_matrix(graph.vpull())
+    if matrix is None:
+        return Orientation(False, False, False)
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5]
+    turned = abs(int(b)) > abs(int(a))
+    return Orientation(turned, bool((b if turned else d) < 0), bool((c if turned else a) < 0))
+
+
+def _display_matrix(frame: av.VideoFrame) -> SideData | None:
+    # PyAV's stub of the attribute is of another type, with one key.
+    return cast(SideDataContainer, frame.side_data).get(Type.DISPLAYMATRIX)
+
+
+def shown_size(frame: av.VideoFrame, sample_aspect: Fraction, name: str) -> tuple[int, int]:
+    """Height and width of the upright picture in square pixels: of a stored width, `round(width * sample_aspect)`.
+
+    Raises:
+      DecodeError: the picture is larger than any, or ffmpeg can't say which way it is turned.
+    """
+    with complaints(name):
+        turned = orientation(frame).turned
+    return _shown_size(frame, sample_aspect, turned, name)
+
+
+def _shown_size(frame: av.VideoFrame, sample_aspect: Fraction, turned: bool, name: str) -> tuple[int, int]:
+    width = max(1, round(frame.width * sample_aspect))
+    if width * frame.height > MAX_PIXELS:
+        raise DecodeError(
+            f"{name} has frames of {frame.height}x{width} pixels, {MAX_PIXELS} is the limit; make it smaller"
+        )
+    return (width, frame.height) if turned else (frame.height, width)
+
+
+class Pictures:
+    """Makes pictures of a file's frames.
+
+    Args:
+      name: of the file, for messages.
+      sample_aspect: width of a stored pixel by its height.
+      size: height and width of the pictures; by default as shown.
+    """
+
+    def __init__(self, name: str, sample_aspect: Fraction, size: tuple[int, int] | None):
+        self._name, self._aspect, self._size = name, sample_aspect, size
+        self._convert = VideoReformatter()
+
+    def __call__(self, frame: av.VideoFrame, time: float) -> UInt8[np.ndarray, "H W 3"]:
+        """The picture of the frame that is shown at this many seconds.
+
+        Raises:
+          DecodeError: the frame is too large, or of colours or a format that ffmpeg can't convert.
+        """
+        with complaints(self._name, f"at {time:.2f} s"):
+            turned, flip_rows, flip_columns = orientation(frame)
+            shown = _shown_size(frame, self._aspect, turned, self._name)
+            height, width = self._size or shown
+            picture = self._stored(frame, *((width, height) if turned else (height, width)))
+        if turned:
+            picture = picture.swapaxes(0, 1)
+        return np.ascontiguousarray(picture[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1])
+
+    def _stored(self, frame: av.VideoFrame, height: int, width: int) -> UInt8[np.ndarray, "height width 3"]:
+        """The picture before it is turned upright."""
+        if is_transparent(frame):
+            image = over_black(self._converted(frame, "gbrap"))
+        elif frame.format.is_rgb:
+            image = self._converted(frame, "gbrp")
+        else:  # Of YUV, which swscale scales without leaving it, by no more rounding than `pixels.resize`'s own.
+            return self._converted(frame, "gbrp", height, width)
+        return pixels.resize(image[None], height, width)[0]
+
+    def _converted(
+        self, frame: av.VideoFrame, format: str, height: int | None = None, width: int | None = None
+    ) -> UInt8[np.ndarray, "H W C"]:
+        same = (height or frame.height, width or frame.width) == (frame.height, frame.width)
+        full = is_full_range(frame)
+        if frame.format.name.startswith("gray") and not full:  # swscale takes all gray for full range: see it as YUV
+            deep = "yuv444p" if frame.format.name == "gray" else "yuv444p16le"
+            frame = self._convert.reformat(
+                frame, format=deep, src_color_range=ColorRange.JPEG, dst_color_range=ColorRange.JPEG, threads=1
+            )
+        # Of YUV swscale writes planes four times as fast as pixels, with the same values.
+        return self._convert.reformat(
+            frame,
+            width,
+            height,
+            format,
+            src_colorspace=self._matrix(frame),
+            src_color_range=ColorRange.JPEG if full else ColorRange.MPEG,
+            dst_color_range=ColorRange.JPEG,
+            interpolation=ACCURATE if same else RESIZING,
+            threads=1,
+        ).to_ndarray()
+
+    def _matrix(self, frame: av.VideoFrame) -> Colorspace | None:
+        space = int(frame.colorspace)
+        if frame.format.is_rgb or frame.format.has_palette:
+            return None
+        if space in _UNKNOWN:
+            raise DecodeError(
+                f"{self._name} has colours in {_UNKNOWN[space]}, which ffmpeg doesn't convert; convert it to BT.709"
+            )
+        if space not in _COLORSPACES:
+            # What players assume (mpv's mp_csp_guess_colorspace): high definition is BT.709, the rest BT.601.
+            space = _BT709 if frame.width >= 1280 or frame.height > 576 else _BT601
+        return _COLORSPACES[space]
+
+
+def is_transparent(frame: av.VideoFrame) -> bool:
+    """Whether its format has transparency; of a palette any colour may be transparent."""
+    return frame.format.has_palette or any(part.is_alpha for part in frame.format.components)
+
+
+def over_black(image: UInt8[np.ndarray, "H W 4"]) -> UInt8[np.ndarray, "H W 3"]:
+    """Colours times alpha / 255, rounded to nearest, as ffmpeg's overlay does."""
+    colours, alpha = image[..., :3], image[..., 3:]
+    if alpha.min() == 255:
+        return colours
+    product = colours.astype(np.uint16) * alpha + np.uint16(128)
+    return ((product + (product >> 8)) >> 8).astype(np.uint8)  # a division by 255, of whole numbers
+
+
+def is_full_range(frame: av.VideoFrame) -> bool:
+    """Of YUV only what says so; of other formats all but gray that says it is limited."""
+    name, said = frame.format.name, int(frame.color_range)
+    if name.startswith("gray"):
+        return said != ColorRange.MPEG
+    always = frame.format.is_rgb or frame.format.has_palette or name.startswith(("yuvj", "ya", "mono"))
+    return always or said == ColorRange.JPEG

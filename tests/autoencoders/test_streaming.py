@@ -1,0 +1,288 @@
+"""Chunks and tiles against the whole, on models with random parameters."""
+
+import dataclasses
+import functools
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dit_video.autoencoders import (
+    CausalVaeConfig,
+    PatchVaeConfig,
+    Tiles,
+    decode_stream,
+    encode_stream,
+    fit_linear,
+    start_from_linear,
+    streaming,
+    tiling_error,
+)
+from dit_video.autoencoders.tiling import cut, weights
+from dit_video.core import pixels
+from dit_video.core.errors import UserError
+from dit_video.nn import graph_of, init_params
+from dit_video.tokens import Grid
+from support.devices import check_on_eight_devices
+from support.rough import rough_params
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+CONFIGS = {
+    "patches": PatchVaeConfig(stride=Grid(2, 4, 4), channels=3, width=8, blocks=1),
+    "preactivated patches": PatchVaeConfig(stride=Grid(2, 4, 4), channels=3, width=8, blocks=1, preactivated=True),
+    "levels": CausalVaeConfig(
+        channels=3, width=4, multipliers=(1, 2, 2), factors=(Grid(1, 2, 2), Grid(2, 2, 2)), blocks=1
+    ),
+}
+FRAMES = np.random.default_rng(0).integers(0, 256, (2, 9, 16, 24, 3), np.uint8)
+
+
+@functools.cache
+def setting(name):
+    """Config, parameters, and the clip's latents and frames when it is taken whole."""
+    config = CONFIGS[name]
+    params = rough_params(config.make)
+    graph = graph_of(config.make)
+    latents = jax.jit(lambda params, x: nnx.merge(graph, params).encode(x))(params, pixels.to_float(FRAMES))
+    decoded = jax.jit(lambda params, x: nnx.merge(graph, params).decode(x))(params, latents)
+    return config, params, np.asarray(latents), pixels.to_uint8(np.asarray(decoded))
+
+
+def close(left, right):
+    """uint8 that rounding may part by one."""
+    assert left.shape == right.shape
+    difference = np.abs(left.astype(int) - right)
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "chunk"), [("patches", 2), ("patches", 7), ("preactivated patches", 2), ("levels", 2)], ids=str
+)
+def test_streams_are_the_whole(name, chunk):
+    config, params, latents, decoded = setting(name)
+    portions = (FRAMES[:, start : start + 4] for start in range(0, 9, 4))  # no multiple of what is asked for
+    encoded = list(encode_stream(config, params, portions, chunk=chunk))
+    assert [part.shape[1] for part in encoded] == [min(chunk, 5 - start) for start in range(0, 5, chunk)]
+    np.testing.assert_allclose(np.concatenate(encoded, axis=1), latents, atol=1e-5)
+    frames = list(decode_stream(config, params, latents, chunk=chunk))
+    assert frames[0].dtype == np.uint8
+    assert frames[0].shape[1] == 1 + 2 * (min(chunk, 5) - 1)
+    close(np.concatenate(frames, axis=1), decoded)
+
+
+def test_two_programs_for_any_length():
+    config, params, latents, _ = setting("patches")
+    other = dataclasses.replace(config, width=10)  # a program of its own
+    params = rough_params(other.make)
+    for length in (1, 2, 3, 5):
+        list(decode_stream(other, params, latents[:, :length], chunk=2))
+    assert streaming._program(other, "decode")._cache_size() == 2
+
+
+def test_pixels_go_to_the_device_and_come_from_it_as_uint8(monkeypatch):
+    config, params, latents, _ = setting("patches")
+    whole = cut(*latents.shape[2:4], None, config.stride)
+    decoded, _, _ = next(streaming._coded(config, params, [latents[:, :2]], whole, "decode", 2, None))
+    assert isinstance(decoded, jax.Array)
+    assert decoded.dtype == np.uint8
+    given, run = [], streaming._program(config, "encode")
+    monkeypatch.setattr(
+        streaming,
+        "_program",
+        lambda *_: lambda params, frames, past: given.append(frames.dtype) or run(params, frames, past),
+    )
+    list(encode_stream(config, params, iter([FRAMES]), chunk=2))
+    assert set(given) == {np.dtype(np.uint8)}
+
+
+def test_frames_of_another_number():
+    config, params, *_ = setting("patches")
+    with pytest.raises(UserError, match=r"T=8 is not 1 \+ 2k"):
+        list(encode_stream(config, params, [FRAMES[:, :8]], chunk=2))
+    with pytest.raises(UserError, match="no frames"):
+        list(encode_stream(config, params, [], chunk=2))
+    with pytest.raises(UserError, match="chunk=0"):
+        list(decode_stream(config, params, np.zeros((1, 1, 4, 6, 3), np.float32), chunk=0))
+
+
+def test_frames_and_latents_that_are_none():
+    config, params, _, _ = setting("patches")
+    real = FRAMES.astype(np.float32)
+    for frames in (FRAMES[..., :2], FRAMES[0], real - 128, real * np.nan, real.astype(np.float64)):
+        with pytest.raises(
+            UserError, match=r"frames are \[B T H W 3\] in 0..255, .* were given; see dit_video.core.pixels"
+        ):
+            list(encode_stream(config, params, iter([frames])))
+    with pytest.raises(
+        UserError, match=r"latents are \[B t h w 3\] for this autoencoder, \[1, 1, 4, 6, 4\] were given"
+    ):
+        list(decode_stream(config, params, np.zeros((1, 1, 4, 6, 4), np.float32)))
+
+
+def test_weights_of_tiles_sum_to_one():
+    stride = Grid(1, 4, 4)
+    for height, width in ((4, 6), (7, 9), (23, 10)):
+        plan = cut(height, width, Tiles(height=20, width=24, overlap=8), stride)
+        total = np.zeros((height * 4, width * 4), np.float32)
+        for tile in plan:
+            rows, columns = (
+                slice(tile.row * 4, (tile.row + tile.height) * 4),
+                slice(tile.column * 4, (tile.column + tile.width) * 4),
+            )
+            total[rows, columns] += weights(plan, tile, (4, 4))
+        np.testing.assert_allclose(total, 1, atol=1e-6)
+        assert len({(tile.height, tile.width) for tile in plan}) == 1
+    assert len(plan) == 7 * 2
+
+
+TILES = Tiles(height=48, width=48, overlap=16)
+
+
+@functools.cache
+def ramp():
+    """Latents of a smooth ramp of brightness, and the frames that they are."""
+    config, params, *_ = setting("levels")
+    rising = np.linspace(0, 255, 96)[None, :, None] * np.linspace(0.3, 1, 112)[None, None]
+    clip = np.broadcast_to(rising.astype(np.uint8)[..., None], (1, 3, 96, 112, 3)).copy()
+    latents = np.concatenate(list(encode_stream(config, params, [clip])), axis=1)
+    return config, params, clip, latents
+
+
+def seam(difference):
+    """The largest step of an error from a row, or column, to the next: what the eye sees of a tile's border."""
+    return max(np.abs(np.diff(difference, axis=axis)).max() for axis in (2, 3))
+
+
+def test_tiles_leave_no_seam_on_a_ramp():
+    config, params, _, latents = ramp()
+    whole, tiled, butted = (
+        np.concatenate(list(decode_stream(config, params, latents, tiles=tiles)), axis=1).astype(int)
+        for tiles in (None, TILES, Tiles(height=48, width=48, overlap=0))
+    )
+    assert tiled.shape == whole.shape
+    assert 0 < seam(tiled - whole) < 0.4 * seam(butted - whole)
+    error = tiling_error(config, params, latents, TILES)
+    assert error.largest == pytest.approx(np.abs(tiled - whole).max() / 127.5)
+    assert 0 < error.mean < 0.02
+
+
+def test_a_blend_of_equal_tiles_is_exact():
+    """The principal components of patches see no neighbours: what is left is the blend."""
+    _, _, clip, _ = ramp()
+    config = CONFIGS["patches"]
+    linear = fit_linear([pixels.to_float(clip)], stride=config.stride, channels=config.channels)
+    params = start_from_linear(jax.jit(init_params, static_argnums=0)(config.make, jax.random.key(0)), linear)
+    latents = np.concatenate(list(encode_stream(config, params, [clip])), axis=1)
+    assert tiling_error(config, params, latents, TILES).largest <= 1 / 127.5
+
+
+def test_tiles_of_latents():
+    config, params, clip, latents = ramp()
+    tiled = np.concatenate(list(encode_stream(config, params, [clip], tiles=TILES)), axis=1)
+    assert tiled.shape == latents.shape
+    assert np.abs(tiled - latents).mean() < 0.05 * np.abs(latents).mean()
+
+
+def test_a_wider_overlap_is_nearer():
+    config, params, _, latents = ramp()
+    errors = [
+        tiling_error(config, params, latents, Tiles(height=48, width=48, overlap=overlap)).mean
+        for overlap in (0, 8, 20)
+    ]
+    assert errors[0] > errors[1] > errors[2] > 0
+
+
+@pytest.mark.parametrize(
+    ("tiles", "message"),
+    [
+        ({"height": 20, "width": 24, "overlap": 10}, "less than half a side"),
+        ({"height": 20, "width": 24, "overlap": -1}, "less than half a side"),
+    ],
+)
+def test_bad_tiles(tiles, message):
+    with pytest.raises(UserError, match=message):
+        Tiles(**tiles)
+
+
+def test_tiles_that_the_stride_does_not_divide():
+    config, params, latents, _ = setting("patches")
+    with pytest.raises(UserError, match="overlap 2 is not divisible by the spatial stride 4"):
+        list(decode_stream(config, params, latents, tiles=Tiles(height=8, width=8, overlap=2)))
+
+
+ON_EIGHT_DEVICES = """
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from autoencoder.test_streaming import CONFIGS, close
+from dit_video.autoencoders import decode_stream, encode_stream
+from dit_video.autoencoders.streaming import _program
+from dit_video.distributed import MeshConfig, make_mesh
+from support.rough import rough_params
+
+assert jax.device_count() == 8
+rows = NamedSharding(make_mesh(MeshConfig(data=1, context=8)), PartitionSpec(None, None, "context"))
+clip = np.random.default_rng(1).integers(0, 256, (1, 5, 64, 16, 3), np.uint8)
+joined = lambda parts: np.concatenate(list(parts), axis=1)
+for config in (CONFIGS["patches"], CONFIGS["levels"]):
+    params = rough_params(config.make)
+    whole = joined(encode_stream(config, params, [clip]))
+    np.testing.assert_allclose(joined(encode_stream(config, params, [clip], sharding=rows)), whole, atol=1e-5)
+    frames = joined(decode_stream(config, params, whole))
+    close(joined(decode_stream(config, params, whole, sharding=rows)), frames)
+    # Rows at the borders travel, and no device has the whole picture at full resolution.
+    placed = jax.device_put(whole[:, :1], rows)
+    text = _program(config, "decode").lower(params, placed, None).compile().as_text()
+    assert "collective-permute" in text
+    gathered = [line for line in text.splitlines() if "all-gather(" in line]
+    assert not any("64,16" in line.split(" all-gather(")[0] for line in gathered), gathered
+print("done")
+"""
+
+
+def test_height_over_eight_devices():
+    check_on_eight_devices(ON_EIGHT_DEVICES)
+
+
+def test_height_that_the_devices_do_not_divide():
+    config, params, *_ = setting("patches")
+    mesh = jax.sharding.AbstractMesh((8,), ("context",))
+    rows = NamedSharding(mesh, PartitionSpec(None, None, "context"))
+    with pytest.raises(UserError, match="12 latent rows are not divisible by the 8 devices"):
+        list(decode_stream(config, params, np.zeros((1, 1, 12, 4, 3), np.float32), sharding=rows))
+
+
+_PEAK = """
+import resource, sys
+import numpy as np
+from dit_video.autoencoders import CausalVaeConfig, decode_stream
+from dit_video.nn import init_params
+from dit_video.tokens import Grid
+import jax
+config = CausalVaeConfig(channels=4, width=16, multipliers=(1, 2, 2, 2), blocks=1)
+params = init_params(config.make, jax.random.key(0))
+latents = np.random.default_rng(0).normal(size=(1, 1 + (int(sys.argv[1]) - 1) // 4, 16, 16, 4)).astype(np.float32)
+count = sum(frames.shape[1] for frames in decode_stream(config, params, latents))
+assert count == int(sys.argv[1]), count
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_a_minute_takes_the_memory_of_a_few_seconds():
+    peaks = [
+        int(
+            subprocess.run(
+                [sys.executable, "-c", _PEAK, str(frames)], check=True, capture_output=True, text=True
+            ).stdout
+        )
+        for frames in (81, 1441)
+    ]
+    assert peaks[1] <= 1.1 * peaks[0], peaks

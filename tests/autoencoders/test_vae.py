@@ -1,0 +1,270 @@
+"""The convolutional VAE from random parameters: sizes, causality, chunks, canvases, configs."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dit_video.autoencoders import CausalVaeConfig
+from dit_video.autoencoders.blocks import placed
+from dit_video.core import config_json
+from dit_video.core.errors import UserError
+from dit_video.core.trees import flatten, size
+from dit_video.nn import Memory, graph_of, param_shapes
+from dit_video.tokens import Grid
+from support.rough import rough_params
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+PLAIN = CausalVaeConfig(channels=4, width=4, multipliers=(1, 2, 2), factors=(Grid(1, 2, 2), Grid(2, 2, 2)), blocks=1)
+SHORTCUTS = dataclasses.replace(PLAIN, patch=2, shortcuts=True, decoder_width=6)
+ODD = CausalVaeConfig(channels=4, width=4, multipliers=(1, 2, 1), factors=(Grid(2, 1, 1), Grid(2, 2, 2)), blocks=1)
+CONFIGS = {"plain": PLAIN, "shortcuts": SHORTCUTS, "time alone": ODD}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def call(config, method, params, past, *arrays):
+    """A method on a chunk, with what it keeps."""
+    memory = Memory(past)
+    model = nnx.merge(graph_of(config.make), params)
+    return getattr(model, method)(*arrays, memory=memory), memory.kept
+
+
+@functools.cache
+def setting(name):
+    """Config, parameters, a clip, its latents and their pixels."""
+    config = CONFIGS[name]
+    params = rough_params(config.make)
+    stride = config.stride
+    shape = (2, 1 + 3 * stride.t, 2 * stride.h, 3 * stride.w, 3)
+    clip = np.tanh(np.random.default_rng(0).normal(size=shape).cumsum(axis=2)).astype(np.float32)
+    latents, _ = call(config, "encode", params, None, clip)
+    decoded, _ = call(config, "decode", params, None, latents)
+    return config, params, clip, np.asarray(latents), np.asarray(decoded)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_sizes(name):
+    _, _, clip, latents, decoded = setting(name)
+    assert latents.shape == (2, 4, 2, 3, 4)
+    assert decoded.shape == clip.shape
+    assert np.std(latents) > 0.1
+    assert np.std(decoded) > 0.1
+
+
+def test_strides():
+    assert PLAIN.stride == Grid(2, 4, 4)
+    assert SHORTCUTS.stride == Grid(2, 8, 8)
+    assert ODD.stride == Grid(4, 2, 2)
+    assert CausalVaeConfig.wan21().stride == Grid(4, 8, 8)
+    assert CausalVaeConfig.wan22().stride == Grid(4, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("stride", "channels", "options"),
+    [
+        (Grid(1, 4, 4), 4, {}),
+        (Grid(2, 8, 8), 16, {}),
+        (Grid(4, 16, 16), 48, {"patch": 2, "shortcuts": True}),
+        (Grid(8, 32, 32), 128, {}),
+        (Grid(8, 4, 4), 128, {"shortcuts": True}),
+    ],
+    ids=str,
+)
+def test_strides_and_channels_of_any_size(stride, channels, options):
+    """Halves height and width first, and time in the last levels."""
+    space = int(math.log2(stride.h // options.get("patch", 1)))
+    time = int(math.log2(stride.t))
+    levels = max(space, time)
+    factors = [(1 + (level >= levels - time), 1 + (level < space)) for level in range(levels)]
+    config = CausalVaeConfig(
+        channels=channels,
+        width=4,
+        multipliers=(1,) * (levels + 1),
+        factors=tuple(Grid(t, side, side) for t, side in factors),
+        blocks=1,
+        **options,
+    )
+    assert config.stride == stride
+    graph, params = graph_of(config.make), param_shapes(config.make)
+    clip = jax.ShapeDtypeStruct((1, 1 + 2 * stride.t, stride.h, 3 * stride.w, 3), jnp.float32)
+    latents = jax.eval_shape(lambda params, clip: nnx.merge(graph, params).encode(clip), params, clip)
+    assert latents.shape == (1, 3, 1, 3, channels)
+    decoded = jax.eval_shape(lambda params, latents: nnx.merge(graph, params).decode(latents), params, latents)
+    assert decoded.shape == clip.shape
+
+
+def test_sizes_of_the_open_models():
+    assert round(size(param_shapes(CausalVaeConfig.wan21().make)) / 1e6) == 127
+    assert round(size(param_shapes(CausalVaeConfig.wan22().make)) / 1e6) == 705
+
+
+@pytest.mark.parametrize(
+    ("name", "cuts"), [("plain", (1, 2, 3)), ("shortcuts", (2,)), ("time alone", (1, 2, 3))], ids=str
+)
+def test_chunks_are_the_whole(name, cuts):
+    config, params, clip, latents, decoded = setting(name)
+    stride = config.stride.t
+    past, encoded = None, []
+    for first, last in zip((0, *cuts), (*cuts, 4), strict=True):
+        start = 0 if first == 0 else 1 + (first - 1) * stride
+        chunk, past = call(config, "encode", params, past, clip[:, start : 1 + (last - 1) * stride])
+        encoded.append(chunk)
+    np.testing.assert_allclose(np.concatenate(encoded, axis=1), latents, atol=1e-5)
+    past, frames = None, []
+    for first, last in zip((0, *cuts), (*cuts, 4), strict=True):
+        chunk, past = call(config, "decode", params, past, latents[:, first:last])
+        frames.append(chunk)
+    np.testing.assert_allclose(np.concatenate(frames, axis=1), decoded, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_nothing_sees_the_future(name):
+    config, params, clip, latents, decoded = setting(name)
+    stride = config.stride.t
+    later = clip.copy()
+    later[:, 1 + stride :] *= -1
+    changed, _ = call(config, "encode", params, None, later)
+    np.testing.assert_array_equal(changed[:, :2], latents[:, :2])
+    assert (np.abs(changed[:, 2:] - latents[:, 2:]).max(axis=(0, 2, 3, 4)) > 1e-4).all()
+    later = latents.copy()
+    later[:, 2:] *= -1
+    changed, _ = call(config, "decode", params, None, later)
+    np.testing.assert_array_equal(changed[:, : 1 + stride], decoded[:, : 1 + stride])
+    assert (np.abs(changed[:, 1 + stride :] - decoded[:, 1 + stride :]).max(axis=(0, 2, 3, 4)) > 1e-4).all()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_clips_on_a_canvas_do_not_see_each_other(name):
+    config, params, clip, latents, _ = setting(name)
+    stride = config.stride
+    # Two clips of 2x3 positions, one of them a latent frame shorter, a position apart.
+    t, h, w = clip.shape[1:4]
+    canvas = np.full((1, t, h, 2 * w + stride.w, 3), -1, np.float32)
+    canvas[0, :, :, :w] = clip[0]
+    canvas[0, : t - stride.t, :, w + stride.w :] = clip[1, : t - stride.t]
+    inside = np.asarray([[[1, 1, 1, 0, 2, 2, 2]] * 2], np.int32)
+    together, _ = call(config, "encode", params, None, canvas, jnp.asarray(inside))
+    np.testing.assert_allclose(together[0, :, :, :3], latents[0], atol=1e-5)
+    np.testing.assert_allclose(together[0, :3, :, 4:], latents[1, :3], atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["offsets", "winograd", "native"])  # in so narrow a model `auto` is `stacked`
+def test_forms_of_the_convolution_agree(form):
+    config, params, clip, latents, _ = setting("plain")
+    chosen = dataclasses.replace(config, form=form)
+    forms = {
+        part.form for _, part in nnx.iter_modules(nnx.merge(graph_of(chosen.make), params)) if hasattr(part, "form")
+    }
+    assert forms == {form}
+    np.testing.assert_allclose(call(chosen, "encode", params, None, clip)[0], latents, atol=1e-5)
+
+
+def test_bfloat16_is_near():
+    config, params, clip, latents, _ = setting("plain")
+    near, _ = call(dataclasses.replace(config, bfloat16=True), "encode", params, None, clip)
+    assert near.dtype == jnp.float32
+    assert 0 < np.abs(near - latents).max() < 0.1 * np.abs(latents).max()
+
+
+def squared_error(config, clip):
+    """Of the reconstruction of a clip, as a function of the parameters."""
+
+    def error(params):
+        model = nnx.merge(graph_of(config.make), params)
+        return jnp.square(model.decode(model.encode(jnp.asarray(clip))) - clip).mean()
+
+    return error
+
+
+@pytest.mark.parametrize("name", ["plain", "shortcuts"])
+def test_rematerialisation_keeps_less(name):
+    config, params, clip, *_ = setting(name)
+
+    def kept(config):  # by the backward pass, beside the parameters
+        shapes = jax.eval_shape(lambda params: jax.vjp(squared_error(config, clip), params)[1], params)
+        return sum(leaf.size for leaf in jax.tree.leaves(shapes)) - size(params)
+
+    assert kept(dataclasses.replace(config, remat=True)) < 0.6 * kept(config)
+
+
+def test_rematerialisation_changes_no_gradient():
+    config, clip = dataclasses.replace(PLAIN, multipliers=(1,), factors=()), setting("plain")[2][:, :3, :4, :4]
+    params = rough_params(config.make)
+    expected, found = (
+        flatten(jax.jit(jax.grad(squared_error(one, clip)))(params))
+        for one in (config, dataclasses.replace(config, remat=True))
+    )
+    for path, gradient in expected.items():
+        np.testing.assert_allclose(found[path], gradient, rtol=1e-4, atol=1e-6, err_msg=path)
+
+
+def test_a_fixed_variance():
+    config, params, clip, _, _ = setting("plain")
+    fixed = dataclasses.replace(config, std=0.3)
+    posterior, _ = call(fixed, "posterior", params, None, clip[:1, :1])
+    np.testing.assert_allclose(np.exp(0.5 * posterior.log_variance), 0.3, rtol=1e-6)
+
+
+def test_no_variance_is_a_plain_autoencoder():
+    config, params, clip, _, _ = setting("plain")
+    plain = dataclasses.replace(config, std=0.0)
+    posterior, _ = call(plain, "posterior", params, None, clip[:1, :1])
+    noise = jnp.ones_like(posterior.mean)
+    np.testing.assert_allclose(posterior.sample(noise), posterior.mean, atol=1e-6)
+    assert np.isfinite(posterior.kl()).all()
+
+
+def test_a_config_survives_json():
+    written = config_json.to_json(SHORTCUTS)
+    assert written["type"] == "dit_video.autoencoders:CausalVaeConfig"
+    assert config_json.from_json(written) == SHORTCUTS
+    assert isinstance(config_json.from_json(written).factors[0], Grid)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"multipliers": (1, 2)}, "2 multipliers are 2 levels"),
+        ({"factors": (Grid(1, 2, 2), Grid(1, 1, 1))}, "must be 1 or 2"),
+        ({"factors": (Grid(1, 2, 2), Grid(4, 2, 2))}, "must be 1 or 2"),
+        ({"factors": (Grid(1, 2, 2), Grid(2, 2, 1))}, "equal in height and width"),
+        ({"channels": 0}, "at least 1"),
+        ({"std": -0.1}, "must not be negative"),
+        ({"shortcuts": True, "multipliers": (1, 2, 3)}, "does not divide"),
+        ({"width": 3, "multipliers": (1, 2, 1)}, "must be even"),
+    ],
+)
+def test_bad_configs(options, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(PLAIN, **options)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 4, 8, 8, 3), "T=4 is not 1 [+] 2k"),
+        ((1, 3, 6, 8, 3), "height 6 is not divisible"),
+    ],
+)
+def test_clips_that_do_not_fit(shape, message):
+    config, params, *_ = setting("plain")
+    with pytest.raises(UserError, match=message):
+        nnx.merge(graph_of(config.make), params).encode(jnp.zeros(shape))
+
+
+def test_pixels_of_other_channels():
+    with pytest.raises(UserError, match="pixels have 3 channels, red, green and blue; 4 were given"):
+        placed(jnp.zeros((1, 1, 8, 8, 4)), PLAIN.stride, None, None)
+
+
+def test_a_chunk_that_does_not_fit():
+    config, params, clip, *_ = setting("plain")
+    _, past = call(config, "encode", params, None, clip[:, :1])
+    with pytest.raises(UserError, match=r"a chunk of 3 frames .* use 2 or 4"):
+        call(config, "encode", params, past, clip[:, 1:4])

@@ -1,0 +1,164 @@
+"""Vector-quantised autoencoders from random parameters: sizes, indices, chunks, canvases, modulated norms."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dit_video.autoencoders import (
+    Autoencoder,
+    AutoencoderConfig,
+    CausalVaeConfig,
+    CodebookConfig,
+    ImageLevels,
+    ImageVaeConfig,
+    VqAutoencoder,
+    VqConfig,
+    decode_stream,
+    encode_stream,
+)
+from dit_video.autoencoders.modulation import Guide, SpatialNorm
+from dit_video.core import config_json, pixels
+from dit_video.core.errors import UserError
+from dit_video.core.trees import flatten, size
+from dit_video.nn import RmsNorm, graph_of, init_params, param_shapes
+from dit_video.tokens import Grid
+from support.rough import rough_params
+
+VIDEO = CausalVaeConfig(channels=5, width=4, multipliers=(1, 2), factors=(Grid(2, 2, 2),), blocks=1)
+IMAGE = ImageVaeConfig(channels=6, levels=ImageLevels(widths=(4, 8), blocks=1, groups=2, attention=(1,)))
+BOOK = CodebookConfig(codes=32, width=3)
+CONFIGS = {
+    "video": VqConfig(network=VIDEO, codebook=BOOK, modulated=True),
+    "image": VqConfig(network=IMAGE, codebook=BOOK, modulated=True),
+    "spherical": VqConfig(network=VIDEO, codebook=CodebookConfig(codes=32, width=3, spherical=True)),
+}
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+FRAMES = np.random.default_rng(0).integers(0, 256, (2, 7, 4, 6, 3), np.uint8)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def call(config, method, params, *arrays):
+    return getattr(nnx.merge(graph_of(config.make), params), method)(*arrays)
+
+
+@functools.cache
+def setting(name):
+    """Config, parameters, and what a clip and its codes become."""
+    config = CONFIGS[name]
+    params = rough_params(config.make)
+    clip = jnp.asarray(pixels.to_float(FRAMES))
+    latents = call(config, "encode", params, clip)
+    return config, params, clip, latents, call(config, "decode", params, latents)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_interface(name):
+    config, _, clip, latents, decoded = setting(name)
+    assert isinstance(config, AutoencoderConfig)
+    assert issubclass(VqAutoencoder, Autoencoder)
+    assert config.stride == config.network.stride
+    assert latents.shape == (2, 4 if config.stride.t == 2 else 7, 2, 3, config.channels)
+    assert decoded.shape == clip.shape
+    assert np.std(decoded) > 0.1
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_indices_stand_for_the_latents(name):
+    config, params, clip, latents, decoded = setting(name)
+    indices = call(config, "encode_indices", params, clip)
+    assert indices.shape == latents.shape[:-1]
+    assert len(np.unique(indices)) > 2
+    np.testing.assert_allclose(call(config, "decode_indices", params, indices), decoded, atol=1e-5)
+    quantized = call(config, "quantized", params, clip)
+    np.testing.assert_array_equal(quantized.indices, indices)
+    np.testing.assert_allclose(call(config, "reconstruct", params, quantized.vectors), decoded, atol=1e-4)
+    # Latents that are not codes give other pixels.
+    assert np.abs(call(config, "reconstruct", params, quantized.latents) - decoded).max() > 0.1
+
+
+def test_an_index_out_of_range():
+    config, params, _, _, _ = setting("video")
+    model = nnx.merge(graph_of(config.make), params)
+    with pytest.raises(UserError, match="a codebook of 32 codes has the indices 0 to 31, 32 was given"):
+        model.decode_indices(np.full((1, 1, 2, 3), 32))
+
+
+@pytest.mark.parametrize(("name", "chunk"), [("video", 1), ("video", 3), ("image", 2)])
+def test_streams_are_the_whole(name, chunk):
+    config, params, _, latents, decoded = setting(name)
+    encoded = list(encode_stream(config, params, [FRAMES[:, :4], FRAMES[:, 4:]], chunk=chunk))
+    np.testing.assert_allclose(np.concatenate(encoded, axis=1), latents, atol=1e-5)
+    frames = np.concatenate(list(decode_stream(config, params, np.asarray(latents), chunk=chunk)), axis=1)
+    difference = np.abs(frames.astype(int) - pixels.to_uint8(np.asarray(decoded)))
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 0.01
+
+
+@pytest.mark.parametrize("name", ["video", "image"])
+def test_clips_on_a_canvas_do_not_see_each_other(name):
+    config, params, clip, latents, _ = setting(name)
+    canvas = jnp.concatenate([clip[:1], jnp.full((1, 7, 4, 2, 3), -1.0), clip[1:]], axis=3)
+    inside = jnp.asarray([[[1, 1, 1, 0, 2, 2, 2]] * 2], jnp.int32)
+    together = call(config, "encode", params, canvas, inside)
+    np.testing.assert_allclose(together[0, :, :, :3], latents[0], atol=1e-5)
+    np.testing.assert_allclose(together[0, :, :, 4:], latents[1], atol=1e-5)
+
+
+def test_latents_modulate_the_frames_and_places_that_they_stand_for():
+    norm = SpatialNorm(RmsNorm(4), 4, 3, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (1, 5, 4, 6, 4))
+    latents = jax.random.normal(jax.random.key(1), (1, 3, 2, 3, 3))
+    np.testing.assert_allclose(norm(x, Guide(latents)), norm.norm(x), atol=1e-6)  # at the start it is the norm alone
+    norm.scale.kernel[...] = jax.random.normal(jax.random.key(2), (3, 4))
+    norm.shift.kernel[...] = jax.random.normal(jax.random.key(3), (3, 4))
+    whole = norm(x, Guide(latents))
+    for t, h, w in ((0, 0, 0), (1, 3, 5), (2, 2, 0), (3, 1, 4), (4, 3, 3)):
+        latent = latents[0, (t + 1) // 2, h // 2, w // 2]
+        expected = norm.norm(x)[0, t, h, w] * norm.scale(latent) + norm.shift(latent)
+        np.testing.assert_allclose(whole[0, t, h, w], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(norm(x[:, :1], Guide(latents[:, :1])), whole[:, :1], atol=1e-6)
+    np.testing.assert_allclose(norm(x[:, 1:], Guide(latents[:, 1:], begins=False)), whole[:, 1:], atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "norms"), [("video", 2 * 6 + 2), ("image", 2 * 6 + 2 + 2)])
+def test_codes_modulate_all_norms_of_the_decoder_alone(name, norms):
+    """Two norms in each of 6 residual blocks, one in each attention, and the last."""
+    paths = [path.split("/") for path in flatten(param_shapes(CONFIGS[name].make)) if path.endswith("shift/kernel")]
+    assert {path[0] for path in paths} == {"decoder"}
+    assert len(paths) == norms
+
+
+def test_the_size_of_kandinskys():
+    assert round(size(param_shapes(VqConfig.kandinsky().make)) / 1e6) == 68
+
+
+def test_a_fresh_autoencoder_is_finite_and_its_codes_differ():
+    config = CONFIGS["video"]
+    params = jax.jit(lambda key: init_params(config.make, key))(jax.random.key(0))
+    found = call(config, "quantized", params, jnp.asarray(pixels.to_float(FRAMES)))
+    assert np.isfinite(found.vectors).all()
+    assert len(np.unique(found.indices)) > 2
+
+
+def test_a_config_survives_json():
+    config = CONFIGS["spherical"]
+    assert config_json.from_json(config_json.to_json(config)) == config
+
+
+def test_networks_that_do_not_fit():
+    with pytest.raises(UserError, match=r"codes have no variance, the network was given std=0\.1"):
+        VqConfig(network=CausalVaeConfig(std=0.1))
+    with pytest.raises(UserError, match="the network was given std=0"):
+        VqConfig(network=ImageVaeConfig(std=0.0))
+    with pytest.raises(UserError, match="linear maps lie beside the codebook"):
+        VqConfig(network=ImageVaeConfig.flux())
+
+
+def test_sizes_that_do_not_fit():
+    config, params, clip, _, _ = setting("video")
+    with pytest.raises(UserError, match=r"T=6 is not 1 \+ 2k"):
+        call(config, "encode_indices", params, clip[:, :6])

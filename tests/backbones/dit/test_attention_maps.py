@@ -1,0 +1,87 @@
+"""Where a denoiser's tokens look."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from dit_video.backbones.dit import DitConfig, JointAttention, Temporal, attention_maps
+from dit_video.backbones.wan import WanDitConfig
+from dit_video.core.errors import UserError
+from dit_video.nn import graph_of
+from dit_video.nn.attention import CausalFrames, SpaceOnly
+from support.packed_rows import TEXT_WIDTH, TOKENS, batch, predict
+from support.rough import rough_params
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+CONFIG = DitConfig(channels=2, context_width=TEXT_WIDTH, width=24, layers=2, heads=2, mlp_ratio=2.0)
+WAN = WanDitConfig(
+    channels=2, context_width=TEXT_WIDTH, text_length=5, width=24, hidden_width=40, layers=2, heads=2, time_width=32
+)
+FRAME = np.arange(8) // 4
+"""of the tokens of the first clip"""
+
+
+def maps(config, params, queries, given=None):
+    given = batch((0, 1)) if given is None else given
+    dit = nnx.merge(graph_of(config.make), params)
+    return attention_maps(
+        dit,
+        given.noisy,
+        given.time,
+        queries=queries,
+        segments=given.segments,
+        coordinates=given.coordinates,
+        context=given.context,
+        context_segments=given.context_segments,
+        given=given.given(config),
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "layers", "others"),
+    [
+        (CONFIG, 2, 0),
+        (dataclasses.replace(CONFIG, remat="full", attention="chunked"), 2, 0),
+        (dataclasses.replace(CONFIG, registers=1, context=JointAttention()), 2, 3 + 7),
+        (dataclasses.replace(CONFIG, pattern=SpaceOnly(), temporal=Temporal()), 4, 0),
+        (WAN, 2, 0),
+    ],
+    ids=["plain", "recomputed", "joint", "temporal", "wan"],
+)
+def test_every_query_takes_all_from_its_own_clip(config, layers, others):
+    params = rough_params(config.make)
+    found = maps(config, params, [2, 9, TOKENS - 1])
+    assert found.shape == (layers, 1, 2, 3, TOKENS + others)
+    np.testing.assert_allclose(found[..., :2, :].sum(axis=-1), 1, atol=1e-5)
+    assert (found[..., 0, 8:TOKENS] == 0).all()
+    assert (found[..., 1, :8] == 0).all()
+    assert (found[..., 2, :] == 0).all()  # padding
+    assert found[..., 0, :8].max() > found[..., 0, :8].min()
+
+
+def test_a_map_shows_what_a_layer_does_not_see():
+    config = dataclasses.replace(CONFIG, pattern=(SpaceOnly(), CausalFrames()))
+    found = maps(config, rough_params(config.make), list(range(8)))[:, 0, :, :, :8]
+    assert (found[0][:, FRAME[:, None] != FRAME] == 0).all()
+    assert (found[0][:, FRAME[:, None] == FRAME] > 0).all()
+    assert (found[1][:, FRAME[:, None] < FRAME] == 0).all()
+    assert (found[1][:, FRAME[:, None] >= FRAME] > 0).all()
+
+
+def test_a_model_that_was_watched_predicts_as_before():
+    params, given = rough_params(CONFIG.make), batch((0, 1))
+    before = predict(params, given, CONFIG)
+    dit = nnx.merge(graph_of(CONFIG.make), params)
+    maps(CONFIG, params, [0])
+    assert dit.attention == nnx.merge(graph_of(CONFIG.make), params).attention
+    assert graph_of(CONFIG.make) == graph_of(CONFIG.make)
+    np.testing.assert_array_equal(jax.block_until_ready(predict(params, given, CONFIG)), before)
+
+
+def test_queries_name_tokens_of_a_row():
+    with pytest.raises(UserError, match="0 to 17"):
+        maps(CONFIG, rough_params(CONFIG.make), [18])

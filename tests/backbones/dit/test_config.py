@@ -1,0 +1,156 @@
+"""The shapes of denoisers: what is filled in, what is refused, what is read of earlier files."""
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors
+
+from dit_video.backbones.dit import (
+    ClassLabels,
+    CrossAttention,
+    DitConfig,
+    EndDistances,
+    Factorised,
+    JointAttention,
+    NoContext,
+    SineCosine,
+    Temporal,
+)
+from dit_video.backbones.wan import WanDitConfig
+from dit_video.core import config_json
+from dit_video.core.errors import UserError
+from dit_video.core.trees import flatten, size
+from dit_video.nn import param_shapes
+from dit_video.nn.attention import RelativeBias, SlidingWindow, SpaceOnly, SparseCausal, TimeOnly
+from dit_video.tokens import Grid, Rotary3d
+
+CONFIG = DitConfig(channels=2, context_width=6, width=24, layers=2, heads=2, mlp_ratio=2.0)
+SHAPES = Path(__file__).resolve().parents[2] / "experiments" / "pretrained" / "shapes"
+
+
+def made(**fields) -> DitConfig:
+    return DitConfig(**{"channels": 2, "context_width": 6, "width": 24, "heads": 2} | fields)
+
+
+def test_what_is_filled_in():
+    assert CONFIG.token_width == 8
+    assert CONFIG.rotary == Rotary3d(split=(4, 4, 4))
+    assert CONFIG.absolute_position == EndDistances()
+    assert made(given_channels=3).given_width == 12
+
+
+def test_what_a_layer_costs_is_counted_from_who_sees_whom():
+    grid = Grid(5, 2, 3)
+    whole, space, time = 30.0**2, 5 * 6.0**2, 6 * 5.0**2
+    assert made(layers=3).pairs(grid) == whole
+    assert made(layers=4, pattern=(SpaceOnly(), TimeOnly())).pairs(grid) == (space + time) / 2
+    latte = made(layers=4, pattern=SpaceOnly(), temporal=Temporal(every=2))
+    assert latte.pairs(grid) == space + time / 2
+    spatial = made(layers=4, pattern=SpaceOnly())
+    assert latte.matrices == spatial.matrices + (4 + 2 * latte.mlp_ratio) / 2
+    wan = WanDitConfig(channels=4, context_width=6, width=16, hidden_width=24, layers=2, heads=2, time_width=8)
+    assert wan.pairs(grid) == whole
+
+
+def test_names_of_earlier_versions():
+    assert made(absolute_position="sinusoidal") == made()
+    assert made(rotary=None) == made()
+    assert made(absolute_position="none") == made(absolute_position=None)
+
+
+def test_the_shipped_model_is_one_of_the_default_options():
+    written = json.loads((SHAPES / "pipeline.json").read_text())["config"]["dit"]
+    config = config_json.from_json(written)
+    assert config == DitConfig(channels=8, context_width=64, width=176, layers=4, heads=4)
+    with safetensors.safe_open(SHAPES / "denoiser.safetensors", framework="np") as file:
+        held = {
+            name.removeprefix("dit/"): tuple(file.get_slice(name).get_shape())
+            for name in file.keys()  # noqa: SIM118  (the file isn't a dictionary)
+            if name.startswith("dit/")
+        }
+    assert held == {path: leaf.shape for path, leaf in flatten(param_shapes(config.make)).items()}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CONFIG,
+        made(rotary="none", absolute_position=None, context=CrossAttention(pooled=False)),
+        made(context=JointAttention(), absolute_position=Factorised(sizes=(4, 5, 6)), registers=2),
+        made(context=NoContext(), context_width=0, labels=ClassLabels(classes=7), absolute_position=SineCosine()),
+        made(rotary=Rotary3d(split=(4, 4, 4), scale=(0.5, 1.0, 1.0), stretch=(1.0, 2.0, 2.0)), time="token"),
+        made(pattern=(SpaceOnly(), TimeOnly()), relative_bias=RelativeBias(), registers=1),
+        made(pattern=SpaceOnly(), temporal=Temporal(every=3, layers=2)),
+        WanDitConfig.ti2v_5b(pattern=SlidingWindow(radius=(1, None, None))),
+    ],
+)
+def test_configs_survive_json(config):
+    assert config_json.from_json(json.loads(json.dumps(config_json.to_json(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("make", "billions"),
+    [
+        (DitConfig.small, 0.033),
+        (DitConfig.base, 0.13),
+        (DitConfig.large, 0.42),
+        (DitConfig.extra_large, 0.62),
+        (DitConfig.billion_1, 1.1),
+        (DitConfig.billion_5, 5.0),
+        (DitConfig.billion_14, 14.0),
+        (WanDitConfig.t2v_1_3b, 1.42),
+        (WanDitConfig.t2v_14b, 14.3),
+        (WanDitConfig.i2v_14b, 16.4),
+        (WanDitConfig.ti2v_5b, 5.0),
+    ],
+)
+def test_sizes(make, billions):
+    config = make(channels=16, context_width=4096)
+    assert size(param_shapes(config.make)) == pytest.approx(billions * 1e9, rel=0.05)
+    assert make(channels=16, context_width=4096, layers=1).layers == 1
+
+
+def test_the_cost_of_a_layer():
+    assert made(mlp_ratio=4.0).matrices == 14
+    assert made(mlp_ratio=4.0, mlp="swiglu").matrices == 18
+    assert made(mlp_ratio=4.0, context=JointAttention()).matrices == 12
+    assert WanDitConfig(width=128, heads=1, hidden_width=512).matrices == 14
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: made(heads=0), "its 0 heads, at least 1"),
+        (lambda: made(width=25), "width 25 must be divisible by its 2 heads"),
+        (lambda: made(rotary=Rotary3d(split=(4, 4, 6))), r"rotary split \(4, 4, 6\) .* head width 12"),
+        (lambda: made(width=10), "head width 5"),
+        (lambda: Rotary3d(split=(4, 4, 4), scale=(1.0, 0.0, 1.0)), "must be positive"),
+        (lambda: Rotary3d(split=(4, 4, 4), stretch=(1.0, -2.0, 1.0)), "must be positive"),
+        (lambda: made(width=3, heads=3, rotary="none", absolute_position=SineCosine()), "even width, not 3"),
+        (lambda: Factorised(sizes=(1, 4, 4)), "2 entries or more"),
+        (lambda: made(registers=-1), "registers must be 0 or more, not -1"),
+        (lambda: made(given_channels=-1), "given_channels must be 0 or more"),
+        (lambda: made(context=NoContext()), "context_width of 6 does not go with NoContext"),
+        (lambda: made(context_width=0), "context_width of 0 does not go with CrossAttention"),
+        (lambda: ClassLabels(classes=0), "1 class or more, not 0"),
+        (lambda: made(layers=3, pattern=(SpaceOnly(), TimeOnly())), "3 layers cannot take 2 patterns in turn"),
+        (lambda: made(pattern=()), "cannot take 0 patterns"),
+        (lambda: made(attention="splash", pattern=SparseCausal()), "splash attention cannot do SparseCausal"),
+        (lambda: made(attention="tokamax", pattern=SpaceOnly(), registers=1), "cannot do WithPlaceless"),
+        (lambda: made(attention="cudnn", relative_bias=RelativeBias()), "cudnn attention cannot add a bias"),
+        (lambda: made(temporal=Temporal()), r"set pattern=SpaceOnly\(\), not Full"),
+        (lambda: made(temporal=Temporal(), pattern=SpaceOnly(), registers=1), "registers and joint attention join"),
+        (lambda: made(temporal=Temporal(every=4), pattern=SpaceOnly()), "6 layers cannot have .* after every 4"),
+        (lambda: Temporal(layers=0), "1 temporal one or more, not 0 after 1"),
+        (lambda: WanDitConfig(layers=4, pattern=(SpaceOnly(), TimeOnly(), SpaceOnly())), "cannot take 3 patterns"),
+        (lambda: WanDitConfig(attention="splash", pattern=SparseCausal()), "splash attention cannot do SparseCausal"),
+        (lambda: WanDitConfig(width=36, heads=5), "divisible by its 5 heads"),
+        (lambda: WanDitConfig(width=36, heads=12), "each an even part"),
+        (lambda: WanDitConfig(text_length=0), "1 token or more, not 0"),
+        (lambda: WanDitConfig(image_positions=514), "need an image_width"),
+    ],
+)
+def test_what_is_refused(make, message):
+    with pytest.raises(UserError, match=message):
+        make()

@@ -1,0 +1,144 @@
+"""Models made of trained ones: as they were, until what is new is trained."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dit_video.backbones.dit import (
+    ClassLabels,
+    DitConfig,
+    EndDistances,
+    JointAttention,
+    SineCosine,
+    Temporal,
+    image_to_video,
+    with_given,
+)
+from dit_video.backbones.wan import WanDitConfig
+from dit_video.core.errors import UserError
+from dit_video.core.trees import flatten, map_with_path
+from dit_video.nn import init_params
+from dit_video.nn.attention import SpaceOnly, TimeOnly
+from dit_video.training.optim.optimizer import OptimizerConfig
+from support.packed_rows import CLASSES, FIRST, GIVEN_WIDTH, TEXT_WIDTH, batch, predict, run
+from support.rough import rough_params
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+IMAGE = DitConfig(channels=2, context_width=TEXT_WIDTH, width=24, layers=2, heads=2, mlp_ratio=2.0)
+WAN = WanDitConfig(
+    channels=2, context_width=TEXT_WIDTH, text_length=5, width=24, hidden_width=40, layers=2, heads=2, time_width=32
+)
+KEY = jax.random.key(0)
+
+
+def as_images(given):
+    """The first clip's two frames as two images, with its text and time."""
+    halves = jnp.where(jnp.arange(18) < 4, 1, jnp.where(jnp.arange(18) < 8, 2, 0))[None]
+    return given._replace(
+        segments=halves,
+        coordinates=given.coordinates * jnp.asarray([0.0, 1.0, 1.0]),
+        time=given.time.at[:, 1].set(given.time[:, 0]),
+        labels=given.labels.at[:, 1].set(given.labels[:, 0]),
+        context=given.context.at[:, 3:6].set(given.context[:, :3]),
+        context_segments=jnp.asarray([[1, 1, 1, 2, 2, 2, 0]]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "temporal"),
+    [
+        (dataclasses.replace(IMAGE, absolute_position=EndDistances()), Temporal()),
+        (
+            # As DiT-XL/2's image models are.
+            dataclasses.replace(
+                IMAGE,
+                absolute_position=SineCosine(),
+                rotary="none",
+                modulation="own",
+                labels=ClassLabels(classes=CLASSES),
+            ),
+            Temporal(every=2, layers=3),
+        ),
+    ],
+    ids=["alternating", "in a block"],
+)
+def test_a_fresh_video_model_is_the_image_model_of_every_frame(config, temporal):
+    params, given = rough_params(config.make), batch((0,))
+    video, grown = image_to_video(config, params, temporal, KEY)
+    expected = predict(params, as_images(given), config)[:, FIRST]
+    found, gradients, _ = run(grown, given, video)
+    np.testing.assert_allclose(found[:, FIRST], expected, atol=1e-6)
+    assert np.abs(expected).max() > 0.1
+    # What is new learns, and once it has learned frames know of each other.
+    new = {path for path in flatten(grown) if path not in flatten(params)}
+    for path in ("temporal_blocks/out/kernel", "temporal_blocks/down/kernel", "temporal_position/kernel"):
+        assert np.abs(flatten(gradients)[path]).max() > 1e-3
+    rough = flatten(rough_params(video.make))
+    trained = map_with_path(lambda path, leaf: rough[path] if path in new else leaf, grown)
+    before = predict(trained, given, video)
+    after = predict(trained, given._replace(noisy=given.noisy.at[:, 0].add(1.0)), video)
+    assert np.abs(after - before)[0, 4].max() > 1e-3  # the same place in the second frame
+
+
+def test_temporal_layers_alone_are_trained_by_their_name():
+    video, grown = image_to_video(IMAGE, rough_params(IMAGE.make), Temporal(), KEY)
+    assert video == dataclasses.replace(IMAGE, pattern=SpaceOnly(), temporal=Temporal())
+    trains = OptimizerConfig(trainable=("temporal",)).trains
+    new = {path for path in flatten(grown) if path not in flatten(rough_params(IMAGE.make))}
+    assert new
+    assert {path for path in flatten(grown) if trains(path)} == new
+
+
+def test_a_video_model_from_nothing_trains_its_temporal_layers():
+    """Its gates are zero, too: of two zeros one after the other neither would ever learn."""
+    video = dataclasses.replace(IMAGE, pattern=SpaceOnly(), temporal=Temporal())
+    params = jax.jit(init_params, static_argnums=0)(video.make, KEY)
+    params["head"]["kernel"] = params["head"]["kernel"] + 0.1 * rough_params(video.make)["head"]["kernel"]
+    _, gradients, _ = run(params, batch((0,)), video)
+    assert np.abs(flatten(gradients)["temporal_blocks/out/kernel"]).max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    "config", [IMAGE, dataclasses.replace(IMAGE, given_channels=1), WAN], ids=["none", "one", "wan"]
+)
+def test_a_model_that_is_given_more_begins_as_it_was(config):
+    params, given = rough_params(config.make), batch((0, 1), ())
+    if config.given_channels:
+        old = given.latents.reshape(*given.latents.shape[:2], 4, -1)[..., :1]
+        expected = predict(params, given._replace(latents=old.reshape(*old.shape[:2], -1)), config)
+    else:
+        expected = predict(params, given, config)
+    grown_config, grown = with_given(config, params, 3)
+    assert grown_config == dataclasses.replace(config, given_channels=3)
+    assert grown_config.given_width == GIVEN_WIDTH
+    found, gradients, _ = run(grown, given, grown_config)
+    np.testing.assert_allclose(found[0, :14], expected[0, :14], atol=1e-6)
+    path = "embed/kernel" if isinstance(config, WanDitConfig) else "given/kernel"
+    assert (np.abs(flatten(gradients)[path]).max(axis=1) > 1e-4).all()
+
+
+@pytest.mark.parametrize(
+    ("grow", "message"),
+    [
+        (lambda params: image_to_video(IMAGE, params | {"more": params["head"]}, Temporal(), KEY), "more/bias has the"),
+        (lambda params: with_given(IMAGE, {"head": params["head"]}, 3), "has the shape None in the parameters"),
+        (lambda params: with_given(dataclasses.replace(IMAGE, given_channels=3), params, 3), "3 are not more"),
+        (
+            lambda params: image_to_video(dataclasses.replace(IMAGE, pattern=TimeOnly()), params, Temporal(), KEY),
+            "is no image model",
+        ),
+        (
+            lambda params: image_to_video(
+                dataclasses.replace(IMAGE, context=JointAttention()), params, Temporal(), KEY
+            ),
+            "temporal layers go with neither",
+        ),
+    ],
+)
+def test_what_is_refused(grow, message):
+    with pytest.raises(UserError, match=message):
+        grow(rough_params(IMAGE.make))

@@ -1,0 +1,99 @@
+"""Patterns through a whole denoiser: which token influences which, and the same as with masks that are written out."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dit_video.backbones.dit import DitConfig, JointAttention
+from dit_video.backbones.wan import WanDitConfig
+from dit_video.nn.attention import CausalFrames, Chosen, SlidingWindow, SpaceOnly, SparseCausal, TimeOnly
+from support.packed_rows import FIRST, TEXT_WIDTH, TOKENS, assert_trees_are_close, batch, predict, run
+from support.rough import rough_params
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+CONFIG = DitConfig(channels=2, context_width=TEXT_WIDTH, width=24, layers=2, heads=2, mlp_ratio=2.0)
+WAN = WanDitConfig(
+    channels=2, context_width=TEXT_WIDTH, text_length=5, width=24, hidden_width=40, layers=2, heads=2, time_width=32
+)
+FRAME, PLACE = np.arange(8) // 4, np.arange(8) % 4
+SAME_FRAME, SAME_PLACE = FRAME[:, None] == FRAME, PLACE[:, None] == PLACE
+NOT_LATER, ALL = FRAME[:, None] >= FRAME, np.ones((8, 8), bool)
+BESIDE = {"registers": 1, "context": JointAttention()}
+"""tokens that lie in no frame, of both kinds"""
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (dataclasses.replace(CONFIG, pattern=SpaceOnly()), SAME_FRAME),
+        (dataclasses.replace(CONFIG, pattern=TimeOnly()), SAME_PLACE),
+        (dataclasses.replace(CONFIG, pattern=(SpaceOnly(), TimeOnly())), ALL),
+        (dataclasses.replace(CONFIG, pattern=SpaceOnly(), **BESIDE), ALL),
+        (dataclasses.replace(CONFIG, pattern=CausalFrames(), **BESIDE), NOT_LATER),
+        (dataclasses.replace(CONFIG, pattern=(SpaceOnly(), SparseCausal()), **BESIDE), NOT_LATER),
+        (dataclasses.replace(WAN, pattern=CausalFrames()), NOT_LATER),
+    ],
+    ids=lambda value: str(value.pattern) if hasattr(value, "pattern") else "",
+)
+def test_a_token_is_influenced_by_what_its_layers_see(config, expected):
+    params = rough_params(config.make)
+    given = batch(*[(0, 1)] * 9)
+    # The first row is as it was; in each of the others one token of the first clip is another.
+    one = jnp.arange(1, 9)
+    after = predict(params, given._replace(noisy=given.noisy.at[one, one - 1].add(1.0)), config)[:, FIRST]
+    change = np.abs(after[1:] - after[0]).max(axis=-1).T
+    assert (change[expected] > 1e-4).all()
+    assert (change[~expected] < 1e-6).all()
+
+
+@pytest.mark.parametrize(
+    ("fields", "masks"),
+    [
+        (
+            {"pattern": (SpaceOnly(), SlidingWindow(radius=(None, 0, 0))), "attention": "chunked"},
+            [lambda q, k: q[0] == k[0], lambda q, k: tuple(q[1:]) == tuple(k[1:])],
+        ),
+        ({"pattern": CausalFrames(), **BESIDE}, [lambda q, k: k[0] <= q[0]]),
+    ],
+    ids=["factorised", "causal"],
+)
+def test_patterns_are_their_dense_masks_in_values_and_gradients(monkeypatch, fields, masks):
+    config = dataclasses.replace(CONFIG, **fields)
+    params, given = rough_params(config.make), batch((0, 1), (1, 0))
+    found = run(params, given, config)
+    explicit = iter([_explicit(given, config, sees) for sees in masks])
+    monkeypatch.setattr(Chosen, "__call__", lambda self, pattern: next(explicit))
+    # Another config, so that nothing that is traced already serves; with it layers are scanned in groups.
+    expected = run(params, given, dataclasses.replace(config, remat="full"))
+    np.testing.assert_allclose(found[0][:, :14], expected[0][:, :14], atol=1e-5)
+    assert_trees_are_close(found[1], expected[1])
+    np.testing.assert_allclose(found[2], expected[2], atol=2e-5)
+
+
+def _explicit(given, config, sees):
+    """JAX's own attention with a mask that is written out, pair by pair."""
+    at, ids = np.asarray(given.coordinates), np.asarray(given.segments)
+    if config.registers:
+        ids = np.concatenate([ids, np.tile(np.arange(1, 4), (2, 1))], axis=1)
+    if isinstance(config.context, JointAttention):
+        ids = np.concatenate([ids, np.asarray(given.context_segments)], axis=1)
+
+    def visible(row, q, k):
+        if not ids[row, q] == ids[row, k] > 0:
+            return False
+        if q >= TOKENS:  # what lies nowhere sees its like, as the pattern is causal
+            return k >= TOKENS
+        return k >= TOKENS or bool(sees(at[row, q], at[row, k]))
+
+    total = range(ids.shape[1])
+    mask = np.array([[[visible(row, q, k) for k in total] for q in total] for row in range(2)])
+
+    def attend(q, k, v, _):
+        mixed = jax.nn.dot_product_attention(q, k, v, mask=jnp.asarray(mask)[:, None])
+        return jnp.where(mask.any(axis=-1)[..., None, None], mixed, 0)
+
+    return attend

@@ -1,0 +1,145 @@
+"""The denoiser from random parameters: a fresh one predicts zero whatever it computes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dit_video.backbones.denoise import packed_denoise
+from dit_video.backbones.dit import DitConfig, EndDistances
+from dit_video.core.trees import flatten
+from dit_video.nn import graph_of, init_params, param_shapes, sinusoidal
+from dit_video.tokens import Grid, coordinates, to_tokens
+from support.packed_rows import (
+    FIRST,
+    GRIDS,
+    SECOND,
+    SEGMENTS,
+    TOKENS,
+    assert_packed_is_unpacked,
+    assert_segments_are_apart,
+    assert_trees_are_close,
+    batch,
+    predict,
+    run,
+)
+from support.rough import rough_params
+
+CONFIG = DitConfig(channels=2, context_width=6, patch=Grid(1, 2, 2), width=24, layers=2, heads=2, mlp_ratio=2.0)
+
+PARAMS = rough_params(CONFIG.make)
+
+
+def test_packed_is_unpacked_in_values_and_gradients():
+    assert_packed_is_unpacked(PARAMS, CONFIG)
+
+
+def test_a_clip_sees_neither_another_nor_its_text_time_and_place_bit_for_bit():
+    assert_segments_are_apart(PARAMS, CONFIG)
+
+
+def test_padding_says_nothing_bit_for_bit():
+    given = batch((0, 1), (1,))
+    before, gradients, _ = run(PARAMS, given, CONFIG)
+    padding, text_padding = (given.segments == 0)[..., None], (given.context_segments == 0)[..., None]
+    changed = given._replace(
+        noisy=jnp.where(padding, -50.0, given.noisy),
+        coordinates=jnp.where(padding, 99.0, given.coordinates),
+        context=jnp.where(text_padding, -50.0, given.context),
+    )
+    after, after_gradients, _ = run(PARAMS, changed, CONFIG)
+    np.testing.assert_array_equal(jnp.where(padding, 0, after), jnp.where(padding, 0, before))
+    assert np.isfinite(after).all()
+    for path, gradient in flatten(gradients).items():
+        np.testing.assert_array_equal(flatten(after_gradients)[path], gradient, err_msg=path)
+
+
+def test_everything_that_is_given_counts():
+    given = batch((0, 1), ())
+    before, _, _ = run(PARAMS, given, CONFIG)
+    for changed in (
+        given._replace(time=given.time.at[0, 0].add(0.1)),
+        given._replace(context=given.context.at[0, 2, 0].add(1.0)),
+        given._replace(coordinates=given.coordinates.at[0, 3, 0].add(1.0)),
+        given._replace(noisy=given.noisy.at[0, 3, 0].add(1.0)),
+    ):
+        after, _, _ = run(PARAMS, changed, CONFIG)
+        assert (np.abs(after[0, FIRST] - before[0, FIRST]).max(axis=-1) > 1e-4).all()
+
+
+def test_the_order_of_tokens_says_nothing():
+    given = batch((0, 1), ())
+    before, _, _ = run(PARAMS, given, CONFIG)
+    order = np.concatenate([np.random.default_rng(0).permutation(8), np.arange(8, TOKENS)])
+    shuffled, _, _ = run(
+        PARAMS, given._replace(noisy=given.noisy[:, order], coordinates=given.coordinates[:, order]), CONFIG
+    )
+    np.testing.assert_allclose(shuffled[0, :14], before[0, order[:14]], atol=2e-5)
+
+
+def test_without_absolute_positions_only_differences_of_coordinates_count():
+    config = dataclasses.replace(CONFIG, absolute_position="none")
+    params = {path: leaf for path, leaf in PARAMS.items() if path != "position"}
+    assert flatten(param_shapes(config.make)).keys() == flatten(params).keys()
+    given = batch((0, 1), ())
+    moved = given._replace(coordinates=given.coordinates + jnp.asarray([3.0, -8.0, 20.0]))
+    predicted = jax.jit(lambda batch: predict(params, batch, config))
+    np.testing.assert_allclose(predicted(moved)[0, :14], predicted(given)[0, :14], atol=2e-5)
+    assert np.abs(run(PARAMS, moved, CONFIG)[0] - run(PARAMS, given, CONFIG)[0])[0, :14].max() > 0.01
+
+
+def test_absolute_positions_are_distances_to_the_first_and_to_the_last_token():
+    given = batch((0, 1), (1, 0))
+    found = EndDistances().features(given.coordinates, given.segments, count=SEGMENTS, width=24)
+    for place, grid in (((0, FIRST), GRIDS[0]), ((0, SECOND), GRIDS[1]), ((1, slice(6, 14)), GRIDS[0])):
+        at = coordinates(grid)
+        both = jnp.asarray(np.concatenate([at, np.asarray(grid, np.float32) - 1 - at], axis=-1))
+        np.testing.assert_allclose(found[place], sinusoidal(both, 32, period=100.0).reshape(len(at), -1), atol=1e-6)
+
+
+def test_a_fresh_denoiser_predicts_zero_and_learns():
+    fresh = jax.jit(init_params, static_argnums=0)(CONFIG.make, jax.random.key(0))
+    prediction, gradients, _ = run(fresh, batch((0, 1), ()), CONFIG)
+    assert not prediction.any()
+    assert np.abs(gradients["head"]["kernel"]).max() > 1e-3
+
+
+def test_remat_and_chunks_change_nothing():
+    config = dataclasses.replace(CONFIG, remat="full", attention="chunked")
+    given = batch((0, 1), ())
+    expected, found = run(PARAMS, given, CONFIG), run(PARAMS, given, config)
+    np.testing.assert_allclose(found[0], expected[0], atol=2e-5)
+    assert_trees_are_close(found[1], expected[1])
+
+
+def test_bfloat16_products_of_float32_parameters():
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    given = batch((0, 1), ())
+    exact, _, _ = run(PARAMS, given, CONFIG)
+    found = jax.jit(lambda params: predict(params, given, config))(PARAMS)
+    assert found.dtype == jnp.float32
+    error = np.abs(found - exact)[0, :14].mean() / np.abs(exact)[0, :14].mean()
+    assert 1e-4 < error < 0.05
+    assert {leaf.dtype for leaf in jax.tree.leaves(param_shapes(config.make))} == {jnp.dtype("float32")}
+
+
+def test_denoise_takes_the_time_of_every_token():
+    given = batch((0, 1), ())
+
+    @jax.jit
+    def denoised(time):
+        denoise = packed_denoise(
+            nnx.merge(graph_of(CONFIG.make), PARAMS),
+            segments=given.segments,
+            coordinates=given.coordinates,
+            context=given.context,
+            context_segments=given.context_segments,
+            count=SEGMENTS,
+        )
+        return denoise(given.noisy, time)
+
+    time = jnp.where(given.segments > 0, to_tokens(given.time, given.segments), 0.123)
+    expected, _, _ = run(PARAMS, given, CONFIG)
+    np.testing.assert_allclose(denoised(time)[0, :14], expected[0, :14], atol=1e-5)

@@ -1,0 +1,254 @@
+"""Every option of a denoiser keeps what holds for the default: packed is unpacked, and segments are apart."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dit_video.backbones.denoise import packed_denoise
+from dit_video.backbones.dit import (
+    ClassLabels,
+    CrossAttention,
+    DitConfig,
+    Factorised,
+    Given,
+    ImageSineCosine,
+    JointAttention,
+    NoContext,
+    PooledContext,
+    SineCosine,
+    Temporal,
+    TimeEmbedding,
+)
+from dit_video.backbones.wan import WanDitConfig
+from dit_video.core.errors import UserError
+from dit_video.core.trees import flatten
+from dit_video.nn import graph_of, init_params, param_shapes
+from dit_video.nn.attention import CausalFrames, RelativeBias, SlidingWindow, SpaceOnly, SparseCausal, TimeOnly
+from dit_video.tokens import Rotary3d
+from support.packed_rows import (
+    CLASSES,
+    FIRST,
+    IMAGE_WIDTH,
+    SECOND,
+    SEGMENTS,
+    TEXT_WIDTH,
+    assert_packed_is_unpacked,
+    assert_segments_are_apart,
+    batch,
+    predict,
+)
+from support.rough import rough_params
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+CONFIG = DitConfig(channels=2, context_width=TEXT_WIDTH, width=24, layers=2, heads=2, mlp_ratio=2.0)
+WAN = WanDitConfig(
+    channels=2, context_width=TEXT_WIDTH, text_length=5, width=24, hidden_width=40, layers=2, heads=2, time_width=32
+)
+OPTIONS = {
+    "sine-cosine, no norm": {"absolute_position": SineCosine(), "rotary": "none", "qk_norm": "none"},
+    "factorised, full norm": {"absolute_position": Factorised(sizes=(3, 4, 5)), "rotary": "none", "qk_norm": "full"},
+    "rotary, own modulation": {
+        "absolute_position": None,
+        "rotary": Rotary3d(split=(2, 6, 4), scale=(0.5, 1.0, 1.0), stretch=(1.0, 2.0, 2.0)),
+        "modulation": "own",
+    },
+    "joint": {"context": JointAttention()},
+    "pooled, labels": {
+        "context": PooledContext(),
+        "labels": ClassLabels(classes=CLASSES),
+        "absolute_position": ImageSineCosine(side=2),
+        "variance": "dropped",
+        "time_embedding": TimeEmbedding(scale=1.0, period=100.0, reversed=True),
+        "mlp_norm_eps": 0.1,
+    },
+    "parallel": {"order": "parallel", "mlp": "swiglu", "bias": False},
+    "registers, not pooled": {
+        "registers": 2,
+        "context": CrossAttention(pooled=False),
+        "pattern": SlidingWindow(radius=(None, 0, 1)),
+    },
+    "token time, factorised": {
+        "time": "token",
+        "given_channels": 3,
+        "pattern": (SpaceOnly(), TimeOnly()),
+        "attention": "chunked",
+    },
+    "temporal": {"pattern": SpaceOnly(), "temporal": Temporal(every=2), "modulation": "own"},
+    "most": {
+        "context": JointAttention(pooled=False),
+        "order": "parallel",
+        "modulation": "own",
+        "time": "token",
+        "given_channels": 3,
+        "registers": 1,
+        "pattern": (CausalFrames(), SparseCausal()),
+        "relative_bias": RelativeBias(buckets=(4, 4, 4), distance=(None, None, None)),
+        "labels": ClassLabels(classes=CLASSES),
+    },
+}
+"""options that do not touch each other are tested together, to compile less"""
+WANS = {
+    "wan with images": {"given_channels": 3, "image_width": IMAGE_WIDTH, "image_positions": 4},
+    "wan with a time per token": {"time": "token", "pattern": (TimeOnly(), SpaceOnly())},
+}
+CONFIGS = {name: dataclasses.replace(CONFIG, **fields) for name, fields in OPTIONS.items()}
+CONFIGS |= {name: dataclasses.replace(WAN, **fields) for name, fields in WANS.items()}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_is_unpacked_and_segments_are_apart(name):
+    config = CONFIGS[name]
+    params = rough_params(config.make)
+    assert_packed_is_unpacked(params, config)
+    assert_segments_are_apart(params, config)
+
+
+def test_class_labels_alone():
+    config = dataclasses.replace(
+        CONFIG, context=NoContext(), context_width=0, labels=ClassLabels(classes=CLASSES), time="token"
+    )
+    params = rough_params(config.make)
+    assert not any(path.startswith("context") or "cross" in path for path in flatten(params))
+    given = batch((0, 1), ())
+    before = predict(params, given, config)
+    np.testing.assert_array_equal(predict(params, given._replace(context=5 - given.context), config), before)
+    after = predict(params, given._replace(labels=given.labels.at[0, 0].set(CLASSES)), config)
+    assert np.abs(after[0, FIRST] - before[0, FIRST]).max() > 1e-3
+    np.testing.assert_array_equal(after[0, SECOND], before[0, SECOND])
+    none = predict(params, given._replace(labels=given.labels.at[0, 0].set(CLASSES + 1)), config)
+    assert np.isnan(none[0, FIRST]).all()
+    unlabelled = dataclasses.replace(config, labels=None)
+    assert np.isfinite(predict(rough_params(unlabelled.make), given, unlabelled)).all()
+
+
+@pytest.mark.parametrize("name", ["joint", "rotary, own modulation"])
+def test_fresh_denoisers_predict_zero(name):
+    config = CONFIGS[name]
+    fresh = jax.jit(init_params, static_argnums=0)(config.make, jax.random.key(0))
+    assert not predict(fresh, batch((0, 1), (1, 0)), config).any()
+
+
+@pytest.mark.parametrize("name", ["token time, factorised", "wan with a time per token"])
+def test_one_time_for_all_tokens_is_the_time_of_the_segment(name):
+    config = CONFIGS[name]
+    params = rough_params(config.make)
+    given = batch((0, 1), ())
+    same = given._replace(token_time=jnp.where(given.segments == 1, given.time[:, :1], given.time[:, 1:2]))
+    single = dataclasses.replace(config, time="segment")
+    np.testing.assert_allclose(predict(params, same, config)[0, :14], predict(params, same, single)[0, :14], atol=1e-5)
+    assert np.abs(predict(params, given, config) - predict(params, same, config))[0, FIRST].max() > 1e-3
+
+
+def test_denoise_gives_every_token_its_time():
+    config = CONFIGS["wan with a time per token"]
+    params = rough_params(config.make)
+    given = batch((0, 1), ())
+    denoise = packed_denoise(
+        nnx.merge(graph_of(config.make), params),
+        segments=given.segments,
+        coordinates=given.coordinates,
+        context=given.context,
+        context_segments=given.context_segments,
+        count=SEGMENTS,
+    )
+    expected = predict(params, given, config)
+    found = jax.jit(denoise)(given.noisy, given.token_time)
+    np.testing.assert_allclose(found[0, :14], expected[0, :14], atol=1e-5)
+
+
+def test_wans_texts_are_padded_with_zeros_that_are_seen():
+    """Zeros in the place of padding change nothing; a longer padding does."""
+    params = rough_params(WAN.make)
+    given = batch((1,))
+    segments = given.context_segments.at[0, 2:5].set(1)
+    explicit = given._replace(context=given.context.at[0, 2:5].set(0), context_segments=segments)
+    expected = predict(params, given, WAN)
+    np.testing.assert_allclose(predict(params, explicit, WAN)[0, :6], expected[0, :6], atol=1e-5)
+    longer = predict(params, given, dataclasses.replace(WAN, text_length=9))
+    assert np.abs(longer - expected)[0, :6].max() > 1e-3
+
+
+def test_a_text_longer_than_wans_padding_is_not_cut_in_silence():
+    params = rough_params(WAN.make)
+    found = predict(params, batch((0, 1), ()), dataclasses.replace(WAN, text_length=2))
+    assert np.isnan(found[0, FIRST]).all()
+    assert np.isfinite(found[0, SECOND]).all()
+
+
+def test_what_is_given_is_what_the_config_says():
+    params = rough_params(CONFIG.make)
+    model, given = nnx.merge(graph_of(CONFIG.make), params), batch((0, 1), ())
+    rows = {
+        "segments": given.segments,
+        "coordinates": given.coordinates,
+        "context": given.context,
+        "context_segments": given.context_segments,
+    }
+    with pytest.raises(UserError, match="does not take labels"):
+        model(given.noisy, given.time, **rows, given=Given(labels=given.labels))
+    wan = CONFIGS["wan with images"]
+    model = nnx.merge(graph_of(wan.make), rough_params(wan.make))
+    with pytest.raises(UserError, match="needs latents"):
+        model(given.noisy, given.time, **rows)
+
+
+def test_parameters_of_options():
+    def paths(name):
+        return flatten(param_shapes(CONFIGS[name].make)).keys()
+
+    assert not any(path.endswith("_norm/scale") for path in paths("sine-cosine, no norm"))
+    assert "blocks/gate/kernel" in paths("parallel")
+    assert not any(path.startswith("blocks") and path.endswith("bias") for path in paths("parallel"))
+    assert {"blocks/video/own/kernel", "blocks/context/own/kernel"} <= paths("most")
+    assert param_shapes(CONFIGS["factorised, full norm"].make)["blocks"]["query_norm"]["scale"].shape == (2, 24)
+
+
+def test_interpolated_positions_are_those_of_a_smaller_clip():
+    stretched = dataclasses.replace(
+        CONFIG, absolute_position=None, rotary=Rotary3d(split=(4, 4, 4), scale=(0.5, 0.25, 1.0))
+    )
+    plain = dataclasses.replace(stretched, rotary="even")
+    params, given = rough_params(plain.make), batch((0, 1), ())
+    larger = given._replace(coordinates=given.coordinates * jnp.asarray([2.0, 4.0, 1.0]))
+    np.testing.assert_allclose(
+        predict(params, larger, stretched)[0, :14], predict(params, given, plain)[0, :14], atol=1e-5
+    )
+
+
+def test_factorised_positions_are_fractions_of_the_clip():
+    config = CONFIGS["factorised, full norm"]
+    params, given = rough_params(config.make), batch((0, 1), ())
+    larger = given._replace(coordinates=7 * given.coordinates)
+    np.testing.assert_allclose(
+        predict(params, larger, config)[0, :14], predict(params, given, config)[0, :14], atol=1e-5
+    )
+
+
+def test_a_variance_comes_beside_the_prediction():
+    dropped = CONFIGS["pooled, labels"]
+    params, given = rough_params(dropped.make), batch((0, 1), ())
+    both = predict(params, given, dataclasses.replace(dropped, variance="predicted"))
+    assert both.shape == (*given.noisy.shape[:2], 2 * dropped.token_width)
+    halves = both.reshape(*both.shape[:2], dropped.patch.volume, 2, dropped.channels)
+    expected = predict(params, given, dropped)
+    np.testing.assert_array_equal(halves[:, :, :, 0].reshape(expected.shape)[0, :14], expected[0, :14])
+    assert np.std(halves[0, :14, :, 1]) > 0.1
+
+
+def test_a_reversed_time_reverses_the_velocity():
+    config = CONFIGS["pooled, labels"]
+    params, given = rough_params(config.make), batch((0, 1), ())
+    forward = dataclasses.replace(config, time_embedding=TimeEmbedding(scale=1.0, period=100.0))
+    expected = -predict(params, given._replace(time=1 - given.time), forward)
+    np.testing.assert_allclose(predict(params, given, config)[0, :14], expected[0, :14], atol=1e-5)
+
+
+@pytest.mark.parametrize("fields", [{"scale": 0.0}, {"period": -1.0}])
+def test_time_embeddings_that_are_none(fields):
+    with pytest.raises(UserError, match="positive scale and period"):
+        TimeEmbedding(**fields)

@@ -1,0 +1,58 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dit_video.backbones.dit.positions import AxisTables, Factorised, ImageSineCosine, SineCosine
+from dit_video.core.errors import UserError
+from dit_video.nn import sinusoidal
+from dit_video.tokens import even_split, to_tokens
+from support.packed_rows import SEGMENTS, batch
+
+GIVEN = batch((0, 1), (1, 0))
+
+
+def test_sines_and_cosines_of_each_axis_side_by_side():
+    found = SineCosine(period=50.0).features(GIVEN.coordinates, GIVEN.segments, count=SEGMENTS, width=20)
+    assert found.shape == (2, 18, 20)
+    start = 0
+    for axis, width in enumerate(even_split(20)):
+        expected = sinusoidal(GIVEN.coordinates[..., axis], width, period=50.0)
+        np.testing.assert_array_equal(found[..., start : start + width], expected)
+        start += width
+
+
+def test_narrow_widths_leave_axes_out():
+    found = SineCosine().features(GIVEN.coordinates, GIVEN.segments, count=SEGMENTS, width=4)
+    np.testing.assert_array_equal(found, sinusoidal(GIVEN.coordinates[..., 0], 4))
+
+
+def test_an_images_columns_go_first_and_cover_what_was_trained():
+    found = ImageSineCosine(side=4).features(GIVEN.coordinates, GIVEN.segments, count=SEGMENTS, width=16)
+    side = jnp.asarray([4 / 2, 4 / 3])  # of 1x2x3: rows are twice as far apart as trained, columns 4/3
+    for start, axis, stretch in ((0, 2, side[1]), (8, 1, side[0])):
+        angles = stretch * GIVEN.coordinates[0, 8:14, axis, None] * 10_000.0 ** -(jnp.arange(4) / 4)
+        np.testing.assert_allclose(found[0, 8:14, start : start + 4], jnp.sin(angles), atol=1e-6)
+        np.testing.assert_allclose(found[0, 8:14, start + 4 : start + 8], jnp.cos(angles), atol=1e-6)
+    with pytest.raises(UserError, match="divisible by 4, not 6"):
+        ImageSineCosine().check(6)
+    with pytest.raises(UserError, match="1 token high"):
+        ImageSineCosine(side=0)
+
+
+def test_fractions_go_from_the_first_to_the_last_token():
+    found = Factorised().features(GIVEN.coordinates, GIVEN.segments, count=SEGMENTS, width=8)
+    extents = jnp.asarray([[1.0, 1.0, 1.0], [1.0, 1.0, 2.0]])  # of 2x2x2 and 1x2x3: a single frame is at 0
+    expected = GIVEN.coordinates[0, :14] / to_tokens(extents[None], GIVEN.segments[:1])[0, :14]
+    np.testing.assert_allclose(found[0, :14], expected, rtol=1e-6)
+    assert (found >= 0).all()
+    assert (found <= 1).all()
+
+
+def test_tables_are_read_between_their_entries():
+    tables = AxisTables((2, 3, 5), 4, rngs=nnx.Rngs(jax.random.key(0)))
+    at = jnp.asarray([[[0.0, 0.5, 0.125], [1.0, 1.0, 1.0]]])
+    t, h, w = tables.t[...], tables.h[...], tables.w[...]
+    expected = np.stack([t[0] + h[1] + (w[0] + w[1]) / 2, t[1] + h[2] + w[4]])
+    np.testing.assert_allclose(tables(at)[0], expected, atol=1e-6)

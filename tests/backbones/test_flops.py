@@ -1,0 +1,78 @@
+"""FLOPs counted from configs, against XLA's count of the program, which is lowered but never compiled or run."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from dit_video.backbones.dit import DitConfig, JointAttention, Temporal
+from dit_video.backbones.flops import attention_flops, forward_flops, training_flops
+from dit_video.backbones.wan import WanDitConfig
+from dit_video.core.errors import UserError
+from dit_video.nn import graph_of, param_shapes
+from dit_video.nn.attention import SpaceOnly
+from dit_video.tokens import Grid
+
+WIDE = {"width": 1024, "layers": 2, "heads": 8, "attention": "dense"}
+MODELS = {
+    "cross": (DitConfig(channels=16, context_width=256, **WIDE), 192, 64),
+    "joint, swiglu, own": (
+        DitConfig(channels=16, context_width=256, context=JointAttention(), mlp="swiglu", modulation="own", **WIDE),
+        192,
+        64,
+    ),
+    "registers": (DitConfig(channels=16, context_width=256, registers=64, **WIDE), 128, 64),
+    "wan": (WanDitConfig(context_width=256, hidden_width=4096, text_length=64, **WIDE), 192, 64),
+}
+
+
+def by_xla(config, tokens: int, text: int, *, backward: bool) -> float:
+    graph, shapes = graph_of(config.make), param_shapes(config.make)
+
+    def loss(params, row):
+        return nnx.merge(graph, params)(**row).sum()
+
+    ids = jnp.ones((1, tokens), jnp.int32)
+    row = {
+        "noisy": jax.ShapeDtypeStruct((1, tokens, config.token_width), jnp.float32),
+        "time": jax.ShapeDtypeStruct((1, 1), jnp.float32),
+        "segments": ids,
+        "coordinates": jax.ShapeDtypeStruct((1, tokens, 3), jnp.float32),
+        "context": jax.ShapeDtypeStruct((1, text, config.context_width), jnp.float32),
+        "context_segments": jnp.ones((1, text), jnp.int32),
+    }
+    run = jax.value_and_grad(loss) if backward else loss
+    return jax.jit(run).lower(shapes, row).cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_count_is_xlas(name, backward):
+    config, tokens, text = MODELS[name]
+    counted = (training_flops if backward else forward_flops)(config, [tokens], [text])
+    assert by_xla(config, tokens, text, backward=backward) == pytest.approx(counted, rel=0.02)
+
+
+def test_clips_of_a_row_do_not_attend_to_each_other():
+    config = MODELS["cross"][0]
+    apart, together = (attention_flops(config, clips, texts) for clips, texts in (([8, 8], [4, 4]), ([16], [8])))
+    assert together == 2 * apart
+    difference = forward_flops(config, [16], [4]) - 2 * forward_flops(config, [8], [2])
+    conditions = forward_flops(config, [0], [0])
+    assert difference == attention_flops(config, [16], [4]) - 2 * attention_flops(config, [8], [2]) - conditions
+
+
+def test_patterns_count_on_the_grid():
+    frames = DitConfig(channels=4, context_width=8, width=48, heads=2, pattern=SpaceOnly())
+    assert attention_flops(frames, [Grid(4, 2, 2)], [0]) == 4 * 48 * frames.layers * 4 * 16
+    both = DitConfig(channels=4, context_width=8, width=48, heads=2, pattern=SpaceOnly(), temporal=Temporal())
+    assert attention_flops(both, [Grid(4, 2, 2)], [0]) == 4 * 48 * both.layers * (4 * 16 + 4 * 16)
+    with pytest.raises(UserError, match="grid"):
+        forward_flops(frames, [16], [0])
+
+
+def test_bad_input():
+    with pytest.raises(UserError, match="2 clips need as many texts"):
+        forward_flops(MODELS["wan"][0], [4, 4], [1])
+    with pytest.raises(UserError, match="image_width"):
+        forward_flops(MODELS["wan"][0], [4], [1], images=[3])

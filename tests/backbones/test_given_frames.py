@@ -1,0 +1,43 @@
+"""What a denoiser takes of a first frame, and what training would give it."""
+
+from dataclasses import replace
+
+import pytest
+
+from dit_video.backbones.given_frames import check_given_frames
+from dit_video.conditioning import KnownFrames
+from dit_video.core.errors import UserError
+from support.tiny_wan import ANIMATING, DIT, VAE
+
+ALWAYS = KnownFrames(chance=1.0, rest="grey")
+
+
+def check(dit=ANIMATING, known=ALWAYS, image_encoder="clip", cached=True):
+    check_given_frames(dit, VAE, known, image_encoder, cached=cached)
+
+
+def test_what_fits():
+    check()
+    check(known=KnownFrames(chance=0.5))
+    check(dit=replace(ANIMATING, image_width=None), image_encoder=None)
+    check(dit=replace(ANIMATING, given_channels=0), known=KnownFrames())
+    check(dit=DIT, known=None, image_encoder=None, cached=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"known": None}, "takes given latents: say what is known"),
+        ({"known": None, "dit": replace(ANIMATING, given_channels=0)}, "say how often that is known"),
+        ({"image_encoder": None}, "name its folder with image_encoder"),
+        ({"dit": replace(ANIMATING, image_positions=20)}, "a first and a last frame"),
+        ({"cached": False}, "lie beside cached latents"),
+        ({"cached": False, "known": KnownFrames()}, "tokens lie beside cached latents"),
+        ({"dit": replace(ANIMATING, given_channels=5)}, "takes 8 given channels, a mask of 4 and the latents' 4"),
+        ({"dit": replace(ANIMATING, image_width=None)}, "leave out image_encoder"),
+        ({"dit": DIT, "image_encoder": None, "known": KnownFrames()}, "can't be told which frames are known"),
+    ],
+)
+def test_what_does_not(changes, message):
+    with pytest.raises(UserError, match=message):
+        check(**changes)

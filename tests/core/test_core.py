@@ -1,0 +1,353 @@
+"""The single files under all rooms: errors, files, rng, tree, configs, pixels."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dit_video.core import config_json, files, pixels, rng, trees
+from dit_video.core.errors import DecodeError, MissingError, UserError, script
+from dit_video.tokens import RowShape
+
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_user_error_is_one_line_and_exit_code_2(capsys):
+    @script
+    def main():
+        raise MissingError("no such run: runs/x; train it first")
+
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: no such run: runs/x; train it first\n"
+
+
+def test_ctrl_c_is_exit_code_130(capsys):
+    @script
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback():
+    @script
+    def main():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        main()
+
+
+def test_script_hands_over_arguments_and_keeps_the_name():
+    seen = []
+
+    @script
+    def train(run, *, seed):
+        """What it does."""
+        seen.append((run, seed))
+
+    train("runs/x", seed=3)
+    assert seen == [("runs/x", 3)]
+    assert (train.__name__, train.__doc__) == ("train", "What it does.")
+
+
+def test_a_closed_pipe_ends_quietly():
+    code = "from dit_video.core.errors import script\n@script\ndef main():\n    raise BrokenPipeError\nmain()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_errors_that_a_user_can_act_on():
+    assert issubclass(MissingError, UserError)
+    assert issubclass(DecodeError, UserError)
+    assert not issubclass(UserError, ValueError)  # which argument parsers catch, and print in a frame
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_an_atomic_file_appears_whole_in_a_new_folder(tmp_path):
+    with files.atomic_path(tmp_path / "new" / "clip.mp4") as temporary:
+        assert temporary.suffix == ".mp4"
+        temporary.write_bytes(b"half")
+        assert names(tmp_path / "new") == [temporary.name]
+        temporary.write_bytes(b"whole")
+    assert names(tmp_path / "new") == ["clip.mp4"]
+    assert (tmp_path / "new" / "clip.mp4").read_bytes() == b"whole"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failed_write_leaves_the_old_file(tmp_path, error):
+    path = tmp_path / "a.json"
+    files.write_text(path, "old")
+
+    def fail():
+        with files.atomic_path(path) as temporary:
+            temporary.write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_a_folder_replaces_a_folder(tmp_path):
+    for content in ("old", "new"):
+        with files.atomic_path(tmp_path / "run") as temporary:
+            temporary.mkdir()
+            (temporary / content).write_text(content)
+    assert names(tmp_path) == ["run"]
+    assert names(tmp_path / "run") == ["new"]
+
+
+def test_a_failed_folder_leaves_the_old_one(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "old").touch()
+
+    def fail():
+        with files.atomic_path(tmp_path / "run") as temporary:
+            temporary.mkdir()
+            (temporary / "half").touch()
+            raise OSError("disk")
+
+    with pytest.raises(OSError, match="disk"):
+        fail()
+    assert names(tmp_path) == ["run"]
+    assert names(tmp_path / "run") == ["old"]
+
+
+def test_json_comes_back(tmp_path):
+    value = {"prompt": "ein roter Kreis →", "frames": [1, 9], "share": 0.25, "none": None}
+    files.write_json(tmp_path / "a.json", value)
+    assert files.read_json(tmp_path / "a.json") == value
+
+
+def test_json_that_is_missing_or_broken(tmp_path):
+    with pytest.raises(MissingError, match=r"no such file: .*a\.json"):
+        files.read_json(tmp_path / "a.json")
+    for content in (b'{"half": ', b"\xff\xfe"):
+        (tmp_path / "a.json").write_bytes(content)
+        with pytest.raises(UserError, match="is not valid JSON"):
+            files.read_json(tmp_path / "a.json")
+
+
+# --- rng ------------------------------------------------------------------------------------------------------------
+
+
+def bits(keys):
+    return np.asarray(jax.random.key_data(keys))
+
+
+def test_keys_differ_by_seed_and_purpose_and_nothing_else():
+    assert (bits(rng.key(0, "noise")) == bits(rng.key(0, "noise"))).all()
+    assert (bits(rng.key(0, "noise")) != bits(rng.key(0, "time"))).any()
+    assert (bits(rng.key(0, "noise")) != bits(rng.key(1, "noise"))).any()
+
+
+def test_an_example_has_its_key_wherever_it_lies():
+    purpose = rng.key(0, "noise")
+    examples = jnp.asarray([[3, 1, 4], [1, 5, 9]], jnp.uint32)
+    keys = rng.example_keys(purpose, 7, examples)
+    assert keys.shape == (2, 3)
+    assert (bits(keys[0, 1]) == bits(keys[1, 0])).all()
+    np.testing.assert_array_equal(bits(rng.example_keys(purpose, 7, examples.T)), bits(keys.T))
+    alone = rng.example_keys(purpose, 7, jnp.asarray([9], jnp.uint32))
+    np.testing.assert_array_equal(bits(alone[0]), bits(keys[1, 2]))
+
+
+def test_keys_are_distinct_over_examples_and_steps():
+    examples = jnp.arange(200, dtype=jnp.uint32)
+    keys = [bits(rng.example_keys(rng.key(0, "noise"), step, examples)) for step in range(3)]
+    assert len({tuple(key) for key in np.concatenate(keys)}) == 600
+
+
+def test_a_traced_step_gives_the_same_keys():
+    purpose, examples = rng.key(0, "noise"), jnp.arange(4, dtype=jnp.uint32)
+    jitted = jax.jit(lambda step: jax.random.key_data(rng.example_keys(purpose, step, examples)))
+    np.testing.assert_array_equal(jitted(jnp.asarray(5)), bits(rng.example_keys(purpose, 5, examples)))
+
+
+def test_the_host_generator_is_a_function_of_its_arguments():
+    draw = lambda *arguments: rng.host(*arguments).integers(0, 2**62, 4).tolist()  # noqa: E731
+    assert draw(0, "plan", 1) == draw(0, "plan", 1)
+    assert len({tuple(draw(*a)) for a in [(0, "plan"), (0, "plan", 1), (0, "plan", 1, 2), (1, "plan"), (0, "a")]}) == 5
+
+
+# --- tree -----------------------------------------------------------------------------------------------------------
+
+
+def test_paths_of_a_tree_and_back():
+    value = {"blocks": {"attention": {"kernel": np.ones((2, 3))}, "scale": np.ones(4)}, "embed": np.zeros(())}
+    leaves = trees.flatten(value)
+    assert list(leaves) == ["blocks/attention/kernel", "blocks/scale", "embed"]
+    back = trees.unflatten(leaves)
+    assert jax.tree.structure(back) == jax.tree.structure(value)
+    assert back["blocks"]["scale"] is value["blocks"]["scale"]
+    assert trees.size(value) == 11
+
+
+def test_map_with_path():
+    value = {"a": {"b": 1}, "c": 2}
+    assert trees.map_with_path(lambda path, leaf: f"{path}={leaf}", value) == {"a": {"b": "a/b=1"}, "c": "c=2"}
+
+
+# --- configs --------------------------------------------------------------------------------------------------------
+
+
+def test_a_config_comes_back_through_json():
+    value = {
+        "row": RowShape(tokens=1, text=2, segments=3),
+        "sizes": ((17, 32, 48), (1, 32, 32)),
+        "name": "x",
+        "no": None,
+    }
+    written = json.loads(json.dumps(config_json.to_json(value)))
+    assert written["row"]["type"] == "dit_video.tokens:RowShape"
+    assert config_json.from_json(written) == value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foreign:
+    width: int = 1
+
+
+def test_what_is_no_config_is_not_written():
+    with pytest.raises(TypeError, match="outside dit_video"):
+        config_json.to_json(Foreign())
+    for value in ([1], {1}, np.ones(2), len):
+        with pytest.raises(TypeError, match="cannot hold"):
+            config_json.to_json(value)
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ({"type": "os:system"}, "outside dit_video"),
+        ({"type": "dit_videos.evil:Config"}, "outside dit_video"),
+        ({"type": "dit_video.tokens.packing:Missing"}, "does not exist in this version"),
+        ({"type": "dit_video.nowhere:Config"}, "does not exist in this version"),
+        ({"type": "dit_video.tokens.packing:pack"}, "is not a config"),
+        ({"type": "dit_video.tokens.packing:Rows"}, "is not a config"),
+        ({"type": "dit_video.core.files:os.system"}, "is not a config"),
+        ({"type": "dit_video.tokens.packing:RowShape", "tokens": 1, "text": 1}, "needs the field segments"),
+        (
+            {"type": "dit_video.tokens.packing:RowShape", "tokens": 1, "text": 1, "segments": 1, "heads": 2},
+            "has no field heads: the config is of another version",
+        ),
+        (
+            {"type": "dit_video.tokens.packing:RowShape", "tokens": "1", "text": 1, "segments": 1},
+            "tokens of RowShape must be of type int, the config gives '1'",
+        ),
+        (
+            {"type": "dit_video.tokens.packing:RowShape", "tokens": True, "text": 1, "segments": 1},
+            "must be of type int",
+        ),
+        ({"type": "dit_video.experiment:Data", "max_pixels": 1, "max_frames": 1, "fps": "x"}, "fps of Data"),
+        ({"type": "dit_video.experiment:Data", "max_pixels": 1, "max_frames": 1, "held_out": [1]}, "held_out of Data"),
+        ({"type": "dit_video.data.windows:WindowConfig", "size": [1, "a", 2], "batch": 1}, "size of WindowConfig"),
+        (
+            {
+                "type": "dit_video.backbones.dit.model:DitConfig",
+                "channels": 1,
+                "context_width": 1,
+                "absolute_position": 3,
+            },
+            "absolute",
+        ),
+        ({"type": "dit_video.training.optim.optimizer:OptimizerConfig", "kind": "sgdx"}, "kind of OptimizerConfig"),
+    ],
+)
+def test_a_config_that_cannot_be_rebuilt(written, message):
+    with pytest.raises(UserError, match=message):
+        config_json.from_json({"inside": [written]})
+
+
+# --- pixels ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_byte_survives_the_way_to_floats_and_back():
+    frames = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
+    floats = pixels.to_float(frames)
+    assert floats.dtype == np.float32
+    assert (floats.min(), floats.max()) == (-1, 1)
+    np.testing.assert_array_equal(pixels.to_uint8(floats), frames)
+
+
+def test_pixels_out_of_range_are_clipped():
+    values = np.array([[[-9, 0, 9]]], np.float32)
+    assert pixels.to_uint8(values).tolist() == [[[0, 128, 255]]]
+
+
+def test_pixels_that_are_no_numbers_are_no_picture():
+    with pytest.raises(UserError, match="1 of 3 pixel values are NaN"):
+        pixels.to_uint8(np.array([[[0.0, np.nan, 1.0]]], np.float32))
+
+
+def test_resize_keeps_a_constant_and_the_same_size():
+    frames = np.full((2, 8, 6, 3), 77, np.uint8)
+    assert pixels.resize(frames, 8, 6) is frames
+    for height, width in [(4, 3), (5, 11), (1, 1), (16, 12)]:
+        resized = pixels.resize(frames, height, width)
+        assert resized.shape == (2, height, width, 3)
+        assert (resized == 77).all()
+
+
+@pytest.mark.parametrize(
+    ("source", "target"), [((48, 64), (19, 26)), ((37, 51), (37, 20)), ((90, 16), (3, 40)), ((9, 7), (50, 61))]
+)
+def test_resize_is_a_product_with_the_filter_on_each_axis(source, target):
+    frames = np.random.default_rng(1).integers(0, 256, (2, *source, 3), np.uint8)
+    rows, columns = (
+        pixels._weights(before, after).astype(np.float64) for before, after in zip(source, target, strict=True)
+    )
+    exact = np.einsum("hH,wW,THWc->Thwc", rows, columns, frames)
+    assert np.abs(pixels.resize(frames, *target) - exact).max() < 0.5 + 1e-3
+    upright = pixels.resize(np.ascontiguousarray(frames.swapaxes(1, 2)), *target[::-1]).swapaxes(1, 2)
+    assert np.abs(upright - exact).max() < 0.5 + 1e-3
+
+
+def test_resize_in_strips(monkeypatch):
+    frames = np.random.default_rng(2).integers(0, 256, (1, 40, 30, 3), np.uint8)
+    whole = pixels.resize(frames, 21, 13)
+    monkeypatch.setattr(pixels, "_PRODUCTS", 1000)
+    np.testing.assert_allclose(pixels.resize(frames, 21, 13).astype(int), whole, atol=1)
+
+
+def test_resize_to_half_is_a_symmetric_triangle_filter():
+    frames = np.zeros((1, 1, 8, 3), np.uint8)
+    frames[:, :, 3] = 255
+    found = pixels.resize(frames, 1, 4)[0, 0, :, 0].tolist()
+    assert found == [0, round(255 * 3 / 8), round(255 / 8), 0]
+    mirrored = pixels.resize(frames[:, :, ::-1], 1, 4)[0, 0, :, 0].tolist()
+    assert mirrored == found[::-1]
+
+
+def test_resize_enlarges_linearly():
+    frames = np.array([0, 100], np.uint8).repeat(3).reshape(1, 1, 2, 3)
+    assert pixels.resize(frames, 1, 4)[0, 0, :, 0].tolist() == [0, 25, 75, 100]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 20))
+def test_resize_stays_within_the_range_of_its_input(height, width):
+    frames = np.random.default_rng(0).integers(40, 200, (1, 9, 7, 3), np.uint8)
+    resized = pixels.resize(frames, height, width)
+    assert frames.min() <= resized.min()
+    assert resized.max() <= frames.max()

@@ -1,0 +1,122 @@
+"""How a script ends on an error and on Ctrl-C."""
+
+import contextlib
+import io
+import os
+import signal
+import sys
+import time
+
+import pytest
+
+from dit_video.core.errors import Stopped, UserError, script, stop_if_interrupted
+from dit_video.training.hooks.logging import Progress
+
+
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as in a terminal: what a shell starts in the background ignores it, and these tests may be."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_user_error_is_one_line_and_exit_code_2(capsys):
+    @script
+    def main():
+        raise UserError("T=16 is not 1 + 4k for temporal stride 4; use 13 or 17")
+
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: T=16 is not 1 + 4k for temporal stride 4; use 13 or 17\n"
+
+
+def test_other_errors_keep_their_traceback():
+    @script
+    def main():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        main()
+
+
+@pytest.mark.parametrize("code", [0, 75])
+def test_a_run_that_was_stopped_ends_with_the_code_that_was_asked_for(capsys, monkeypatch, code):
+    monkeypatch.setattr(Stopped, "code", code)
+
+    @script
+    def main():
+        raise Stopped("training, by SIGTERM after step 7, which is saved")
+
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == code
+    message = "stopped: training, by SIGTERM after step 7, which is saved; the same command goes on from there"
+    assert capsys.readouterr().err.strip() == message
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_a_ctrl_c_that_falls_into_a_finalizer_still_stops_the_script(capsys):
+    class Finalized:
+        def __del__(self):
+            raise KeyboardInterrupt
+
+    waited = []
+
+    @script
+    def main():
+        Finalized()
+        for _ in range(500):
+            time.sleep(0.01)
+        waited.append("to the end")
+
+    before = sys.unraisablehook
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    assert not waited
+    assert sys.unraisablehook is before
+    assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted: started again, the same command")
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_a_ctrl_c_that_is_dropped_stops_the_script_at_its_next_progress(capsys):
+    reached = []
+
+    @script
+    def main():
+        with contextlib.suppress(KeyboardInterrupt):  # stands for compiled code that drops it
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        reached.append("dropped")
+        with Progress("work", 10, stream=io.StringIO()) as progress:
+            for step in range(10):
+                progress.update(step + 1)
+                reached.append(step)
+
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    assert reached == ["dropped"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    stop_if_interrupted()  # nothing is left of it
+    capsys.readouterr()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_other_errors_in_finalizers_do_not(capsys):
+    class Finalized:
+        def __del__(self):
+            raise ZeroDivisionError
+
+    reached = []
+
+    @script
+    def main():
+        Finalized()
+        time.sleep(0.1)
+        reached.append("the end")
+
+    main()
+    assert reached

@@ -1,0 +1,192 @@
+"""Batches of one size each: clips cover their bucket, are cropped to it, and none is lost."""
+
+import numpy as np
+import pytest
+
+from dit_video.core.errors import UserError
+from dit_video.data.bucketing.batches import BucketConfig, bucket_batches, covering
+from dit_video.data.bucketing.buckets import Memory, plan_buckets
+from dit_video.data.captions import EmbeddedTexts, TokenizedTexts
+from dit_video.data.clips import ClipInfo, ClipSource
+from dit_video.data.ingest import ingest
+from dit_video.data.loader import Reading
+from dit_video.data.sizes import SizeLimits, fit
+from dit_video.data.synthetic import shapes
+from dit_video.tokens import Grid, coordinates, token_grid, unpatchify
+from support.stand_ins import Embedder, pooled, tokenize
+
+PATCH = Grid(1, 2, 2)
+LIMITS = SizeLimits(max_pixels=32 * 48, max_frames=9, multiple=Grid(4, 16, 16))
+SIZES = (Grid(17, 32, 32), Grid(9, 32, 48), Grid(9, 48, 32), Grid(1, 32, 32))
+TEXT = 40
+
+
+def latents_of(size):
+    return Grid(1 + (size.t - 1) // 4, size.h // 8, size.w // 8)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("buckets")
+    shapes.write_folder(folder / "clips", count=24, seed=0, sizes=SIZES)
+    ingest(folder / "clips", folder / "data")
+    return ClipSource(folder / "data")
+
+
+@pytest.fixture(scope="module")
+def buckets(clips):
+    return plan_buckets(
+        np.asarray([fit(info, LIMITS) for info in clips.infos]),
+        Memory(fixed=0, per_token=1),
+        budget=36,
+        count=3,
+        devices=2,
+        tokens=lambda size: token_grid(latents_of(size), PATCH).volume,
+    )
+
+
+def taken(clips, buckets, count, encode=pooled, texts=None, intervals=None, **reading):
+    batches = bucket_batches(
+        clips,
+        texts or TokenizedTexts([info.captions for info in clips.infos], tokenize),
+        encode,
+        buckets,
+        latent_grid=latents_of,
+        channels=3,
+        limits=LIMITS,
+        patch=PATCH,
+        text=TEXT,
+        reading=Reading(batch=2, seed=0, **reading),
+        intervals=intervals,
+    )
+    found = [next(batches) for _ in range(count)]
+    batches.close()
+    return found, batches
+
+
+def test_coordinates_along_time_in_seconds(clips, buckets):
+    counted, _ = taken(clips, buckets, 3)
+    timed, _ = taken(clips, buckets, 3, intervals=[0.5] * len(clips))
+    for rows, same in zip(counted, timed, strict=True):
+        np.testing.assert_array_equal(same.coordinates, rows.coordinates * np.float32([0.5, 1, 1]))
+    assert any(rows.coordinates[..., 0].any() for rows in counted)
+
+
+def test_a_batch_has_one_size_and_no_padding(clips, buckets):
+    found, batches = taken(clips, buckets, 20)
+    sizes = {token_grid(latents_of(bucket.size), PATCH): bucket.batch for bucket in buckets.buckets}
+    seen = set()
+    for rows in found:
+        grid = next(grid for grid in sizes if grid.volume == rows.tokens.shape[1])
+        assert len(rows.tokens) == sizes[grid]
+        assert (rows.segments == 1).all()
+        assert rows.valid.all()
+        np.testing.assert_array_equal(rows.coordinates[0], coordinates(grid))
+        for row in range(len(rows.tokens)):
+            caption = bytes((rows.text[row][rows.text_segments[row] == 1] - 3).astype(np.uint8)).decode()
+            shapes.parse(caption)
+        seen |= set(rows.examples[:, 0].tolist())
+    assert len(seen) == sum(len(rows.examples) for rows in found)  # running numbers: none comes twice
+    summary = batches.summary(devices=1)
+    assert sum(bucket["examples"] for bucket in summary["buckets"]) == summary["examples"] == 24
+    assert summary["dropped"] == 0
+    assert "0 dropped" in str(batches)
+
+
+def test_clips_show_the_colour_of_their_caption(clips, buckets):
+    """The latents are of the clip whose caption stands beside them."""
+    for rows in taken(clips, buckets, 8)[0]:
+        grid = next(
+            token_grid(latents_of(bucket.size), PATCH)
+            for bucket in buckets.buckets
+            if token_grid(latents_of(bucket.size), PATCH).volume == rows.tokens.shape[1]
+        )
+        for tokens, text in zip(rows.tokens, rows.text, strict=True):
+            caption = bytes((text[text > 0] - 3).astype(np.uint8)).decode()
+            picture = unpatchify(tokens, grid, PATCH)
+            light = (picture - np.asarray(shapes.BACKGROUND)).reshape(-1, 3).max(axis=0)
+            asked = np.asarray(shapes.COLOURS[shapes.parse(caption).colour], np.float64) - shapes.BACKGROUND
+            assert light @ asked / np.linalg.norm(light) / np.linalg.norm(asked) > 0.95
+
+
+def test_resumed_and_shared_batches_are_the_same(clips, buckets):
+    whole = taken(clips, buckets, 6)[0]
+    resumed = taken(clips, buckets, 2, start_step=4)[0]
+    # The second host decodes clip by clip, in a process of its own.
+    own = ({}, {"workers": 1, "ahead_bytes": 1})
+    shares = [taken(clips, buckets, 6, host=host, hosts=2, **own[host])[0] for host in range(2)]
+    for step, rows in enumerate(whole):
+        for name, values in rows._asdict().items():
+            both = np.concatenate([getattr(share[step], name) for share in shares])
+            np.testing.assert_array_equal(both, values, err_msg=name)
+            if step >= 4:
+                np.testing.assert_array_equal(getattr(resumed[step - 4], name), values)
+
+
+def test_embeddings_stand_where_token_ids_do(clips, buckets, tmp_path):
+    (tmp_path / "seed.txt").write_text("1")
+    embedder, captions = Embedder(tmp_path), [info.captions for info in clips.infos]
+    ids, plain = taken(clips, buckets, 4)
+    # Its encoder can't be pickled to the workers, which don't need it.
+    texts = EmbeddedTexts(captions, lambda many: embedder.many(many), identity="t")
+    found, batches = taken(clips, buckets, 4, texts=texts, workers=1)
+    for rows, expected in zip(found, ids, strict=True):
+        np.testing.assert_array_equal(rows.tokens, expected.tokens)
+        assert rows.text.shape == (*expected.text.shape, 8)
+        for text, segments, words in zip(rows.text, rows.text_segments, expected.text, strict=True):
+            caption = bytes((words[words > 0] - 3).astype(np.uint8)).decode()
+            np.testing.assert_array_equal(text[segments == 1], embedder(caption))
+            assert not text[segments == 0].any()
+    assert batches.hash != plain.hash
+    other = EmbeddedTexts(captions, embedder.many, identity="u")
+    assert taken(clips, buckets, 0, texts=other)[1].hash != batches.hash
+
+
+def test_a_damaged_clip_is_masked(clips, buckets, monkeypatch):
+    whole = taken(clips, buckets, 12)[0]
+    damaged, read = clips.infos[5].name, ClipSource.__getitem__
+    monkeypatch.setattr(
+        ClipSource, "__getitem__", lambda self, index: b"x" if self.infos[index].name == damaged else read(self, index)
+    )
+    found = taken(clips, buckets, 12)[0]
+    assert sum((~rows.valid).sum() for rows in found) >= 1
+    for one, other in zip(whole, found, strict=True):
+        assert one.tokens.shape == other.tokens.shape
+        np.testing.assert_array_equal(one.tokens[other.valid[:, 0]], other.tokens[other.valid[:, 0]])
+        assert not other.tokens[~other.valid[:, 0]].any()
+
+
+def test_a_batch_of_which_nothing_can_be_read_does_not_count(clips, buckets, monkeypatch):
+    monkeypatch.setattr(ClipSource, "__getitem__", lambda self, index: b"x")
+    for rows, whole in zip(taken(clips, buckets, 3)[0], taken(clips, buckets, 3)[0], strict=True):
+        assert not rows.valid.any()
+        assert rows.tokens.shape == whole.tokens.shape
+
+
+@pytest.mark.parametrize(("height", "width"), [(480, 640), (640, 480), (33, 1000), (100, 100)])
+def test_a_clip_covers_its_bucket_in_its_own_shape(height, width):
+    info = ClipInfo("a", (), height, width, 9, 8.0, 1.0)
+    for size in (Grid(9, 32, 32), Grid(9, 32, 48), Grid(1, 16, 96)):
+        rows, columns = covering(info, size)
+        assert rows >= size.h
+        assert columns >= size.w
+        assert rows == size.h or columns == size.w
+        assert rows / columns == pytest.approx(height / width, rel=0.04)
+
+
+def test_refusals(clips, buckets):
+    with pytest.raises(UserError, match="text tokens, a row has room for 4"):
+        bucket_batches(
+            clips,
+            TokenizedTexts([info.captions for info in clips.infos], tokenize),
+            pooled,
+            buckets,
+            latent_grid=latents_of,
+            channels=3,
+            limits=LIMITS,
+            patch=PATCH,
+            text=4,
+            reading=Reading(batch=1, seed=0),
+        )
+    with pytest.raises(UserError, match="above the fixed 100 bytes"):
+        BucketConfig(memory=Memory(fixed=100, per_token=1), budget=100)

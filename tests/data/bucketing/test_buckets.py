@@ -1,0 +1,194 @@
+"""Buckets: no batch over the memory budget, no example dropped or enlarged, no data set too small for a batch."""
+
+import itertools
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dit_video.core.errors import UserError
+from dit_video.data.bucketing.buckets import BucketStream, Memory, plan_buckets
+from dit_video.tokens import Grid
+
+MEMORY = Memory(fixed=1000, per_token=10)
+some_sizes = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 8), st.integers(1, 8)), min_size=1, max_size=40).map(
+    np.array
+)
+
+
+def mixed(count: int = 400, seed: int = 0) -> np.ndarray:
+    """Images and clips of three aspect ratios, in latents."""
+    generator = np.random.default_rng(seed)
+    frames = generator.choice([1, 1, 3, 5, 9, 13], count)
+    return np.stack([frames, *np.array([(8, 14), (14, 8), (10, 10), (4, 7)])[generator.integers(4, size=count)].T], 1)
+
+
+def kept(sizes: np.ndarray, buckets: list[tuple[int, ...]]) -> float:
+    """Tokens times the part of the frame that is shown, of each example's best bucket; -inf where one has none."""
+    total = 0.0
+    for size in sizes.tolist():
+        values = [-np.inf]
+        for bucket in buckets:
+            if all(b <= s for b, s in zip(bucket, size, strict=True)):
+                scale = max(bucket[1] / size[1], bucket[2] / size[2])
+                values.append(np.prod(bucket) * bucket[1] * bucket[2] / (size[1] * size[2] * scale**2))
+        total += max(values)
+    return total
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=some_sizes, count=st.integers(1, 5), devices=st.integers(1, 4), budget=st.integers(6800, 40_000))
+def test_all_examples_are_held_none_enlarged_within_the_budget(sizes, count, devices, budget):
+    plan = plan_buckets(sizes, MEMORY, budget=budget, count=count, devices=devices)
+    assert 1 <= len(plan.buckets) <= count
+    assert sum(bucket.examples for bucket in plan.buckets) == len(sizes) == len(plan.of)
+    for index, bucket in enumerate(plan.buckets):
+        members = sizes[plan.of == index]
+        assert len(members) == bucket.examples >= 1
+        np.testing.assert_array_equal(members.min(axis=0), bucket.size)  # as large as its members allow
+        assert bucket.batch % devices == 0
+        assert 1000 + bucket.batch // devices * 10 * bucket.size.volume <= budget
+        assert bucket.batch == devices or bucket.batch <= bucket.examples
+    lost = sum(int(np.prod(size)) for size in sizes) * plan.kept
+    assert lost == pytest.approx(sum(plan.buckets[index].size.volume for index in plan.of))
+    assert all(0 < bucket.kept <= 1 and 0 < bucket.shown <= 1 + 1e-12 for bucket in plan.buckets)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 3), st.integers(2, 4), st.integers(2, 4)), min_size=1, max_size=8).map(
+        np.array
+    ),
+    count=st.integers(1, 3),
+)
+def test_choice_is_nearly_the_best_of_all(sizes, count):
+    plan = plan_buckets(sizes, MEMORY, budget=1e9, count=count)
+    candidates = list(itertools.product(*(sorted(set(axis)) for axis in sizes.T.tolist())))
+    best = max(kept(sizes, list(group)) for group in itertools.combinations_with_replacement(candidates, count))
+    one = kept(sizes, [tuple(sizes.min(axis=0))])
+    found = kept(sizes, [tuple(bucket.size) for bucket in plan.buckets])
+    assert found <= best * (1 + 1e-9)
+    # Greedy alone, with the size that holds all as one of `count`.
+    greedy_bound = one + (1 - 1 / np.e) * (
+        max(
+            kept(sizes, [tuple(sizes.min(axis=0)), *group])
+            for group in itertools.combinations_with_replacement(candidates, count - 1)
+        )
+        - one
+    )
+    assert found >= greedy_bound * (1 - 1e-9)
+
+
+def test_enough_buckets_lose_nothing():
+    sizes = mixed()
+    distinct = len(np.unique(sizes, axis=0))
+    plan = plan_buckets(sizes, MEMORY, budget=1e6, count=distinct)
+    assert (plan.kept, plan.shown) == (1, 1)
+    few = plan_buckets(sizes, MEMORY, budget=1e6, count=6)
+    assert len(few.buckets) == 6
+    assert plan_buckets(sizes, MEMORY, budget=1e6, count=1).kept < few.kept < 1
+    assert few.kept > 0.7
+
+
+def test_many_lengths_are_thinned_and_still_hold_all():
+    generator = np.random.default_rng(0)
+    sizes = np.stack([generator.integers(1, 200, 500) for _ in range(3)], axis=1)
+    plan = plan_buckets(sizes, MEMORY, budget=1e12, count=12)
+    assert all((plan.buckets[index].size <= size).all() for index, size in zip(plan.of, sizes, strict=True))
+    assert plan.kept > plan_buckets(sizes, MEMORY, budget=1e12, count=4).kept > 0.02
+
+
+def test_large_sizes_do_not_force_small_batches_on_small_ones():
+    sizes = np.array([(1, 4, 4)] * 500 + [(9, 8, 8)] * 50)
+    plan = plan_buckets(sizes, MEMORY, budget=1000 + 10 * 9 * 64 * 2, count=2)
+    batches = {bucket.size: bucket.batch for bucket in plan.buckets}
+    assert batches == {Grid(9, 8, 8): 2, Grid(1, 4, 4): 72}
+    quadratic = Memory(fixed=0, per_token=1, per_pair=1)
+    batches = {b.size: b.batch for b in plan_buckets(sizes, quadratic, budget=576 + 576**2, count=2).buckets}
+    assert batches == {Grid(9, 8, 8): 1, Grid(1, 4, 4): 500}
+    assert max(b.batch for b in plan_buckets(sizes, MEMORY, budget=1e9, most=32, devices=4).buckets) == 32
+
+
+def test_a_size_that_runs_out_of_memory_is_refused_before_training():
+    with pytest.raises(UserError, match=r"one example of 9x8x8 \(576 tokens\) takes 6.76e\+03 bytes, the budget is"):
+        plan_buckets(np.array([(1, 4, 4), (9, 8, 8)]), MEMORY, budget=5000, count=2)
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes=some_sizes, seed=st.integers(0, 3), devices=st.sampled_from([1, 2, 4]), budget=st.integers(6800, 20_000))
+def test_every_example_comes_equally_often_and_no_batch_is_empty(sizes, seed, devices, budget):
+    plan = plan_buckets(sizes, MEMORY, budget=budget, count=4, devices=devices)
+    stream = BucketStream(plan, seed=seed)
+    size_of = {bucket.size: index for index, bucket in enumerate(plan.buckets)}
+    seen = np.zeros(len(sizes), int)
+    running = 0
+    for step in range(int(3 * stream.steps_per_epoch) + 2):
+        size, examples, ranks = stream.batch(step)
+        bucket = plan.buckets[size_of[size]]
+        assert len(examples) == bucket.batch >= 1
+        assert {int(index) for index in plan.of[examples]} == {size_of[size]}
+        assert ranks.tolist() == list(range(running, running + len(ranks)))
+        running += len(ranks)
+        np.add.at(seen, examples, 1)
+        parts = [stream.batch(step, host=host, hosts=devices) for host in range(devices)]
+        np.testing.assert_array_equal(np.concatenate([part[1] for part in parts]), examples)
+        np.testing.assert_array_equal(np.concatenate([part[2] for part in parts]), ranks)
+    for index in range(len(plan.buckets)):  # without replacement within a bucket
+        times = seen[plan.of == index]
+        assert times.max() - times.min() <= 1
+    assert seen.min() >= 1 or any(bucket.batch > 1 for bucket in plan.buckets)
+
+
+def test_an_epoch_is_an_epoch_in_every_bucket():
+    sizes = mixed()
+    stream = BucketStream(plan_buckets(sizes, MEMORY, budget=30_000, count=5), seed=0)
+    seen = np.zeros(len(sizes), int)
+    for step in range(round(20 * stream.steps_per_epoch)):
+        np.add.at(seen, stream.batch(step)[1], 1)
+    assert seen.min() >= 19
+    assert seen.max() <= 21
+
+
+def test_stream_is_a_function_of_seed_and_step():
+    plan = plan_buckets(mixed(), MEMORY, budget=30_000, count=5, devices=2)
+    stream = BucketStream(plan, seed=1)
+    forward = [stream.batch(step) for step in range(200)]
+    fresh = pickle.loads(pickle.dumps(stream))
+    for step in (199, 3, 120):
+        size, examples, ranks = fresh.batch(step)
+        assert size == forward[step][0]
+        np.testing.assert_array_equal(examples, forward[step][1])
+        np.testing.assert_array_equal(ranks, forward[step][2])
+    other = BucketStream(plan, seed=2)
+    assert any(not np.array_equal(other.batch(step)[1], forward[step][1]) for step in range(5))
+    assert len({stream.hash, other.hash, BucketStream(plan_buckets(mixed(), MEMORY, budget=20_000), seed=1).hash}) == 3
+    assert fresh.hash == stream.hash
+    with pytest.raises(UserError, match="plan the buckets with devices=7"):
+        stream.batch(0, hosts=7)
+
+
+def test_report_counts_all():
+    plan = plan_buckets(mixed(), MEMORY, budget=30_000, count=3)
+    lines = plan.report().splitlines()
+    assert len(lines) == 5
+    assert sum(int(line.split()[2]) for line in lines[1:-1]) == 400
+    assert "400" in lines[-1]
+    assert "0 dropped" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sizes": np.zeros((0, 3), int)}, "0 were given"),
+        ({"sizes": np.array([(0, 1, 1)])}, "at least one frame"),
+        ({"count": 0}, "count=0"),
+        ({"devices": 4, "most": 2}, "most=2"),
+    ],
+)
+def test_refusals(arguments, message):
+    with pytest.raises(UserError, match=message):
+        plan_buckets(**{"sizes": mixed(), "memory": MEMORY, "budget": 1e6} | arguments)
+    with pytest.raises(UserError, match="per_token positive"):
+        Memory(fixed=1, per_token=0)

@@ -1,0 +1,200 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import scipy.fft
+import scipy.ndimage
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from dit_video.core import pixels
+from dit_video.data.ingest import measures, samples
+from dit_video.data.ingest.captions import caption_statistics
+from dit_video.data.ingest.measures import Borders
+from dit_video.data.ingest.samples import Sample
+
+lumas = arrays.arrays(
+    np.float64,
+    st.tuples(st.integers(8, 20), st.integers(8, 20)),
+    elements=st.floats(0, 255, width=32),
+)
+
+
+def texture(height=96, width=128, *, seed=0):
+    """Smooth light and dark spots."""
+    noise = np.random.default_rng(seed).random((height, width))
+    smooth = scipy.ndimage.gaussian_filter(noise, 6, mode="wrap")
+    return np.rint(255 * (smooth - smooth.min()) / (smooth.max() - smooth.min())).astype(np.uint8)
+
+
+def test_luma_of_colours():
+    colours = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255], [200, 200, 200]]], np.uint8)
+    np.testing.assert_allclose(measures.luma(colours), [[76.245, 149.685, 29.07, 200]], rtol=1e-5)
+
+
+@given(lumas, st.floats(-50, 50))
+def test_difference_of_a_brightened_picture(luma, change):
+    assert measures.difference(luma, luma) == 0
+    assert measures.difference(luma, luma + change) == pytest.approx(abs(change), abs=1e-9)
+
+
+def test_black_needs_nearly_all_pixels():
+    luma = np.full((10, 100), 25.0)
+    assert measures.is_black(luma)
+    luma[0, :20] = 26
+    assert measures.is_black(luma)
+    luma[0, 20] = 26
+    assert not measures.is_black(luma)
+
+
+@given(lumas)
+def test_sharpness_is_the_variance_of_the_laplacian(luma):
+    expected = scipy.ndimage.laplace(luma)[1:-1, 1:-1].var()
+    assert measures.sharpness(luma) == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+def test_blur_lowers_sharpness():
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64)).astype(np.float64)
+    blurred = [measures.sharpness(scipy.ndimage.gaussian_filter(noise, sigma)) for sigma in (0.0, 1.0, 2.0, 4.0)]
+    assert blurred == sorted(blurred, reverse=True)
+    assert blurred[3] < blurred[0] / 1000
+
+
+@given(top=st.integers(0, 20), bottom=st.integers(0, 20), left=st.integers(0, 20), right=st.integers(0, 20))
+def test_borders_of_any_width(top, bottom, left, right):
+    picture = np.full((64, 80), 100, np.uint8)
+    picture[:top] = picture[64 - bottom :] = 16
+    picture[:, :left] = picture[:, 80 - right :] = 0
+    found = measures.borders(picture)
+    assert found == Borders(top, bottom, left, right)
+    assert found.share(64, 80) == pytest.approx((picture != 100).mean())
+
+
+def test_borders_pass_over_specks_and_stop_at_dark_scenes():
+    picture = np.full((50, 200), 17, np.uint8)
+    picture[:10] = 3
+    picture[4, 7] = 255
+    assert measures.borders(picture) == Borders(10, 0, 0, 0)
+    picture[4, :3] = 255
+    assert measures.borders(picture) == Borders(4, 0, 0, 0)
+    assert measures.borders(np.full((50, 200), 16, np.uint8)) is None
+    assert Borders(1, 2, 3, 4).share(50, 200) == pytest.approx(1 - 47 * 193 / 10_000)
+
+
+@given(st.integers(0, 1000))
+def test_the_hash_is_of_the_low_frequencies(seed):
+    luma = texture(40, 56, seed=seed).astype(np.float64)
+    low = scipy.fft.dct(scipy.fft.dct(luma, axis=0), axis=1)[1:9, 1:9].ravel()
+    expected = sum(1 << bit for bit in range(64) if low[bit] > np.median(low))
+    assert measures.perceptual_hash(luma) == expected
+    assert expected.bit_count() == 32
+
+
+def test_the_hash_survives_what_copies_go_through():
+    frame = np.repeat(texture()[..., None], 3, axis=-1)
+    bits = measures.perceptual_hash(measures.luma(frame))
+    assert bits is not None
+    copies = {
+        "resized": pixels.resize(frame[None], 53, 70)[0],
+        "brighter": np.clip(frame * 0.8 + 40, 0, 255).astype(np.uint8),
+        "noisy": np.clip(frame + np.random.default_rng(1).normal(0, 8, frame.shape), 0, 255).astype(np.uint8),
+    }
+    for name, copy in copies.items():
+        assert (bits ^ measures.perceptual_hash(measures.luma(copy))).bit_count() <= 4, name
+    others = [measures.perceptual_hash(texture(seed=seed).astype(float)) for seed in range(1, 30)]
+    assert min((bits ^ other).bit_count() for other in others) > 10
+
+
+def test_a_plain_picture_has_no_hash():
+    luma = np.full((40, 40), 120.0)
+    assert measures.perceptual_hash(luma) is None
+    assert measures.perceptual_hash(luma + np.random.default_rng(0).normal(0, 1, luma.shape)) is None
+
+
+def sample(steps=1, difference=0.0, *, black=False, sharpness=0.0, hash=None, borders=None):
+    return Sample(0, steps, difference, black, sharpness, hash, borders, 100, 200)
+
+
+def test_motion_is_change_a_second():
+    # 8 differences in 1 s; what came before the first sample is another shot's.
+    assert samples.motion([sample(difference=200.0), *[sample(difference=3.0)] * 8]) == pytest.approx(24)
+    # The same change in pictures that are shown longer.
+    assert samples.motion([sample(4), sample(4, 12.0), sample(1, 12.0)]) == pytest.approx(24)
+    assert samples.motion([sample(difference=9.0)]) == 0
+
+
+def test_frozen_time():
+    moving, still = sample(difference=5.0), sample(difference=0.1)
+    assert samples.frozen([moving] * 9) == 0
+    assert samples.frozen([moving, *[still] * 8, *[moving] * 8]) == pytest.approx(8 / 16)
+    assert samples.frozen([moving, *[still] * 7, *[moving] * 9]) == 0  # below a second
+    assert samples.frozen([moving, *[still] * 3]) == 1  # all of it
+    assert samples.frozen([moving, sample(9, 5.0), *[moving] * 7]) == pytest.approx(8 / 16)  # one frame, long shown
+    assert samples.frozen([sample(2, 5.0)] * 20) == 0  # four frames a second
+    assert samples.frozen([moving]) == 0
+
+
+def test_black_time_is_weighted():
+    assert samples.black([sample(3, black=True), sample(1)]) == pytest.approx(0.75)
+
+
+def test_sharpness_is_of_pictures_that_are_not_black():
+    values = [sample(sharpness=value) for value in (1.0, 50.0, 900.0)]
+    assert samples.sharpness([*values, *[sample(black=True, sharpness=0.0)] * 9]) == 50
+    assert samples.sharpness([sample(black=True)]) == 0
+
+
+def test_letterbox_is_what_nine_pictures_of_ten_have():
+    barred, subtitled = sample(borders=Borders(10, 12, 0, 0)), sample(borders=Borders(10, 2, 0, 0))
+    black = sample(black=True)
+    assert samples.letterbox([barred] * 19 + [subtitled] + [black] * 9, 100, 200) == Borders(10, 12, 0, 0)
+    assert samples.letterbox([barred] * 8 + [subtitled] * 2, 100, 200) == Borders(10, 2, 0, 0)
+    assert samples.letterbox([barred], 50, 300) == Borders(5, 6, 0, 0)  # shown at another size
+    assert samples.letterbox([black], 100, 200) == Borders(0, 0, 0, 0)
+
+
+def test_hashes_are_spread_over_the_clip():
+    one_each = [sample(hash=number) for number in range(80)]
+    assert samples.hashes(one_each) == (9, 29, 49, 69)
+    assert samples.hashes([sample(70, hash=1), sample(10, hash=2)]) == (1, 1, 1, 1)
+    assert samples.hashes([sample(50, hash=1), sample(20, hash=None), sample(10, hash=2)]) == (1, 1, 1, 2)
+    assert samples.hashes([sample(hash=7)]) == (7, 7, 7, 7)
+    assert samples.hashes([sample(), sample()]) is None
+
+
+def test_caption_statistics():
+    found = caption_statistics([("A dog runs.", "The dog's run"), (), ("a DOG runs.",), ("A dog runs.",), ("  ",)])
+    assert dataclasses.asdict(found) == {
+        "clips": 5,
+        "captions": 4,
+        "uncaptioned": 2,
+        "per_clip": ((0, 2), (1, 2), (2, 1)),
+        "words": {"least": 3, "q10": 3, "median": 3, "q90": 3, "most": 3, "mean": 3.0},
+        "characters": {"least": 11, "q10": 11, "median": 11, "q90": 13, "most": 13, "mean": 11.5},
+        "vocabulary": 6,
+        "frequent_words": (("a", 3), ("dog", 3), ("runs", 3), ("dog's", 1), ("run", 1), ("the", 1)),
+        "distinct": 3,
+        "repeated": (("A dog runs.", 2),),
+    }
+
+
+def test_captions_long_and_none():
+    none = caption_statistics([(), ()])
+    assert (none.captions, none.words, none.characters, none.frequent_words) == (0, None, None, ())
+    long = caption_statistics([("word " * 20_000,)] * 2)
+    assert long.characters.most == 100_000
+    assert long.words.most == 20_000
+    assert long.repeated == (("word " * 40 + "…", 2),)
+
+
+@given(st.lists(st.lists(st.text(max_size=20), max_size=4).map(tuple), max_size=12))
+def test_caption_statistics_add_up_and_are_json(captions):
+    found = caption_statistics(captions)
+    assert sum(count for _, count in found.per_clip) == found.clips == len(captions)
+    assert sum(number * count for number, count in found.per_clip) == found.captions
+    assert sum(count - 1 for _, count in found.repeated) <= found.captions - found.distinct
+    text = json.dumps(dataclasses.asdict(found), ensure_ascii=True)
+    # The order of clips doesn't matter.
+    assert text == json.dumps(dataclasses.asdict(caption_statistics(captions[::-1])), ensure_ascii=True)

@@ -1,0 +1,305 @@
+import gc
+import io
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import scipy.ndimage
+
+from dit_video.core import pixels
+from dit_video.core.errors import DecodeError, UserError
+from dit_video.data.ingest import quality_filter
+from dit_video.data.ingest.duplicates import drop_duplicates
+from dit_video.data.ingest.measures import Borders
+from dit_video.data.ingest.quality_filter import ScreeningConfig, Shot, screen
+from dit_video.video import Clip, encode, probe
+
+MEASURE = ScreeningConfig(min_motion=0, max_black=1, max_frozen=1, max_letterbox=1, min_sharpness=0, duplicates=4)
+"""Every measure, and nothing is dropped."""
+
+
+def greys(levels, height=32, width=48):
+    """A plain frame for every level."""
+    levels = np.asarray(levels, np.uint8)
+    return np.broadcast_to(levels[:, None, None, None], (len(levels), height, width, 3)).copy()
+
+
+def drifting(count, height=96, width=128, *, seed=0, speed=2):
+    """Spots of light and dark that move to the side."""
+    noise = np.random.default_rng(seed).random((height, width))
+    smooth = scipy.ndimage.gaussian_filter(noise, 5, mode="wrap")
+    picture = np.rint(40 + 200 * (smooth - smooth.min()) / (smooth.max() - smooth.min())).astype(np.uint8)
+    return np.stack([np.roll(picture, speed * index, axis=1) for index in range(count)])[..., None].repeat(3, axis=-1)
+
+
+def lossless(frames, milliseconds, *, aspect=1):
+    """A lossless file with the frames at these times; a pixel is so much wider than high."""
+    buffer = io.BytesIO()
+    container, codec, pixel_format = ("matroska", "ffv1", "bgr0") if aspect == 1 else ("mov", "png", "rgb24")
+    with av.open(buffer, "w", format=container) as output:
+        stream = output.add_stream(codec, rate=10)
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], pixel_format
+        stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        stream.codec_context.sample_aspect_ratio = Fraction(aspect)
+        for picture, time in zip(frames, milliseconds, strict=True):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pixel_format)
+            frame.pts, frame.time_base = int(time), Fraction(1, 1000)
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+def rotated(content):
+    """An mp4 that players turn clockwise, as phones write portrait."""
+    at = content.index(b"tkhd") + 4 + 4 + 20 + 16
+    matrix = np.asarray([0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30], ">i4").tobytes()
+    return content[:at] + matrix + content[at + 36 :]
+
+
+def mp4(frames, fps=8.0):
+    return encode(Clip(frames, fps=fps), "mp4")
+
+
+def only(content, config=MEASURE) -> Shot:
+    screened = screen(content, "clip", config)
+    assert screened.dropped == ()
+    (shot,) = screened.shots
+    return shot
+
+
+FILES = {
+    "mp4": lambda: mp4(drifting(20), fps=24000 / 1001),
+    "portrait": lambda: rotated(mp4(drifting(9))),
+    "webm": lambda: encode(Clip(drifting(5, 33, 47), fps=30), "webm"),
+    "gif": lambda: encode(Clip(drifting(6), fps=10), "gif"),
+    "apng": lambda: encode(Clip(drifting(6), fps=10), "apng"),
+    "image": lambda: encode(Clip(drifting(1), fps=1), "png"),
+    "one frame": lambda: mp4(drifting(1)),
+    "varying rate": lambda: lossless(drifting(5), [0, 40, 500, 520, 1000]),
+    "wide pixels": lambda: lossless(drifting(5), 100 * np.arange(5), aspect=2),
+    "long and thin": lambda: encode(Clip(np.zeros((2, 2, 3000, 3), np.uint8), fps=8), "mp4"),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_facts_are_as_probed(kind, monkeypatch):
+    content = FILES[kind]()
+    facts, measured = probe(content), only(content)
+    expected = Shot(name="clip", start=0.0, **vars(facts))
+    for name in ("frames", "fps", "seconds", "height", "width", "codec", "start", "name"):
+        assert getattr(measured, name) == getattr(expected, name), name
+    # Nothing is measured, and no picture is made, where no step asks for it.
+    monkeypatch.setattr(quality_filter, "Pictures", None)
+    screened = screen(content, "clip", ScreeningConfig())
+    assert (screened.shots, screened.dropped) == ((expected,), ())
+    assert only(content, ScreeningConfig(min_size=2, max_seconds=3)) == expected
+
+
+def test_a_file_is_decoded_once_and_one_frame_is_kept(monkeypatch):
+    calls, frames, alive, probe = 0, [], [], quality_filter.probe
+
+    def counted(encoded, *, see):
+        nonlocal calls
+        calls += 1
+
+        def look(time, frame):
+            see(time, frame)
+            frames.append(time)
+            if len(frames) % 10 == 1:
+                alive.append(sum(isinstance(thing, av.VideoFrame) for thing in gc.get_objects()))
+
+        return probe(encoded, see=look)
+
+    monkeypatch.setattr(quality_filter, "probe", counted)
+    gc.collect()
+    only(mp4(drifting(60), fps=30))
+    assert calls == 1
+    assert len(frames) == 60
+    assert max(alive) <= alive[0] + 3
+
+
+def test_only_what_is_asked_for_is_said():
+    shot = only(mp4(drifting(4)), ScreeningConfig(max_black=1))
+    assert shot.black == 0
+    assert (shot.motion, shot.frozen, shot.sharpness, shot.letterbox, shot.hash) == (None,) * 5
+
+
+@pytest.mark.parametrize(("fps", "levels_a_second"), [(4.0, 24), (8.0, 48), (16.0, 96)])
+def test_motion_is_a_change_of_light_in_a_second(fps, levels_a_second):
+    content = mp4(greys(20 + 6 * np.arange(33)), fps=fps)
+    assert only(content).motion == pytest.approx(levels_a_second, rel=0.03)
+
+
+def test_motion_goes_by_timestamps():
+    levels, times = greys([50, 60, 70, 80, 90]), np.array([0, 125, 1000, 1500, 2000])
+    # The last frame is shown as long as an average one, half a second or a quarter: samples until 2.375 s or 1.125 s.
+    assert only(lossless(levels, times)).motion == pytest.approx(40 / 2.375)
+    assert only(lossless(levels, times // 2)).motion == pytest.approx(40 / 1.125)
+
+
+@pytest.mark.parametrize("detector", ["content", "adaptive"])
+def test_shots_go_by_timestamps(detector):
+    pytest.importorskip("scenedetect")
+    frames = np.concatenate([greys([60] * 20), greys([200] * 10)])
+    content = lossless(frames, np.concatenate([40 * np.arange(20), 1000 + 200 * np.arange(10)]))
+    first, second = screen(content, "v", ScreeningConfig(shots=detector)).shots
+    assert (first.start, first.frames, first.seconds) == (0, 20, pytest.approx(0.76))
+    assert (second.start, second.frames, second.seconds) == (pytest.approx(1.0), 10, pytest.approx(1.8))
+    assert (first.fps, second.fps) == (pytest.approx(25), pytest.approx(5))
+
+
+def test_black_and_frozen_time():
+    # A second of black, two of one picture, one of movement.
+    frames = np.concatenate([np.zeros((8, 96, 128, 3), np.uint8), drifting(1).repeat(16, axis=0), drifting(8, seed=3)])
+    shot = only(lossless(frames, 125 * np.arange(32)))
+    assert shot.black == pytest.approx(8 / 32)
+    assert shot.frozen == pytest.approx(15 / 31)  # 31 steps from picture to picture; those of black last 7/8 s
+    assert only(mp4(frames)).black == pytest.approx(8 / 32)  # in limited range, and lossy
+    assert only(mp4(greys([40] * 5))).frozen == 1
+
+
+def test_letterbox_in_pixels_as_shown():
+    frames = drifting(8, 90, 160) // 2 + 60
+    frames[:, :12] = frames[:, 90 - 10 :] = frames[:, :, :6] = 0
+    content = mp4(frames)
+    shot = only(content)
+    np.testing.assert_allclose(shot.letterbox, (12, 10, 6, 0), atol=1)
+    # Clockwise: what was on the left is above, what was below is on the left.
+    np.testing.assert_allclose(only(rotated(content)).letterbox, (6, 0, 10, 12), atol=1)
+    share = 1 - 68 * 154 / (90 * 160)
+    assert shot.letterbox.share(90, 160) == pytest.approx(share, abs=0.02)
+    assert only(content, ScreeningConfig(max_letterbox=share + 0.03)).letterbox == shot.letterbox
+    assert screen(content, "a", ScreeningConfig(max_letterbox=share - 0.03)).dropped[0][1].startswith("letterbox 0.2")
+    assert only(mp4(drifting(8))).letterbox == Borders(0, 0, 0, 0)
+    wide = only(lossless(frames, 100 * np.arange(8), aspect=2))
+    assert wide.width == 320
+    np.testing.assert_allclose(wide.letterbox, (12, 10, 12, 0), atol=1)
+
+
+def test_transparent_pixels_are_black():
+    context = av.CodecContext.create("png", "w")
+    context.height, context.width, context.pix_fmt, context.time_base = 64, 64, "rgba", Fraction(1, 1)
+    image = np.full((64, 64, 4), 200, np.uint8)
+    image[:16, :, 3] = 0
+    frame = av.VideoFrame.from_ndarray(image, format="rgba")
+    content = b"".join(bytes(packet) for packet in [*context.encode(frame), *context.encode(None)])
+    assert only(content).letterbox == Borders(16, 0, 0, 0)
+
+
+def test_sharpness_tells_blur_at_any_size():
+    frames = np.random.default_rng(0).integers(0, 256, (1, 36, 48, 3)).astype(np.uint8).repeat(6, axis=0)
+    sharp = pixels.resize(frames, 144, 192)
+    blurred = np.stack([scipy.ndimage.gaussian_filter(frame, (4, 4, 0)) for frame in sharp])
+    values = [only(mp4(clip)).sharpness for clip in (sharp, pixels.resize(sharp, 288, 384), blurred)]
+    assert values[1] == pytest.approx(values[0], rel=0.2)
+    assert values[2] < values[0] / 10
+
+
+def test_copies_are_near_duplicates_and_others_are_not():
+    frames = drifting(24, 120, 160)
+    contents = [
+        mp4(frames),
+        mp4(drifting(24, 120, 160, seed=1)),
+        encode(Clip(pixels.resize(frames, 60, 80), fps=8), "webm", crf=40),
+        encode(Clip(frames[::2], fps=4), "gif"),
+        mp4(np.rint(frames * 0.8 + 20).astype(np.uint8)),
+        mp4(greys([90] * 24)),
+        mp4(greys([200] * 24)),
+        mp4(frames[::-1].copy()),
+    ]
+    hashes = [only(content).hash for content in contents]
+    assert drop_duplicates(hashes, distance=6) == [None, None, 0, 0, 0, None, None, None]
+    assert hashes[5] is None  # a plain picture is like no other
+
+
+IMAGE, CLIP = encode(Clip(drifting(1), fps=1), "png"), mp4(drifting(9))
+
+
+@pytest.mark.parametrize(
+    ("content", "limits", "reason"),
+    [
+        (CLIP, {"min_seconds": 1.2}, "duration 1.125 s is below 1.2"),
+        (CLIP, {"max_seconds": 1}, "duration 1.125 s is above 1"),
+        (CLIP, {"min_seconds": 1.125, "max_seconds": 1.125}, None),
+        (IMAGE, {"min_seconds": 5, "min_motion": 9, "max_frozen": 0}, None),
+        (CLIP, {"min_size": 97}, "size 96 px is below 97"),
+        (CLIP, {"max_size": 95}, "size 96 px is above 95"),
+        (IMAGE, {"min_size": 97}, "size 96 px is below 97"),
+        (CLIP, {"min_size": 96, "max_size": 96}, None),
+        (mp4(greys([90] * 9)), {"min_motion": 0.5}, "motion 0 levels/s is below 0.5"),
+        (lossless(greys([50, 100]), [0, 125]), {"max_motion": 100}, "motion 400 levels/s is above 100"),
+        (mp4(greys([0] * 9)), {"max_black": 0.5}, "black 1 of the time is above 0.5"),
+        (mp4(greys([90] * 9)), {"max_frozen": 0.9}, "frozen 1 of the time is above 0.9"),
+        (mp4(greys([90] * 9)), {"min_sharpness": 5}, "sharpness 0 levels² is below 5"),
+        (CLIP, {"min_size": 97, "min_seconds": 9}, "size 96 px is below 97"),
+    ],
+)
+def test_limits(content, limits, reason):
+    screened = screen(content, "a/b.mp4", ScreeningConfig(**limits))
+    assert screened.dropped == (() if reason is None else (("a/b.mp4", reason),))
+    assert [shot.name for shot in screened.shots] == (["a/b.mp4"] if reason is None else [])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_black": 1.1}, r"max_black=1.1 is a share from 0 to 1"),
+        ({"min_seconds": -1}, "min_seconds=-1"),
+        ({"min_motion": float("nan")}, "min_motion=nan"),
+        ({"min_size": 300, "max_size": 200}, "min_size=300 is above max_size=200"),
+        ({"duplicates": 65}, "duplicates=65"),
+        ({"shots": "content", "min_shot": 0.1}, "min_shot=0.1"),
+        ({"shot_threshold": 30}, "set shots"),
+    ],
+)
+def test_impossible_limits(fields, message):
+    with pytest.raises(UserError, match=message):
+        ScreeningConfig(**fields)
+
+
+@pytest.mark.parametrize("config", [ScreeningConfig(), MEASURE], ids=["probed", "measured"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"no video", CLIP[: len(CLIP) // 2]],
+    ids=["empty", "text", "cut"],
+)
+def test_unreadable_files(content, config):
+    with pytest.raises(DecodeError):
+        screen(content, "clip", config)
+
+
+@pytest.mark.parametrize("kind", ["mp4", "webm", "gif", "varying rate"])
+def test_damaged_files_are_judged_as_probing_does(kind):
+    content, draw = FILES[kind](), np.random.default_rng(0)
+    readable = 0
+    for _ in range(30):
+        damaged = np.frombuffer(content, np.uint8).copy()
+        places = draw.integers(0, len(damaged), draw.integers(1, 6))
+        damaged[places] = draw.integers(0, 256, len(places))
+        try:
+            expected = screen(damaged.tobytes(), "clip", ScreeningConfig()).shots[0]
+        except DecodeError:
+            with pytest.raises(DecodeError):
+                screen(damaged.tobytes(), "clip", MEASURE)
+        else:
+            shot = only(damaged.tobytes())
+            assert (shot.frames, shot.seconds, shot.height) == (expected.frames, expected.seconds, expected.height)
+            readable += 1
+    assert 0 < readable < 30
+
+
+SHARED = Path(__file__).parents[3].parent / "shared" / "clips"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no folder of real clips beside the checkout")
+def test_real_clips():
+    pillars = only((SHARED / "crystal.webm").read_bytes())
+    assert pillars.letterbox == Borders(0, 0, 8, 8)
+    fading, walking = (only((SHARED / name).read_bytes()) for name in ("big_buck_bunny_clouds.mp4", "walk.mkv"))
+    assert 0.1 < fading.black < 0.2
+    assert walking.black == walking.frozen == 0
+    assert 15 < walking.motion < 40 < fading.motion
+    assert walking.sharpness > 100
+    assert drop_duplicates([fading.hash, walking.hash, pillars.hash, walking.hash], distance=6) == [None, None, None, 1]

@@ -1,0 +1,323 @@
+"""Files that are stored anew on request: which, in what size, with which facts; the same way however the run goes."""
+
+import dataclasses
+import hashlib
+import io
+import json
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from dit_video.core.errors import DecodeError, UserError
+from dit_video.data.clips import ClipSource
+from dit_video.data.ingest import IngestConfig, IngestReport, Reencode, ScreeningConfig, engine, ingest, reencoder
+from dit_video.data.ingest.formats import Listed, list_clips
+from dit_video.data.ingest.inspection import InspectionConfig, inspect
+from dit_video.data.ingest.reencoder import _fitted
+from dit_video.data.records import builder
+from dit_video.reports.ingest_report import write_ingest_report
+from dit_video.tokens import Grid
+from dit_video.video import Clip, decode, encode, probe
+from dit_video.video.encode import Shown, encode_jpeg, encode_shown
+
+LIMITS = Reencode(max_pixels=48 * 64, fps=8, crf=10)
+
+
+def smooth(frames: int, height: int, width: int) -> np.ndarray:
+    """Waves that move."""
+    y, x = np.meshgrid(np.arange(height) / height, np.arange(width) / width, indexing="ij")
+    waves = [
+        np.stack([np.sin(6 * x + channel + 0.3 * frame) + np.cos(4 * y - channel) for channel in range(3)], axis=-1)
+        for frame in range(frames)
+    ]
+    return (128 + 50 * np.stack(waves)).astype(np.uint8)
+
+
+def turned(encoded: bytes) -> bytes:
+    """The file with the note that it is to be shown turned by 90°."""
+    out = io.BytesIO()
+    with av.open(io.BytesIO(encoded)) as source, av.open(out, "w", format="mp4") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        stream.set_display_rotation(90)
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                target.mux(packet)
+    return out.getvalue()
+
+
+def sources() -> dict[str, bytes]:
+    varying = [0.0, 0.1, 0.5, 0.55, 2.0]
+    return {
+        "anim.gif": encode(Clip(frames=smooth(4, 96, 128), fps=5), "gif"),
+        "fast.mp4": encode(Clip(frames=smooth(24, 48, 64), fps=24), "mp4"),
+        "large.mp4": encode(Clip(frames=smooth(6, 192, 256), fps=8), "mp4"),
+        "odd.webm": encode(Clip(frames=smooth(3, 75, 133), fps=8), "webm"),
+        "photo.jpg": encode_jpeg(smooth(1, 200, 100)[0]),
+        "picture.png": encode(Clip(frames=smooth(1, 200, 100), fps=1), "png"),
+        "small.jpg": encode_jpeg(smooth(1, 40, 60)[0]),
+        "small.mp4": encode(Clip(frames=smooth(6, 48, 64), fps=8), "mp4"),
+        "upright.mp4": turned(encode(Clip(frames=smooth(6, 96, 128), fps=8), "mp4")),
+        "varying.mp4": encode_shown(
+            [Shown(time, 0.5, picture) for time, picture in zip(varying, smooth(5, 96, 128), strict=True)], 3, crf=10
+        ),
+    }
+
+
+KEPT = {"small.jpg", "small.mp4"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> tuple[Path, IngestReport]:
+    root = tmp_path_factory.mktemp("reencoding")
+    (root / "clips").mkdir()
+    for name, content in sources().items():
+        (root / "clips" / name).write_bytes(content)
+    return root, ingest(root / "clips", root / "data", config=IngestConfig(reencode=LIMITS), workers=2)
+
+
+def test_what_is_over_a_limit_is_stored_anew(made):
+    root, _ = made
+    source = ClipSource(root / "data")
+    stored = {info.name: (source[index], info) for index, info in enumerate(source.infos)}
+    before = sources()
+    assert stored.keys() == before.keys()
+    assert {name for name, (content, _) in stored.items() if content == before[name]} == KEPT
+    assert {name: (info.height, info.width, info.frames) for name, (_, info) in stored.items()} == {
+        "anim.gif": (48, 64, 4),
+        "fast.mp4": (48, 64, 8),
+        "large.mp4": (48, 64, 6),
+        "odd.webm": (40, 70, 3),
+        "photo.jpg": (78, 39, 1),
+        "picture.png": (78, 39, 1),
+        "small.jpg": (40, 60, 1),
+        "small.mp4": (48, 64, 6),
+        "upright.mp4": (64, 48, 6),
+        "varying.mp4": (48, 64, 5),
+    }
+    codecs = {name: probe(content).codec for name, (content, _) in stored.items()}
+    images = {"photo.jpg": "mjpeg", "small.jpg": "mjpeg", "picture.png": "png"}
+    assert codecs == {name: images.get(name, "h264") for name in stored}
+    for name, (content, info) in stored.items():
+        facts = probe(content)
+        assert (info.fps, info.seconds) == (pytest.approx(facts.fps), pytest.approx(facts.seconds)), name
+        fps = 8 if name == "fast.mp4" else None
+        expected = decode(before[name], size=Grid(info.frames, info.height, info.width), fps=fps).frames
+        errors = ((decode(content).frames.astype(float) - expected) ** 2).mean(axis=(1, 2, 3))
+        assert errors.max() < 255**2 / 10**3.6, name  # 36 dB
+    times: list[float] = []
+    probe(stored["varying.mp4"][0], see=lambda time, _: times.append(time))
+    assert times == pytest.approx([0.0, 0.1, 0.5, 0.55, 2.0], abs=1e-5)
+    assert (
+        decode(stored["picture.png"][0]).frames.tobytes()
+        == decode(before["picture.png"], size=Grid(1, 78, 39)).frames.tobytes()
+    )
+
+
+def test_it_is_recorded(made):
+    root, report = made
+    before = sources()
+    anew = before.keys() - KEPT
+    source = ClipSource(root / "data")
+    sizes = {info.name: len(source[index]) for index, info in enumerate(source.infos)}
+    assert (report.files, report.usable, report.reencoded) == (10, 10, 8)
+    assert report.reencoded_from == sum(len(before[name]) for name in anew)
+    assert report.reencoded_to == sum(sizes[name] for name in anew)
+    assert report.bytes == sum(sizes.values())
+    assert report.settings["reencode"] == dataclasses.asdict(LIMITS)
+    assert "8 files of 10 re-encoded, as asked: " in write_ingest_report(root / "data").read_text(encoding="utf-8")
+    for record in builder.open_records(root / "data"):
+        content = before[record["name"].decode()]
+        assert record["source_bytes"] == len(content)
+        assert record["source_sha256"].decode() == hashlib.sha256(content).hexdigest()
+    assert not (root / "data.ingest").exists()
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "REPORT.html"}
+
+
+def test_the_same_bytes_however_many_processes(made, tmp_path):
+    root, report = made
+    again = ingest(root / "clips", tmp_path / "again", config=IngestConfig(reencode=LIMITS), workers=1)
+    assert again == report
+    assert files_of(tmp_path / "again") == files_of(root / "data")
+
+
+def test_the_same_bytes_by_beam(made, tmp_path, monkeypatch):
+    pytest.importorskip("apache_beam")
+    from apache_beam.options.pipeline_options import PipelineOptions
+    from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+
+    monkeypatch.setattr(sys, "argv", sys.argv[:1])  # Beam reads them
+    root, report = made
+    how = builder.Beam(runner=FnApiRunner(), options=PipelineOptions([]))
+    again = ingest(root / "clips", tmp_path / "again", config=IngestConfig(reencode=LIMITS), beam=how)
+    assert again == report
+    first, second = ClipSource(root / "data"), ClipSource(tmp_path / "again")
+    assert second.infos == first.infos
+    assert [second[index] for index in range(len(second))] == [first[index] for index in range(len(first))]
+
+
+def test_another_option_is_another_data_set(made):
+    root, _ = made
+    assert ingest(root / "clips", root / "data", config=IngestConfig(reencode=LIMITS)).reused
+    for other in (Reencode(), dataclasses.replace(LIMITS, crf=11), Reencode(max_pixels=48 * 64)):
+        with pytest.raises(UserError, match="holds another data set"):
+            ingest(root / "clips", root / "data", config=IngestConfig(reencode=other))
+
+
+def test_a_killed_run_does_not_do_it_again(tmp_path, monkeypatch):
+    """But for a file that is gone, or is not whole; and for all of them under another option."""
+    (tmp_path / "clips").mkdir()
+    names = ["large.mp4", "photo.jpg", "small.mp4"]
+    for name in names:
+        (tmp_path / "clips" / name).write_bytes(sources()[name])
+    asked: list[list[str]] = []
+    real, write = engine.Workers.inspect, engine._write
+
+    def inspected(self, left):
+        asked.append([clip.name for _, clip in left])
+        return real(self, left)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine.Workers, "inspect", inspected)
+    monkeypatch.setattr(engine, "_write", killed)
+    for crf in (30, 30, 31):
+        config = IngestConfig(reencode=Reencode(max_pixels=48 * 64, crf=crf))
+        with pytest.raises(KeyboardInterrupt):
+            ingest(tmp_path / "clips", tmp_path / "out", config=config)
+    assert asked == [names, [], names]
+    folder = tmp_path / "out.ingest" / "reencoded"
+    files = list(folder.iterdir())
+    assert sorted(path.suffix for path in files) == [".jpg", ".jpg", ".mp4", ".mp4"]
+    for path in files:
+        if path.suffix == ".mp4":
+            path.write_bytes(path.read_bytes()[:-1])
+        else:
+            path.unlink()
+    monkeypatch.setattr(engine, "_write", write)
+    report = ingest(tmp_path / "clips", tmp_path / "out", config=config)
+    assert asked[3] == ["large.mp4", "photo.jpg"]
+    assert (report.usable, report.reencoded) == (3, 2)
+
+
+def test_shots_begin_where_they_did(tmp_path):
+    pytest.importorskip("scenedetect")
+    levels = [20, 220, 60, 240]
+    lengths = [13, 17, 12, 30]  # of 24 frames a second
+    frames = np.concatenate(
+        [np.full((n, 96, 128, 3), level, np.uint8) for level, n in zip(levels, lengths, strict=True)]
+    )
+    content = encode(Clip(frames=frames, fps=24), "mp4")
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "a.mp4").write_bytes(content)
+    screening = ScreeningConfig(shots="content", max_letterbox=1)
+    for fps, starts, counts in (
+        (None, [0, 13 / 24, 30 / 24, 42 / 24], lengths),
+        (8, [0, 5 / 8, 10 / 8, 14 / 8], [5, 5, 4, 10]),
+    ):
+        config = IngestConfig(screening=screening, reencode=Reencode(max_pixels=48 * 64, fps=fps))
+        report = ingest(tmp_path / "clips", tmp_path / f"out{fps}", config=config)
+        source = ClipSource(tmp_path / f"out{fps}")
+        assert (report.usable, report.usable_files, report.reencoded) == (4, 1, 1)
+        assert [info.start for info in source.infos] == pytest.approx(starts, abs=1e-4)
+        assert [info.frames for info in source.infos] == counts
+        for index, (info, level) in enumerate(zip(source.infos, levels, strict=True)):
+            assert (info.height, info.width, info.record) == (48, 64, 0)
+            shown = decode(source[index], start=info.start, size=Grid(info.frames, 48, 64)).frames
+            assert np.abs(shown.astype(int) - level).max() <= 3
+
+
+def test_a_shot_between_two_sampling_times_is_dropped(tmp_path):
+    pytest.importorskip("scenedetect")
+    frames = np.concatenate([np.full((n, 48, 64, 3), level, np.uint8) for n, level in ((13, 20), (6, 220), (24, 90))])
+    (tmp_path / "a.mp4").write_bytes(encode(Clip(frames=frames, fps=24), "mp4"))
+    screening = ScreeningConfig(shots="content", min_shot=0.2)
+    config = IngestConfig(screening=screening, reencode=Reencode(fps=1))
+    report = ingest(tmp_path, tmp_path.with_name("out"), config=config)
+    assert report.dropped == (("a.mp4#1", "shot of 0.25 s lies between two frames at 1 fps"),)
+    assert [info.name for info in ClipSource(tmp_path.with_name("out")).infos] == ["a.mp4#0", "a.mp4#2"]
+
+
+def one(folder: Path, name: str, content: bytes) -> Listed:
+    (folder / name).write_bytes(content)
+    return next(clip for clip in list_clips(folder).clips if clip.name == name)
+
+
+def test_what_cannot_be_stored_anew_is_quarantined(tmp_path, monkeypatch):
+    config = InspectionConfig(reencode=Reencode(max_pixels=1000), folder=str(tmp_path / "anew"))
+    wide = one(tmp_path, "wide.png", encode(Clip(frames=np.zeros((1, 2, 60_000, 3), np.uint8), fps=1), "png"))
+    assert inspect(wide, config).reason == "pictures of 2x60000 cannot be shrunk to 1000 pixels at their aspect ratio"
+    large = one(tmp_path, "large.mp4", encode(Clip(frames=smooth(2, 64, 64), fps=8), "mp4"))
+    assert inspect(large, config).stored is not None
+
+    def fails(*_: object, **__: object) -> bytes:
+        raise RuntimeError("no\nmore")
+
+    monkeypatch.setattr(reencoder, "transcode", fails)
+    assert inspect(large, config).reason == "cannot be re-encoded (RuntimeError: no more)"
+
+
+def test_a_folder_that_cannot_be_written_ends_the_run(tmp_path):
+    """A full disk is not the clip's fault."""
+    large = one(tmp_path, "large.mp4", encode(Clip(frames=smooth(2, 64, 64), fps=8), "mp4"))
+    (tmp_path / "file").write_bytes(b"")
+    config = InspectionConfig(reencode=Reencode(max_pixels=1000), folder=str(tmp_path / "file" / "anew"))
+    with pytest.raises(UserError, match=r"anew/.*\.mp4 cannot be written \(Not a directory\)"):
+        inspect(large, config)
+
+
+@pytest.mark.parametrize(
+    ("size", "most", "step", "expected"),
+    [
+        ((2160, 3840), 360 * 640, 2, (360, 640)),
+        ((3840, 2160), 360 * 640, 2, (640, 360)),
+        ((1080, 1920), 480 * 854, 2, (480, 854)),
+        ((100, 100), 99 * 99, 2, (98, 98)),
+        ((100, 100), 99 * 99, 1, (99, 99)),
+        ((481, 855), None, 2, (480, 854)),
+        ((75, 133), None, 2, (74, 132)),
+        ((75, 133), None, 1, (75, 133)),
+    ],
+)
+def test_sizes(size, most, step, expected):
+    assert _fitted(*size, most, step) == expected
+
+
+def test_sizes_keep_their_shape():
+    generator = np.random.default_rng(0)
+    for _ in range(500):
+        height, width, most = (int(value) for value in generator.integers((64, 64, 4096), (4000, 4000, 400_000)))
+        fitted = _fitted(height, width, most, 2)
+        scale = max(fitted) / max(height, width)
+        assert fitted[0] * fitted[1] <= most
+        assert all(side % 2 == 0 for side in fitted)
+        assert abs(min(fitted) - min(height, width) * scale) <= 2
+        larger = (min(fitted) + 2) / min(fitted)  # the next even size
+        assert fitted[0] * fitted[1] * larger**2 > min(most, height * width) * 0.97
+
+
+@pytest.mark.parametrize("wrong", [{"max_pixels": 3}, {"fps": 0}, {"fps": float("inf")}, {"crf": -1}, {"crf": 52}])
+def test_options_out_of_range(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        Reencode(**wrong)
+
+
+def test_too_narrow():
+    with pytest.raises(DecodeError, match="at their aspect ratio"):
+        _fitted(4, 4000, 1000, 2)
+
+
+def test_the_verdict_comes_back_from_the_journal(tmp_path):
+    large = one(tmp_path, "large.mp4", encode(Clip(frames=smooth(2, 64, 64), fps=8), "mp4"))
+    verdict = inspect(large, InspectionConfig(reencode=Reencode(max_pixels=1000), folder=str(tmp_path / "anew")))
+    assert verdict.stored is not None
+    assert type(verdict).from_json(json.loads(json.dumps(verdict.to_json()))) == verdict
+    assert verdict.stored.lies_in(tmp_path / "anew")
+    assert not verdict.stored.lies_in(tmp_path)

@@ -1,0 +1,145 @@
+"""What is not a clip's own fault: tried again, counted apart, and never kept."""
+
+import errno
+import hashlib
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dit_video.core.errors import UserError
+from dit_video.data.clips import ClipSource
+from dit_video.data.ingest import IngestConfig, ingest, workers
+from dit_video.data.ingest.journal import FILE
+from dit_video.video import Clip
+
+HERE = Path(__file__).parent
+
+
+def write_clips(folder: Path, *names: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        seed = int.from_bytes(name.encode()[:4], "big")
+        frames = np.random.default_rng(seed).integers(0, 255, (3, 32, 32, 3), np.uint8)
+        Clip(frames=frames, fps=10).save(folder / name)
+    return folder
+
+
+@pytest.fixture
+def log(tmp_path, monkeypatch):
+    """Workers that fail as a clip's name says, and write the names of what they inspect into this file."""
+    (tmp_path / "log").mkdir()
+    monkeypatch.setenv("DIT_VIDEO_TEST_LOG", str(tmp_path / "log"))
+    monkeypatch.syspath_prepend(HERE)
+    monkeypatch.setattr(workers, "MODULE", "interrupted_worker")
+    return tmp_path / "log" / "inspected"
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+@pytest.mark.slow
+def test_they_are_quarantined_apart_and_tried_again_when_asked(tmp_path, log):
+    clips = write_clips(
+        tmp_path / "clips", "a.mp4", "b_unreadable.mp4", "c_memory.mp4", "d.mp4", "f_always_rewritten.mp4"
+    )
+    (clips / "e_own.mp4").write_bytes(b"broken")
+    out = tmp_path / "out"
+    report = ingest(clips, out)
+    reasons = dict(report.quarantined)
+    assert reasons["b_unreadable.mp4"] == "cannot be read (Input/output error), also when tried again alone"
+    assert reasons["c_memory.mp4"] == "needs more memory to decode than there is, also when tried again alone"
+    assert reasons["f_always_rewritten.mp4"] == (
+        "changed while it was read; leave it alone, also when tried again alone"
+    )
+    assert list(reasons) == ["b_unreadable.mp4", "c_memory.mp4", "e_own.mp4", "f_always_rewritten.mp4"]
+    assert report.passing == ("b_unreadable.mp4", "c_memory.mp4", "f_always_rewritten.mp4")
+    assert log.read_text().split() == ["a.mp4", "c_memory.mp4", "d.mp4", "e_own.mp4", "c_memory.mp4"]
+    kept = [json.loads(line)["clip"] for line in (tmp_path / "out.ingest" / FILE).read_text().splitlines()]
+    assert [json.loads(key)[1] for key in kept] == ["a.mp4", "d.mp4", "e_own.mp4"]
+
+    before = digests(out)
+    log.unlink()
+    assert ingest(clips, out).reused  # not unasked
+    assert not log.exists()
+    again = ingest(clips, out, retry=True)
+    assert again.reused
+    assert again.passing == report.passing
+    assert digests(out) == before
+    assert log.read_text().split() == ["c_memory.mp4", "c_memory.mp4"]
+
+    (log.parent / "mended").touch()
+    log.unlink()
+    last = ingest(clips, out, config=IngestConfig(time_limit=240), retry=True)  # more time is no other data set
+    assert (last.reused, last.passing) == (False, ())
+    assert log.read_text().split() == ["b_unreadable.mp4", "c_memory.mp4", "f_always_rewritten.mp4"]
+    names = ["a.mp4", "b_unreadable.mp4", "c_memory.mp4", "d.mp4", "f_always_rewritten.mp4"]
+    source = ClipSource(out)
+    assert [info.name for info in source.infos] == names
+    assert [source[index] for index in range(5)] == [(clips / name).read_bytes() for name in names]
+    ingest(clips, tmp_path / "undisturbed")
+    assert digests(out) == digests(tmp_path / "undisturbed")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clips", "log", "out", "undisturbed"]
+    log.unlink()
+    assert ingest(clips, out, retry=True).reused  # there is nothing to try
+    assert not log.exists()
+
+
+def test_what_passes_within_the_run_leaves_no_trace(tmp_path, log):
+    """A disk's error at the first read, and a file that is written while it is read."""
+    clips = write_clips(tmp_path / "clips", "a.mp4", "b_first.mp4", "c_rewritten.mp4")
+    report = ingest(clips, tmp_path / "out")
+    assert (report.usable, report.quarantined, report.passing) == (3, (), ())
+    for name in ("b_first.mp4", "c_rewritten.mp4"):
+        assert (log.parent / name).exists()
+    ingest(clips, tmp_path / "undisturbed")
+    assert digests(tmp_path / "out") == digests(tmp_path / "undisturbed")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clips", "log", "out", "undisturbed"]
+
+
+def test_only_clips_that_fail_for_passing_reasons(tmp_path, log):
+    clips = write_clips(tmp_path / "clips", "a_unreadable.mp4")
+    with pytest.raises(UserError, match=r"a_unreadable\.mp4: cannot be read \(Input/output error\).*; mend that"):
+        ingest(clips, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clips", "log"]
+
+
+def test_the_command_says_so(tmp_path, log, script):
+    clips = write_clips(tmp_path / "clips", "a.mp4", "b_unreadable.mp4")
+    ended = script("tools/ingest.py", clips, tmp_path / "out")
+    assert ended.code == 0
+    assert "1 of them failed for a reason that may pass, such as b_unreadable.mp4; the same command with --retry" in (
+        ended.out
+    )
+    assert "1 file failed for a reason that may pass" in (tmp_path / "out" / "REPORT.html").read_text()
+    (log.parent / "mended").touch()
+    ended = script("tools/ingest.py", clips, tmp_path / "out", "--retry")
+    assert ended.code == 0
+    assert "2 clips, 6 frames" in ended.out
+    assert "may pass" not in ended.out
+    assert "may pass" not in (tmp_path / "out" / "REPORT.html").read_text()
+
+
+@pytest.mark.parametrize(("running", "fix"), [(0, "end other programs"), (2, "use --workers 2")])
+def test_no_more_processes(tmp_path, monkeypatch, running, fix):
+    clips = write_clips(tmp_path / "clips", "a.mp4", "b.mp4", "c.mp4")
+    start, started = subprocess.Popen, []
+
+    def refuse(*arguments, **named):
+        if len(started) == running:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        started.append(start(*arguments, **named))
+        return started[-1]
+
+    monkeypatch.setattr(workers.subprocess, "Popen", refuse)
+    monkeypatch.setattr(workers, "_MEGABYTE", 1)
+    with pytest.raises(UserError) as raised:
+        ingest(clips, tmp_path / "out", workers=3)
+    assert f"process {running + 1} of 3 " in str(raised.value)
+    assert f"(Resource temporarily unavailable); {fix}" in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert all(process.poll() is not None for process in started)

@@ -1,0 +1,253 @@
+"""Cached latents: what is written is read, and only for the autoencoder that made it."""
+
+import pickle
+import re
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from dit_video.core.errors import DecodeError, MissingError, UserError
+from dit_video.core.storage import place
+from dit_video.data.latents.cache import LatentExample, LatentSource, LeftOut, identity_hash
+from dit_video.data.latents.writer import LatentFiles, write_latents
+from dit_video.tokens import Grid
+
+
+def examples(count=3, channels=4):
+    generator = np.random.default_rng(0)
+    for index in range(count):
+        latents = generator.standard_normal((index + 1, 2, 3, channels)).astype(np.float32)
+        yield LatentExample(f"{index}.mp4", f"caption {index}", latents)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_round_trip(tmp_path, dtype):
+    done = []
+    write_latents(tmp_path / "l", examples(), identity={"weights": "abc"}, dtype=dtype, progress=done.append)
+    source = LatentSource(tmp_path / "l", identity={"weights": "abc"})
+    assert done == [1, 2, 3]
+    assert len(source) == 3
+    assert source.channels == 4
+    assert source.sizes == (Grid(1, 2, 3), Grid(2, 2, 3), Grid(3, 2, 3))
+    assert source.names == ("0.mp4", "1.mp4", "2.mp4")
+    assert source.captions == ("caption 0", "caption 1", "caption 2")
+    for index, example in enumerate(examples()):
+        expected = example.latents
+        if dtype == "bfloat16":
+            expected = expected.astype(ml_dtypes.bfloat16).astype(np.float32)
+        assert source[index].dtype == np.float32
+        np.testing.assert_array_equal(source[index], expected)
+    copy = pickle.loads(pickle.dumps(source))
+    np.testing.assert_array_equal(copy[2], source[2])
+
+
+def test_what_stands_beside_latents_is_read_as_it_was_written(tmp_path):
+    draw = np.random.default_rng(1)
+    given = [
+        one._replace(shown=one.latents + 1, image=draw.standard_normal((5, 6)).astype(np.float32)) for one in examples()
+    ]
+    write_latents(tmp_path / "l", given, identity="x", dtype="float32")
+    source = LatentSource(tmp_path / "l")
+    assert (source.has_shown, source.image_shape) == (True, (5, 6))
+    for index, one in enumerate(given):
+        np.testing.assert_array_equal(source[index], one.latents)
+        np.testing.assert_array_equal(source.shown(index), one.shown)
+        np.testing.assert_array_equal(source.image(index), one.image)
+    write_latents(tmp_path / "plain", examples(), identity="x")
+    plain = LatentSource(tmp_path / "plain")
+    assert (plain.shown(0), plain.image(0), plain.image_shape) == (None, None, None)
+    for changed in ({"image": None}, {"image": np.zeros((4, 6), np.float32)}, {"shown": None}):
+        with pytest.raises(UserError, match=r"beside the latents of 1\.mp4 stands .*it must agree"):
+            write_latents(tmp_path / "m", [given[0], given[1]._replace(**changed)], identity="x")
+    for changed, message in (
+        ({"image": np.full((5, 6), np.nan, np.float32)}, "not finite"),
+        ({"shown": given[1].shown}, "but shows"),
+    ):
+        with pytest.raises(UserError, match=message):
+            write_latents(tmp_path / "m", [given[0]._replace(**changed)], identity="x")
+
+
+def test_another_identity_is_refused(tmp_path):
+    write_latents(tmp_path / "l", examples(), identity="autoencoder-1")
+    with pytest.raises(UserError, match=r"autoencoder-1, autoencoder-2 was asked for"):
+        LatentSource(tmp_path / "l", identity="autoencoder-2")
+    assert LatentSource(tmp_path / "l").identity == "autoencoder-1"
+    assert identity_hash({"a": 1, "b": 2}) == identity_hash({"b": 2, "a": 1}) != identity_hash({"a": 1, "b": 3})
+    # Long identities are told apart by their hash, and of a mapping each part is compared that is asked for.
+    long = {"autoencoder": {"configuration": "x" * 100, "step": 1}, "text": "encoder-1"}
+    write_latents(tmp_path / "m", examples(), identity=long)
+    assert len(LatentSource(tmp_path / "m", identity={"autoencoder": long["autoencoder"]})) == 3
+    with pytest.raises(UserError) as error:
+        LatentSource(tmp_path / "m", identity=long | {"autoencoder": {"configuration": "x" * 100, "step": 2}})
+    found = re.findall(r"\(([0-9a-f]{16})\)", str(error.value))
+    assert len(set(found)) == 2
+    with pytest.raises(UserError, match="latents of text encoder-1, encoder-2 was asked for"):
+        LatentSource(tmp_path / "m", identity=long | {"text": "encoder-2"})
+    with pytest.raises(UserError, match="latents of other none, x was asked for"):
+        LatentSource(tmp_path / "m", identity=long | {"other": "x"})
+
+
+def test_written_whole_or_not_at_all(tmp_path):
+    def broken():
+        yield from examples()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_latents(tmp_path / "l", broken(), identity="x")
+    assert list(tmp_path.iterdir()) == []
+    write_latents(tmp_path / "l", examples(), identity="x")
+    with pytest.raises(KeyboardInterrupt):
+        write_latents(tmp_path / "l", broken(), identity="y")
+    assert len(LatentSource(tmp_path / "l", identity="x")) == 3  # what was there stays
+    write_latents(tmp_path / "l", examples(2), identity="y")
+    assert len(LatentSource(tmp_path / "l", identity="y")) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["l"]
+
+
+def test_refusals(tmp_path):
+    good = next(examples())
+    with pytest.raises(UserError, match="no latents to write"):
+        write_latents(tmp_path / "l", [], identity="x")
+    bad = good._replace(name="bad.mp4", latents=np.full((1, 2, 3, 4), np.nan, np.float32))
+    with pytest.raises(UserError, match=r"bad\.mp4 are not finite"):
+        write_latents(tmp_path / "l", [good, bad], identity="x")
+    bad = good._replace(name="bad.mp4", latents=np.zeros((1, 2, 3, 5), np.float32))
+    with pytest.raises(UserError, match=r"bad\.mp4 have the shape \[1, 2, 3, 5\]"):
+        write_latents(tmp_path / "l", [good, bad], identity="x")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "letter.txt").write_text("keep")
+    with pytest.raises(UserError, match="holds no latents"):
+        write_latents(tmp_path, [good], identity="x")
+    with pytest.raises(UserError, match="holds no latents"):
+        LatentSource(tmp_path)
+    with pytest.raises(MissingError):
+        LatentSource(tmp_path / "nowhere")
+    (tmp_path / "latents.json").write_text('{"version": 99}')
+    with pytest.raises(UserError, match="version"):
+        LatentSource(tmp_path)
+
+
+def test_every_caption_is_kept_and_views_are_grouped_by_their_clip(tmp_path):
+    latents = np.ones((1, 2, 3, 4), np.float32)
+    write_latents(
+        tmp_path / "l",
+        [
+            LatentExample("a@0", ("one", "two"), latents, "a"),
+            LatentExample("b@0", (), latents, "b"),
+            LatentExample("a@4", ("one", "two"), latents, "a"),
+            LatentExample("c", "three", latents),
+        ],
+        identity="x",
+    )
+    source = LatentSource(tmp_path / "l")
+    assert source.all_captions == (("one", "two"), (), ("one", "two"), ("three",))
+    assert source.captions == ("one", "", "one", "three")
+    assert source.clips == ("a", "b", "a", "c")
+    assert source.groups == (0, 1, 0, 2)
+    assert (source.text_width, source.empty_text, source.left_out) == (0, None, ())
+
+
+def test_embeddings_are_kept_with_their_lengths(tmp_path):
+    draw = np.random.default_rng(0)
+    texts = [tuple(draw.normal(size=(n, 5)).astype(np.float32) for n in lengths) for lengths in ((3, 1), (), (2,))]
+    captions = [("a", "b"), (), ("c",)]
+    latents = np.ones((1, 1, 1, 2), np.float32)
+    rows = [LatentExample(f"{n}", captions[n], latents, "", texts[n]) for n in range(3)]
+    write_latents(tmp_path / "l", rows, identity="x", dtype="float32")
+    source = LatentSource(tmp_path / "l")
+    assert source.text_lengths == ((3, 1), (), (2,))
+    for index, of_example in enumerate(texts):
+        for caption, expected in enumerate(of_example):
+            np.testing.assert_array_equal(source.text(index, caption), expected)
+    for wrong, message in (
+        ((texts[0][0],), "2 captions and 1 embeddings"),
+        ((texts[0][0], texts[0][1][:, :4]), r"shape \[1, 4\]"),
+        ((texts[0][0], np.full((2, 5), np.nan, np.float32)), "finite"),
+    ):
+        with pytest.raises(UserError, match=message):
+            write_latents(tmp_path / "m", [rows[0]._replace(text=wrong)], identity="x")
+
+
+def in_three_files(folder):
+    files = LatentFiles(folder=place(folder), identity="x", files=3, dtype="float32")
+    of_file = [list(examples(2)), [LeftOut("bad.mp4", "it is damaged")], list(examples(3))]
+    for number in (2, 0, 1):
+        assert files.done(number) is None
+        assert not files.finish()
+        files.write(number, of_file[number])
+        assert files.done(number) == len(of_file[number])
+    assert files.finish()
+    return [*of_file[0], *of_file[2]]
+
+
+def test_files_are_a_tfds_data_set_be_one_of_them_empty(tmp_path):
+    expected = in_three_files(tmp_path / "l")
+    records = tfds.builder_from_directory(tmp_path / "l").as_data_source("train")
+    assert [record["name"].decode() for record in records] == [example.name for example in expected]
+    source = LatentSource(tmp_path / "l")
+    assert source.left_out == (LeftOut("bad.mp4", "it is damaged"),)
+    for index, example in enumerate(expected):
+        np.testing.assert_array_equal(source[index], example.latents)
+
+
+def test_latents_may_lie_at_an_address(memory, tmp_path):
+    address = f"{memory}/latents"
+    expected = in_three_files(address)
+    source = LatentSource(address, identity="x", cache=tmp_path / "cache")
+    assert source.captions == tuple(example.captions for example in expected)
+
+    def copied():
+        return sorted(path.name[-14:] for path in Path(tmp_path / "cache").rglob("*array_record*"))
+
+    np.testing.assert_array_equal(source[3], expected[3].latents)
+    assert copied() == ["00002-of-00003"]  # only what was read
+    for index, example in enumerate(expected):
+        np.testing.assert_array_equal(source[index], example.latents)
+    assert copied() == ["00000-of-00003", "00002-of-00003"]
+    copy = pickle.loads(pickle.dumps(source))
+    np.testing.assert_array_equal(copy[0], expected[0].latents)
+    with pytest.raises(UserError, match="y was asked for"):
+        LatentSource(address, identity="y")
+    # What is written there again is read again.
+    place(address).rmdir(recursive=True)
+    files = LatentFiles(folder=place(address), identity="y", files=1, dtype="float32")
+    files.write(0, [example._replace(latents=example.latents + 1) for example in expected])
+    assert files.finish()
+    again = LatentSource(address, identity="y", cache=tmp_path / "cache")
+    np.testing.assert_array_equal(again[3], expected[3].latents + 1)
+    with pytest.raises(MissingError, match="no such folder of latents: memory://bucket/nothing"):
+        LatentSource(f"{memory}/nothing")
+    with pytest.raises(UserError, match="other options"):
+        LatentFiles(folder=place(address), identity="y", files=4, dtype="float32")
+    with pytest.raises(UserError, match="is an address"):
+        write_latents(f"{memory}/more", examples(), identity="x")
+
+
+def test_a_file_that_cannot_be_copied_here_is_no_damaged_record(memory):
+    in_three_files(f"{memory}/latents")
+    source = LatentSource(f"{memory}/latents")
+    source[0]
+    (file,) = place(f"{memory}/latents").glob("*-00002-of-00003")
+    file.unlink()
+    with pytest.raises(MissingError, match="no such file: memory://bucket/latents/latents-train"):
+        source[3]
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    write_latents(tmp_path / "l", examples(), identity="a")
+    source = LatentSource(tmp_path / "l")
+    whole = source[1]
+    source.sizes = (source.sizes[0], Grid(*(2 * side for side in source.sizes[1])), source.sizes[2])
+    with pytest.raises(DecodeError, match=r"1\.mp4 has .* values, .* belong there"):
+        source[1]
+    file = next((tmp_path / "l").glob("*.array_record*"))
+    content = bytearray(file.read_bytes())
+    content[100:400] = b"x" * 300
+    file.write_bytes(content)
+    damaged = LatentSource(tmp_path / "l")
+    with pytest.raises(DecodeError, match="is damaged"):
+        list(map(damaged.__getitem__, range(3)))
+    assert whole.shape == (2, 2, 3, 4)

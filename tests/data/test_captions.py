@@ -1,0 +1,152 @@
+"""The captions of rows: their lengths at once, one text at a time."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from dit_video.core.errors import UserError
+from dit_video.core.storage import place
+from dit_video.data.captions import CachedTexts, EmbeddedTexts, Texts, TokenizedTexts
+from dit_video.data.latents.cache import LatentExample, LatentSource
+from dit_video.data.latents.writer import LatentFiles, write_latents
+from dit_video.data.loader import Reading, packed_batches
+from dit_video.tokens import Grid, RowShape
+from support.stand_ins import Embedder, tokenize
+
+CAPTIONS = [("a red ball", "it"), (), ("a blue box moves",), ("", "it")] * 5
+
+
+@pytest.fixture(scope="module")
+def embedder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoder")
+    (folder / "seed.txt").write_text("1")
+    return Embedder(folder)
+
+
+def cached(folder, embedder, *, identity="t", captions=CAPTIONS):
+    """Latents whose values are the example's number, with the embeddings of the captions."""
+
+    def examples():
+        for number, of_example in enumerate(captions):
+            latents = np.full((1 + 2 * (number % 2), 4, 4, 2), number, np.float32)
+            yield LatentExample(f"{number}.mp4", of_example, latents, text=tuple(map(embedder, of_example)))
+
+    stamp = {"autoencoder": "a", "text": identity}
+    made = LatentFiles(folder=place(folder), identity=stamp, files=1, dtype="float32")
+    made.write(0, examples())
+    made.finish(empty_text=embedder(""))
+    return LatentSource(folder)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory, embedder):
+    return cached(tmp_path_factory.mktemp("cached") / "latents", embedder)
+
+
+def test_all_kinds_know_the_lengths_and_read_any_caption(source, embedder):
+    assert embedder("a red ball").shape == (4, 8)
+    for texts, text_of in (
+        (TokenizedTexts(CAPTIONS, tokenize), tokenize),
+        (CachedTexts(source), embedder),
+        (EmbeddedTexts(CAPTIONS, embedder.many, identity="t"), embedder),
+    ):
+        assert isinstance(texts, Texts)
+        np.testing.assert_array_equal(texts.empty, text_of(""))
+        assert texts.width == (0 if texts.empty.ndim == 1 else 8)
+        for example, captions in enumerate(CAPTIONS):
+            assert len(texts.lengths[example]) == len(captions or ("",))
+            for number, caption in enumerate(captions or ("",)):
+                np.testing.assert_array_equal(texts.read(example, number), text_of(caption))
+                assert texts.lengths[example][number] == len(text_of(caption))
+
+
+def test_facts_tell_texts_apart(source, embedder, tmp_path):
+    def told(texts):
+        return b"".join(texts.facts())
+
+    others = [*CAPTIONS[:-1], ("something else",)]
+    first = told(CachedTexts(source))
+    assert told(CachedTexts(cached(tmp_path / "same", embedder))) == first
+    assert told(CachedTexts(cached(tmp_path / "identity", embedder, identity="u"))) != first
+    assert told(CachedTexts(cached(tmp_path / "captions", embedder, captions=others))) != first
+    made = [
+        told(EmbeddedTexts(captions, embedder.many, identity=identity))
+        for captions, identity in ((CAPTIONS, "t"), (CAPTIONS, "u"), (others, "t"), (CAPTIONS, "t"))
+    ]
+    assert len(set(made)) == 3
+    assert made[0] == made[3]
+
+
+def test_each_different_caption_is_embedded_once_for_its_length(embedder):
+    embedder.asked.clear()
+    done = []
+    texts = EmbeddedTexts(CAPTIONS, embedder.many, identity="t", progress=done.append)
+    assert embedder.asked == ["", "", "a red ball", "it", "a blue box moves"]
+    assert done == [4]
+    # Worker processes get the lengths alone: an encoder on a device can't go there.
+    copy = pickle.loads(pickle.dumps(EmbeddedTexts(CAPTIONS, lambda many: embedder.many(many), identity="t")))
+    assert copy.lengths == texts.lengths
+
+
+def rows_of(source, texts, **reading):
+    shape, reading = RowShape(tokens=16, text=24, segments=4), Reading(batch=2, seed=0, **reading)
+    batches = packed_batches(source, texts, patch=Grid(1, 2, 2), shape=shape, reading=reading)
+    taken = [next(batches) for _ in range(6)]
+    batches.close()
+    return taken, batches
+
+
+def assert_equal(one, other):
+    for left, right in zip(one, other, strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_rows_hold_the_embeddings_of_their_examples(source, embedder):
+    found, batches = rows_of(source, CachedTexts(source))
+    drawn = set()
+    for rows in found:
+        assert rows.text.shape == (2, 24, 8)
+        for row, segment in zip(*np.nonzero(rows.valid), strict=True):
+            example = int(rows.tokens[row][rows.segments[row] == segment + 1][0, 0])
+            text = rows.text[row][rows.text_segments[row] == segment + 1]
+            captions = CAPTIONS[example] or ("",)
+            caption = next(caption for caption in captions if np.array_equal(text, embedder(caption)))
+            drawn.add((example % 4, caption))
+        assert not rows.text[rows.text_segments == 0].any()
+    assert drawn == {(number, caption) for number in range(4) for caption in CAPTIONS[number] or ("",)}
+    # From the encoder, from the middle, and by worker processes the same.
+    live, _ = rows_of(source, EmbeddedTexts(CAPTIONS, embedder.many, identity="t"))
+    resumed, again = rows_of(source, CachedTexts(source), start_step=2, workers=1)
+    for one, other in (*zip(found, live, strict=True), *zip(found[2:], resumed[:4], strict=True)):
+        assert_equal(one, other)
+    assert again.hash == batches.hash
+
+
+def test_a_plan_of_the_same_lengths_is_another_one_with_another_encoder(source, embedder, tmp_path):
+    other = cached(tmp_path / "l", embedder, identity="u")
+    assert rows_of(source, CachedTexts(source))[1].hash != rows_of(other, CachedTexts(other))[1].hash
+
+
+def test_an_example_whose_text_is_damaged_keeps_its_place_and_does_not_count(source, monkeypatch, caplog):
+    whole, _ = rows_of(source, CachedTexts(source))
+    read = LatentSource._values
+
+    def damaged(self, index, field):
+        values = read(self, index, field)
+        return values[:-1] if field == "text" and self.names[index] == "4.mp4" else values
+
+    monkeypatch.setattr(LatentSource, "_values", damaged)
+    found, _ = rows_of(source, CachedTexts(source))
+    lost = 0
+    for rows, expected in zip(found, whole, strict=True):
+        np.testing.assert_array_equal(rows.segments, expected.segments)
+        lost += (expected.valid & ~rows.valid).sum()
+    assert lost >= 1
+    assert "4.mp4 is damaged and is left out of the loss: the texts of 4.mp4 have" in caplog.text
+
+
+def test_latents_without_embeddings_are_refused(tmp_path):
+    write_latents(tmp_path / "l", [LatentExample("a", "a", np.ones((1, 2, 2, 2), np.float32))], identity="x")
+    with pytest.raises(UserError, match="holds no embeddings of captions; encode the clips with a text encoder"):
+        CachedTexts(LatentSource(tmp_path / "l"))

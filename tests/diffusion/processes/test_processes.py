@@ -1,0 +1,135 @@
+"""What follows from alpha and sigma, for every process and every prediction."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dit_video.core.errors import UserError
+from dit_video.diffusion import (
+    X0,
+    Cosine,
+    Edm,
+    Epsilon,
+    FlowMatching,
+    Linear,
+    Preconditioned,
+    RectifiedFlow,
+    ScaledLinear,
+    V,
+    VariancePreserving,
+    Velocity,
+    estimator,
+)
+
+PROCESSES = {
+    "flow": RectifiedFlow(shift=3.0),
+    "linear": VariancePreserving(),
+    "scaled-linear": VariancePreserving(betas=ScaledLinear()),
+    "cosine": VariancePreserving(betas=Cosine()),
+    "edm": Edm(data_std=1.0),
+}
+PREDICTIONS = {"epsilon": Epsilon(), "x0": X0(), "v": V(), "velocity": Velocity(), "edm": Preconditioned(data_std=1.0)}
+TIMES = jnp.asarray([[0.2], [0.5], [0.9]])
+DATA, NOISE = (jnp.asarray(np.random.default_rng(seed).normal(size=(3, 8)), jnp.float32) for seed in (0, 1))
+
+each_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+
+
+@each_process
+@pytest.mark.parametrize("prediction", PREDICTIONS.values(), ids=PREDICTIONS)
+def test_a_prediction_is_taken_apart_into_data_and_noise(process, prediction):
+    noisy, target = process.add_noise(DATA, NOISE, TIMES), prediction.target(process, DATA, NOISE, TIMES)
+    found = prediction.estimate(process, noisy, target, TIMES)
+    size = jnp.maximum(1, process.sigma(TIMES))
+    np.testing.assert_allclose(found.data / size, DATA / size, atol=2e-4)
+    np.testing.assert_allclose(found.noise, NOISE, atol=2e-4 / float(process.sigma(jnp.asarray(0.2))))
+    # An error of the prediction comes back as one of the data, of the size that is promised.
+    wrong = prediction.estimate(process, noisy, target + 0.1, TIMES)
+    error = jnp.abs(wrong.data - found.data).mean(axis=1)
+    np.testing.assert_allclose(error, 0.1 * prediction.data_error(process, TIMES)[:, 0], rtol=1e-2)
+
+
+@each_process
+def test_the_ratio_of_noise_to_data_tells_the_time(process):
+    times = jnp.linspace(0.05, 0.95, 19)
+    ratio = process.sigma(times) / process.alpha(times)
+    np.testing.assert_allclose(process.time_at(ratio), times, rtol=1e-4)
+    np.testing.assert_allclose(process.half_log_snr(times), -jnp.log(ratio), rtol=1e-4, atol=1e-5)
+    assert (jnp.diff(ratio) > 0).all()
+    assert process.alpha(jnp.zeros(())) == 1
+    assert process.sigma(jnp.zeros(())) == 0
+
+
+@each_process
+def test_the_velocity_is_the_derivative_of_the_noisy_value(process):
+    # Not at a knot of a schedule of steps, where the slope jumps.
+    times = TIMES + 0.0005
+    found = Velocity().target(process, DATA, NOISE, times)
+    ahead, behind = (process.add_noise(DATA, NOISE, times + step) for step in (4e-4, -4e-4))
+    np.testing.assert_allclose(found, (ahead - behind) / 8e-4, rtol=0.02, atol=0.02)
+
+
+@each_process
+def test_the_differential_equation_keeps_the_variance_of_the_process(process):
+    """d/dt of sigma^2, the variance around the data, is 2 f sigma^2 + g^2; and g^2 is never negative."""
+    time = jnp.asarray([0.2005, 0.5005, 0.9005])
+    drift, diffusion = process.drift_and_diffusion(time)
+    change = jax.vmap(jax.grad(lambda t: process.sigma(t) ** 2))(time)
+    np.testing.assert_allclose(2 * drift * process.sigma(time) ** 2 + diffusion, change, rtol=1e-3)
+    assert (diffusion > 0).all()
+
+
+@each_process
+@pytest.mark.parametrize(("time", "following"), [(0.9, 0.5), (0.5, 0.49), (0.3, 0.0)])
+def test_the_posterior_undoes_a_step_of_noise(process, time, following):
+    """x_s drawn from the posterior of x_t and x_0 is distributed as x_s given x_0: its moments agree."""
+    time, following = jnp.asarray(time), jnp.asarray(following)
+    mean_at = process.posterior(process.alpha(time) * DATA, DATA, time, following).mean
+    np.testing.assert_allclose(mean_at, process.alpha(following) * DATA, rtol=1e-3, atol=1e-3)
+    slope = process.posterior(jnp.ones(()), jnp.zeros(()), time, following)
+    variance = (slope.mean * process.sigma(time)) ** 2 + slope.variance
+    np.testing.assert_allclose(variance, process.sigma(following) ** 2, rtol=1e-3, atol=1e-6)
+
+
+def test_what_a_prediction_says_nothing_of_counts_as_zero():
+    """So sampling may start at pure noise, and ask at the data."""
+    flow = RectifiedFlow()
+    of_noise = Epsilon().estimate(flow, NOISE, 0.9 * NOISE, jnp.ones(()))
+    np.testing.assert_array_equal(of_noise.noise, 0.9 * NOISE)
+    assert not of_noise.data.any()
+    of_data = X0().estimate(flow, DATA, 0.9 * DATA, jnp.zeros(()))
+    np.testing.assert_array_equal(of_data.data, 0.9 * DATA)
+    assert not of_data.noise.any()
+
+
+def test_the_schedules_of_noise_are_those_of_the_papers():
+    linear, scaled, cosine = (VariancePreserving(betas=betas) for betas in (Linear(), ScaledLinear(), Cosine()))
+    # The last alpha-bar of DDPM (4.04e-5), of Stable Diffusion (0.00466) and of improved DDPM's cosine (2.4e-9).
+    found = [float(process.alpha(jnp.ones(()))) ** 2 for process in (linear, scaled, cosine)]
+    np.testing.assert_allclose(found, [4.036e-5, 4.660e-3, 2.428e-9], rtol=2e-3)
+    np.testing.assert_allclose(linear.sigma(jnp.asarray(0.001)) ** 2, 1e-4, rtol=1e-3)
+
+
+def test_a_model_of_edm_is_given_values_of_unit_variance():
+    process, seen = Edm(data_std=0.5), []
+    estimate = estimator(lambda noisy, time: seen.append(noisy) or noisy, process, Preconditioned(data_std=0.5))
+    for time in (0.1, 0.5, 1.0):
+        estimate(process.add_noise(0.5 * DATA / DATA.std(), NOISE / NOISE.std(), jnp.asarray(time)), jnp.asarray(time))
+    np.testing.assert_allclose([value.std() for value in seen], 1, atol=0.25)
+    assert process.start(NOISE).std() == pytest.approx(float(80 * NOISE.std()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: VariancePreserving(steps=0), "at least 1 step, not 0"),
+        (lambda: Linear(first=0.1, last=0.01), "rise from above 0 to below 1"),
+        (lambda: ScaledLinear(last=1.5), "rise from above 0 to below 1"),
+        (lambda: Edm(sigma_max=-1.0), "are positive"),
+        (lambda: FlowMatching(process=Edm()), "predict Epsilon, V or Preconditioned"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(make, message):
+    with pytest.raises(UserError, match=message):
+        make()

@@ -1,0 +1,110 @@
+"""Guidance that remembers earlier steps: what it adds up, in the sampler's state, for every prediction and solver."""
+
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dit_video.core.errors import UserError
+from dit_video.diffusion import (
+    X0,
+    Ddim,
+    Epsilon,
+    Euler,
+    Guidance,
+    Heun,
+    Projected,
+    RectifiedFlow,
+    Remembering,
+    V,
+    VariancePreserving,
+    Velocity,
+    Watched,
+    advance,
+    apart,
+    guided,
+    sample,
+)
+
+NOISE = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3)), jnp.float32)
+TIMES = jnp.linspace(1.0, 0.0, 6).at[0].set(0.98)
+BETA = -0.6
+STEP = 0.25
+"""in data, of a model whose branches are so far apart everywhere"""
+
+
+def conditional(noisy, time):
+    return jnp.tanh(noisy) + time
+
+
+def unconditional(noisy, time):
+    return jnp.cos(noisy) * time
+
+
+def remembering(guidance, *, branches=(conditional, unconditional), process=RectifiedFlow(), prediction=X0()):  # noqa: B008
+    return guided(apart(*branches), guidance.strength(), process=process, prediction=prediction)
+
+
+def of(scale=3.0, momentum=BETA, **options):
+    return Guidance(scale=scale, projected=Projected(parallel=1.0, momentum=momentum), **options)
+
+
+def test_steps_add_up_over_the_steps_of_sampling():
+    process, x, average = RectifiedFlow(), np.asarray(NOISE), 0.0
+    for time, following in itertools.pairwise(TIMES):
+        c, u = (np.asarray(branch(x, time)) for branch in (conditional, unconditional))
+        average = c - u + BETA * average
+        data = c + 2.0 * average
+        x = (1 - following) * data + following * (x - (1 - time) * data) / time
+    run = {"process": process, "prediction": X0(), "solver": Remembering(solver=Euler())}
+    found = sample(remembering(of()), NOISE, TIMES, **run)
+    np.testing.assert_allclose(found, x, rtol=1e-4, atol=1e-4)
+    plain = guided(apart(conditional, unconditional), Guidance(scale=3.0).strength())
+    without = sample(plain, NOISE, TIMES, process=process, prediction=X0(), solver=Euler())
+    assert np.abs(found - without).max() > 0.1
+
+
+@pytest.mark.parametrize("prediction", [Epsilon(), V(), Velocity()], ids=lambda kind: type(kind).__name__)
+def test_what_adds_up_is_of_the_data_whatever_is_predicted(prediction):
+    process = VariancePreserving()
+
+    def as_predicted(branch):
+        def denoise(noisy, time):
+            noise = (noisy - process.alpha(time) * branch(noisy, time)) / process.sigma(time)
+            return prediction.target(process, branch(noisy, time), noise, time)
+
+        return denoise
+
+    def run(branches, kind):
+        denoise = remembering(of(), branches=branches, process=process, prediction=kind)
+        solver = Remembering(solver=Ddim())
+        return sample(denoise, NOISE, TIMES, process=process, prediction=kind, solver=solver)
+
+    expected = run((conditional, unconditional), X0())
+    found = run((as_predicted(conditional), as_predicted(unconditional)), prediction)
+    np.testing.assert_allclose(found, expected, rtol=5e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize("solver", [Euler(), Heun()], ids=["euler", "heun"])
+@pytest.mark.parametrize(("interval", "counted"), [(None, 5), ((0.3, 0.85), 3)])
+def test_a_step_is_remembered_once_and_only_where_there_is_guidance(solver, interval, counted):
+    """Whatever evaluations it takes. At 0.98, 0.8, 0.6, 0.4 and 0.2 steps start."""
+    branches = (lambda noisy, time: 0 * noisy + STEP, lambda noisy, time: 0 * noisy)
+    denoise = remembering(of(interval=interval), branches=branches)
+    watched = Watched(solver=Remembering(solver=solver))
+    state = watched.init(NOISE, steps=5)
+    for part in (TIMES[:3], TIMES[2:]):  # the past goes from one part of the way to the next
+        state = advance(denoise, state, part, process=RectifiedFlow(), prediction=X0(), solver=watched)
+    np.testing.assert_allclose(state.solver.past, STEP * (1 - BETA**counted) / (1 - BETA), rtol=1e-4)
+
+
+def test_what_there_is_not():
+    with pytest.raises(UserError, match=r"sample it with Remembering\(solver=...\)"):
+        sample(remembering(of()), NOISE, TIMES, process=RectifiedFlow(), prediction=X0(), solver=Euler())
+    with pytest.raises(UserError, match=r"momentum=1\.0 of projected guidance lies between -1 and 1"):
+        Projected(momentum=1.0)
+    with pytest.raises(UserError, match="momentum is that of the prompt's guidance"):
+        of(image=2.0)
+    assert not of(scale=1.0).remembers
+    assert not of(momentum=0.0).remembers

@@ -1,0 +1,254 @@
+"""Solvers are held to a flow that is known: of data that are normal, N(m, s^2).
+
+With x_t = (1 - t) x_0 + t e, x_t is normal of mean a(t) = (1 - t) m and variance b(t)^2 = (1 - t)^2 s^2 + t^2. The best
+velocity is E[e - x_0 | x_t = x] = -m + (b'(t) / b(t)) (x - a(t)), for b b' = t - (1 - t) s^2 is the covariance of
+e - x_0 with x_t. So (x - a) / b stays as it is along the flow, and the noise e at t = 1 becomes m + s e at t = 0.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from dit_video.core.errors import UserError
+from dit_video.diffusion import (
+    SAMPLERS,
+    X0,
+    Ddim,
+    Ddpm,
+    DpmMultistep,
+    Epsilon,
+    Estimate,
+    Euler,
+    Heun,
+    Interval,
+    Lcm,
+    RectifiedFlow,
+    UniPc,
+    VariancePreserving,
+    draws,
+    invert,
+    sample,
+    sampler,
+    time_grid,
+    trace,
+)
+
+MEAN, STD = 2.0, 0.3
+NOISE = jnp.asarray(np.random.default_rng(0).normal(size=(64, 4)), jnp.float32)
+
+
+def denoise(noisy, time):
+    variance = (1 - time) ** 2 * STD**2 + time**2
+    return -MEAN + (time - (1 - time) * STD**2) / variance * (noisy - (1 - time) * MEAN)
+
+
+def run(solver, steps, process=RectifiedFlow(), noise=NOISE, seed=0):  # noqa: B008
+    keys = jax.random.split(jax.random.key(seed), len(noise))
+    return jax.jit(
+        lambda x, keys, times: sample(denoise, x, times, process=process, solver=solver, draw=draws(keys, x.shape[1:]))
+    )(noise, keys, time_grid(process, steps))
+
+
+def error(solver, steps):
+    return float(jnp.abs(run(solver, steps) - (MEAN + STD * NOISE)).mean())
+
+
+@pytest.mark.parametrize(("solver", "order", "steps"), [(Euler(), 1, 40), (Heun(), 2, 20)], ids=["euler", "heun"])
+def test_order_of_convergence(solver, order, steps):
+    errors = [error(solver, steps * 2**k) for k in range(3)]
+    found = np.log2(np.asarray(errors[:-1]) / errors[1:])
+    np.testing.assert_allclose(found, order, atol=0.15)
+
+
+@pytest.mark.parametrize(
+    ("name", "shift"), [(name, 1.0) for name in sorted(set(SAMPLERS) - {"lcm"})] + [("euler", 3.0), ("unipc", 3.0)]
+)
+def test_samples_have_the_mean_and_deviation_of_the_data(name, shift):
+    noise = jnp.asarray(stats.norm.ppf((np.arange(4000) + 0.5) / 4000), jnp.float32)
+    found = run(sampler(name), 100, RectifiedFlow(shift=shift), noise)
+    exact = not sampler(name).stochastic
+    assert found.mean() == pytest.approx(MEAN, abs=0.01 if exact else 0.02)
+    assert found.std() == pytest.approx(STD, rel=0.05)
+    assert stats.kstest((found - MEAN) / STD, "norm").statistic < (0.02 if exact else 0.035)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_consistency_model_needs_few_steps(steps):
+    """The flow's end from anywhere on it, told as a velocity: m + s (x - a) / b."""
+
+    def consistent(noisy, time):
+        spread = jnp.sqrt((1 - time) ** 2 * STD**2 + time**2)
+        data = MEAN + STD / spread * (noisy - (1 - time) * MEAN)
+        return (noisy - data) / time
+
+    noise = jax.random.normal(jax.random.key(2), (4000, 1))
+    draw = draws(jax.random.split(jax.random.key(3), 4000), (1,))
+    times = time_grid(RectifiedFlow(), steps)
+    found = sample(consistent, noise, times, process=RectifiedFlow(), solver=Lcm(), draw=draw)
+    assert stats.kstest((found[:, 0] - MEAN) / STD, "norm").statistic < 0.03
+
+
+def test_ancestral_steps_are_one():
+    """Of any process DDPM, DDIM with eta 1 and the SDE's first order are the same step."""
+    for process in (RectifiedFlow(), VariancePreserving()):
+        noise, found = NOISE[::-1] / 2, Estimate(NOISE / 3 + 1, NOISE)
+        interval = Interval(jnp.asarray(0.7), jnp.asarray(0.4), noise)
+        x = process.add_noise(found.data, found.noise, interval.time)
+        ends = [
+            solver.step(lambda x, time, found=found: found, process, solver.init(x, steps=3), interval).x
+            for solver in (Ddim(eta=1.0), Ddpm(), DpmMultistep(eta=1.0, order=1))
+        ]
+        np.testing.assert_allclose(ends[1], ends[0], atol=1e-5)
+        np.testing.assert_allclose(ends[2], ends[0], atol=1e-4)
+
+
+@pytest.mark.parametrize(("share", "name"), [(0.0, "small"), (1.0, "large"), (0.5, None)])
+def test_a_learned_variance_lies_between_the_two_in_logarithms(share, name):
+    process, interval = VariancePreserving(), Interval(jnp.asarray(0.5), jnp.asarray(0.45), jnp.ones_like(NOISE))
+
+    def spread(variance, solver):
+        state = solver.init(jnp.zeros_like(NOISE), steps=2)
+        found = Estimate(jnp.zeros_like(NOISE), jnp.zeros_like(NOISE), variance)
+        return solver.step(lambda x, time: found, process, state, interval).x
+
+    learned = spread(jnp.full_like(NOISE, share), Ddpm())
+    fixed = [spread(None, Ddpm(variance=kind)) for kind in ("small", "large")]
+    expected = jnp.sqrt(fixed[0] * fixed[1]) if name is None else fixed[name == "large"]
+    assert (fixed[0] < fixed[1]).all()
+    np.testing.assert_allclose(learned, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("solver", [Euler(), Heun()], ids=["euler", "heun"])
+def test_a_constant_velocity_is_followed_exactly_in_one_step(solver):
+    data = 3 * NOISE + 1
+    process = RectifiedFlow()
+    found = sample(lambda x, t: NOISE - data, NOISE, time_grid(process, 1), process=process, solver=solver)
+    np.testing.assert_allclose(found, data, atol=1e-5)
+
+
+def test_evaluations_and_their_times():
+    times = []
+
+    def recorded(noisy, time):
+        times.append(float(time))
+        return denoise(noisy, time)
+
+    with jax.disable_jit():
+        for solver in (Euler(), Heun()):
+            sample(recorded, NOISE[:1], time_grid(RectifiedFlow(), 2), process=RectifiedFlow(), solver=solver)
+    # The model is never asked what the noise is in data without any.
+    assert times == [1.0, 0.5, 1.0, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_a_trace_is_what_a_sample_went_through(name):
+    times, draw = time_grid(RectifiedFlow(), 4), draws(jax.random.split(jax.random.key(0), len(NOISE)), (4,))
+    rest = {"process": RectifiedFlow(), "solver": sampler(name), "draw": draw}
+    found = trace(denoise, NOISE, times, **rest)
+    assert found.x.shape == found.data.shape == (4, *NOISE.shape)
+    np.testing.assert_allclose(found.x[-1], sample(denoise, NOISE, times, **rest), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.data[0], NOISE - denoise(NOISE, 1.0), atol=1e-5)
+    np.testing.assert_allclose(found.data[2], found.x[1] - 0.5 * denoise(found.x[1], 0.5), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(name for name in SAMPLERS if sampler(name).stochastic))
+def test_noise_is_a_samples_own(name):
+    keys = jax.random.split(jax.random.key(1), len(NOISE))
+
+    def drawn(noise, keys):
+        times = time_grid(RectifiedFlow(), 4)
+        return sample(
+            denoise, noise, times, process=RectifiedFlow(), solver=sampler(name), draw=draws(keys, noise.shape[1:])
+        )
+
+    together = drawn(NOISE, keys)
+    np.testing.assert_array_equal(together, drawn(NOISE, keys))
+    # Neither the others nor the place in the batch matter; another key does.
+    np.testing.assert_allclose(drawn(NOISE[5:2:-1], keys[5:2:-1]), together[5:2:-1], rtol=1e-5, atol=1e-6)
+    assert (jnp.abs(drawn(NOISE, keys[::-1]) - together) > 1e-4).any(axis=1).all()
+
+
+def test_one_program_serves_all_times_of_one_length():
+    traced = []
+
+    @jax.jit
+    def program(noise, times):
+        traced.append(times.shape)
+        return sample(denoise, noise, times, process=RectifiedFlow(), solver=DpmMultistep())
+
+    for shift in (1.0, 2.0, 5.0):
+        program(NOISE, time_grid(RectifiedFlow(shift=shift), 4))
+    assert traced == [(5,)]
+
+
+def test_samples_of_a_batch_do_not_depend_on_each_other():
+    together = run(Heun(), 8)
+    np.testing.assert_allclose(run(Heun(), 8, noise=NOISE[:3]), together[:3], rtol=1e-6)
+    changed = run(Heun(), 8, noise=NOISE.at[3:].mul(100.0))
+    np.testing.assert_array_equal(changed[:3], together[:3])
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.7])
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_the_grid_falls_from_noise_to_data(steps, shift):
+    times = np.asarray(time_grid(RectifiedFlow(shift=shift), steps))
+    assert times.shape == (steps + 1,)
+    assert times[0] == pytest.approx(1, abs=1e-6)
+    assert times[-1] == 0
+    assert (np.diff(times) < 0).all()
+
+
+def test_the_grid_has_the_shift_of_training():
+    # 3 t / (1 + 2 t) at 1, 1/2 and 0.
+    np.testing.assert_allclose(time_grid(RectifiedFlow(shift=3.0), 2), [1, 0.75, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [0, -3])
+def test_less_than_one_step(steps):
+    with pytest.raises(UserError, match=f"at least 1 step, not {steps}"):
+        time_grid(RectifiedFlow(), steps)
+
+
+def test_samplers_by_name():
+    assert sampler("euler") == Euler()
+    assert sampler("euler-ancestral") == Ddim(eta=1.0)
+    assert sampler("dpm++sde") == DpmMultistep(eta=1.0)
+    with pytest.raises(UserError, match=r"unknown sampler 'plms'; use one of ddim, ddpm, dpm.*2m, "):
+        sampler("plms")
+
+
+class WithoutDataAtItsNoise(VariancePreserving):
+    """As the schedules with no signal at the end of arXiv 2305.08891."""
+
+    def alpha(self, time):
+        return 1 - time
+
+
+@pytest.mark.parametrize("name", sorted(name for name in SAMPLERS if sampler(name).stochastic))
+def test_a_stochastic_solver_without_noise(name):
+    with pytest.raises(UserError, match="draws noise in every step; hand it over as draw"):
+        sample(denoise, NOISE, time_grid(RectifiedFlow(), 2), process=RectifiedFlow(), solver=sampler(name))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Ddim(eta=-0.1), "eta -0.1 is out of range"),
+        (lambda: DpmMultistep(eta=float("nan")), "eta nan is out of range"),
+        (lambda: Lcm(scaling=0.0), "are positive"),
+        (lambda: Heun().check(WithoutDataAtItsNoise()), "alpha is 0 at its noise; use euler, ddim"),
+        (lambda: inverted(UniPc()), "can't be run towards noise; use euler, heun or ddim"),
+        (lambda: inverted(Ddim(eta=1.0)), "can't be run towards noise"),
+        (lambda: inverted(Euler(), X0()), "says nothing of the noise in them"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+def inverted(solver, prediction=Epsilon()):  # noqa: B008
+    times = time_grid(RectifiedFlow(), 2)[::-1]
+    return invert(denoise, NOISE, times, process=RectifiedFlow(), solver=solver, prediction=prediction)

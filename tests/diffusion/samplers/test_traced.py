@@ -1,0 +1,55 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dit_video.diffusion import SAMPLERS, Euler, Heun, RectifiedFlow, advance, sample, time_grid
+from dit_video.diffusion.samplers.traced import Watched
+
+PROCESS = RectifiedFlow()
+NOISE = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5)), jnp.float32)
+
+
+def denoise(noisy, time):
+    return jnp.sin(3 * noisy) + time
+
+
+def run(solver, steps, padded, model=denoise):
+    """`steps` of them, in a program for `padded`."""
+    times = time_grid(PROCESS, steps)
+    times = jnp.concatenate([times, jnp.full(padded - steps, times[-1])])
+    program = jax.jit(lambda state, times: advance(model, state, times, process=PROCESS, solver=solver, draw=draw))
+    return program(solver.init(NOISE, steps=steps), times)
+
+
+def draw(number):
+    return jax.random.normal(jax.random.fold_in(jax.random.key(0), number), NOISE.shape)
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_steps_of_no_length_change_nothing(name):
+    solver = SAMPLERS[name]
+    plain = sample(denoise, NOISE, time_grid(PROCESS, 3), process=PROCESS, solver=solver, draw=draw)
+    state = run(Watched(solver=solver), 3, 8)
+    np.testing.assert_allclose(state.x, plain, rtol=1e-5, atol=1e-5)
+    assert (int(state.done), int(state.failed)) == (3, -1)
+    assert state.recorded is None
+
+
+@pytest.mark.parametrize("solver", [Euler(), Heun()], ids=["euler", "heun"])
+def test_what_is_recorded(solver):
+    state = run(Watched(solver=solver, recorded=True), 4, 4)
+    assert state.recorded.x.shape == state.recorded.data.shape == (4, *NOISE.shape)
+    np.testing.assert_array_equal(state.recorded.x[-1], state.x)
+    for steps in (1, 2):
+        part = sample(denoise, NOISE, time_grid(PROCESS, 4)[: steps + 1], process=PROCESS, solver=solver)
+        np.testing.assert_allclose(state.recorded.x[steps - 1], part, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(state.recorded.data[0], NOISE - denoise(NOISE, 1.0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("broken", "step"), [(1.0, 0), (0.5, 2), (0.25, 3)])
+def test_the_first_step_that_is_not_finite_is_noted(broken, step):
+    def model(noisy, time):
+        return jnp.where(time <= broken, jnp.full_like(noisy, jnp.nan).at[1].set(0), noisy)
+
+    assert int(run(Watched(solver=Euler()), 4, 6, model).failed) == step

@@ -1,0 +1,134 @@
+"""A weighting is a function of the schedule, and the same one whatever a model predicts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dit_video.core.errors import UserError
+from dit_video.diffusion import (
+    X0,
+    AsPredicted,
+    Cosine,
+    Edm,
+    EdmWeight,
+    Epsilon,
+    MinSnr,
+    Objective,
+    Preconditioned,
+    RectifiedFlow,
+    SigmoidWeight,
+    V,
+    VariancePreserving,
+    Velocity,
+)
+
+TIMES = jnp.asarray([0.2505, 0.5005, 0.9505])
+FLOW, DDPM, EDM = RectifiedFlow(), VariancePreserving(), Edm()
+PROCESSES = {"flow": FLOW, "ddpm": DDPM, "cosine": VariancePreserving(betas=Cosine()), "edm": EDM}
+PREDICTIONS = {"x0": X0(), "v": V(), "velocity": Velocity(), "edm": Preconditioned()}
+WEIGHTINGS = {"min-snr": MinSnr(), "edm": EdmWeight(), "sigmoid": SigmoidWeight(bias=-1.0)}
+
+each_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+each_weighting = pytest.mark.parametrize("weighting", WEIGHTINGS.values(), ids=WEIGHTINGS)
+
+
+def snr(process, time=TIMES):
+    return jnp.square(process.alpha(time) / process.sigma(time))
+
+
+@each_process
+@each_weighting
+@pytest.mark.parametrize("prediction", PREDICTIONS.values(), ids=PREDICTIONS)
+def test_a_weighting_says_the_same_of_every_prediction(process, weighting, prediction):
+    error = prediction.data_error(process, TIMES)
+    of_data = weighting(process, prediction, TIMES) / jnp.square(error)
+    of_noise = weighting(process, Epsilon(), TIMES) * snr(process)
+    np.testing.assert_allclose(of_data, of_noise, rtol=1e-4)
+
+
+@each_process
+def test_min_snr(process):
+    ratio = snr(process)
+    np.testing.assert_allclose(MinSnr(gamma=2.0)(process, X0(), TIMES), jnp.minimum(ratio, 2), rtol=1e-4)
+    np.testing.assert_allclose(MinSnr(gamma=2.0)(process, Epsilon(), TIMES), jnp.minimum(1, 2 / ratio), rtol=1e-4)
+    if isinstance(process, VariancePreserving):  # the paper's form of v
+        found = MinSnr(gamma=2.0)(process, V(), TIMES)
+        np.testing.assert_allclose(found, jnp.minimum(ratio, 2) / (ratio + 1), rtol=1e-4)
+
+
+def test_the_weight_of_edm():
+    sigma = EDM.sigma(TIMES)
+    np.testing.assert_allclose(EdmWeight()(EDM, X0(), TIMES), (sigma**2 + 0.25) / (0.5 * sigma) ** 2, rtol=1e-5)
+    for process in PROCESSES.values():
+        found = EdmWeight(data_std=2.0)(process, Preconditioned(data_std=2.0), TIMES)
+        np.testing.assert_allclose(found, 1, rtol=1e-4)
+
+
+@each_process
+def test_the_sigmoid_weighting_is_of_even_log_snrs(process):
+    """The weights over time, as an integral, are those over the log-SNR, which ends where the process does."""
+    bias = 0.5
+    times = jnp.linspace(0.0, 1.0, 8001)[1:-1] + 1e-5
+    found = jnp.sum(SigmoidWeight(bias=bias)(process, Epsilon(), times)) / 8000
+    last = 2 * process.half_log_snr(jnp.ones(()))
+    expected = jnp.log1p(jnp.exp(bias - last))  # the integral of sigmoid(bias - x) from there to infinity
+    if process is not FLOW:
+        np.testing.assert_allclose(found, expected, rtol=0.02)
+    of_flow = SigmoidWeight(bias=bias)(FLOW, Velocity(), TIMES)
+    logarithm = 2 * FLOW.half_log_snr(TIMES)
+    rate = 2 / (TIMES * (1 - TIMES))
+    of_noise = rate / (1 + jnp.exp(logarithm - bias))
+    np.testing.assert_allclose(of_flow, of_noise * (1 - TIMES) ** 2, rtol=1e-4)
+
+
+@each_process
+@each_weighting
+def test_weights_are_finite_and_not_negative_wherever_training_goes(process, weighting):
+    time = jnp.asarray([1e-5, 1e-3, 0.5, 0.999, 1 - 1e-5])
+    for prediction in (Epsilon(), *PREDICTIONS.values()):
+        found = weighting(process, prediction, time)
+        assert np.isfinite(found).all()
+        assert (found >= 0).all()
+    assert np.isfinite(weighting(process, V(), jnp.asarray([0.0, 1.0]))[1])
+
+
+DRAW = np.random.default_rng(0)
+DATA, NOISE = (jnp.asarray(DRAW.normal(size=(3, 2, 4)), jnp.float32) for _ in range(2))
+TIME = jnp.asarray(DRAW.uniform(0.1, 0.9, size=(3, 2)), jnp.float32)
+
+
+def objective(weighting):
+    return Objective(process=DDPM, prediction=Epsilon(), weighting=weighting)
+
+
+@pytest.mark.parametrize("weighting", [AsPredicted(), MinSnr()])
+def test_a_loss_does_not_depend_on_the_rest_of_the_batch(weighting):
+    """Weights that are normalised over a batch give a batch of one no loss, or a sample of two."""
+    loss = jax.jit(lambda *batch: objective(weighting).loss(lambda noisy, time: 0 * noisy, *batch))
+    together = loss(DATA, NOISE, TIME)
+    assert (together > 0).all()
+    for row in range(3):
+        one = (values[row : row + 1] for values in (DATA, NOISE, TIME))
+        np.testing.assert_allclose(loss(*one)[0], together[row], rtol=1e-6)
+
+
+def test_the_loss_is_weighted_by_the_time_of_its_token():
+    plain, weighted = (
+        objective(weighting).loss(lambda noisy, time: 0 * noisy, DATA, NOISE, TIME)
+        for weighting in (AsPredicted(), MinSnr())
+    )
+    np.testing.assert_allclose(weighted, plain * jnp.minimum(1, 5 / snr(DDPM, TIME)), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MinSnr(gamma=0.0), "must be positive; the paper's is 5"),
+        (lambda: EdmWeight(data_std=-1.0), "must be positive; of normalised latents"),
+        (lambda: SigmoidWeight(bias=float("inf")), "must be a finite number"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(make, message):
+    with pytest.raises(UserError, match=message):
+        make()

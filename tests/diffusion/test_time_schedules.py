@@ -1,0 +1,112 @@
+"""Where samplers stop, and what the model is told there."""
+
+import numpy as np
+import pytest
+
+from dit_video.core.config_json import from_json, to_json
+from dit_video.core.errors import UserError
+from dit_video.diffusion import (
+    Edm,
+    Even,
+    Exponential,
+    Given,
+    Karras,
+    LcmGrid,
+    RectifiedFlow,
+    Shifted,
+    StepGrid,
+    VariancePreserving,
+)
+
+DDPM, FLOW, EDM = VariancePreserving(), RectifiedFlow(), Edm()
+
+
+def steps_of(grid, steps, process=DDPM):
+    """What is told, in steps counted from 0; the times are one more."""
+    found = grid(process, steps)
+    told = np.asarray(found.told[:-1]) * 1000
+    np.testing.assert_allclose(np.asarray(found.times[:-1]) * 1000, told + 1, atol=1e-2)
+    assert found.times.shape == found.told.shape == (steps + 1,)
+    return told
+
+
+def test_a_ddpm_is_told_the_step_before():
+    np.testing.assert_allclose(steps_of(StepGrid(), 4), [999, 749, 499, 249], atol=1e-3)
+    np.testing.assert_allclose(steps_of(StepGrid(spacing="leading"), 4), [750, 500, 250, 0], atol=1e-3)
+    np.testing.assert_allclose(steps_of(StepGrid(spacing="leading", offset=1), 4), [751, 501, 251, 1], atol=1e-3)
+    np.testing.assert_allclose(steps_of(StepGrid(spacing="linspace"), 4), [999, 666, 333, 0], atol=1e-3)
+    spare = StepGrid(spacing="linspace", spare=True, told="nearest")
+    np.testing.assert_allclose(steps_of(spare, 4), [999, 749, 500, 250], atol=1e-3)
+    np.testing.assert_allclose(steps_of(LcmGrid(), 4), [999, 759, 499, 259], atol=1e-3)
+
+
+@pytest.mark.parametrize(("last", "end"), [("data", 0.0), ("first step", 0.001)])
+def test_where_it_ends(last, end):
+    assert StepGrid(last=last)(DDPM, 5).times[-1] == pytest.approx(end)
+
+
+@pytest.mark.parametrize("process", [EDM, DDPM], ids=["edm", "vp"])
+def test_karras_and_exponential_space_the_ratio_of_noise_to_data(process):
+    def ratios(grid):
+        times = np.asarray(grid(process, 9).times, np.float64)[:-1]
+        return process.sigma(times) / process.alpha(times)
+
+    most = float((process.sigma(np.ones(1)) / process.alpha(np.ones(1)))[0])
+    karras, exponential = ratios(Karras(least=0.02)), ratios(Exponential(least=0.02))
+    for found in (karras, exponential):
+        np.testing.assert_allclose(found[[0, -1]], [most, 0.02], rtol=1e-3)
+    np.testing.assert_allclose(np.diff(karras ** (1 / 7)), np.diff(karras ** (1 / 7)).mean(), rtol=1e-2)
+    np.testing.assert_allclose(exponential[1:] / exponential[:-1], (0.02 / most) ** (1 / 8), rtol=1e-2)
+
+
+def test_of_a_flow_they_start_where_they_are_told():
+    found = Karras(least=0.01, most=99.0)(FLOW, 5).times
+    np.testing.assert_allclose(found[np.asarray([0, -2, -1])], [0.99, 0.01 / 1.01, 0], atol=1e-5)
+
+
+def test_shifted_and_given_times():
+    np.testing.assert_allclose(Shifted(shift=3.0)(RectifiedFlow(shift=8.0), 2).times, [1, 0.75, 0], atol=1e-6)
+    found = Given(times=(1.0, 0.4, 0.1))(FLOW, 2)
+    np.testing.assert_allclose(found.times, [1, 0.4, 0.1], atol=1e-6)
+    np.testing.assert_array_equal(found.told, found.times)
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [Given(times=(1.0, 0.0)), Shifted(shift=2.0), Karras(most=9.0), StepGrid(spacing="leading", offset=1), LcmGrid()],
+)
+def test_a_grid_is_written_and_read(grid):
+    assert from_json(to_json(grid)) == grid
+
+
+@pytest.mark.parametrize(
+    "grid", [Even(), Shifted(shift=2.0), Given(times=(1.0, 0.0)), Karras(), Exponential(), StepGrid(), LcmGrid()]
+)
+def test_less_than_one_step(grid):
+    with pytest.raises(UserError, match=r"at least 1 step, not 0|make 1 steps, 0 are asked for"):
+        grid(DDPM, 0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: StepGrid()(FLOW, 4), "RectifiedFlow has none of; use Even, Shifted, Karras or Given"),
+        (lambda: LcmGrid()(EDM, 4), "Edm has none of"),
+        (lambda: LcmGrid()(DDPM, 51), "51 steps of sampling, 50 of distillation and 1000 of noise must rise"),
+        (lambda: StepGrid()(DDPM, 1001), "1001 steps of sampling are more"),
+        (lambda: StepGrid(spacing="leading", offset=1)(DDPM, 1000), "start beyond the last of 1000"),
+        (lambda: StepGrid(offset=-1), "an offset of steps is a whole number from 0 on"),
+        (lambda: Karras()(FLOW, 4), "infinite; give `most`"),
+        (lambda: Karras(most=1.0)(FLOW, 4), "sampling starts from noise"),
+        (lambda: Karras(most=81.0)(EDM, 4), "ratio to the data in Edm is 80, not 81"),
+        (lambda: Karras(most=40.0)(EDM, 4), "ratio to the data in Edm is 80, not 40"),
+        (lambda: Exponential(least=0.0), "rise from above 0"),
+        (lambda: Shifted(shift=0.0), "shift 0.0 must be positive"),
+        (lambda: Given(times=(0.5, 0.5)), "times fall"),
+        (lambda: Given(times=(1.2, 0.5)), "times fall"),
+        (lambda: Given(times=(1.0, 0.5))(FLOW, 2), "make 1 steps, 2 are asked for"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(make, message):
+    with pytest.raises(UserError, match=message):
+        make()

@@ -1,0 +1,99 @@
+"""Opening text encoders: frozen ones late, once, and only the one that was asked for."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from dit_video.core.errors import UserError
+from dit_video.encoders.text import FrozenEncoder, check_width, moved, open_tokenizer
+from dit_video.text import ByteEncoderConfig, ByteTokenizer, FrozenTextConfig
+from dit_video.weights import load_embedder
+from support import tiny_clip
+from support.stand_ins import Embedder, use_embedder
+from support.tiny_t5 import CONFIG as TINY_T5
+from support.tiny_t5 import write_encoder, write_tokenizer
+
+CONFIG = FrozenTextConfig(folder="set by the fixture", width=8, max_tokens=5)
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """Of an encoder in a folder."""
+    use_embedder(monkeypatch)
+    (tmp_path / "seed.txt").write_text("1")
+    return moved(CONFIG, tmp_path)
+
+
+def test_it_is_opened_at_the_first_text(config, tmp_path):
+    encoder = FrozenEncoder(config)
+    (tmp_path / "seed.txt").write_text("2")  # not read yet
+    expected = Embedder(tmp_path, max_tokens=5)
+    np.testing.assert_array_equal(encoder("a red ball"), expected("a red ball"))
+    assert encoder("word " * 20).shape == (5, 8)
+    assert [len(values) for values in encoder.many(["", "one two"])] == [1, 3]
+    assert encoder.identity == encoder.pinned.identity == expected.identity
+    (tmp_path / "seed.txt").unlink()
+    encoder("still open")
+
+
+def test_another_encoder_is_refused(config, tmp_path):
+    pinned = FrozenEncoder(config).pinned
+    (tmp_path / "seed.txt").write_text("2")
+    other = Embedder(tmp_path, max_tokens=5).identity
+    encoder = FrozenEncoder(pinned)
+    assert encoder.identity == pinned.identity  # known without opening it
+    with pytest.raises(UserError, match=f"holds the text encoder {other}, {pinned.identity} was asked for") as error:
+        encoder("a red ball")
+    assert "\n" not in str(error.value)
+
+
+def test_another_width_is_refused(config):
+    narrow = FrozenTextConfig(folder=config.folder, width=4)
+    with pytest.raises(UserError, match="embeddings of width 8, the config says 4; set text width=8"):
+        FrozenEncoder(narrow)("a red ball")
+
+
+def test_a_t5_in_its_folder(tmp_path):
+    write_encoder(tmp_path / "t5")
+    write_tokenizer(tmp_path / "t5")
+    config = FrozenTextConfig(folder=str(tmp_path / "t5"), width=TINY_T5.width, max_tokens=8)
+    check_width(config)
+    encoder, expected = FrozenEncoder(config, cache=tmp_path / "cache"), load_embedder(tmp_path / "t5", max_tokens=8)
+    np.testing.assert_array_equal(encoder("a red ball"), expected("a red ball"))
+    assert encoder.identity == expected.identity
+    assert list((tmp_path / "cache").rglob("*.npy"))
+    (tmp_path / "t5" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=f"embeddings of width {TINY_T5.width}, the config says 8; set text width="):
+        check_width(dataclasses.replace(config, width=8))
+
+
+def test_a_clip_in_its_folder(tmp_path):
+    tiny_clip.write_clip(tmp_path)
+    tiny_clip.write_tokenizer(tmp_path)
+    config = FrozenTextConfig(folder=str(tmp_path), width=tiny_clip.TEXT.width, max_tokens=12)
+    check_width(config)
+    encoder = FrozenEncoder(config)
+    np.testing.assert_array_equal(encoder("red ball"), load_embedder(tmp_path)("red ball"))
+    with pytest.raises(UserError, match="has positions for 12 tokens, not for 512; use max_tokens=12"):
+        FrozenEncoder(dataclasses.replace(config, max_tokens=512))("red ball")
+
+
+def test_the_identity_is_kept_in_a_file(config, tmp_path):
+    kept = tmp_path / "run" / "text_encoder.json"
+    first = open_tokenizer(config, kept=kept)
+    assert json.loads(kept.read_text()) == {"identity": first.identity}
+    (tmp_path / "seed.txt").write_text("2")
+    again = open_tokenizer(config, kept=kept, cache=tmp_path / "cache")
+    assert again.identity == first.identity
+    with pytest.raises(UserError, match="was asked for"):
+        again("a red ball")
+
+
+def test_a_trained_encoder_has_a_tokenizer_and_no_folder(tmp_path):
+    trained = ByteEncoderConfig(width=8, heads=2, max_tokens=8)
+    assert isinstance(open_tokenizer(trained, kept=tmp_path / "text_encoder.json"), ByteTokenizer)
+    assert not (tmp_path / "text_encoder.json").exists()
+    with pytest.raises(UserError, match="was trained with the denoiser, it lies in no folder; leave /there away"):
+        moved(trained, "/there")

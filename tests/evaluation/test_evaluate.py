@@ -1,0 +1,279 @@
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from dit_video.core.errors import MissingError, UserError
+from dit_video.data.sizes import read_fitted
+from dit_video.data.synthetic import shapes
+from dit_video.encoders.autoencoder import Codec
+from dit_video.evaluation import evaluate
+from dit_video.evaluation.config import CaptionEvaluation
+from dit_video.evaluation.evaluate import Sampled
+from dit_video.evaluation.metrics.prompt_following import prompt_following
+from dit_video.experiment.run import Run
+from dit_video.pipelines.pipeline import Pipeline, Request
+from dit_video.reports.run_report import report_autoencoder
+from dit_video.tokens import Grid
+from dit_video.video import decode
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+REQUESTS = [
+    Request("a red circle moving left", Grid(9, 16, 32), seed=1),
+    Request("a blue square", Grid(1, 16, 16), seed=2),
+    Request("a white triangle moving up", Grid(5, 16, 16), seed=3, negative="a red circle"),
+]
+
+
+@pytest.fixture(scope="module")
+def held_out(tiny_run):
+    return Run.open(tiny_run).held_out_clips
+
+
+@pytest.fixture(scope="module")
+def limits(tiny):
+    return tiny.EXPERIMENT.limits
+
+
+def test_every_prompt_is_asked_once_at_each_length_and_at_all_sizes():
+    requests = evaluate.shape_requests(0)
+    asked = {t: sorted(request.prompt for request in requests if request.size.t == t) for t in (1, 9, 17)}
+    videos = sorted(map(shapes.caption, shapes.COMBINATIONS))
+    assert asked == {17: videos, 9: videos, 1: sorted(map(shapes.caption, shapes.IMAGES))}
+    assert len(requests) == 72 + 72 + 18
+    sizes = [request.size[1:] for request in requests]
+    assert {size: sizes.count(size) for size in set(sizes)} == {(32, 32): 54, (32, 48): 54, (48, 32): 54}
+    assert len({request.seed for request in requests}) == len(requests)
+
+
+def test_seeds_of_two_evaluations_are_apart():
+    first, second = evaluate.shape_requests(0), evaluate.shape_requests(1)
+    assert not {request.seed for request in first} & {request.seed for request in second}
+    assert [request.size for request in first] != [request.size for request in second]
+    assert all(0 <= request.seed < 2**32 for request in evaluate.shape_requests(2**32 - 1))
+
+
+def test_captions_are_spread_over_the_clips_at_their_sizes(held_out, limits):
+    requests = evaluate.caption_requests(held_out, limits, count=2, seed=3, first=4)
+    ends = held_out.infos[0], held_out.infos[-1]
+    assert [request.prompt for request in requests] == [info.caption for info in ends]
+    assert [request.size for request in requests] == [Grid(info.frames, info.height, info.width) for info in ends]
+    assert [request.seed for request in requests] == [3004, 3005]
+    assert [request.image for request in requests] == [None, None]
+    animated = evaluate.caption_requests(held_out, limits, count=2, seed=3, animated=True)
+    for request, index in zip(animated, (0, len(held_out) - 1), strict=True):
+        np.testing.assert_array_equal(request.image, read_fitted(held_out, index, limits).frames[0])
+    assert len(evaluate.caption_requests(held_out, limits, count=99, seed=3)) == len(
+        {info.caption for info in held_out.infos}
+    )
+
+
+# Samples in files.
+
+
+def test_samples_are_files_of_the_stated_sizes(tiny_pipeline, tmp_path):
+    done = []
+    entries = evaluate.write_samples(tiny_pipeline, REQUESTS, tmp_path / "samples", progress=done.append)
+    assert done == [1, 2, 3]
+    assert json.loads((tmp_path / "samples" / "prompts.json").read_text()) == entries
+    size = {"frames": 9, "height": 16, "width": 32}
+    assert entries[0] == {
+        "file": "000-a-red-circle-moving-left.mp4",
+        "prompt": "a red circle moving left",
+        **size,
+        "seed": 1,
+    }
+    assert entries[1]["file"].endswith(".png")
+    assert [entry.get("negative") for entry in entries] == [None, None, "a red circle"]
+    for entry, request in zip(entries, REQUESTS, strict=True):
+        assert decode(tmp_path / "samples" / entry["file"]).frames.shape == (*request.size, 3)
+    assert {path.name for path in (tmp_path / "samples").iterdir()} == {
+        "prompts.json",
+        *(entry["file"] for entry in entries),
+    }
+    assert evaluate.read_requests(tmp_path / "samples" / "prompts.json") == REQUESTS
+    read = evaluate.read_samples(tmp_path / "samples")
+    assert [entry for entry, _ in read] == entries
+    assert [clip.caption for _, clip in read] == [request.prompt for request in REQUESTS]
+
+
+def test_samples_are_the_pipeline_s_clips(tiny_pipeline, tmp_path):
+    evaluate.write_samples(tiny_pipeline, REQUESTS[1:2], tmp_path / "samples", steps=3, guidance=1.0, sampler="heun")
+    expected = tiny_pipeline.generate("a blue square", size=(1, 16, 16), seed=2, steps=3, guidance=1.0, sampler="heun")
+    written = decode(tmp_path / "samples" / "000-a-blue-square.png")
+    np.testing.assert_array_equal(written.frames, expected.frames)
+
+
+def test_new_samples_replace_old_ones_and_leave_other_files_alone(tiny_pipeline, tmp_path):
+    folder = tmp_path / "samples"
+    evaluate.write_samples(tiny_pipeline, REQUESTS[1:], folder)
+    evaluate.write_samples(tiny_pipeline, REQUESTS[1:2], folder)
+    assert {path.name for path in folder.iterdir()} == {"prompts.json", "000-a-blue-square.png"}
+    (folder / "holiday.mp4").write_bytes(b"dear to its owner")
+    with pytest.raises(UserError, match=r"holds other files than samples, such as holiday\.mp4"):
+        evaluate.write_samples(tiny_pipeline, REQUESTS[1:2], folder)
+    with pytest.raises(UserError, match="is a file"):
+        evaluate.write_samples(tiny_pipeline, REQUESTS[1:2], folder / "holiday.mp4")
+    assert (folder / "holiday.mp4").read_bytes() == b"dear to its owner"
+
+
+def test_a_list_of_prompts_is_not_overwritten_by_its_samples(tiny_pipeline, tmp_path):
+    listed = [{"prompt": "a blue square", "frames": 1, "height": 16, "width": 16}]
+    (tmp_path / "prompts.json").write_text(json.dumps(listed))
+    with pytest.raises(UserError, match="holds other files"):
+        evaluate.write_samples(tiny_pipeline, evaluate.read_requests(tmp_path / "prompts.json"), tmp_path)
+    assert json.loads((tmp_path / "prompts.json").read_text()) == listed
+
+
+def test_a_request_that_cannot_be_made_leaves_nothing_behind(tiny_pipeline, tmp_path):
+    with pytest.raises(UserError, match="width 20"):
+        evaluate.write_samples(tiny_pipeline, [*REQUESTS, Request("x", Grid(1, 16, 20))], tmp_path / "samples")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_prompt_has_a_file_name(tiny_pipeline, tmp_path):
+    entries = evaluate.write_samples(tiny_pipeline, [Request("", Grid(1, 16, 16))], tmp_path / "samples")
+    assert entries[0]["file"] == "000-unconditional.png"
+    assert evaluate._slug("../../" + 99 * "Ä b") == "-".join(41 * ["b"])[:40]
+
+
+GOOD = {"prompt": "a red circle", "frames": 1, "height": 16, "width": 16}
+
+
+def test_seed_and_negative_prompt_may_be_absent(tmp_path):
+    (tmp_path / "list.json").write_text(json.dumps([GOOD, GOOD | {"seed": 4, "negative": "x", "file": "ignored"}]))
+    size = Grid(1, 16, 16)
+    assert evaluate.read_requests(tmp_path / "list.json") == [
+        Request("a red circle", size),
+        Request("a red circle", size, 4, "x"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[", "is not valid JSON"),
+        ("[]", "must be a JSON list"),
+        (json.dumps(GOOD), "must be a JSON list"),
+        (json.dumps([GOOD, "a red circle"]), "prompt of entry 1 must be a text, not None"),
+        (json.dumps([GOOD | {"frames": "1"}]), "frames of entry 0 must be a whole number, not '1'"),
+        (json.dumps([GOOD | {"height": 16.5}]), "height of entry 0 must be a whole number, not 16.5"),
+        (json.dumps([GOOD | {"seed": True}]), "seed of entry 0 must be a whole number"),
+        (json.dumps([GOOD | {"prompt": 3}]), "prompt of entry 0 must be a text, not 3"),
+        (json.dumps([{name: value for name, value in GOOD.items() if name != "width"}]), "width of entry 0"),
+    ],
+)
+def test_lists_of_prompts_that_are_none(tmp_path, content, message):
+    (tmp_path / "list.json").write_text(content)
+    with pytest.raises(UserError, match=message) as error:
+        evaluate.read_requests(tmp_path / "list.json")
+    assert "\n" not in str(error.value)
+    with pytest.raises(MissingError, match="no such file"):
+        evaluate.read_requests(tmp_path / "absent.json")
+
+
+# Figures.
+
+
+def test_reconstructions_are_of_the_held_out_clips_at_their_training_sizes(tiny_pipeline, held_out, limits):
+    results = evaluate.reconstruct(tiny_pipeline.codec, held_out, limits)
+    assert [one.name for one in results] == [info.name for info in held_out.infos]
+    for one, info in zip(results, held_out.infos, strict=True):
+        assert one.original.frames.shape == one.decoded.frames.shape == (info.frames, info.height, info.width, 3)
+        assert 5 < one.psnr < 60
+        assert 0 <= one.ssim < 1
+
+
+def test_the_psnr_of_equal_clips_is_written_as_100_db(tiny_pipeline, held_out, limits, monkeypatch):
+    monkeypatch.setattr(Codec, "reconstruct", lambda _, clip: clip)
+    results = evaluate.reconstruct(tiny_pipeline.codec, held_out, limits)
+    assert all(math.isinf(one.psnr) for one in results)
+    figures = evaluate._reconstruction_figures(results)
+    assert figures["psnr"] == 100.0
+    assert figures["ssim"] == pytest.approx(1.0)
+    assert json.loads(json.dumps(figures, allow_nan=False)) == figures
+
+
+def test_the_best_linear_autoencoder_stands_beside(tiny_pipeline, tiny_run, held_out, limits):
+    run = Run.open(tiny_run)
+    linear = run.linear_baseline()
+    assert linear.basis.shape[1] == tiny_pipeline.config.autoencoder.channels
+    results = evaluate.reconstruct(tiny_pipeline.codec, held_out, limits, linear=linear)
+    figures = evaluate._reconstruction_figures(results)
+    assert figures["linear_psnr"] == pytest.approx(np.mean([one.linear_psnr for one in results]))
+    for one in results:
+        assert one.linear.frames.shape == one.original.frames.shape
+        assert one.linear_psnr == evaluate.psnr(one.original.frames, one.linear.frames)
+        assert 10 < one.linear_psnr < 60
+
+
+def test_an_autoencoder_alone_is_measured_and_reported(tiny_run, held_out, tmp_path):
+    run = Run.open(tiny_run)
+    measured = evaluate.evaluate_autoencoder(run, tmp_path)
+    assert measured.metrics["reconstruction"]["clips"].keys() == {info.name for info in held_out.infos}
+    assert json.loads((tmp_path / "metrics.json").read_text()) == measured.metrics
+    report_autoencoder(tmp_path / "report.html", run, measured)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "the best linear autoencoder" in page
+    assert page.count("dB PSNR") == len(held_out)
+
+
+def test_the_judge_finds_rendered_samples_right():
+    clips = [shapes.example(index, seed=4) for index in range(12)]
+    results = evaluate.examine_samples([Sampled({"prompt": clip.caption}, clip) for clip in clips])
+    rates = prompt_following(results)["all"]
+    assert [rates[name]["rate"] for name in ("colour", "shape", "direction")] == [1.0, 1.0, 1.0]
+    assert rates["colour"]["count"] == 12
+    assert prompt_following([])["all"]["colour"]["rate"] is None
+
+
+def test_an_evaluation_of_shapes(tiny_pipeline, tiny_run, held_out, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "shape_requests", lambda seed: REQUESTS)
+    measured = evaluate.evaluate(tiny_pipeline, tmp_path, seed=7, run=Run.open(tiny_run), guidance=1.0)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == measured.metrics
+    assert measured.metrics["parameters"] == tiny_pipeline.parameter_counts()
+    assert measured.metrics["reconstruction"]["clips"].keys() == {info.name for info in held_out.infos}
+    assert measured.metrics["prompt_following"]["all"]["colour"]["count"] == len(REQUESTS)
+    seconds = measured.metrics["sampling"].pop("seconds")
+    assert seconds >= 0
+    assert measured.metrics["sampling"] == {"samples": 3, "seed": 7, "steps": 2, "guidance": 1.0, "sampler": "euler"}
+    assert len(measured.samples) == 3
+    assert [result.description for result in measured.verdicts] == [shapes.parse(one.prompt) for one in REQUESTS]
+    assert len(measured.reconstructions) == len(held_out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.json", "samples"]
+
+
+def test_an_evaluation_by_captions(tiny_pipeline, tiny_run, tmp_path):
+    config = replace(tiny_pipeline.config, evaluation=CaptionEvaluation(trained=3, held_out=2))
+    pipeline = Pipeline(config, autoencoder=tiny_pipeline.codec.params, denoiser=tiny_pipeline._denoiser.params)
+    run = Run.open(tiny_run)
+    measured = evaluate.evaluate(pipeline, tmp_path, seed=0, run=run)
+    prompts = [sample.entry["prompt"] for sample in measured.samples]
+    assert measured.seen == [True, True, True, False, False]
+    assert set(prompts[:3]) <= {info.caption for info in run.training_clips.infos}
+    assert set(prompts[3:]) <= {info.caption for info in run.held_out_clips.infos}
+    assert len({sample.entry["seed"] for sample in measured.samples}) == 5
+    assert "prompt_following" not in measured.metrics
+    assert not measured.verdicts
+    with pytest.raises(UserError, match="there are no captions to sample"):
+        evaluate.evaluate(pipeline, tmp_path / "other", seed=0)
+
+
+def test_a_pipeline_alone_is_sampled_without_reconstructions(tiny_pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "shape_requests", lambda seed: REQUESTS[1:2])
+    measured = evaluate.evaluate(tiny_pipeline, tmp_path, seed=0)
+    assert "reconstruction" not in measured.metrics
+    assert measured.reconstructions == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"seed": -1}, "a seed is a whole number"), ({"seed": 0, "sampler": "plms"}, "unknown sampler 'plms'")],
+)
+def test_wrong_arguments_end_an_evaluation_before_it_begins(tiny_pipeline, tmp_path, arguments, message):
+    with pytest.raises(UserError, match=message):
+        evaluate.evaluate(tiny_pipeline, tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()

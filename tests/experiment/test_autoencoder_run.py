@@ -1,0 +1,60 @@
+"""Runs of the autoencoder's training alone, with other models and losses than the tiny run's."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from dit_video.autoencoders import Adversarial, AutoencoderObjective, CausalVaeConfig
+from dit_video.core.errors import MissingError
+from dit_video.data.windows import WindowConfig
+from dit_video.experiment.run import Run
+from dit_video.tokens import Grid
+from dit_video.training.checkpoint import Checkpoints
+from dit_video.training.hooks import logging
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture(scope="module")
+def convolutional(tiny):
+    """A causal convolutional autoencoder against a discriminator, on images and videos in turn."""
+    loss = AutoencoderObjective(adversarial=Adversarial(width=4, layers=1))
+    autoencoder = replace(
+        tiny.EXPERIMENT.autoencoder,
+        model=CausalVaeConfig(channels=4, width=4, multipliers=(1, 2), factors=(Grid(2, 2, 2),), blocks=1),
+        windows=(WindowConfig(size=Grid(3, 8, 12), batch=2), WindowConfig(size=Grid(1, 8, 8), batch=3)),
+        steps=3,
+        loss=loss,
+    )
+    denoiser = replace(tiny.EXPERIMENT.denoiser, rows=replace(tiny.EXPERIMENT.denoiser.rows, tokens=160))
+    return replace(tiny.EXPERIMENT, autoencoder=autoencoder, denoiser=denoiser, log_every=1)
+
+
+@pytest.mark.slow
+def test_any_autoencoder_is_trained_against_a_discriminator(convolutional, tiny_clips, tmp_path):
+    run = Run.create(tmp_path / "run", convolutional)
+    run.take(tiny_clips)
+    params = run.train_autoencoder()
+    assert params["normalizer"]["std"].shape == (4,)
+    assert (params["normalizer"]["std"] != 1).all()
+    entries = logging.read(tmp_path / "run" / "autoencoder" / "metrics.jsonl")
+    assert [entry["step"] for entry in entries] == [1, 2, 3]
+    for entry in entries:
+        assert np.isfinite(list(entry.values())).all()
+        assert entry["adversarial_weight"] > 0
+        assert (entry["temporal"] > 0) == (entry["step"] % 2 == 1)  # the other batches are images
+    # The weights are the autoencoder's alone; the discriminator is in the checkpoint beside it.
+    assert params.keys() == {"encoder", "decoder", "moments", "latents", "normalizer"}
+    assert Checkpoints(tmp_path / "run" / "autoencoder" / "checkpoints").latest() == 3
+    assert Run.open(tmp_path / "run").experiment == convolutional
+
+
+def test_weights_of_lpips_that_are_not_there_end_a_run_before_it_trains(tiny, tiny_clips, tmp_path):
+    loss = AutoencoderObjective(lpips=0.5, lpips_weights=str(tmp_path / "lpips.safetensors"))
+    experiment = replace(tiny.EXPERIMENT, autoencoder=replace(tiny.EXPERIMENT.autoencoder, loss=loss))
+    run = Run.create(tmp_path / "run", experiment)
+    run.take(tiny_clips)
+    with pytest.raises(MissingError, match=r"no such file of LPIPS weights: .*lpips\.safetensors"):
+        run.train_autoencoder()
+    assert not (tmp_path / "run" / "autoencoder").exists()

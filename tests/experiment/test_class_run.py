@@ -1,0 +1,66 @@
+"""A run whose captions are classes, from clips to samples by class."""
+
+import csv
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+
+import dit_video
+from dit_video.backbones.dit import ClassLabels, NoContext
+from dit_video.core.errors import UserError
+from dit_video.experiment.run import Run
+from dit_video.text import ClassNamesConfig
+from dit_video.tokens import RowShape
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+SIZE = (5, 16, 16)
+
+
+@pytest.fixture(scope="module")
+def names(tiny_clips):
+    with (tiny_clips / "metadata.csv").open(newline="") as file:
+        return tuple(sorted({row["text"] for row in csv.DictReader(file)}))
+
+
+def experiment(tiny, names):
+    """The tiny one, where every caption names a class."""
+    labels = ClassLabels(classes=len(names))
+    dit = dataclasses.replace(tiny.EXPERIMENT.denoiser.dit, context=NoContext(), context_width=0, labels=labels)
+    text, rows = ClassNamesConfig(classes=len(names), names=names), RowShape(tokens=12, text=3, segments=3)
+    denoiser = dataclasses.replace(tiny.EXPERIMENT.denoiser, dit=dit, text=text, rows=rows)
+    return dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser)
+
+
+def begun(folder, experiment, tiny_run):
+    """With the tiny run's clips and its autoencoder."""
+    run = Run.create(folder, experiment)
+    run.take((tiny_run / "data").resolve())
+    (folder / "autoencoder").mkdir()
+    shutil.copy(tiny_run / "autoencoder" / "weights.safetensors", folder / "autoencoder")
+    return run
+
+
+def test_classes_are_learned_and_sampled_by_name(tiny, tiny_run, names, tmp_path):
+    begun(tmp_path / "run", experiment(tiny, names), tiny_run).export()
+    pipeline = dit_video.load(tmp_path / "run")
+    assert pipeline.denoiser_params["text"] == {}
+    label = np.asarray(pipeline.denoiser_params["dit"]["labels"])
+    assert label.shape == (len(names) + 1, tiny.EXPERIMENT.denoiser.dit.width)
+
+    def drawn(prompt):
+        return pipeline.generate(prompt, size=SIZE, steps=2, guidance=1.0, output="latents")
+
+    first = drawn(0)
+    np.testing.assert_array_equal(drawn(names[0]), first)
+    assert min(np.abs(drawn(other) - first).max() for other in (1, "")) > 1e-4
+
+
+def test_captions_that_are_no_classes_are_refused(tiny, tiny_run, names, tmp_path):
+    run = begun(tmp_path / "run", experiment(tiny, ("a dog", *names[1:])), tiny_run)
+    with pytest.raises(UserError, match=f"no class is called {names[0]!r}"):
+        run.export()
+    denoiser = dataclasses.replace(tiny.EXPERIMENT.denoiser, text=ClassNamesConfig(classes=3))
+    with pytest.raises(UserError, match="captions are of 3 classes, the denoiser's labels of 0"):
+        dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser)

@@ -1,0 +1,161 @@
+"""Links from a run's folder to data sets and latents that lie elsewhere, and what is shown of an ingest."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from dit_video.core.errors import MissingError, UserError
+from dit_video.core.storage import place, write_text
+from dit_video.data.clips import ClipSource
+from dit_video.data.ingest import ingest
+from dit_video.experiment import datasets
+from dit_video.experiment.run import Run
+from dit_video.video import Clip
+from dit_video.weights import load as load_weights
+from dit_video.weights import save as save_weights
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture
+def clips(tmp_path):
+    (tmp_path / "clips").mkdir()
+    for index in range(2):
+        frames = np.full((2, 16, 16, 3), 90 * index, np.uint8)
+        Clip(frames=frames, fps=8).save(tmp_path / "clips" / f"{index}.mp4")
+    return tmp_path / "clips"
+
+
+@pytest.fixture
+def data(clips, memory):
+    """The clips at an address."""
+    ingest(clips, f"{memory}/data")
+    return f"{memory}/data"
+
+
+def test_an_address_is_written_down(clips, data, tmp_path):
+    datasets.check([data])
+    folder = tmp_path / "run" / "data"
+    for spelled in (data, f"{data}/"):
+        datasets.take(folder, [spelled])
+    assert [path.name for path in folder.iterdir()] == ["address.json"]
+    assert json.loads((folder / "address.json").read_text()) == data
+    source = datasets.taken(folder)
+    assert source.infos == datasets.taken(data).infos == ClipSource(data).infos
+    assert [source[index] for index in range(2)] == [path.read_bytes() for path in sorted(clips.iterdir())]
+
+
+def test_other_data_than_the_run_s_are_refused(clips, data, memory, tmp_path):
+    ingest(clips, f"{memory}/other")
+    ingest(clips, tmp_path / "here")
+    datasets.take(tmp_path / "far", [data])
+    for other in (f"{memory}/other", tmp_path / "here", clips):
+        with pytest.raises(UserError, match=f"was started with the data set {data}, not {other}; name that one"):
+            datasets.take(tmp_path / "far", [other])
+    datasets.take(tmp_path / "near", [tmp_path / "here"])
+    with pytest.raises(UserError, match=f"was started with the data set {tmp_path / 'here'}, not {data}"):
+        datasets.take(tmp_path / "near", [data])
+    assert (tmp_path / "near").is_symlink()
+
+
+def test_several_of_which_one_lies_elsewhere(clips, data, memory, tmp_path):
+    folder = tmp_path / "run" / "data"
+    for _ in range(2):
+        datasets.take(folder, [clips, data])
+    source = datasets.taken(folder)
+    assert [info.name for info in source.infos] == [f"{name}/{n}.mp4" for name in ("clips", "data") for n in (0, 1)]
+    assert source[3] == source[1]
+    datasets.take(tmp_path / "next" / "data", datasets.sources(folder))  # another run's, from those of this one
+    assert datasets.taken(tmp_path / "next" / "data").infos == source.infos
+    assert datasets.sources(tmp_path / "next" / "data") == datasets.sources(folder)
+    with pytest.raises(UserError, match="two data sets are both named data"):
+        datasets.take(tmp_path / "other", [data, f"{memory}/more/data/"])
+    assert not (tmp_path / "other").exists()
+
+
+def test_addresses_that_hold_no_data_set(clips, memory, tmp_path):
+    write_text(place(f"{memory}/raw/0.txt"), "a clip")
+    for use in (datasets.check, lambda named: datasets.take(tmp_path / "data", named)):
+        with pytest.raises(MissingError, match=f"no such data set: {memory}/none"):
+            use([f"{memory}/none"])
+        with pytest.raises(UserError, match=f"{memory}/raw is not an ingested data set; make one of clips on this"):
+            use([f"{memory}/raw"])
+        with pytest.raises(UserError, match="nonsense://x begins with nonsense://"):
+            use(["nonsense://x"])
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_folder_links_to_what_is_not_there_yet(memory, tmp_path):
+    for target in (tmp_path / "large disk", f"{memory}/latents"):
+        folder = tmp_path / str(len(str(target)))
+        datasets.link(folder, target, "latents")
+        datasets.link(folder, target, "latents")
+        assert str(datasets.lies(folder)) == str(target)
+        with pytest.raises(UserError, match=f"started with the latents {target}, not {tmp_path / 'else'}"):
+            datasets.link(folder, tmp_path / "else", "latents")
+    datasets.link(tmp_path / "own", tmp_path / "own", "latents")
+    assert not (tmp_path / "own").is_symlink()
+
+
+# Runs.
+
+
+def test_an_ingested_data_set_is_used_where_it_lies(tiny, tiny_clips, tmp_path):
+    ingest(tiny_clips, tmp_path / "ingested")
+    started = Run.create(tmp_path / "run", tiny.EXPERIMENT)
+    started.take(tmp_path / "ingested")
+    started.take(tmp_path / "ingested")
+    assert started.clips.infos == ClipSource(tmp_path / "ingested").infos
+    assert (tmp_path / "run" / "data").is_symlink()
+    ingest(tiny_clips, tmp_path / "other")
+    with pytest.raises(UserError, match="was started with the data set"):
+        started.take(tmp_path / "other")
+
+
+def test_data_and_latents_at_an_address_make_the_same_pipeline(tiny, tiny_run, tiny_clips, memory, tmp_path):
+    ingest(tiny_clips, f"{memory}/data")
+    started = Run.create(tmp_path / "run", tiny.EXPERIMENT)
+    (tmp_path / "run" / "autoencoder").mkdir()
+    shutil.copy(tiny_run / "autoencoder" / "weights.safetensors", tmp_path / "run" / "autoencoder")
+    started.train(f"{memory}/data", latents=f"{memory}/latents")
+    for stage in ("data", "latents"):
+        assert [path.name for path in (tmp_path / "run" / stage).iterdir()] == ["address.json"]
+    weights = (tmp_path / "run" / "pipeline" / "denoiser.safetensors").read_bytes()
+    assert weights == (tiny_run / "pipeline" / "denoiser.safetensors").read_bytes()
+
+    again = Run.open(tmp_path / "run")  # where the latents lie need not be said again
+    assert str(again.encode_latents().folder) == f"{memory}/latents"
+    with pytest.raises(UserError, match=f"started with the latents {memory}/latents, not {memory}/other; name that"):
+        again.train(f"{memory}/data", latents=f"{memory}/other")
+    path = tmp_path / "run" / "autoencoder" / "weights.safetensors"
+    other = load_weights(path)
+    other["decoder_out"]["bias"] = other["decoder_out"]["bias"] + 1
+    save_weights(path, other)
+    with pytest.raises(UserError, match=f"{memory}/latents holds latents of autoencoder"):
+        again.encode_latents()
+
+
+def test_latents_elsewhere_are_refused_where_none_are_cached_or_others_are_there(tiny, tiny_run, tmp_path):
+    copy = shutil.copytree(tiny_run, tmp_path / "copy")
+    with pytest.raises(UserError, match=f"started with the latents {copy / 'latents'}, not {tmp_path / 'x'}; name"):
+        Run.open(copy).keep_latents(tmp_path / "x")
+    data = dataclasses.replace(tiny.EXPERIMENT.data, cache_latents=False)
+    started = Run.create(tmp_path / "uncached", dataclasses.replace(tiny.EXPERIMENT, data=data))
+    with pytest.raises(UserError, match="caches no latents"):
+        started.keep_latents(tmp_path / "x")
+
+
+def test_both_passes_of_an_ingest_are_shown(capsys):
+    with datasets.ingest_shown() as progress:
+        for done in (2, 3, 4):  # two were known from a run before
+            progress(done, 4)
+        for done in (1, 2, 3):
+            progress(done, 3)
+    lines = capsys.readouterr().err.splitlines()
+    first, second = ([line for line in lines if line.startswith(title)] for title in ("reading clips", "writing clips"))
+    assert lines == [*first, *second]
+    assert first[-1].startswith("reading clips 4/4 (100%)")
+    assert second[-1].startswith("writing clips 3/3 (100%)")

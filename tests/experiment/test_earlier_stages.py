@@ -1,0 +1,193 @@
+"""Stages in one config: images, then small clips, then all."""
+
+import dataclasses
+import functools
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from dit_video.core import trees as trees
+from dit_video.core.errors import UserError
+from dit_video.core.files import read_json
+from dit_video.diffusion import FlowMatching, RectifiedFlow
+from dit_video.experiment import Data, Stage
+from dit_video.experiment.run import Run
+from dit_video.nn import init_params
+from dit_video.tokens import Grid, RowShape
+from dit_video.training import trainer
+from dit_video.training.checkpoint import Checkpoints
+from dit_video.training.hooks import logging
+from dit_video.training.optim.optimizer import learning_rates, make_optimizer
+from dit_video.training.state import state_shapes
+from support.devices import wait_until
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+IMAGES = Stage(
+    name="images",
+    steps=4,
+    data=Data(max_pixels=16 * 16, max_frames=1),
+    rows=RowShape(tokens=3, text=96, segments=3),
+    objective=FlowMatching(process=RectifiedFlow(shift=0.5)),
+)
+SMALL = Stage(name="small", steps=3, data=Data(max_pixels=16 * 16, max_frames=5), batch=4)
+
+
+@pytest.fixture(scope="module")
+def staged(tiny):
+    experiment = tiny.EXPERIMENT
+    optimizer = dataclasses.replace(experiment.denoiser.optimizer, learning_rate=1e-3, warmup=1)
+    denoiser = dataclasses.replace(experiment.denoiser, steps=4, optimizer=optimizer)
+    hotter = dataclasses.replace(optimizer, learning_rate=4e-3, schedule="constant")
+    earlier = (dataclasses.replace(IMAGES, optimizer=hotter), SMALL)
+    return dataclasses.replace(experiment, denoiser=denoiser, earlier=earlier, log_every=1, save_every=2)
+
+
+def begun(tiny_run, folder, staged):
+    """A run whose autoencoder is trained."""
+    shutil.copytree(tiny_run, folder, ignore=lambda _, names: {"latents", "denoiser", "pipeline"} & set(names))
+    return dataclasses.replace(Run.open(folder), experiment=staged)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_run, staged, tmp_path_factory):
+    run = begun(tiny_run, tmp_path_factory.mktemp("staged") / "run", staged)
+    return run, run.train_denoiser()
+
+
+def test_each_stage_has_data_of_its_own(uninterrupted, staged):
+    run, _ = uninterrupted
+    images, small = run.earlier
+    assert set(images.encode_latents().sizes) == {Grid(1, 2, 2)}
+    assert {size.t for size in small.encode_latents().sizes} == {1, 2}
+    assert {size.t for size in run.encode_latents().sizes} == {1, 2, 3}
+    assert (images.begin, small.begin) == (0, 4)
+    held_out = set(staged.data.held_out)
+    for stage in (images, small, run):
+        assert not held_out & {name.split("@")[0] for name in stage.encode_latents().names}
+    rows = [read_json(run.folder / path / "rows.json") for path in ("stages/images", "stages/small", "denoiser")]
+    assert all(rows)
+    assert rows[0] != rows[1] != rows[2]
+
+
+def test_steps_count_on_and_checkpoints_are_of_one_training(uninterrupted):
+    run, _ = uninterrupted
+    assert [entry["step"] for entry in logging.read(run.folder / "denoiser" / "metrics.jsonl")] == [*range(1, 12)]
+    assert Checkpoints(run.folder / "denoiser" / "checkpoints").latest() == 11
+
+
+@pytest.mark.slow
+def test_a_stage_starts_where_the_one_before_ended(tiny_run, staged, tmp_path, monkeypatch, uninterrupted):
+    states = {}
+    real = trainer.make_step
+
+    def make_step(*arguments, **keywords):
+        step = real(*arguments, **keywords)
+
+        def watched(state, batch):
+            states[int(state.step)] = jax.device_get(state)
+            after, figures = step(state, batch)
+            states[int(after.step)] = jax.device_get(after)
+            return after, figures
+
+        return watched
+
+    seen = {}
+    real_run = trainer.Training.run
+
+    def noted(self, batches):
+        before = states.get(self.begin)
+        state = real_run(self, batches)
+        seen[self.begin] = (before, states[self.begin])
+        return state
+
+    monkeypatch.setattr(trainer, "make_step", make_step)
+    monkeypatch.setattr(trainer.Training, "run", noted)
+    run = begun(tiny_run, tmp_path / "run", staged)
+    params = run.train_denoiser()
+    for begin in (4, 7):
+        ended, started = seen[begin]
+        assert ended is started or all(
+            np.array_equal(a, b) for a, b in zip(jax.tree.leaves(ended), jax.tree.leaves(started), strict=True)
+        )
+    moments = trees.flatten(states[4].opt_state)
+    assert any(np.abs(leaf).max() > 0 for path, leaf in moments.items() if "/mu/" in path)
+    for path, leaf in trees.flatten(uninterrupted[1]).items():
+        np.testing.assert_array_equal(leaf, trees.flatten(params)[path], err_msg=path)
+
+
+def test_a_schedule_is_of_its_own_stage(staged, monkeypatch):
+    images, last = staged.stage(0), staged.stage(2)
+    assert images.denoiser.optimizer.learning_rate == 4e-3
+    rates = learning_rates(last.denoiser.optimizer, steps=last.denoiser.steps)
+    assert [float(rates(step)) for step in (0, 1)] == pytest.approx([1e-3, 1e-3])
+    assert float(rates(3)) == pytest.approx(1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("at", "saved"), [(4, 2), (6, 4)])
+def test_an_interrupted_stage_ends_as_the_uninterrupted_one(
+    tiny_run, staged, tmp_path, monkeypatch, uninterrupted, at, saved
+):
+    run = begun(tiny_run, tmp_path / "run", staged)
+    real, calls = trainer.make_step, iter(range(1, 100))
+
+    def make_step(*arguments, **keywords):
+        step = real(*arguments, **keywords)
+
+        def killed(state, batch):
+            if next(calls) == at:
+                raise KeyboardInterrupt
+            return step(state, batch)
+
+        return killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "make_step", make_step)
+        with pytest.raises(KeyboardInterrupt):
+            run.train_denoiser()
+    checkpoints = Checkpoints(run.folder / "denoiser" / "checkpoints")
+    wait_until(lambda: checkpoints.latest() == saved)  # the last save may be under way in this process
+    params = dataclasses.replace(run).train_denoiser()
+    for path, leaf in trees.flatten(uninterrupted[1]).items():
+        np.testing.assert_array_equal(leaf, trees.flatten(params)[path], err_msg=path)
+
+
+def test_a_lost_end_of_a_stage_is_told(uninterrupted, tmp_path, staged):
+    folder = shutil.copytree(uninterrupted[0].folder, tmp_path / "run")
+    moved = dataclasses.replace(staged, earlier=(dataclasses.replace(IMAGES, steps=8), SMALL))  # the last begins at 11
+    shutil.rmtree(folder / "denoiser" / "checkpoints" / "11" / "state")
+    run = dataclasses.replace(uninterrupted[0], folder=folder, experiment=moved)
+    with (
+        pytest.warns(UserWarning, match="cannot be read"),
+        pytest.raises(UserError, match="of step 10, before this stage, which begins at 11"),
+    ):
+        run.train_denoiser()
+
+
+def test_stages_that_do_not_fit(staged, tiny):
+    def refused(match, *stages):
+        with pytest.raises(UserError, match=match):
+            dataclasses.replace(staged, earlier=stages)
+
+    refused("'a/b' is not", dataclasses.replace(SMALL, name="a/b"))
+    refused("no other's", SMALL, SMALL)
+    refused("stage small: a clip of .* tokens", dataclasses.replace(SMALL, data=Data(max_pixels=256, max_frames=65)))
+    refused(
+        "holds for all stages", dataclasses.replace(SMALL, data=Data(max_pixels=256, max_frames=5, held_out=("a",)))
+    )
+    adamw = dataclasses.replace(staged.denoiser.optimizer, kind="adamw")
+    refused("kind='adamw', the last stage 'muon'", dataclasses.replace(SMALL, optimizer=adamw))
+    refused("stage small: denoiser steps must be at least 1", dataclasses.replace(SMALL, steps=0))
+
+
+def test_all_stages_have_one_state(staged):
+    shapes = []
+    for number in range(3):
+        config = staged.stage(number).denoiser
+        optimizer = make_optimizer(config.optimizer, steps=config.steps, begin=number)
+        init = functools.partial(init_params, config.dit.make)
+        shapes.append(jax.tree.leaves(state_shapes(init, optimizer)))
+    assert shapes[0] == shapes[1] == shapes[2]

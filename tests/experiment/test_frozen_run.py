@@ -1,0 +1,218 @@
+"""A run with a frozen text encoder, from clips to samples: embeddings from the cache, and made on the way."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import dit_video
+from dit_video.core import config_json
+from dit_video.core.errors import UserError
+from dit_video.data.clips import ClipSource
+from dit_video.data.latents.cache import LatentSource
+from dit_video.experiment.run import Run
+from dit_video.pipelines.pipeline import load_pipeline
+from dit_video.text import FrozenTextConfig
+from dit_video.tokens import Grid
+from dit_video.training.hooks import logging
+from dit_video.weights import load_embedder
+from support import tiny_clip
+from support.stand_ins import Embedder, use_embedder
+
+pytestmark = pytest.mark.usefixtures("quick_compilation", "opened")
+PROMPT, SIZE = "a red circle moving left", (5, 16, 16)
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The encoders that were opened, of which the stand-in is the only kind."""
+    return use_embedder(monkeypatch)
+
+
+def experiment(tiny, folder, **data):
+    """The tiny one, with a frozen text encoder."""
+    denoiser = tiny.EXPERIMENT.denoiser
+    text = FrozenTextConfig(folder=str(folder), width=8, max_tokens=6)
+    dit = dataclasses.replace(denoiser.dit, context_width=8)
+    denoiser = dataclasses.replace(denoiser, text=text, dit=dit)
+    data = dataclasses.replace(tiny.EXPERIMENT.data, **data)
+    return dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser, data=data)
+
+
+def start(folder, experiment, tiny_run):
+    """A run that has its clips and its autoencoder."""
+    begun = Run.create(folder, experiment)
+    begun.take((tiny_run / "data").resolve())
+    (folder / "autoencoder").mkdir()
+    shutil.copy(tiny_run / "autoencoder" / "weights.safetensors", folder / "autoencoder")
+    return begun
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoder")
+    (folder / "seed.txt").write_text("1")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def frozen_run(tiny, tiny_run, encoder, tmp_path_factory):
+    """A finished run. Read only."""
+    folder = tmp_path_factory.mktemp("frozen") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        opened = use_embedder(patch)
+        start(folder, experiment(tiny, encoder), tiny_run).export()
+        assert len(opened) == 1, "its weights are read once"
+    return folder
+
+
+@pytest.fixture
+def copy(frozen_run, tmp_path):
+    """A copy of the run, which may be changed."""
+    return shutil.copytree(frozen_run, tmp_path / "run", symlinks=True)
+
+
+def test_latents_lie_beside_the_embeddings_of_their_captions(frozen_run, encoder):
+    latents, embedder = LatentSource(frozen_run / "latents"), Embedder(encoder, max_tokens=6)
+    assert latents.identity["text"] == embedder.identity
+    np.testing.assert_array_equal(latents.empty_text, embedder(""))
+    for example, captions in enumerate(latents.all_captions):
+        for number, caption in enumerate(captions):
+            np.testing.assert_allclose(latents.text(example, number), embedder(caption), rtol=2**-8)
+    losses = [entry["loss"] for entry in logging.read(frozen_run / "denoiser" / "metrics.jsonl")]
+    assert np.isfinite(losses).all()
+    assert not (frozen_run / "texts").exists()
+
+
+def test_it_continues_without_the_encoder_bit_for_bit(frozen_run, copy, opened):
+    shutil.rmtree(copy / "pipeline")
+    for checkpoint in (copy / "denoiser" / "checkpoints").iterdir():
+        if int(checkpoint.name) > 4:
+            shutil.rmtree(checkpoint)
+    Run.open(copy).export()
+    for name in ("denoiser.safetensors", "pipeline.json"):
+        assert (copy / "pipeline" / name).read_bytes() == (frozen_run / "pipeline" / name).read_bytes()
+    assert opened == []
+
+
+def test_a_pipeline_opens_the_encoder_at_the_first_prompt(frozen_run, encoder, tmp_path, opened):
+    pipeline = dit_video.load(frozen_run)
+    assert opened == []
+    text = pipeline.config.text
+    assert (text.folder, text.identity) == (str(encoder), Embedder(encoder, max_tokens=6).identity)
+    latents = pipeline.generate(PROMPT, size=SIZE, output="latents")
+    assert len(opened) == 1
+    other = pipeline.generate("a blue square", size=SIZE, output="latents")
+    assert np.abs(latents - other).max() > 1e-3
+    # What was saved makes the same, also where the encoder has moved.
+    pipeline.save(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "pipeline.json").read_text())["config"]["text"] == config_json.to_json(text)
+    moved = shutil.copytree(encoder, tmp_path / "moved")
+    for again in (dit_video.load(tmp_path / "saved"), dit_video.load(tmp_path / "saved", text_encoder=moved)):
+        np.testing.assert_array_equal(again.generate(PROMPT, size=SIZE, output="latents"), latents)
+    assert pipeline.parameter_counts()["text"] == 0
+
+
+def test_prompts_are_embedded_once(frozen_run, opened):
+    from dit_video import Request
+
+    dit_video.load(frozen_run).generate_many([Request(PROMPT, Grid(*SIZE), seed=seed) for seed in range(3)])
+    assert sorted(opened[0].asked) == ["", PROMPT]
+
+
+def test_a_pipeline_refuses_another_encoder(frozen_run, tiny_run, encoder, tmp_path):
+    (tmp_path / "seed.txt").write_text("2")
+    pipeline = load_pipeline(frozen_run / "pipeline", text_encoder=tmp_path)
+    found, wanted = (Embedder(folder, max_tokens=6).identity for folder in (tmp_path, encoder))
+    with pytest.raises(UserError, match=f"holds the text encoder {found}, {wanted} was asked for"):
+        pipeline.generate(PROMPT, size=SIZE)
+    with pytest.raises(UserError, match="the text encoder was trained with the denoiser"):
+        dit_video.load(tiny_run, text_encoder=encoder)
+
+
+def test_an_unfinished_run_is_sampled_with_an_encoder_that_moved(frozen_run, copy, encoder, tmp_path, opened):
+    shutil.rmtree(copy / "pipeline")
+    moved = shutil.copytree(encoder, tmp_path / "moved")
+    latents = dit_video.load(copy, text_encoder=moved).generate(PROMPT, size=SIZE, output="latents")
+    assert len(opened) == 1
+    expected = dit_video.load(frozen_run).generate(PROMPT, size=SIZE, output="latents")
+    np.testing.assert_array_equal(latents, expected)
+
+
+def test_latents_of_another_encoder_or_of_none_are_refused(tiny, tiny_run, frozen_run, tmp_path):
+    (tmp_path / "seed.txt").write_text("2")
+    begun = start(tmp_path / "run", experiment(tiny, tmp_path), tiny_run)
+    shutil.copytree(frozen_run / "latents", tmp_path / "run" / "latents")
+    identities = LatentSource(frozen_run / "latents").identity["text"], Embedder(tmp_path, max_tokens=6).identity
+    with pytest.raises(UserError, match="holds latents of text {}, {} was asked for".format(*identities)) as error:
+        begun.train_denoiser()
+    assert "\n" not in str(error.value)
+    shutil.rmtree(tmp_path / "run" / "latents")
+    shutil.copytree(tiny_run / "latents", tmp_path / "run" / "latents")
+    with pytest.raises(UserError, match=f"holds latents of text none, {identities[1]} was asked for"):
+        begun.train_denoiser()
+
+
+def test_captions_of_clips_without_a_cache_are_embedded_and_kept(tiny, tiny_run, encoder, tmp_path, opened):
+    begun = start(tmp_path / "run", experiment(tiny, encoder, cache_latents=False), tiny_run)
+    params = begun.train_denoiser()
+    assert params["text"] == {}
+    assert opened[-1].cache == tmp_path / "run" / "texts"
+    captions = {caption for info in begun.training_clips.infos for caption in info.captions}
+    assert set(opened[-1].asked) == {"", *captions}
+    assert not (tmp_path / "run" / "latents").exists()
+
+
+def test_the_config_is_checked(tiny):
+    frozen = experiment(tiny, "encoder")
+    assert config_json.from_json(json.loads(json.dumps(config_json.to_json(frozen)))) == frozen
+    wide = dataclasses.replace(frozen.denoiser.text, width=16)
+    with pytest.raises(UserError, match="takes context of width 8, the text encoder makes 16; set dit context"):
+        dataclasses.replace(frozen, denoiser=dataclasses.replace(frozen.denoiser, text=wide))
+    long = dataclasses.replace(frozen.denoiser.text, max_tokens=512)
+    with pytest.raises(UserError, match="a caption may have 512 tokens, a row has room for 96"):
+        dataclasses.replace(frozen, denoiser=dataclasses.replace(frozen.denoiser, text=long))
+
+
+def test_the_tool_stores_embeddings(tiny, tiny_run, encoder, tmp_path, script, monkeypatch):
+    """Of an encoder that is named, as the run's own is trained with the denoiser."""
+    from dit_video import weights
+
+    monkeypatch.setattr(weights, "load_embedder", Embedder)
+    tool, data = "tools/encode_latents.py", (tiny_run / "data").resolve()
+    done = script(tool, tiny_run, data, tmp_path / "l", "--text-encoder", encoder, "--max-text-tokens", 3)
+    assert done.code == 0, done.err
+    embedder, latents = Embedder(encoder, max_tokens=3), LatentSource(tmp_path / "l")
+    assert latents.identity["text"] == embedder.identity
+    assert {max(lengths, default=0) for lengths in latents.text_lengths} == {3}
+    np.testing.assert_allclose(latents.text(0), embedder(latents.captions[0]), rtol=2**-8)
+    assert len(ClipSource(data)) == tiny.COUNT
+    refused = script(tool, tiny_run, data, tmp_path / "m", "--max-text-tokens", 3)
+    assert refused.code == 2
+    assert "goes with --text-encoder" in refused.err
+
+
+@pytest.mark.filterwarnings("ignore:a text of")
+def test_the_tool_stores_embeddings_of_a_clip(tiny_run, tmp_path, script):
+    tiny_clip.write_clip(tmp_path / "clip")
+    tiny_clip.write_tokenizer(tmp_path / "clip")
+    data = (tiny_run / "data").resolve()
+    done = script("tools/encode_latents.py", tiny_run, data, tmp_path / "l", "--text-encoder", tmp_path / "clip")
+    assert done.code == 0, done.err
+    embedder, latents = load_embedder(tmp_path / "clip"), LatentSource(tmp_path / "l")
+    assert latents.identity["text"] == embedder.identity
+    assert max(max(lengths, default=0) for lengths in latents.text_lengths) == tiny_clip.TEXT.positions
+    np.testing.assert_allclose(latents.text(0), embedder(latents.captions[0]), rtol=2**-8, atol=2**-8)
+
+
+def test_the_tool_makes_what_a_run_with_a_frozen_encoder_asks_for(frozen_run, copy, tmp_path, script, opened):
+    shutil.rmtree(copy / "latents")
+    done = script("tools/encode_latents.py", copy, copy / "data", copy / "latents")
+    assert done.code == 0, done.err
+    assert LatentSource(copy / "latents").identity == LatentSource(frozen_run / "latents").identity
+    done = script("tools/encode_latents.py", frozen_run / "pipeline", copy / "data", tmp_path / "l")
+    assert done.code == 0, done.err
+    assert LatentSource(tmp_path / "l").text_width == 8
+    assert len(opened) == 2

@@ -1,0 +1,141 @@
+"""Weights that a training starts from: of the same autoencoder, or of the image one that it inflates."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from dit_video.autoencoders import (
+    CausalVaeConfig,
+    CodebookConfig,
+    ImageLevels,
+    ImageVaeConfig,
+    InflatedConfig,
+    PatchVaeConfig,
+    VqConfig,
+)
+from dit_video.core.errors import MissingError, UserError
+from dit_video.core.trees import flatten
+from dit_video.data.windows import WindowConfig
+from dit_video.experiment import AutoencoderTraining
+from dit_video.experiment.initialization import given_params
+from dit_video.experiment.run import Run
+from dit_video.families import save_autoencoder
+from dit_video.tokens import Grid, RowShape
+from dit_video.training.optim.optimizer import OptimizerConfig
+from support.rough import rough_params
+
+IMAGE = ImageVaeConfig(channels=4, levels=ImageLevels(widths=(4, 8), blocks=1, groups=2))
+
+
+def training(model, start=None):
+    return AutoencoderTraining(
+        model=model,
+        windows=(WindowConfig(size=Grid(5, 16, 16), batch=2),),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup=1, weight_decay=0.1, trainable=("/temporal/",)),
+        steps=4,
+        start=None if start is None else str(start),
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("image")
+    save_autoencoder(place, IMAGE, rough_params(IMAGE.make))
+    return place
+
+
+def test_without_a_folder_nothing_is_given():
+    assert given_params(training(IMAGE), jax.random.key(0)) is None
+
+
+def test_the_same_autoencoder(folder):
+    faster = dataclasses.replace(IMAGE, levels=dataclasses.replace(IMAGE.levels, bfloat16=True))
+    for model in (IMAGE, faster):
+        given = given_params(training(model, folder), jax.random.key(0))
+        np.testing.assert_array_equal(given["moments"]["bias"], rough_params(IMAGE.make)["moments"]["bias"])
+
+
+def test_the_image_autoencoder_that_is_inflated(folder):
+    given = flatten(given_params(training(InflatedConfig(image=IMAGE, span=2), folder), jax.random.key(0)))
+    image = flatten(rough_params(IMAGE.make))
+    for path in image:
+        np.testing.assert_array_equal(given[path], image[path])
+    assert given["decoder/levels/0/temporal/0/conv_in/kernel"].shape == (2, 1, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (dataclasses.replace(IMAGE, channels=8), "channels is 4 there and 8 here"),
+        (
+            InflatedConfig(image=dataclasses.replace(IMAGE, levels=ImageLevels(widths=(4, 8), groups=2))),
+            "levels.blocks is 1 there and 2 here",
+        ),
+        (PatchVaeConfig(), "type is 'dit_video.autoencoders:ImageVaeConfig' there"),
+        (CausalVaeConfig(), "type is 'dit_video.autoencoders:ImageVaeConfig' there"),
+    ],
+)
+def test_a_folder_of_another_autoencoder(folder, model, message):
+    with pytest.raises(UserError, match=message) as error:
+        given_params(training(model, folder), jax.random.key(0))
+    assert str(folder) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(MissingError):
+        given_params(training(IMAGE, tmp_path / "none"), jax.random.key(0))
+
+
+def test_a_run_inflates_and_trains_the_temporal_layers_alone(folder, tiny, tiny_clips, tmp_path, quick_compilation):
+    experiment = dataclasses.replace(
+        tiny.EXPERIMENT,
+        autoencoder=training(InflatedConfig(image=IMAGE), folder),
+        denoiser=dataclasses.replace(tiny.EXPERIMENT.denoiser, rows=RowShape(tokens=512, text=96, segments=3)),
+    )
+    run = Run.create(tmp_path / "run", experiment)
+    run.take(tiny_clips)
+    trained, image = flatten(run.train_autoencoder()), flatten(rough_params(IMAGE.make))
+    assert len(trained) > len(image)
+    for path, value in trained.items():
+        if path in image:  # the latents' mean and deviation too
+            assert value.tobytes() == np.asarray(image[path]).tobytes(), path
+    moved = {path: np.abs(value).max() for path, value in trained.items() if path.endswith("conv_out/kernel")}
+    assert all(most > 0 for path, most in moved.items() if "/temporal/" in path)
+    # Continued, it neither needs the folder nor starts again.
+    (run.folder / "autoencoder" / "weights.safetensors").unlink()
+    again = Run.open(run.folder)
+    elsewhere = dataclasses.replace(experiment.autoencoder, start=str(tmp_path / "gone"))
+    again = dataclasses.replace(again, experiment=dataclasses.replace(experiment, autoencoder=elsewhere))
+    for path, value in flatten(again.train_autoencoder()).items():
+        np.testing.assert_array_equal(value, trained[path])
+
+
+@pytest.mark.parametrize("given", [pytest.param(False, marks=pytest.mark.slow), True], ids=["fresh", "given"])
+def test_a_codebook_starts_among_the_latents_unless_it_is_given(given, tiny, tiny_clips, tmp_path, quick_compilation):
+    model = VqConfig(network=IMAGE, codebook=CodebookConfig(codes=64, width=4))
+    parameters = rough_params(model.make)
+    if given:
+        save_autoencoder(tmp_path / "given", model, parameters)
+    experiment = dataclasses.replace(
+        tiny.EXPERIMENT,
+        autoencoder=dataclasses.replace(
+            training(model, tmp_path / "given" if given else None),
+            windows=(WindowConfig(size=Grid(1, 16, 16), batch=4),),
+            optimizer=OptimizerConfig(learning_rate=1e-3, warmup=1),
+        ),
+        denoiser=dataclasses.replace(tiny.EXPERIMENT.denoiser, rows=RowShape(tokens=512, text=96, segments=3)),
+        log_every=1,
+    )
+    run = Run.create(tmp_path / "run", experiment)
+    run.take(tiny_clips)
+    trained = run.train_autoencoder()
+    log = [json.loads(line) for line in (run.folder / "autoencoder" / "metrics.jsonl").read_text().splitlines()]
+    assert len(log) == 4
+    assert all(0 < entry["usage"] <= 1 and entry["perplexity"] >= 1 for entry in log)
+    assert (log[0]["restarts"] == 0) == given
+    unmoved = np.isclose(trained["codebook"]["codes"], parameters["codebook"]["codes"], rtol=1e-3).all(axis=-1)
+    assert (unmoved.mean() > 0.3) == given  # most codes are not used by so few images

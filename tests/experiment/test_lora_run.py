@@ -1,0 +1,143 @@
+"""A run that trains adapters of another run's denoiser."""
+
+import dataclasses
+import itertools
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import dit_video
+from dit_video.core import trees as trees
+from dit_video.core.errors import MissingError, UserError
+from dit_video.experiment.run import Run
+from dit_video.nn import LoraConfig, merge_lora
+from dit_video.training import trainer
+from dit_video.training.checkpoint import Checkpoints
+from dit_video.training.optim.optimizer import OptimizerConfig
+from dit_video.weights import load as load_weights
+from dit_video.weights import load_lora, own_modules, save
+from support.devices import wait_until
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+LORA = LoraConfig(rank=2, alpha=3.0, targets=(r"^dit/blocks/.*kernel$",))
+
+
+def adapting(tiny, tiny_run, folder, **changes):
+    """A run with the clips, the autoencoder and the latents of the tiny one, whose denoiser is adapted."""
+    shutil.copytree(tiny_run, folder, ignore=shutil.ignore_patterns("denoiser", "pipeline"))
+    (folder / "experiment.json").unlink()
+    denoiser = dataclasses.replace(
+        tiny.EXPERIMENT.denoiser,
+        start=str(tiny_run),
+        lora=LORA,
+        steps=6,
+        optimizer=OptimizerConfig(learning_rate=3e-2, warmup=1),
+    )
+    experiment = dataclasses.replace(
+        tiny.EXPERIMENT, denoiser=dataclasses.replace(denoiser, **changes), save_every=2, log_every=2
+    )
+    return Run(folder=folder, experiment=experiment, command="python train.py")._written()
+
+
+@pytest.fixture(scope="module")
+def adapted(tiny, tiny_run, tiny_clips, tmp_path_factory):
+    """The folder of a finished one. Read only."""
+    run = adapting(tiny, tiny_run, tmp_path_factory.mktemp("adapted") / "run")
+    run.train(tiny_clips)
+    return run.folder
+
+
+def leaves(folder):
+    return trees.flatten(load_weights(folder / "pipeline" / "denoiser.safetensors"))
+
+
+def test_adapters_alone_are_trained_and_the_result_is_merged(tiny_run, adapted):
+    before, after = leaves(tiny_run), leaves(adapted)
+    assert before.keys() == after.keys()
+    targets = {path for path in before if path.startswith("dit/blocks/") and path.endswith("kernel")}
+    assert len(targets) > 3
+    for path, leaf in before.items():
+        moved = np.abs(after[path] - leaf).max()
+        assert moved > 1e-4 if path in targets else moved == 0, path
+    table = json.loads(next((adapted / "denoiser" / "checkpoints").glob("6/meta/metadata")).read_text())["arrays"]
+    kinds = {path.split("/", 1)[0] for path in table}
+    assert {"params", "ema", "opt_state"} <= kinds
+    factors = {path for path in table if path.startswith(("params/", "ema/"))}
+    assert factors == {f"{kind}/{path}/{leaf}" for kind in ("params", "ema") for path in targets for leaf in "ab"}
+    largest = max(before[path].size for path in targets)
+    assert max(np.prod(entry["shape"]) for entry in table.values()) < largest / 4
+
+
+def test_the_adapters_file_changes_what_it_started_from_into_the_pipeline(tiny_run, adapted):
+    start = load_weights(tiny_run / "pipeline" / "denoiser.safetensors")
+    lora = load_lora(adapted / "adapter.safetensors", start, own_modules(start))
+    found = trees.flatten(merge_lora(start, lora))
+    for path, leaf in leaves(adapted).items():
+        np.testing.assert_allclose(found[path], leaf, atol=1e-6, err_msg=path)
+    clip = dit_video.load(adapted).generate("a red circle", size=(1, 16, 16))
+    assert clip.frames.shape == (1, 16, 16, 3)
+
+
+def test_an_interrupted_one_ends_bit_for_bit_where_the_uninterrupted_one_does(
+    tiny, tiny_run, tiny_clips, adapted, tmp_path, monkeypatch
+):
+    run, calls, real = adapting(tiny, tiny_run, tmp_path / "run"), itertools.count(1), trainer.make_step
+
+    def make_step(*arguments, **given):
+        step = real(*arguments, **given)
+
+        def interrupted(state, batch):
+            if next(calls) == 4:  # as if it were killed
+                raise KeyboardInterrupt
+            return step(state, batch)
+
+        return interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "make_step", make_step)
+        with pytest.raises(KeyboardInterrupt):
+            run.train(tiny_clips)
+    checkpoints = Checkpoints(run.folder / "denoiser" / "checkpoints")
+    wait_until(lambda: checkpoints.latest() == 2)  # the last save may still be under way in this process
+    unfinished = trees.flatten(dit_video.load(run.folder).denoiser_params)
+    assert any(not np.array_equal(unfinished[path], leaf) for path, leaf in leaves(adapted).items())
+    Run.open(run.folder).train(tiny_clips)
+    for name in ("pipeline/denoiser.safetensors", "adapter.safetensors"):
+        assert (run.folder / name).read_bytes() == (adapted / name).read_bytes()
+
+
+def test_other_weights_than_those_that_were_adapted_are_refused(tiny, tiny_run, adapted, tmp_path):
+    start = shutil.copytree(tiny_run / "pipeline", tmp_path / "start")
+    run = adapting(tiny, tiny_run, tmp_path / "run", start=str(start))
+    run._trained_denoiser()
+    weights = load_weights(start / "denoiser.safetensors")
+    weights["dit"]["head"]["bias"] = weights["dit"]["head"]["bias"] + 1
+    save(start / "denoiser.safetensors", weights)
+    with pytest.raises(UserError, match=r"has other weights .* than before .*; put them back"):
+        run._trained_denoiser()
+
+
+def test_a_start_that_cannot_be(tiny, tiny_run, tmp_path):
+    with pytest.raises(UserError, match="name their folder as the denoiser's start"):
+        adapting(tiny, tiny_run, tmp_path / "a", start=None)
+    with pytest.raises(MissingError, match="no such file"):
+        adapting(tiny, tiny_run, tmp_path / "b", start=str(tmp_path / "nowhere"))._trained_denoiser()
+    deep = dataclasses.replace(tiny.EXPERIMENT.denoiser.dit, layers=2)
+    with pytest.raises(UserError, match="holds another denoiser than the config's, in dit: layers is 1 there and 2"):
+        adapting(tiny, tiny_run, tmp_path / "c", dit=deep)._trained_denoiser()
+
+
+def test_the_whole_can_be_trained_on_from_there(tiny, tiny_run, tiny_clips, tmp_path):
+    run = adapting(tiny, tiny_run, tmp_path / "run", lora=None, steps=2)
+    run.train(tiny_clips)
+    before, after = leaves(tiny_run), leaves(run.folder)
+    drift = max(np.abs(after[path] - leaf).max() for path, leaf in before.items())
+    assert 1e-4 < drift < 0.2  # two steps of .03 from there, not from another start
+    assert not (run.folder / "adapter.safetensors").exists()
+    shutil.rmtree(run.folder / "pipeline")
+    moved = dataclasses.replace(run.experiment.denoiser, start=str(tmp_path / "nowhere"))  # not needed any more
+    kept = dataclasses.replace(run, experiment=dataclasses.replace(run.experiment, denoiser=moved))
+    kept._trained_denoiser()

@@ -1,0 +1,132 @@
+"""A run that is watched: parts of a batch, several averages, the loss of held-out clips, samples, and a trace."""
+
+import dataclasses
+import shutil
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+import dit_video
+from dit_video.backbones.flops import training_flops
+from dit_video.core import config_json
+from dit_video.core.errors import UserError
+from dit_video.core.trees import flatten
+from dit_video.experiment import monitors
+from dit_video.experiment.run import Run
+from dit_video.nn import LoraConfig
+from dit_video.tokens import Grid, Item, RowShape, coordinates, pack
+from dit_video.training.hooks import logging
+from dit_video.training.hooks.writers import Monitoring
+from dit_video.training.optim.ema import Averages
+from dit_video.video import Clip, decode
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def test_a_sheet_of_clips():
+    clips = [Clip(np.full((2, 4, 6, 3), 10 * index, np.uint8), 8.0) for index in range(3)]
+    sheet = monitors.sheet(clips, gap=2)
+    assert sheet.frames.shape == (2, 10, 14, 3)
+    for index, (top, left) in enumerate(((0, 0), (0, 8), (6, 0))):
+        np.testing.assert_array_equal(sheet.frames[:, top : top + 4, left : left + 6], 10 * index)
+    assert (sheet.frames[:, 4:6] == 255).all()
+
+
+def test_work_of_rows_is_that_of_their_clips(tiny):
+    config = tiny.EXPERIMENT.denoiser
+    shape = RowShape(tokens=20, text=9, segments=3)
+    grids, texts = (Grid(2, 2, 2), Grid(1, 2, 3), Grid(1, 1, 4)), (4, 2, 3)
+    items = [
+        Item(np.zeros((grid.volume, 4), np.float32), coordinates(grid), np.zeros(text, np.int32), 0)
+        for grid, text in zip(grids, texts, strict=True)
+    ]
+    rows = [pack(part, shape, width=4) for part in (items[:2], items[2:])]
+    batch = jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
+    work = monitors.work_of(config)
+    assert work is not None
+    assert work(batch) == training_flops(config.dit, [grid.volume for grid in grids], texts)
+    adapted = monitors.work_of(dataclasses.replace(config, start="somewhere", lora=LoraConfig()))
+    assert adapted is not None
+    assert adapted(batch) == work(batch) * 2 // 3
+    assert [monitors.grid_of(coordinates(grid)) for grid in grids] == list(grids)
+
+
+WATCHED = Monitoring(validate_every=3, validation_batches=2, sample_every=6, prompts=("a red circle", "a square", "x"))
+AVERAGES = Averages(decays=(0.2,), sigmas=(0.05, 0.1), snapshot_every=1)
+
+
+@pytest.fixture(scope="module")
+def watched(tiny, tiny_run, tiny_clips, tmp_path_factory):
+    """The tiny run's autoencoder and latents, and a denoiser that is watched."""
+    folder = shutil.copytree(tiny_run, tmp_path_factory.mktemp("watched") / "run")
+    for part in ("denoiser", "pipeline"):
+        shutil.rmtree(folder / part)
+    experiment = tiny.EXPERIMENT
+    denoiser = dataclasses.replace(experiment.denoiser, steps=6, accumulate=2, averages=AVERAGES)
+    experiment = dataclasses.replace(experiment, denoiser=denoiser, monitoring=WATCHED)
+    opened = dataclasses.replace(Run.open(folder), experiment=experiment, profile=(3, 3))
+    opened._written()
+    kept = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = monitors.validation
+        patch.setattr(monitors, "validation", lambda *given: kept.append(real(*given)) or kept[-1])
+        opened.train(tiny_clips)
+    return SimpleNamespace(run=opened, validation=kept[0], folder=folder)
+
+
+@pytest.mark.slow
+def test_held_out_clips_are_judged_the_same_each_time(watched):
+    entries = {entry["step"]: entry for entry in logging.read(watched.folder / "denoiser" / "metrics.jsonl")}
+    assert sorted(entries) == [3, 6]
+    found = [entries[step]["validation_loss"] for step in (3, 6)]
+    assert np.isfinite(found).all()
+    assert found[0] != found[1]
+    assert any(name.startswith("validation_loss_t") for name in entries[6])
+    assert any(name.startswith("loss_t") for name in entries[6])
+    assert entries[6]["tokens_per_second"] > 0
+    assert entries[6]["model_flops_per_second"] > 0
+    assert entries[6]["skipped"] == 0
+    # With the weights of the end the figure of the end is found again: noise and times are the same.
+    state = SimpleNamespace(ema=watched.run.newest_pipeline().denoiser_params)
+    assert watched.validation.call(1000, state)["validation_loss"] == pytest.approx(found[1], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_samples_and_a_trace_are_in_the_folder(watched):
+    (path,) = (watched.folder / "denoiser" / "samples").iterdir()
+    assert path.name == "00000006.mp4"
+    size = watched.run.pipeline_config().size
+    clip = decode(path)
+    assert clip.frames.shape == (size.t, 2 * size.h + 2, 2 * size.w + 2, 3)
+    assert list((watched.folder / "denoiser" / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.slow
+def test_each_average_can_be_sampled_from(watched):
+    folder = watched.folder
+    usual, own, short, none = (flatten(dit_video.load(folder, ema=ema).denoiser_params) for ema in (None, 0.9, 0.2, 0))
+    wide, narrow = (flatten(dit_video.load(folder, sigma_rel=s).denoiser_params) for s in (0.1, 0.05))
+    path = max(usual, key=lambda name: np.abs(usual[name] - none[name]).max())  # which has moved most
+    np.testing.assert_array_equal(usual[path], own[path])
+    for one, other in ((usual, short), (short, none), (wide, narrow), (wide, usual)):
+        assert one.keys() == other.keys()
+        assert np.abs(one[path] - other[path]).max() > 0, path
+    # The shorter an average, the nearer to where training ended.
+    far = [np.abs(one[path] - none[path]).mean() for one in (short, usual)]
+    assert far[0] < far[1]
+    with pytest.raises(UserError, match=r"no average of decay 0.99; use 0.9, 0.2, or 0"):
+        dit_video.load(folder, ema=0.99)
+    with pytest.raises(UserError, match="give ema or sigma_rel"):
+        dit_video.load(folder, ema=0.9, sigma_rel=0.1)
+    with pytest.raises(UserError, match="is no run"):
+        dit_video.load(folder / "pipeline", ema=0.9)
+
+
+def test_a_config_of_before_averages_is_read(tiny):
+    document = config_json.to_json(tiny.EXPERIMENT)
+    for part, names in ((document, ("monitoring", "most_skipped")), (document["denoiser"], ("averages", "accumulate"))):
+        for name in names:
+            del part[name]
+    assert config_json.from_json(document) == tiny.EXPERIMENT

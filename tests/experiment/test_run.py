@@ -1,0 +1,416 @@
+import dataclasses
+import hashlib
+import itertools
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import dit_video
+from dit_video.core import config_json
+from dit_video.core import trees as trees
+from dit_video.core.errors import MissingError, UserError
+from dit_video.data.augmentation import Augmentation
+from dit_video.data.bucketing.batches import BucketConfig
+from dit_video.data.bucketing.buckets import Memory
+from dit_video.data.latents.cache import LatentSource
+from dit_video.data.synthetic import shapes
+from dit_video.data.windows import Stretches, WindowConfig
+from dit_video.experiment import input_pipeline, trainers
+from dit_video.experiment.run import Run
+from dit_video.tokens import Grid
+from dit_video.training.checkpoint import Checkpoints
+from dit_video.training.hooks import logging
+from dit_video.weights import load as load_weights
+from support.devices import wait_until
+from support.interruptions import interrupt
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture
+def copy(tiny_run, tmp_path):
+    """A copy of the finished run, which may be changed."""
+    return shutil.copytree(tiny_run, tmp_path / "run")
+
+
+def content(folder):
+    """Every file with its time of writing and its bytes. (A log of metrics is written again when it is opened, and a
+    lock says who has it.)"""
+    return {
+        path.relative_to(folder).as_posix(): (
+            0 if path.name == "metrics.jsonl" else path.stat().st_mtime_ns,
+            hashlib.sha256(path.read_bytes()).hexdigest(),
+        )
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def test_a_run_leaves_all_its_files(tiny, tiny_run):
+    expected = {
+        "experiment.json",
+        "data/index.json",
+        "data/report.json",
+        "autoencoder/metrics.jsonl",
+        "autoencoder/weights.safetensors",
+        "latents/latents.json",
+        "denoiser/metrics.jsonl",
+        "pipeline/pipeline.json",
+        "pipeline/autoencoder.safetensors",
+        "pipeline/denoiser.safetensors",
+    }
+    files = content(tiny_run)
+    assert expected <= files.keys()
+    assert not [name for name in files if "partial" in name or name.endswith((".pkl", ".pickle"))]
+    for stage, training in (("autoencoder", tiny.EXPERIMENT.autoencoder), ("denoiser", tiny.EXPERIMENT.denoiser)):
+        entries = logging.read(tiny_run / stage / "metrics.jsonl")
+        every = tiny.EXPERIMENT.log_every
+        assert [entry["step"] for entry in entries] == [*range(every, training.steps, every), training.steps]
+        assert all(np.isfinite(entry["loss"]) for entry in entries)
+        assert Checkpoints(tiny_run / stage / "checkpoints").latest() == training.steps
+
+
+def test_the_config_and_the_command_are_kept(tiny, tiny_run):
+    opened = Run.open(tiny_run)
+    assert opened.experiment == tiny.EXPERIMENT
+    assert opened.command.startswith("python ")
+    assert (
+        config_json.from_json(json.loads((tiny_run / "experiment.json").read_text())["experiment"]) == tiny.EXPERIMENT
+    )
+
+
+def test_training_again_does_nothing_anew(tiny, tiny_run, tiny_clips, copy):
+    before = content(copy)
+    pipeline = Run.create(copy, tiny.EXPERIMENT).train(tiny_clips)
+    assert content(copy) == before
+    pipeline.save(copy / "again")
+    for name in ("autoencoder.safetensors", "denoiser.safetensors"):
+        assert (copy / "again" / name).read_bytes() == (tiny_run / "pipeline" / name).read_bytes()
+
+
+def test_latents_are_those_of_the_training_clips_and_normalised(tiny, tiny_run):
+    source, opened = LatentSource(tiny_run / "latents"), Run.open(tiny_run)
+    held_out = set(tiny.EXPERIMENT.data.held_out)
+    assert {info.name for info in opened.held_out_clips.infos} == held_out
+    assert len(held_out) == tiny.HELD_OUT
+    assert {name.split("@")[0] for name in source.names} == {info.name for info in opened.clips.infos} - held_out
+    assert set(source.sizes) == {Grid(1, 2, 2), Grid(2, 2, 2), Grid(3, 2, 4)}
+    values = np.concatenate([source[index].reshape(-1, 4) for index in range(len(source))])
+    assert np.abs(values.mean(axis=0)).max() < 0.5
+    assert 0.5 < values.std(axis=0).min() <= values.std(axis=0).max() < 1.5
+
+
+STAGES = {"autoencoder": ("autoencoder", "latents", "denoiser", "pipeline"), "denoiser": ("denoiser", "pipeline")}
+"""What is to be made again if a stage's result goes."""
+
+
+def begin(copy, tiny_clips, monkeypatch, *, stage, at, how):
+    """Remove the results from `stage` on, and run until the interruption."""
+    for folder in STAGES[stage]:
+        shutil.rmtree(copy / folder)
+    with monkeypatch.context() as patch:
+        interrupt(patch, at=at, how=how)
+        with pytest.raises(KeyboardInterrupt):
+            Run.open(copy).train(tiny_clips)
+
+
+def assert_is_unfinished(pipeline, final):
+    """What was loaded has the newest checkpoint's averaged weights, which are not the last ones."""
+    weights, last = trees.flatten(pipeline._denoiser.params), trees.flatten(final._denoiser.params)
+    assert weights.keys() == last.keys()
+    assert any(not np.array_equal(weights[path], last[path]) for path in weights)
+    assert pipeline.config == final.config
+
+
+@pytest.mark.parametrize(
+    ("stage", "how", "at", "saved"),
+    [("autoencoder", "Ctrl-C", 3, 3), ("denoiser", "Ctrl-C", 3, 3), ("denoiser", "killed", 6, 4)],
+)
+def test_an_interrupted_run_ends_bit_for_bit_where_the_uninterrupted_one_does(
+    tiny_run, tiny_pipeline, tiny_clips, copy, monkeypatch, stage, how, at, saved
+):
+    begin(copy, tiny_clips, monkeypatch, stage=stage, at=at, how=how)
+    checkpoints = Checkpoints(copy / stage / "checkpoints")
+    wait_until(lambda: checkpoints.latest() == saved)  # a killed run's last save may be under way in this process
+    assert not (copy / "pipeline").exists()
+
+    resumed = Run.open(copy)
+    if stage == "autoencoder":
+        resumed.train_autoencoder()
+        names = ["autoencoder/weights.safetensors"]
+    else:
+        assert_is_unfinished(dit_video.load(copy), tiny_pipeline)
+        resumed.train(tiny_clips)
+        names = ["pipeline/denoiser.safetensors", "pipeline/pipeline.json"]
+    for name in names:
+        assert (copy / name).read_bytes() == (tiny_run / name).read_bytes()
+    steps = [[entry["step"] for entry in logging.read(folder / stage / "metrics.jsonl")] for folder in (copy, tiny_run)]
+    assert steps[0] == steps[1]
+
+
+def test_a_run_without_a_checkpoint_of_its_denoiser_says_how_to_go_on(copy):
+    shutil.rmtree(copy / "denoiser")
+    with pytest.raises(UserError, match="no checkpoint of its denoiser yet; continue it with: python"):
+        Run.open(copy).newest_pipeline()
+
+
+def test_the_linear_start_is_fitted_once_by_a_new_run_alone(tiny_run, copy, monkeypatch):
+    fitted = []
+    real = trainers.fit_linear
+    monkeypatch.setattr(trainers, "fit_linear", lambda *args, **given: fitted.append(1) or real(*args, **given))
+    (copy / "autoencoder" / "weights.safetensors").unlink()
+    Run.open(copy).train_autoencoder()  # from its last checkpoint
+    assert fitted == []
+    name = "autoencoder/weights.safetensors"
+    assert (copy / name).read_bytes() == (tiny_run / name).read_bytes()
+    shutil.rmtree(copy / "autoencoder")
+    monkeypatch.setattr(trainers, "train", lambda _run, _name, init, *_, **__: init(trainers.rng.key(0, "x")) and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Run.open(copy).train_autoencoder()
+    assert fitted == [1]
+
+
+def test_the_linear_start_is_fitted_on_clips_as_they_are(tiny, tiny_run, copy):
+    experiment = tiny.EXPERIMENT
+    windows = tuple(dataclasses.replace(window, augment=Augmentation()) for window in experiment.autoencoder.windows)
+    augmented = dataclasses.replace(
+        experiment, autoencoder=dataclasses.replace(experiment.autoencoder, windows=windows)
+    )
+    (copy / "autoencoder" / "linear.safetensors").unlink()
+    again = dataclasses.replace(Run.open(copy), experiment=augmented).autoencoder.linear_baseline()
+    for left, right in zip(again, Run.open(tiny_run).autoencoder.linear_baseline(), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_latents_of_another_autoencoder_are_refused(copy):
+    path = copy / "autoencoder" / "weights.safetensors"
+    weights = load_weights(path)
+    weights["decoder_out"]["bias"] = weights["decoder_out"]["bias"] + 1
+    trainers.save_weights(path, weights)
+    with pytest.raises(UserError, match="encode the clips again"):
+        Run.open(copy).encode_latents()
+
+
+# Folders that are no run, or not this one.
+
+
+def test_the_same_config_continues_and_another_is_refused(tiny, copy):
+    assert Run.create(copy, tiny.EXPERIMENT).experiment == tiny.EXPERIMENT
+    with pytest.raises(UserError, match=r"another config \(seed is 0 there and 1 here\)"):
+        Run.create(copy, dataclasses.replace(tiny.EXPERIMENT, seed=1))
+    (window,) = tiny.EXPERIMENT.autoencoder.windows
+    autoencoder = dataclasses.replace(tiny.EXPERIMENT.autoencoder, windows=(dataclasses.replace(window, batch=5),))
+    other = dataclasses.replace(tiny.EXPERIMENT, name="a", autoencoder=autoencoder)
+    with pytest.raises(UserError, match=r"\(name is 'tiny' there and 'a' here, .*windows\[0\].batch is 4 there and 5"):
+        Run.create(copy, other)
+
+
+def test_a_folder_with_other_files_is_refused_and_left_alone(tiny, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="is not empty and holds no run"):
+        Run.create(tmp_path, tiny.EXPERIMENT)
+    with pytest.raises(UserError, match="is a file"):
+        Run.create(tmp_path / "thesis.tex", tiny.EXPERIMENT)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_rendered_clips_may_lie_in_a_new_run_s_folder(tiny, tmp_path):
+    (tmp_path / "clips").mkdir()
+    Run.create(tmp_path, tiny.EXPERIMENT)
+    assert (tmp_path / "experiment.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({"format": 0, "experiment": {}}, "run of format 0, this version reads 1"),
+        ([], "run of format None"),
+        ({"format": 1}, "holds no experiment"),
+        ({"format": 1, "experiment": {"type": "os:system", "command": "x"}}, "lies outside dit_video"),
+        ({"format": 1, "experiment": {"type": "dit_video.generation:Sampling"}}, "holds no experiment"),
+        ({"format": 1, "experiment": {"type": "dit_video.experiment:Gone"}}, "does not exist in this version"),
+        ({"format": 1, "experiment": {"type": "dit_video.experiment:Data", "pixels": 1}}, "no field pixels"),
+    ],
+)
+def test_another_version_s_run_is_refused(tmp_path, document, message):
+    (tmp_path / "experiment.json").write_text(json.dumps(document))
+    with pytest.raises(UserError, match=message) as error:
+        Run.open(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_no_such_run(tmp_path):
+    with pytest.raises(MissingError, match="no such run"):
+        Run.open(tmp_path / "nowhere")
+
+
+# Clips.
+
+
+@pytest.fixture
+def clips(tiny_clips, tmp_path):
+    """A copy of the clips, which may be changed."""
+    return shutil.copytree(tiny_clips, tmp_path / "clips")
+
+
+def test_what_cannot_be_decoded_is_set_aside_and_counted_and_the_run_goes_on(tiny, clips, tmp_path, capsys):
+    damaged, cut = sorted((clips / "clips").glob("*.mp4"))[:2]
+    damaged.write_bytes(b"not a video at all")
+    cut.write_bytes(cut.read_bytes()[:200])
+    (clips / "clips" / "extra.mp4").write_bytes(b"")
+    started = Run.create(tmp_path / "run", tiny.EXPERIMENT)
+    started.take(clips)
+    said = capsys.readouterr().err
+    assert f"2 files cannot be decoded and are set aside, such as clips/{damaged.name}: " in said
+    assert "1 files are no clips that the source lists, and are left out" in said
+    assert len(started.clips) == tiny.COUNT - 2
+    assert len(json.loads((tmp_path / "run" / "data" / "report.json").read_text())["quarantined"]) == 2
+    assert len(started.encode_latents()) == tiny.COUNT - 2 - tiny.HELD_OUT
+
+
+def test_a_clip_that_is_too_small_ends_the_run_before_it_trains(tiny, clips, tmp_path):
+
+    name = sorted((clips / "clips").glob("*.png"))[0]
+    small = shapes.example(0, seed=1, sizes=(Grid(1, 8, 16),))
+    small.save(name)
+    with pytest.raises(UserError, match="8x16 pixels, less than one multiple of 16x16"):
+        Run.create(tmp_path / "run", tiny.EXPERIMENT).train(clips)
+    assert not (tmp_path / "run" / "autoencoder").exists()
+
+
+def test_other_clips_than_the_run_s_are_refused(tiny, clips, copy):
+    metadata = clips / "metadata.csv"
+    metadata.write_text(metadata.read_text().replace("circle", "ring"))
+    with pytest.raises(UserError, match="holds another data set"):
+        Run.create(copy, tiny.EXPERIMENT).train(clips)
+
+
+def test_a_held_out_clip_that_does_not_exist_is_named(tiny, tiny_clips, tmp_path):
+    data = dataclasses.replace(tiny.EXPERIMENT.data, held_out=("clips/nobody.mp4",))
+    started = Run.create(tmp_path / "run", dataclasses.replace(tiny.EXPERIMENT, data=data))
+    with pytest.raises(UserError, match=r"no clip named clips/nobody\.mp4"):
+        started.train(tiny_clips)
+
+
+# What the stages are made of.
+
+
+@pytest.fixture
+def two_windows(tiny, tiny_run):
+    """The run with windows of two shapes, for a look at its batches."""
+    windows = (WindowConfig(size=Grid(5, 16, 16), batch=2), WindowConfig(size=Grid(9, 16, 32), batch=1))
+    autoencoder = dataclasses.replace(tiny.EXPERIMENT.autoencoder, windows=windows)
+    return Run(folder=tiny_run, experiment=dataclasses.replace(tiny.EXPERIMENT, autoencoder=autoencoder), command="")
+
+
+def test_window_shapes_take_turns_and_continue_at_any_step(two_windows):
+    stretches = Stretches(two_windows.training_clips, two_windows.experiment.limits)
+    whole = list(itertools.islice(two_windows.autoencoder.windows(stretches, 0, "autoencoder"), 7))
+    assert [batch.shape[:2] for batch in whole] == [(2, 5), (1, 9), (2, 5), (1, 9), (2, 5), (1, 9), (2, 5)]
+    for start in (1, 2, 5):
+        rest = list(itertools.islice(two_windows.autoencoder.windows(stretches, start, "autoencoder"), 7 - start))
+        assert all(np.array_equal(*pair) for pair in zip(rest, whole[start:], strict=True))
+    other = next(two_windows.autoencoder.windows(stretches, 0, "another purpose"))
+    assert not np.array_equal(other, whole[0])
+
+
+def test_clips_without_room_for_any_window_are_told(two_windows, capsys):
+    stretches = Stretches(two_windows.training_clips, two_windows.experiment.limits)
+    two_windows.autoencoder.windows(stretches, 0, "autoencoder").close()
+    images = sum(info.frames == 1 for info in two_windows.training_clips.infos)
+    assert images
+    assert f"{images} clips have no room for a window" in capsys.readouterr().err
+
+
+def test_data_sets_are_mixed_by_weight(tiny, tiny_run, tiny_clips, tmp_path):
+    for name in ("one", "two"):
+        shutil.copytree(tiny_clips, tmp_path / name)
+    held_out = tuple(f"one/{name}" for name in tiny.EXPERIMENT.data.held_out)
+    data = dataclasses.replace(tiny.EXPERIMENT.data, held_out=held_out, weights=(1.0, 3.0))
+    started = Run.create(tmp_path / "run", dataclasses.replace(tiny.EXPERIMENT, data=data))
+    with pytest.raises(UserError, match="weighs 2 data sets, 1 were given"):
+        started.take(tmp_path / "one")
+    with pytest.raises(UserError, match="both named one"):
+        started.take(tmp_path / "one", tmp_path / "one")
+    started.take(tmp_path / "one", tmp_path / "two")
+    count = len(Run.open(tiny_run).clips)
+    assert started.clips.sizes == (count, count)
+    assert [info.name for info in started.held_out_clips.infos] == sorted(held_out)
+    (tmp_path / "run" / "autoencoder").mkdir()
+    shutil.copy(tiny_run / "autoencoder" / "weights.safetensors", tmp_path / "run" / "autoencoder")
+    mixture = input_pipeline.mixture(started.encode_latents(), started.training_clips, data.weights)
+    assert mixture.sizes == (count - len(held_out), count)
+    assert mixture.weights == (1.0, 3.0)
+    assert len(mixture.variants) == 2 * count - len(held_out)
+
+
+def test_a_start_that_failed_can_be_corrected(tiny, tiny_clips, tmp_path):
+    wrong = dataclasses.replace(tiny.EXPERIMENT.data, held_out=("clips/nobody.mp4",))
+    with pytest.raises(UserError, match=r"no clip named clips/nobody\.mp4"):
+        Run.create(tmp_path / "run", dataclasses.replace(tiny.EXPERIMENT, data=wrong)).train(tiny_clips)
+    assert not (tmp_path / "run" / "autoencoder").exists()
+    Run.create(tmp_path / "run", tiny.EXPERIMENT)
+    assert Run.open(tmp_path / "run").experiment == tiny.EXPERIMENT
+    (tmp_path / "run" / "autoencoder").mkdir()
+    with pytest.raises(UserError, match="holds a run of another config"):
+        Run.create(tmp_path / "run", dataclasses.replace(tiny.EXPERIMENT, data=wrong))
+
+
+def test_a_run_without_a_cache_of_latents(tiny, tiny_run, tiny_clips, tmp_path):
+    data = dataclasses.replace(tiny.EXPERIMENT.data, cache_latents=False)
+    started = Run.create(tmp_path / "run", dataclasses.replace(tiny.EXPERIMENT, data=data))
+    started.take(tiny_clips)
+    (tmp_path / "run" / "autoencoder").mkdir()
+    shutil.copy(tiny_run / "autoencoder" / "weights.safetensors", tmp_path / "run" / "autoencoder")
+    params = started.train_denoiser()
+    assert not (tmp_path / "run" / "latents").exists()
+    summary = json.loads((tmp_path / "run" / "denoiser" / "rows.json").read_text())
+    assert summary["examples"] == len(started.training_clips)
+    assert all(np.isfinite(leaf).all() for leaf in trees.flatten(params).values())
+    entries = logging.read(tmp_path / "run" / "denoiser" / "metrics.jsonl")
+    assert all(0 <= entry["padding"] < 1 and entry["masked"] == 0 for entry in entries)
+
+
+@pytest.mark.slow
+def test_a_run_in_buckets(tiny, tiny_run, tiny_clips, tmp_path, capsys):
+    data = dataclasses.replace(tiny.EXPERIMENT.data, cache_latents=False)
+    buckets = BucketConfig(memory=Memory(fixed=0, per_token=1), budget=24, count=2)
+    denoiser = dataclasses.replace(tiny.EXPERIMENT.denoiser, buckets=buckets)
+    experiment = dataclasses.replace(tiny.EXPERIMENT, data=data, denoiser=denoiser)
+    assert config_json.from_json(config_json.to_json(experiment)) == experiment
+    with pytest.raises(UserError, match="buckets are read from video files"):
+        dataclasses.replace(experiment, data=tiny.EXPERIMENT.data)
+    started = Run.create(tmp_path / "run", experiment)
+    started.take(tiny_clips)
+    (tmp_path / "run" / "autoencoder").mkdir()
+    shutil.copy(tiny_run / "autoencoder" / "weights.safetensors", tmp_path / "run" / "autoencoder")
+    params = started.train_denoiser()
+    assert all(np.isfinite(leaf).all() for leaf in trees.flatten(params).values())
+    summary = json.loads((tmp_path / "run" / "denoiser" / "rows.json").read_text())
+    assert 1 <= len(summary["buckets"]) <= 2
+    assert "0 dropped" in capsys.readouterr().err
+    entries = logging.read(tmp_path / "run" / "denoiser" / "metrics.jsonl")
+    assert all(entry["padding"] == 0 for entry in entries)
+
+
+def test_a_checkpoint_is_not_continued_on_other_data(tiny, tiny_run, tmp_path):
+    copy = shutil.copytree(tiny_run, tmp_path / "run", symlinks=True)
+    shutil.rmtree(copy / "pipeline")
+    for newest in sorted((copy / "denoiser" / "checkpoints").iterdir(), key=lambda path: int(path.name))[-1:]:
+        shutil.rmtree(newest)
+    index = json.loads((copy / "latents" / "latents.json").read_text())
+    index["examples"]["captions"][0] = [index["examples"]["captions"][0][0][::-1]]
+    (copy / "latents" / "latents.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="are not those of its checkpoint at step"):
+        Run.open(copy).train_denoiser()
+
+
+def test_a_pipeline_s_defaults_are_the_data_s(tiny, tiny_run):
+    config = Run.open(tiny_run).pipeline_config()
+    assert config.size == Grid(9, 16, 32)
+    assert config.fps == 8.0
+    assert config.made_by["seed"] == "0"
+    assert config.made_by["experiment"] == "tiny"
+    assert {"command", "jax", "dit_video"} <= config.made_by.keys()

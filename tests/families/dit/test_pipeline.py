@@ -1,0 +1,160 @@
+"""Folders of DiT and SiT to pipelines that sample images by class. Equality with diffusers' is elsewhere."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dit_video
+from dit_video.autoencoders import ImageLevels, ImageVaeConfig
+from dit_video.core.errors import MissingError, UserError
+from dit_video.diffusion import Ddim, Ddpm, Epsilon, Heun, LearnedVariance, RectifiedFlow, VariancePreserving, Velocity
+from dit_video.families import save_autoencoder, save_denoiser
+from dit_video.pipelines.pipeline import Request
+from dit_video.pipelines.probe import ClipDenoiser
+from dit_video.text import ByteEncoderConfig, ClassNamesConfig
+from support.rough import rough_params
+from support.tiny_class_dit import DIT, SIT
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+VAE = ImageVaeConfig(channels=3, levels=ImageLevels(widths=(4, 8), blocks=1, groups=2))
+SIDE = 16
+"""of images: 4 tokens of a patch of 2, at a stride of 2"""
+NAMES = {"0": "tench, Tinca tinca", "1": "crane", "2": "goldfinch", "3": "crane"}
+DDIM = {"_class_name": "DDIMScheduler", "clip_sample": False}
+
+
+def written(folder, dit=DIT, *, scheduler=DDIM, names=NAMES):
+    save_denoiser(folder / "transformer", dit, rough_params(dit.make), layout="authors")
+    save_autoencoder(folder / "vae", VAE, rough_params(VAE.make))
+    if scheduler is not None:
+        (folder / "scheduler").mkdir()
+        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+        (folder / "model_index.json").write_text(json.dumps({"_class_name": "DiTPipeline", "id2label": names}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Read only."""
+    return written(tmp_path_factory.mktemp("dit"))
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder):
+    return dit_video.load(folder)
+
+
+def drawn(pipeline, label, **options):
+    return pipeline.generate(label, output="latents", **{"steps": 3, "guidance": 2.0} | options)
+
+
+def test_what_a_folder_says(pipeline):
+    config = pipeline.config
+    assert config.text == ClassNamesConfig(classes=5, names=(*NAMES.values(), "4"))
+    assert config.process == VariancePreserving()
+    assert config.prediction == LearnedVariance()
+    assert (config.sampling.solver, config.sampling.guidance, config.size) == (Ddim(), 4.0, (1, SIDE, SIDE))
+
+
+def test_an_image_of_a_class(pipeline):
+    clip = pipeline.generate(2, steps=3, guidance=2.0)
+    assert clip.frames.shape == (1, SIDE, SIDE, 3)
+    assert clip.frames.std() > 1
+
+
+def test_a_class_by_its_name_is_that_by_its_number(pipeline):
+    latents = drawn(pipeline, 0)
+    for name in ("0", "tench", "Tinca tinca", "tench, Tinca tinca"):
+        np.testing.assert_array_equal(drawn(pipeline, name), latents)
+    assert np.abs(drawn(pipeline, "goldfinch") - latents).max() > 1e-2
+
+
+def test_taken_apart_it_is_told_of_the_class(pipeline):
+    inside = ClipDenoiser(pipeline, ["goldfinch", "tench"])
+    noisy = jnp.zeros((2, inside.grid.volume, inside.patch.volume * inside.channels))
+    first, second = np.asarray(inside.denoise(noisy, jnp.asarray(0.5)))
+    assert np.abs(first - second).max() > 1e-3
+    maps = inside.attention_maps(noisy, 0.5, queries=[0])
+    assert np.abs(maps[-1, 0] - maps[-1, 1]).max() > 1e-6
+
+
+def test_no_class_is_what_guidance_leads_away_from(pipeline):
+    label, none, negative = (drawn(pipeline, each, guidance=1.0) for each in (2, "", 4))
+    assert min(np.abs(label - other).max() for other in (none, negative)) > 1e-2
+    np.testing.assert_allclose(drawn(pipeline, 2, guidance=0.0), none, atol=1e-4)
+    np.testing.assert_allclose(drawn(pipeline, 2, guidance=0.0, negative="4"), negative, atol=1e-4)
+
+
+def test_several_at_once_are_what_each_is_alone(pipeline):
+    size = pipeline.config.size
+    requests = [Request("goldfinch", size, seed=1), Request("0", size), Request("4", size, seed=2)]
+    clips = pipeline.generate_many(requests, steps=3, guidance=2.0, sampler="ddpm")
+    for request, clip in zip(requests, clips, strict=True):
+        alone = pipeline.generate(request.prompt, seed=request.seed, steps=3, guidance=2.0, sampler="ddpm")
+        assert np.abs(clip.frames.astype(int) - alone.frames).max() <= 1
+
+
+def test_our_own_folder_of_it_is_the_same_pipeline(pipeline, tmp_path):
+    pipeline.save(tmp_path / "own")
+    again = dit_video.load(tmp_path / "own")
+    assert again.config == pipeline.config
+    np.testing.assert_array_equal(drawn(again, "goldfinch"), drawn(pipeline, 2))
+
+
+def test_a_learned_variance_is_drawn_with_where_the_scheduler_says_so(tmp_path):
+    drawn_with = {}
+    for kind, variance, prediction in (
+        ("fixed_small", "dropped", Epsilon()),
+        ("learned_range", "predicted", LearnedVariance()),
+    ):
+        scheduler = {"_class_name": "DDPMScheduler", "clip_sample": False, "variance_type": kind}
+        found = dit_video.load(written(tmp_path / kind, scheduler=scheduler))
+        assert (found.config.dit.variance, found.config.prediction) == (variance, prediction)
+        drawn_with[kind] = drawn(found, 1)
+    assert np.abs(drawn_with["fixed_small"] - drawn_with["learned_range"]).max() > 1e-2
+
+
+@pytest.mark.parametrize("dit", [DIT, SIT], ids=["DiT", "SiT"])
+def test_the_authors_models_need_no_scheduler(tmp_path, dit):
+    found = dit_video.load(written(tmp_path, dit, scheduler=None))
+    config = found.config
+    if dit is SIT:
+        assert (config.process, config.prediction) == (RectifiedFlow(), Velocity())
+        assert (config.sampling.solver, config.sampling.steps) == (Heun(), 50)
+    else:
+        assert config.prediction == LearnedVariance()
+        assert (config.sampling.solver, config.sampling.steps) == (Ddpm(), 250)
+    assert np.isfinite(drawn(found, 1)).all()
+
+
+def test_the_time_is_told_in_the_schedulers_own_steps(tmp_path):
+    found = dit_video.load(written(tmp_path, scheduler={**DDIM, "num_train_timesteps": 100}))
+    assert found.config.dit.time_embedding.scale == 100.0
+
+
+def test_what_is_refused(pipeline, folder, tmp_path):
+    for label, message in (
+        (5, "no class is called '5'; classes are numbers from 0 to 4, or one of 6 names such as"),
+        ("trench", "no class is called 'trench'"),
+        ("crane", "the classes 1, 3 are all called 'crane'; name the number"),
+    ):
+        with pytest.raises(UserError, match=message):
+            pipeline.generate(label)
+    with pytest.raises(UserError, match="has no text encoder; leave text_encoder away"):
+        dit_video.load(folder, text_encoder=tmp_path)
+    with pytest.raises(UserError, match="a model of classes has no text encoder"):
+        pipeline.with_text_encoder(tmp_path)
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    shutil.rmtree(copy / "vae")
+    with pytest.raises(MissingError, match="lacks the folders vae"):
+        dit_video.load(copy)
+    flow = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+    with pytest.raises(UserError, match="predicts noise, the scheduler is of a RectifiedFlow"):
+        dit_video.load(written(tmp_path / "flow", scheduler=flow))
+    with pytest.raises(UserError, match="captions are of 0 classes, the denoiser's labels of 5"):
+        replace(pipeline.config, text=ByteEncoderConfig())

@@ -1,0 +1,106 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import dit_video
+from dit_video.core.errors import MissingError, UserError
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def drawn(pipeline):
+    return pipeline.generate("a red circle", size=(1, 16, 16), seed=5, output="latents")
+
+
+def test_a_run_and_its_pipeline_folder_are_the_same_pipeline(tiny_run, tiny_pipeline):
+    alone = dit_video.load(tiny_run / "pipeline")
+    assert alone.config == tiny_pipeline.config
+    np.testing.assert_array_equal(drawn(alone), drawn(tiny_pipeline))
+
+
+def test_a_path_may_be_a_text(tiny_run, tiny_pipeline):
+    assert dit_video.load(str(tiny_run)).config == tiny_pipeline.config
+
+
+def test_a_finished_run_that_was_not_exported_gives_the_same(tiny_run, tiny_pipeline, tmp_path):
+    copy = shutil.copytree(tiny_run, tmp_path / "run")
+    shutil.rmtree(copy / "pipeline")
+    np.testing.assert_array_equal(drawn(dit_video.load(copy)), drawn(tiny_pipeline))
+
+
+def test_a_pipeline_needs_nothing_else_of_its_run(tiny_run, tiny_pipeline, tmp_path):
+    copy = shutil.copytree(tiny_run / "pipeline", tmp_path / "pipeline")
+    np.testing.assert_array_equal(drawn(dit_video.load(copy)), drawn(tiny_pipeline))
+
+
+def test_no_such_folder(tmp_path):
+    with pytest.raises(MissingError, match="no such run"):
+        dit_video.load(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MissingError, match="no such run"):
+        dit_video.load(tmp_path / "file")
+
+
+def test_a_folder_that_is_no_run(tmp_path):
+    with pytest.raises(UserError, match=r"holds neither pipeline\.json nor experiment\.json"):
+        dit_video.load(tmp_path)
+
+
+def document(tiny_run):
+    return json.loads((tiny_run / "pipeline" / "pipeline.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda written: written | {"format": 0}, "format 0, this version reads 1; export it again"),
+        (lambda written: [written], "format None"),
+        (lambda written: {"format": 1}, "holds no pipeline's config"),
+        (lambda written: written | {"config": written["config"]["dit"]}, "holds no pipeline's config"),
+        (lambda written: written | {"config": {"type": "subprocess:Popen", "args": "id"}}, "lies outside dit_video"),
+        (lambda written: written | {"config": written["config"] | {"colour": 1}}, "no field colour"),
+        (
+            lambda written: written | {"config": {"type": "dit_video.pipelines.pipeline:PipelineConfig"}},
+            "needs the field",
+        ),
+        (
+            lambda written: (
+                written | {"config": written["config"] | {"dit": {"type": "dit_video.core.errors:UserError"}}}
+            ),
+            "is not a config",
+        ),
+        (lambda written: written | {"config": written["config"] | {"size": [17, 32]}}, "Grid has 3 values"),
+    ],
+)
+def test_a_pipeline_of_another_version_or_of_foreign_types(tiny_run, tmp_path, change, message):
+    copy = shutil.copytree(tiny_run / "pipeline", tmp_path / "pipeline")
+    (copy / "pipeline.json").write_text(json.dumps(change(document(tiny_run))))
+    with pytest.raises(UserError, match=message) as error:
+        dit_video.load(copy)
+    assert "\n" not in str(error.value)
+
+
+def test_a_pipeline_that_is_not_whole(tiny_run, tmp_path):
+    copy = shutil.copytree(tiny_run / "pipeline", tmp_path / "pipeline")
+    weights = copy / "denoiser.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        dit_video.load(copy)
+    weights.unlink()
+    with pytest.raises(MissingError, match="no such file"):
+        dit_video.load(copy)
+    (copy / "pipeline.json").write_text('{"format": 1')
+    with pytest.raises(UserError, match="is not valid JSON"):
+        dit_video.load(copy)
+
+
+def test_weights_of_another_config_are_refused(tiny_run, tmp_path):
+    copy = shutil.copytree(tiny_run / "pipeline", tmp_path / "pipeline")
+    written = document(tiny_run)
+    written["config"]["dit"] |= {"width": 32, "rotary": None}
+    (copy / "pipeline.json").write_text(json.dumps(written))
+    with pytest.raises(UserError, match="does not fit the model"):
+        dit_video.load(copy)

@@ -1,0 +1,275 @@
+"""Folders of Wan to pipelines: loading, saving, two experts, adapters, and what is refused. Parity is elsewhere."""
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dit_video
+from dit_video.core.errors import MissingError, UserError
+from dit_video.core.trees import flatten
+from dit_video.diffusion import UniPc, UniPcGrid
+from dit_video.families.wan.transformer import wan_modules
+from dit_video.nn import merge_lora
+from dit_video.pipelines.pipeline import Pipeline
+from dit_video.weights import load, load_lora, save, save_lora
+from support.tiny_wan import DIT, SIZE, TWO, VAE, write_wan
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+PROMPT = "a red  ball &amp; cube"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two experts, which share a program with one. Read only."""
+    folder = tmp_path_factory.mktemp("wan") / "two"
+    write_wan(folder, **TWO)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder):
+    return dit_video.load(folder)
+
+
+@pytest.fixture(scope="module")
+def one(pipeline):
+    """The expert of noisy times alone."""
+    return alone(pipeline, "dit")
+
+
+def alone(pipeline, expert):
+    params = {"dit": pipeline.denoiser_params[expert], "text": {}}
+    config = replace(pipeline.config, boundary=None)
+    return Pipeline(config, autoencoder=pipeline.codec.params, denoiser=params)
+
+
+def drawn(pipeline, prompt=PROMPT, **options):
+    return pipeline.generate(prompt, size=SIZE, output="latents", **{"steps": 4, "guidance": 2.0} | options)
+
+
+def test_what_a_folder_says(pipeline, folder):
+    config = pipeline.config
+    assert (config.dit, config.boundary, config.autoencoder) == (DIT, 0.875, VAE)
+    assert (config.text.folder, config.text.max_tokens) == (str(folder / "text_encoder"), 512)
+    assert (config.process.shift, config.sampling.solver, config.sampling.grid) == (3.0, UniPc(), UniPcGrid())
+    assert (config.sampling.steps, config.sampling.guidance) == (50, 5.0)
+    assert (config.size, config.fps) == ((81, 480, 832), 16.0)
+    assert pipeline.parameter_counts().keys() == {"autoencoder", "dit", "low_noise", "text"}
+
+
+def test_a_clip(one):
+    clip = one.generate(PROMPT, size=SIZE, steps=4, guidance=2.0)
+    assert clip.frames.shape == (*SIZE, 3)
+    assert clip.fps == 16.0
+
+
+def test_texts_are_cleaned_and_what_is_cut_is_said_once(one):
+    latents = drawn(one)
+    np.testing.assert_array_equal(drawn(one, "a red ball & cube "), latents)
+    assert np.abs(drawn(one, "a red ball amp cube") - latents).max() > 1e-4
+    with pytest.warns(UserWarning, match="a text of .* tokens is cut to 512") as caught:
+        twice = [drawn(one, "red " * 600) for _ in range(2)]
+    np.testing.assert_array_equal(*twice)
+    assert len(caught) == 1
+
+
+def test_each_expert_has_its_times_and_its_guidance(pipeline, one):
+    """With a shift of 3 the four steps are told 0.999, 0.9, 0.75 and 0.501: two for each expert."""
+    both, low = drawn(pipeline), alone(pipeline, "low_noise")
+    assert min(np.abs(both - drawn(each)).max() for each in (one, low)) > 1e-3
+    np.testing.assert_array_equal(drawn(pipeline, guidance=(2.0, 2.0)), both)
+    assert np.abs(drawn(pipeline, guidance=(2.0, 3.0)) - both).max() > 1e-3
+    for boundary, expert in ((0.4, one), (1.0, low)):
+        config = replace(pipeline.config, boundary=boundary)
+        other = Pipeline(config, autoencoder=pipeline.codec.params, denoiser=pipeline.denoiser_params)
+        np.testing.assert_allclose(drawn(other), drawn(expert), atol=1e-5)
+    with pytest.raises(UserError, match="is for two experts, this model is one"):
+        drawn(one, guidance=(2.0, 3.0))
+    with pytest.raises(UserError, match="a time from 0 to 1, not 875"):
+        replace(pipeline.config, boundary=875.0)
+
+
+def test_our_own_folder_of_it_is_the_same_pipeline(pipeline, tmp_path):
+    pipeline.save(tmp_path / "own")
+    again = dit_video.load(tmp_path / "own")
+    assert again.config == pipeline.config
+    np.testing.assert_array_equal(drawn(again), drawn(pipeline))
+
+
+def test_parameters_go_to_their_place_one_at_a_time(folder, pipeline):
+    placed = {}
+    loaded = dit_video.load(folder, place=lambda path, each: placed.setdefault(path, each.shape), dtype="bfloat16")
+    assert loaded.config.dit == replace(DIT, dtype="bfloat16")
+    expected = {f"autoencoder/{path}": leaf.shape for path, leaf in flatten(pipeline.codec.params).items()}
+    expected |= {path: leaf.shape for path, leaf in flatten(pipeline.denoiser_params).items()}
+    assert placed == expected
+    half = dit_video.load(folder, dtype="bfloat16")
+    dtypes = {path: leaf.dtype for path, leaf in flatten(half.denoiser_params).items()}
+    assert {dtype for path, dtype in dtypes.items() if path.endswith("kernel")} == {jnp.dtype("bfloat16")}
+    assert {dtype for path, dtype in dtypes.items() if not path.endswith("kernel")} == {np.dtype("float32")}
+    with pytest.raises(UserError, match="dtype and place are for open weights"):
+        dit_video.load(folder / "vae", dtype="bfloat16")
+
+
+# Adapters.
+
+
+def lora_file(path, style, modules, *, rank=2):
+    """Two modules' factors, as torch has them, under a style's names; the change of each of our kernels, by path."""
+    noise, tensors = np.random.default_rng(len(style)), {}
+    names = {
+        "diffusers": ("transformer.{}.lora_A.weight", "transformer.{}.lora_B.weight"),
+        "comfyui": ("diffusion_model.{}.lora_down.weight", "diffusion_model.{}.lora_up.weight"),
+        "kohya": ("lora_unet_{}.lora_down.weight", "lora_unet_{}.lora_up.weight"),
+    }[style]
+    changes = {}
+    for module in modules:
+        a, b = (noise.normal(size=shape).astype(np.float32) for shape in ((rank, 16), (16, rank)))
+        flat = module.replace(".", "_") if style == "kohya" else module
+        tensors |= {names[0].format(flat): a, names[1].format(flat): b}
+        changes[module] = (b @ a).T
+    save(path, tensors)
+    return changes
+
+
+@pytest.mark.parametrize("style", ["diffusers", "comfyui", "kohya"])
+def test_an_adapter_is_merged_by_hand(pipeline, tmp_path, style):
+    names = ("attn1.to_q", "attn2.to_v") if style == "diffusers" else ("self_attn.q", "cross_attn.v")
+    query, value = f"blocks.1.{names[0]}", f"blocks.0.{names[1]}"
+    changes = lora_file(tmp_path / "a.safetensors", style, [query, value])
+    adapted = pipeline.load_lora(tmp_path / "a.safetensors", 0.5, expert="low_noise")
+    found, before = flatten(adapted.denoiser_params), flatten(pipeline.denoiser_params)
+    # A head's pairs are neighbours in the files, and half a head apart here.
+    turned = changes[query].reshape(16, 2, 4, 2).swapaxes(2, 3).reshape(16, 16)
+    expected = {
+        "low_noise/blocks/query/kernel": (1, turned),
+        "low_noise/blocks/cross_value/kernel": (0, changes[value]),
+    }
+    for path, leaf in before.items():
+        leaf = np.array(leaf)
+        if path in expected:
+            layer, change = expected[path]
+            leaf[layer] += 0.5 * change
+        np.testing.assert_allclose(found[path], leaf, atol=1e-5, err_msg=path)
+
+
+def test_adapters_are_stacked_and_written(one, tmp_path):
+    lora_file(tmp_path / "a.safetensors", "diffusers", ["blocks.1.attn1.to_q"])
+    lora_file(tmp_path / "b.safetensors", "kohya", ["blocks.1.self_attn.q"], rank=3)
+    stacked = one.load_lora(tmp_path / "a.safetensors", 0.5).load_lora(tmp_path / "b.safetensors", 2)
+    before = drawn(one)
+    assert np.abs(drawn(stacked) - before).max() > 1e-3
+    assert stacked._denoiser.tokenizer is one._denoiser.tokenizer
+    params, modules = one.denoiser_params["dit"], wan_modules(DIT)
+    for name, weight in (("a", 0.5), ("b", 2.0)):
+        adapter = load_lora(tmp_path / f"{name}.safetensors", params, modules)
+        params = merge_lora(params, adapter, weight)
+    found = flatten(stacked.denoiser_params["dit"])
+    for path, leaf in flatten(params).items():
+        np.testing.assert_array_equal(found[path], leaf, err_msg=path)
+
+
+@pytest.mark.parametrize(
+    ("first", "style", "name"),
+    [
+        ("diffusers", "diffusers", "transformer.blocks.1.attn1.to_q.lora_A.weight"),
+        ("authors", "comfyui", "diffusion_model.blocks.1.self_attn.q.lora_down.weight"),
+    ],
+)
+def test_adapters_go_out_as_they_came(one, tmp_path, first, style, name):
+    modules = wan_modules(DIT, first=first)
+    lora_file(tmp_path / "a.safetensors", style, [name.split(".", 1)[1].rsplit(".", 2)[0]])
+    adapter = load_lora(tmp_path / "a.safetensors", one.denoiser_params["dit"], modules)
+    save_lora(tmp_path / "b.safetensors", adapter, modules, style=style)
+    given, written = load(tmp_path / "a.safetensors"), load(tmp_path / "b.safetensors")
+    assert name in written
+    for key, tensor in given.items():
+        np.testing.assert_array_equal(written[key], tensor, err_msg=key)
+
+
+def test_adapters_that_are_refused(one, tmp_path):
+    lora_file(tmp_path / "a.safetensors", "diffusers", ["blocks.7.attn1.to_q"])
+    with pytest.raises(UserError, match="holds no LoRA of this model"):
+        one.load_lora(tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="no expert 'low_noise'; it is one"):
+        one.load_lora(tmp_path / "a.safetensors", expert="low_noise")
+
+
+# What is refused, and the hub.
+
+
+@pytest.fixture
+def copied(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "wan")
+
+
+def change_index(folder, **values):
+    path = folder / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ({"_class_name": "FluxPipeline"}, "of class FluxPipeline; known here: WanPipeline"),
+        ({"boundary_ratio": None}, "two experts without a boundary_ratio"),
+        ({"transformer_2": [None, None]}, "a boundary_ratio, but one expert alone"),
+    ],
+)
+def test_an_index_that_is_refused(copied, index, message):
+    change_index(copied, **index)
+    with pytest.raises(UserError, match=message):
+        dit_video.load(copied)
+
+
+def test_missing_parts_are_named(copied):
+    shutil.rmtree(copied / "vae")
+    shutil.rmtree(copied / "transformer_2")
+    with pytest.raises(MissingError, match="lacks the folders vae, transformer_2"):
+        dit_video.load(copied)
+
+
+def test_a_part_of_another_class(copied):
+    path = copied / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": "FluxTransformer2DModel"}))
+    with pytest.raises(UserError, match="FluxTransformer2DModel; known here: WanTransformer3DModel"):
+        dit_video.load(copied)
+
+
+def test_a_name_on_the_hub_is_fetched(folder, monkeypatch):
+    huggingface_hub, asked = pytest.importorskip("huggingface_hub"), []
+
+    def fetch(name, *, allow_patterns):
+        asked.append((name, tuple(allow_patterns)))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert dit_video.load("Wan-AI/Wan2.1-T2V-1.3B-Diffusers").config.dit == DIT
+    ((name, patterns),) = asked
+    assert name == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    assert {"model_index.json", "transformer/*.safetensors", "vae/*.json", "tokenizer/*.json"} <= set(patterns)
+    assert not any(pattern.endswith(("*", ".bin", ".pt")) for pattern in patterns)
+
+
+def test_a_hub_that_is_not_reached(monkeypatch, tmp_path):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+
+    def fetch(name, **_):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    with pytest.raises(MissingError, match=r"no such folder: Wan-AI/x; nor .* \(no route to host\): check the name"):
+        dit_video.load("Wan-AI/x")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(MissingError, match="pip install huggingface_hub"):
+        dit_video.load("Wan-AI/x")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(MissingError, match="no such run: runs/mine"):  # where a folder of that name would lie
+        dit_video.load("runs/mine")

@@ -1,0 +1,99 @@
+"""Images that clips begin with, in the small pipelines of `tiny_wan`. Equality with diffusers: the parity tests."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import dit_video
+from dit_video.core.errors import UserError
+from dit_video.pipelines.pipeline import Pipeline
+from dit_video.tokens import Grid
+from support import tiny_clip
+from support.tiny_wan import ANIMATING, DIT, SIZE, write_animating_wan, write_wan
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+KNOWING = replace(DIT, layers=1, time="token")
+IMAGES = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def animating(tmp_path_factory):
+    """Wan 2.1's way: the image's latents and a mask beside the noisy ones, and its tokens."""
+    folder = tmp_path_factory.mktemp("i2v") / "wan"
+    write_animating_wan(folder, dit=replace(ANIMATING, layers=1))
+    return dit_video.load(folder)
+
+
+@pytest.fixture(scope="module")
+def knowing(tmp_path_factory):
+    """TI2V-5B's way: the first latent frame is clean, at time 0."""
+    folder = tmp_path_factory.mktemp("ti2v") / "wan"
+    write_wan(folder, dit=KNOWING)
+    return dit_video.load(folder)
+
+
+def drawn(pipeline, **options):
+    return pipeline.generate("a red ball", size=SIZE, steps=2, guidance=1.0, output="latents", **options)
+
+
+def test_the_image_is_given_beside_the_noise_and_as_tokens(animating):
+    given = animating._images(Grid(*SIZE), IMAGES[0], None)
+    assert given.beside.shape == (2, 4, 4, 8)
+    np.testing.assert_array_equal(given.beside[0, ..., :4], np.ones((4, 4, 4)))
+    np.testing.assert_array_equal(given.beside[1, ..., :4], np.zeros((4, 4, 4)))
+    # Causal: the first latent frame is of the first frame alone.
+    encoded = animating.encode(dit_video.Clip(IMAGES[:1], 16))
+    np.testing.assert_allclose(given.beside[:1, ..., 4:], encoded, atol=1e-4)
+    assert given.image.shape == (tiny_clip.VISION.tokens, tiny_clip.VISION.width)
+    latents = drawn(animating, image=IMAGES[0])
+    assert np.isfinite(latents).all()
+    assert np.abs(drawn(animating, image=dit_video.Clip(IMAGES[1:], 16)) - latents).max() > 1e-3
+
+
+def test_the_known_frame_stays(knowing):
+    latents = drawn(knowing, image=IMAGES[0])
+    np.testing.assert_array_equal(latents[:1], knowing.encode(dit_video.Clip(IMAGES[:1], 16)))
+    free = drawn(knowing)
+    assert np.abs(latents - free)[1:].max() > 1e-3
+    assert np.abs(latents - free)[0].max() > 1e-3
+
+
+def test_several_clips_have_images_of_their_own(animating):
+    requests = [dit_video.Request("a red ball", SIZE, image=image) for image in IMAGES]
+    clips = animating.generate_many(requests, steps=2, guidance=1.0)
+    for image, clip in zip(IMAGES, clips, strict=True):
+        alone = animating.decode(drawn(animating, image=image)).frames
+        np.testing.assert_allclose(clip.frames.astype(int), alone.astype(int), atol=1)
+    assert np.abs(clips[0].frames.astype(int) - clips[1].frames.astype(int)).max() > 1
+    with pytest.raises(UserError, match="this model animates an image; give image="):
+        animating.generate_many([requests[0], requests[1]._replace(image=None)])
+
+
+def test_a_saved_one_knows_its_image_encoder(animating, tmp_path):
+    animating.save(tmp_path / "own")
+    again = dit_video.load(tmp_path / "own")
+    np.testing.assert_array_equal(drawn(again, image=IMAGES[0]), drawn(animating, image=IMAGES[0]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("animating", {}, r"this model animates an image; give image="),
+        ("animating", {"image": IMAGES[0], "last_image": IMAGES[1]}, "trained with the first image alone"),
+        ("animating", {"image": IMAGES[0, :8]}, r"\[16 16 3\] for this size, not uint8 \[8, 16, 3\]; resize it"),
+        ("animating", {"image": dit_video.Clip(IMAGES, 16)}, r"a clip of one frame .* not uint8 \[2, 16, 16, 3\]"),
+        ("knowing", {"last_image": IMAGES[0]}, "cannot be given a clip's last image"),
+    ],
+)
+def test_images_that_are_refused(request, kind, options, message):
+    with pytest.raises(UserError, match=message):
+        drawn(request.getfixturevalue(kind), **options)
+
+
+def test_a_model_that_takes_no_image(knowing):
+    config = replace(knowing.config, dit=replace(KNOWING, time="segment"))
+    other = Pipeline(config, autoencoder=knowing.codec.params, denoiser=knowing.denoiser_params)
+    with pytest.raises(UserError, match="cannot be given a clip's first image"):
+        drawn(other, image=IMAGES[0])

@@ -1,0 +1,153 @@
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dit_video.core import config_json
+from dit_video.core.errors import UserError
+from dit_video.nn import attention
+from dit_video.nn.attention import (
+    NOWHERE,
+    CausalFrames,
+    Full,
+    SlidingWindow,
+    SpaceOnly,
+    SparseCausal,
+    TimeOnly,
+    Tokens,
+    WithPlaceless,
+    check_attention,
+    grid_indices,
+    make_attention,
+    pair_count,
+)
+from dit_video.nn.attention.masks import sight, visible
+from dit_video.tokens import Grid, coordinates
+
+GRIDS = Grid(3, 2, 3), Grid(2, 3, 2), Grid(1, 2, 2)
+SEGMENTS = jnp.asarray([[index + 1 for index, grid in enumerate(GRIDS) for _ in range(grid.volume)] + [0] * 3])
+INDICES = np.concatenate([*(coordinates(grid) for grid in GRIDS), np.zeros((3, 3))]).astype(np.int32)
+
+TILE = np.array([1, 2, 2])
+DEFINITIONS = [
+    (Full(), lambda q, k: True),
+    (SpaceOnly(), lambda q, k: q[0] == k[0]),
+    (TimeOnly(), lambda q, k: tuple(q[1:]) == tuple(k[1:])),
+    (CausalFrames(), lambda q, k: k[0] <= q[0]),
+    (CausalFrames(chunk=2), lambda q, k: k[0] // 2 <= q[0] // 2),
+    (SparseCausal(), lambda q, k: k[0] in (q[0], q[0] - 1, 0)),
+    (SlidingWindow(radius=(1, 1, 1)), lambda q, k: max(abs(q - k)) <= 1),
+    (SlidingWindow(radius=(None, 0, 1)), lambda q, k: q[1] == k[1] and abs(q[2] - k[2]) <= 1),
+    (SlidingWindow(radius=(1, None, 0), tile=(2, 1, 2)), lambda q, k: q[2] // 2 == k[2] // 2),
+    (SlidingWindow(radius=(1, 0, 0), tile=(1, 2, 2)), lambda q, k: (abs(q // TILE - k // TILE) <= [1, 0, 0]).all()),
+]
+
+
+def expected_mask(sees):
+    """Pair by pair, as the pattern is described."""
+    ids = np.asarray(SEGMENTS)[0]
+    return np.array(
+        [[ids[i] == ids[j] > 0 and sees(q, k) for j, k in enumerate(INDICES)] for i, q in enumerate(INDICES)]
+    )
+
+
+@pytest.mark.parametrize("pattern", [pattern for pattern, _ in DEFINITIONS], ids=str)
+def test_pairs_are_those_of_the_dense_mask(pattern):
+    for grid in (Grid(5, 3, 4), *GRIDS):
+        at = Tokens.among(jnp.ones((1, grid.volume), jnp.int32), jnp.asarray(coordinates(grid), jnp.int32)[None])
+        assert pair_count(pattern, grid) == int(visible(sight(pattern, at)).sum())
+
+
+@pytest.mark.parametrize(("pattern", "sees"), DEFINITIONS, ids=lambda value: str(value) if "(" in str(value) else "")
+def test_a_pattern_sees_what_it_says(pattern, sees):
+    mask = visible(sight(pattern, Tokens.among(SEGMENTS, jnp.asarray(INDICES)[None])))
+    np.testing.assert_array_equal(mask[0], expected_mask(sees))
+
+
+REGISTER = INDICES[:, 1] + INDICES[:, 2] == 2
+"""tokens that are taken for such as lie nowhere"""
+
+
+@pytest.mark.parametrize("seeing", [True, False])
+@pytest.mark.parametrize("number", [1, 3, 5, 6], ids=lambda number: type(DEFINITIONS[number][0]).__name__)
+def test_what_lies_nowhere_is_seen_by_all_and_sees_all_or_only_its_like(number, seeing):
+    pattern, sees = DEFINITIONS[number]
+    indices = np.where(REGISTER[:, None], NOWHERE, INDICES)
+    ids = np.asarray(SEGMENTS)[0]
+    expected = [
+        [
+            ids[i] == ids[j] > 0 and (REGISTER[j] or (seeing if REGISTER[i] else bool(sees(INDICES[i], INDICES[j]))))
+            for j in range(len(ids))
+        ]
+        for i in range(len(ids))
+    ]
+    beside = WithPlaceless(pattern=pattern, seeing=seeing)
+    mask = visible(sight(beside, Tokens.among(SEGMENTS, jnp.asarray(indices)[None])))
+    np.testing.assert_array_equal(mask[0], expected)
+    assert beside.causal == (pattern.causal and not seeing)
+
+
+def test_real_coordinates_are_indices_by_rank():
+    seconds = INDICES * np.float32([0.32, 1 / 3, 7.5]) + np.float32([0, -4, 0.1])
+    order = np.random.default_rng(0).permutation(len(INDICES))
+    for rows in (np.arange(len(INDICES)), order):
+        found = jax.jit(grid_indices)(jnp.asarray(seconds[rows])[None], SEGMENTS[:, rows])
+        np.testing.assert_array_equal(found[0], INDICES[rows])
+
+
+def test_whole_coordinates_are_indices_as_they_are():
+    late = jnp.asarray(INDICES)[None] + 5
+    assert grid_indices(late, SEGMENTS) is late
+
+
+def test_queries_may_be_some_of_the_tokens():
+    """Two frames' queries among the keys of all frames, with real times."""
+    times = jnp.asarray([[0.0, 0.5, 2.0, 2.5]])
+    ids = jnp.ones((1, 4), jnp.int32)
+    indices = grid_indices(jnp.stack([times, 0 * times, 0 * times], axis=-1), ids)
+    seen = sight(CausalFrames(), Tokens(ids[:, :2], ids, indices[:, ::3], indices))
+    np.testing.assert_array_equal(visible(seen)[0], [[True, False, False, False], [True, True, True, True]])
+    seen = sight(SparseCausal(), Tokens(ids[:, :1], ids, indices[:, 3:], indices))
+    np.testing.assert_array_equal(visible(seen)[0], [[True, False, True, True]])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: CausalFrames(chunk=0), "at least 1 frame, not 0"),
+        (lambda: SlidingWindow(radius=(1, -1, 1)), "must not be negative; use None"),
+        (lambda: SlidingWindow(radius=(1, 1, 1), tile=(1, 0, 1)), "at least 1 along each axis"),
+        (lambda: SlidingWindow(radius=(None, None, None)), "is Full()"),
+        (lambda: make_attention("chunked", chunk=0), "at least 1 token, not 0"),
+        (lambda: attention.Splash(block=100), "multiples of 128 tokens, not 100"),
+        (lambda: make_attention("splash", pattern=SparseCausal()), "splash attention cannot do SparseCausal"),
+        (lambda: make_attention("splash", pattern=SlidingWindow(radius=(1, None, None))), "cannot do SlidingWindow"),
+        (lambda: make_attention("tokamax", pattern=SparseCausal()), "tokamax attention cannot do SparseCausal"),
+        (lambda: check_attention("splash", WithPlaceless(pattern=SpaceOnly(), seeing=True)), "cannot do WithPlaceless"),
+        (lambda: check_attention("cudnn", Full(), biased=True), "cudnn attention cannot add a bias"),
+        (lambda: inspect.unwrap(make_attention)("flash"), "unknown attention backend 'flash'; use auto, dense"),
+    ],
+)
+def test_what_is_refused_when_it_is_made(make, message):
+    with pytest.raises(UserError) as caught:
+        make()
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pattern_that_reads_coordinates_needs_them():
+    array = jnp.zeros((1, 4, 1, 2), jnp.bfloat16)
+    ids = jnp.ones((1, 4), jnp.int32)
+    for backend in ("dense", "chunked", "splash", "cudnn"):
+        with pytest.raises(UserError, match="SpaceOnly reads where tokens lie: give the attention their grid indices"):
+            make_attention(backend, pattern=SpaceOnly())(array, array, array, Tokens.among(ids))
+
+
+def test_patterns_are_values_that_a_config_can_hold():
+    for pattern, _ in DEFINITIONS:
+        written = config_json.to_json(pattern)
+        assert written["type"].startswith("dit_video.nn.attention:")
+        assert config_json.from_json(written) == pattern
+        assert hash(make_attention("chunked", pattern=pattern)) == hash(make_attention("chunked", pattern=pattern))

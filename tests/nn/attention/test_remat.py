@@ -1,0 +1,91 @@
+"""What a backward pass finds again of attention, where `remat` keeps that."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dit_video.distributed import MeshConfig, OverDevices, Ring, make_mesh
+from dit_video.nn import Linear, apply_stack, make_stack
+from dit_video.nn.attention import CausalFrames, Chunked, Splash, Tokens
+from support.jaxprs import times
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+HEADS, WIDTH, LENGTH = 2, 8, 24
+SEGMENTS = jnp.asarray([[1] * 10 + [2] * 8 + [0] * 6, [1] * 3 + [2] * 21], jnp.int32)
+PLACES = jnp.tile(jnp.arange(LENGTH, dtype=jnp.int32)[None, :, None] // 4, (2, 1, 3))
+BACKENDS = {
+    "of segments": Chunked(chunk=8, platform="cpu"),
+    "of blocks": Chunked(chunk=8, platform="gpu"),
+    "of a pattern": Chunked(chunk=8, pattern=CausalFrames()),
+    "splash": Splash(block=128, interpret=True),
+    "over devices": OverDevices(make_mesh(MeshConfig(), jax.devices()[:1]), Chunked(chunk=8), "ulysses"),
+    "ring": OverDevices(make_mesh(MeshConfig(), jax.devices()[:1]), Ring("context", 1, chunk=8), "ring"),
+}
+
+
+class Layer(nnx.Module):
+    def __init__(self, rngs):
+        self.qkv = Linear(HEADS * WIDTH, 3 * HEADS * WIDTH, rngs=rngs)
+
+    def __call__(self, x, attention, at):
+        q, k, v = jnp.moveaxis(self.qkv(jnp.sin(x)).reshape(*x.shape[:2], 3, HEADS, WIDTH), 2, 0)
+        return x + attention(q, k, v, at).reshape(x.shape)
+
+
+STACK = make_stack(Layer, 2, rngs=nnx.Rngs(0))
+X = jnp.asarray(np.random.default_rng(0).normal(size=(2, LENGTH, HEADS * WIDTH)), jnp.float32)
+
+
+def gradients(attention, remat, params):
+    graph, _ = nnx.split(STACK)
+
+    def value(params):
+        at = Tokens.among(SEGMENTS, PLACES)
+        return jnp.cos(apply_stack(nnx.merge(graph, params), X, attention, at, remat=remat)).sum()
+
+    return jax.grad(value)(params)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_attention_is_not_computed_again(name):
+    params = nnx.split(STACK)[1]
+
+    def products(remat):
+        program = jax.make_jaxpr(functools.partial(gradients, BACKENDS[name], remat))(params)
+        return times("dot_general", program.jaxpr)
+
+    once = products("none")
+    inside = products("dots_no_batch") - once  # of attention's forward pass
+    assert inside >= 2
+    assert products("full") == once + inside + 1
+    assert products("attention") == once + 1  # that with weights
+    assert products("dots_attention") == once
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_gradients_are_the_same(name):
+    params = nnx.split(STACK)[1]
+    expected, found = (
+        jax.jit(functools.partial(gradients, BACKENDS[name], remat))(params) for remat in ("none", "dots_attention")
+    )
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", [Chunked(chunk=8, platform="cpu"), Chunked(chunk=8, platform="gpu"), Splash()])
+def test_of_attention_to_a_text_nothing_is_kept(backend):
+    def names(keys):
+        def value(q, k):
+            at = Tokens(q_segments=SEGMENTS, context_segments=None if keys is X else SEGMENTS[:, : keys.shape[1]])
+            return backend(q, k, k, at).sum()
+
+        heads = [x.reshape(*x.shape[:2], HEADS, WIDTH) for x in (X, keys)]
+        return times("name", jax.make_jaxpr(jax.grad(value))(*heads).jaxpr)
+
+    assert names(X) == 2  # what is mixed, and the logarithms of the sums
+    assert names(X[:, :5]) == 0

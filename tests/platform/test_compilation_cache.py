@@ -1,0 +1,41 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+
+from dit_video.platform.compilation_cache import keep_programs
+
+PROGRAM = """
+import jax, sys
+import dit_video.platform.compilation_cache as compiled
+compiled.LEAST_SECONDS = 0.0
+folder = compiled.keep_programs()
+counted = []
+jax.monitoring.register_event_listener(lambda name, **_: counted.append(name))
+jax.jit(lambda x: x * 2 + 1)(1.0)
+print(folder, sum(name.endswith("/cache_hits") for name in counted))
+"""
+
+
+def start(home: Path, **environment: str) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env={"PYTHONPATH": str(Path(__file__).parents[1]), "XDG_CACHE_HOME": str(home), **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.split()
+
+
+def test_the_second_start_finds_what_the_first_compiled(tmp_path):
+    folder, hits = start(tmp_path)
+    assert (folder, hits) == (str(tmp_path / "dit_video" / "programs"), "0")
+    assert list(Path(folder).iterdir())
+    assert int(start(tmp_path)[1]) >= 1
+
+
+def test_a_folder_that_is_set_stays(tmp_path):
+    assert keep_programs(tmp_path) == Path(jax.config.jax_compilation_cache_dir)
+    assert not list(tmp_path.iterdir())

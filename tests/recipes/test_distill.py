@@ -1,0 +1,126 @@
+"""Distillation as a run: the tiny model as a teacher, from its pipeline to a student's."""
+
+import dataclasses
+import functools
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import dit_video
+from dit_video.core import trees as trees
+from dit_video.core.errors import MissingError, UserError
+from dit_video.diffusion import Lcm
+from dit_video.experiment import GivenAutoencoder
+from dit_video.experiment.run import Run
+from dit_video.nn import LoraConfig
+from dit_video.recipes.distill import Distilling, compare, distilling
+from dit_video.training import trainer
+from dit_video.training.losses.distillation import ConsistencyDistillation, DistributionMatching
+from dit_video.weights import load as load_weights
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+OPTIONS = {
+    "consistency": Distilling(method="consistency", steps=6, intervals=4, warmup=1, log_every=2, save_every=2),
+    "dmd": Distilling(method="dmd", steps=4, sampling_steps=2, critic_steps=2, warmup=1, log_every=2, save_every=2),
+}
+
+
+def weights(folder):
+    return trees.flatten(load_weights(folder / "pipeline" / "denoiser.safetensors"))
+
+
+@pytest.fixture(scope="module", params=["consistency", pytest.param("dmd", marks=pytest.mark.slow)])
+def distilled(request, tiny_run, tmp_path_factory):
+    """The folder of a finished one. Read only."""
+    run = Run.create(tmp_path_factory.mktemp("distilled") / "run", distilling(tiny_run, OPTIONS[request.param]))
+    run.train(tiny_run / "data")
+    return run.folder
+
+
+def test_a_run_says_all_that_its_student_needs(tiny_run):
+    experiment = distilling(tiny_run, OPTIONS["dmd"])
+    teacher = dit_video.load(tiny_run).config
+    assert experiment.autoencoder == GivenAutoencoder(model=teacher.autoencoder, folder=str(tiny_run / "pipeline"))
+    assert experiment.denoiser.distillation == DistributionMatching(guidance=2.0, steps=2, critic_steps=2)
+    assert experiment.denoiser.optimizer.learning_rate == 3e-4
+    assert experiment.denoiser.dit == teacher.dit
+    assert experiment.data == Run.open(tiny_run).experiment.data
+    assert (experiment.sampling.steps, experiment.sampling.guidance) == (2, 1.0)
+    assert isinstance(experiment.sampling.solver, Lcm)
+    assert experiment.evaluation == teacher.evaluation
+
+
+def test_a_pipeline_says_it_too(tiny_run):
+    experiment = distilling(tiny_run / "pipeline", dataclasses.replace(OPTIONS["consistency"], guidance=1.5))
+    teacher = dit_video.load(tiny_run).config
+    assert experiment.denoiser.distillation == ConsistencyDistillation(guidance=1.5, intervals=4)
+    assert experiment.denoiser.optimizer.learning_rate == 1e-3
+    assert experiment.data.max_frames == teacher.size.t
+    assert experiment.data.max_pixels == teacher.size.h * teacher.size.w
+    assert experiment.denoiser.rows == teacher.rows
+    assert experiment.denoiser.objective.process == teacher.process
+
+
+def test_the_student_is_another_than_the_teacher_and_the_autoencoder_is_its(tiny_run, distilled):
+    before, after = weights(tiny_run), weights(distilled)
+    assert before.keys() == after.keys()
+    assert {path.split("/")[0] for path in before if (before[path] != after[path]).any()} == {"dit", "text"}
+    files = [folder / "pipeline" / "autoencoder.safetensors" for folder in (tiny_run, distilled)]
+    for left, right in zip(*(trees.flatten(load_weights(file)).values() for file in files), strict=True):
+        np.testing.assert_array_equal(left, right)
+    entries = [json.loads(line) for line in (distilled / "denoiser" / "metrics.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(entry["loss"]) for entry in entries)
+
+
+def test_a_student_that_was_interrupted_ends_the_same(distilled, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(distilled, folder, ignore=shutil.ignore_patterns("denoiser", "pipeline"), symlinks=True)
+    loop_run = trainer.loop.run
+
+    def ended(step, state, *arguments, config, **given):
+        return loop_run(step, state, *arguments, config=dataclasses.replace(config, steps=2), **given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.loop, "run", ended)
+        Run.open(folder).train_denoiser()
+    newest = Run.open(folder).newest_pipeline()
+    assert trees.flatten(newest.denoiser_params).keys() == weights(distilled).keys()
+    Run.open(folder).export()
+    for path, leaf in weights(folder).items():
+        np.testing.assert_array_equal(leaf, weights(distilled)[path])
+
+
+def test_another_teacher_does_not_go_on(distilled, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(distilled, folder, ignore=shutil.ignore_patterns("pipeline"), symlinks=True)
+    (folder / "denoiser" / "start.json").write_text('{"start": "another", "identity": "0"}')
+    with pytest.raises(UserError, match="other weights"):
+        Run.open(folder).train_denoiser()
+
+
+def test_teacher_and_student_are_compared(tiny_run):
+    teacher = dit_video.load(tiny_run)
+    done = []
+    table = compare(teacher, teacher, full=3, few=(2,), seeds=(0,), progress=done.append)
+    assert list(table) == ["teacher, 3 steps", "teacher, 2 steps", "student, 2 steps"]
+    assert done == [1, 2, 3]
+    assert table["teacher, 2 steps"] == table["student, 2 steps"]
+    assert table["teacher, 3 steps"]["samples"] == 162
+    for row in table.values():
+        assert row["following"] == pytest.approx(np.mean([row[name] for name in ("colour", "direction", "shape")]))
+
+
+def test_what_cannot_be_distilled(tiny, tiny_run, tmp_path):
+    with pytest.raises(MissingError, match="nowhere"):
+        distilling(tmp_path / "nowhere")
+    make = functools.partial(dataclasses.replace, tiny.EXPERIMENT.denoiser, distillation=ConsistencyDistillation())
+    for denoiser, message in (
+        (make(), "name its folder"),
+        (make(start=str(tiny_run), lora=LoraConfig(rank=2)), "leave out lora"),
+        (make(start=str(tiny_run), trained="temporal"), "leave out lora and trained"),
+    ):
+        with pytest.raises(UserError, match=message):
+            dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser)

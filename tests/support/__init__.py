@@ -1,0 +1,1 @@
+"""Helpers of the tests, and programs that they run in other processes."""

@@ -1,0 +1,175 @@
+"""Two clips with all that a denoiser may be given, alone and packed into rows with padding that is not zero."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from dit_video.backbones.dit import Given
+from dit_video.core.trees import flatten
+from dit_video.nn import graph_of
+from dit_video.tokens import Grid, coordinates
+
+GRIDS = (Grid(2, 2, 2), Grid(1, 2, 3))
+TEXTS = (3, 2)
+"""context tokens of each clip"""
+IMAGES = (2, 3)
+"""image tokens of each clip"""
+TOKEN_WIDTH, TEXT_WIDTH, GIVEN_WIDTH, IMAGE_WIDTH, CLASSES = 8, 6, 12, 5, 4
+TOKENS, TEXT, IMAGE, SEGMENTS = 18, 7, 6, 3
+FIRST, SECOND = slice(0, 8), slice(8, 14)
+"""the clips' tokens in a row of both"""
+
+
+class Batch(NamedTuple):
+    noisy: Array
+    time: Array
+    segments: Array
+    coordinates: Array
+    context: Array
+    context_segments: Array
+    token_time: Array
+    latents: Array
+    labels: Array
+    image: Array
+    image_segments: Array
+    weights: Array
+    """of every output in a loss; zero on padding"""
+
+    def given(self, config) -> Given:
+        """What the config asks for."""
+        image = getattr(config, "image_width", None) is not None
+        return Given(
+            token_time=self.token_time if config.time == "token" else None,
+            latents=self.latents if config.given_channels else None,
+            labels=self.labels if getattr(config, "labels", None) is not None else None,
+            image=self.image if image else None,
+            image_segments=self.image_segments if image else None,
+        )
+
+
+def batch(*members: tuple[int, ...]) -> Batch:
+    """Rows that hold these clips."""
+    return Batch(
+        *(jnp.asarray(np.stack(arrays)) for arrays in zip(*(_row(numbers) for numbers in members), strict=True))
+    )
+
+
+def _row(numbers: tuple[int, ...]) -> Batch:
+    found = Batch(
+        noisy=np.full((TOKENS, TOKEN_WIDTH), 9, np.float32),
+        time=np.full(SEGMENTS, 0.9, np.float32),
+        segments=np.zeros(TOKENS, np.int32),
+        coordinates=np.full((TOKENS, 3), 5, np.float32),
+        context=np.full((TEXT, TEXT_WIDTH), 9, np.float32),
+        context_segments=np.zeros(TEXT, np.int32),
+        token_time=np.full(TOKENS, 0.4, np.float32),
+        latents=np.full((TOKENS, GIVEN_WIDTH), 9, np.float32),
+        labels=np.full(SEGMENTS, CLASSES, np.int32),
+        image=np.full((IMAGE, IMAGE_WIDTH), 9, np.float32),
+        image_segments=np.zeros(IMAGE, np.int32),
+        weights=np.zeros((TOKENS, TOKEN_WIDTH), np.float32),
+    )
+    start = text_start = image_start = 0
+    for index, number in enumerate(numbers):
+        draw = np.random.default_rng(number)
+        grid = GRIDS[number]
+        stop, text_stop, image_stop = start + grid.volume, text_start + TEXTS[number], image_start + IMAGES[number]
+        tokens, text, image = slice(start, stop), slice(text_start, text_stop), slice(image_start, image_stop)
+        found.noisy[tokens] = draw.normal(size=(grid.volume, TOKEN_WIDTH))
+        found.weights[tokens] = draw.normal(size=(grid.volume, TOKEN_WIDTH))
+        found.time[index] = draw.uniform()
+        found.segments[tokens] = index + 1
+        found.coordinates[tokens] = coordinates(grid)
+        found.context[text] = draw.normal(size=(TEXTS[number], TEXT_WIDTH))
+        found.context_segments[text] = index + 1
+        frames = np.full(grid, found.time[index])
+        frames[0, 0] = 0  # what is known: at time 0
+        found.token_time[tokens] = frames.reshape(-1)
+        found.latents[tokens] = draw.normal(size=(grid.volume, GIVEN_WIDTH))
+        found.labels[index] = number + 1
+        found.image[image] = draw.normal(size=(IMAGES[number], IMAGE_WIDTH))
+        found.image_segments[image] = index + 1
+        start, text_start, image_start = stop, text_stop, image_stop
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def predict(params, batch: Batch, config) -> Array:
+    return nnx.merge(graph_of(config.make), params)(
+        batch.noisy,
+        batch.time,
+        segments=batch.segments,
+        coordinates=batch.coordinates,
+        context=batch.context,
+        context_segments=batch.context_segments,
+        given=batch.given(config),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def run(params, batch: Batch, config):
+    """The prediction, and the gradients of its weighted sum to parameters and context."""
+
+    def loss(params, context):
+        prediction = predict(params, batch._replace(context=context), config)
+        return (prediction * batch.weights).sum(), prediction
+
+    gradients, prediction = jax.grad(loss, (0, 1), has_aux=True)(params, batch.context)
+    return prediction, *gradients
+
+
+def with_others_changed(batch: Batch, segment: int) -> Batch:
+    """All that is not of a segment is another: tokens, times, places, texts, images, padding."""
+
+    def other(ids: Array, values: Array) -> Array:
+        outside = (ids != segment).reshape(ids.shape + (1,) * (values.ndim - ids.ndim))
+        return jnp.where(outside, 3 - 2 * values, values)
+
+    ids = jnp.arange(1, batch.time.shape[1] + 1)[None] + 0 * batch.labels
+    return batch._replace(
+        noisy=other(batch.segments, batch.noisy),
+        time=jnp.where(ids == segment, batch.time, 0.5 * batch.time),
+        coordinates=other(batch.segments, batch.coordinates),
+        context=other(batch.context_segments, batch.context),
+        token_time=jnp.where(batch.segments == segment, batch.token_time, 0.5 * batch.token_time),
+        latents=other(batch.segments, batch.latents),
+        labels=jnp.where(ids == segment, batch.labels, (batch.labels + 1) % CLASSES),
+        image=other(batch.image_segments, batch.image),
+    )
+
+
+def assert_packed_is_unpacked(params, config, *, tolerance=1e-5) -> None:
+    """Values and gradients of two clips in one row are those of the two in rows of their own."""
+    packed, packed_gradients, packed_context = run(params, batch((0, 1), ()), config)
+    alone, alone_gradients, alone_context = run(params, batch((0,), (1,)), config)
+    assert np.std(packed[0, :14]) > 0.1
+    np.testing.assert_allclose(packed[0, FIRST], alone[0, :8], atol=tolerance)
+    np.testing.assert_allclose(packed[0, SECOND], alone[1, :6], atol=tolerance)
+    for path, gradient in flatten(packed_gradients).items():
+        assert np.abs(gradient).max() > 1e-3, f"{path} has no gradient: the comparison would say nothing"
+    assert_trees_are_close(packed_gradients, alone_gradients)
+    np.testing.assert_allclose(packed_context[0, :3], alone_context[0, :3], atol=2 * tolerance)
+    np.testing.assert_allclose(packed_context[0, 3:5], alone_context[1, :2], atol=2 * tolerance)
+
+
+def assert_segments_are_apart(params, config) -> None:
+    """Whatever else is in the row, a segment's prediction is the same bit for bit."""
+    given = batch((0, 1), (1, 0))
+    before, _, _ = run(params, given, config)
+    after, _, _ = run(params, with_others_changed(given, 1), config)
+    np.testing.assert_array_equal(after[0, FIRST], before[0, FIRST])
+    np.testing.assert_array_equal(after[1, :6], before[1, :6])
+    assert (after[0, SECOND] != before[0, SECOND]).any(axis=-1).all()
+    assert np.isfinite(after).all()
+
+
+def assert_trees_are_close(found, expected) -> None:
+    expected = flatten(expected)
+    for path, leaf in flatten(found).items():
+        scale = np.abs(expected[path]).max()
+        assert np.abs(leaf - expected[path]).max() <= 1e-5 * max(scale, 1), path

@@ -1,0 +1,32 @@
+"""Parameters that hide nothing: a fresh model's zero gates and unit scales would let much pass as equal."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dit_video.core.trees import map_with_path
+from dit_video.nn import param_shapes
+
+
+def rough_params(make, seed=0):
+    """Random wherever a fresh model is zero or one. The dictionaries are the caller's own."""
+    return jax.tree.map(lambda leaf: leaf, _rough_params(make, seed))
+
+
+@functools.cache
+def _rough_params(make, seed):
+    draw = np.random.default_rng(seed)
+
+    def value(path, leaf):
+        noise = draw.normal(size=leaf.shape)
+        if path.endswith(("scale", "std")):
+            values = 1 + 0.2 * noise
+        elif path.endswith("kernel"):  # [in out], [layers in out] or [time height width in out]
+            values = noise / np.sqrt(np.prod(leaf.shape[:-1]) if leaf.ndim > 3 else leaf.shape[-2])
+        else:
+            values = 0.5 * noise
+        return jnp.asarray(values, jnp.float32)
+
+    return map_with_path(value, param_shapes(make))

@@ -1,0 +1,58 @@
+"""The smallest experiment that goes through every stage: seconds of training on a few rendered clips.
+
+    python experiments/train.py tests/experiments/tiny.py --data CLIPS --workdir RUN
+
+CLIPS is made by `dit_video.data.synthetic.shapes.write_folder` with `COUNT`, `SIZES` and seed 0. The model learns next to
+nothing.
+"""
+
+from dit_video.autoencoders import AutoencoderObjective, PatchVaeConfig
+from dit_video.backbones.dit import DitConfig
+from dit_video.data.synthetic import shapes
+from dit_video.data.windows import WindowConfig
+from dit_video.evaluation.config import ShapesEvaluation
+from dit_video.experiment import AutoencoderTraining, Data, DenoiserTraining, Experiment
+from dit_video.generation import Sampling
+from dit_video.text import ByteEncoderConfig
+from dit_video.tokens import Grid, RowShape
+from dit_video.training.optim.optimizer import OptimizerConfig
+
+COUNT = 24
+SIZES = (Grid(1, 16, 16), Grid(5, 16, 16), Grid(9, 16, 32))
+HELD_OUT = 3
+
+
+def experiment(seed: int = 0, *, brief: bool = False) -> Experiment:
+    """With the signature of the quickstart's."""
+    return Experiment(
+        name="tiny" if not brief else "tiny-brief",
+        seed=seed,
+        data=Data(
+            max_pixels=16 * 32,
+            max_frames=9,
+            held_out=tuple(shapes.file_name(index, seed=seed, sizes=SIZES) for index in range(COUNT - HELD_OUT, COUNT)),
+        ),
+        autoencoder=AutoencoderTraining(
+            model=PatchVaeConfig(stride=Grid(4, 8, 8), channels=4, width=8, blocks=1),
+            windows=(WindowConfig(size=Grid(5, 16, 16), batch=4),),
+            optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup=2),
+            steps=8,
+            loss=AutoencoderObjective.pixels(),
+        ),
+        denoiser=DenoiserTraining(
+            dit=DitConfig(channels=4, context_width=16, patch=Grid(1, 2, 2), width=24, layers=1, heads=2),
+            text=ByteEncoderConfig(width=16, layers=1, heads=2, max_tokens=32),
+            rows=RowShape(tokens=12, text=96, segments=3),
+            batch=2,
+            optimizer=OptimizerConfig(kind="muon", learning_rate=2e-3, schedule="wsd", warmup=2),
+            steps=10,
+            ema_decay=0.9,
+        ),
+        sampling=Sampling(steps=2, guidance=2.0),
+        evaluation=ShapesEvaluation(),
+        log_every=3,
+        save_every=4,
+    )
+
+
+EXPERIMENT = experiment()

@@ -1,0 +1,109 @@
+import io
+import json
+import math
+import re
+import time
+
+import pytest
+
+from dit_video.core.errors import MissingError, UserError
+from dit_video.training.hooks.logging import MetricsLog, Progress, read
+
+
+def test_entries_come_back_exactly(tmp_path):
+    log = MetricsLog(tmp_path / "deep" / "metrics.jsonl")
+    log.write(20, {"loss": 0.1, "norm": 1 / 3})
+    log.write(40, {"loss": 1e-30, "norm": math.inf})
+    first, second = read(log.path)
+    assert first == {"step": 20, "loss": 0.1, "norm": 1 / 3}
+    assert second["loss"] == 1e-30
+    assert math.isnan(second["norm"])
+    assert json.loads(log.path.read_text().splitlines()[1])["norm"] is None
+
+
+def test_resume_cuts_what_is_written_again(tmp_path):
+    log = MetricsLog(tmp_path / "m.jsonl")
+    for step in (10, 20, 30, 40):
+        log.write(step, {"loss": step})
+    again = MetricsLog(log.path)
+    again.resume(25)
+    again.write(30, {"loss": -1})
+    assert [(entry["step"], entry["loss"]) for entry in read(log.path)] == [(10, 10), (20, 20), (30, -1)]
+    MetricsLog(log.path).resume(0)
+    assert read(log.path) == []
+
+
+@pytest.mark.parametrize("resumed", [True, False])
+def test_a_half_written_last_line_is_dropped(tmp_path, resumed):
+    path = tmp_path / "m.jsonl"
+    MetricsLog(path).write(1, {"loss": 2.0})
+    with path.open("a") as file:
+        file.write('{"step": 2, "lo')
+    assert [entry["step"] for entry in read(path)] == [1]
+    log = MetricsLog(path)
+    if resumed:
+        log.resume(5)
+    log.write(3, {"loss": 1.0})
+    assert [entry["step"] for entry in read(path)] == [1, 3]
+
+
+def test_a_damaged_line_and_a_missing_file(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 1, "loss": 1.0}\nnonsense\n{"step": 3}\n')
+    with pytest.raises(UserError, match="line 2 is not a metrics entry"):
+        read(path)
+    path.write_text('{"loss": 1.0}\n')
+    with pytest.raises(UserError, match="line 1"):
+        read(path)
+    with pytest.raises(MissingError):
+        read(tmp_path / "none.jsonl")
+    MetricsLog(tmp_path / "none.jsonl").resume(3)
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_progress_without_a_terminal_prints_lines():
+    stream = io.StringIO()
+    with Progress("autoencoder", 4, seconds=0, stream=stream) as progress:
+        progress.update(1)
+        progress.update(2, 0.25)
+        progress.update(4)
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "autoencoder 1/4 (25%)"
+    assert lines[1].startswith("autoencoder 2/4 (50%) · loss 0.2500 · ")
+    assert lines[1].endswith("left")
+    assert "4/4 (100%) · loss 0.2500" in lines[2]
+    assert lines[2].endswith("0:00 left")
+
+
+def test_progress_names_what_it_counts():
+    stream = io.StringIO()
+    with Progress("sampling", 40, unit="clip", seconds=0, stream=stream) as progress:
+        progress.update(1)
+        time.sleep(0.01)
+        progress.update(40)
+    assert re.search(r"sampling 40/40 \(100%\) · [0-9.]+ clips/s · 0:00 left", stream.getvalue())
+
+
+def test_progress_is_rare_but_always_tells_the_end():
+    stream = io.StringIO()
+    with Progress("t", 1000, start=500, seconds=60, stream=stream) as progress:
+        for step in range(501, 801):
+            progress.update(step, 1.0)
+    assert [line.split()[1] for line in stream.getvalue().splitlines()] == ["501/1000", "800/1000"]
+    with Progress("t", 10, stream=stream, shown=False) as progress:
+        progress.update(10)
+    assert "10/10" not in stream.getvalue()
+
+
+def test_progress_in_a_terminal_draws_a_bar():
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    with Progress("dit", 3, stream=stream) as progress:
+        for step in (1, 2, 3):
+            progress.update(step, 0.5)
+    assert "3/3" in stream.getvalue()
+    assert "loss 0.5000" in stream.getvalue()
+    assert "left" in stream.getvalue()

@@ -1,0 +1,214 @@
+"""Where figures go besides the JSON lines, what is done every so many steps, how fast a training is, and traces."""
+
+import math
+import struct
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dit_video.core.errors import MissingError, UserError
+from dit_video.tokens import RowShape, empty_row
+from dit_video.training.hooks.logging import MetricsLog, read
+from dit_video.training.hooks.profiler import Profile
+from dit_video.training.hooks.throughput import Meter
+from dit_video.training.hooks.writers import Logs, Monitoring, TensorBoard, WeightsAndBiases
+from dit_video.training.loop import LoopConfig, Periodic, Watch, run
+from dit_video.training.state import init_state
+from dit_video.training.step import Ratio, make_step
+
+OPTIMIZER = optax.sgd(0.1)
+
+
+def loss(params, batch, step):
+    error = jnp.square(params["w"] - batch["x"])
+    # Only every third step has something in this bin.
+    return error.mean(), {"bin": Ratio(jnp.where(step % 3 == 0, step, 0), jnp.where(step % 3 == 0, 1, 0))}
+
+
+STEP = make_step(loss, OPTIMIZER, ema_decay=0.9)
+
+
+def train(config, watch=None, log=None, batches=lambda done: iter(lambda: {"x": jnp.ones(3)}, None)):
+    state = init_state({"w": jnp.zeros(3)}, OPTIMIZER)
+    return run(STEP, state, batches, config=config, watch=watch, log=log)
+
+
+def events(folder) -> list[Any]:
+    """What TensorBoard reads: records of a length, its checksum, the event and its checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for path in sorted(folder.iterdir()):
+        data = path.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            found.append(Event.FromString(data[12 : 12 + length]))
+            data = data[16 + length :]
+    return found
+
+
+def test_event_files_hold_the_entries(tmp_path):
+    pytest.importorskip("tensorboardX")
+    log = TensorBoard(tmp_path / "tensorboard")
+    log.resume(0)
+    log.write(20, {"loss": 0.25, "norm": math.inf})
+    log.write(40, {"loss": 0.125})
+    log.close()
+    again = TensorBoard(tmp_path / "tensorboard")
+    again.resume(30)
+    again.write(40, {"loss": 0.5})
+    Logs((MetricsLog(tmp_path / "m.jsonl"), again)).close()
+    found = events(tmp_path / "tensorboard")
+    scalars = [(event.step, value.tag, value.simple_value) for event in found for value in event.summary.value]
+    assert sorted(scalars) == [(20, "loss", 0.25), (40, "loss", 0.125), (40, "loss", 0.5)]
+    # Of the second file on, steps from 31 on count.
+    assert 31 in [event.step for event in found if event.HasField("session_log")]
+
+
+def test_weights_and_biases_is_told_the_same(tmp_path, monkeypatch):
+    told: list[Any] = []
+
+    def init(**options):
+        told.append(options)
+        return SimpleNamespace(log=lambda values, step: told.append((step, values)), finish=lambda: told.append("end"))
+
+    stand_in = SimpleNamespace(init=init)
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    for step in (0, 40):
+        log = WeightsAndBiases("videos", tmp_path / "run" / "denoiser")
+        log.resume(step)
+        log.write(step + 20, {"loss": 0.5, "norm": math.nan})
+        log.close()
+    first, second = told[0::3]
+    assert first == second  # one run, continued
+    assert (first["project"], first["name"], first["resume"]) == ("videos", "run", "allow")
+    assert first["id"] == (tmp_path / "run" / "denoiser" / "wandb_run.txt").read_text()
+    assert told[2::3] == ["end", "end"]
+    assert told[1::3] == [(20, {"loss": 0.5}), (60, {"loss": 0.5})]
+
+
+@pytest.mark.slow
+def test_weights_and_biases_itself_writes_one_run(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="wandb is not installed: pip install -e '.[wandb]'")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for step in (0, 40):
+        log = WeightsAndBiases("videos", tmp_path)
+        log.resume(step)
+        log.write(step + 20, {"loss": 0.5, "norm": math.nan})
+        log.close()
+    name = (tmp_path / "wandb_run.txt").read_text()
+    parts = list(tmp_path.glob(f"wandb/offline-run-*-{name}/run-{name}.wandb"))
+    assert len(parts) == 2  # which the service joins by their name
+    assert all(b"loss" in part.read_bytes() and b"norm" not in part.read_bytes() for part in parts)
+
+
+@pytest.mark.parametrize(("package", "make"), [("tensorboardX", TensorBoard), ("wandb", WeightsAndBiases)])
+def test_what_is_missing_is_told_with_how_to_get_it(tmp_path, monkeypatch, package, make):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingError, match=rf"pip install 'dit-video\[{package.lower().removesuffix('x')}\]'"):
+        make(*(["videos"] if package == "wandb" else []), tmp_path)
+
+
+def test_a_config_that_disagrees():
+    with pytest.raises(UserError, match="prompts are sampled while training: set sample_every"):
+        Monitoring(prompts=("a ball",))
+    with pytest.raises(UserError, match="validate_every is a number of steps, or 0"):
+        Monitoring(validate_every=-1)
+    with pytest.raises(UserError, match="validation_batches"):
+        Monitoring(validation_batches=0)
+
+
+def test_periodic_calls_are_logged_where_they_find_something(tmp_path):
+    called: list[tuple[str, int]] = []
+
+    def validate(done, state):
+        called.append(("validate", done))
+        return {"validation_loss": float(state.ema["w"][0])}
+
+    def snapshot(done, _state):
+        called.append(("snapshot", done))
+        return {}
+
+    other: list[tuple[int, set[str]]] = []
+    second = SimpleNamespace(resume=lambda step: None, write=lambda step, values: other.append((step, set(values))))
+    log = Logs((MetricsLog(tmp_path / "m.jsonl"), second))
+    watch = Watch(periodic=(Periodic(every=4, call=validate), Periodic(every=3, call=snapshot)))
+    state = train(LoopConfig(steps=10, log_every=5), watch, log)
+    assert called == [(name, at) for at, names in [(3, "s"), (4, "v"), (6, "s"), (8, "v"), (9, "s"), (10, "vs")]
+                      for name in [{"s": "snapshot", "v": "validate"}[letter] for letter in names]]  # fmt: skip
+    entries = read(tmp_path / "m.jsonl")
+    assert [entry["step"] for entry in entries] == [4, 5, 8, 10]
+    assert [entry["step"] for entry in entries if "validation_loss" in entry] == [4, 8, 10]
+    assert entries[-1]["validation_loss"] == pytest.approx(float(state.ema["w"][0]))
+    assert [step for step, _ in other] == [4, 5, 8, 10]
+    # Steps 0 to 3 have 0 and 3 in the bin, step 4 nothing, 5 to 7 one, 8 and 9 one.
+    assert [entry.get("bin") for entry in entries] == [1.5, None, 6, 9]
+
+
+def test_tokens_and_utilisation():
+    shape = RowShape(tokens=8, text=2, segments=2)
+
+    def rows(tokens):
+        one = empty_row(shape, width=2)
+        one.segments[:tokens] = 1
+        return jax.tree.map(lambda leaf: leaf[None], one)
+
+    meter = Meter(lambda batch: 1e9 * float((batch.segments > 0).sum()), peak=lambda devices: 4e9 * len(devices))
+    for tokens in (6, 8):
+        meter.note(rows(tokens))
+    found = meter.figures({"step_seconds": 2.0})
+    devices = jax.local_device_count()
+    assert found == pytest.approx(
+        {"tokens_per_second": 3.5, "model_flops_per_second": 3.5e9, "mfu": 3.5e9 / (4e9 * devices)}
+    )
+    assert meter.figures({"step_seconds": 2.0}) == {}  # counted anew
+    meter.note(rows(4))
+    assert meter.figures({"loss": 1.0}) == {}  # the first step alone has no time of its own
+    unknown = Meter(lambda batch: 1.0)
+    unknown.note(rows(4))
+    assert set(unknown.figures({"step_seconds": 1.0})) == {"tokens_per_second", "model_flops_per_second"}
+    pixels = Meter()
+    pixels.note(np.zeros((2, 3, 4, 4, 3), np.uint8))
+    assert pixels.figures({"step_seconds": 1.0}) == {}
+
+
+def test_what_is_derived_and_the_memory_are_in_the_entries(tmp_path, monkeypatch):
+    device = SimpleNamespace(memory_stats=lambda: {"bytes_in_use": 5, "peak_bytes_in_use": 7, "other": 1})
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    log = MetricsLog(tmp_path / "m.jsonl")
+    train(LoopConfig(steps=4, log_every=2), Watch(derive=lambda values: {"twice": 2 * values["loss"]}), log)
+    for entry in read(tmp_path / "m.jsonl"):
+        assert entry["twice"] == 2 * entry["loss"]
+        assert (entry["device_memory_bytes"], entry["device_memory_peak_bytes"]) == (5, 7)
+
+
+def test_some_steps_are_traced(tmp_path, monkeypatch):
+    told: list[Any] = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: told.append(("start", folder)))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: told.append("stop"))
+    real = jax.profiler.StepTraceAnnotation
+    monkeypatch.setattr(
+        jax.profiler,
+        "StepTraceAnnotation",
+        lambda name, step_num: told.append(step_num) or real(name, step_num=step_num),
+    )
+    train(LoopConfig(steps=8), Watch(profile=Profile(tmp_path / "trace", 3, 5)))
+    assert told == [("start", str(tmp_path / "trace")), 3, 4, 5, "stop"]
+    told.clear()
+    train(LoopConfig(steps=4), Watch(profile=Profile(tmp_path / "trace", 3, 50)))
+    assert told == [("start", str(tmp_path / "trace")), 3, 4, "stop"]
+    with pytest.raises(UserError, match="steps 5 to 3 can't be traced"):
+        Profile(tmp_path, 5, 3)
+
+
+def test_a_trace_is_written(tmp_path):
+    train(LoopConfig(steps=4), Watch(profile=Profile(tmp_path / "trace", 3, 3)))
+    assert [
+        path for path in (tmp_path / "trace").rglob("*") if path.name.endswith(".xplane.pb") and path.stat().st_size
+    ]

@@ -1,0 +1,131 @@
+"""Codes that follow latents: by averages, by restarts."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dit_video.core.errors import UserError
+from dit_video.training.losses.codebook import CodebookLearning
+
+CODES = jnp.asarray([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [9.0, 9.0]])
+LATENTS = jnp.asarray([[0.5, 0.5], [0.5, -0.5], [2.0, 0.0], [0.0, 3.0]]).reshape(1, 1, 2, 2, 2)
+INDICES = jnp.asarray([0, 0, 1, 2]).reshape(1, 1, 2, 2)
+RANDOM = jax.random.key(0)
+
+
+def follow(learning, codes=CODES, moments=None, latents=LATENTS, indices=INDICES, random=RANDOM):
+    return _follow(learning, codes, moments or learning.start(codes), latents, indices, random)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _follow(learning, codes, moments, latents, indices, random):
+    return learning.follow(codes, moments, latents, indices, random)
+
+
+def test_averages_written_out():
+    learning = CodebookLearning(decay=0.9, smoothing=1e-3, restart_after=None)
+    found = follow(learning)
+    counts = 0.9 * np.ones(4) + 0.1 * np.asarray([2, 1, 1, 0])
+    sums = 0.9 * np.asarray(CODES) + 0.1 * np.asarray([[1, 0], [2, 0], [0, 3], [0, 0]])
+    total = counts.sum()
+    smoothed = (counts + 1e-3) / (total + 4e-3) * total
+    np.testing.assert_allclose(found.moments["counts"], counts, rtol=1e-6)
+    np.testing.assert_allclose(found.moments["sums"], sums, rtol=1e-6)
+    np.testing.assert_allclose(found.codes, sums / smoothed[:, None], rtol=1e-5)
+    np.testing.assert_array_equal(found.moments["ages"], [0, 0, 0, 1])
+    assert not found.restarted.any()
+
+
+def test_codes_go_to_the_means_of_what_they_stand_for():
+    learning = CodebookLearning(decay=0.9, restart_after=None)
+    found = follow(learning)
+    for _ in range(150):
+        found = follow(learning, found.codes, found.moments)
+    np.testing.assert_allclose(found.codes[:3], [[0.5, 0], [2, 0], [0, 3]], atol=1e-2)
+
+
+def test_without_decay_the_codes_are_the_gradients():
+    found = follow(CodebookLearning(decay=None, restart_after=None))
+    np.testing.assert_array_equal(found.codes, CODES)
+    assert set(found.moments) == {"ages"}
+
+
+@pytest.mark.parametrize("decay", [None, 0.9])
+def test_a_code_that_is_not_used_comes_back_among_the_latents(decay):
+    learning = CodebookLearning(decay=decay, restart_after=3)
+    moments = learning.start(CODES) | {"ages": jnp.zeros(4, jnp.int32)}
+    codes = CODES
+    for step in range(1, 4):
+        found = follow(learning, codes, moments)
+        codes, moments = found.codes, found.moments
+        assert found.figures["restarts"] == (step == 3)
+        np.testing.assert_array_equal(found.restarted, [False, False, False, step == 3])
+    flat = np.asarray(LATENTS).reshape(-1, 2)
+    assert (np.asarray(codes[3]) == flat).all(axis=-1).any()
+    np.testing.assert_array_equal(moments["ages"], 0)
+    if decay is not None:  # its average begins anew there
+        np.testing.assert_array_equal(moments["sums"][3], codes[3])
+        assert moments["counts"][3] == 1
+
+
+def test_a_new_codebook_starts_at_the_first_latents():
+    learning = CodebookLearning()
+    codes = jnp.full((4, 2), 50.0)
+    latents = jax.random.normal(jax.random.key(1), (2, 1, 4, 4, 2))
+    found = follow(learning, codes, latents=latents, indices=jnp.zeros((2, 1, 4, 4), jnp.int32))
+    flat = np.asarray(latents).reshape(-1, 2)
+    places = [np.flatnonzero((flat == np.asarray(code)).all(axis=-1)) for code in found.codes[1:]]
+    assert [len(place) for place in places] == [1, 1, 1]
+    assert len(np.unique(np.concatenate(places))) == 3  # a latent each
+    again = follow(learning, codes, latents=latents, indices=jnp.zeros((2, 1, 4, 4), jnp.int32))
+    np.testing.assert_array_equal(again.codes, found.codes)
+    other = learning.follow(
+        codes, learning.start(codes), latents, jnp.zeros((2, 1, 4, 4), jnp.int32), jax.random.key(5)
+    )
+    assert (other.codes != found.codes).any()
+
+
+def test_a_learned_codebook_stays_where_it_is():
+    learning = CodebookLearning(decay=None)
+    found = follow(learning, moments=learning.start(CODES, fresh=False))
+    np.testing.assert_array_equal(found.codes, CODES)
+    assert found.figures["restarts"] == 0
+
+
+def test_more_codes_than_latents():
+    learning = CodebookLearning(restart_after=1)
+    codes = jnp.full((9, 2), 50.0)
+    found = follow(learning, codes)
+    assert np.isfinite(found.codes).all()
+    assert found.figures["restarts"] == 6
+
+
+def test_figures():
+    figures = follow(CodebookLearning(restart_after=None)).figures
+    assert set(figures) == {"usage", "perplexity"}
+    assert figures["usage"] == 0.75
+    assert figures["perplexity"] == pytest.approx(np.exp(0.5 * np.log(2) + 0.5 * np.log(4)))
+    even = jnp.arange(4).reshape(1, 1, 2, 2)
+    figures = follow(CodebookLearning(), indices=even).figures
+    assert figures["perplexity"] == pytest.approx(4)
+    assert (figures["usage"], figures["usage_recent"], figures["restarts"]) == (1, 1, 0)
+    learning = CodebookLearning(restart_after=5)
+    moments = learning.start(CODES) | {"ages": jnp.asarray([9, 9, 9, 2])}
+    assert follow(learning, moments=moments).figures["usage_recent"] == 1  # the last was used three steps ago
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decay": 1.0}, r"decay 1\.0 must lie in \[0, 1\)"),
+        ({"commitment": -1.0}, r"commitment -1\.0 must not be negative"),
+        ({"smoothing": 0.0}, "smoothing .* must be positive"),
+        ({"restart_after": 0}, "restart_after=0 must be at least 1"),
+    ],
+)
+def test_bad_values(options, message):
+    with pytest.raises(UserError, match=message):
+        CodebookLearning(**options)

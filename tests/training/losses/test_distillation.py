@@ -1,0 +1,209 @@
+"""Distillation on packed rows, from random parameters; that it teaches anything is shown on known mixtures."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dit_video.backbones.dit import ClassLabels, DitConfig, NoContext
+from dit_video.core.errors import UserError
+from dit_video.core.trees import flatten
+from dit_video.diffusion import FlowMatching, RectifiedFlow
+from dit_video.nn import graph_of
+from dit_video.text import ByteEncoderConfig, ClassNamesConfig
+from dit_video.tokens import Grid, Item, Rows, RowShape, coordinates, pack
+from dit_video.training.losses.denoiser import DenoiserLoss
+from dit_video.training.losses.distillation import (
+    ConsistencyDistillation,
+    CriticState,
+    DistributionMatching,
+    distillation_loss,
+    paced,
+)
+from dit_video.training.state import init_state
+from dit_video.training.step import OwnStep
+from support.rough import rough_params
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+TEXT = ByteEncoderConfig(width=8, layers=1, heads=1, max_tokens=16)
+DIT = DitConfig(channels=1, context_width=8, patch=Grid(1, 2, 2), width=12, layers=1, heads=1, mlp_ratio=2.0)
+TOKENIZE = TEXT.tokenizer()
+SHAPE = RowShape(tokens=20, text=28, segments=3)
+LOSS = DenoiserLoss(
+    dit=graph_of(DIT.make),
+    text=graph_of(TEXT.make),
+    objective=FlowMatching(process=RectifiedFlow(shift=2.0)),
+    caption_dropout=0.5,
+    empty_caption=TOKENIZE(""),
+    seed=3,
+)
+CONSISTENCY = distillation_loss(ConsistencyDistillation(guidance=2.0, intervals=4), LOSS)
+MATCHING = distillation_loss(DistributionMatching(guidance=2.0, steps=3, critic_steps=2), LOSS)
+
+
+def params(seed):
+    return {"dit": rough_params(DIT.make, seed), "text": rough_params(TEXT.make, seed)}
+
+
+TEACHER = params(0)
+
+
+def item(grid: Grid, caption: str, example: int) -> Item:
+    tokens = np.random.default_rng(example).normal(size=(grid.volume, 4)).astype(np.float32)
+    return Item(tokens, coordinates(grid), TOKENIZE(caption), example)
+
+
+A, B, C = item(Grid(2, 2, 2), "red ball", 5), item(Grid(1, 2, 3), "box", 6), item(Grid(1, 1, 4), "a dot", 7)
+
+
+def batch(*rows) -> Rows:
+    return Rows(*map(np.stack, zip(*(pack(row, SHAPE, width=4) for row in rows), strict=True)))
+
+
+@jax.jit
+def consistency(student, average, rows, step=0):
+    return CONSISTENCY(student, average, rows, jnp.asarray(step), TEACHER)
+
+
+@jax.jit
+def matching(student, critic, rows, step=1):
+    """At a step whose batch is given what the student has made already."""
+    step = jnp.asarray(step)
+    noised = MATCHING.noised(student, rows, step)
+    return MATCHING(student, critic, noised, rows, step, TEACHER), noised
+
+
+def test_consistency_of_an_example_is_the_same_wherever_it_is_packed():
+    alone = [float(consistency(TEACHER, TEACHER, batch([one], []))) for one in (A, B, C)]
+    assert min(alone) > 0
+    for rows in (batch([A, B], [C]), batch([C], [B, A])):
+        assert consistency(TEACHER, TEACHER, rows) == pytest.approx(np.mean(alone), rel=1e-5)
+    loud = batch([A, B], [C])
+    loud = loud._replace(tokens=np.where((loud.segments == 0)[..., None], 30, loud.tokens).astype(np.float32))
+    assert consistency(TEACHER, TEACHER, loud) == consistency(TEACHER, TEACHER, batch([A, B], [C]))
+
+
+def test_what_is_not_valid_does_not_count():
+    rows = batch([A, B], [C])
+    without = rows._replace(valid=np.asarray([[True, False, False], [True, False, False]]))
+    expected = np.mean([float(consistency(TEACHER, TEACHER, batch([one], []))) for one in (A, C)])
+    assert consistency(TEACHER, TEACHER, without) == pytest.approx(expected, rel=1e-5)
+
+
+def test_where_the_critic_is_the_unguided_teacher_nothing_moves():
+    """Both scores are the same then, whatever the student makes."""
+    unguided = dataclasses.replace(MATCHING, config=dataclasses.replace(MATCHING.config, guidance=1.0))
+    rows, step = batch([A, B], [C]), jnp.asarray(0)
+    student = params(5)
+
+    @jax.jit
+    def judged(student):
+        noised = unguided.noised(student, rows, step)
+        return unguided(student, TEACHER, noised, rows, step, TEACHER)
+
+    value, figures = judged(student)
+    assert value == pytest.approx(0, abs=1e-9)
+    assert figures["distance"] > 0.1
+    assert matching(student, TEACHER, rows)[0][0] > 0  # for the guided one is another
+
+
+def test_matching_of_an_example_is_the_same_wherever_it_is_packed():
+    student, critic = params(5), params(6)
+    alone = [matching(student, critic, batch([one], [])) for one in (A, B, C)]
+    for rows in (batch([A, B], [C]), batch([C], [B, A])):
+        (value, _), (noisy, time) = matching(student, critic, rows)
+        assert value == pytest.approx(np.mean([float(one[0][0]) for one in alone]), rel=1e-4)
+        np.testing.assert_allclose(time, float(alone[0][1][1][0, 0, 0]))
+        assert np.isfinite(noisy).all()
+
+
+def test_the_student_is_given_all_of_its_steps():
+    times = {round(float(matching(TEACHER, TEACHER, batch([A], []), step)[1][1].max()), 4) for step in range(20)}
+    assert times == {1.0, 0.8, 0.5}  # thirds, shifted by 2
+
+
+@pytest.mark.parametrize(
+    "loss", [CONSISTENCY, pytest.param(MATCHING, marks=pytest.mark.slow)], ids=["consistency", "matching"]
+)
+def test_a_step_moves_the_players_alone_and_repeats(loss):
+    optimizer = optax.adam(1e-2)
+
+    def begin():
+        student = jax.tree.map(jnp.array, TEACHER)
+        return loss.begin(init_state(student, optimizer), optimizer)
+
+    assert isinstance(loss, OwnStep)
+    step = loss.make_step(optimizer, ema_decay=0.9, constants=(TEACHER,))
+    rows = batch([A, B], [C])
+    first, figures = step(begin(), rows)
+    assert int(first.step) == 1
+    assert all(np.isfinite(value) for value in figures.values())
+    again, _ = step(begin(), rows)
+    for left, right in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(left, right)
+    players = [first.model.params, first.critic.params] if loss is MATCHING else [first.params]
+    for moved in players:
+        changed = [path for path, leaf in flatten(moved).items() if (leaf != flatten(TEACHER)[path]).any()]
+        assert {"dit", "text"} == {path.split("/")[0] for path in changed}
+    assert any((leaf != flatten(TEACHER)[path]).any() for path, leaf in flatten(first.ema).items())
+    second, _ = step(first, rows)
+    assert int(second.step) == 2
+
+
+def test_options_out_of_range():
+    for make, message in (
+        (lambda: ConsistencyDistillation(intervals=0), "at least 1 interval"),
+        (lambda: ConsistencyDistillation(width=0.0), "positive width"),
+        (lambda: DistributionMatching(steps=0), "at least 1 step"),
+        (lambda: DistributionMatching(critic_steps=0), "at least 1 step"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make()
+
+
+def test_players_are_told_of_the_class():
+    text = ClassNamesConfig(classes=3)
+    dit = dataclasses.replace(DIT, context=NoContext(), context_width=0, labels=ClassLabels(classes=3))
+    empty = text.tokenizer()("")
+    loss = dataclasses.replace(CONSISTENCY, dit=graph_of(dit.make), text=graph_of(text.make), empty_caption=empty)
+    weights = {"dit": rough_params(dit.make), "text": {}}
+
+    def prediction(label, *, silent=False):
+        clip = A._replace(text=text.tokenizer()(label))
+        rows = Rows(*(np.stack([part]) for part in pack([clip], SHAPE, width=4)))
+        return loss.denoise(weights, rows, silent=silent)(jnp.asarray(rows.tokens), jnp.ones((1, 1, 1)))
+
+    none = prediction("")
+    assert min(np.abs(prediction(label) - other).max() for label, other in (("0", none), ("0", prediction("1")))) > 1e-3
+    np.testing.assert_allclose(prediction("0", silent=True), none, atol=1e-6)
+
+
+def test_the_critics_learning_rate_is_that_of_the_students_step():
+    """Not that of its own, which come faster: its rate would be at its end when the student has hardly begun."""
+    optimizer, gradients = optax.adamw(lambda step: 1 / (1 + step), weight_decay=0), {"x": jnp.ones(3)}
+    student = init_state({"x": jnp.zeros(3)}, optimizer)
+    for _ in range(3):
+        student = student.replace(opt_state=optimizer.update(gradients, student.opt_state, student.params)[1])
+    critic = CriticState(params=student.params, opt_state=optimizer.init(student.params))
+    for rate in (1, 1 / 4):
+        updates, _ = optimizer.update(gradients, critic.opt_state, critic.params)
+        np.testing.assert_allclose(updates["x"], -rate, rtol=1e-4)
+        critic = paced(critic, student)
+
+
+@pytest.mark.slow
+def test_the_critic_keeps_its_pace():
+    assert isinstance(MATCHING, OwnStep)
+    rows = batch([A, B], [C])
+    critics = []
+    for rate in (1e-2, lambda step: jnp.where(step < 1, 1e-2, 0.0)):
+        optimizer = optax.adamw(rate)
+        state = MATCHING.begin(init_state(jax.tree.map(jnp.array, TEACHER), optimizer), optimizer)
+        after, _ = MATCHING.make_step(optimizer, ema_decay=0.9, constants=(TEACHER,))(state, rows)
+        critics.append(after.critic.params)
+    jax.tree.map(np.testing.assert_array_equal, *critics)
+    assert any((left != right).any() for left, right in zip(*map(jax.tree.leaves, (critics[0], TEACHER)), strict=True))

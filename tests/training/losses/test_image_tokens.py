@@ -1,0 +1,101 @@
+"""The loss of a Wan that animates an image: what rows hold of first frames, each segment with its own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dit_video.conditioning import KnownFrames
+from dit_video.core.errors import UserError
+from dit_video.core.trees import flatten
+from dit_video.diffusion import FlowMatching
+from dit_video.nn import graph_of
+from dit_video.text import FrozenTextConfig
+from dit_video.tokens import Grid, Item, Rows, RowShape, coordinates, pack
+from dit_video.training.losses.denoiser import DenoiserLoss
+from support.rough import rough_params
+from support.tiny_wan import ANIMATING
+
+SHAPE = RowShape(tokens=20, text=6, segments=2)
+TEXT = FrozenTextConfig(folder="none", width=ANIMATING.context_width)
+PARAMS = {"dit": rough_params(ANIMATING.make), "text": {}}
+WIDTH, IMAGE = ANIMATING.token_width, (3, ANIMATING.image_width)
+STEP = jnp.zeros((), jnp.int32)
+
+
+def loss_of(chance):
+    return DenoiserLoss(
+        dit=graph_of(ANIMATING.make),
+        text=graph_of(TEXT.make),
+        objective=FlowMatching(),
+        caption_dropout=0.0,
+        empty_caption=np.zeros((1, TEXT.width), np.float32),
+        seed=3,
+        known=KnownFrames(chance=chance, rest="grey"),
+    )
+
+
+def item(grid: Grid, example: int) -> Item:
+    draw = np.random.default_rng(example)
+
+    def normal(*shape):
+        return draw.normal(size=shape).astype(np.float32)
+
+    text, tokens = normal(2, TEXT.width), normal(grid.volume, WIDTH)
+    return Item(tokens, coordinates(grid), text, example, shown=normal(*tokens.shape), image=normal(*IMAGE))
+
+
+def batch(*rows) -> Rows:
+    packed = [pack(row, SHAPE, width=WIDTH, text_width=TEXT.width) for row in rows]
+    return Rows(*map(np.stack, zip(*packed, strict=True)))
+
+
+CLIPS = [item(Grid(3, 1, 2), 5), item(Grid(2, 2, 2), 6)]
+PACKED = batch(CLIPS)
+value = jax.jit(jax.value_and_grad(lambda params, rows: loss_of(1.0)(params, rows, STEP)[0]))
+
+
+def test_a_packed_row_has_the_values_and_gradients_of_clips_in_rows_of_their_own():
+    packed, gradients = value(PARAMS, PACKED)
+    first, first_gradients = value(PARAMS, batch(CLIPS[:1]))
+    second, second_gradients = value(PARAMS, batch(CLIPS[1:]))
+    np.testing.assert_allclose(packed, (first + second) / 2, rtol=1e-5)
+    expected = flatten(jax.tree.map(lambda a, b: (a + b) / 2, first_gradients, second_gradients))
+    for path, gradient in flatten(gradients).items():
+        np.testing.assert_allclose(gradient, expected[path], atol=1e-5 * max(1, np.abs(gradient).max()), err_msg=path)
+        if "image" in path:
+            assert np.abs(gradient).max() > 1e-4, f"{path} is not trained"
+
+
+def test_a_segment_sees_its_own_first_frame_alone():
+    def of_first(**changes):
+        """The first clip's loss alone."""
+        return np.asarray(value(PARAMS, PACKED._replace(valid=np.asarray([[True, False]]), **changes))[0])
+
+    before = of_first()
+    ids = {"shown": PACKED.segments, "image": PACKED.image_segments}
+    for name, segments in ids.items():
+        values = getattr(PACKED, name)
+        for segment, same in ((0, True), (2, True), (1, False)):
+            changed = np.where(segments[..., None] == segment, 3 - 2 * values, values)
+            assert (of_first(**{name: changed}) == before) == same, (name, segment)
+
+
+def test_of_a_clip_whose_first_frame_is_not_known_nothing_is_given():
+    found = jax.jit(lambda rows: loss_of(0.0)(PARAMS, rows, STEP)[0])
+    other = PACKED._replace(shown=1 - PACKED.shown, image=1 - PACKED.image)
+    assert found(other) == found(PACKED)
+    assert found(PACKED) != value(PARAMS, PACKED)[0]
+
+
+def test_rows_have_room_for_every_segments_image():
+    assert PACKED.image.shape == (1, 2 * 3, IMAGE[1])
+    np.testing.assert_array_equal(PACKED.image_segments, [[1, 1, 1, 2, 2, 2]])
+    np.testing.assert_array_equal(PACKED.shown[0, 6:14], CLIPS[1].shown)
+    alone = batch(CLIPS[1:])
+    np.testing.assert_array_equal(alone.image_segments, [[1, 1, 1, 0, 0, 0]])
+    plain = batch([clip._replace(shown=None, image=None) for clip in CLIPS])
+    assert (plain.shown.shape, plain.image.shape) == ((1, 20, 0), (1, 0, 0))
+    for changes in ({"image": None}, {"image": CLIPS[0].image[:2]}, {"shown": None}):
+        with pytest.raises(UserError, match="the clips of a row are given alike"):
+            batch([CLIPS[0], CLIPS[1]._replace(**changes)])

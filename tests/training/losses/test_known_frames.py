@@ -1,0 +1,110 @@
+"""The loss of denoisers that are told of a first frame, with stand-ins whose predictions are known."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dit_video.backbones.dit import Dit, DitConfig
+from dit_video.conditioning import KnownFrames
+from dit_video.core.rng import example_keys, key
+from dit_video.diffusion import FlowMatching
+from dit_video.nn import graph_of
+from dit_video.text import ByteEncoderConfig
+from dit_video.tokens import Grid, Item, Rows, RowShape, coordinates, pack, packed_noise
+from dit_video.training.losses.denoiser import DenoiserLoss
+from support.rough import rough_params
+
+TEXT = ByteEncoderConfig(width=8, layers=1, heads=1, max_tokens=16)
+TOKENIZE = TEXT.tokenizer()
+SHAPE = RowShape(tokens=20, text=56, segments=3)
+TOLD = DitConfig(channels=1, context_width=8, patch=Grid(1, 2, 2), width=12, layers=1, heads=1, time="token")
+BESIDE = dataclasses.replace(TOLD, time="segment", given_channels=3)
+PARAMS = {"dit": {}, "text": rough_params(TEXT.make)}
+
+
+class StandIn(Dit):
+    """Predicts the noisy tokens as they are, or the clean ones that it is given."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def __call__(self, noisy, time, *, given, **_):
+        if given.latents is None:
+            return noisy
+        return given.latents.reshape(*noisy.shape[:2], 4, 3)[..., 2]
+
+
+def loss_of(config, **fields):
+    made = {"dit": graph_of(lambda rngs: StandIn(config)), "known": KnownFrames(chance=1.0)} | fields
+    return DenoiserLoss(
+        text=graph_of(TEXT.make),
+        objective=FlowMatching(),
+        caption_dropout=0.0,
+        empty_caption=TOKENIZE(""),
+        seed=3,
+        **made,
+    )
+
+
+def item(grid: Grid, example: int) -> Item:
+    tokens = np.random.default_rng(example).normal(size=(grid.volume, 4)).astype(np.float32)
+    return Item(tokens, coordinates(grid), TOKENIZE("a"), example)
+
+
+def batch(*rows) -> Rows:
+    return Rows(*map(np.stack, zip(*(pack(row, SHAPE, width=4) for row in rows), strict=True)))
+
+
+CLIP, IMAGE = item(Grid(3, 1, 2), 5), item(Grid(1, 1, 3), 6)
+ROWS = jax.tree.map(jnp.asarray, batch([CLIP, IMAGE]))
+
+
+STEP = jnp.zeros((), jnp.int32)
+
+
+def drawn(loss, step=STEP):
+    """Noise and time of the clip's tokens, and of the image's."""
+    noise = np.asarray(packed_noise(ROWS, example_keys(key(loss.seed, "noise"), step, ROWS.examples)))[0]
+    times = np.asarray(loss.times(ROWS, step))[0]
+    return (noise[:6], times[0]), (noise[6:9], times[1])
+
+
+def value(loss):
+    return jax.jit(lambda rows, step: loss(PARAMS, rows, step)[0])(ROWS, STEP)
+
+
+def test_tokens_at_time_zero_hold_no_noise_and_do_not_count():
+    loss = loss_of(TOLD)
+    (noise, time), (of_image, image_time) = drawn(loss)
+    clip = np.square((1 - time) * CLIP.tokens + time * noise - (noise - CLIP.tokens))[2:].mean()
+    image = np.square((1 - image_time) * IMAGE.tokens + image_time * of_image - (of_image - IMAGE.tokens)).mean()
+    found = value(loss)
+    np.testing.assert_allclose(found, (clip + image) / 2, rtol=1e-5)
+
+
+def test_clean_latents_stand_beside_the_noisy_ones_and_all_count():
+    loss = loss_of(BESIDE)
+    (noise, _), (of_image, _) = drawn(loss)
+    told = np.where(np.arange(6)[:, None] < 2, CLIP.tokens, 0)
+    clip, image = np.square(told - (noise - CLIP.tokens)).mean(), np.square(of_image - IMAGE.tokens).mean()
+    found = value(loss)
+    np.testing.assert_allclose(found, (clip + image) / 2, rtol=1e-5)
+
+
+def test_whether_a_first_frame_is_known_is_the_examples_own():
+    loss = loss_of(TOLD, known=KnownFrames(chance=0.5))
+    clips = [item(Grid(2, 1, 1), example) for example in range(200)]
+    told = jax.jit(lambda rows, step: loss.known_tokens(rows, step))
+    alone = np.asarray(told(batch(*([clip] for clip in clips)), 4))
+    assert 0.4 < alone[:, 0].mean() < 0.6
+    assert not alone[:, 1:].any()
+    behind = np.asarray(told(batch(*([IMAGE, clip] for clip in clips)), 4))
+    np.testing.assert_array_equal(behind[:, 3], alone[:, 0])
+    assert (np.asarray(told(batch(*([clip] for clip in clips)), 5)) != alone).any()
+
+
+def test_without_known_frames_each_token_has_its_clips_time():
+    told, plain = loss_of(TOLD, known=None), loss_of(dataclasses.replace(TOLD, time="segment"), known=None)
+    np.testing.assert_array_equal(value(told), value(plain))

@@ -1,0 +1,69 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dit_video.training.optim.muon import orthogonalised, scale_by_muon
+
+DRAW = np.random.default_rng(0)
+STEPS = 4
+
+
+def conditioned(shape, condition):
+    """A matrix of singular values from 1 to `1 / condition`."""
+    left, singular, right = np.linalg.svd(DRAW.normal(size=shape), full_matrices=False)
+    return jnp.asarray(left * np.geomspace(1, 1 / condition, singular.shape[-1]) @ right, jnp.float32)
+
+
+SHAPES = {"long": (96, 12), "wide": (12, 96), "square": (24, 24), "stack": (3, 40, 8), "conv": (3, 3, 3, 8, 16)}
+AXES = {
+    "conv": optax.contrib.MuonDimensionNumbers(reduction_axis=(0, 1, 2, 3), output_axis=4),
+    "stack": optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1),
+}
+
+
+def updates_of(optimizer, gradients):
+    """Of every step."""
+
+    @jax.jit
+    def run(gradients):
+        state, found = optimizer.init(gradients[0]), []
+        for gradient in gradients:
+            update, state = optimizer.update(gradient, state, gradient)  # without decay, of any parameters
+            found.append(update)
+        return found
+
+    return run(gradients)
+
+
+def test_updates_are_those_of_optax():
+    gradients = [
+        {name: jnp.asarray(DRAW.normal(size=shape), jnp.float32) for name, shape in SHAPES.items()}
+        for _ in range(STEPS)
+    ]
+    axes = {name: AXES.get(name, optax.contrib.MuonDimensionNumbers()) for name in SHAPES}
+    theirs = optax.contrib.muon(-1.0, muon_weight_dimension_numbers=axes, consistent_rms=0.2)
+    found, expected = updates_of(scale_by_muon(0.2), gradients), updates_of(theirs, gradients)
+    for left, right in zip(found, expected, strict=True):
+        for name in SHAPES:
+            assert jnp.linalg.norm(left[name] - right[name]) < 1e-3 * jnp.linalg.norm(right[name]), name
+
+
+@pytest.mark.parametrize("shape", [(96, 12), (40, 30), (12, 96)], ids=str)
+def test_each_singular_value_follows_the_polynomial_however_small_it_is(shape):
+    matrix = conditioned(shape, 1e3)
+    left, singular, right = np.linalg.svd(np.asarray(matrix, np.float64), full_matrices=False)
+    singular = singular / np.linalg.norm(singular)
+    for _ in range(5):
+        singular = 3.4445 * singular - 4.7750 * singular**3 + 2.0315 * singular**5
+    expected = left * singular @ right
+    found = jax.jit(orthogonalised)(matrix)
+    assert np.linalg.norm(found - expected) < 1e-3 * np.linalg.norm(expected)
+
+
+def test_the_size_of_a_gradient_does_not_matter_and_none_gives_no_update():
+    matrix = conditioned((48, 12), 10)
+    run = jax.jit(orthogonalised)
+    np.testing.assert_allclose(run(1e3 * matrix), run(matrix), atol=1e-4)
+    assert not run(jnp.zeros((48, 12))).any()

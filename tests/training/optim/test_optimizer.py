@@ -1,0 +1,309 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dit_video.core import config_json
+from dit_video.core.errors import UserError
+from dit_video.core.trees import flatten, map_with_path
+from dit_video.training.optim.optimizer import OptimizerConfig, hold_still, learning_rates, make_optimizer, own_average
+
+DRAW = np.random.default_rng(0)
+SHAPES = {
+    "embed/kernel": (6, 8),
+    "blocks/qkv/kernel": (2, 8, 24),
+    "blocks/qkv/bias": (2, 24),
+    "blocks/table": (2, 6, 8),
+    "text/blocks/up/kernel": (1, 8, 16),
+    "plain/blocks/up/kernel": (8, 16),
+    "head/kernel": (8, 4),
+}
+
+
+def tree(leaves):
+    found = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.split("/")
+        node = found
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return found
+
+
+def normal():
+    return tree({path: jnp.asarray(DRAW.normal(size=shape), jnp.float32) for path, shape in SHAPES.items()})
+
+
+PARAMS, GRADIENTS = normal(), normal()
+
+
+@functools.cache
+def program(config):
+    optimizer = make_optimizer(config, steps=1000) if isinstance(config, OptimizerConfig) else config
+
+    @jax.jit
+    def run(gradients, params):
+        state = optimizer.init(params)
+        for gradient in gradients:
+            updates, state = optimizer.update(gradient, state, params)
+        return updates
+
+    return run
+
+
+def updates_of(config, gradients=(GRADIENTS,), params=PARAMS):
+    """By path, the update of the last of these gradients; `config` may be an optimizer."""
+    return flatten(program(config)(tuple(gradients), params))
+
+
+# --- learning rates -------------------------------------------------------------------------------------------------
+
+
+def rates(steps, **options):
+    schedule = learning_rates(OptimizerConfig(learning_rate=1.0, **options), steps=steps)
+    return np.asarray(jax.vmap(schedule)(jnp.arange(steps + 1)))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "wsd"])
+def test_warmup_is_linear_and_its_first_step_is_not_lost(schedule):
+    found = rates(100, schedule=schedule, warmup=10)
+    np.testing.assert_allclose(found[[0, 5, 10]], [0.1, 0.55, 1.0], rtol=1e-5)
+    assert found.max() == pytest.approx(1)
+    assert rates(100, schedule=schedule, warmup=0)[0] == pytest.approx(1)
+
+
+def test_schedules_at_their_key_steps():
+    assert (rates(100, schedule="constant", warmup=10)[10:] == 1).all()
+    cosine = rates(110, schedule="cosine", warmup=10)
+    np.testing.assert_allclose(cosine[[10, 60, 110]], [1, 0.5, 0], atol=1e-6)
+    wsd = rates(100, schedule="wsd", warmup=10)
+    np.testing.assert_allclose(wsd[[10, 79, 80, 90, 99, 100]], [1, 1, 1, 0.5, 0.05, 0], atol=1e-6)
+
+
+def test_a_long_warmup_leaves_the_rest_to_the_decay():
+    found = rates(100, schedule="wsd", warmup=90)
+    np.testing.assert_allclose(found[[0, 90, 95, 100]], [1 / 90, 1, 0.5, 0], atol=1e-6)
+
+
+def test_a_run_that_is_not_longer_than_its_warmup():
+    with pytest.raises(UserError, match="a run of 100 steps is not longer than its warmup of 100"):
+        learning_rates(OptimizerConfig(), steps=100)
+    with pytest.raises(UserError, match="shorten the warmup"):
+        make_optimizer(OptimizerConfig(warmup=7), steps=5)
+
+
+# --- updates --------------------------------------------------------------------------------------------------------
+
+
+def test_adamw_is_that_of_optax():
+    config = OptimizerConfig(learning_rate=0.01, warmup=0, weight_decay=0.1, clip=1e9)
+    reference = optax.adamw(0.01, b1=0.9, b2=0.99, weight_decay=0.1)
+    expected, found = updates_of(reference, [GRADIENTS, PARAMS]), updates_of(config, [GRADIENTS, PARAMS])
+    for path in SHAPES:
+        np.testing.assert_allclose(found[path], expected[path], rtol=1e-5, atol=1e-8)
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    config = OptimizerConfig(learning_rate=0.01, warmup=0, clip=0.5)
+    params, gradients = (jax.tree.map(np.asarray, tree) for tree in (PARAMS, GRADIENTS))
+    norm = np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(gradients)))
+    small = jax.tree.map(lambda leaf: leaf * 0.1 / norm, params)
+    clipped = jax.tree.map(lambda leaf: leaf * 0.5 / norm, gradients)
+    huge = jax.tree.map(lambda leaf: leaf * 1e4, gradients)
+    found, expected = updates_of(config, [small, huge]), updates_of(config, [small, clipped])
+    unclipped = updates_of(OptimizerConfig(learning_rate=0.01, warmup=0, clip=1e9), [small, huge])
+    for path in SHAPES:
+        np.testing.assert_allclose(found[path], expected[path], rtol=1e-4, atol=1e-7)
+        assert np.abs(found[path] - unclipped[path]).max() > 1e-4
+
+
+MUON = OptimizerConfig(kind="muon", learning_rate=0.01, warmup=0, clip=1e9)
+MATRICES = ["blocks/qkv/kernel", "text/blocks/up/kernel", "plain/blocks/up/kernel"]
+
+
+def test_muon_orthogonalises_the_matrices_of_the_blocks_and_nothing_else():
+    found = updates_of(MUON)
+    for path in (path for path in SHAPES if path.endswith("kernel")):
+        for layer in found[path].reshape(-1, *found[path].shape[-2:]):
+            singular = np.linalg.svd(layer, compute_uv=False)
+            assert (singular.min() > 0.5 * singular.max()) == (path in MATRICES), (path, singular)
+    reference = optax.adamw(0.01, b1=0.9, b2=0.99, weight_decay=0.0, nesterov=True)
+    expected = updates_of(reference)
+    for path in SHAPES.keys() - set(MATRICES):
+        np.testing.assert_allclose(found[path], expected[path], rtol=1e-4)
+
+
+def test_muon_updates_have_the_size_of_adamw_updates():
+    found = updates_of(MUON)
+    for path in MATRICES:
+        # An orthogonal m x n update times 0.2 sqrt(max(m, n)): root mean square 0.2, of singular values of about one.
+        assert np.sqrt(np.square(found[path]).mean()) == pytest.approx(0.2 * 0.01, rel=0.25)
+
+
+def test_layers_of_a_stack_are_orthogonalised_one_by_one():
+    stacked = updates_of(MUON)["blocks/qkv/kernel"]
+    for layer in range(2):
+        params, gradients = (
+            tree({"blocks/qkv/kernel": x["blocks"]["qkv"]["kernel"][layer]}) for x in (PARAMS, GRADIENTS)
+        )
+        alone = updates_of(MUON, [gradients], params)["blocks/qkv/kernel"]
+        np.testing.assert_allclose(stacked[layer], alone, rtol=1e-3, atol=1e-6)
+
+
+def test_muon_takes_a_convolution_for_the_matrix_from_what_it_sees():
+    gradient = np.random.default_rng(0).normal(size=(3, 2, 2, 4, 6)).astype(np.float32)
+    found = updates_of(MUON, [tree({"conv/kernel": gradient})], tree({"conv/kernel": np.zeros_like(gradient)}))
+    matrix = np.asarray(found["conv/kernel"]).reshape(-1, 6)
+    singular = np.linalg.svd(matrix, compute_uv=False)
+    assert singular.min() > 0.5 * singular.max()
+    left, _, right = np.linalg.svd(gradient.reshape(-1, 6), full_matrices=False)
+    cosine = -(matrix * (left @ right)).sum() / np.linalg.norm(matrix) / np.linalg.norm(left @ right)
+    assert cosine > 0.95  # the nearest orthogonal matrix, but for what five iterations leave
+
+
+def test_muon_takes_the_matrices_that_it_is_told_to():
+    chosen = updates_of(dataclasses.replace(MUON, matrices=("qkv",)))
+    plain, usual = updates_of(dataclasses.replace(MUON, matrices=())), updates_of(MUON)
+    for path in MATRICES:
+        expected = usual if "qkv" in path else plain
+        np.testing.assert_allclose(chosen[path], expected[path], rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adafactor", "muon", "schedule_free"])
+def test_frozen_paths_do_not_move_and_the_others_do(kind):
+    config = OptimizerConfig(kind=kind, warmup=0, weight_decay=0.1, frozen=("^text/", "qkv/bias$"))
+    for path, update in updates_of(config).items():
+        assert bool(update.any()) == (path not in ("text/blocks/up/kernel", "blocks/qkv/bias")), path
+
+
+def test_frozen_gradients_do_not_count_in_the_clipped_norm():
+    config = OptimizerConfig(learning_rate=0.01, warmup=0, clip=0.5, frozen=("^text/",))
+    loud = map_with_path(lambda path, leaf: leaf * 1e4 if path.startswith("text") else leaf, GRADIENTS)
+    found, expected = updates_of(config, [PARAMS, loud]), updates_of(config, [PARAMS, GRADIENTS])
+    for path in SHAPES:
+        np.testing.assert_array_equal(found[path], expected[path])
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_only_trainable_paths_move(kind):
+    config = OptimizerConfig(kind=kind, warmup=0, weight_decay=0.1, trainable=("qkv/", "^head"), frozen=("bias$",))
+    for path, update in updates_of(config).items():
+        assert bool(update.any()) == (path in ("blocks/qkv/kernel", "head/kernel")), path
+    state = make_optimizer(config, steps=1000).init(PARAMS)
+    size = sum(leaf.size for leaf in jax.tree.leaves(state))
+    trained = 2 * 8 * 24 + 8 * 4
+    # Two moments of AdamW, one of Muon's matrix; and counters.
+    assert size - (2 * trained if kind == "adamw" else trained + 8 * 4) in range(8)
+
+
+def test_adafactor_is_the_published_one_and_keeps_little():
+    config = OptimizerConfig(kind="adafactor", learning_rate=0.01, warmup=0, clip=1e9)
+    draw = np.random.default_rng(3)
+    params = {"kernel": jnp.asarray(draw.normal(size=(2, 160, 256)), jnp.float32), "bias": jnp.ones(256)}
+    ours, theirs = (
+        make_optimizer(config, steps=100),
+        optax.adafactor(0.01, multiply_by_parameter_scale=False, clipping_threshold=1.0),
+    )
+    states = [one.init(params) for one in (ours, theirs)]
+    # Of a stack of matrices the means of rows and columns.
+    assert sum(leaf.size for leaf in jax.tree.leaves(states[0])) < 2 * (160 + 256) + 256 + 20
+    for _ in range(3):
+        gradients = jax.tree.map(lambda leaf: jnp.asarray(draw.normal(size=leaf.shape), jnp.float32), params)
+        updates = []
+        for index, one in enumerate((ours, theirs)):
+            found, states[index] = one.update(gradients, states[index], params)
+            updates.append(found)
+        for name in params:
+            np.testing.assert_allclose(updates[0][name], updates[1][name], rtol=1e-5, atol=1e-8)
+
+
+def test_an_average_of_the_optimizer_leaves_what_is_frozen():
+    optimizer = make_optimizer(OptimizerConfig(kind="schedule_free", warmup=0, frozen=("still",)), steps=10)
+    params = {"still": jnp.asarray([-0.0, jnp.pi]), "w": jnp.ones(3)}
+    state = optimizer.init(params)
+    for _ in range(3):
+        updates, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
+        params = optax.apply_updates(params, updates)
+    average = own_average(params, state)
+    assert average is not None
+    assert np.asarray(average["still"]).tobytes() == np.asarray([-0.0, np.pi], np.float32).tobytes()
+    assert (average["w"] > params["w"]).all()
+    assert own_average(params, make_optimizer(OptimizerConfig(), steps=1000).init(params)) is None
+
+
+def test_what_is_frozen_keeps_every_bit():
+    optimizer = make_optimizer(OptimizerConfig(warmup=0, trainable=("w",)), steps=1000)
+    params = {"still": jnp.asarray([-0.0, 0.0, 1e-30, jnp.pi]), "w": jnp.ones(1)}
+    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)
+    after = optax.apply_updates(params, updates)
+    assert np.asarray(after["still"]).tobytes() == np.asarray(params["still"]).tobytes()
+    assert after["w"] != params["w"]
+
+
+def test_frozen_parameters_get_no_gradient():
+    config = OptimizerConfig(trainable=("w",))
+    gradient = jax.grad(lambda params: sum(x.sum() for x in hold_still(config, params).values()))
+    found = gradient({"still": jnp.ones(2), "w": jnp.ones(2)})
+    np.testing.assert_array_equal(found["still"], 0)
+    np.testing.assert_array_equal(found["w"], 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"frozen": ("^txet/",)}, r"frozen path '\^txet/' is no parameter's; close are text"),
+        ({"trainable": ("text/block/",)}, r"trainable path 'text/block/' is no parameter's; close are text/blocks,"),
+    ],
+)
+def test_a_path_that_no_parameter_has(options, message):
+    with pytest.raises(UserError, match=message) as error:
+        make_optimizer(OptimizerConfig(**options), steps=1000).init(PARAMS)
+    assert "\n" not in str(error.value)
+
+
+def test_tiny_updates_of_float32_parameters_do_not_vanish():
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-5, warmup=0), steps=1000)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = optimizer.update({"w": jnp.ones(3)}, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = {"w": jnp.full(3, 1.0)}
+    state = optimizer.init(params)
+    for _ in range(20):
+        params, state = step(params, state)
+    assert params["w"].dtype == jnp.float32
+    np.testing.assert_allclose(params["w"], 1 - 20e-5, atol=2e-6)
+
+
+# --- config ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rate": 0.0}, "positive learning rate"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan"),
+        ({"warmup": -1}, "warmup=-1"),
+        ({"trainable": ("(",)}, "'\\(' is no regular expression"),
+        ({"b1": 1.0}, r"b1 and b2 in \[0, 1\)"),
+        ({"b2": -0.1}, "b2=-0.1"),
+        ({"weight_decay": -1.0}, "weight_decay=-1.0"),
+        ({"clip": 0.0}, "clip=0.0"),
+        ({"kind": "schedule_free", "schedule": "wsd"}, "averages instead of lowering its learning rate"),
+    ],
+)
+def test_values_out_of_range(options, message):
+    with pytest.raises(UserError, match=message):
+        OptimizerConfig(**options)
+
+
+def test_a_config_comes_back_from_json():
+    config = OptimizerConfig(kind="muon", frozen=("^text/",))
+    assert config_json.from_json(config_json.to_json(config)) == config

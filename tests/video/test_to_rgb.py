@@ -1,0 +1,393 @@
+"""Pictures against ffmpeg's own conversion of the same frames: its filters scale, transpose, bwdif, premultiply."""
+
+import io
+import struct
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+from av.filter import Graph
+
+from dit_video.core import pixels
+from dit_video.core.errors import DecodeError
+from dit_video.tokens import Grid
+from dit_video.video import decode, probe
+from dit_video.video.to_rgb import over_black
+
+FLAGS = "accurate_rnd+full_chroma_int+full_chroma_inp+bitexact"
+MATRICES = {"bt601": 6, "bt709": 1, "bt2020": 9}
+RANGES = {"tv": 1, "pc": 2}
+
+
+def stored(content: bytes) -> list[av.VideoFrame]:
+    with av.open(io.BytesIO(content)) as container:
+        return list(container.decode(video=0))
+
+
+def filtered(frames: list[av.VideoFrame], *filters: tuple[str, str]) -> np.ndarray:
+    """The frames, sent through filters and converted to RGB."""
+    first, graph = frames[0], Graph()
+    graph.threads = 1
+    source = graph.add(
+        "buffer",
+        f"video_size={first.width}x{first.height}:pix_fmt={first.format.name}:time_base={first.time_base}"
+        f":pixel_aspect=1/1:colorspace={int(first.colorspace)}:range={int(first.color_range)}",
+    )
+    last = [("format", "pix_fmts=rgb24"), ("buffersink", None)]
+    graph.link_nodes(source, *(graph.add(*part) for part in [*filters, *last])).configure()
+    for frame in [*frames, None]:
+        graph.push(frame)
+    return np.stack([graph.pull().to_ndarray() for _ in frames])
+
+
+def scale(matrix: str, range_: str, *, size: str = "", algorithm: str = "bicubic", chroma: str = "") -> tuple[str, str]:
+    chroma = f":in_chroma_loc={chroma}" if chroma else ""
+    return "scale", (f"in_color_matrix={matrix}:in_range={range_}:out_range=pc:flags={algorithm}+{FLAGS}{size}{chroma}")
+
+
+def off(content: bytes, *filters: tuple[str, str]) -> int:
+    """The largest difference from ffmpeg's pictures, of 255."""
+    expected = filtered(stored(content), *filters).astype(int)
+    found = decode(content).frames
+    assert found.shape == expected.shape
+    return int(np.abs(found - expected).max())
+
+
+@pytest.mark.parametrize("range_", RANGES)
+@pytest.mark.parametrize("matrix", MATRICES)
+@pytest.mark.parametrize("pixel_format", ["yuv420p", "yuv422p", "yuv444p", "yuv420p10le", "yuv422p10le", "yuv444p12le"])
+def test_matrix_range_and_depth(write_video, textured, pixel_format, matrix, range_):
+    """Exactly: both sides are swscale's bit-exact arithmetic, given the same matrix, range and filter."""
+    content = write_video(
+        textured(2, 34, 48), pixel_format=pixel_format, colorspace=MATRICES[matrix], color_range=RANGES[range_]
+    )
+    assert off(content, scale(matrix, range_)) == 0
+    others = [(m, r) for m in MATRICES for r in RANGES if (m, r) != (matrix, range_)]
+    assert all(off(content, scale(*other)) > 1 for other in others)  # the comparison would notice
+
+
+@pytest.mark.parametrize(
+    ("codec", "format", "pixel_format", "range_", "chroma"),
+    [
+        ("libx264", "mp4", "yuv420p", "tv", "left"),
+        ("libx264", "mov", "yuv420p10le", "tv", "left"),
+        ("mpeg4", "avi", "yuv420p", "tv", "left"),
+        ("mjpeg", "avi", "yuvj420p", "pc", "center"),
+        ("rawvideo", "avi", "yuyv422", "tv", ""),
+        ("v210", "mov", "yuv422p10le", "tv", ""),
+        ("prores_ks", "mov", "yuv422p10le", "tv", ""),
+        ("libvpx-vp9", "webm", "yuv420p", "tv", ""),
+        ("ffv1", "matroska", "bgr0", "pc", ""),
+        ("ffv1", "matroska", "gbrp10le", "pc", ""),
+        ("ffv1", "matroska", "gray", "pc", ""),
+        ("ffv1", "matroska", "gray10le", "pc", ""),
+    ],
+)
+def test_codecs(write_video, textured, codec, format, pixel_format, range_, chroma):
+    """Exactly. ffmpeg's filter is told where the decoder says chroma lies, which it would leave out of account."""
+    frames = textured(2, 34, 48, channels=1 if "gray" in pixel_format else 3)
+    content = write_video(frames, codec=codec, format=format, pixel_format=pixel_format)
+    assert off(content, scale("bt601", range_, chroma=chroma)) == 0
+
+
+@pytest.mark.parametrize("pixel_format", ["yuv420p", "yuv420p10le", "yuv422p", "yuv410p"])
+@pytest.mark.parametrize(("height", "width"), [(33, 47), (33, 48), (34, 47), (13, 11), (1, 1)])
+def test_odd_sizes(write_video, textured, pixel_format, height, width):
+    content = write_video(textured(2, height, width), pixel_format=pixel_format, colorspace=1, color_range=1)
+    assert off(content, scale("bt709", "tv")) == 0
+
+
+def test_10_bit_in_two_planes():
+    """p010 comes from hardware decoders; none is here, so the frame is made and converted without a file."""
+    from dit_video.video.to_rgb import Pictures
+
+    rng = np.random.default_rng(0)
+    planar = av.VideoFrame(32, 16, "yuv420p10le")
+    for plane in planar.planes:
+        values = rng.integers(64, 941, plane.buffer_size // 2).astype("<u2")
+        plane.update(values.tobytes())
+    planar.colorspace, planar.color_range, planar.pts, planar.time_base = 1, 1, 0, Fraction(1, 10)
+    packed = planar.reformat(format="p010le")
+    expected = filtered([packed], scale("bt709", "tv"))[0]
+    np.testing.assert_array_equal(Pictures("a clip", Fraction(1), None)(packed, 0.0), expected)
+
+
+def test_high_definition_is_bt709_where_nothing_is_said(write_video, textured):
+    for height, width, matrix in [(576, 720, "bt601"), (480, 854, "bt601"), (544, 1280, "bt709"), (580, 720, "bt709")]:
+        content = write_video(textured(1, height, width), pixel_format="yuv420p")
+        assert off(content, scale(matrix, "tv")) == 0
+
+
+def test_limited_gray(write_video, textured):
+    """swscale takes all gray for full range; what says that it is limited is shown as luma alone is in colour."""
+    frames = textured(1, 34, 48, channels=1)
+    for pixel_format, colour, levels in [("gray", "yuv444p", 1), ("gray10le", "yuv444p10le", 4)]:
+        content = write_video(frames, pixel_format=pixel_format, color_range=1)
+        (gray,) = stored(content)
+        frame = av.VideoFrame(48, 34, colour)
+        frame.pts, frame.time_base, frame.color_range, frame.colorspace = 0, Fraction(1, 10), 1, 6
+        values = [gray.to_ndarray(), np.full((34, 48), 128 * levels), np.full((34, 48), 128 * levels)]
+        for plane, value in zip(frame.planes, values, strict=True):
+            item = 1 if levels == 1 else 2
+            rows = np.zeros((34, plane.line_size // item), f"<u{item}")
+            rows[:, :48] = value
+            plane.update(rows.tobytes())
+        expected = filtered([frame], scale("bt601", "tv"))
+        found = decode(content).frames
+        assert np.abs(found.astype(int) - expected).max() <= 1  # of rounding at 16 bits
+        assert found.min() < gray.to_ndarray().min() / levels - 10
+
+
+def test_colours_that_ffmpeg_cannot_convert(write_video, textured):
+    for matrix in (8, 10, 14):  # YCgCo, constant-luminance BT.2020, ICtCp
+        content = write_video(textured(1, 32, 32), pixel_format="yuv444p", colorspace=matrix)
+        for read in (probe, decode):
+            with pytest.raises(DecodeError, match=r"convert it to BT\.709"):
+                read(content)
+
+
+@pytest.mark.parametrize(
+    ("codec", "format", "pixel_format"),
+    [("png", "mov", "rgba"), ("png", "mov", "rgba64be"), ("ffv1", "matroska", "yuva420p"), ("qtrle", "mov", "argb")],
+)
+def test_transparency_isover_black(write_video, textured, codec, format, pixel_format):
+    """Within one of ffmpeg's premultiply, which rounds by itself; two where 16 bits are first cut to 8."""
+    frames = textured(2, 34, 48, channels=4)
+    frames[:, :8, :, 3], frames[:, 8:16, :, 3] = 0, 255
+    content = write_video(frames, codec=codec, format=format, pixel_format=pixel_format, color_range=0)
+    rgba = [
+        frame.reformat(format="gbrap", src_color_range=1 if "yuv" in pixel_format else 2, dst_color_range=2)
+        for frame in stored(content)
+    ]
+    for frame in rgba:
+        frame.colorspace, frame.color_range = 0, 2
+    expected = filtered(rgba, ("premultiply", "inplace=1"), ("format", "pix_fmts=gbrp")).astype(int)
+    found = decode(content).frames
+    assert (found[:, :8] == 0).all()
+    close = np.abs(found - expected)
+    assert close.max() <= (12 if "yuv" in pixel_format else 2)  # that reference interpolates chroma less well
+    assert close.mean() < 1.0
+
+
+def test_colours_times_alpha_are_those_of_ffmpeg():
+    """All 65,536 pairs: rounded to nearest, as ffmpeg lays a picture over a black one."""
+    colour, alpha = np.meshgrid(np.arange(256), np.arange(256), indexing="ij")
+    image = np.stack([colour, colour, colour, alpha], axis=-1).astype(np.uint8)
+    found = over_black(image)
+    np.testing.assert_array_equal(found[..., 1], np.rint(colour * alpha / 255))
+    graph = av.filter.Graph()
+    source = graph.add("buffer", "video_size=256x256:pix_fmt=rgba:time_base=1/1:pixel_aspect=1/1")
+    black = graph.add("color", "c=black:s=256x256:r=1:d=1")
+    rgb, overlay, sink = graph.add("format", "rgb24"), graph.add("overlay", "format=rgb"), graph.add("buffersink")
+    black.link_to(rgb)
+    rgb.link_to(overlay, 0, 0)
+    source.link_to(overlay, 0, 1)
+    overlay.link_to(sink)
+    graph.configure()
+    frame = av.VideoFrame.from_ndarray(image, format="rgba")
+    frame.pts, frame.time_base = 0, Fraction(1)
+    source.push(frame)
+    source.push(None)
+    np.testing.assert_array_equal(sink.pull().to_ndarray(format="rgb24"), found)
+
+
+def test_transparent_vp9(write_video, textured):
+    """ffmpeg's own decoder of VP9 leaves transparency out: libvpx's reads it."""
+    frames = textured(3, 32, 48, channels=4)
+    frames[..., 3] = 255
+    frames[:, :, :24, 3] = 0
+    content = write_video(frames, codec="libvpx-vp9", format="webm", pixel_format="yuva420p")
+    found = decode(content).frames
+    assert found[:, :, :20].max() <= 2
+    assert found[:, :, 28:].mean() > 80
+    assert probe(content).codec == "vp9"
+
+
+def test_palettes(write_video, textured):
+    frames = textured(3, 33, 47)
+    content = write_video(frames, codec="gif", format="gif", pixel_format="rgb8")
+    np.testing.assert_array_equal(decode(content).frames, filtered(stored(content)))
+    assert np.abs(decode(content).frames.astype(int) - frames).mean() < 32  # of eight levels, four of blue
+
+
+# --- shape of pixels, and which way is up ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("aspect", "shown"), [((4, 3), 64), ((2, 3), 32), ((16, 11), 70), ((1, 1), 48), ((40, 33), 58), ((1, 24), 2)]
+)
+def test_pixels_that_are_not_square(write_video, textured, aspect, shown):
+    frames = textured(2, 36, 48)
+    content = write_video(
+        frames,
+        pixel_format="yuv444p",
+        format="mov",
+        codec="libx264",
+        options={"qp": "0"},
+        sample_aspect_ratio=Fraction(*aspect),
+    )
+    facts = probe(content)
+    assert (facts.height, facts.width) == (36, shown)
+    if shown == 48:
+        assert off(content, scale("bt601", "tv")) == 0
+    else:
+        assert off(content, scale("bt601", "tv", size=f":w={shown}:h=36", algorithm="bilinear")) == 0
+
+
+def test_anamorphic_rgb_and_images(write_video, textured):
+    frames = textured(1, 36, 48)
+    content = write_video(frames, codec="png", pixel_format="rgb24", format="mov", sample_aspect_ratio=Fraction(4, 3))
+    np.testing.assert_array_equal(decode(content).frames, pixels.resize(frames, 36, 64))
+
+
+TURNS = {
+    90: ("transpose", "dir=cclock"),  # as set_display_rotation counts
+    180: ("hflip", ""),
+    270: ("transpose", "dir=clock"),
+}
+
+
+@pytest.mark.parametrize("degrees", TURNS)
+@pytest.mark.parametrize("aspect", [Fraction(1), Fraction(4, 3)])
+def test_turned_pictures(write_video, textured, degrees, aspect):
+    content = turned(write_video, textured(2, 36, 48), degrees, aspect)
+    width = round(48 * aspect)
+    facts = probe(content)
+    assert (facts.height, facts.width) == ((36, width) if degrees == 180 else (width, 36))
+    same = scale("bt601", "tv")
+    resized = scale("bt601", "tv", size=f":w={width}:h=36", algorithm="bilinear")
+    turn = [TURNS[degrees], ("vflip", "")] if degrees == 180 else [TURNS[degrees]]
+    assert off(content, same if aspect == 1 else resized, ("format", "pix_fmts=gbrp"), *turn) == 0
+
+
+def turned(write_video, frames, degrees, aspect=Fraction(1), flip=False):
+    buffer = io.BytesIO(
+        write_video(
+            frames,
+            pixel_format="yuv444p",
+            codec="libx264",
+            format="mov",
+            options={"qp": "0"},
+            sample_aspect_ratio=aspect,
+        )
+    )
+    out = io.BytesIO()
+    with av.open(buffer) as source, av.open(out, "w", format="mov") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        stream.set_display_rotation(degrees, hflip=flip)
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                target.mux(packet)
+    return out.getvalue()
+
+
+def test_a_mirrored_picture(write_video, textured):
+    content = turned(write_video, textured(2, 36, 48), 0, flip=True)
+    assert off(content, scale("bt601", "tv"), ("format", "pix_fmts=gbrp"), ("hflip", "")) == 0
+
+
+def test_turned_pictures_are_resized_before_they_are_turned(write_video, textured):
+    content = turned(write_video, textured(2, 36, 48), 90)
+    resized = scale("bt601", "tv", size=":w=20:h=12", algorithm="bilinear")
+    expected = filtered(stored(content), resized, ("format", "pix_fmts=gbrp"), TURNS[90])
+    np.testing.assert_array_equal(decode(content, size=Grid(2, 20, 12)).frames, expected)
+
+
+EXIF = {
+    1: lambda picture: picture,
+    2: lambda picture: picture[:, ::-1],
+    3: lambda picture: picture[::-1, ::-1],
+    4: lambda picture: picture[::-1],
+    5: lambda picture: picture.swapaxes(0, 1),
+    6: lambda picture: np.rot90(picture, -1),
+    7: lambda picture: picture[::-1, ::-1].swapaxes(0, 1),
+    8: lambda picture: np.rot90(picture, 1),
+}
+
+
+@pytest.mark.parametrize("orientation", EXIF)
+def test_photos_say_in_exif_which_way_is_up(textured, orientation):
+    plain = single("mjpeg", "yuvj444p", textured(1, 24, 40)[0])
+    entry = struct.pack("<HHIHH", 0x0112, 3, 1, orientation, 0)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + entry + bytes(4)
+    photo = plain[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + plain[2:]
+    expected = EXIF[orientation](decode(plain).frames[0])
+    np.testing.assert_array_equal(decode(photo).frames[0], expected)
+    facts = probe(photo)
+    assert (facts.height, facts.width) == expected.shape[:2]
+
+
+def single(codec: str, pixel_format: str, picture: np.ndarray) -> bytes:
+    """An image file."""
+    context = av.CodecContext.create(codec, "w")
+    context.height, context.width, context.pix_fmt, context.time_base = *picture.shape[:2], pixel_format, Fraction(1)
+    frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pixel_format)
+    frame.pts = 0
+    return b"".join(bytes(packet) for packet in [*context.encode(frame), *context.encode(None)])
+
+
+# --- interlaced -----------------------------------------------------------------------------------------------------
+
+
+def woven(textured, count: int) -> np.ndarray:
+    """Frames whose odd lines are of half a frame later: a texture that moves by two pixels a field."""
+    fields = textured(4 * count, 32, 64)[::2]
+    frames = fields[0::2].copy()
+    frames[:, 1::2] = fields[1::2][:, 1::2]
+    return frames
+
+
+INTERLACED = {"codec": "libx264", "format": "mp4", "pixel_format": "yuv420p"}
+FIELDS = {"flags": "+ilme+ildct", "qp": "0", "x264-params": "tff=1"}
+
+
+def test_interlaced_frames_are_deinterlaced(write_video, textured):
+    content = write_video(woven(textured, 6), **INTERLACED, options=FIELDS)
+    assert all(frame.interlaced_frame for frame in stored(content))
+    bwdif = ("bwdif", "mode=send_frame:parity=auto:deint=interlaced")
+    assert off(content, bwdif, scale("bt601", "tv", chroma="left")) == 0
+    assert probe(content).frames == len(decode(content).frames) == 6
+    combed = filtered(stored(content), scale("bt601", "tv", chroma="left"))
+    assert combing(decode(content).frames) < 0.5 * combing(combed)
+
+
+def combing(frames: np.ndarray) -> float:
+    """How much lines differ from the mean of both their neighbours."""
+    lines = frames.astype(float)
+    return float(np.abs(lines[:, 1:-1] - (lines[:, :-2] + lines[:, 2:]) / 2).mean())
+
+
+def test_a_deinterlaced_frame_is_the_same_wherever_reading_begins(write_video, textured):
+    content = write_video(woven(textured, 40), **INTERLACED, options={**FIELDS, "g": "5", "bf": "0"})
+    whole = decode(content).frames
+    np.testing.assert_array_equal(decode(content, start=2.0, frames=3).frames, whole[20:23])
+    np.testing.assert_array_equal(decode(content, start=3.9).frames, whole[39:])
+    np.testing.assert_array_equal(decode(content, fps=5, start=1.6, frames=3).frames, whole[[16, 18, 20]])
+
+
+def test_progressive_frames_among_interlaced_ones(write_video, textured):
+    """In one file, by two encoders with the same header."""
+    smooth = textured(4, 32, 64)
+    first = write_video(woven(textured, 4), codec="mpeg2video", format="mpegts", pixel_format="yuv420p", options=MPEG2)
+    plain = {name: value for name, value in MPEG2.items() if name != "flags"}
+    second = write_video(
+        smooth,
+        codec="mpeg2video",
+        format="mpegts",
+        pixel_format="yuv420p",
+        options=plain,
+        first=4,
+    )
+    content = first + second
+    flags = [frame.interlaced_frame for frame in stored(content)]
+    assert flags == [True] * 4 + [False] * 4
+    found = decode(content).frames
+    assert found.shape == (8, 32, 64, 3)
+    bwdif = ("bwdif", "mode=send_frame:parity=auto:deint=interlaced")
+    np.testing.assert_array_equal(found, filtered(stored(content), bwdif, scale("bt601", "tv", chroma="left")))
+    np.testing.assert_array_equal(found[4:], decode(second).frames)
+
+
+MPEG2 = {"flags": "+ilme+ildct", "qmin": "1", "qmax": "2", "bf": "0", "b": "20M"}
