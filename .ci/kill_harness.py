@@ -157,7 +157,7 @@ def compare(want: dict[str, Any], got: dict[str, Any], run: Path) -> None:
 
 def tiny() -> Any:
     """The tiny experiment of the tests, with a longer training of its denoiser."""
-    specification = importlib.util.spec_from_file_location("tiny", ROOT / "tests" / "experiments" / "tiny.py")
+    specification = importlib.util.spec_from_file_location("tiny", ROOT / "tests" / "support" / "tiny.py")
     assert specification is not None
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)

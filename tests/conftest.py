@@ -93,7 +93,7 @@ def quick_compilation() -> None:
 @pytest.fixture(scope="session")
 def tiny() -> ModuleType:
     """The config file of the tiny experiment."""
-    return _load_file(ROOT / "tests" / "experiments" / "tiny.py")
+    return _load_file(ROOT / "tests" / "support" / "tiny.py")
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,5 @@
 """The VAE of images from random parameters: sizes, frames apart, canvases, configs. Equality with diffusers' is held
-in tests/weights/test_parity.py."""
+in tests/families/test_autoencoder_parity.py."""
 
 import dataclasses
 import functools

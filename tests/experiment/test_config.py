@@ -17,7 +17,7 @@ from dit_video.text import ByteEncoderConfig
 from dit_video.tokens import Grid, RowShape
 from dit_video.training.optim.optimizer import OptimizerConfig
 
-CONFIGS = sorted((pathlib.Path(__file__).resolve().parents[1] / "experiments" / "configs").glob("*.py"))
+CONFIGS = sorted((pathlib.Path(__file__).resolve().parents[2] / "experiments" / "configs").glob("*.py"))
 
 
 def changed(value, path, new):

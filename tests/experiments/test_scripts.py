@@ -25,7 +25,7 @@ from dit_video.video import decode
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = "tests/experiments/tiny.py"
+TINY = "tests/support/tiny.py"
 PROMPT = "a red circle moving left"
 REQUESTS = [
     Request(PROMPT, Grid(9, 16, 32), seed=1),

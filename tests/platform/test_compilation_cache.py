@@ -21,7 +21,7 @@ print(folder, sum(name.endswith("/cache_hits") for name in counted))
 def start(home: Path, **environment: str) -> list[str]:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
-        env={"PYTHONPATH": str(Path(__file__).parents[1]), "XDG_CACHE_HOME": str(home), **environment},
+        env={"PYTHONPATH": str(Path(__file__).parents[2]), "XDG_CACHE_HOME": str(home), **environment},
         capture_output=True,
         text=True,
         check=True,

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-_ROOT = Path(__file__).resolve().parents[1]
+_ROOT = Path(__file__).resolve().parents[2]
 
 HANG = 900
 """Seconds after which a process hangs. On a busy machine one may take a hundred times as long as on an idle one."""

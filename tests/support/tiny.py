@@ -1,9 +1,9 @@
 """The smallest experiment that goes through every stage: seconds of training on a few rendered clips.
 
-    python experiments/train.py tests/experiments/tiny.py --data CLIPS --workdir RUN
+    python experiments/train.py tests/support/tiny.py --data CLIPS --workdir RUN
 
-CLIPS is made by `dit_video.data.synthetic.shapes.write_folder` with `COUNT`, `SIZES` and seed 0. The model learns next to
-nothing.
+CLIPS is made by `dit_video.data.synthetic.shapes.write_folder` with `COUNT`, `SIZES` and seed 0. The model learns next
+to nothing.
 """
 
 from dit_video.autoencoders import AutoencoderObjective, PatchVaeConfig

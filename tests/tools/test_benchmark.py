@@ -16,7 +16,7 @@ from support.devices import HANG
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = ROOT / "tests" / "experiments" / "tiny.py"
+TINY = ROOT / "tests" / "support" / "tiny.py"
 
 
 @pytest.fixture(scope="module")

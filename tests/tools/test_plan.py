@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-TOOL, CONFIG = "tools/plan.py", "tests/experiments/tiny.py"
+TOOL, CONFIG = "tools/plan.py", "tests/support/tiny.py"
 
 
 def test_a_plan_and_its_document(tmp_path, script):

@@ -99,7 +99,7 @@ AFTERWARDS = (
 """
 )
 
-LOSS = str(Path(__file__).with_name("test_denoiser.py"))
+LOSS = str(Path(__file__).with_name("losses") / "test_denoiser.py")
 
 
 def test_on_one_two_four_and_eight_devices(tmp_path):

@@ -87,7 +87,7 @@ def _pixels(given: Image, size: Grid) -> UInt8[np.ndarray, "H W 3"]:
     if frames.shape != (1, size.h, size.w, 3) or frames.dtype != np.uint8:
         raise UserError(
             f"an image is a clip of one frame or uint8 pixels, [{size.h} {size.w} 3] for this size, not {frames.dtype} "
-            f"{list(frames.shape[1:] if len(frames) == 1 else frames.shape)}; resize it (dit_video.core.pixels.resize), or "
+            f"{list(frames.shape[1:] if len(frames) == 1 else frames.shape)}; resize it (core.pixels.resize), or "
             "ask for a clip of its size"
         )
     return frames[0]

@@ -26,7 +26,7 @@ from dit_video.nn.attention import RelativeBias, SlidingWindow, SpaceOnly, Spars
 from dit_video.tokens import Grid, Rotary3d
 
 CONFIG = DitConfig(channels=2, context_width=6, width=24, layers=2, heads=2, mlp_ratio=2.0)
-SHAPES = Path(__file__).resolve().parents[2] / "experiments" / "pretrained" / "shapes"
+SHAPES = Path(__file__).resolve().parents[3] / "experiments" / "pretrained" / "shapes"
 
 
 def made(**fields) -> DitConfig:

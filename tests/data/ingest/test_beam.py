@@ -25,7 +25,7 @@ from support.devices import HANG
 
 pytest.importorskip("apache_beam")
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[2] / "support" / "programs"
 
 
 @pytest.fixture

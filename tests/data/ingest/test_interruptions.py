@@ -20,7 +20,7 @@ from dit_video.data.ingest.journal import FILE, PARTS, Journal, Part, read_parts
 from dit_video.video import Clip
 from support.devices import HANG, wait_until
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[2] / "support" / "programs"
 
 
 def write_clips(folder: Path, *names: str) -> None:

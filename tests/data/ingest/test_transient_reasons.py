@@ -16,7 +16,7 @@ from dit_video.data.ingest import IngestConfig, ingest, workers
 from dit_video.data.ingest.journal import FILE
 from dit_video.video import Clip
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[2] / "support" / "programs"
 
 
 def write_clips(folder: Path, *names: str) -> Path:

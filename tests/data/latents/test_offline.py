@@ -42,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 MODEL = PatchVaeConfig(stride=Grid(2, 2, 2), channels=3, width=4, blocks=1)
 PARAMS = rough_params(MODEL.make)
 LIMITS = SizeLimits(max_pixels=48 * 48, max_frames=5, multiple=Grid(2, 2, 2))
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 class Memory(ClipSource):
@@ -266,7 +266,7 @@ WORKER = """
     import os, sys, time
     from pathlib import Path
     sys.path.insert(0, sys.argv[1])
-    import test_encoding as t
+    import test_offline as t
     source, encoding = t.source_of(t.MIXED), t.encoding_of(views_per_file=3)
     plan = t.plan_encoding(source, encoding)
     def progress(done):
@@ -280,7 +280,7 @@ WORKER = """
 
 
 def worker(folder, held=-1, **environment):
-    inherited = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    inherited = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", textwrap.dedent(WORKER), str(Path(__file__).parent), str(folder), str(held)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=inherited | environment)
 

@@ -21,7 +21,7 @@ from support.rough import rough_params
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 CONFIG = PatchVaeConfig(stride=Grid(2, 4, 4), channels=3, width=8, blocks=1)
 SIZES = [Grid(t, 4 * h, 4 * w) for t in (1, 3, 5) for h in (2, 3) for w in (2, 4)]
 
@@ -66,7 +66,7 @@ WORKER = """
 import sys
 import numpy as np
 sys.path.insert(0, sys.argv[1])
-import test_live as t
+import test_online as t
 encoder = t.LiveEncoder(t.CONFIG, t.rough_params(t.CONFIG.make), t.SIZES)
 assert set(encoder.together.values()) == {3}, encoder.together
 encode, seen = encoder._encode, set()
@@ -79,8 +79,8 @@ assert seen == {3}
 def test_batches_are_split_over_the_devices_of_a_process(alone, tmp_path):
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}
     done = subprocess.run(
-        [sys.executable, "-c", WORKER, str(ROOT / "tests"), str(tmp_path / "latents.npz")],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **flags},
+        [sys.executable, "-c", WORKER, str(Path(__file__).parent), str(tmp_path / "latents.npz")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "JAX_PLATFORMS": "cpu", **flags},
         capture_output=True,
         text=True,
         timeout=HANG,

@@ -9,7 +9,7 @@ import pytest
 
 from support.devices import HANG
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 
 # In a process of its own: a test process that has libtpu would look for TPUs from then on.
 PROGRAM = """
