@@ -1,4 +1,7 @@
-"""A run must have learned and its files must decode: python .ci/check_run.py RUN"""
+"""Check that a run has learned and that its files can be decoded.
+
+python .ci/check_run.py RUN
+"""
 
 import json
 import math
@@ -11,12 +14,12 @@ from dit_video.video import decode
 
 
 def check_losses(run: Path) -> None:
-    """Every log of a loss ends lower than it began, by the means of its first and last fifth."""
+    """Check that every logged loss fell, comparing the means of its first and last fifth."""
     logs = {path: [entry["loss"] for entry in read(path) if "loss" in entry] for path in sorted(run.rglob("*.jsonl"))}
     logs = {path: losses for path, losses in logs.items() if losses}
-    assert logs, f"no *.jsonl with a loss under {run}"
+    assert logs, f"{run} has no *.jsonl file with a loss"
     for path, losses in logs.items():
-        assert len(losses) >= 2, f"{path} has {len(losses)} entries: too few to compare"
+        assert len(losses) >= 2, f"{path} has {len(losses)} entries, which are too few to compare"
         assert all(math.isfinite(loss) for loss in losses), f"{path} has a loss that is not finite"
         fifth = max(1, len(losses) // 5)
         first, last = sum(losses[:fifth]) / fifth, sum(losses[-fifth:]) / fifth
@@ -25,7 +28,7 @@ def check_losses(run: Path) -> None:
 
 
 def check_samples(run: Path) -> None:
-    """Every file of `prompts.json` decodes at the size that is written there, and no other lies beside them."""
+    """Check that every file in `prompts.json` decodes to the size given there, and that there are no other files."""
     folder = run / "samples"
     samples = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
     assert samples, f"{folder}/prompts.json is empty"
@@ -34,8 +37,8 @@ def check_samples(run: Path) -> None:
         expected = (sample["frames"], sample["height"], sample["width"], 3)
         assert clip.frames.shape == expected, f"{sample['file']} is {clip.frames.shape}, not {expected}"
         assert {"prompt", "seed"} <= sample.keys()
-    videos = {path.name for path in folder.iterdir()} - {"prompts.json"}
-    assert videos == {sample["file"] for sample in samples}, "samples/ and prompts.json disagree"
+    files = {path.name for path in folder.iterdir()} - {"prompts.json"}
+    assert files == {sample["file"] for sample in samples}, "the files in samples/ are not those of prompts.json"
     print(f"{len(samples)} samples decode")
 
 

@@ -1,4 +1,7 @@
-"""Every file of the package must be in the wheel: python .ci/check_wheel.py FILE.whl"""
+"""Check that a wheel has every file of the package and no others.
+
+python .ci/check_wheel.py FILE.whl
+"""
 
 import sys
 import zipfile
@@ -17,12 +20,12 @@ def main() -> None:
     with zipfile.ZipFile(sys.argv[1]) as wheel:
         packed = set(wheel.namelist())
     missing = sorted(expected - packed)
-    strange = sorted(name for name in packed - expected if ".dist-info/" not in name)
-    if missing or strange:
-        sys.exit(f"error: the wheel lacks {missing} and has {strange} that the package has not")
+    unexpected = sorted(name for name in packed - expected if ".dist-info/" not in name)
+    if missing or unexpected:
+        sys.exit(f"error: the wheel lacks {missing} and has {unexpected}, which the package does not have")
     if not any(name.endswith("/LICENSE") for name in packed):
         sys.exit("error: the wheel has no LICENSE")
-    print(f"{len(expected)} files of dit_video are in the wheel")
+    print(f"the wheel has all {len(expected)} files of dit_video")
 
 
 if __name__ == "__main__":

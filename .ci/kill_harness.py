@@ -1,12 +1,14 @@
-"""Kill a training again and again, and see that nothing of its result changes.
+"""Kill a training again and again, and check that its result does not change.
 
     python .ci/kill_harness.py 100 --folder /tmp/kills
+    python .ci/kill_harness.py 20 --seed 0
 
-A tiny experiment (clips -> latents -> a denoiser on packed rows, through the real loader, saved in the background every
-three steps) is trained once without a disturbance. Then it is trained again, and its processes are killed (SIGKILL) at
-random moments: while it starts, restores, computes, logs and saves, which it does most of the time. The same command
-goes on each time. At the end its log and every array of its last checkpoint are compared with the undisturbed run's,
-bit by bit; runs follow each other until so many kills are done. The folder can be used again: what was prepared stays.
+A tiny experiment (clips, latents, then a denoiser trained on packed rows through the real loader, saved in the
+background every three steps) is trained once without interruption. Then it is trained again while its processes are
+killed (SIGKILL) at random moments: while it starts, restores, computes, logs or, most of the time, saves. The same
+command continues it each time. In the end its log and every array of its last checkpoint are compared bit by bit with
+the uninterrupted run. This is repeated until the requested number of kills is reached. The folder can be reused: the
+prepared data and the uninterrupted run stay in it.
 """
 
 import argparse
@@ -29,45 +31,47 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, SAVE_EVERY, BATCH = 120, 3, 2
 MOST_SECONDS = 3600
-"""without which a training that isn't killed ends"""
+"""Time limit of a training that is not killed."""
 OF_TIME = re.compile("seconds|wait|per_second|memory|mfu|utilisation")
-"""Entries of the log that are measured with a clock, or of the machine."""
+"""Names of log entries that depend on a clock or on the machine, and are not compared."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kills", type=int, help="how many")
+    parser.add_argument("kills", type=int, help="Number of kills.")
     parser.add_argument("--folder", type=Path, default=Path("runs/kills"))
-    parser.add_argument("--seed", type=int, default=None, help="of the moments; random by default")
+    parser.add_argument("--seed", type=int, default=None, help="Seed of the random moments; a new one by default.")
     arguments = parser.parse_args()
     seed = time.time_ns() % 2**32 if arguments.seed is None else arguments.seed
     moments = random.Random(seed)
     folder = arguments.folder.absolute()
-    whole = folder / "whole"
+    uninterrupted = folder / "whole"
     prepared(folder / "prepared")
-    if not (whole / "done").is_file():
-        again(folder / "prepared", whole)
-        began = time.monotonic()
-        trained(whole, None)
-        print(f"undisturbed: {STEPS} steps, {time.monotonic() - began:.0f} s with its start", flush=True)
-    want = result(whole)
-    done, runs, moment_of = 0, 0, Counter[str]()
+    if not (uninterrupted / "done").is_file():
+        again(folder / "prepared", uninterrupted)
+        start_time = time.monotonic()
+        trained(uninterrupted, None)
+        print(
+            f"uninterrupted run: {STEPS} steps in {time.monotonic() - start_time:.0f} s including its start", flush=True
+        )
+    expected = result(uninterrupted)
+    done, runs, kill_counts = 0, 0, Counter[str]()
     while done < arguments.kills:
         run = folder / "killed"
         again(folder / "prepared", run)
         while when := trained(run, moments if done < arguments.kills else None):
             done += 1
-            moment_of[when] += 1
-            print(f"kill {done} {when}; it has step {newest(run)}", flush=True)
+            kill_counts[when] += 1
+            print(f"kill {done} {when}; its newest checkpoint is of step {newest(run)}", flush=True)
         runs += 1
-        compare(want, result(run), run)
-        print(f"run {runs}: after {done} kills its log and arrays are the undisturbed run's", flush=True)
-    told = ", ".join(f"{count} {when}" for when, count in moment_of.most_common())
-    print(f"{done} kills in {runs} runs ({told}; seed {seed}): no bit differs")
+        compare(expected, result(run), run)
+        print(f"run {runs}: after {done} kills, its log and arrays equal those of the uninterrupted run", flush=True)
+    summary = ", ".join(f"{count} {when}" for when, count in kill_counts.most_common())
+    print(f"{done} kills in {runs} runs ({summary}; seed {seed}): no bit differs")
 
 
 def trained(run: Path, moments: random.Random | None) -> str:
-    """Start the training, and kill it at a random moment, if there are any; empty once it ends by itself, else when."""
+    """Start the training and kill it at a random moment of `moments`; return when, or "" if it ended by itself."""
     with (run / "output.txt").open("a") as output:
         process = subprocess.Popen(
             [sys.executable, __file__, "train", str(run)],
@@ -78,18 +82,18 @@ def trained(run: Path, moments: random.Random | None) -> str:
             start_new_session=True,
         )
         assert process.stdout is not None
-        process.stdout.readline()  # it has imported what it needs
+        process.stdout.readline()  # blocks until the imports are done
         when = "" if moments is None else wait(process, run, moments)
         if when:
             os.killpg(process.pid, signal.SIGKILL)
         elif process.wait(MOST_SECONDS) != 0:
-            raise SystemExit(f"a start failed, which is to go on:\n{(run / 'output.txt').read_text()[-4000:]}")
+            raise SystemExit(f"a start failed instead of continuing:\n{(run / 'output.txt').read_text()[-4000:]}")
         process.wait()
     return when
 
 
 def wait(process: subprocess.Popen, run: Path, moments: random.Random) -> str:
-    """Until a random moment: of the start, or some saves later; what it is, or nothing where the training has ended."""
+    """Wait for a random moment of the start, or some saves later; return which, or "" if the training ended."""
     if moments.random() < 0.2:
         time.sleep(moments.uniform(0.0, 6.0))
         return "" if process.poll() is not None else "while it started"
@@ -104,7 +108,7 @@ def wait(process: subprocess.Popen, run: Path, moments: random.Random) -> str:
 
 
 def prepared(folder: Path) -> None:
-    """Clips, a trained autoencoder and its latents: what the training of the denoiser begins with."""
+    """Make clips, a trained autoencoder and its latents, which the training of the denoiser starts from."""
     if not (folder / "done").is_file():
         shutil.rmtree(folder, ignore_errors=True)
         command = [sys.executable, __file__, "prepare", str(folder)]
@@ -119,7 +123,7 @@ def again(source: Path, run: Path) -> None:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Programs are compiled once, for starts to be short."""
+    """Return environment variables that share compiled programs among all starts, so that starts are short."""
     programs = {
         "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -137,7 +141,7 @@ def newest(run: Path) -> int:
 
 
 def result(run: Path) -> dict[str, Any]:
-    """The log without what is measured with a clock, and digests of all arrays of the last checkpoint."""
+    """Return the log without entries that depend on a clock, and digests of all arrays of the last checkpoint."""
     lines = (run / "run" / "denoiser" / "metrics.jsonl").read_text().splitlines()
     log = [{name: value for name, value in json.loads(line).items() if not OF_TIME.search(name)} for line in lines]
     return {"log": log, "arrays": json.loads((run / "done").read_text())}
@@ -146,17 +150,17 @@ def result(run: Path) -> dict[str, Any]:
 def compare(want: dict[str, Any], got: dict[str, Any], run: Path) -> None:
     for step, (left, right) in enumerate(zip(want["log"], got["log"], strict=False), start=1):
         if left != right:
-            raise SystemExit(f"{run}: the log differs at step {step}: {left} undisturbed, {right} killed")
+            raise SystemExit(f"{run}: the log differs at step {step}: {left} uninterrupted, {right} killed")
     if len(want["log"]) != len(got["log"]) or len(want["log"]) != STEPS:
         raise SystemExit(
-            f"{run}: {len(got['log'])} entries of the log, {len(want['log'])} undisturbed, of {STEPS} steps"
+            f"{run}: the log has {len(got['log'])} entries, {len(want['log'])} uninterrupted, for {STEPS} steps"
         )
     if different := [path for path in want["arrays"] if want["arrays"][path] != got["arrays"].get(path)]:
         raise SystemExit(f"{run}: arrays differ: {', '.join(different)}")
 
 
 def tiny() -> Any:
-    """The tiny experiment of the tests, with a longer training of its denoiser."""
+    """Load the module of the tests' tiny experiment."""
     specification = importlib.util.spec_from_file_location("tiny", ROOT / "tests" / "support" / "tiny.py")
     assert specification is not None
     assert specification.loader is not None

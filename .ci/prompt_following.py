@@ -1,7 +1,9 @@
-"""What several quickstart runs reach together: python .ci/prompt_following.py RUN [RUN ...]
+"""Check the pooled metrics of several quickstart runs.
 
-Reads the written sample files of every run and judges them again, so that nothing but pixels counts. Fails where a
-bound does not hold.
+    python .ci/prompt_following.py RUN [RUN ...]
+
+It reads the sample files of every run and evaluates them again, so that the result depends on nothing but pixels. It
+fails if a rate or the spread of start positions is below its bound.
 """
 
 import sys
@@ -18,12 +20,12 @@ LEAST_SPREAD = 0.80
 def main(runs: list[Path]) -> None:
     results, rates = [], {name: [] for name in BOUNDS}
     for run in runs:
-        of_run = evaluate.examine_samples(evaluate.read_samples(run / "samples"))
-        table = prompt_following(of_run)["all"]
+        run_results = evaluate.examine_samples(evaluate.read_samples(run / "samples"))
+        table = prompt_following(run_results)["all"]
         for name in BOUNDS:
             rates[name].append(table[name]["rate"])
         print(f"{run}: " + ", ".join(f"{name} {table[name]['rate']:.1%}" for name in BOUNDS))
-        results += of_run
+        results += run_results
     pooled = prompt_following(results)
     for group in ("all", "seen", "never_seen", "images"):
         for name, figure in pooled[group].items():
@@ -36,10 +38,10 @@ def main(runs: list[Path]) -> None:
             f"spread of starts, {direction}: "
             + ", ".join(f"{a} {axes[a]['ratio']:.2f}" for a in ("vertical", "horizontal"))
         )
-    short = [name for name, bound in BOUNDS.items() if sum(rates[name]) / len(runs) < bound]
+    below = [name for name, bound in BOUNDS.items() if sum(rates[name]) / len(runs) < bound]
     ratios = [pooled["start_spread"][d][a]["ratio"] for d in shapes.DIRECTIONS for a in ("vertical", "horizontal")]
-    if short or min(ratios) < LEAST_SPREAD:
-        sys.exit(f"error: below the bounds: {', '.join(short) or 'spread of starts'}")
+    if below or min(ratios) < LEAST_SPREAD:
+        sys.exit(f"error: below the required bounds: {', '.join(below) or 'spread of starts'}")
 
 
 if __name__ == "__main__":

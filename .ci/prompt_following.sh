@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The quickstart with three seeds, and what they reach together: .ci/prompt_following.sh [SEED ...]
-# Three quarters of an hour on two cores, so it is run by hand before a release and not by .ci/run.
-# PYTHON names the interpreter, by default that of .venv.
+# Run the quickstart with three seeds and check their pooled metrics: .ci/prompt_following.sh [SEED ...]
+# This takes 45 minutes on two cores, so it is run by hand before a release and not by .ci/run.
+# Set PYTHON to choose the interpreter; the default is that of .venv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python="${PYTHON:-.venv/bin/python}"

@@ -1,18 +1,15 @@
-"""Distil a model into one of few steps, sample it, and write its report beside its teacher's figures.
+"""Distill a model into a few-step student, sample it and compare it with its teacher in a report.
 
-    python experiments/distill.py experiments/pretrained/shapes --method dmd --steps 150 --batch 4
-    python experiments/distill.py runs/mine --method consistency --workdir runs/mine-few
+The teacher is the folder of a run or of a pipeline. A run has its own clips; for the pipeline of rendered shapes, clips
+are rendered; any other pipeline needs --data, as in `train.py`. The student starts from the teacher's weights and
+learns to match its guided samples without guidance:
 
-The teacher is a run's folder or a pipeline's. A run brings its own clips; for a pipeline of the rendered shapes clips
-are rendered; any other takes them with --data, as `train.py` does. The student begins as the teacher and learns to
-make without guidance what that makes with it:
+    --method consistency    map any point of the teacher's trajectory to its end (latent consistency)
+    --method dmd            match the distribution of the teacher's samples (DMD2, without its discriminator)
 
-    --method consistency    to go from any point of the teacher's flow straight to its end (latent consistency)
-    --method dmd            to make samples that are distributed as the teacher's (DMD2, without its discriminator)
-
-WORKDIR/pipeline is the student, of 4 steps; `dit_video.load(WORKDIR)` and `sample.py` sample it. Of the rendered shapes
-WORKDIR/few_steps.json and the report say how teacher and student follow prompts and vary, by their steps. Interrupted,
-the same command continues where it was.
+WORKDIR/pipeline is the student, with 4 sampling steps; sample it with `dit_video.load(WORKDIR)` or `sample.py`. For the
+rendered shapes, WORKDIR/few_steps.json and the report compare how well teacher and student follow prompts and how much
+their samples vary, per number of steps. After an interruption, run the same command again to continue.
 """
 
 from dit_video.platform.huge_pages import use_huge_pages
@@ -46,55 +43,61 @@ from dit_video.training.hooks.logging import Progress
 
 @dataclass(frozen=True)
 class Arguments:
-    """Distil a run's or a pipeline's model into few steps, and sample it."""
+    """Distill a model into a few-step student, sample it and compare it with its teacher in a report.
+
+    For example:
+
+        python experiments/distill.py experiments/pretrained/shapes --method dmd --steps 150 --batch 4
+        python experiments/distill.py runs/mine --method consistency --workdir runs/mine-few
+    """
 
     teacher: Annotated[Path, tyro.conf.Positional]
-    """a run's folder, or a pipeline's"""
+    """Folder of the teacher: a run or a pipeline."""
     workdir: Path = Path("runs/distilled")
-    """the student's folder"""
+    """Folder of the student's run."""
     data: tuple[str, ...] = ()
-    """folders of clips, or data sets that tools/ingest.py made; a run's own by default"""
+    """Folders of clips, or data sets written by tools/ingest.py; the clips of the teacher's run by default."""
     clips: int = 2000
-    """how many are rendered, where the teacher is of the rendered shapes and no data are named"""
+    """Number of clips to render if the teacher was trained on rendered shapes and --data is not set."""
     seeds: int = 3
-    """how many times every prompt of the rendered shapes is sampled for the comparison; 0 leaves it out"""
+    """Number of samples per prompt of the rendered shapes in the comparison; 0 skips the comparison."""
     full: int = 50
-    """steps of the teacher that the student is measured by"""
+    """Number of sampling steps of the teacher in the comparison."""
     options: Annotated[Distilling, tyro.conf.arg(name="")] = field(default_factory=Distilling)
     cache: bool = True
-    """whether compiled programs are kept for the next start, in ~/.cache/dit_video/programs"""
+    """Keep compiled programs in ~/.cache/dit_video/programs, so that the next start is faster."""
 
 
 def main() -> None:
     arguments = tyro.cli(Arguments)
     if arguments.cache:
         keep_programs()
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     experiment = distilling(arguments.teacher, arguments.options)
-    judged = isinstance(experiment.evaluation, ShapesEvaluation)
+    is_shapes = isinstance(experiment.evaluation, ShapesEvaluation)
     if arguments.data:
-        datasets.check(arguments.data)  # before a run is made of it
-    elif not judged and not (arguments.teacher / CONFIG).is_file():
-        raise UserError(f"{arguments.teacher} is a pipeline without clips; name folders of them: --data CLIPS")
+        datasets.check(arguments.data)  # fail before the run's folder is created
+    elif not is_shapes and not (arguments.teacher / CONFIG).is_file():
+        raise UserError(f"{arguments.teacher} is a pipeline, which has no clips of its own; use --data CLIPS")
     run = Run.create(arguments.workdir, experiment)
     student = run.train(*(arguments.data or _own(arguments)))
     teacher = dit_video.load(arguments.teacher)
-    measured = evaluate.evaluate(student, run.folder, seed=experiment.seed, run=run)
-    if judged and arguments.seeds:
-        measured.metrics["few_steps"] = _compared(arguments, teacher, student, run.folder)
+    evaluation = evaluate.evaluate(student, run.folder, seed=experiment.seed, run=run)
+    if is_shapes and arguments.seeds:
+        evaluation.metrics["few_steps"] = _compared(arguments, teacher, student, run.folder)
     report_run(
         run.folder / "report.html",
         student,
-        measured,
+        evaluation,
         title=f"{arguments.teacher.name}, in {experiment.sampling.steps} steps",
         source=run.folder,
         config=config_json.to_json(experiment),
     )
-    print(f"{(time.perf_counter() - began) / 60:.1f} minutes; look at {run.folder / 'report.html'}")
+    print(f"{(time.perf_counter() - start_time) / 60:.1f} minutes; report: {run.folder / 'report.html'}")
 
 
 def _own(arguments: Arguments) -> tuple[Address, ...]:
-    """The clips of the teacher's run; rendered ones where it has none."""
+    """Return the data of the teacher's run, or a folder of rendered clips if the teacher is a pipeline."""
     if (arguments.teacher / CONFIG).is_file():
         return datasets.sources(arguments.teacher / "data")
     folder, count, seed = arguments.workdir / "clips", arguments.clips, arguments.options.seed
@@ -104,7 +107,7 @@ def _own(arguments: Arguments) -> tuple[Address, ...]:
 
 
 def _compared(arguments: Arguments, teacher: Pipeline, student: Pipeline, folder: Path) -> dict[str, Any]:
-    """The table, which is written and said."""
+    """Compare teacher and student, write the table to few_steps.json, print it and return it."""
     few = tuple(sorted({4, 2, 1, arguments.options.sampling_steps}, reverse=True))
     with Progress("comparing", 1 + 2 * len(few), unit="row") as progress:
         seeds = range(arguments.options.seed, arguments.options.seed + arguments.seeds)
@@ -113,10 +116,10 @@ def _compared(arguments: Arguments, teacher: Pipeline, student: Pipeline, folder
     for name, row in table.items():
         rates = ", ".join(f"{attribute} {row[attribute]:.1%}" for attribute in ATTRIBUTES)
         spread = "–" if row["spread"] is None else f"{row['spread']:.3f}"
-        kept = " and ".join(
+        retained = " and ".join(
             "–" if row[part] is None else f"{row[part]:.1%}" for part in ("following_kept", "spread_kept")
         )
-        print(f"{name}: {rates}; spread {spread}; keeps {kept} of the teacher's following and spread")
+        print(f"{name}: {rates}; spread {spread}; keeps {retained} of the teacher's following and spread")
     return table
 
 

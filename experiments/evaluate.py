@@ -1,8 +1,4 @@
-"""Evaluate a run, or a pipeline that was exported: metrics.json, samples/ and report.html.
-
-python experiments/evaluate.py runs/quickstart
-python experiments/evaluate.py experiments/pretrained/shapes --out runs/pretrained --seed 7
-"""
+"""Evaluate a run or an exported pipeline, and write metrics.json, samples/ and report.html."""
 
 from dit_video.platform.huge_pages import use_huge_pages
 
@@ -37,30 +33,37 @@ def main(
     sigma_rel: float | None = None,
     cache: bool = True,
 ) -> None:
-    """Reconstruct held-out clips, sample, judge, and write the report.
+    """Reconstruct held-out clips, sample, compute metrics and write metrics.json, samples/ and report.html.
+
+    For example:
+
+        python experiments/evaluate.py runs/quickstart
+        python experiments/evaluate.py experiments/pretrained/shapes --out runs/pretrained --seed 7
 
     Args:
-        run: a run folder, or a pipeline folder.
-        out: where the files go; the run folder itself by default.
-        seed: of the samples.
-        steps: of the sampler, instead of the run's.
-        guidance: instead of the run's; 1 is none.
-        sampler: such as euler, heun, unipc, dpm++2m or ddim, instead of the run's.
-        interval: the times, from 0 (data) to 1 (noise), at which there is guidance at all.
-        rescale: from 0 to 1, how far guided predictions are brought to the deviation of those without guidance.
-        projected: whether guidance leaves out what lies along the prediction itself, which saturates.
-        ema: of a run: which of its averages, by its decay; 0 for the weights themselves.
-        sigma_rel: of a run: the relative width of an average that is put together from its snapshots.
-        cache: whether compiled programs are kept for the next start, in ~/.cache/dit_video/programs.
+        run: Folder of a run or of a pipeline.
+        out: Folder to write the files to; the run's folder by default.
+        seed: Seed of the samples.
+        steps: Number of sampling steps; the run's by default.
+        guidance: Guidance scale, where 1 disables guidance; the run's by default.
+        sampler: Name of the sampler, such as euler, heun, unipc, dpm++2m or ddim; the run's by default.
+        interval: Range of times in which guidance is applied, from 0 (data) to 1 (noise).
+        rescale: Guidance rescale factor from 0 to 1: how far the standard deviation of guided predictions is moved back
+            to that of predictions without guidance.
+        projected: Drop the part of guidance that is parallel to the prediction, which causes oversaturation (adaptive
+            projected guidance).
+        ema: Decay of the weight average to load from a run; 0 loads the raw weights.
+        sigma_rel: Relative width of a post-hoc average, reconstructed from the snapshots of a run.
+        cache: Keep compiled programs in ~/.cache/dit_video/programs, so that the next start is faster.
     """
     if cache:
         keep_programs()
     pipeline = dit_video.load(run, ema=ema, sigma_rel=sigma_rel)
     trained = Run.open(run) if (run / CONFIG).is_file() else None
     if trained is None and out is None:
-        raise UserError(f"{run} is a pipeline without a run; say where the files go with --out")
+        raise UserError(f"{run} is a pipeline, not a run, so it has no folder for the files; use --out FOLDER")
     folder = run if out is None else out
-    measured = evaluate.evaluate(
+    evaluation = evaluate.evaluate(
         pipeline,
         folder,
         seed=seed,
@@ -74,16 +77,16 @@ def main(
     report_run(
         folder / "report.html",
         pipeline,
-        measured,
+        evaluation,
         title=f"Evaluation of {run.name}",
         source=run,
         config=None if trained is None else config_json.to_json(trained.experiment),
     )
-    for name, value in measured.metrics.get("prompt_following", {}).get("all", {}).items():
+    for name, value in evaluation.metrics.get("prompt_following", {}).get("all", {}).items():
         print(f"{name}: {value['rate']:.1%} ({value['low']:.1%} to {value['high']:.1%}, {value['count']} samples)")
-    if quality := measured.metrics.get("reconstruction"):
+    if quality := evaluation.metrics.get("reconstruction"):
         print(f"reconstruction of held-out clips: {quality['psnr']:.2f} dB, SSIM {quality['ssim']:.4f}")
-    print(f"look at {folder / 'report.html'}")
+    print(f"report: {folder / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -1,25 +1,24 @@
 """Fine-tune open weights on a folder of clips, sample the result and write its report.
 
-    python experiments/finetune.py MODEL --data CLIPS --workdir runs/mine
+MODEL is a folder of Wan in the diffusers layout (2.1 T2V 1.3B or 14B, I2V 14B, 2.2 TI2V 5B, T2V or I2V A14B). CLIPS is
+the same as for `train.py`: a folder of video files with a `metadata.csv`, or a data set. The autoencoder, the text
+encoder and the image encoder are frozen: clips, captions and first frames are encoded once, then the transformer is
+trained:
 
-MODEL is a folder of Wan in diffusers' layout (2.1 T2V 1.3B or 14B, I2V 14B, 2.2 TI2V 5B, T2V or I2V A14B), CLIPS as
-for `train.py`: video files with a `metadata.csv`, or a data set. Autoencoder, text encoder and image encoder stay as
-they are: clips, captions and first frames are encoded once, then the transformer is trained:
+    --train lora        LoRA adapters only (--lora.rank 16, --lora.targets …); pytorch_lora_weights.safetensors in the
+                        run's folder can be loaded with diffusers' load_lora_weights(RUN) and with ComfyUI
+    --train full        all weights; RUN/transformer can be loaded with diffusers' WanTransformer3DModel
+    --train temporal    only the temporal layers, for models that have them
+    --train scratch     all weights, from random initialization
 
-    --train lora        adapters alone (--lora.rank 16, --lora.targets …): pytorch_lora_weights.safetensors in the run's
-                        folder is what diffusers' load_lora_weights(RUN) and ComfyUI read
-    --train full        all weights; RUN/transformer is what diffusers' WanTransformer3DModel reads
-    --train temporal    layers in time alone, of a model that has them
-    --train scratch     all weights, from random ones
-
-Of the two experts of A14B one is trained, at its own times: --expert high (noisy times) or low, which is then
-RUN/transformer_2. The run samples with both; adapters of both are put together by
+A14B has two experts, of which one is trained, on its own range of times: --expert high (noisy times) or --expert low,
+which is written to RUN/transformer_2. The run samples with both. To combine the adapters of both, use
 `dit_video.load(MODEL).load_lora(HIGH).load_lora(LOW, expert="low_noise")`.
 
-Samples of the clips' captions, of a model that animates an image each beginning with its clip's first frame, lie in
-RUN/samples, all figures in RUN/report.html; `dit_video.load(RUN)` samples more, of others `sample.py` does too.
-Interrupted, the same command continues where it was. What this command does not offer is set in a config of one's own:
-`EXPERIMENT = finetuning(MODEL, FineTuning(...))`, for `train.py`.
+RUN/samples holds samples of the clips' captions; samples of image-to-video models begin with the clip's first frame.
+RUN/report.html shows all metrics. Use `dit_video.load(RUN)` to sample more, or `sample.py` for a model that needs no
+image. After an interruption, run the same command again to continue. For settings that this command does not offer,
+write a config with `EXPERIMENT = make_finetuning_experiment(MODEL, FineTuningOptions(...))` and use `train.py`.
 """
 
 from dit_video.platform.huge_pages import use_huge_pages
@@ -48,19 +47,25 @@ from dit_video.recipes.finetune_wan import FineTuning, finetuning
 
 @dataclass(frozen=True)
 class Arguments:
-    """Fine-tune a folder of Wan on clips, and sample it."""
+    """Fine-tune open weights on a folder of clips, sample the result and write its report.
+
+    For example:
+
+        python experiments/finetune.py Wan2.1-T2V-1.3B-Diffusers --data CLIPS --workdir runs/mine
+        python experiments/finetune.py Wan2.2-T2V-A14B-Diffusers --data CLIPS --train full --expert low
+    """
 
     model: Annotated[Path, tyro.conf.Positional]
-    """a folder of Wan in diffusers' layout"""
+    """Folder of a Wan model in the diffusers layout."""
     data: tuple[str, ...]
-    """folders of clips, or data sets that tools/ingest.py made"""
+    """Folders of clips, or data sets written by tools/ingest.py."""
     workdir: Path | None = None
-    """the run's folder; runs/NAME by default"""
+    """Folder of the run; runs/NAME by default."""
     latents: str | None = None
-    """where cached latents are, or are to be written: a folder or gs://…; WORKDIR/latents by default"""
+    """Folder or address (gs://…) to read cached latents from, or write them to; WORKDIR/latents by default."""
     options: Annotated[FineTuning, tyro.conf.arg(name="")] = field(default_factory=FineTuning)
     cache: bool = True
-    """whether compiled programs are kept for the next start, in ~/.cache/dit_video/programs"""
+    """Keep compiled programs in ~/.cache/dit_video/programs, so that the next start is faster."""
 
 
 def main() -> None:
@@ -68,16 +73,16 @@ def main() -> None:
     if arguments.cache:
         keep_programs()
     if not arguments.data:
-        raise UserError("--data names no folder; give one or more: --data CLIPS")
-    datasets.check(arguments.data)  # before a run is made of it
-    began = time.perf_counter()
+        raise UserError("--data is empty: it needs at least one folder. Use --data CLIPS")
+    datasets.check(arguments.data)  # fail before the run's folder is created
+    start_time = time.perf_counter()
     experiment = finetuning(arguments.model, arguments.options)
     run = Run.create(arguments.workdir or Path("runs") / experiment.name, experiment)
     train(run, arguments.data, latents=arguments.latents)
     for name in (LORA, ADAPTER, *TRANSFORMERS.values()):
         if (run.folder / name).exists():
             print(run.folder / name)
-    print(f"{(time.perf_counter() - began) / 60:.1f} minutes; look at {run.folder / 'report.html'}")
+    print(f"{(time.perf_counter() - start_time) / 60:.1f} minutes; report: {run.folder / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,7 @@
-"""From nothing to a text-to-video model, its samples and a report, in a quarter of an hour on two CPU cores.
+"""Train a text-to-video model from scratch on rendered clips, and write its samples and a report.
 
-    python experiments/quickstart.py
-
-renders captioned clips, trains an autoencoder and a diffusion transformer on them, samples every prompt, judges the
-samples and writes runs/quickstart/report.html. Interrupted, the same command continues where it was.
+It renders captioned clips, trains an autoencoder and a diffusion transformer on them, samples every prompt, evaluates
+the samples and writes runs/quickstart/report.html. This takes about a quarter of an hour on two CPU cores.
 """
 
 from dit_video.platform.huge_pages import use_huge_pages
@@ -32,40 +30,48 @@ from dit_video.training.hooks.logging import Progress
 
 
 def main(workdir: Path = Path("runs/quickstart"), seed: int = 0, brief: bool = False, cache: bool = True) -> None:
-    """Train, sample and report.
+    """Train a text-to-video model from scratch on rendered clips, and write its samples and a report.
+
+    The default takes about a quarter of an hour on two CPU cores. After an interruption, run the same command again to
+    continue.
+
+    For example:
+
+        python experiments/quickstart.py
+        python experiments/quickstart.py --workdir runs/smoke-test --brief
 
     Args:
-        workdir: the run's folder.
-        seed: of the data, the training and the samples.
-        brief: a smoke test of a minute; its samples are no good.
-        cache: whether compiled programs are kept for the next start, in ~/.cache/dit_video/programs.
+        workdir: Folder of the run.
+        seed: Seed of the data, the training and the samples.
+        brief: Run a smoke test of about one minute, whose samples are of no use.
+        cache: Keep compiled programs in ~/.cache/dit_video/programs, so that the next start is faster.
     """
     if cache:
         keep_programs()
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     experiment = quickstart.experiment(seed, brief=brief)
-    anew = not (workdir / CONFIG).is_file()
+    is_new = not (workdir / CONFIG).is_file()
     run = Run.create(workdir, experiment)
     count = quickstart.clips(brief=brief)
     with Progress("rendering clips", count, unit="clip") as progress:
         shapes.write_folder(workdir / "clips", count=count, seed=seed, progress=lambda done, _: progress.update(done))
     pipeline = run.train(workdir / "clips")
-    measured = evaluate.evaluate(pipeline, workdir, seed=seed, run=run)
-    minutes = _minutes(workdir, time.perf_counter() - began if anew else None)
+    evaluation = evaluate.evaluate(pipeline, workdir, seed=seed, run=run)
+    minutes = _minutes(workdir, time.perf_counter() - start_time if is_new else None)
     report_run(
         workdir / "report.html",
         pipeline,
-        measured,
-        title="A text-to-video model, from nothing",
+        evaluation,
+        title="A text-to-video model, trained from scratch",
         source=workdir,
         config=config_json.to_json(experiment),
         minutes=minutes,
     )
-    _say(workdir, measured.metrics, minutes)
+    _say(workdir, evaluation.metrics, minutes)
 
 
 def _minutes(workdir: Path, seconds: float | None) -> float | None:
-    """How long the run took, of the start that did it all; None where it took several."""
+    """Return the minutes of a run that took a single start, or None if it was interrupted."""
     path = workdir / "timing.json"
     if seconds is not None:
         write_json(path, {"minutes": round(seconds / 60, 2)})
@@ -77,7 +83,7 @@ def _say(workdir: Path, metrics: dict, minutes: float | None) -> None:
     rates = ", ".join(f"{name} {following['all'][name]['rate']:.1%}" for name in ("colour", "direction", "shape"))
     print(f"prompt following: {rates}")
     print(f"reconstruction of held-out clips: {metrics['reconstruction']['psnr']:.1f} dB")
-    print(("" if minutes is None else f"{minutes:.1f} minutes; ") + f"look at {workdir / 'report.html'}")
+    print(("" if minutes is None else f"{minutes:.1f} minutes; ") + f"report: {workdir / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,4 @@
-"""Sample clips from a run or a pipeline folder.
-
-python experiments/sample.py experiments/pretrained/shapes --prompt "a red circle moving left" --out clip.mp4
-python experiments/sample.py RUN --prompt "…" --size 17x32x48 --seed 3 --steps 50 --guidance 3 --out clip.gif
-python experiments/sample.py RUN --prompt "…" --sampler unipc --steps 12 --guidance 6 --rescale 0.7 --out clip.mp4
-python experiments/sample.py RUN --prompts prompts.json --out samples/
-python experiments/sample.py Wan2.1-I2V-14B-480P-Diffusers --prompt "…" --image first.png --out clip.mp4
-"""
+"""Sample clips from a run, a pipeline folder or a folder of open weights."""
 
 from dit_video.platform.huge_pages import use_huge_pages
 
@@ -51,38 +44,48 @@ def main(
 ) -> None:
     """Sample one prompt into a file, or a list of prompts into a folder.
 
+    For example:
+
+        python experiments/sample.py experiments/pretrained/shapes --prompt "a red circle moving left" --out clip.mp4
+        python experiments/sample.py RUN --prompt "…" --size 17x32x48 --seed 3 --steps 50 --guidance 3 --out clip.gif
+        python experiments/sample.py RUN --prompt "…" --sampler unipc --steps 12 --rescale 0.7 --out clip.mp4
+        python experiments/sample.py RUN --prompts prompts.json --out samples/
+        python experiments/sample.py Wan2.1-I2V-14B-480P-Diffusers --prompt "…" --image first.png --out clip.mp4
+
     Args:
-        run: a run folder, or a pipeline folder.
-        out: with --prompt the file (mp4, webm, gif, apng; png for one frame), with --prompts the folder.
-        prompt: what the clip is to show.
-        prompts: a JSON list of {prompt, frames, height, width, seed}.
-        size: frames x height x width, such as 17x32x48; the training size by default.
-        seed: of the noise; 0 by default.
-        negative: what guidance leads away from.
-        image: what the clip begins with, of models that animate an image; a picture, or a video's first frame.
-        last_image: what it ends with, of models that take that too.
-        steps: of the sampler.
-        guidance: how strongly the prompt is followed; 1 is not at all stronger than it was trained.
-        sampler: such as euler, heun, unipc, dpm++2m or ddim.
-        interval: the times, from 0 (data) to 1 (noise), at which there is guidance at all.
-        rescale: from 0 to 1, how far guided predictions are brought to the deviation of those without guidance.
-        projected: whether guidance leaves out what lies along the prediction itself, which saturates.
-        text_encoder: where the model's frozen text encoder lies, if that has moved.
-        ema: of a run: which of its averages, by its decay; 0 for the weights themselves.
-        sigma_rel: of a run: the relative width of an average that is put together from its snapshots.
-        cache: whether compiled programs are kept for the next start, in ~/.cache/dit_video/programs.
+        run: Folder of a run, a pipeline or open weights.
+        out: File to write with --prompt (mp4, webm, gif, apng; png for one frame), or folder to write with --prompts.
+        prompt: Description of the clip.
+        prompts: JSON file with a list of {prompt, frames, height, width, seed}.
+        size: Number of frames, height and width, such as 17x32x48; the training size by default.
+        seed: Seed of the noise; 0 by default.
+        negative: Negative prompt, which guidance steers away from.
+        image: First frame of the clip, for image-to-video models: an image, or a video whose first frame is used.
+        last_image: Last frame of the clip, for models that accept one.
+        steps: Number of sampling steps; the model's own by default.
+        guidance: Guidance scale; 1 disables guidance.
+        sampler: Name of the sampler, such as euler, heun, unipc, dpm++2m or ddim; the model's own by default.
+        interval: Range of times in which guidance is applied, from 0 (data) to 1 (noise).
+        rescale: Guidance rescale factor from 0 to 1: how far the standard deviation of guided predictions is moved back
+            to that of predictions without guidance.
+        projected: Drop the part of guidance that is parallel to the prediction, which causes oversaturation (adaptive
+            projected guidance).
+        text_encoder: Folder of the model's frozen text encoder, if it has been moved.
+        ema: Decay of the weight average to load from a run; 0 loads the raw weights.
+        sigma_rel: Relative width of a post-hoc average, reconstructed from the snapshots of a run.
+        cache: Keep compiled programs in ~/.cache/dit_video/programs, so that the next start is faster.
     """
     if (prompt is None) == (prompts is None):
-        raise UserError("give either --prompt TEXT or --prompts FILE")
+        raise UserError("exactly one of --prompt and --prompts is needed; use --prompt TEXT or --prompts FILE")
     if cache:
         keep_programs()
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     if prompts is not None:
-        if any(given not in (None, "") for given in (size, seed, negative, image, last_image)):
-            raise UserError("--size, --seed, --negative, --image and --last-image go with --prompt, not --prompts")
+        if any(option not in (None, "") for option in (size, seed, negative, image, last_image)):
+            raise UserError("--size, --seed, --negative, --image and --last-image need --prompt; drop them")
         requests = evaluate.read_requests(prompts)
     elif out.suffix.lower().removeprefix(".") not in FORMATS:
-        raise UserError(f"{out} has no suffix of a known format; use one of .{', .'.join(FORMATS)}")
+        raise UserError(f"--out {out} has no known suffix; use one of .{', .'.join(FORMATS)}")
     grid = None if size is None else parse_size(size)
     pipeline = dit_video.load(run, text_encoder=text_encoder, ema=ema, sigma_rel=sigma_rel)
     guided = pipeline.config.sampling.guided(scale=guidance, interval=interval, rescale=rescale, projected=projected)
@@ -106,19 +109,19 @@ def main(
         guidance=guided,
         sampler=sampler,
     )
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start_time
     clip.save(out)
-    print(f"{out}: {len(clip.frames)} frames of {clip.height}x{clip.width}, made in {seconds:.1f} s with loading")
+    print(f"{out}: {len(clip.frames)} frames of {clip.height}x{clip.width}, {seconds:.1f} s including loading")
 
 
 def parse_size(text: str) -> Grid:
-    """`17x32x48` as frames, height, width.
+    """Parse a size such as `17x32x48` as frames, height and width.
 
     Raises:
-      UserError: anything else.
+      UserError: for any other text.
     """
     if not re.fullmatch(r"\d+x\d+x\d+", text):
-        raise UserError(f"a size is frames x height x width such as 17x32x48, not {text!r}")
+        raise UserError(f"--size {text} is invalid: use FRAMESxHEIGHTxWIDTH, such as 17x32x48")
     return Grid(*map(int, text.split("x")))
 
 

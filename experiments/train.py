@@ -1,13 +1,16 @@
 """Train an experiment on a folder of clips, sample it and write its report.
 
     python experiments/train.py experiments/configs/clips.py --data CLIPS --workdir runs/clips
+    python experiments/train.py experiments/configs/clips.py --data gs://BUCKET/clips --denoiser.steps 2000
 
-CLIPS holds video files of any size and length, with a `metadata.csv` (`file_name,text`), or is a data set that
-`tools/ingest.py` made, which may lie at an address (`gs://…`), as the latents may: `--latents gs://…`. Any scalar of
-the config can be set on the command line: `--denoiser.steps 2000`; `--help` after the config lists them. Interrupted,
-the same command continues where it was; SIGTERM and Ctrl-C let a training save its state and end with exit code 0.
-Started as several processes, on one host or many (see experiments/launch), it is one run. With `--autoencoder-only` it
-stops when the autoencoder is trained and reports that; the same command without it goes on from there.
+CLIPS is a folder of video files of any size and length with a `metadata.csv` (`file_name,text`), or a data set written
+by `tools/ingest.py`. A data set may be remote (`gs://…`), and so may the latents: `--latents gs://…`. Every scalar of
+the config can be set on the command line; `train.py CONFIG --help` lists them.
+
+After an interruption, run the same command again to continue. SIGTERM and Ctrl-C let the training save its state and
+exit with code 0. Several processes, on one host or many, train one run together (see experiments/launch). With
+`--autoencoder-only`, training stops after the autoencoder and reports it; the same command without the option continues
+from there.
 """
 
 from dit_video.platform.huge_pages import use_huge_pages
@@ -42,28 +45,34 @@ from dit_video.training.preemption import terminable
 
 @dataclass(frozen=True)
 class Arguments:
-    """What a training run is given besides its config."""
+    """Train an experiment on a folder of clips, sample it and write its report.
+
+    Every scalar of the config is an option. For example:
+
+        python experiments/train.py experiments/configs/clips.py --data CLIPS --workdir runs/clips
+        python experiments/train.py experiments/configs/clips.py --data gs://BUCKET/clips --denoiser.steps 2000
+    """
 
     experiment: Annotated[Experiment, tyro.conf.arg(name="")]
     data: tuple[str, ...]
-    """folders of clips, or data sets that tools/ingest.py made; several are mixed by the config's data.weights"""
+    """Folders of clips, or data sets written by tools/ingest.py; several are mixed by the config's data.weights."""
     latents: str | None = None
-    """where cached latents are, or are to be written: a folder or gs://…; WORKDIR/latents by default"""
+    """Folder or address (gs://…) to read cached latents from, or write them to; WORKDIR/latents by default."""
     checkpoints: str | None = None
-    """where checkpoints are kept, and are found again if WORKDIR is lost: a folder or gs://…; WORKDIR by default"""
+    """Folder or address (gs://…) of the checkpoints, from which a lost WORKDIR is restored; WORKDIR by default."""
     workdir: Path | None = None
-    """the run's folder; runs/NAME by default"""
+    """Folder of the run; runs/NAME by default."""
     autoencoder_only: bool = False
-    """stop when the autoencoder is trained, and report what it makes of the held-out clips; without it, go on"""
+    """Stop after training the autoencoder, and report its reconstructions of the held-out clips."""
     profile: tuple[int, int] | None = None
-    """the first and the last step that are traced for XProf and TensorBoard, such as --profile 10 12, of the denoiser
-    (of the autoencoder with --autoencoder-only); the trace is in WORKDIR/denoiser/profile"""
+    """First and last step to trace for XProf and TensorBoard, such as --profile 10 12. Traces the denoiser, or the
+    autoencoder with --autoencoder-only, into WORKDIR/denoiser/profile."""
     cache: bool = True
-    """whether compiled programs are kept for the next start, in ~/.cache/dit_video/programs"""
+    """Keep compiled programs in ~/.cache/dit_video/programs, so that the next start is faster."""
     stopped_code: int = 0
-    """the exit code after SIGTERM or Ctrl-C; for a manager that takes 0 for finished, such as Kubernetes, give 75"""
+    """Exit code after SIGTERM or Ctrl-C; use 75 for a manager that takes 0 for finished, such as Kubernetes."""
     patience: Patience = field(default_factory=Patience)
-    """how long the processes of a run wait for each other"""
+    """Timeouts of the processes of a run when they wait for each other."""
 
 
 def main() -> None:
@@ -72,7 +81,7 @@ def main() -> None:
         print(__doc__)
         return
     if not config or config.startswith("-"):
-        raise UserError("name a config first: train.py experiments/configs/clips.py --data CLIPS")
+        raise UserError("the first argument must be a config; use train.py experiments/configs/clips.py --data CLIPS")
     arguments = tyro.cli(
         Arguments,
         args=rest,
@@ -84,9 +93,9 @@ def main() -> None:
         keep_programs()
     workdir = arguments.workdir or Path("runs") / arguments.experiment.name
     if not arguments.data:
-        raise UserError("--data names no folder; give one or more: --data CLIPS")
-    datasets.check(arguments.data)  # before a run is made of it
-    began = time.perf_counter()
+        raise UserError("--data is empty: it needs at least one folder. Use --data CLIPS")
+    datasets.check(arguments.data)  # fail before the run's folder is created
+    start_time = time.perf_counter()
     config = config_json.to_json(arguments.experiment)
     Stopped.code = arguments.stopped_code
     with terminable(), joined(config, code=code_version(), patience=arguments.patience), locked(workdir):
@@ -100,52 +109,52 @@ def main() -> None:
         linear = f"; linear {quality['linear_psnr']:.1f} dB" if "linear_psnr" in quality else ""
         print(f"reconstruction of held-out clips: {quality['psnr']:.1f} dB, SSIM {quality['ssim']:.3f}{linear}")
     if jax.process_index() == 0:
-        print(f"{(time.perf_counter() - began) / 60:.1f} minutes; look at {workdir / 'report.html'}")
+        print(f"{(time.perf_counter() - start_time) / 60:.1f} minutes; report: {workdir / 'report.html'}")
 
 
 def train_autoencoder(run: Run, data: Sequence[str], *, checkpoints: str | None = None) -> dict[str, Any]:
-    """Train the autoencoder alone and report it; returns the figures."""
+    """Train only the autoencoder, write its report and return its metrics."""
     run.prepare(*data, checkpoints=checkpoints)
     if jax.process_index() != 0:
         run.train_autoencoder()
         return {}
-    measured = evaluate.evaluate_autoencoder(run, run.folder)
-    report_autoencoder(run.folder / "report.html", run, measured)
-    return measured.metrics
+    evaluation = evaluate.evaluate_autoencoder(run, run.folder)
+    report_autoencoder(run.folder / "report.html", run, evaluation)
+    return evaluation.metrics
 
 
 def train(
     run: Run, data: Sequence[str], *, latents: str | None = None, checkpoints: str | None = None
 ) -> dict[str, Any]:
-    """Train, sample and report; returns the figures."""
+    """Train an experiment, sample it, write its report and return its metrics."""
     experiment, workdir = run.experiment, run.folder
     pipeline = run.train(*data, latents=latents, checkpoints=checkpoints)
-    if jax.process_index() != 0:  # one reports for all
+    if jax.process_index() != 0:  # only the main process writes the report
         return {}
-    measured = evaluate.evaluate(pipeline, workdir, seed=experiment.seed, run=run)
+    evaluation = evaluate.evaluate(pipeline, workdir, seed=experiment.seed, run=run)
     report_run(
         workdir / "report.html",
         pipeline,
-        measured,
+        evaluation,
         title=experiment.name,
         source=workdir,
         config=config_json.to_json(experiment),
     )
-    return measured.metrics
+    return evaluation.metrics
 
 
 def load_experiment(path: Path) -> Experiment:
-    """The `EXPERIMENT` of a config file.
+    """Return the `EXPERIMENT` of a config file.
 
     Raises:
-      MissingError: no such file.
-      UserError: a file that defines no `EXPERIMENT`.
+      MissingError: if the file does not exist.
+      UserError: if the file defines no `EXPERIMENT`.
     """
     if not path.is_file():
-        raise MissingError(f"no such config: {path}; name a file such as experiments/configs/clips.py")
+        raise MissingError(f"config {path} does not exist; use a file such as experiments/configs/clips.py")
     specification = importlib.util.spec_from_file_location("experiment_config", path)
     if specification is None or specification.loader is None:
-        raise UserError(f"{path} is not a Python file; a config is a file such as experiments/configs/clips.py")
+        raise UserError(f"config {path} is not a Python file; use a file such as experiments/configs/clips.py")
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     experiment = getattr(module, "EXPERIMENT", None)

@@ -53,7 +53,7 @@ MAX_MEDIAN_LINES = 130
 
 
 def imports(source: str, module: str, *, is_package: bool = False) -> Iterator[str]:
-    """Yield absolute names of the modules that `source` may import, also in functions: `from a import b` gives `a.b`."""
+    """Yield the modules that `source` may import, also in functions: `from a import b` gives `a.b`."""
     here = module.split(".") if is_package else module.split(".")[:-1]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

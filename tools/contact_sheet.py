@@ -1,7 +1,4 @@
-"""A grid of a run's samples as one looping picture, for a page that shows what a model makes.
-
-python tools/contact_sheet.py runs/quickstart/samples shapes.gif --columns 12 --scale 2
-"""
+"""Arrange a run's samples in a grid, as one looping image."""
 
 from pathlib import Path
 from typing import Annotated
@@ -24,18 +21,25 @@ def main(
     frames: int = 17,
     scale: int = 2,
 ) -> None:
-    """Arrange the samples of one length, in their order.
+    """Arrange a run's samples of one length in a grid, in their order, as one looping image.
+
+    For example:
+
+        python tools/contact_sheet.py runs/quickstart/samples shapes.gif --columns 12 --scale 2
+        python tools/contact_sheet.py runs/quickstart/samples images.png --frames 1
 
     Args:
-        samples: a folder with prompts.json.
-        out: the picture: gif, apng, mp4 or webm; png for one frame.
-        columns: clips in a line.
-        frames: only samples of this length.
-        scale: each pixel is drawn this many times along both axes.
+        samples: Folder of samples, with prompts.json.
+        out: File to write: gif, apng, mp4 or webm; png for one frame.
+        columns: Number of clips in a row of the grid.
+        frames: Number of frames of the samples to show; others are skipped.
+        scale: Integer factor by which frames are enlarged.
     """
     clips = [clip for entry, clip in evaluate.read_samples(samples) if entry["frames"] == frames]
     if not clips:
-        raise UserError(f"{samples} has no samples of {frames} frames; give --frames a length that it has")
+        raise UserError(
+            f"--frames {frames} is invalid: {samples} has no samples of that length. Use --frames with a length it has"
+        )
     height, width = max(clip.height for clip in clips) + _GAP, max(clip.width for clip in clips) + _GAP
     lines = -(-len(clips) // columns)
     sheet = np.full((frames, lines * height, columns * width, 3), _BACKGROUND, np.uint8)

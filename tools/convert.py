@@ -1,13 +1,4 @@
-"""Weights from one layout of files to another: diffusers' (or transformers'), the authors' own, ours.
-
-    python tools/convert.py Wan2.1-T2V-1.3B-Diffusers/transformer wan --to authors
-    python tools/convert.py DiT-XL-2-256x256.safetensors dit --to diffusers --dtype bfloat16
-    python tools/convert.py runs/mine/pipeline mine --to diffusers
-    python tools/convert.py style.safetensors style-comfyui.safetensors --to authors --model wan
-
-A source is the folder of a model (a denoiser, an autoencoder, a T5 or UMT5), a checkpoint file of DiT or SiT, a
-pipeline folder, of ours or of diffusers, or with --model a LoRA.
-"""
+"""Convert weights between file layouts: that of diffusers or transformers, the authors' and ours."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -34,14 +25,22 @@ def main(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     model: Path | None = None,
 ) -> None:
-    """Convert.
+    """Convert weights between file layouts: that of diffusers or transformers, the authors' and ours.
+
+    For example:
+
+        python tools/convert.py Wan2.1-T2V-1.3B-Diffusers/transformer wan --to authors
+        python tools/convert.py DiT-XL-2-256x256.safetensors dit --to diffusers --dtype bfloat16
+        python tools/convert.py runs/mine/pipeline mine --to diffusers
+        python tools/convert.py style.safetensors style-comfyui.safetensors --to authors --model wan
 
     Args:
-        source: a model's folder, a checkpoint of DiT or SiT, a pipeline's folder, or a LoRA.
-        destination: a folder that does not exist; of a LoRA a file.
-        to: diffusers, authors or dit_video.
-        dtype: of the weights; the source's by default.
-        model: of a LoRA, the folder of the transformer that it is of.
+        source: Folder of a model (a denoiser, an autoencoder, a T5 or UMT5), checkpoint file of DiT or SiT, pipeline
+            folder of ours or of diffusers, or LoRA file (with --model).
+        destination: Folder to write, which must not exist yet; for a LoRA, the file to write.
+        to: Layout to write: diffusers, authors or dit_video.
+        dtype: Data type of the written weights; that of the source by default.
+        model: Folder of the transformer that the LoRA adapts.
     """
     cast = None if dtype is None else jnp.dtype(dtype)
     if model is not None:
@@ -51,7 +50,9 @@ def main(
     elif (source / INDEX).is_file():
         if to != "dit_video":
             parts = ", ".join(sorted(path.parent.name for path in source.glob("*/config.json")))
-            raise UserError(f"{source} is a whole pipeline of diffusers; convert its parts one by one: {parts}")
+            raise UserError(
+                f"{source} is a whole diffusers pipeline, which cannot be converted at once; convert each part: {parts}"
+            )
         check_destination(destination)
         dit_video.load(source).save(destination, dtype=dtype or "float32")
     else:
@@ -61,12 +62,12 @@ def main(
 
 
 def _pipeline(source: Path, destination: Path, to: To, dtype: jnp.dtype | None) -> None:
-    """A pipeline of ours, to folders of its denoisers and its autoencoder."""
+    """Convert a pipeline of ours to folders of its denoisers and its autoencoder."""
     if to == "dit_video":
-        raise UserError(f"{source} is a pipeline of ours already; tools/export.py writes it in another dtype")
+        raise UserError(f"{source} is a pipeline of ours already; use tools/export.py to change its dtype")
     config = config_json.from_json(read_json(source / CONFIG).get("config"))
     if not isinstance(config, PipelineConfig):
-        raise UserError(f"{source / CONFIG} holds no pipeline's config; export it again")
+        raise UserError(f"{source / CONFIG} has no config of a pipeline; export the pipeline again")
     check_destination(destination)
     experts = {"dit": "transformer"} | ({} if config.boundary is None else {"low_noise": "transformer_2"})
     for name, folder in experts.items():

@@ -1,18 +1,4 @@
-"""Encode a data set of clips with a trained autoencoder, in any number of processes.
-
-    python tools/encode_latents.py RUN_OR_PIPELINE DATA DESTINATION
-    python tools/encode_latents.py RUN RUN/data RUN/latents --shard $SLURM_PROCID --shards $SLURM_NTASKS
-
-DATA is what tools/ingest.py made, or RUN/data. DESTINATION becomes a TFDS data set in ArrayRecord files with the index
-`latents.json`. Both may be addresses that fsspec opens (`gs://…`). Of a run, sizes and views are those of its config,
-its held-out clips are left out, and its training looks for latents in `RUN/latents` or where `train.py --latents` says.
-Each process encodes on all of its devices and makes every n-th file; a file that is there is not made again, so that a
-process that was killed is started again with the same command. The process that finishes last writes the index;
-`--finish` writes it, too.
-
-With a frozen text encoder, that of the run's or pipeline's config or `--text-encoder FOLDER`, the embeddings of all
-captions are stored beside the latents; for a denoiser that animates an image also what it is given of first frames.
-"""
+"""Encode a data set of clips with a trained autoencoder, in any number of processes."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,23 +41,23 @@ Destination = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DESTIN
 
 @dataclass(frozen=True, kw_only=True)
 class Views:
-    """Which views of the clips are encoded; what isn't given is as the run or the pipeline has it."""
+    """Views of the clips to encode; unset fields are those of the run or the pipeline."""
 
     max_pixels: int | None = None
-    """of a frame; a larger clip is resized, keeping its aspect ratio"""
+    """Maximum number of pixels of a frame; larger clips are resized, keeping their aspect ratio."""
     max_frames: int | None = None
-    """1 + k * temporal stride"""
+    """Maximum number of frames of a view: 1 + k * temporal stride."""
     fps: float | None = None
-    """clips of a higher rate are resampled to this one"""
+    """Maximum frame rate; faster clips are resampled to it."""
     stretches: int | None = None
-    """up to so many stretches of max-frames of a longer clip"""
+    """Maximum number of views of --max-frames frames that are taken from a longer video."""
     resolutions: tuple[int, ...] | None = None
-    """further, smaller limits on the pixels of a frame"""
+    """Additional, smaller limits on the number of pixels of a frame; each adds a view."""
     flips: bool | None = None
-    """each view mirrored too"""
+    """Add a mirrored copy of each view."""
 
     def over(self, data: Data) -> Data:
-        """The same data with what is given in its place."""
+        """Return `data` with the fields that are set replaced."""
         return replace(data, **{name: value for name, value in vars(self).items() if value is not None})
 
 
@@ -90,24 +76,41 @@ def main(
     text_encoder: Path | None = None,
     max_text_tokens: int | None = None,
 ) -> None:
-    """Encode a data set of clips with a trained autoencoder.
+    """Encode a data set of clips with a trained autoencoder, in any number of processes.
+
+    For example:
+
+        python tools/encode_latents.py RUN_OR_PIPELINE DATA DESTINATION
+        python tools/encode_latents.py RUN RUN/data RUN/latents --shard $SLURM_PROCID --shards $SLURM_NTASKS
+
+    DATA is a data set written by tools/ingest.py, or RUN/data. DESTINATION becomes a TFDS data set in ArrayRecord files
+    with the index `latents.json`. Both may be addresses that fsspec can open (`gs://…`). For a run, sizes and views are
+    those of its config and its held-out clips are skipped; its training reads latents from `RUN/latents` or from the
+    folder in `train.py --latents`.
+
+    Each of n processes encodes every n-th file on all of its devices. Files that exist are not encoded again, so run
+    the same command to restart a killed process. The process that finishes last, or one with `--finish`, writes the
+    index.
+
+    With a frozen text encoder (that of the config, or `--text-encoder FOLDER`), the embeddings of all captions are
+    stored next to the latents; for an image-to-video denoiser, so is the conditioning on first frames.
 
     Args:
-        model: the folder of a run or a pipeline
-        data: an ingested data set: a folder or gs://…
-        destination: the latents: a folder or gs://…
-        views: which views of the clips
-        shard: this process's number; by default JAX's
-        shards: how many processes there are; by default JAX's
-        finish: only write the index, all files being there
-        storage: how values are stored
-        views_per_file: what a process that is killed loses at most
-        canvas_pixels: what a device works on at once, in pixels over all frames
-        text_encoder: the folder of a T5, UMT5 or CLIP, in place of the config's own encoder
-        max_text_tokens: a longer caption is cut; as in the config, or the encoder's most, or 512
+        model: Folder of a run or of a pipeline.
+        data: Data set written by tools/ingest.py: a folder or an address (gs://…).
+        destination: Folder or address (gs://…) to write the latents to.
+        views: Views of the clips to encode.
+        shard: Index of this process; that of JAX by default.
+        shards: Number of processes; that of JAX by default.
+        finish: Only write the index, once all files exist.
+        storage: Data type in which latents are stored.
+        views_per_file: Number of views in a file, which is also the most that a killed process loses.
+        canvas_pixels: Maximum number of pixels, over all frames, that a device encodes at once.
+        text_encoder: Folder of a T5, UMT5 or CLIP to use instead of the config's text encoder.
+        max_text_tokens: Length to which captions are truncated; by default the config's, the encoder's maximum or 512.
     """
     if (shard is None) != (shards is None):
-        raise UserError(f"shard={shard} and shards={shards} are given together, or neither")
+        raise UserError(f"--shard {shard} and --shards {shards} are invalid: use both, or neither")
     number = jax.process_index() if shard is None else shard
     count = jax.process_count() if shards is None else shards
     target = lies(place(destination))
@@ -125,7 +128,7 @@ def main(
     if finish:
         finished = finish_latents(target, encoding, plan, identity=stamp)
         if not finished:
-            raise UserError(f"{target} has not all of its {len(plan.files)} files; encode the missing ones first")
+            raise UserError(f"{target} lacks some of its {len(plan.files)} files; encode the missing ones first")
     else:
         share = sum(plan.count(file) for file in range(number, len(plan.files), count))
         with Progress("encoding latents", share, unit="clip") as progress:
@@ -135,13 +138,13 @@ def main(
     if finished:
         _say(LatentSource(target, identity=stamp))
     else:
-        print(f"{target}: the files of process {number} are there; the last of {count} processes writes the index")
+        print(f"{target}: process {number} has written its files; the last of {count} processes writes the index")
 
 
 def _of_run(folder: Path, data: str, views: Views) -> tuple[Encoding, ClipSource]:
     run = Run.open(folder)
     if not (folder / "autoencoder" / "weights.safetensors").is_file():
-        raise UserError(f"{folder} has no trained autoencoder yet; continue it with: {run.command}")
+        raise UserError(f"{folder} has no trained autoencoder yet; continue its training with: {run.command}")
     run = replace(run, experiment=replace(run.experiment, data=views.over(run.experiment.data)))
     if str(lies(place(data))) == str(lies(folder / "data")):
         clips = run.training_clips
@@ -153,7 +156,7 @@ def _of_run(folder: Path, data: str, views: Views) -> tuple[Encoding, ClipSource
 
 def _of_pipeline(folder: Path, data: str, views: Views) -> tuple[Encoding, ClipSource]:
     config = load_pipeline(folder).config
-    chosen = views.over(Data(max_pixels=config.size.h * config.size.w, max_frames=config.size.t, fps=config.fps))
+    settings = views.over(Data(max_pixels=config.size.h * config.size.w, max_frames=config.size.t, fps=config.fps))
     stride, patch = config.autoencoder.stride, config.dit.patch
     text = FrozenEncoder(config.text) if isinstance(config.text, FrozenTextConfig) else None
     images = None if config.image_encoder is None else ImageEncoder(config.image_encoder)
@@ -161,12 +164,14 @@ def _of_pipeline(folder: Path, data: str, views: Views) -> tuple[Encoding, ClipS
         autoencoder=config.autoencoder,
         params=load_weights(folder / "autoencoder.safetensors", like=param_shapes(config.autoencoder.make)),
         limits=SizeLimits(
-            max_pixels=chosen.max_pixels,
-            max_frames=chosen.max_frames,
+            max_pixels=settings.max_pixels,
+            max_frames=settings.max_frames,
             multiple=Grid(stride.t, stride.h * patch.h, stride.w * patch.w),
-            fps=chosen.fps,
+            fps=settings.fps,
         ),
-        augmentations=Augmentations(stretches=chosen.stretches, resolutions=chosen.resolutions, flips=chosen.flips),
+        augmentations=Augmentations(
+            stretches=settings.stretches, resolutions=settings.resolutions, flips=settings.flips
+        ),
         encode_text=text,
         text_identity="" if text is None else text.identity,
         encode_image=images,
@@ -177,10 +182,10 @@ def _of_pipeline(folder: Path, data: str, views: Views) -> tuple[Encoding, ClipS
 
 
 def _with_text(encoding: Encoding, folder: Path | None, max_tokens: int | None) -> Encoding:
-    """With the text encoder that was asked for."""
+    """Return `encoding` with the text encoder in `folder`, or unchanged if it is None."""
     if folder is None:
         if max_tokens is not None:
-            raise UserError(f"--max-text-tokens {max_tokens} goes with --text-encoder; give both, or neither")
+            raise UserError(f"--max-text-tokens {max_tokens} needs --text-encoder; use both, or neither")
         return encoding
     own = encoding.encode_text.config if isinstance(encoding.encode_text, FrozenEncoder) else None
     embedder = load_embedder(
@@ -194,9 +199,9 @@ def _with_text(encoding: Encoding, folder: Path | None, max_tokens: int | None) 
 def _say(latents: LatentSource) -> None:
     print(f"{latents.folder}: {len(latents)} examples of {len(set(latents.groups))} clips")
     for name, reason in latents.left_out[:10]:
-        print(f"left out: {name}: {reason}")
+        print(f"skipped: {name}: {reason}")
     if len(latents.left_out) > 10:
-        print(f"… {len(latents.left_out)} were left out: see left_out in {latents.folder}/latents.json")
+        print(f"… {len(latents.left_out)} were skipped: see left_out in {latents.folder}/latents.json")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""Write the pipeline of a run, in bfloat16 unless asked otherwise: what one shares.
-
-python tools/export.py runs/quickstart experiments/pretrained/shapes
-"""
+"""Export the pipeline of a run, for sharing."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,14 +16,19 @@ def main(
     ema: float | None = None,
     sigma_rel: float | None = None,
 ) -> None:
-    """Export.
+    """Export the pipeline of a run, for sharing.
+
+    For example:
+
+        python tools/export.py runs/quickstart experiments/pretrained/shapes
+        python tools/export.py runs/mine shared/mine --dtype float32 --ema 0.999
 
     Args:
-        run: a run folder, or a pipeline folder.
-        destination: the pipeline folder to be written.
-        dtype: of the weights.
-        ema: of a run: which of its averages, by its decay; 0 for the weights themselves.
-        sigma_rel: of a run: the relative width of an average that is put together from its snapshots.
+        run: Folder of a run or of a pipeline.
+        destination: Folder of the pipeline to write.
+        dtype: Data type of the written weights.
+        ema: Decay of the weight average to load from a run; 0 loads the raw weights.
+        sigma_rel: Relative width of a post-hoc average, reconstructed from the snapshots of a run.
     """
     dit_video.load(run, ema=ema, sigma_rel=sigma_rel).save(destination, dtype=dtype)
     total = sum(path.stat().st_size for path in destination.iterdir())

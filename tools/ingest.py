@@ -1,15 +1,4 @@
-"""Make a data set of clips, in whatever way people hold them.
-
-    python tools/ingest.py SOURCE DESTINATION
-    python tools/ingest.py clips data --screening.shots content --screening.min-seconds 1 --screening.duplicates 4
-    python tools/ingest.py clips data --reencode.max-pixels 409920 --reencode.fps 24
-
-SOURCE is a folder of videos and images with captions beside them or in `metadata.csv`, a list of paths, WebDataset
-tars, UCF-101 or MSR-VTT: see `dit_video.data.ingest.formats`. What can't be used is set aside and listed, with the
-reason, in DESTINATION/report.json; DESTINATION/REPORT.html shows it. Files keep their bytes; with `--reencode` those
-that are over a limit are stored anew, smaller. Started again after a kill, the command continues. What failed for a
-reason that may pass (a file that could not be read, too little memory or time) is tried again by --retry.
-"""
+"""Make a data set of clips from a folder, a list of paths, archives or a known data set."""
 
 import contextlib
 import io
@@ -38,15 +27,28 @@ def main(
     beam: str | None = None,
     retry: bool = False,
 ) -> None:
-    """Make a data set of clips.
+    """Make a data set of clips from a folder, a list of paths, archives or a known data set.
+
+    For example:
+
+        python tools/ingest.py SOURCE DESTINATION
+        python tools/ingest.py clips data --screening.shots content --screening.min-seconds 1 --screening.duplicates 4
+        python tools/ingest.py clips data --reencode.max-pixels 409920 --reencode.fps 24
+
+    SOURCE is a folder of videos and images with captions in files next to them or in `metadata.csv`, a list of paths,
+    WebDataset tars, UCF-101 or MSR-VTT: see `dit_video.data.ingest.formats`. Clips that cannot be used are skipped and
+    listed with the reason in DESTINATION/report.json; DESTINATION/REPORT.html shows them. Files are stored unchanged,
+    except that `--reencode` re-encodes those above a limit. If the command is killed, run it again to continue. With
+    the option `--retry`, clips that failed for a temporary reason (a file that could not be read, too little memory or
+    time) are tried again.
 
     Args:
-        source: a folder, a list of clips or a tar
-        destination: the folder to be made, or an address that fsspec opens: gs://…
-        config: what is taken
-        workers: processes that inspect clips, at most; by default one for every core
-        beam: build it by Apache Beam with these options, given with "=": --beam="--runner=FlinkRunner --parallelism=64"
-        retry: try the clips again that failed for a reason that may pass, such as a file that could not be read
+        source: Folder, list of clips or tar file.
+        destination: Folder to write, or an address that fsspec can open (gs://…).
+        config: Settings of the ingest.
+        workers: Maximum number of processes that inspect clips; one per core by default.
+        beam: Options of Apache Beam, which then builds the data set: --beam="--runner=FlinkRunner --parallelism=64".
+        retry: Try clips again that failed for a temporary reason, such as a file that could not be read.
     """
     with ingest_shown() as progress:
         report = ingest(
@@ -70,20 +72,20 @@ def _beam(options: str | None):
         from apache_beam.options.pipeline_options import PipelineOptions
     except ModuleNotFoundError as error:
         raise UserError(
-            "Apache Beam is not installed; pip install -e '.[beam]' into an environment of its own"
+            "--beam needs Apache Beam, which is not installed; use pip install -e '.[beam]' in a separate environment"
         ) from error
     from dit_video.data.records.cluster import Beam
 
-    said = io.StringIO()
+    stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(stderr):
             parsed = PipelineOptions(shlex.split(options))
             parsed.get_all_options()
     except ValueError as error:
-        raise UserError(f"--beam={options}: {error}; close the quotation") from error
-    except SystemExit as error:  # argparse's, after all that Beam knows
-        reason = said.getvalue().strip().rsplit("error: ", 1)[-1]
-        raise UserError(f"--beam={options}: {reason}; see the options of Beam's runner") from error
+        raise UserError(f"--beam={options} is invalid: {error}. Close the quotation") from error
+    except SystemExit as error:  # argparse exits on an unknown or invalid option
+        reason = stderr.getvalue().strip().rsplit("error: ", 1)[-1]
+        raise UserError(f"--beam={options} is invalid: {reason}. Use the options of Beam's runner") from error
     return Beam(options=parsed)
 
 
@@ -93,21 +95,21 @@ def _say(destination: str, report: IngestReport) -> None:
         sizes = f"{report.reencoded_from / 1e6:.3g} MB became {report.reencoded_to / 1e6:.3g} MB"
         print(f"{report.reencoded} files re-encoded: {sizes}")
     if report.uncaptioned:
-        print(f"{report.uncaptioned} without a caption: they train the unconditional model alone")
+        print(f"{report.uncaptioned} clips have no caption: they train only the unconditional model")
     if report.unlisted:
-        shown = ", ".join(report.unlisted[:3]) + (", …" if len(report.unlisted) > 3 else "")
-        print(f"{len(report.unlisted)} files are no clips that the source lists, and were left out: {shown}")
+        examples = ", ".join(report.unlisted[:3]) + (", …" if len(report.unlisted) > 3 else "")
+        print(f"{len(report.unlisted)} files are not listed by the source and were skipped: {examples}")
     pairs = [*report.rejected, *report.quarantined, *report.dropped]
     for name, reason in pairs[:10]:
-        print(f"set aside: {name}: {reason}")
+        print(f"skipped: {name}: {reason}")
     if len(pairs) > 10:
-        print(f"… {len(pairs)} were set aside: see {destination}/{REPORT}")
+        print(f"… {len(pairs)} were skipped: see {destination}/{REPORT}")
     if report.passing:
         print(
-            f"{len(report.passing)} of them failed for a reason that may pass, such as {report.passing[0]}; the same "
-            "command with --retry tries those again, and no others"
+            f"{len(report.passing)} of them failed for a temporary reason, such as {report.passing[0]}; run the same "
+            "command with --retry to try only those again"
         )
-    print(f"see {destination}/{PAGE}")
+    print(f"report: {destination}/{PAGE}")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""What a run will need, before it is paid for: its own step, compiled for hardware that need not be there.
+"""Plan a training step without its hardware: compile it and report memory, FLOPs, communication, time and price.
 
     python tools/plan.py experiments/configs/wan_1_3b_480p.py --topology v5p:2x2x4
     python tools/plan.py experiments/configs/wan_14b_480p.py --topology v6e:16x16 --mesh fsdp=64,context=4 --rows 64
     python tools/plan.py experiments/configs/wan_14b_480p.py --topology v5p:4x4x8 --suggest --json plan.json
-    python tools/plan.py experiments/configs/clips.py --topology h100:8          # counted, unless there are eight H100
+    python tools/plan.py experiments/configs/clips.py --topology h100:8          # analytic, unless 8 H100 are present
     python tools/plan.py experiments/configs/wan_1_3b_480p.py --topology v5e:4x4 --of sampler
 
-Says whether it fits, bytes on each device (parameters, optimizer, EMA, activations, temporary), operations of the model
-and those executed, bytes that each kind of collective moves over each axis of the mesh, what the roofline allows, and
-chip-hours and price. TPUs need `libtpu` (pip install libtpu) and no TPU; for GPUs that are not here everything is
-counted and marked `analytic`. `--suggest` searches meshes, rows and recomputation. Any scalar of the config can be
-set with --set: `--set denoiser.dit.layers=20`.
+The report says whether the step fits, the bytes on each device (parameters, optimizer, EMA, activations, temporary
+buffers), the model's and the executed FLOPs, the bytes that each kind of collective moves along each mesh axis, the
+roofline's time, and chip-hours and price. Plans for TPUs need `libtpu` (pip install libtpu) but no TPU. For GPUs that
+are not present, everything is computed analytically and marked `analytic`. `--suggest` searches meshes, rows and
+rematerialization. `--set` changes any scalar of the config: `--set denoiser.dit.layers=20`.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import os
 import sys
 from pathlib import Path
 
-# Before JAX is imported, which would look for a TPU once libtpu is installed: programs are made here, none is run.
+# Set before JAX is imported, because with libtpu installed JAX searches for a TPU. Programs are only compiled here.
 if "JAX_PLATFORMS" not in os.environ and not any(Path("/dev").glob("nvidia[0-9]")):
     os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -36,55 +36,65 @@ from dit_video.planning import plan_experiment, suggest
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path, help="an experiment, such as experiments/configs/wan_1_3b_480p.py")
-    parser.add_argument("--topology", required=True, help="hardware: v5e:4x4, v5p:2x2x4, h100:16")
+    parser.add_argument(
+        "config", type=Path, help="Config file of an experiment, such as experiments/configs/wan_1_3b_480p.py."
+    )
+    parser.add_argument(
+        "--topology", required=True, help="Hardware to plan for, such as v5e:4x4, v5p:2x2x4 or h100:16."
+    )
     parser.add_argument("--of", choices=("denoiser", "autoencoder", "sampler"), default="denoiser")
     parser.add_argument(
-        "--mesh", help="data=..,fsdp=..,tensor=..,context=.. instead of the config's; -1 is what is left"
+        "--mesh", help="Mesh, data=..,fsdp=..,tensor=..,context=.., where -1 is the rest; the config's by default."
     )
-    parser.add_argument("--rows", type=int, help="of a step's batch, instead of the config's")
-    parser.add_argument("--clips", type=int, help="in each row; by default as many of the largest as fit")
-    parser.add_argument("--steps", type=int, help="to be paid for; the config's by default")
-    parser.add_argument("--price", type=float, help="of a chip for an hour, in dollars, instead of the list's")
+    parser.add_argument("--rows", type=int, help="Number of rows of a step's batch; the config's by default.")
     parser.add_argument(
-        "--measure", action="store_true", help="run a step and say what devices held, where they are here"
+        "--clips", type=int, help="Number of clips in each row; by default as many of the largest as fit."
     )
-    parser.add_argument("--suggest", action="store_true", help="search mesh, rows (unless given) and remat")
-    parser.add_argument("--tries", type=int, default=4, help="how many of them are compiled")
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="another value in the config")
-    parser.add_argument("--json", type=Path, help="a file for the whole plan")
-    given = parser.parse_args()
+    parser.add_argument("--steps", type=int, help="Number of steps of the training; the config's by default.")
+    parser.add_argument("--price", type=float, help="Price of a chip-hour in dollars; the list price by default.")
+    parser.add_argument(
+        "--measure", action="store_true", help="Run a step and report the devices' memory, if they are present."
+    )
+    parser.add_argument("--suggest", action="store_true", help="Search mesh, rows (unless --rows is set) and remat.")
+    parser.add_argument("--tries", type=int, default=4, help="Number of candidates that --suggest compiles.")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="Change a field of the config; repeatable."
+    )
+    parser.add_argument("--json", type=Path, help="JSON file to write the whole plan to.")
+    arguments = parser.parse_args()
     for name in ("steps", "tries", "rows"):
-        if (value := getattr(given, name)) is not None and value < 1:
-            raise UserError(f"--{name} must be at least 1, not {value}")
-    topology = Topology.parse(given.topology)
-    mesh = None if given.mesh is None else read_mesh(given.mesh)
-    experiment = read_experiment(given.config, given.set, rows=given.rows)
-    asked = {"part": given.of, "clips": given.clips, "steps": given.steps, "price": given.price}
-    if given.suggest:
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise UserError(f"--{name} {value} is invalid: it must be at least 1")
+    topology = Topology.parse(arguments.topology)
+    mesh = None if arguments.mesh is None else read_mesh(arguments.mesh)
+    experiment = read_experiment(arguments.config, arguments.set, rows=arguments.rows)
+    options = {"part": arguments.of, "clips": arguments.clips, "steps": arguments.steps, "price": arguments.price}
+    if arguments.suggest:
         if mesh is not None:
-            raise UserError("--suggest searches for a mesh: leave out --mesh, or --suggest")
+            raise UserError(
+                "--suggest and --mesh exclude each other, because --suggest searches for a mesh; drop one of them"
+            )
         plan = suggest(
             experiment,
             topology,
-            rows=given.rows,
-            tries=given.tries,
+            rows=arguments.rows,
+            tries=arguments.tries,
             say=lambda line: print(line, file=sys.stderr, flush=True),
-            **asked,
+            **options,
         )
     else:
-        plan = plan_experiment(experiment, topology, mesh=mesh, measure=given.measure, **asked)
-    if given.json is not None:
-        write_json(given.json, plan.to_json())
+        plan = plan_experiment(experiment, topology, mesh=mesh, measure=arguments.measure, **options)
+    if arguments.json is not None:
+        write_json(arguments.json, plan.to_json())
     print(plan)
 
 
 def read_experiment(path: Path, changes: list[str], *, rows: int | None) -> Experiment:
-    """The experiment of a file, with other values in some fields.
+    """Read the experiment of a config file and change some of its fields.
 
     Raises:
-      MissingError: no such file.
-      UserError: a file without an experiment, a field that there is not, or a value that it does not take.
+      MissingError: if the file does not exist.
+      UserError: if the file defines no experiment, or if a field does not exist or rejects its value.
     """
     experiment = read_setting(path)
     if not isinstance(experiment, Experiment):
@@ -100,17 +110,17 @@ def read_experiment(path: Path, changes: list[str], *, rows: int | None) -> Expe
 
 
 def read_mesh(text: str) -> MeshConfig:
-    """`fsdp=8,context=4`; what is not named is 1, but for `data`, which is what is left.
+    """Parse a mesh such as `fsdp=8,context=4`; unnamed axes have size 1, except for `data`, which takes the rest.
 
     Raises:
-      UserError: an axis that there is not, or what is no number.
+      UserError: if an axis does not exist or its size is not an integer.
     """
     sizes = {}
     for part in filter(None, text.split(",")):
         name, _, size = part.partition("=")
         if name not in AXES or not size.lstrip("-").isdecimal():
             raise UserError(
-                f"{part!r} is no axis of a mesh with its size; write {','.join(f'{axis}=1' for axis in AXES)}"
+                f"--mesh {part} is invalid: it must be AXIS=SIZE. Use {','.join(f'{axis}=1' for axis in AXES)}"
             )
         sizes[name] = int(size)
     if "data" not in sizes and -1 in sizes.values():

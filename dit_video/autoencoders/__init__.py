@@ -1,4 +1,4 @@
-"""Clips to latents and back."""
+"""Autoencoders of clips: models, losses, quantisation, streaming, tiling and packing on canvases."""
 
 from dit_video.autoencoders.adversarial import R1, Adversarial, LeCam
 from dit_video.autoencoders.canvas import Canvas, Place, arrange, covers, occupied, padding

@@ -1,12 +1,12 @@
-"""The parts of a convolutional causal autoencoder: residual blocks, attention within a frame, changes of resolution.
+"""Building blocks of a convolutional causal autoencoder: residual blocks, attention within a frame, resampling.
 
 They are those of Wan's autoencoder (arXiv 2503.20314, section 4.1), which are those of Stable Diffusion's (arXiv
-2112.10752) made causal in time. A resolution changes by factors of 1 or 2 along (t, h, w); in time the first frame
-stays alone.
+2112.10752) made causal in time. A resolution changes by factors of 1 or 2 along (t, h, w); the first frame is never
+merged with later ones.
 
-Every part takes the features of a clip, or of a chunk of one with the `Memory` of the chunk before. `places` says which
-clip each position belongs to where several share a canvas: between them lie zeros before every convolution, and
-attention stays within a clip.
+Every block takes the features of a clip, or of one chunk given the `ConvCache` of the previous chunk. Where several
+clips share a canvas, `segments` names the clip of each position: features between clips are zeroed before every
+convolution, and attention stays within a clip.
 """
 
 from typing import NamedTuple
@@ -24,26 +24,26 @@ from dit_video.nn import CausalConv, Linear, Memory, RmsNorm, Tokens, make_atten
 from dit_video.tokens import Grid
 
 _EPSILON = 1e-12
-"""Of norms: next to nothing, as in the open models, which divide by the norm itself."""
+"""Lower bound of norms in divisions: negligible, as the open models divide by the norm itself."""
 
 
 class Places(NamedTuple):
-    """Which clip each latent position belongs to: 1, 2, …; 0 is none's."""
+    """Clip ids of the latent positions of a canvas: 1, 2, …; 0 is padding."""
 
     clips: Int[Array, "B h w"]
 
     def alone(self, x: Float[Array, "B t H W i"]) -> Float[Array, "B t H W i"]:
-        """Features at any resolution, zero where there is no clip."""
+        """Return features of any resolution, zeroed where there is no clip."""
         return jnp.where(self.at(x)[:, None, :, :, None] > 0, x, 0)
 
     def at(self, x: Float[Array, "B t H W i"]) -> Int[Array, "B H W"]:
-        """The clips' numbers at the resolution of some features."""
+        """Return the clip ids at the resolution of `x`."""
         rows, columns = x.shape[2] // self.clips.shape[1], x.shape[3] // self.clips.shape[2]
         return jnp.repeat(jnp.repeat(self.clips, rows, axis=1), columns, axis=2)
 
 
 def alone(x: Float[Array, "B t h w i"], places: Places | None) -> Float[Array, "B t h w i"]:
-    """Features with zeros between the clips of a canvas, as each clip alone has beyond its border."""
+    """Return features zeroed between the clips of a canvas, as each clip alone has zeros beyond its border."""
     return x if places is None else places.alone(x)
 
 
@@ -53,37 +53,37 @@ def placed(
     inside: Int[Array, "B h w"] | Bool[Array, "B h w"] | None,
     memory: Memory | None,
 ) -> Places | None:
-    """Which clip each latent position of a canvas belongs to; None where clips have no canvas.
+    """Check the shape of pixels and return the clip ids of their canvas, or None if there are none.
 
     Raises:
-      UserError: pixels of a clip, or of a chunk of one, that do not fit the stride, or that are not red, green, blue.
+      UserError: pixels of a clip or a chunk that do not fit the stride, or that are not RGB.
     """
     if pixels.shape[-1] != 3:
-        raise UserError(f"pixels have 3 channels, red, green and blue; {pixels.shape[-1]} were given")
+        raise UserError(f"pixels have {pixels.shape[-1]} channels: use 3, red, green and blue")
     chunk_grid(Grid(*pixels.shape[1:4]), stride, begins=memory is None or memory.begins)
     return None if inside is None else Places(inside.astype(jnp.int32))
 
 
 def frame_segments(x: Float[Array, "B t h w D"], places: Places | None) -> Int[Array, "B*t h*w"]:
-    """Which clip each position of every frame belongs to, for attention within the clips' frames."""
+    """Return the clip id of each position, one row per frame, so that attention stays within a clip's frame."""
     if places is None:
         return jnp.ones((x.shape[0] * x.shape[1], x.shape[2] * x.shape[3]), jnp.int32)
     return repeat(places.at(x), "B h w -> (B t) (h w)", t=x.shape[1])
 
 
 def make_norm(width: int, guided: int | None, rngs: nnx.Rngs) -> nnx.Module:
-    """A norm by the root mean square; one that latents of `guided` channels modulate, if that is given."""
+    """Return an RMS norm, modulated by latents of `guide_channels` channels unless that is None."""
     norm = RmsNorm(width, eps=_EPSILON)
     return norm if guided is None else SpatialNorm(norm, width, guided, rngs=rngs)
 
 
 def normed(norm: nnx.Module, x: Float[Array, "B t h w D"], guide: Guide | None) -> Float[Array, "B t h w D"]:
-    """What `make_norm` made, applied."""
+    """Apply a norm made by `make_norm`."""
     return norm(x) if guide is None else norm(x, guide)
 
 
 class ResidualBlock(nnx.Module):
-    """Twice norm, SiLU and a 3×3×3 convolution, beside the identity or a projection."""
+    """Two times norm, SiLU and a 3×3×3 convolution, added to the identity or a projection."""
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class ResidualBlock(nnx.Module):
 
 
 class FrameAttention(nnx.Module):
-    """Attention of one head among the positions of a frame, beside the identity."""
+    """Single-head attention among the positions of a frame, added to the identity."""
 
     def __init__(self, width: int, *, guided: int | None = None, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
         self.norm = make_norm(width, guided, rngs)
@@ -130,7 +130,7 @@ class FrameAttention(nnx.Module):
 
 
 class Down(nnx.Module):
-    """Half the resolution along the axes where `factors` is 2: a convolution in space, then one in time."""
+    """Downsampling by 2 along the axes where `factors` is 2: a convolution in space, then one in time."""
 
     def __init__(self, width: int, factors: Grid, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
         spatial = factors.h == 2
@@ -144,7 +144,8 @@ class Down(nnx.Module):
             x = self.space(alone(x, places))
         if self.time is None:
             return x
-        if memory is None or memory.begins:  # the first frame stays as it is, and is the past of those that follow
+        if memory is None or memory.begins:
+            # The first frame is kept as it is, and is the padding before the frames that follow.
             rest = x if memory is None else memory.exchange(x[:, :1], x[:, 1:])
             first = x[:, :1]
             return first if x.shape[1] == 1 else jnp.concatenate([first, self.time.valid(rest, step=2)], axis=1)
@@ -152,7 +153,7 @@ class Down(nnx.Module):
 
 
 class Up(nnx.Module):
-    """Twice the resolution along the axes where `factors` is 2: a convolution in time, then one in space."""
+    """Upsampling by 2 along the axes where `factors` is 2: a convolution in time, then one in space."""
 
     def __init__(self, width_in: int, width_out: int, factors: Grid, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
         spatial = factors.h == 2
@@ -170,21 +171,21 @@ class Up(nnx.Module):
     def _doubled(
         self, convolution: CausalConv, x: Float[Array, "B t h w i"], memory: Memory | None
     ) -> Float[Array, "B T h w i"]:
-        """Two frames for each but the clip's first, which those that follow do not see."""
+        """Return two frames for each but the clip's first, which later frames do not see."""
         begins = memory is None or memory.begins
         first, rest = (x[:, :1], x[:, 1:]) if begins else (x[:, :0], x)
-        past = jnp.zeros_like(jnp.repeat(x[:, :1], 2, axis=1))
-        longer = jnp.concatenate([past, rest], axis=1) if memory is None else memory.exchange(past, rest)
+        padding = jnp.zeros_like(jnp.repeat(x[:, :1], 2, axis=1))
+        padded = jnp.concatenate([padding, rest], axis=1) if memory is None else memory.exchange(padding, rest)
         if rest.shape[1] == 0:
             return first
-        pairs = rearrange(convolution.valid(longer), "B t h w (two i) -> B (t two) h w i", two=2)
+        pairs = rearrange(convolution.valid(padded), "B t h w (two i) -> B (t two) h w i", two=2)
         return jnp.concatenate([first, pairs], axis=1)
 
 
 def averaged(x: Float[Array, "B T H W i"], width: int, factors: Grid, *, begins: bool) -> Float[Array, "B t h w o"]:
-    """A block's shortcut to a lower resolution without parameters: cells of pixels become channels, groups their mean.
+    """Return a block's parameter-free shortcut to a lower resolution: cells of pixels become channels, then means.
 
-    The first frame stands alone: a cell of it has zeros before it.
+    The first frame has cells of its own, padded with zeros before it.
     """
     if begins:
         x = jnp.pad(x, ((0, 0), (factors.t - 1, 0), (0, 0), (0, 0), (0, 0)))
@@ -193,9 +194,9 @@ def averaged(x: Float[Array, "B T H W i"], width: int, factors: Grid, *, begins:
 
 
 def repeated(x: Float[Array, "B t h w i"], width: int, factors: Grid, *, begins: bool) -> Float[Array, "B T H W o"]:
-    """A block's shortcut to a higher resolution without parameters: channels, repeated, become cells of pixels.
+    """Return a block's parameter-free shortcut to a higher resolution: repeated channels become cells of pixels.
 
-    Of the first frame's cells the last is kept.
+    Only the last frame of the first frame's cells is kept.
     """
     wide = jnp.repeat(x, width * factors.volume // x.shape[-1], axis=-1)
     cells = rearrange(wide, "B t h w (o a b c) -> B (t a) (h b) (w c) o", a=factors.t, b=factors.h, c=factors.w)

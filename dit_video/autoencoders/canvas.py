@@ -1,8 +1,8 @@
-"""Clips of many sizes side by side on canvases of a few sizes: a bounded number of programs, with little padding.
+"""Packing of clips of many sizes on canvases of a few sizes: a bounded number of programs, with little padding.
 
-What an autoencoder's convolutions see beyond the border of a picture are zeros. So clips can share a canvas if
-activations between them are zero before every convolution, and a clip that is shorter than its canvas ends in frames
-that causal layers do not see. Every clip then gets the latents that it gets alone.
+An autoencoder's convolutions see zeros beyond the border of a picture. Clips can therefore share a canvas if
+activations between them are zeroed before every convolution, and a clip shorter than its canvas is padded with later
+frames, which causal layers do not see. Every clip gets the latents that it would get alone.
 """
 
 import itertools
@@ -19,53 +19,55 @@ from dit_video.core.errors import UserError
 from dit_video.tokens import Grid
 
 PROGRAMS = 8
-"""Canvas sizes of one data set, at most: each is a program."""
+"""Maximum number of canvas sizes for one data set; each size is compiled once."""
 PIXELS = 1 << 23
-"""Of a canvas, over all its frames, if no clip needs more."""
+"""Pixels of a canvas over all its frames, unless a clip needs more."""
 _SAMPLE = 1000
-"""Clips that decide the canvases' shape."""
+"""Approximate number of clips used to choose the shape of the canvases."""
 _LOOK = 256
-"""Open shelves, or canvases, that are tried for the next clip, or shelf."""
+"""Number of open shelves or canvases tried for the next clip or shelf."""
 
 
 class Place(NamedTuple):
-    """Where a clip lies."""
+    """The position of one clip on a canvas."""
 
     clip: int
     row: int
-    """in pixels, of its upper left corner"""
+    """Pixel row of the upper left corner."""
     column: int
+    """Pixel column of the upper left corner."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Canvas:
-    """Clips that are encoded in one picture."""
+    """Clips that are encoded as one picture."""
 
     size: Grid
-    """frames and pixels; all clips begin at the first frame"""
+    """Frames, height and width in pixels; all clips start at the first frame."""
     places: tuple[Place, ...]
 
 
 def arrange(sizes: Sequence[Grid], *, stride: Grid, pixels: int = PIXELS, programs: int = PROGRAMS) -> list[Canvas]:
-    """Canvases of at most `programs` sizes that hold every clip once, a latent position or more between neighbours.
+    """Pack clips on canvases of at most `max_programs` sizes, each clip once, one latent position or more apart.
 
-    Where there are no more sizes than programs, every clip has a canvas of its own. Else lengths are rounded up to at
-    most `programs` ones, so that the fewest pixels are added; the clips of a length stand on shelves, the highest
-    first (first fit by decreasing height: Coffman et al., SIAM J. Comput. 9(4), 1980), and so do the shelves in
-    canvases.
+    If there are at most `max_programs` sizes, every clip has a canvas of its own. Otherwise lengths are rounded up to
+    at most `max_programs` different ones so that the fewest pixels are added. Clips of one length are put on shelves,
+    tallest first (first fit by decreasing height: Coffman et al., SIAM J. Comput. 9(4), 1980), and so are the shelves
+    on canvases.
 
     Args:
-      sizes: of the clips, in frames and pixels; heights and widths are multiples of the stride.
-      stride: of the autoencoder.
-      pixels: of a canvas over all its frames, about; more if a clip is larger, fewer if there are fewer clips.
-      programs: how many sizes of canvases there may be.
+      sizes: sizes of the clips in frames and pixels; heights and widths are multiples of the stride.
+      stride: stride of the autoencoder.
+      pixels: approximate pixels of a canvas over all its frames; more if a clip is larger, fewer for few clips.
+      max_programs: maximum number of canvas sizes.
 
     Raises:
-      UserError: less than one program or pixel.
+      UserError: `max_programs` or `pixels` below 1.
     """
     if programs < 1 or pixels < 1:
-        raise UserError(f"clips are encoded by programs={programs} on canvases of pixels={pixels}; use at least 1")
-    if len(set(sizes)) <= programs:  # nothing is gained by sharing
+        raise UserError(f"max_programs={programs}, pixels={pixels} is invalid: use at least 1 of each")
+    if len(set(sizes)) <= programs:
+        # Sharing canvases would not save a program.
         order = sorted(range(len(sizes)), key=lambda index: (sizes[index], index))
         return [Canvas(size=sizes[index], places=(Place(index, 0, 0),)) for index in order]
     canvases: list[Canvas] = []
@@ -73,51 +75,55 @@ def arrange(sizes: Sequence[Grid], *, stride: Grid, pixels: int = PIXELS, progra
     for length in sorted(set(length_of.values())):
         members = [index for index, size in enumerate(sizes) if length_of[size.t] == length]
         cells = [(sizes[index].h // stride.h, sizes[index].w // stride.w) for index in members]
-        height, width, placed = _packed(cells, max(1, pixels // (length * stride.h * stride.w)))
+        # A canvas of `area` latent positions has about `pixels` pixels over its `length` frames.
+        height, width, canvas_cells = _packed(cells, max(1, pixels // (length * stride.h * stride.w)))
         size = Grid(length, height * stride.h, width * stride.w)
         canvases += [
             Canvas(
                 size=size,
-                places=tuple(Place(members[clip], row * stride.h, column * stride.w) for clip, row, column in one),
+                places=tuple(
+                    Place(members[clip], row * stride.h, column * stride.w) for clip, row, column in canvas_slots
+                ),
             )
-            for one in placed
+            for canvas_slots in canvas_cells
         ]
     return canvases
 
 
 def covers(sizes: Sequence[Grid], *, programs: int = PROGRAMS) -> list[Grid]:
-    """At most `programs` sizes of which every clip fits into one, for clips that are encoded as they come.
+    """Return at most `max_programs` sizes such that every clip fits into one, for clips encoded one by one.
 
-    Of all sizes the two are merged, again and again, whose common size adds the fewest pixels over all clips. They are
-    given by increasing volume, so that a clip's is the first that holds it.
+    Repeatedly merges the two sizes whose common size adds the fewest pixels over all clips. The result is sorted by
+    volume, so that a clip should use the first size that holds it.
 
     Raises:
-      UserError: less than one program.
+      UserError: `max_programs` below 1.
     """
     if programs < 1:
-        raise UserError(f"clips are encoded by programs={programs}; use at least 1")
+        raise UserError(f"max_programs={programs} is invalid: use at least 1")
     unique, counts = np.unique(np.asarray(sizes, np.int64).reshape(-1, 3), axis=0, return_counts=True)
-    different, counts, alive = unique.astype(np.float64), counts.astype(np.float64), np.ones(len(unique), bool)
+    merged_sizes, counts, alive = unique.astype(np.float64), counts.astype(np.float64), np.ones(len(unique), bool)
 
-    def added_by(index: int) -> np.ndarray:
-        """Pixels that a size's merger with every other one adds; infinite with itself and with what is merged."""
-        pixels = different.prod(axis=1) * counts
-        merged = np.maximum(different[index], different).prod(axis=1) * (counts[index] + counts)
+    def compute_added(index: int) -> np.ndarray:
+        """Return the pixels that merging this size with each other one adds; inf for itself and merged sizes."""
+        pixels = merged_sizes.prod(axis=1) * counts
+        merged = np.maximum(merged_sizes[index], merged_sizes).prod(axis=1) * (counts[index] + counts)
         return np.where(alive & (np.arange(len(alive)) != index), merged - pixels[index] - pixels, np.inf)
 
-    added = np.stack([added_by(index) for index in range(len(different))])
-    for _ in range(len(different) - programs):
+    # A merger changes the costs of one row and column alone, so the whole matrix is computed only once.
+    added = np.stack([compute_added(index) for index in range(len(merged_sizes))])
+    for _ in range(len(merged_sizes) - programs):
         one, other = sorted(divmod(int(np.argmin(added)), len(added)))
-        different[one], counts[one] = np.maximum(different[one], different[other]), counts[one] + counts[other]
+        merged_sizes[one], counts[one] = np.maximum(merged_sizes[one], merged_sizes[other]), counts[one] + counts[other]
         alive[other] = False
         added[other], added[:, other] = np.inf, np.inf
-        added[one] = added[:, one] = added_by(one)
-    left = different[alive].astype(np.int64).tolist()
-    return sorted((Grid(*size) for size in left), key=lambda size: (size.volume, size))
+        added[one] = added[:, one] = compute_added(one)
+    remaining = merged_sizes[alive].astype(np.int64).tolist()
+    return sorted((Grid(*size) for size in remaining), key=lambda size: (size.volume, size))
 
 
 def occupied(canvas: Canvas, sizes: Sequence[Grid], stride: Grid) -> Int32[np.ndarray, "h w"]:
-    """Which of a canvas's clips each latent position belongs to: 1, 2, … in the order of its places; 0 is none."""
+    """Return the clip id of each latent position of a canvas: 1, 2, … in the order of its slots; 0 is padding."""
     result = np.zeros((canvas.size.h // stride.h, canvas.size.w // stride.w), np.int32)
     for number, (clip, row, column) in enumerate(canvas.places, 1):
         top, left = row // stride.h, column // stride.w
@@ -126,19 +132,20 @@ def occupied(canvas: Canvas, sizes: Sequence[Grid], stride: Grid) -> Int32[np.nd
 
 
 def padding(canvases: Sequence[Canvas], sizes: Sequence[Grid]) -> float:
-    """Share of the canvases' pixels that belong to no clip."""
+    """Return the share of the canvases' pixels that belong to no clip."""
     total = sum(canvas.size.volume for canvas in canvases)
     return 1 - sum(size.volume for size in sizes) / total if total else 0.0
 
 
 def _lengths(sizes: Sequence[Grid], most: int) -> dict[int, int]:
-    """Every length, rounded up to one of `most`: the choice that adds the fewest pixels, by dynamic programming."""
+    """Map every length to one of at most `max_lengths`, adding the fewest pixels; by dynamic programming."""
     areas: dict[int, int] = {}
     for size in sizes:
         areas[size.t] = areas.get(size.t, 0) + size.h * size.w
     lengths = sorted(areas)
     below = [0, *itertools.accumulate(areas[length] for length in lengths)]
-    # best[n]: the least padded pixels of the n shortest lengths, and the rounded lengths that give it.
+    # best[n]: the fewest padded pixels of the n shortest lengths, and the rounded lengths that achieve it. Each pass
+    # allows one more rounded length, for lengths m + 1 to n.
     best: list[tuple[int, tuple[int, ...]]] = [(0, ())] + [
         (below[n] * lengths[n - 1], (lengths[n - 1],)) for n in range(1, len(lengths) + 1)
     ]
@@ -154,26 +161,26 @@ def _lengths(sizes: Sequence[Grid], most: int) -> dict[int, int]:
             for n in range(1, len(lengths) + 1)
         ]
     chosen = best[-1][1]
-    return {length: next(one for one in chosen if one >= length) for length in lengths}
+    return {length: next(rounded for rounded in chosen if rounded >= length) for length in lengths}
 
 
 _Cell = tuple[int, int, int]
-"""clip, row, column"""
+"""Clip, row and column, in latent positions."""
 
 
 def _packed(cells: Sequence[tuple[int, int]], area: int) -> tuple[int, int, list[list[_Cell]]]:
-    """Height and width of the canvases of about `area` positions, and what lies on each."""
+    """Return height and width of canvases of about `area` positions, and the clips on each."""
     highest, widest = max(height for height, _ in cells), max(width for _, width in cells)
-    # The shape is chosen by trying it on a part of the clips.
+    # Candidate shapes are tried on a sample of the clips.
     sample = [cells[index] for index in range(0, len(cells), -(-len(cells) // _SAMPLE))]
-    # A gap beside each clip and below it.
+    # Every clip takes a gap of one position to the right and one below.
     total = sum((height + 1) * (width + 1) for height, width in sample)
-    each = min(area, total)
+    target_area = min(area, total)
     best: tuple[int, int, int] | None = None
-    for width in _sides(math.sqrt(each), [width for _, width in sample], widest):
+    for width in _sides(math.sqrt(target_area), [width for _, width in sample], widest):
         shelves = _shelves(sample, width)
         stacked = sum(height + 1 for height, _ in shelves) - 1
-        for height in _sides(each / width, [height for height, _ in sample], highest):
+        for height in _sides(target_area / width, [height for height, _ in sample], highest):
             height = max(highest, min(height, stacked))
             computed = len(_stacked(shelves, height)) * height * width
             best = min(best or (computed, height, width), (computed, height, width))
@@ -183,46 +190,46 @@ def _packed(cells: Sequence[tuple[int, int]], area: int) -> tuple[int, int, list
 
 
 def _sides(about: float, members: Sequence[int], least: int) -> list[int]:
-    """Lengths to try for a side: some around `about`, and those that the commonest members fill to the end."""
+    """Return lengths to try for a side: some around `target`, and exact multiples of the most common lengths."""
     low, high = 0.6 * about, 1.6 * about
-    tried = {round(low + (high - low) * step / 8) for step in range(9)}
+    candidates = {round(low + (high - low) * step / 8) for step in range(9)}
     for member, _ in Counter(members).most_common(3):
-        tried |= {
+        candidates |= {
             (member + 1) * count - 1 for count in range(math.ceil(low / (member + 1)), int(high / (member + 1)) + 1)
         }
-    return sorted({max(least, side) for side in tried})
+    return sorted({max(least, side) for side in candidates})
 
 
 def _shelves(cells: Sequence[tuple[int, int]], width: int) -> list[tuple[int, list[tuple[int, int]]]]:
-    """Shelves of (height, [(clip, column)])."""
+    """Place clips on shelves, tallest first; a shelf is (height, [(clip, column)])."""
     shelves: list[tuple[int, list[tuple[int, int]]]] = []
     used: list[int] = []
     for clip in sorted(range(len(cells)), key=lambda clip: (-cells[clip][0], -cells[clip][1], clip)):
-        needs = cells[clip][1]
-        for place in range(max(0, len(shelves) - _LOOK), len(shelves)):
-            if used[place] + needs <= width:
+        clip_width = cells[clip][1]
+        for shelf in range(max(0, len(shelves) - _LOOK), len(shelves)):
+            if used[shelf] + clip_width <= width:
                 break
         else:
-            place = len(shelves)
+            shelf = len(shelves)
             shelves.append((cells[clip][0], []))
             used.append(0)
-        shelves[place][1].append((clip, used[place]))
-        used[place] += needs + 1
+        shelves[shelf][1].append((clip, used[shelf]))
+        used[shelf] += clip_width + 1
     return shelves
 
 
 def _stacked(shelves: list[tuple[int, list[tuple[int, int]]]], height: int) -> list[list[_Cell]]:
-    """The canvases that hold the shelves, the highest shelves first."""
+    """Stack shelves on canvases, the tallest shelves first."""
     canvases: list[list[_Cell]] = []
     used: list[int] = []
-    for high, members in shelves:
-        for place in range(max(0, len(canvases) - _LOOK), len(canvases)):
-            if used[place] + high <= height:
+    for shelf_height, members in shelves:
+        for canvas in range(max(0, len(canvases) - _LOOK), len(canvases)):
+            if used[canvas] + shelf_height <= height:
                 break
         else:
-            place = len(canvases)
+            canvas = len(canvases)
             canvases.append([])
             used.append(0)
-        canvases[place] += [(clip, used[place], column) for clip, column in members]
-        used[place] += high + 1
+        canvases[canvas] += [(clip, used[canvas], column) for clip, column in members]
+        used[canvas] += shelf_height + 1
     return canvases

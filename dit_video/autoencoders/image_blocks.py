@@ -1,10 +1,10 @@
-"""Encoder and decoder of the image autoencoders around latent diffusion: those of Stable Diffusion, FLUX and MoVQ.
+"""Encoder and decoder of the image autoencoders of latent diffusion: those of Stable Diffusion, FLUX and MoVQ.
 
 Levels of residual blocks with group norms, attention in the middle (arXiv 2112.10752, appendix G; after arXiv
-2012.09841). Frames are coded one by one, as if each were an image. Which norm the decoder has is chosen by who builds
-it: a plain group norm, or one that the latents modulate (MoVQ, arXiv 2209.09002).
+2012.09841). Each frame is coded separately, as an image. The caller chooses the decoder's norms: plain group norms, or
+norms modulated by the latents (MoVQ, arXiv 2209.09002).
 
-Temporal layers can be put between the decoder's blocks; see `dit_video.autoencoders.inflate`.
+Temporal layers can be added between the decoder's blocks; see `dit_video.autoencoders.inflate`.
 """
 
 import itertools
@@ -28,84 +28,90 @@ _HALF = Grid(1, 2, 2)
 
 @dataclass(frozen=True, kw_only=True)
 class ImageLevels:
-    """The levels of an encoder and of its decoder; each next one has half the height and width.
+    """Configuration of the levels of an encoder and decoder; each level has half the height and width of the previous.
 
     Raises:
-      UserError: no levels, groups that do not divide a width, or attention at a level that isn't there.
+      UserError: no levels, groups that do not divide a width, or attention at a level that does not exist.
     """
 
     widths: tuple[int, ...] = (128, 256, 512, 512)
-    """channels of each level"""
+    """Channels of each level."""
     blocks: int = 2
-    """residual blocks a level in the encoder; the decoder has one more"""
+    """Residual blocks per level of the encoder; the decoder has one more."""
     groups: int = 32
-    """of channels that are normed together"""
+    """Number of groups of channels in group norms."""
     middle_attention: bool = True
-    """whether there is attention between the two blocks in the middle"""
+    """True adds attention between the two blocks in the middle."""
     attention: tuple[int, ...] = ()
-    """levels that have attention after every residual block"""
+    """Levels with attention after every residual block, counted from 0."""
     bfloat16: bool = False
-    """whether features are bfloat16, with products summed in float32; parameters, norms and latents stay float32"""
+    """True stores features in bfloat16, with products summed in float32; parameters, norms and latents stay float32."""
 
     def __post_init__(self):
         if not self.widths or min(*self.widths, self.blocks, self.groups) < 1:
-            raise UserError("an image autoencoder needs one level or more, and widths, blocks and groups of at least 1")
+            raise UserError(
+                f"widths={self.widths}, blocks={self.blocks}, groups={self.groups} is invalid: use one level or more, "
+                "and at least 1 of each"
+            )
         for width in self.widths:
             if width % self.groups:
                 raise UserError(
-                    f"{width} channels are not divisible by {self.groups} groups; change the widths or the groups"
+                    f"{width} channels are not divisible by groups={self.groups}; change the widths or the groups"
                 )
         if set(self.attention) - set(range(len(self.widths))):
-            raise UserError(f"attention at levels {self.attention} of {len(self.widths)}; they are counted from 0")
+            raise UserError(
+                f"attention={self.attention} is invalid for {len(self.widths)} levels: use levels from 0 to "
+                f"{len(self.widths) - 1}"
+            )
 
     @property
     def stride(self) -> Grid:
-        """Pixels for one latent along (t, h, w)."""
+        """Return the pixels per latent along (t, h, w)."""
         side = 2 ** (len(self.widths) - 1)
         return Grid(1, side, side)
 
     @property
     def dtype(self) -> jnp.dtype:
-        """What products are computed in."""
+        """Return the dtype of products."""
         return jnp.dtype(jnp.bfloat16 if self.bfloat16 else jnp.float32)
 
 
 class Beside(NamedTuple):
-    """What blocks are told beside the features."""
+    """Inputs of a block in addition to the features."""
 
     places: Places | None = None
-    """which clip each position belongs to, of several on one canvas"""
+    """Clip ids of the positions, if several clips share a canvas."""
     latents: Float[Array, "B t h w c"] | None = None
-    """what is decoded, for norms that it modulates"""
+    """Latents being decoded, for norms that they modulate."""
     memory: Memory | None = None
-    """of the chunk before, for temporal layers"""
+    """Cache left by the previous chunk, for temporal layers."""
 
 
 @runtime_checkable
 class Norm(Protocol):
-    """A norm of features at any resolution: `FrameNorm`, or one that reads `beside.latents`."""
+    """A norm of features at any resolution: `FrameNorm`, or one that reads `inputs.latents`."""
 
     def __call__(self, x: Float[Array, "B t h w D"], beside: Beside) -> Float[Array, "B t h w D"]: ...
 
 
 MakeNorm = Callable[[int, nnx.Rngs], nnx.Module]
-"""A `Norm` of so many channels."""
+"""Function that makes a `Norm` for a number of channels."""
 
 
 class FrameNorm(GroupNorm):
-    """A group norm over each frame, or over each clip's part of it."""
+    """A group norm over each frame, or over each clip's part of it if clips share a canvas."""
 
     def __call__(self, x: Float[Array, "B t h w D"], beside: Beside) -> Float[Array, "B t h w D"]:  # type: ignore[override]
         return super().__call__(x, None if beside.places is None else beside.places.clips)
 
 
 def frame_norms(levels: ImageLevels) -> MakeNorm:
-    """Plain group norms, as all encoders have them, and the decoders of Stable Diffusion and FLUX."""
+    """Return a factory of plain group norms: those of all encoders, and of Stable Diffusion's and FLUX's decoders."""
     return lambda width, _: FrameNorm(width, levels.groups)
 
 
 class ImageResidual(nnx.Module):
-    """Twice norm, SiLU and a 3×3 convolution, beside the identity or a projection."""
+    """Two times norm, SiLU and a 3×3 convolution, added to the identity or a projection."""
 
     def __init__(self, width_in: int, width_out: int, norm: MakeNorm, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.norm_in, self.norm_out = norm(width_in, rngs), norm(width_out, rngs)
@@ -120,7 +126,7 @@ class ImageResidual(nnx.Module):
 
 
 class ImageAttention(nnx.Module):
-    """Attention of one head among the positions of a frame, beside the identity."""
+    """Single-head attention among the positions of a frame, added to the identity."""
 
     def __init__(self, width: int, norm: MakeNorm, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.norm = norm(width, rngs)
@@ -129,21 +135,21 @@ class ImageAttention(nnx.Module):
 
     def __call__(self, x: Float[Array, "B t h w D"], beside: Beside) -> Float[Array, "B t h w D"]:
         tokens = rearrange(self.norm(x, beside), "B t h w D -> (B t) (h w) 1 D")
-        at = Tokens.among(frame_segments(x, beside.places))
-        mixed = self.attention(self.query(tokens), self.key(tokens), self.value(tokens), at)
+        meta = Tokens.among(frame_segments(x, beside.places))
+        mixed = self.attention(self.query(tokens), self.key(tokens), self.value(tokens), meta)
         return x + self.out(mixed).reshape(x.shape)
 
 
 class ImageEncoder(nnx.Module):
-    """Pixels to `channels` features for each latent position."""
+    """An encoder of pixels to `channels` features per latent position."""
 
     def __init__(self, levels: ImageLevels, channels: int, *, rngs: nnx.Rngs):
         widths, dtype, norm = levels.widths, levels.dtype, frame_norms(levels)
         self.conv_in = CausalConv(3, widths[0], (1, 3, 3), dtype=dtype, rngs=rngs)
         self.levels = nnx.List(
             [
-                _DownLevel(levels, index, (before, *[width] * levels.blocks), norm, rngs=rngs)
-                for index, (before, width) in enumerate(zip((widths[0], *widths[:-1]), widths, strict=True))
+                _DownLevel(levels, index, (width_in, *[width] * levels.blocks), norm, rngs=rngs)
+                for index, (width_in, width) in enumerate(zip((widths[0], *widths[:-1]), widths, strict=True))
             ]
         )
         self.middle = _Middle(levels, norm, rngs=rngs)
@@ -160,9 +166,9 @@ class ImageEncoder(nnx.Module):
 
 
 class ImageDecoder(nnx.Module):
-    """`channels` features for each latent position to pixels.
+    """A decoder of `channels` features per latent position to pixels.
 
-    `norm` makes its norms: `frame_norms(levels)` those of Stable Diffusion; others may read `beside.latents`.
+    `norm` makes its norms: `make_frame_norm_factory(levels)` plain ones; others may read `inputs.latents`.
     """
 
     def __init__(self, levels: ImageLevels, channels: int, norm: MakeNorm, *, rngs: nnx.Rngs):
@@ -172,8 +178,8 @@ class ImageDecoder(nnx.Module):
         self.middle = _Middle(levels, norm, rngs=rngs)
         self.levels = nnx.List(
             [
-                _UpLevel(levels, len(widths) - 1 - index, (before, *[width] * (levels.blocks + 1)), norm, rngs=rngs)
-                for index, (before, width) in enumerate(zip((widths[0], *widths[:-1]), widths, strict=True))
+                _UpLevel(levels, len(widths) - 1 - index, (width_in, *[width] * (levels.blocks + 1)), norm, rngs=rngs)
+                for index, (width_in, width) in enumerate(zip((widths[0], *widths[:-1]), widths, strict=True))
             ]
         )
         self.norm = norm(widths[-1], rngs)
@@ -187,7 +193,7 @@ class ImageDecoder(nnx.Module):
 
 
 class _DownLevel(nnx.Module):
-    """Residual blocks, then half the height and width; the last level keeps them."""
+    """Residual blocks, then downsampling by 2 in height and width, except in the last level."""
 
     def __init__(self, levels: ImageLevels, index: int, widths: Sequence[int], norm: MakeNorm, *, rngs: nnx.Rngs):
         blocks, attentions = _blocks(levels, index, widths, norm, rngs=rngs)
@@ -203,14 +209,14 @@ class _DownLevel(nnx.Module):
 
 
 class _UpLevel(nnx.Module):
-    """Residual blocks, then twice the height and width; the last level keeps them."""
+    """Residual blocks, then upsampling by 2 in height and width, except in the last level."""
 
     def __init__(self, levels: ImageLevels, index: int, widths: Sequence[int], norm: MakeNorm, *, rngs: nnx.Rngs):
         blocks, attentions = _blocks(levels, index, widths, norm, rngs=rngs)
         self.blocks, self.attentions = nnx.List(blocks), nnx.List(attentions)
         self.up = None if index == 0 else Up(widths[-1], widths[-1], _HALF, dtype=levels.dtype, rngs=rngs)
         self.temporal: nnx.List[nnx.Module] = nnx.List([])
-        """layers that follow the residual blocks, one each; a decoder of images has none"""
+        """Temporal layers, one after each residual block; empty in a decoder of images."""
 
     def __call__(self, x: Float[Array, "B t h w i"], beside: Beside) -> Float[Array, "B t H W o"]:
         for block, attention, temporal in itertools.zip_longest(self.blocks, self.attentions, self.temporal):
@@ -223,11 +229,11 @@ class _UpLevel(nnx.Module):
 def _blocks(
     levels: ImageLevels, index: int, widths: Sequence[int], norm: MakeNorm, *, rngs: nnx.Rngs
 ) -> tuple[list[ImageResidual], list[ImageAttention]]:
-    """The residual blocks of a level, and the attention after each: none, or as many."""
+    """Return a level's residual blocks, and the attention after each: one per block, or none."""
     dtype = levels.dtype
     blocks = [ImageResidual(*pair, norm, dtype=dtype, rngs=rngs) for pair in itertools.pairwise(widths)]
-    attentive = widths[1:] if index in levels.attention else ()
-    return blocks, [ImageAttention(width, norm, dtype=dtype, rngs=rngs) for width in attentive]
+    attention_widths = widths[1:] if index in levels.attention else ()
+    return blocks, [ImageAttention(width, norm, dtype=dtype, rngs=rngs) for width in attention_widths]
 
 
 class _Middle(nnx.Module):

@@ -1,4 +1,4 @@
-"""The variational autoencoder of images that Stable Diffusion and FLUX have (arXiv 2112.10752), frame by frame."""
+"""The variational autoencoder of images of Stable Diffusion and FLUX (arXiv 2112.10752), applied to each frame."""
 
 from dataclasses import dataclass, field
 
@@ -16,41 +16,41 @@ from dit_video.tokens import Grid
 
 @dataclass(frozen=True, kw_only=True)
 class ImageVaeConfig:
-    """A VAE of images by its levels. Clips of any length are coded frame by frame: the temporal stride is 1.
+    """Configuration of an image VAE. Clips of any length are coded frame by frame: the temporal stride is 1.
 
     Raises:
-      UserError: no channels, or a negative deviation.
+      UserError: no channels, or a negative standard deviation.
     """
 
     channels: int = 4
-    """of the latents"""
+    """Channels of the latents."""
     levels: ImageLevels = field(default_factory=ImageLevels)
     moments: bool = True
-    """whether a linear map follows the encoder"""
+    """True adds a linear map after the encoder (diffusers' `use_quant_conv`)."""
     latents: bool = True
-    """whether a linear map goes before the decoder"""
+    """True adds a linear map before the decoder (diffusers' `use_post_quant_conv`)."""
     std: float | None = None
-    """The latents' standard deviation in training, fixed; None learns one for each (the usual VAE). 0 is a plain
+    """Fixed standard deviation of the latents in training; None learns one for each (the usual VAE). 0 is a plain
     autoencoder, whose latents have noise of about 3e-7: train it without a divergence."""
 
     def __post_init__(self):
         if self.channels < 1:
-            raise UserError(f"latents need at least 1 channel, not {self.channels}")
+            raise UserError(f"channels={self.channels} is invalid: use at least 1")
         check_std(self.std)
 
     @classmethod
     def stable_diffusion(cls) -> "ImageVaeConfig":
-        """Stable Diffusion 1, 2 and XL: 8×8 pixels to 4 channels, 84 M parameters."""
+        """Return the VAE of Stable Diffusion 1, 2 and XL: 8×8 pixels to 4 channels, 84 M parameters."""
         return cls()
 
     @classmethod
     def flux(cls) -> "ImageVaeConfig":
-        """FLUX.1: 8×8 pixels to 16 channels, 84 M parameters."""
+        """Return the VAE of FLUX.1: 8×8 pixels to 16 channels, 84 M parameters."""
         return cls(channels=16, moments=False, latents=False)
 
     @property
     def stride(self) -> Grid:
-        """Pixels for one latent along (t, h, w)."""
+        """Return the pixels per latent along (t, h, w)."""
         return self.levels.stride
 
     @property
@@ -62,7 +62,7 @@ class ImageVaeConfig:
 
 
 class ImageVae(Vae):
-    """Pixels in [-1, 1] to normalised latents and back."""
+    """A VAE from pixels in [-1, 1] to normalised latents and back, frame by frame."""
 
     def __init__(self, config: ImageVaeConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -79,15 +79,15 @@ class ImageVae(Vae):
         inside: Bool[Array, "B h w"] | Int[Array, "B h w"] | None = None,
         memory: Memory | None = None,
     ) -> Posterior:
-        """The distribution of latents, before normalisation. See `encode` for the arguments."""
-        places = placed(pixels, self.config.stride, inside, memory)
-        moments = self.encoder(pixels, places).astype(jnp.float32)
+        """Return the distribution of latents before normalisation. See `encode` for the arguments."""
+        segments = placed(pixels, self.config.stride, inside, memory)
+        moments = self.encoder(pixels, segments).astype(jnp.float32)
         moments = moments if self.moments is None else self.moments(moments)
         return Posterior.of_moments(moments, self.config.std)
 
     def reconstruct(
         self, latents: Float[Array, "B t h w c"], memory: Memory | None = None
     ) -> Float[Array, "B T H W 3"]:
-        """Pixels from latents that are not normalised."""
+        """Return pixels from latents that are not normalised."""
         x = latents if self.latents is None else self.latents(latents)
         return self.decoder(x, Beside(memory=memory)).astype(jnp.float32)

@@ -1,9 +1,9 @@
-"""Inflation: an image autoencoder becomes one of clips, by temporal layers in its decoder that start as the identity.
+"""Inflation of an image autoencoder to clips, by temporal layers in its decoder that start as the identity.
 
 As in Video LDM (arXiv 2304.08818, section 3.1.1), Stable Video Diffusion (arXiv 2311.15127) and Kandinsky Video (arXiv
-2311.13073) the encoder stays the image's, so that a denoiser of its latents needs no change, and only the temporal
-layers are trained: they take away what flickers. Ours are causal, so that clips can be decoded chunk by chunk. The
-temporal stride stays 1.
+2311.13073) the encoder stays unchanged, so that a denoiser of its latents needs no change, and only the temporal layers
+are trained: they remove flicker. These are causal, so that clips can be decoded chunk by chunk. The temporal stride
+stays 1.
 """
 
 from dataclasses import dataclass
@@ -21,56 +21,61 @@ from dit_video.nn import CausalConv, GroupNorm, checked_params, completed_params
 from dit_video.tokens import Grid
 
 _TEMPORAL = "/temporal/"
-"""What the paths of the temporal layers have, and no others."""
+"""Part of the paths of temporal layers' parameters, and of no others."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InflatedConfig:
-    """An image autoencoder with a temporal layer after every residual block of its decoder's levels.
+    """Configuration of an image autoencoder with a temporal layer after every residual block of its decoder's levels.
 
     Raises:
-      UserError: an autoencoder that is of clips already, or a span that isn't 2 frames or more.
+      UserError: an autoencoder with a temporal stride other than 1, or a kernel of fewer than 2 frames.
     """
 
     image: AutoencoderConfig
-    """whose decoder is an `ImageDecoder`"""
+    """Configuration of the image autoencoder; its decoder must be an `ImageVaeDecoder`."""
     span: int = 3
-    """frames that a temporal convolution sees: its own and those before it"""
+    """Frames that a temporal convolution sees: its own and those before it."""
 
     def __post_init__(self):
         if self.image.stride.t != 1:
             raise UserError(
-                f"{type(self.image).__name__} has a temporal stride of {self.image.stride.t}; inflate an image's, of 1"
+                f"{type(self.image).__name__} has a temporal stride of {self.image.stride.t} and can't be "
+                "inflated; use an image autoencoder, whose temporal stride is 1"
             )
         if self.span < 2:
-            raise UserError(f"temporal layers that span {self.span} frames see no other frame; use at least 2")
+            raise UserError(
+                f"kernel_size={self.span} is invalid: a temporal layer must see another frame. Use at least 2"
+            )
 
     @property
     def stride(self) -> Grid:
-        """Pixels for one latent along (t, h, w)."""
+        """Return the pixels per latent along (t, h, w)."""
         return self.image.stride
 
     @property
     def channels(self) -> int:
-        """Of the latents."""
+        """Return the channels of the latents."""
         return self.image.channels
 
     @property
     def last_layer(self) -> str:
-        """Path of the parameter that makes the pixels, of those that are trained: the last temporal layer's kernel."""
+        """Return the path of the trained parameter closest to the pixels: the last temporal layer's kernel."""
         paths = flatten(param_shapes(self.make))
         return [path for path in paths if _TEMPORAL in path and path.endswith("conv_out/kernel")][-1]
 
     def make(self, rngs: nnx.Rngs) -> nnx.Module:
-        """The image's module, with temporal layers.
+        """Return the image autoencoder's module with temporal layers.
 
         Raises:
-          UserError: an autoencoder whose decoder is not an image's.
+          UserError: an autoencoder whose decoder is not an `ImageVaeDecoder`.
         """
         model = self.image.make(rngs)
         decoder = getattr(model, "decoder", None)
         if not isinstance(decoder, ImageDecoder):
-            raise UserError(f"{type(self.image).__name__} has no decoder of images; inflate ImageVaeConfig or the like")
+            raise UserError(
+                f"{type(self.image).__name__} can't be inflated: no decoder of images. Use ImageVaeConfig or similar"
+            )
         for level, width in zip(decoder.levels, decoder.config.widths[::-1], strict=True):
             level.temporal = nnx.List(
                 [TemporalResidual(width, self.span, decoder.config, rngs=rngs) for _ in level.blocks]
@@ -79,7 +84,7 @@ class InflatedConfig:
 
 
 class TemporalResidual(nnx.Module):
-    """Twice norm, SiLU and a causal convolution in time, beside the identity, which it starts as."""
+    """Two times norm, SiLU and a causal convolution in time, added to the identity; the identity at initialisation."""
 
     def __init__(self, width: int, span: int, levels: ImageLevels, *, rngs: nnx.Rngs):
         dtype = levels.dtype
@@ -95,16 +100,16 @@ class TemporalResidual(nnx.Module):
 def inflate(
     config: AutoencoderConfig, params: dict[str, Any], key: Array, *, span: int = 3
 ) -> tuple[InflatedConfig, dict[str, Any]]:
-    """A video autoencoder that decodes every frame as the image autoencoder does, until it is trained.
+    """Return a video autoencoder that decodes every frame like the image autoencoder until it is trained.
 
     Args:
-      config: of an image autoencoder.
+      config: configuration of an image autoencoder.
       params: its parameters, which the result shares.
-      key: for the temporal layers.
-      span: frames that a temporal convolution sees.
+      key: random key for the temporal layers.
+      kernel_size: frames that a temporal convolution sees.
 
     Raises:
-      UserError: an autoencoder that can't be inflated, or parameters of another one.
+      UserError: an autoencoder that can't be inflated, or parameters that do not fit it.
     """
     inflated = InflatedConfig(image=config, span=span)
     return inflated, completed_params(inflated.make, checked_params(config.make, params), key)

@@ -1,4 +1,4 @@
-"""What an autoencoder is to the rest."""
+"""Interface of autoencoders, and the sizes of clips and their latents."""
 
 from typing import Protocol, runtime_checkable
 
@@ -12,7 +12,7 @@ from dit_video.tokens import Grid
 
 @runtime_checkable
 class Autoencoder(Protocol):
-    """Clips to latents and back. Latents are normalised: about zero mean and unit variance in every channel."""
+    """An autoencoder of clips, whose latents have about zero mean and unit variance in every channel."""
 
     def encode(
         self,
@@ -20,45 +20,47 @@ class Autoencoder(Protocol):
         inside: Int[Array, "B h w"] | Bool[Array, "B h w"] | None = None,
         memory: Memory | None = None,
     ) -> Float[Array, "B t h w c"]:
-        """Of a clip, or of a chunk of one with what was kept of the chunk before.
+        """Encode a clip, or one chunk of it given the cache left by the previous chunk.
 
-        `inside` says which clip each latent position belongs to, of several that share a canvas, a position apart:
-        1, 2, …, and 0 for none.
+        `segment_ids` names the clip of each latent position where several share a canvas, one position or more apart:
+        1, 2, …, and 0 for padding.
         """
         ...
 
     def decode(self, latents: Float[Array, "B t h w c"], memory: Memory | None = None) -> Float[Array, "B T H W 3"]:
-        """Of a clip, or of a chunk of one with what was kept of the chunk before."""
+        """Decode a clip, or one chunk of it given the cache left by the previous chunk."""
         ...
 
 
 @runtime_checkable
 class AutoencoderConfig(Protocol):
-    """The config of an autoencoder: makes its module, and knows the size of its latents."""
+    """The configuration of an autoencoder: makes its module and knows the size of its latents."""
 
     def __hash__(self) -> int: ...
 
     @property
     def stride(self) -> Grid:
-        """Pixels for one latent along (t, h, w); the first frame has a latent frame of its own."""
+        """Return the pixels per latent along (t, h, w); the first frame has a latent frame of its own."""
         ...
 
     @property
-    def channels(self) -> int: ...
+    def channels(self) -> int:
+        """Return the channels of the latents."""
+        ...
 
     @property
     def last_layer(self) -> str:
-        """Path of the parameter that makes the pixels: the decoder's last kernel."""
+        """Return the path of the parameter that makes the pixels: the decoder's last kernel."""
         ...
 
     def make(self, rngs: nnx.Rngs) -> nnx.Module: ...
 
 
 def latent_grid(clip: Grid, stride: Grid) -> Grid:
-    """The latent size of a clip of `T H W` pixels.
+    """Return the latent size of a clip of `T H W` pixels.
 
     Raises:
-      UserError: a length that is not 1 + k * temporal stride, or a size that the spatial stride does not divide.
+      UserError: a length other than 1 + k * temporal stride, or a size that the spatial stride does not divide.
     """
     if clip.t < 1 or (clip.t - 1) % stride.t:
         below = max(1, clip.t - (clip.t - 1) % stride.t)
@@ -75,10 +77,10 @@ def latent_grid(clip: Grid, stride: Grid) -> Grid:
 
 
 def chunk_grid(chunk: Grid, stride: Grid, *, begins: bool) -> Grid:
-    """The latent size of a chunk of a clip: its start, or frames that follow it.
+    """Return the latent size of a chunk of a clip: its first frames, or frames that follow.
 
     Raises:
-      UserError: a start that `latent_grid` refuses, or frames after it that are no multiple of the temporal stride.
+      UserError: a first chunk that `latent_grid` rejects, or later frames that the temporal stride does not divide.
     """
     if begins:
         return latent_grid(chunk, stride)
@@ -88,10 +90,10 @@ def chunk_grid(chunk: Grid, stride: Grid, *, begins: bool) -> Grid:
             f"a chunk of {chunk.t} frames after a clip's first is not divisible by the temporal stride {stride.t}; "
             f"use {below} or {below + stride.t}"
         )
-    alone = latent_grid(Grid(1, chunk.h, chunk.w), stride)
-    return alone._replace(t=chunk.t // stride.t)
+    frame = latent_grid(Grid(1, chunk.h, chunk.w), stride)
+    return frame._replace(t=chunk.t // stride.t)
 
 
 def clip_grid(latents: Grid, stride: Grid) -> Grid:
-    """The clip size of latents: the inverse of `latent_grid`."""
+    """Return the clip size of latents: the inverse of `latent_grid`."""
     return Grid(1 + (latents.t - 1) * stride.t, latents.h * stride.h, latents.w * stride.w)

@@ -1,6 +1,6 @@
-"""The best linear autoencoder: principal components of spacetime patches.
+"""The optimal linear autoencoder: principal components of spacetime patches.
 
-The baseline that a learned autoencoder has to beat, and the point that ours starts from.
+It is the baseline for learned autoencoders, and the initialisation of `PatchVae`.
 """
 
 from collections.abc import Iterable
@@ -16,19 +16,19 @@ from dit_video.tokens import Grid
 
 
 class LinearAutoencoder(NamedTuple):
-    """`latents = (patch - mean) @ basis`; the basis is orthonormal."""
+    """A linear autoencoder, `latents = (patch - mean) @ basis`, with an orthonormal basis."""
 
     mean: Float32[np.ndarray, " p"]
     basis: Float32[np.ndarray, "p c"]
     scale: np.float32
-    """the root mean square of the latents over all channels"""
+    """Root mean square of the latents over all channels."""
 
     def reconstruct(self, patches: Float[np.ndarray, "*batch p"]) -> Float[np.ndarray, "*batch p"]:
-        """The nearest patches that `c` numbers each can express."""
+        """Return the nearest patches that can be expressed by `c` numbers each."""
         return (patches - self.mean) @ self.basis @ self.basis.T + self.mean
 
     def reconstruct_clip(self, frames: UInt8[np.ndarray, "T H W 3"], stride: Grid) -> UInt8[np.ndarray, "T H W 3"]:
-        """The nearest clip, of the stride that it was fitted for."""
+        """Return the nearest clip for the stride that this was fitted with."""
         patches = to_patches(pixels.to_float(frames)[None], stride)
         return pixels.to_uint8(from_patches(self.reconstruct(patches), stride)[0])
 
@@ -36,7 +36,7 @@ class LinearAutoencoder(NamedTuple):
 def fit_linear(
     batches: Iterable[Float32[np.ndarray, "B T H W 3"]], *, stride: Grid, channels: int
 ) -> LinearAutoencoder:
-    """Principal components of the causal patches of clips with pixels in [-1, 1], in float64.
+    """Return the principal components of causal patches of clips with pixels in [-1, 1], computed in float64.
 
     Raises:
       UserError: more channels than a patch has values, or no clips.
@@ -44,14 +44,14 @@ def fit_linear(
     values = stride.volume * 3
     if channels > values:
         raise UserError(
-            f"{channels} channels are more than the {values} values of a patch; use at most {values}, or a wider stride"
+            f"channels={channels} is invalid: a patch has {values} values. Use at most {values}, or a larger stride"
         )
     count, total, products = 0, np.zeros(values), np.zeros((values, values))
     for clips in batches:
         patches = np.asarray(to_patches(clips, stride), np.float64).reshape(-1, values)
         count, total, products = count + len(patches), total + patches.sum(axis=0), products + patches.T @ patches
     if not count:
-        raise UserError("principal components of no clips were asked for; give at least one clip")
+        raise UserError("principal components need data; give at least one clip")
     mean = total / count
     variances, vectors = np.linalg.eigh(products / count - np.outer(mean, mean))
     basis = vectors[:, ::-1][:, :channels].astype(np.float32)

@@ -1,9 +1,9 @@
-"""Norms that the latents modulate at every position, as the decoder of MoVQ has them (arXiv 2209.09002, section 3.2).
+"""Norms modulated by the latents at every position, as in the decoder of MoVQ (arXiv 2209.09002, section 3.2).
 
     F <- phi_scale(q) * norm(F) + phi_shift(q)
 
-with linear phi, at each position of the features F the quantised latent q that it lies in. A code then looks different
-at different places, which a plain norm makes alike.
+with linear phi and, at each position of the features F, the quantised latent q that covers it. A code can then look
+different at different positions, which a plain norm makes alike.
 """
 
 from typing import NamedTuple
@@ -16,18 +16,18 @@ from dit_video.nn import Linear
 
 
 class Guide(NamedTuple):
-    """The latents that a decoder's features are made of."""
+    """The latents that modulate a decoder's features."""
 
     latents: Float[Array, "B t h w c"]
     begins: bool = True
-    """whether they are a clip's first ones, so that the first latent frame stands for one frame alone"""
+    """True for a clip's first latents, whose first latent frame stands for a single frame."""
 
 
 class SpatialNorm(nnx.Module):
-    """A norm whose scale and shift the latents give; at the start it is the norm alone."""
+    """A norm with scale and shift computed from the latents; initialised as the norm alone."""
 
     def __init__(self, norm: nnx.Module, width: int, channels: int, *, rngs: nnx.Rngs):
-        """`norm` is of features of `width`, the latents have `channels`."""
+        """Create the norm: `norm` is over `width` channels, the latents have `channels`."""
         self.norm = norm
         self.scale = Linear(channels, width, init="zero", rngs=rngs)
         self.scale.bias = nnx.Param(jnp.ones((width,), jnp.float32))
@@ -37,19 +37,19 @@ class SpatialNorm(nnx.Module):
         return self.modulated(self.norm(x), guide)
 
     def modulated(self, x: Float[Array, "B T H W D"], guide: Guide) -> Float[Array, "B T H W D"]:
-        """Features that are normed already."""
-        # The maps are of single positions, so they are computed at the latents' resolution, which is the coarsest.
+        """Modulate features that are already normalised."""
+        # The maps act on single positions, so they are computed at the latents' resolution, which is the coarsest.
         scale, shift = (_spread(part(guide.latents), x.shape, guide.begins) for part in (self.scale, self.shift))
         return (x * scale + shift).astype(x.dtype)
 
 
 def _spread(latents: Float[Array, "B t h w D"], shape: tuple[int, ...], begins: bool) -> Float[Array, "B T H W D"]:
-    """Each latent at all positions that it stands for."""
+    """Repeat each latent over all positions that it stands for."""
     frames, rows, columns = latents.shape[1:4]
-    # A clip's first latent frame is one frame, at every resolution.
-    times = (shape[1] - 1) // max(1, frames - 1) if begins else shape[1] // frames
-    if times > 1:
-        latents = jnp.repeat(latents, times, axis=1)[:, times - 1 if begins else 0 :]
+    # A clip's first latent frame is a single frame at every resolution.
+    repeats = (shape[1] - 1) // max(1, frames - 1) if begins else shape[1] // frames
+    if repeats > 1:
+        latents = jnp.repeat(latents, repeats, axis=1)[:, repeats - 1 if begins else 0 :]
     for axis, factor in ((2, shape[2] // rows), (3, shape[3] // columns)):
         latents = jnp.repeat(latents, factor, axis=axis) if factor > 1 else latents
     return latents

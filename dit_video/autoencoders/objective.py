@@ -1,4 +1,4 @@
-"""What an autoencoder's training minimises, as a weighted sum."""
+"""The loss that an autoencoder is trained with, as a weighted sum."""
 
 import functools
 import operator
@@ -12,7 +12,7 @@ from dit_video.autoencoders.adversarial import Adversarial
 from dit_video.core.errors import UserError
 
 Judge = Callable[[Float[Array, "B T H W 3"], Float[Array, "B T H W 3"]], Float[Array, " B"]]
-"""A distance between decoded and original clips that a network measures."""
+"""Distance between decoded and original clips measured by a network, such as LPIPS."""
 
 _OF_ERROR = {
     "squared": losses.squared,
@@ -27,66 +27,72 @@ _OF_ERROR = {
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderObjective:
-    """Weights of the parts of the loss; a part of weight 0 isn't computed.
+    """Weights of the terms of the loss; a term of weight 0 is not computed.
 
-    By default the absolute error with three measures that need no weights of another network: where an error lies
-    (`pyramid`: edges and areas count, not single pixels alone), in which frequencies (`frequency`), and whether it
-    flickers (`temporal`). See `dit_video.autoencoders.losses` for the equations.
+    The default is the absolute error with three terms that need no weights of another network: where errors are
+    (`pyramid`: edges and areas count, not only single pixels), at which frequencies (`frequency`), and whether they
+    flicker (`temporal`). See `dit_video.autoencoders.losses` for the equations.
 
     Raises:
-      UserError: negative weights, nothing that is compared, or LPIPS without its weights.
+      UserError: negative weights, no term that compares pixels, or LPIPS without its weights.
     """
 
     squared: float = 0.0
+    """Weight of the squared error."""
     logarithmic: float = 0.0
-    """of the error's logarithm, clip by clip: what mean PSNR rewards"""
+    """Weight of the logarithm of each clip's squared error, which mean PSNR rewards."""
     absolute: float = 1.0
+    """Weight of the absolute error."""
     charbonnier: float = 0.0
+    """Weight of the Charbonnier loss."""
     pyramid: float = 0.5
+    """Weight of the Laplacian pyramid loss."""
     frequency: float = 1.0
+    """Weight of the focal frequency loss."""
     temporal: float = 0.5
+    """Weight of the error of frame differences."""
     lpips: float = 0.0
-    """of the learned distance of arXiv 1801.03924; 0.5 is usual"""
+    """Weight of LPIPS, the learned distance of arXiv 1801.03924; 0.5 is common."""
     lpips_weights: str | None = None
-    """the file of its weights; see `dit_video.weights.load_lpips` for how it is made"""
+    """File of LPIPS' weights; `dit_video.weights.load_lpips` says how to make it."""
     kl: float = 1e-6
-    """of the latents' divergence from a standard normal, in nats a latent position"""
+    """Weight of the latents' divergence from a standard normal, in nats per latent position."""
     adversarial: Adversarial | None = None
-    """the discriminator that the autoencoder is trained against, if any"""
+    """Discriminator that the autoencoder is trained against, if any."""
 
     def __post_init__(self):
         parts = (*_OF_ERROR, "lpips")
         for name in (*parts, "kl"):
             if not getattr(self, name) >= 0:
-                raise UserError(f"{name} {getattr(self, name)} must not be negative")
+                raise UserError(f"{name}={getattr(self, name)} is invalid: must not be negative. Use 0 or more")
         if not any(getattr(self, name) for name in parts):
-            raise UserError(f"an autoencoder's loss compares nothing; give one of {', '.join(parts)} a weight")
+            raise UserError(f"the autoencoder's loss compares no pixels; give one of {', '.join(parts)} a weight")
         if (self.lpips > 0) != (self.lpips_weights is not None):
             raise UserError(
-                f"lpips={self.lpips} with lpips_weights={self.lpips_weights}; give both, or neither: the file is made "
-                "as dit_video.weights.load_lpips says"
+                f"lpips={self.lpips}, lpips_weights={self.lpips_weights} is invalid: use both or neither; "
+                "dit_video.weights.load_lpips says how to make the file"
             )
 
     @classmethod
     def pixels(cls, *, kl: float = 1e-4) -> "AutoencoderObjective":
-        """Squared error and a tenth of the absolute one: the quickest, and what PSNR rewards."""
+        """Return the squared error plus a tenth of the absolute one: the fastest loss, and good for PSNR."""
         return cls(squared=1.0, absolute=0.1, pyramid=0.0, frequency=0.0, temporal=0.0, kl=kl)
 
     def compare(
         self, decoded: Float[Array, "B T H W 3"], original: Float[Array, "B T H W 3"], judge: Judge | None = None
     ) -> tuple[Float[Array, " B"], dict[str, Float[Array, " B"]]]:
-        """The weighted sum of what is compared, and its parts.
+        """Return the weighted sum of the reconstruction terms, and the terms by name.
 
         Args:
-          decoded: pixels in [-1, 1], or about.
+          decoded: pixels, approximately in [-1, 1].
           original: pixels in [-1, 1].
-          judge: LPIPS, where it has a weight.
+          perceptual_net: LPIPS, required if it has a weight.
         """
         error = decoded - original
         parts = {name: measure(error) for name, measure in _OF_ERROR.items() if getattr(self, name)}
         if self.lpips:
             if judge is None:
-                raise ValueError("lpips has a weight, and no judge is given")
+                raise ValueError(f"lpips={self.lpips} needs a network; pass perceptual_net")
             parts["lpips"] = judge(decoded, original)
         weighted = [getattr(self, name) * value for name, value in parts.items()]
         return functools.reduce(operator.add, weighted), parts

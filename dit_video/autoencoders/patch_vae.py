@@ -1,9 +1,9 @@
-"""A causal spatiotemporal autoencoder that works on whole patches.
+"""A causal spatiotemporal autoencoder on patches.
 
-The first frame is repeated so that it fills a patch of its own (as Cosmos-Tokenizer does, arXiv 2501.03575, section
-4.1); every patch of `stride` pixels is projected to `width` channels, and causal residual blocks mix the patches at
-latent resolution. A linear path beside the network can start at the principal components of the data, so that training
-starts where the best linear autoencoder ends.
+The first frame is repeated so that it fills a patch of its own (as in Cosmos-Tokenizer, arXiv 2501.03575, section 4.1);
+every patch of `stride` pixels is projected to `width` channels, and causal residual blocks mix the patches at latent
+resolution. A linear path parallel to the network can be initialised with the principal components of the data, so that
+training starts where the best linear autoencoder ends.
 """
 
 import math
@@ -26,42 +26,45 @@ from dit_video.tokens import Grid
 
 @dataclass(frozen=True, kw_only=True)
 class PatchVaeConfig:
-    """A causal VAE on patches.
+    """Configuration of a causal VAE on patches.
 
     Raises:
       UserError: a size below 1.
     """
 
     stride: Grid = Grid(4, 8, 8)
+    """Pixels per latent along (t, h, w)."""
     channels: int = 16
+    """Channels of the latents."""
     width: int = 96
+    """Channels of the network."""
     blocks: int = 3
-    """residual blocks in the encoder, and as many in the decoder"""
+    """Residual blocks of the encoder, and of the decoder."""
     preactivated: bool = False
-    """Whether blocks are convolutions alone, each after its activation (arXiv 1603.05027), and what the network adds to
-    its linear path starts small. Steps are then a fifth cheaper, and each gains more: the choice for training in
+    """True uses blocks of convolutions alone, each after its activation (arXiv 1603.05027), and a small initial output
+    of the network next to its linear path. Steps are a fifth cheaper and each gains more: best for training within
     minutes from principal components."""
     start_std: float = 0.05
-    """Standard deviation of the latents' noise at the start: what the decoder can't see through doesn't get better. In
-    the units of all latents' root mean square, of which the finest have less than a tenth."""
+    """Initial standard deviation of the latents' noise, in units of all latents' root mean square; the finest latents
+    have less than a tenth of that. Noise that hides a latent from the decoder keeps it from improving."""
     bfloat16: bool = False
-    """whether convolutions are bfloat16, with products summed in float32; parameters, the features that they add to,
-    norms, linear maps and latents stay float32"""
+    """True computes convolutions in bfloat16, with products summed in float32; parameters, residual features, norms,
+    linear maps and latents stay float32."""
 
     def __post_init__(self):
         if min(*self.stride, self.channels, self.width) < 1 or self.blocks < 0:
             raise UserError(
-                f"stride {tuple(self.stride)}, channels {self.channels} and width {self.width} must be at least 1, and "
-                f"blocks {self.blocks} not negative"
+                f"stride={tuple(self.stride)}, channels={self.channels}, width={self.width}, blocks={self.blocks} is "
+                "invalid: use at least 1 of each, and blocks >= 0"
             )
         if not 0.0025 <= self.start_std <= 2.7:
             raise UserError(
-                f"start_std {self.start_std} is outside of the posterior's standard deviations, 0.0025 to 2.7"
+                f"init_std={self.start_std} is invalid: outside of the posterior's range. Use 0.0025 to 2.7"
             )
 
     @property
     def dtype(self) -> jnp.dtype:
-        """What convolutions are computed in."""
+        """Return the dtype of convolutions."""
         return jnp.dtype(jnp.bfloat16 if self.bfloat16 else jnp.float32)
 
     @property
@@ -73,7 +76,7 @@ class PatchVaeConfig:
 
 
 class PatchVae(Vae):
-    """Pixels in [-1, 1] to normalised latents and back."""
+    """A VAE from pixels in [-1, 1] to normalised latents and back."""
 
     def __init__(self, config: PatchVaeConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -95,20 +98,20 @@ class PatchVae(Vae):
         inside: Int[Array, "B h w"] | Bool[Array, "B h w"] | None = None,
         memory: Memory | None = None,
     ) -> Posterior:
-        """The distribution of latents, before normalisation. See `encode` for the arguments."""
-        places = placed(pixels, self.config.stride, inside, memory)
+        """Return the distribution of latents before normalisation. See `encode` for the arguments."""
+        segments = placed(pixels, self.config.stride, inside, memory)
         patches = to_patches(pixels, self.config.stride, begins=memory is None or memory.begins)
         x = self.encoder_in(patches)
         for block in self.encoder:
-            x = block(x, memory, places)
+            x = block(x, memory, segments)
         mean, log_variance = jnp.split(self.gains.latents * self.encoder_out(x), 2, axis=-1)
-        start = 2 * math.log(self.config.start_std)
-        return Posterior(self.linear.encode(patches) + mean, jnp.clip(log_variance + start, -12.0, 2.0))
+        init_log_variance = 2 * math.log(self.config.start_std)
+        return Posterior(self.linear.encode(patches) + mean, jnp.clip(log_variance + init_log_variance, -12.0, 2.0))
 
     def reconstruct(
         self, latents: Float[Array, "B t h w c"], memory: Memory | None = None
     ) -> Float[Array, "B T H W 3"]:
-        """Pixels from latents that are not normalised."""
+        """Return pixels from latents that are not normalised."""
         x = self.decoder_in(latents)
         for block in self.decoder:
             x = block(x, memory)
@@ -117,18 +120,18 @@ class PatchVae(Vae):
 
 
 class _Gains(NamedTuple):
-    """What the network's outputs are multiplied by before they are added to the linear path's."""
+    """Factors of the network's outputs before they are added to the linear path's."""
 
     latents: float = 1.0
     patches: float = 1.0
 
 
-# What the principal components leave is a tenth of the pixels: a step of Adam or Muon should change as little.
+# The residual of principal components is a tenth of the pixels: a step of Adam or Muon should change as little.
 _PREACTIVATED_GAINS = _Gains(latents=0.3, patches=0.1)
 
 
 class _LinearPath(nnx.Module):
-    """An affine map from patches to latents and one back; see `start_from_linear`."""
+    """An affine map from patches to latents and one back; see `init_from_linear`."""
 
     def __init__(self, values: int, channels: int, *, rngs: nnx.Rngs):
         self.down, self.up = Linear(values, channels, rngs=rngs), Linear(channels, values, rngs=rngs)
@@ -141,9 +144,9 @@ class _LinearPath(nnx.Module):
 
 
 def start_from_linear(params: dict[str, Any], linear: LinearAutoencoder) -> dict[str, Any]:
-    """Parameters of a `PatchVae` whose linear path is `linear`, scaled so that latents have about unit variance.
+    """Return parameters of a `PatchVae` whose linear path is `linear`, scaled to latents of about unit variance.
 
-    With the other weights as initialised (the network's output is zero) the autoencoder then equals `linear`.
+    With the other weights as initialised (the network's output is zero) the autoencoder equals `linear`.
     """
     scale = linear.scale
     return params | {
@@ -155,7 +158,7 @@ def start_from_linear(params: dict[str, Any], linear: LinearAutoencoder) -> dict
 
 
 class _Block(nnx.Module):
-    """Space, then time: two causal convolutions, each residual."""
+    """Two residual branches: a convolution in space, then a causal one in time."""
 
     def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.norm_space, self.norm_time = RmsNorm(width), RmsNorm(width)
@@ -172,10 +175,10 @@ class _Block(nnx.Module):
 
 
 class _PreactivatedBlock(nnx.Module):
-    """Space, then time: two activations, each followed by a causal convolution, each residual."""
+    """Two residual branches: activation and convolution in space, then activation and causal convolution in time."""
 
     gain = 0.3
-    """of a convolution, so that a fresh stack of blocks is close to the identity"""
+    """Factor of each convolution, so that a new stack of blocks is close to the identity."""
 
     def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.norm = RmsNorm(width)

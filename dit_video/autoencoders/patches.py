@@ -13,9 +13,9 @@ from dit_video.tokens import Grid
 def to_patches(
     pixels: Float[SameArray, "B T H W 3"], stride: Grid, *, begins: bool = True
 ) -> Float[SameArray, "B t h w p"]:
-    """Causal patches: frame 0 repeated `stride.t` times is the first, then `stride.t` frames each.
+    """Return causal patches: the first is frame 0 repeated `stride.t` times, each later one has `stride.t` frames.
 
-    Of a chunk that does not begin its clip all patches are `stride.t` frames.
+    If `is_first` is false, the pixels are a later chunk of a clip and all patches have `stride.t` frames.
 
     Raises:
       UserError: a size that does not fit the stride.
@@ -30,7 +30,7 @@ def to_patches(
 def from_patches(
     patches: Float[SameArray, "B t h w p"], stride: Grid, *, begins: bool = True
 ) -> Float[SameArray, "B T H W 3"]:
-    """Invert `to_patches`; of a clip's first patch, the last frame is kept."""
+    """Invert `to_patches`; only the last frame of a clip's first patch is kept."""
     pixels = rearrange(
         patches, "B t h w (pt ph pw C) -> B (t pt) (h ph) (w pw) C", pt=stride.t, ph=stride.h, pw=stride.w
     )

@@ -1,9 +1,9 @@
-"""Latents as the nearest vectors of a codebook (VQ-VAE, arXiv 1711.00937).
+"""Vector quantisation of latents: the nearest vectors of a codebook (VQ-VAE, arXiv 1711.00937).
 
     k(z) = argmin_k |z - e_k|^2,        q(z) = e_k(z)
 
-Gradients pass a quantised latent as if it were the latent itself (the straight-through estimator). How a codebook is
-learned lies in `dit_video.training.losses.codebook`.
+Gradients pass through quantisation as if it were the identity (the straight-through estimator). The training of a
+codebook is in `dit_video.training.losses.codebook`.
 """
 
 from dataclasses import dataclass
@@ -19,55 +19,57 @@ from dit_video.core.errors import UserError
 from dit_video.core.typing import AnyArray
 
 _CHUNK = 1024
-"""Codes that all latents are compared with at once."""
+"""Number of codes compared with all latents at once."""
 _SHORTEST = 1e-12
-"""A vector's length is taken to be at least this when it is divided by."""
+"""Lower bound of a vector's length in divisions."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CodebookConfig:
-    """A codebook by its size.
+    """Configuration of a codebook.
 
     Raises:
       UserError: no codes, or codes of no width.
     """
 
     codes: int = 8192
+    """Number of codes."""
     width: int = 4
-    """values of a code, which are the channels of the latents"""
+    """Values per code, which are the channels of the latents."""
     spherical: bool = False
-    """whether latents and codes are brought to length 1, so that the nearest is the one of the largest cosine: with
-    codes of 8 to 32 values nearly all of a large codebook is used (ViT-VQGAN, arXiv 2110.04627, section 3.2)"""
+    """True scales latents and codes to length 1, so that the nearest code has the largest cosine: with codes of 8 to 32
+    values nearly all of a large codebook is used (ViT-VQGAN, arXiv 2110.04627, section 3.2)."""
 
     def __post_init__(self):
         if self.codes < 1 or self.width < 1:
-            raise UserError(f"a codebook of {self.codes} codes of {self.width} values; give it at least 1 of each")
+            raise UserError(f"codes={self.codes}, width={self.width} is invalid: a codebook needs at least 1 of each")
 
 
 class Quantized(NamedTuple):
-    """Latents, and what a codebook makes of them."""
+    """Latents with their nearest codes and the losses of both."""
 
     latents: Float[Array, "B t h w c"]
-    """as they were compared with the codes: of length 1 where the codebook is spherical"""
+    """Latents as compared with the codes: of length 1 if the codebook is spherical."""
     vectors: Float[Array, "B t h w c"]
-    """the nearest codes, through which gradients pass to the latents"""
+    """Nearest codes, with the straight-through gradient to the latents."""
     indices: Int[Array, "B t h w"]
+    """Indices of the nearest codes."""
     commitment: Float[Array, " B"]
-    """mean squared distance, whose gradient draws the latents to the codes"""
+    """Mean squared distance with a gradient that moves the latents to the codes."""
     attraction: Float[Array, " B"]
-    """the same distance, whose gradient draws the codes to the latents"""
+    """Mean squared distance with a gradient that moves the codes to the latents."""
 
 
 class Codebook(nnx.Module):
-    """Vectors that stand for latents."""
+    """A codebook: vectors that replace latents."""
 
     def __init__(self, config: CodebookConfig, *, rngs: nnx.Rngs):
         self.config = config
-        # About as far from zero as the latents of a fresh encoder, so that more than a few codes are nearest to some.
+        # Unit variance as a new encoder's latents, so that more than a few codes are the nearest of some latent.
         self.codes = nnx.Param(jax.random.normal(rngs.params(), (config.codes, config.width), jnp.float32))
 
     def __call__(self, latents: Float[Array, "B t h w c"]) -> Quantized:
-        """Latents to the nearest codes."""
+        """Return latents, their nearest codes and the losses."""
         latents = self.comparable(latents.astype(jnp.float32))
         indices = self.nearest(latents)
         chosen = self._vectors()[indices]
@@ -81,12 +83,12 @@ class Codebook(nnx.Module):
         )
 
     def nearest(self, latents: Float[Array, "B t h w c"]) -> Int[Array, "B t h w"]:
-        """The indices of the codes nearest to latents."""
+        """Return the indices of the nearest codes."""
         latents, codes = self.comparable(latents), self._vectors()
         return nearest(jax.lax.stop_gradient(latents), jax.lax.stop_gradient(codes))
 
     def look_up(self, indices: Int[AnyArray, "B t h w"]) -> Float[Array, "B t h w c"]:
-        """The codes of indices. Inside `jax.jit`, where values are not known, an index out of range gives NaN.
+        """Return the codes of indices. Inside `jax.jit` values are unknown: an index out of range gives NaN.
 
         Raises:
           UserError: indices out of range.
@@ -96,21 +98,21 @@ class Codebook(nnx.Module):
             low, high = int(np.min(indices)), int(np.max(indices))
             if low < 0 or high > last:
                 raise UserError(
-                    f"a codebook of {self.config.codes} codes has the indices 0 to {last}, {low if low < 0 else high} "
-                    "was given; use the codebook that the indices were made with"
+                    f"code index {low if low < 0 else high} is out of range: this codebook has 0 to {last}. "
+                    "Use the codebook that the indices were made with"
                 )
-        # NumPy's negative indices, which count from the end, are out of range here.
-        found = jnp.where(indices < 0, self.config.codes, indices)
-        return jnp.take(self._vectors(), found, axis=0, mode="fill", fill_value=jnp.nan)
+        # `jnp.take` would count negative indices from the end; here they are out of range.
+        filled_indices = jnp.where(indices < 0, self.config.codes, indices)
+        return jnp.take(self._vectors(), filled_indices, axis=0, mode="fill", fill_value=jnp.nan)
 
     def _vectors(self) -> Float[Array, "n c"]:
         return self.comparable(jnp.asarray(self.codes[...]))
 
     def comparable(self, vectors: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
-        """Vectors as they are compared."""
+        """Return vectors as they are compared: of length 1 if the codebook is spherical."""
         if not self.config.spherical:
             return vectors
-        # Not the length's own gradient, which is NaN at zero.
+        # Bounded before the root: the gradient of the length itself is NaN at zero.
         squared = jnp.square(vectors).sum(axis=-1, keepdims=True)
         return vectors * jax.lax.rsqrt(jnp.maximum(squared, _SHORTEST**2))
 
@@ -118,31 +120,32 @@ class Codebook(nnx.Module):
 def nearest(
     latents: Float[Array, "*batch c"], codes: Float[Array, "n c"], *, chunk: int = _CHUNK
 ) -> Int[Array, "*batch"]:
-    """The index of the nearest code, the first of equals.
+    """Return the index of the nearest code, the first one of a tie.
 
-    As `|z - e|^2 = |z|^2 - 2 z e + |e|^2`, whose first term is the same for all codes, it takes a matrix product.
-    Memory is that of `chunk` distances for every latent.
+    Computed as `|z - e|^2 = |z|^2 - 2 z e + |e|^2`, a matrix product; the first term is the same for all codes and
+    left out. Memory is that of `chunk` distances per latent.
     """
     flat = latents.reshape(-1, latents.shape[-1])
 
-    def distances(some: Float[Array, "m c"]) -> Float[Array, "N m"]:
-        # In full precision: in bfloat16, which is a TPU's default for products, other codes would be the nearest.
-        products = jnp.matmul(flat, some.T, precision=jax.lax.Precision.HIGHEST)
-        return 0.5 * jnp.square(some).sum(axis=-1) - products
+    def distances(subset: Float[Array, "m c"]) -> Float[Array, "N m"]:
+        # Full precision: with bfloat16, a TPU's default for products, other codes would be the nearest.
+        products = jnp.matmul(flat, subset.T, precision=jax.lax.Precision.HIGHEST)
+        return 0.5 * jnp.square(subset).sum(axis=-1) - products
 
-    def closer(best: tuple[Array, Array], part: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
-        start, some = part
-        found = distances(some)
-        least = found.min(axis=-1)
+    def update_best(best: tuple[Array, Array], part: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
+        start, subset = part
+        values = distances(subset)
+        least = values.min(axis=-1)
         better = least < best[0]
-        index = jnp.where(better, start + found.argmin(axis=-1).astype(jnp.int32), best[1])
+        index = jnp.where(better, start + values.argmin(axis=-1).astype(jnp.int32), best[1])
         return (jnp.where(better, least, best[0]), index), None
 
-    whole = len(codes) // chunk * chunk
+    # A scan needs chunks of one size; the codes after the last full chunk are compared separately.
+    full = len(codes) // chunk * chunk
     best = jnp.full(len(flat), jnp.inf), jnp.zeros(len(flat), jnp.int32)
-    if whole:
-        starts = jnp.arange(0, whole, chunk, dtype=jnp.int32)
-        best, _ = jax.lax.scan(closer, best, (starts, codes[:whole].reshape(-1, chunk, codes.shape[-1])))
-    if whole < len(codes):
-        best, _ = closer(best, (jnp.asarray(whole, jnp.int32), codes[whole:]))
+    if full:
+        starts = jnp.arange(0, full, chunk, dtype=jnp.int32)
+        best, _ = jax.lax.scan(update_best, best, (starts, codes[:full].reshape(-1, chunk, codes.shape[-1])))
+    if full < len(codes):
+        best, _ = update_best(best, (jnp.asarray(full, jnp.int32), codes[full:]))
     return best[1].reshape(latents.shape[:-1])

@@ -1,12 +1,12 @@
-"""Clips of any length and size through an autoencoder: a chunk of frames and a tile of the picture at a time.
+"""Encoding and decoding of clips of any length and size: one chunk of frames and one tile of the picture at a time.
 
-A causal autoencoder's chunks equal the whole clip's, as what its layers keep goes from chunk to chunk, so memory does
-not grow with a clip's length. At most two programs are compiled for any length: a clip's first chunk, and those that
-follow. The last one is filled up with its own last frame, whose output is cut off.
+A causal autoencoder's chunks equal the whole clip's, as its layers' caches are passed from chunk to chunk, so memory
+does not grow with a clip's length. At most two programs are compiled for any length: one for a clip's first chunk, one
+for the others. The last chunk is padded with its own last frame, whose output is cut off.
 
-Tiles do differ from the whole picture, near their borders; see `Tiles`. Height shared by several devices does not:
-given a sharding of the height, XLA exchanges the rows at the devices' borders before every convolution, and attention
-within a frame gathers it.
+Tiles differ from the whole picture near their borders; see `Tiles`. Sharding the height over devices is exact: XLA
+exchanges the rows at the devices' borders before every convolution, and gathers the height for attention within a
+frame.
 """
 
 import functools
@@ -37,29 +37,30 @@ def decode_stream(
     tiles: Tiles | None = None,
     sharding: Layout = None,
 ) -> Iterator[UInt8[np.ndarray, "B _ H W 3"]]:
-    """The frames of latents, some at a time.
+    """Yield the frames of latents, one chunk at a time.
 
     Args:
-      config: of a causal autoencoder.
+      config: configuration of a causal autoencoder.
       params: its parameters.
-      latents: normalised.
-      chunk: latent frames that are decoded at once.
-      tiles: into which a picture is cut that does not fit; None decodes it whole.
-      sharding: of a chunk's latents over devices, such as `NamedSharding(mesh, P(None, None, "context"))` for height.
+      latents: normalised latents.
+      chunk: latent frames per chunk.
+      tiles: sizes of tiles for pictures that do not fit in memory; None decodes whole pictures.
+      sharding: sharding of a chunk's latents, such as `NamedSharding(mesh, P(None, None, "context"))` for height.
 
     Raises:
-      UserError: latents of another number of channels, a chunk of no frames, tiles that do not fit the stride, or a
-        height that the devices do not divide.
+      UserError: latents of another number of channels, a chunk without frames, tiles that do not fit the stride, or a
+        height that the number of devices does not divide.
     """
     if latents.ndim != 5 or latents.shape[-1] != config.channels:
         raise UserError(
-            f"latents are [B t h w {config.channels}] for this autoencoder, {list(latents.shape)} were given"
+            f"latents {list(latents.shape)} are invalid: this autoencoder needs [B t h w {config.channels}]. Use "
+            "latents that it encoded"
         )
     _check(chunk, sharding, latents.shape[2], "latent rows")
-    plan = cut(latents.shape[2], latents.shape[3], tiles, config.stride)
-    parts = (latents[:, start : start + chunk] for start in range(0, latents.shape[1], chunk))
-    for coded, count, begins in _coded(config, params, parts, plan, "decode", chunk, sharding):
-        frames = count * config.stride.t - (config.stride.t - 1 if begins else 0)
+    tile_plan = cut(latents.shape[2], latents.shape[3], tiles, config.stride)
+    chunks = (latents[:, start : start + chunk] for start in range(0, latents.shape[1], chunk))
+    for coded, count, is_first in _coded(config, params, chunks, tile_plan, "decode", chunk, sharding):
+        frames = count * config.stride.t - (config.stride.t - 1 if is_first else 0)
         yield np.asarray(coded)[:, :frames]
 
 
@@ -72,48 +73,50 @@ def encode_stream(
     tiles: Tiles | None = None,
     sharding: Layout = None,
 ) -> Iterator[Float32[np.ndarray, "B _ h w c"]]:
-    """The normalised latents of frames that come some at a time, in any portions.
+    """Yield the normalised latents of frames that come in portions of any length.
 
     Args:
-      config: of a causal autoencoder.
+      config: configuration of a causal autoencoder.
       params: its parameters.
-      frames: 1 + k * temporal stride of them in all, in 0..255.
-      chunk: latent frames that are made at once.
-      tiles: into which a picture is cut that does not fit; None encodes it whole.
-      sharding: of a chunk's frames over devices.
+      frames: portions of frames in 0..255, 1 + k * temporal stride frames in all.
+      chunk: latent frames per chunk.
+      tiles: sizes of tiles for pictures that do not fit in memory; None encodes whole pictures.
+      sharding: sharding of a chunk's frames.
 
     Raises:
-      UserError: frames that are not [B T H W 3] in 0..255, a chunk of no frames, tiles or frames that do not fit the
-        stride (their number when they end), or a height that the devices do not divide.
+      UserError: frames that are not [B T H W 3] in 0..255, a chunk without frames, tiles or frames that do not fit the
+        stride (their number when they end), or a height that the number of devices does not divide.
     """
     stride = config.stride
     portions = _regrouped(frames, stride, chunk)
     first = next(portions, None)
     if first is None:
-        raise UserError("there are no frames to encode; give at least one")
+        raise UserError("frames are empty: there is nothing to encode. Use at least one frame")
     _check(chunk, sharding, first.shape[2], "rows of pixels")
     grid = latent_grid(Grid(1, *first.shape[2:4]), stride)
-    plan = cut(grid.h, grid.w, tiles, stride)
+    tile_plan = cut(grid.h, grid.w, tiles, stride)
 
-    def parts() -> Iterator[np.ndarray]:
+    def all_portions() -> Iterator[np.ndarray]:
         yield first
         yield from portions
 
-    for coded, count, begins in _coded(config, params, parts(), plan, "encode", chunk, sharding):
-        yield np.asarray(coded)[:, : 1 + (count - 1) // stride.t if begins else count // stride.t]
+    for coded, count, is_first in _coded(config, params, all_portions(), tile_plan, "encode", chunk, sharding):
+        yield np.asarray(coded)[:, : 1 + (count - 1) // stride.t if is_first else count // stride.t]
 
 
 class TilingError(NamedTuple):
-    """How far tiled pixels are from whole ones, in [-1, 1]."""
+    """Differences of tiled from whole pictures, in pixels of [-1, 1]."""
 
     largest: float
+    """Largest absolute difference."""
     mean: float
+    """Mean absolute difference."""
 
 
 def tiling_error(
     config: AutoencoderConfig, params: dict[str, Any], latents: Float[np.ndarray, "B t h w c"], tiles: Tiles
 ) -> TilingError:
-    """What tiles change of decoded frames, in steps of 1/127.5 as frames are uint8."""
+    """Measure the effect of tiles on decoded frames, in steps of 1/127.5 as frames are uint8."""
     pairs = zip(
         decode_stream(config, params, latents), decode_stream(config, params, latents, tiles=tiles), strict=True
     )
@@ -123,12 +126,15 @@ def tiling_error(
 
 def _check(chunk: int, sharding: Layout, rows: int, what: str) -> None:
     if chunk < 1:
-        raise UserError(f"chunk={chunk} must be at least 1 latent frame")
+        raise UserError(f"chunk={chunk} is invalid: use at least 1 latent frame")
     if isinstance(sharding, jax.sharding.NamedSharding) and len(sharding.spec) > 2 and sharding.spec[2] is not None:
         axes = sharding.spec[2] if isinstance(sharding.spec[2], tuple) else (sharding.spec[2],)
         devices = int(np.prod([sharding.mesh.shape[axis] for axis in axes]))
         if rows % devices:
-            raise UserError(f"{rows} {what} are not divisible by the {devices} devices that share them")
+            raise UserError(
+                f"{rows} {what} are not divisible by the {devices} devices of the sharding; use a height that is, or "
+                "fewer devices"
+            )
 
 
 def _are_pixels(frames: np.ndarray) -> bool:
@@ -136,35 +142,35 @@ def _are_pixels(frames: np.ndarray) -> bool:
         return False
     if frames.dtype == np.uint8:
         return True
-    return frames.dtype == np.float32 and bool((frames >= 0).all() and (frames <= 255).all())  # NaN is neither
+    # The comparisons are false for NaN.
+    return frames.dtype == np.float32 and bool((frames >= 0).all() and (frames <= 255).all())
 
 
 def _regrouped(
     frames: Iterable[UInt8[np.ndarray, "B _ H W 3"] | Float32[np.ndarray, "B _ H W 3"]], stride: Grid, chunk: int
 ) -> Iterator[UInt8[np.ndarray, "B _ H W 3"] | Float32[np.ndarray, "B _ H W 3"]]:
-    """Portions of 1 + (chunk - 1) * stride frames first, then of chunk * stride; the last one may be shorter.
+    """Yield portions of 1 + (chunk - 1) * stride frames first, then of chunk * stride; the last may be shorter.
 
     Raises:
-      UserError: something else than such frames, or in all not 1 + k * stride of them.
+      UserError: not such frames, or not 1 + k * stride of them in all.
     """
-    held: list[np.ndarray] = []
-    wanted, total = 1 + (chunk - 1) * stride.t, 0
+    buffer: list[np.ndarray] = []
+    needed, total = 1 + (chunk - 1) * stride.t, 0
     for portion in frames:
         if not _are_pixels(portion):
             raise UserError(
-                "frames are [B T H W 3] in 0..255, uint8 or float32, "
-                f"{portion.dtype} {list(portion.shape)} were given; "
-                "see dit_video.core.pixels.to_uint8"
+                f"frames {portion.dtype} {list(portion.shape)} are invalid: must be [B T H W 3] in 0..255, uint8 or "
+                "float32. Use dit_video.core.pixels.to_uint8"
             )
-        held.append(portion)
+        buffer.append(portion)
         total += portion.shape[1]
-        while sum(part.shape[1] for part in held) >= wanted:
-            joined = held[0] if len(held) == 1 else np.concatenate(held, axis=1)
-            yield joined[:, :wanted]
-            held, wanted = [joined[:, wanted:]], chunk * stride.t
+        while sum(part.shape[1] for part in buffer) >= needed:
+            joined = buffer[0] if len(buffer) == 1 else np.concatenate(buffer, axis=1)
+            yield joined[:, :needed]
+            buffer, needed = [joined[:, needed:]], chunk * stride.t
     if total:
-        latent_grid(Grid(total, *held[0].shape[2:4]), stride)
-    rest = np.concatenate(held, axis=1) if held else None
+        latent_grid(Grid(total, *buffer[0].shape[2:4]), stride)
+    rest = np.concatenate(buffer, axis=1) if buffer else None
     if rest is not None and rest.shape[1]:
         yield rest
 
@@ -178,42 +184,42 @@ def _coded(
     chunk: int,
     sharding: Layout,
 ) -> Iterator[tuple[Array, int, bool]]:
-    """Each part coded (with what fills it up), its own length, and whether it is the first.
+    """Yield for each chunk its output including padding, its length before padding, and whether it is the first.
 
-    A part is computed while the one before is taken away.
+    An output is yielded after the next chunk was dispatched, so that its transfer overlaps with that computation.
     """
     stride = config.stride
-    # A position of what goes in, and of what comes out, in latent positions.
+    # Input and output pixels, or latents, per latent position.
     source, target = ((1, 1), (stride.h, stride.w)) if method == "decode" else ((stride.h, stride.w), (1, 1))
     run = _program(config, method)
-    past: list[tuple[Array, ...] | None] = [None] * len(plan)
-    shares = [jnp.asarray(weights(plan, tile, target)) for tile in plan]
+    caches: list[tuple[Array, ...] | None] = [None] * len(plan)  # the cache of each tile; None before the first chunk
+    blend_weights = [jnp.asarray(weights(plan, tile, target)) for tile in plan]
     height = target[0] * max(tile.row + tile.height for tile in plan)
     width = target[1] * max(tile.column + tile.width for tile in plan)
-    before: tuple[Array, int, bool] | None = None
-    for part in parts:
-        begins = past[0] is None
-        full = chunk if method == "decode" else chunk * stride.t - (stride.t - 1 if begins else 0)
-        filled = np.concatenate([part, *[part[:, -1:]] * (full - part.shape[1])], axis=1)
+    previous: tuple[Array, int, bool] | None = None
+    for chunk_values in parts:
+        is_first = caches[0] is None
+        full = chunk if method == "decode" else chunk * stride.t - (stride.t - 1 if is_first else 0)
+        padded = np.concatenate([chunk_values, *[chunk_values[:, -1:]] * (full - chunk_values.shape[1])], axis=1)
         blended = None
         for number, tile in enumerate(plan):
-            piece = _window(filled, tile, source)
-            placed = jax.device_put(piece, sharding) if sharding is not None else piece
-            coded, past[number] = run(params, placed, past[number])
+            tile_values = _window(padded, tile, source)
+            tile_array = jax.device_put(tile_values, sharding) if sharding is not None else tile_values
+            tile_output, caches[number] = run(params, tile_array, caches[number])
             if len(plan) == 1:
-                blended = coded
+                blended = tile_output
                 continue
             if blended is None:
-                blended = jnp.zeros((*coded.shape[:2], height, width, coded.shape[-1]))
+                blended = jnp.zeros((*tile_output.shape[:2], height, width, tile_output.shape[-1]))
             corner = jnp.asarray([tile.row * target[0], tile.column * target[1]])
-            blended = _laid(blended, coded, shares[number], corner)
+            blended = _laid(blended, tile_output, blend_weights[number], corner)
         assert blended is not None
-        finished = _to_uint8(blended) if method == "decode" else blended
-        if before is not None:
-            yield before
-        before = finished, part.shape[1], begins
-    if before is not None:
-        yield before
+        output = _to_uint8(blended) if method == "decode" else blended
+        if previous is not None:
+            yield previous
+        previous = output, chunk_values.shape[1], is_first
+    if previous is not None:
+        yield previous
 
 
 def _window(values: np.ndarray, tile: Tile, scale: tuple[int, int]) -> np.ndarray:
@@ -224,27 +230,27 @@ def _window(values: np.ndarray, tile: Tile, scale: tuple[int, int]) -> np.ndarra
 
 @functools.lru_cache(maxsize=16)
 def _program(config: AutoencoderConfig, method: str):
-    """A jitted method of the autoencoder on one chunk: its output, and what it keeps for the next."""
+    """Return a jitted method of the autoencoder on one chunk, which returns its output and the cache for the next."""
     graph = graph_of(config.make)
 
     @functools.partial(jax.jit, donate_argnums=2)
-    def run(params, values, past):
-        memory = Memory(past)
+    def run(params, values, previous_cache):
+        cache = Memory(previous_cache)
         model = nnx.merge(graph, params)
         if method == "decode":
-            return model.decode(values, memory=memory), memory.kept
-        return model.encode(values.astype(jnp.float32) * (2 / 255) - 1, memory=memory), memory.kept
+            return model.decode(values, memory=cache), cache.kept
+        return model.encode(values.astype(jnp.float32) * (2 / 255) - 1, memory=cache), cache.kept
 
     return run
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _laid(canvas: Array, piece: Array, share: Array, corner: Array) -> Array:
-    """A tile's weighted part added to the picture."""
+    """Add a tile's weighted values to the picture."""
     zero = jnp.zeros((), corner.dtype)
-    place = (zero, zero, corner[0], corner[1], zero)
-    under = jax.lax.dynamic_slice(canvas, place, piece.shape)
-    return jax.lax.dynamic_update_slice(canvas, under + piece * share[..., None], place)
+    start = (zero, zero, corner[0], corner[1], zero)
+    background = jax.lax.dynamic_slice(canvas, start, piece.shape)
+    return jax.lax.dynamic_update_slice(canvas, background + piece * share[..., None], start)
 
 
 @jax.jit

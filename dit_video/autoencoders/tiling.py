@@ -1,4 +1,4 @@
-"""Overlapping tiles of a picture, and the weights that blend them: they sum to one everywhere."""
+"""Overlapping tiles of a picture, and the weights that blend them, which sum to one everywhere."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,28 +13,32 @@ from dit_video.tokens import Grid
 
 @dataclass(frozen=True, kw_only=True)
 class Tiles:
-    """How a picture that does not fit is cut: sizes in pixels, multiples of the autoencoder's spatial stride.
+    """Sizes of the tiles of a picture that does not fit in memory, in multiples of the autoencoder's spatial stride.
 
-    What a tile does not see beyond its border changes its pixels there, which the blend spreads over the overlap. The
-    wider the overlap, the smaller the difference from the whole picture; `tiling_error` measures it.
+    A tile does not see pixels beyond its border, which changes its own pixels there; blending spreads the difference
+    over the overlap. It is smaller for larger overlaps; `measure_tiling_error` computes it.
 
     Raises:
       UserError: a tile that is not larger than twice its overlap.
     """
 
     height: int
+    """Height of a tile in pixels."""
     width: int
+    """Width of a tile in pixels."""
     overlap: int
+    """Pixels shared by neighbouring tiles."""
 
     def __post_init__(self):
         if self.overlap < 0 or min(self.height, self.width) <= 2 * self.overlap:
             raise UserError(
-                f"tiles of {self.height}x{self.width} pixels overlap by {self.overlap}; use less than half a side"
+                f"overlap={self.overlap} is invalid for tiles of {self.height}x{self.width} pixels: use less than half "
+                "a side"
             )
 
 
 class Tile(NamedTuple):
-    """One tile, in latent positions."""
+    """The position and size of a tile, in latent positions."""
 
     row: int
     column: int
@@ -43,7 +47,7 @@ class Tile(NamedTuple):
 
 
 def cut(height: int, width: int, tiles: Tiles | None, stride: Grid) -> list[Tile]:
-    """The tiles of a picture of `height` by `width` latent positions: all of one size, the whole picture if None.
+    """Return the tiles of a picture of `height` by `width` latent positions: all of one size, one tile if None.
 
     Raises:
       UserError: tiles that the stride does not divide.
@@ -57,7 +61,9 @@ def cut(height: int, width: int, tiles: Tiles | None, stride: Grid) -> list[Tile
         ("overlap", tiles.overlap, stride.w),
     ):
         if length % step:
-            raise UserError(f"the tiles' {name} {length} is not divisible by the spatial stride {step}")
+            raise UserError(
+                f"the tiles' {name} {length} is not divisible by the spatial stride {step}; use a multiple of it"
+            )
     rows = _starts(height, tiles.height // stride.h, tiles.overlap // stride.h)
     columns = _starts(width, tiles.width // stride.w, tiles.overlap // stride.w)
     size = min(height, tiles.height // stride.h), min(width, tiles.width // stride.w)
@@ -65,9 +71,9 @@ def cut(height: int, width: int, tiles: Tiles | None, stride: Grid) -> list[Tile
 
 
 def weights(tiles: Sequence[Tile], tile: Tile, scale: tuple[int, int] = (1, 1)) -> Float32[np.ndarray, "H W"]:
-    """How much a tile counts at each of its pixels, `scale` pixels (rows, columns) to a latent position.
+    """Return the blend weight of each pixel of a tile, with `scale` pixels (rows, columns) per latent position.
 
-    Linear ramps over the overlaps with the neighbours (as in diffusers' tiled autoencoders), one elsewhere.
+    Linear ramps over the overlaps with neighbours (as in diffusers' tiled autoencoders), one elsewhere.
     """
     rows = _ramp(sorted({other.row for other in tiles}), tile.row, tile.height, scale[0])
     columns = _ramp(sorted({other.column for other in tiles}), tile.column, tile.width, scale[1])
@@ -75,7 +81,7 @@ def weights(tiles: Sequence[Tile], tile: Tile, scale: tuple[int, int] = (1, 1)) 
 
 
 def _starts(length: int, size: int, overlap: int) -> list[int]:
-    """Where tiles begin; the last one ends at the border."""
+    """Return the first positions of tiles; the last tile ends at the border."""
     if length <= size:
         return [0]
     count = -(-(length - overlap) // (size - overlap))
@@ -83,13 +89,13 @@ def _starts(length: int, size: int, overlap: int) -> list[int]:
 
 
 def _ramp(starts: Sequence[int], start: int, size: int, scale: int) -> Float32[np.ndarray, " n"]:
-    """The share of the tile at `start` among all tiles along one axis."""
+    """Return the normalised weights along one axis of the tile at `start`."""
 
     def tent(first: int) -> np.ndarray:
-        """Rises from each border inwards; what tiles have beyond the overlap is cut by the share."""
-        place = np.arange(start * scale, (start + size) * scale) - first * scale
-        inside = (place >= 0) & (place < size * scale)
-        return np.where(inside, np.minimum(place + 0.5, size * scale - place - 0.5), 0.0)
+        """Rise linearly from both borders of the tile at `first`; dividing by the sum keeps only the overlap's ramp."""
+        offset = np.arange(start * scale, (start + size) * scale) - first * scale
+        inside = (offset >= 0) & (offset < size * scale)
+        return np.where(inside, np.minimum(offset + 0.5, size * scale - offset - 0.5), 0.0)
 
     total = sum(tent(first) for first in starts)
     return (tent(start) / total).astype(np.float32)

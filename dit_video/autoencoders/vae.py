@@ -1,7 +1,7 @@
-"""A causal convolutional variational autoencoder, of which Wan's two are configurations.
+"""A causal convolutional variational autoencoder; both of Wan's are configurations of it.
 
 Resolution levels of residual blocks, attention in the middle (arXiv 2503.20314, section 4.1). With `shortcuts`, every
-level has a parameter-free path beside it, as in the autoencoder of Wan 2.2 (after DC-AE, arXiv 2410.10733).
+level has a parallel path without parameters, as in the autoencoder of Wan 2.2 (after DC-AE, arXiv 2410.10733).
 """
 
 import itertools
@@ -37,77 +37,92 @@ from dit_video.tokens import Grid
 
 @dataclass(frozen=True, kw_only=True)
 class CausalVaeConfig:
-    """A causal VAE by its levels.
+    """Configuration of a causal VAE.
 
     Raises:
-      UserError: factors other than 1 and 2, another number of levels than of multipliers, shortcuts whose channels do
-        not divide, or a form of convolutions that there is not.
+      UserError: factors other than 1 and 2, numbers of levels and multipliers that differ, shortcuts whose channels do
+        not divide, or an unknown form of convolutions.
     """
 
     channels: int = 16
-    """of the latents"""
+    """Channels of the latents."""
     width: int = 96
-    """channels of the first level, in the encoder"""
+    """Channels of the encoder's first level."""
     decoder_width: int | None = None
-    """and in the decoder; the same by default"""
+    """Channels of the decoder's last level; None uses `width`."""
     multipliers: tuple[int, ...] = (1, 2, 4, 4)
-    """of the width, level by level"""
+    """Multiples of the width, one per level."""
     factors: tuple[Grid, ...] = (Grid(1, 2, 2), Grid(2, 2, 2), Grid(2, 2, 2))
-    """how much smaller each next level is, along (t, h, w): 1 or 2"""
+    """Downsampling factors along (t, h, w) between levels: 1 or 2."""
     blocks: int = 2
-    """residual blocks a level in the encoder; the decoder has one more"""
+    """Residual blocks per level of the encoder; the decoder has one more."""
     patch: int = 1
-    """side of the cells of pixels that are channels from the start"""
+    """Side of the square cells of pixels that the first convolution sees as channels."""
     shortcuts: bool = False
-    """whether a path without parameters lies beside each level"""
+    """True adds a path without parameters parallel to each level."""
     std: float | None = None
-    """The latents' standard deviation in training, fixed; None learns one for each (the usual VAE). 0 is a plain
+    """Fixed standard deviation of the latents in training; None learns one for each (the usual VAE). 0 is a plain
     autoencoder, whose latents have noise of about 3e-7: train it without a divergence."""
     bfloat16: bool = False
-    """whether features are bfloat16, with products summed in float32; parameters, norms and latents stay float32"""
+    """True stores features in bfloat16, with products summed in float32; parameters, norms and latents stay float32."""
     form: Form = field(default="auto", metadata={"how": True})
-    """How convolutions are computed: see `CausalConv`. Which is the fastest for a device and width is found with
+    """Algorithm of convolutions: see `CausalConv`. To find the fastest for a device and width, run
     `tools/benchmark.py autoencoder --config CONFIG --set autoencoder.model.form=FORM`."""
     remat: bool = field(default=False, metadata={"how": True})
-    """whether residual blocks are computed again in the backward pass, which then keeps their inputs alone"""
+    """True recomputes residual blocks in the backward pass, which then stores only their inputs."""
 
     def __post_init__(self):
         if len(self.factors) != len(self.multipliers) - 1:
             raise UserError(
-                f"{len(self.multipliers)} multipliers are {len(self.multipliers)} levels, between which lie "
-                f"{len(self.multipliers) - 1} changes of resolution, not {len(self.factors)} factors"
+                f"{len(self.factors)} factors are invalid for {len(self.multipliers)} multipliers: use one factor "
+                f"between each two levels, {len(self.multipliers) - 1}"
             )
         for factors in self.factors:
             if not set(factors) <= {1, 2} or factors.h != factors.w or factors.volume == 1:
-                raise UserError(f"factors {tuple(factors)} must be 1 or 2, equal in height and width, and not all 1")
+                raise UserError(
+                    f"factors={tuple(factors)} is invalid: use 1 or 2, the same in height and width, and not all 1"
+                )
         if min(self.channels, self.width, self.blocks, self.patch, *self.multipliers) < 1:
-            raise UserError("channels, width, blocks, patch and multipliers must be at least 1 each")
-        halved = self.widths(self.decoder_width or self.width)[1:]
-        if not self.shortcuts and any(width % 2 for width in halved):
-            raise UserError(f"without shortcuts the decoder halves its widths {halved}, which must be even")
+            raise UserError(
+                f"channels={self.channels}, width={self.width}, blocks={self.blocks}, patch={self.patch}, "
+                f"multipliers={self.multipliers} is invalid: use at least 1 of each"
+            )
+        decoder_widths = self.widths(self.decoder_width or self.width)[1:]
+        if not self.shortcuts and any(width % 2 for width in decoder_widths):
+            raise UserError(
+                f"decoder widths {decoder_widths} are invalid: without shortcuts they are halved. Use even widths"
+            )
         if self.form not in get_args(Form):
-            raise UserError(f"convolutions have no form {self.form!r}; use one of {', '.join(get_args(Form))}")
+            raise UserError(
+                f"form={self.form!r} is invalid: no such convolution. Use one of {', '.join(get_args(Form))}"
+            )
         check_std(self.std)
         self._check_shortcuts()
 
     def _check_shortcuts(self) -> None:
         down, up = self.widths(self.width), self.widths(self.decoder_width or self.width)
         levels = (*self.factors, Grid(1, 1, 1))
-        for (before, after), factors in zip(zip((down[0], *down), down, strict=False), levels, strict=True):
-            if self.shortcuts and before * factors.volume % after:
-                raise UserError(f"a shortcut from {before} to {after} channels by {tuple(factors)} does not divide")
-        for before, after, factors in zip(up[:0:-1], up[-2::-1], self.factors[::-1], strict=True):
-            if self.shortcuts and after * factors.volume % before:
-                raise UserError(f"a shortcut from {before} to {after} channels by {tuple(factors)} does not divide")
+        for (width_in, width_out), factors in zip(zip((down[0], *down), down, strict=False), levels, strict=True):
+            if self.shortcuts and width_in * factors.volume % width_out:
+                raise UserError(
+                    f"a shortcut from {width_in} to {width_out} channels by {tuple(factors)} does not divide; change "
+                    "width or multipliers"
+                )
+        for width_in, width_out, factors in zip(up[:0:-1], up[-2::-1], self.factors[::-1], strict=True):
+            if self.shortcuts and width_out * factors.volume % width_in:
+                raise UserError(
+                    f"a shortcut from {width_in} to {width_out} channels by {tuple(factors)} does not divide; change "
+                    "decoder_width or multipliers"
+                )
 
     @classmethod
     def wan21(cls) -> "CausalVaeConfig":
-        """Wan 2.1: 4×8×8 pixels to 16 channels, 127 M parameters."""
+        """Return the VAE of Wan 2.1: 4×8×8 pixels to 16 channels, 127 M parameters."""
         return cls()
 
     @classmethod
     def wan22(cls) -> "CausalVaeConfig":
-        """Wan 2.2 TI2V-5B: 4×16×16 pixels to 48 channels, 705 M parameters."""
+        """Return the VAE of Wan 2.2 TI2V-5B: 4×16×16 pixels to 48 channels, 705 M parameters."""
         return cls(
             channels=48,
             width=160,
@@ -119,7 +134,7 @@ class CausalVaeConfig:
 
     @property
     def stride(self) -> Grid:
-        """Pixels for one latent along (t, h, w)."""
+        """Return the pixels per latent along (t, h, w)."""
         t, h, w = (math.prod(factors[axis] for factors in self.factors) for axis in range(3))
         return Grid(t, h * self.patch, w * self.patch)
 
@@ -129,11 +144,11 @@ class CausalVaeConfig:
 
     @property
     def dtype(self) -> jnp.dtype:
-        """What products are computed in."""
+        """Return the dtype of products."""
         return jnp.dtype(jnp.bfloat16 if self.bfloat16 else jnp.float32)
 
     def widths(self, base: int) -> tuple[int, ...]:
-        """Channels of every level."""
+        """Return the channels of every level for a base width."""
         return tuple(base * multiplier for multiplier in self.multipliers)
 
     def make(self, rngs: nnx.Rngs) -> "CausalVae":
@@ -141,7 +156,7 @@ class CausalVaeConfig:
 
 
 class CausalVae(Vae):
-    """Pixels in [-1, 1] to normalised latents and back; clips whole, or chunk by chunk with a `Memory`."""
+    """A causal VAE from pixels in [-1, 1] to normalised latents and back, on clips or chunks with a `ConvCache`."""
 
     def __init__(self, config: CausalVaeConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -157,31 +172,31 @@ class CausalVae(Vae):
         inside: Bool[Array, "B h w"] | Int[Array, "B h w"] | None = None,
         memory: Memory | None = None,
     ) -> Posterior:
-        """The distribution of latents, before normalisation. See `encode` for the arguments."""
-        places = placed(pixels, self.config.stride, inside, memory)
-        moments = self.moments(self.encoder(pixels, memory, places).astype(jnp.float32))
+        """Return the distribution of latents before normalisation. See `encode` for the arguments."""
+        segments = placed(pixels, self.config.stride, inside, memory)
+        moments = self.moments(self.encoder(pixels, memory, segments).astype(jnp.float32))
         return Posterior.of_moments(moments, self.config.std)
 
     def reconstruct(
         self, latents: Float[Array, "B t h w c"], memory: Memory | None = None
     ) -> Float[Array, "B T H W 3"]:
-        """Pixels from latents that are not normalised."""
+        """Return pixels from latents that are not normalised."""
         return self.decoder(self.latents(latents), memory).astype(jnp.float32)
 
 
 class Encoder(nnx.Module):
-    """Pixels to so many features for each latent."""
+    """A causal encoder of pixels to a number of features per latent."""
 
     def __init__(self, config: CausalVaeConfig, features: int, *, rngs: nnx.Rngs):
         self.config, dtype = config, config.dtype
         widths = config.widths(config.width)
         self.conv_in = CausalConv(3 * config.patch**2, config.width, (3, 3, 3), past="zero", dtype=dtype, rngs=rngs)
-        # As in the open models the first convolution has the base width, whatever the first level's multiplier.
-        befores = (config.width, *widths[:-1])
+        # The first convolution has the base width whatever the first level's multiplier, as in the open models.
+        widths_in = (config.width, *widths[:-1])
         self.levels = nnx.List(
             [
-                _DownLevel(before, after, factors, config, rngs=rngs)
-                for before, after, factors in zip(befores, widths, (*config.factors, None), strict=True)
+                _DownLevel(width_in, after, factors, config, rngs=rngs)
+                for width_in, after, factors in zip(widths_in, widths, (*config.factors, None), strict=True)
             ]
         )
         self.middle = _Middle(widths[-1], dtype=dtype, rngs=rngs)
@@ -202,17 +217,17 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Latents to pixels; with `guided` channels of latents its norms are modulated by them."""
+    """A causal decoder of latents to pixels; with `guide_channels`, latents of so many channels modulate its norms."""
 
     def __init__(self, config: CausalVaeConfig, *, guided: int | None = None, rngs: nnx.Rngs):
         self.config, dtype = config, config.dtype
         widths = config.widths(config.decoder_width or config.width)[::-1]
         self.conv_in = CausalConv(config.channels, widths[0], (3, 3, 3), past="zero", dtype=dtype, rngs=rngs)
         self.middle = _Middle(widths[0], guided=guided, dtype=dtype, rngs=rngs)
-        levels, before = [], widths[0]
+        levels, width_in = [], widths[0]
         for width, factors in zip(widths, (*config.factors[::-1], None), strict=True):
-            levels.append(_UpLevel(before, width, factors, config, guided=guided, rngs=rngs))
-            before = width if config.shortcuts else width // 2
+            levels.append(_UpLevel(width_in, width, factors, config, guided=guided, rngs=rngs))
+            width_in = width if config.shortcuts else width // 2
         self.levels = nnx.List(levels)
         self.norm = make_norm(widths[-1], guided, rngs)
         self.conv_out = CausalConv(widths[-1], 3 * config.patch**2, (3, 3, 3), past="zero", dtype=dtype, rngs=rngs)
@@ -230,7 +245,7 @@ class Decoder(nnx.Module):
 
 
 class _DownLevel(nnx.Module):
-    """Residual blocks, then the change to the next resolution; the last level has none."""
+    """Residual blocks, then downsampling, except in the last level."""
 
     def __init__(self, width_in: int, width_out: int, factors: Grid | None, config: CausalVaeConfig, *, rngs: nnx.Rngs):
         dtype = config.dtype
@@ -254,7 +269,7 @@ class _DownLevel(nnx.Module):
 
 
 class _UpLevel(nnx.Module):
-    """Residual blocks, then the change to the next resolution; the last level has none."""
+    """Residual blocks, then upsampling, except in the last level."""
 
     def __init__(
         self,
@@ -273,8 +288,8 @@ class _UpLevel(nnx.Module):
         self.blocks = nnx.List(
             [ResidualBlock(*pair, guided=guided, dtype=dtype, rngs=rngs) for pair in itertools.pairwise(widths)]
         )
-        narrow = width_out if config.shortcuts else width_out // 2
-        self.up = None if factors is None else Up(width_out, narrow, factors, dtype=dtype, rngs=rngs)
+        up_width = width_out if config.shortcuts else width_out // 2
+        self.up = None if factors is None else Up(width_out, up_width, factors, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "B t h w i"], memory: Memory | None, guide: Guide | None
@@ -316,7 +331,7 @@ def _through(
     *,
     remat: bool,
 ) -> Float[Array, "B t h w o"]:
-    """A block's output; with `remat` and without a memory, which training does not have, kept is `x` alone."""
+    """Apply a block; with `remat` and without a cache (as in training) only its input is kept for the backward pass."""
     if not remat or memory is not None:
         return block(x, memory, places, guide)
     return rematerialised(lambda block, x: block(x, None, places, guide), block, x)

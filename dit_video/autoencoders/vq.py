@@ -1,10 +1,9 @@
-"""Autoencoders whose latents are codes: VQ-VAE and VQGAN (arXiv 1711.00937, 2012.09841), and MoVQ (arXiv 2209.09002).
+"""Autoencoders with quantised latents: VQ-VAE, VQGAN (arXiv 1711.00937, 2012.09841) and MoVQ (arXiv 2209.09002).
 
     pixels -> encoder -> linear -> nearest code -> linear -> decoder -> pixels
 
-The encoder and the decoder are those of a VAE, of clips or of images; in MoVQ the codes also modulate the decoder's
-norms. Latents, as the rest of the system sees them, are what comes before the codebook; decoding takes the nearest
-codes first, so a denoiser of such latents need not hit a code.
+Encoder and decoder are those of a VAE of clips or images; in MoVQ the codes also modulate the decoder's norms.
+Denoisers see the latents before quantisation; decoding quantises them first, so a denoiser need not hit a code exactly.
 """
 
 from dataclasses import dataclass, field
@@ -36,28 +35,32 @@ from dit_video.tokens import Grid
 
 @dataclass(frozen=True, kw_only=True)
 class VqConfig:
-    """A vector-quantised autoencoder.
+    """Configuration of a vector-quantised autoencoder.
 
     Raises:
-      UserError: a network with a variance, or without the linear maps beside the codebook.
+      UserError: a network with a variance, or without the linear maps around the codebook.
     """
 
     network: CausalVaeConfig | ImageVaeConfig = field(default_factory=CausalVaeConfig)
-    """whose encoder and decoder it has; its `channels` are what the linear maps beside the codebook go from and to"""
+    """Configuration of encoder and decoder; linear maps go from its `channels` to the codes' width and back."""
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
+    """Configuration of the codebook."""
     modulated: bool = False
-    """whether the codes modulate the decoder's norms (MoVQ)"""
+    """True lets the codes modulate the decoder's norms (MoVQ)."""
 
     def __post_init__(self):
         network = self.network
         if network.std is not None:
-            raise UserError(f"codes have no variance, the network was given std={network.std}; leave it out")
+            raise UserError(f"network.std={network.std} is invalid: codes have no variance. Use None")
         if isinstance(network, ImageVaeConfig) and not (network.moments and network.latents):
-            raise UserError("linear maps lie beside the codebook; leave moments=False and latents=False out")
+            raise UserError(
+                f"network.use_quant_conv={network.moments}, network.use_post_quant_conv={network.latents} is invalid: "
+                "the codebook needs a linear map before and after it. Use True for both"
+            )
 
     @classmethod
     def kandinsky(cls) -> "VqConfig":
-        """The MoVQ of Kandinsky 2: 8×8 pixels to one of 16,384 codes of 4 values, 68 M parameters."""
+        """Return the MoVQ of Kandinsky 2: 8×8 pixels to one of 16,384 codes of 4 values, 68 M parameters."""
         levels = ImageLevels(widths=(128, 256, 256, 512), attention=(3,))
         return cls(
             network=ImageVaeConfig(channels=4, levels=levels),
@@ -67,12 +70,12 @@ class VqConfig:
 
     @property
     def stride(self) -> Grid:
-        """Pixels for one latent along (t, h, w)."""
+        """Return the pixels per latent along (t, h, w)."""
         return self.network.stride
 
     @property
     def channels(self) -> int:
-        """Of the latents: the codes' width."""
+        """Return the channels of the latents, which are the codes' width."""
         return self.codebook.width
 
     @property
@@ -84,7 +87,7 @@ class VqConfig:
 
 
 class VqAutoencoder(nnx.Module):
-    """Pixels in [-1, 1] to normalised latents, or to the indices of codes, and back."""
+    """An autoencoder from pixels in [-1, 1] to normalised latents, or to indices of codes, and back."""
 
     def __init__(self, config: VqConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -110,20 +113,20 @@ class VqAutoencoder(nnx.Module):
         inside: Bool[Array, "B h w"] | Int[Array, "B h w"] | None = None,
         memory: Memory | None = None,
     ) -> Float[Array, "B t h w c"]:
-        """Before the codebook and before normalisation. See `encode` for the arguments."""
-        places = placed(pixels, self.config.stride, inside, memory)
+        """Return latents before quantisation and normalisation. See `encode` for the arguments."""
+        segments = placed(pixels, self.config.stride, inside, memory)
         if isinstance(self.encoder, ImageEncoder):
-            features = self.encoder(pixels, places)
+            features = self.encoder(pixels, segments)
         else:
-            features = self.encoder(pixels, memory, places)
+            features = self.encoder(pixels, memory, segments)
         return self.codebook.comparable(self.to_codes(features.astype(jnp.float32)))
 
     def quantized(self, pixels: Float[Array, "B T H W 3"]) -> Quantized:
-        """What training takes: the codes of clips, through which gradients pass, and how far off they are."""
+        """Return the quantised latents of clips, with the straight-through gradient, and their losses, for training."""
         return self.codebook(self.latents(pixels))
 
     def reconstruct(self, codes: Float[Array, "B t h w c"], memory: Memory | None = None) -> Float[Array, "B T H W 3"]:
-        """Pixels from codes, or from latents that are neither normalised nor quantised."""
+        """Return pixels from codes, or from latents that are neither normalised nor quantised."""
         x = self.from_codes(codes)
         if isinstance(self.decoder, ImageDecoder):
             return self.decoder(x, Beside(latents=codes, memory=memory)).astype(jnp.float32)
@@ -136,11 +139,11 @@ class VqAutoencoder(nnx.Module):
         inside: Bool[Array, "B h w"] | Int[Array, "B h w"] | None = None,
         memory: Memory | None = None,
     ) -> Float[Array, "B t h w c"]:
-        """Normalised latents, not quantised. See `dit_video.autoencoders.posterior.Vae.encode` for the arguments."""
+        """Return normalised latents that are not quantised; arguments as in `dit_video.autoencoders.posterior.Vae`."""
         return self.normalizer.normalize(self.latents(pixels, inside, memory))
 
     def decode(self, latents: Float[Array, "B t h w c"], memory: Memory | None = None) -> Float[Array, "B T H W 3"]:
-        """Pixels, about in [-1, 1], of the codes nearest to normalised latents: of a clip, or of a chunk of one."""
+        """Return pixels, approximately in [-1, 1], of the codes nearest to normalised latents of a clip or chunk."""
         return self.decode_indices(self.codebook.nearest(self.normalizer.restore(latents)), memory)
 
     def encode_indices(
@@ -149,13 +152,13 @@ class VqAutoencoder(nnx.Module):
         inside: Bool[Array, "B h w"] | Int[Array, "B h w"] | None = None,
         memory: Memory | None = None,
     ) -> Int[Array, "B t h w"]:
-        """Which code stands for each latent. See `encode` for the arguments."""
+        """Return the index of the nearest code of each latent. See `encode` for the arguments."""
         return self.codebook.nearest(self.latents(pixels, inside, memory))
 
     def decode_indices(
         self, indices: Int[AnyArray, "B t h w"], memory: Memory | None = None
     ) -> Float[Array, "B T H W 3"]:
-        """Pixels, about in [-1, 1], of codes. Inside `jax.jit` an index out of range gives NaN.
+        """Return pixels, approximately in [-1, 1], of codes. Inside `jax.jit` an index out of range gives NaN.
 
         Raises:
           UserError: indices out of range.
@@ -172,5 +175,5 @@ class _FrameSpatialNorm(SpatialNorm):
 
 
 def _modulated_norms(levels: ImageLevels, channels: int) -> MakeNorm:
-    """Norms of an image decoder that latents of so many channels modulate."""
+    """Return a factory of an image decoder's norms, modulated by latents of `channels` channels."""
     return lambda width, rngs: _FrameSpatialNorm(FrameNorm(width, levels.groups), width, channels, rngs=rngs)

@@ -1,4 +1,4 @@
-"""A model on packed rows as the one function that diffusion knows."""
+"""Adapter from a model on packed rows to the denoising function that diffusion calls."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,11 +23,11 @@ def packed_denoise(
     count: int,
     given: Given = Given(),
 ) -> Callable[[Float[Array, "B N p"], Float[Array, "B N"]], Float[Array, "B N prediction"]]:
-    """`denoise(noisy, time)` of rows with up to `count` segments.
+    """Return `denoise(noisy, time)` for rows with up to `count` segments.
 
-    All tokens of a segment have one time, but for a model with a time per token; that one's segments count as being
-    at the largest time of their tokens, what is known being at 0. A model without context has None of it. One that
-    predicts a variance gives it behind the whole prediction, as values of their own.
+    All tokens of a segment have one time, except in a model with a time per token. There, the time of a segment is the
+    largest one of its tokens, since known tokens are at time 0. The context is None for models without context. A
+    predicted variance follows the whole prediction: the two are not interleaved per position as in the model's output.
     """
     row: dict[str, Any] = {
         "segments": jnp.asarray(segments),
@@ -38,12 +38,12 @@ def packed_denoise(
 
     def denoise(noisy, time):
         per_token = {"token_time": time} if dit.config.time == "token" else {}
-        at = segment_max(time, row["segments"], count=count)
-        prediction = dit(noisy, at, **row, given=given._replace(**per_token))
+        segment_time = segment_max(time, row["segments"], count=count)
+        prediction = dit(noisy, segment_time, **row, given=given._replace(**per_token))
         if prediction.shape[-1] == noisy.shape[-1]:
             return prediction
-        # At each place of a patch stands the prediction, then the variance.
-        places = prediction.reshape(*noisy.shape[:2], dit.config.patch.volume, 2, -1)
-        return jnp.swapaxes(places, 2, 3).reshape(*noisy.shape[:2], -1)
+        # The model's output holds prediction and variance for each position in a patch: (patch, 2, c) -> (2, patch, c).
+        interleaved = prediction.reshape(*noisy.shape[:2], dit.config.patch.volume, 2, -1)
+        return jnp.swapaxes(interleaved, 2, 3).reshape(*noisy.shape[:2], -1)
 
     return denoise

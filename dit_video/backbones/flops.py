@@ -1,9 +1,8 @@
-"""How much a denoiser computes: the floating-point operations of its matrix products, counted from its config.
+"""Floating-point operations of a denoiser's matrix products, counted from its config.
 
-A multiplication and an addition are two operations (PaLM, arXiv 2204.02311, appendix B). A clip's tokens attend to each
-other, so attention counts by the sum of the clips' own pairs; padding counts for nothing, and what is computed again in
-a backward pass neither. Not counted: norms, softmax, gates, rotary positions, lookups, pooling (under 2 % of a
-model 1,024 wide).
+A multiplication and an addition are two operations (PaLM, arXiv 2204.02311, appendix B). Tokens attend to their own
+clip, so attention is counted by the sum over clips of their token pairs. Padding is not counted, nor is recomputation
+in the backward pass, nor norms, softmax, gates, rotary embedding, lookups and pooling (under 2 % for a width of 1,024).
 """
 
 from collections.abc import Sequence
@@ -17,32 +16,34 @@ from dit_video.nn.attention import Full
 from dit_video.tokens import Grid
 
 Clip = int | Grid
-"""A clip in tokens: their number, or, where a pattern of attention asks where they lie, their grid"""
+"""Size of a clip in tokens: their number, or their grid, which attention patterns other than `Full` need."""
 
 _DISTANCES, _SINES = 6 * 32, 256
-"""Values that `EndDistances` and the time embedding of `Dit` give their linear maps"""
+"""Input widths of the linear layers of `BoundaryEmbedding` and of the time embedding of `Dit`."""
 
 
 def forward_flops(
     config: DitConfig | WanDitConfig, clips: Sequence[Clip], texts: Sequence[int], *, images: Sequence[int] = ()
 ) -> int:
-    """Operations of one forward pass over clips, however they are packed.
+    """Count the operations of one forward pass over clips, which do not depend on their packing.
 
     Args:
-      config: of the denoiser; what encodes texts is not part of it.
-      clips: tokens of every clip (segment).
-      texts: context tokens of every clip; all 0 for a model without context. Wan's blocks attend to `text_length`
-        tokens whatever the text, but project those of the text alone.
-      images: tokens of the image encoder for every clip, for the models that take them.
+      config: config of the denoiser; text and image encoders are not included.
+      clips: size of every clip (segment) in tokens.
+      texts: number of context tokens of every clip; all 0 for a model without context. Wan's blocks attend to
+        `text_length` tokens whatever the text, but project only those of the text.
+      images: number of image tokens of every clip, for models that use them.
 
     Raises:
-      UserError: numbers of clips, texts and images that differ; a clip without a grid where the pattern needs one.
+      UserError: different numbers of clips, texts and images, or a clip without a grid although the pattern needs one.
     """
     if len(clips) != len(texts) or len(images) not in (0, len(clips)):
-        raise UserError(f"{len(clips)} clips need as many texts, not {len(texts)}, and images for all or none")
+        raise UserError(
+            f"{len(clips)} clips need as many texts, not {len(texts)}, and images for all or none, not {len(images)}"
+        )
     count = _wan if isinstance(config, WanDitConfig) else _dit
-    each = zip(clips, texts, images or (0,) * len(clips), strict=True)
-    return 2 * sum(count(config, *clip) for clip in each)  # type: ignore[arg-type, misc]
+    sizes = zip(clips, texts, images or (0,) * len(clips), strict=True)
+    return 2 * sum(count(config, *size) for size in sizes)  # type: ignore[arg-type, misc]
 
 
 def training_flops(
@@ -53,48 +54,48 @@ def training_flops(
     images: Sequence[int] = (),
     adapters: bool = False,
 ) -> int:
-    """Operations of a training step, which is what utilisation (MFU) is counted by. Errors are as for `forward_flops`.
+    """Count the operations of a training step, from which the utilisation (MFU) is computed.
 
     Args:
-      config, clips, texts, images: as for `forward_flops`.
-      adapters: whether those alone are trained.
+      config, clips, texts, images: as for `count_forward_flops`, which also raises the errors.
+      adapters: True if only LoRA adapters are trained.
     """
     return training_passes(adapters=adapters) * forward_flops(config, clips, texts, images=images)
 
 
 def training_passes(*, adapters: bool = False) -> int:
-    """How many forward passes' worth of operations a training step has.
+    """Return the operations of a training step in units of a forward pass.
 
-    A backward pass has two products for each of the forward pass: for what goes in, and for the weights, which is left
-    out where adapters alone are trained. That of the very first maps, whose input needs no gradient, is counted with
-    them.
+    The backward pass has two products for each one of the forward pass: the gradients of the input and of the weights,
+    the latter not computed if only adapters are trained. The first layers count too, although their input needs no
+    gradient.
     """
     return 2 if adapters else 3
 
 
 def attention_flops(config: DitConfig | WanDitConfig, clips: Sequence[Clip], texts: Sequence[int]) -> int:
-    """The part of `forward_flops` that grows with the pairs of tokens: what an attention kernel computes."""
-    number = sum(_attended(config, clip, text) for clip, text in zip(clips, texts, strict=True))
-    return 4 * config.width * number
+    """Count the part of the forward pass that grows with the pairs of tokens: the work of the attention kernel."""
+    pairs = sum(_attended(config, clip, text) for clip, text in zip(clips, texts, strict=True))
+    return 4 * config.width * pairs
 
 
 def _attended(config: DitConfig | WanDitConfig, clip: Clip, text: int) -> int:
-    """Pairs of all layers, those with the text included."""
+    """Count the query-key pairs of all layers, including those with the text."""
     if isinstance(config, WanDitConfig):
         return round(config.layers * (_pairs(config, clip, 0) + _number(clip) * config.text_length))
-    behind = config.registers + (text if isinstance(config.context, JointAttention) else 0)
-    crossed = (_number(clip) + behind) * text if isinstance(config.context, CrossAttention) else 0
-    return config.layers * crossed + round(config.layers * _pairs(config, clip, behind))
+    global_tokens = config.registers + (text if isinstance(config.context, JointAttention) else 0)
+    cross_pairs = (_number(clip) + global_tokens) * text if isinstance(config.context, CrossAttention) else 0
+    return config.layers * cross_pairs + round(config.layers * _pairs(config, clip, global_tokens))
 
 
 def _pairs(config: DitConfig | WanDitConfig, clip: Clip, behind: int) -> float:
-    """Of self-attention, in a layer on average; of the tokens that lie nowhere all see all."""
+    """Count the self-attention pairs of an average layer; tokens without a position are assumed to see everything."""
     tokens = _number(clip)
     if config.patterns == (Full(),):
         return float((tokens + behind) ** 2)
     if not isinstance(clip, Grid):
         raise UserError(
-            f"attention with the pattern {config.pattern} is counted on a clip's grid, not on {clip} tokens"
+            f"the attention pattern {config.pattern} needs a clip's grid, not its number of tokens, {clip}; give a Grid"
         )
     return config.pairs(clip) + behind * (2 * tokens + behind)
 
@@ -104,18 +105,18 @@ def _number(clip: Clip) -> int:
 
 
 def _dit(config: DitConfig, clip: Clip, text: int, image: int) -> int:
-    """Multiplications of one clip."""
+    """Count the multiplications for one clip."""
     if image:
-        raise UserError("a DitConfig takes no image tokens")
+        raise UserError(f"a DitConfig has no image tokens; leave out images, of which this clip has {image}")
     width, layers, square = config.width, config.layers, config.width**2
-    seen = _number(clip)
-    tokens = seen + config.registers
+    video_tokens = _number(clip)
+    tokens = video_tokens + config.registers
     block = 4 * square + (3 if config.mlp == "swiglu" else 2) * width * config.hidden_width
     temporal = 0 if config.temporal is None else layers // config.temporal.every * config.temporal.layers
     distances = _DISTANCES * (isinstance(config.added_position, EndDistances) + (temporal > 0))
-    ends = seen * width * (config.token_width + config.given_width + distances + config.head_width)
-    own = config.modulation == "own"
-    modulations = 2 + 6 * ((layers + temporal) if own else 1)
+    ends = video_tokens * width * (config.token_width + config.given_width + distances + config.head_width)
+    per_block = config.modulation == "own"
+    modulations = 2 + 6 * ((layers + temporal) if per_block else 1)
     conditions = (tokens if config.time == "token" else 1) * (_SINES * width + square + modulations * square)
     if config.context.pooled:
         conditions += config.context_width * width
@@ -125,24 +126,24 @@ def _dit(config: DitConfig, clip: Clip, text: int, image: int) -> int:
     if isinstance(config.context, CrossAttention):
         context += layers * 2 * square * (tokens + text)
     if isinstance(config.context, JointAttention):
-        context += layers * text * block + (6 * layers * square if own else 0)
+        context += layers * text * block + (6 * layers * square if per_block else 0)
         if config.time == "token":
-            conditions += _SINES * width + square + (0 if own else 6 * square)
+            conditions += _SINES * width + square + (0 if per_block else 6 * square)
     return (
         tokens * (layers + temporal) * block + ends + conditions + context + 2 * width * _attended(config, clip, text)
     )
 
 
 def _wan(config: WanDitConfig, clip: Clip, text: int, image: int) -> int:
-    """Multiplications of one clip."""
+    """Count the multiplications for one clip."""
     width, layers, square = config.width, config.layers, config.width**2
     tokens = _number(clip)
     if image and config.image_width is None:
-        raise UserError("this model takes no image tokens: its config has no image_width")
+        raise UserError(f"image_width=None has no image tokens; leave out images, of which this clip has {image}")
     block = 6 * square + 2 * width * config.hidden_width
     ends = tokens * width * (2 * config.token_width + config.given_width)
-    at = tokens if config.time == "token" else 1
-    conditions = at * (config.time_width * width + 7 * square)
+    times = tokens if config.time == "token" else 1
+    conditions = times * (config.time_width * width + 7 * square)
     context = text * (config.context_width * width + square + layers * 2 * square)
     if config.image_width is not None:
         context += image * (config.image_width**2 + config.image_width * width + layers * 2 * square)

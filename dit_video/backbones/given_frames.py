@@ -1,4 +1,4 @@
-"""What training gives a denoiser of a known first frame, checked against what it takes."""
+"""Checks of the frame conditioning that a denoiser is trained with."""
 
 from dit_video.autoencoders import AutoencoderConfig
 from dit_video.backbones.dit import DitConfig
@@ -15,29 +15,29 @@ def check_given_frames(
     *,
     cached: bool,
 ) -> None:
-    """That the denoiser is given what it takes.
+    """Check that training provides the frame conditioning that the denoiser reads, and no other.
 
     Args:
       dit: the denoiser.
-      autoencoder: that makes its latents.
-      known: what is known of a clip.
-      image_encoder: folder of that whose tokens of the first frame the denoiser attends to.
-      cached: whether latents are cached.
+      autoencoder: autoencoder of its latents.
+      known: known frames of a clip.
+      image_encoder: folder of the image encoder whose tokens of the first frame the denoiser attends to.
+      cached: True if latents are cached.
 
     Raises:
-      UserError: it is not.
+      UserError: it does not.
     """
     attends = isinstance(dit, WanDitConfig) and dit.image_width is not None
     if dit.given_channels and known is None:
-        raise UserError("the denoiser takes given latents: say what is known of a clip with known=KnownFrames()")
+        raise UserError("the denoiser reads conditioning latents, but known=None; set known=KnownFrames()")
     if dit.given_channels and dit.given_channels <= dit.channels:
         raise UserError(
-            f"{dit.given_channels} given channels have no room for a mask beside the latents' {dit.channels}; set "
-            f"given_channels={dit.channels + 1} or more"
+            f"given_channels={dit.given_channels} is invalid: a mask needs channels besides the latents' "
+            f"{dit.channels}; set given_channels={dit.channels + 1} or more"
         )
     if known is not None and not dit.given_channels and dit.time != "token" and not attends:
         raise UserError(
-            "the denoiser can't be told which frames are known; leave out known, or give it given_channels or "
+            "known is invalid: the denoiser has no input for known frames; leave out known, or set given_channels or "
             "time='token'"
         )
     if known is not None and known.rest == "grey":
@@ -45,32 +45,32 @@ def check_given_frames(
     if isinstance(dit, WanDitConfig) and dit.image_width is not None:
         _check_image(dit, known, image_encoder, cached=cached)
     elif image_encoder is not None:
-        raise UserError("the denoiser attends to no image's tokens; leave out image_encoder")
+        raise UserError("image_encoder is invalid: the denoiser attends to no image tokens; leave out image_encoder")
 
 
 def _check_grey(dit: DitConfig | WanDitConfig, autoencoder: AutoencoderConfig, *, cached: bool) -> None:
-    wanted = autoencoder.stride.t + autoencoder.channels
-    if dit.given_channels != wanted:
+    required = autoencoder.stride.t + autoencoder.channels
+    if dit.given_channels != required:
         raise UserError(
-            f"a first frame with grey behind it takes {wanted} given channels, a mask of {autoencoder.stride.t} and "
-            f"the latents' {autoencoder.channels}; the denoiser has {dit.given_channels}, use rest='zero'"
+            f"given_channels={dit.given_channels} is invalid: with rest='grey' it must be {required}, a mask of "
+            f"{autoencoder.stride.t} and the latents' {autoencoder.channels}; use rest='zero'"
         )
     if not cached:
-        raise UserError("first frames with grey behind them lie beside cached latents; set data cache_latents=True")
+        raise UserError("rest='grey' needs cached latents; set data cache_latents=True")
 
 
 def _check_image(dit: WanDitConfig, known: KnownFrames | None, image_encoder: str | None, *, cached: bool) -> None:
     if known is None:
         raise UserError(
-            "the denoiser attends to the tokens of a first frame: say how often that is known with "
+            "the denoiser attends to the tokens of a first frame, but known=None; set how often it is known with "
             "known=KnownFrames(chance=1.0)"
         )
     if image_encoder is None:
-        raise UserError("the denoiser attends to an image encoder's tokens: name its folder with image_encoder")
+        raise UserError("the denoiser attends to an image encoder's tokens; set image_encoder to its folder")
     if dit.image_positions is not None:
         raise UserError(
-            "the denoiser attends to the tokens of a first and a last frame, training gives it those of the first "
-            "alone; take one without image_positions"
+            "the denoiser attends to the tokens of a first and a last frame, but training provides only those of the "
+            "first; use a denoiser without image_positions"
         )
     if not cached:
-        raise UserError("an image encoder's tokens lie beside cached latents; set data cache_latents=True")
+        raise UserError("an image encoder's tokens need cached latents; set data cache_latents=True")

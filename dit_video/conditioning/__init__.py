@@ -1,4 +1,4 @@
-"""From prompts, frames and masks to what a model is given."""
+"""Conditioning: captions, frames and masks as inputs of a denoiser."""
 
 from dit_video.conditioning.frames import blanked, folded
 from dit_video.conditioning.known import KnownFrames, given_latents, known_tokens

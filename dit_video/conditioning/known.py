@@ -1,4 +1,4 @@
-"""What is known of a clip that is to be made, and how a denoiser is told of it."""
+"""Known first frames in training, and the conditioning latents of a denoiser."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,33 +13,33 @@ from dit_video.tokens import segment_max, to_tokens
 
 @dataclass(frozen=True, kw_only=True)
 class KnownFrames:
-    """In training the first latent frame of a clip is known, by chance; of an image nothing is.
+    """Configuration of training in which the first latent frame of a clip is known at random; never that of an image.
 
-    A first latent frame is the first frame of the clip alone, as the autoencoder is causal.
+    The autoencoder is causal: the first latent frame is the first frame of the clip alone.
 
     Raises:
-      UserError: a chance that is none.
+      UserError: If `chance` is no probability.
     """
 
     chance: float = 0.5
-    """That it is known; else the whole clip is made from its text, and what the denoiser would be given of the frame,
-    latents, mask and an image encoder's tokens, is zero. Wan's models that animate an image are always given one: 1."""
+    """Probability that the first frame is known. Otherwise the clip is generated from its text alone, and latents, mask
+    and image tokens of the frame are zero. Wan's image-to-video models always get one: 1."""
     rest: Literal["zero", "grey"] = "zero"
-    """What given latents hold of the frames behind a known one: zeros, or `grey`, the latents of the clip with those
-    frames grey, as sampling and Wan's models have it; they are cached beside the clips' own."""
+    """Conditioning latents of the frames after a known one: zeros, or `grey`, the latents of the clip with these frames
+    grey, as in sampling and in Wan's models; they are cached with the clips' own latents."""
 
     def __post_init__(self):
         if not 0 <= self.chance <= 1:
-            raise UserError(f"the chance {self.chance} that a first frame is known must lie in [0, 1]")
+            raise UserError(f"chance={self.chance} is invalid: a probability must lie in [0, 1]. Use 0.5.")
 
 
 def known_tokens(
     segments: Int[AnyArray, "B N"], coordinates: Float[AnyArray, "B N 3"], known: Bool[Array, "B G"]
 ) -> Bool[Array, "B N"]:
-    """The tokens of the first latent frame of those segments whose first frame is `known` and that have others."""
-    at = jnp.asarray(coordinates[..., 0])
-    longer = segment_max(at, segments, count=known.shape[1]) > 0
-    return to_tokens(known & longer, segments) & (at == 0) & (segments > 0)
+    """Return the mask of the first latent frame's tokens, in segments that are `known` and have other frames too."""
+    frame_positions = jnp.asarray(coordinates[..., 0])
+    is_video = segment_max(frame_positions, segments, count=known.shape[1]) > 0
+    return to_tokens(known & is_video, segments) & (frame_positions == 0) & (segments > 0)
 
 
 def given_latents(
@@ -50,20 +50,20 @@ def given_latents(
     channels: int,
     shown: Bool[Array, "B N"] | None = None,
 ) -> Float[Array, "B N g"]:
-    """What stands beside noisy tokens: at each place of a patch the mask, then the latents, zero where none is shown.
+    """Return the conditioning channels of tokens: per patch position the mask, then the latents, zero where not shown.
 
-    The order of channels is that of Wan's models which animate an image (arXiv 2503.20314, section 5.1).
+    The order of channels is that of Wan's image-to-video models (arXiv 2503.20314, section 5.1).
 
     Args:
-      tokens: the latents.
-      known: which tokens are.
-      shown: of which tokens latents are shown; by default of those that are known.
-      places: of a patch.
-      channels: of mask and latents together; as many of the mask as the latents leave.
+      tokens: The latents.
+      known: Mask of the known tokens.
+      shown: Mask of the tokens whose latents are shown; the known ones by default.
+      patch_volume: Number of latent positions in a patch.
+      channels: Number of mask and latent channels together; those that the latents leave belong to the mask.
     """
-    rows, count, width = tokens.shape
-    mask = channels - width // places
-    masks = jnp.broadcast_to(known[..., None, None], (rows, count, places, mask)).astype(jnp.float32)
+    rows, length, width = tokens.shape
+    mask_channels = channels - width // places
+    masks = jnp.broadcast_to(known[..., None, None], (rows, length, places, mask_channels)).astype(jnp.float32)
     latents = jnp.where((known if shown is None else shown)[..., None], tokens, 0)
-    latents = latents.reshape(rows, count, places, width // places)
-    return jnp.concatenate([masks, latents], axis=-1).reshape(rows, count, places * channels)
+    latents = latents.reshape(rows, length, places, width // places)
+    return jnp.concatenate([masks, latents], axis=-1).reshape(rows, length, places * channels)

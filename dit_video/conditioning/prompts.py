@@ -1,4 +1,4 @@
-"""Captions that are dropped in training, so that one model is conditional and unconditional (arXiv 2207.12598)."""
+"""Caption dropout in training, so that one model is conditional and unconditional (arXiv 2207.12598)."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Shaped
@@ -16,13 +16,13 @@ def drop_captions(
 ) -> tuple[Shaped[Array, "B S *E"], Int[Array, "B S"]]:
     """Replace the captions of the dropped segments by the empty caption `empty`: tokens, or embeddings of width `E`.
 
-    A dropped caption's first tokens become those of the empty one, its others become padding: exactly what the
-    unconditional branch of guidance is given. A caption has at least as many tokens as the empty one.
+    The first tokens of a dropped caption become those of the empty one, the others become padding: exactly the input of
+    the unconditional branch of guidance. A caption has at least as many tokens as the empty one.
     """
-    dropped = to_tokens(drop, segments) & (segments > 0)
+    is_dropped = to_tokens(drop, segments) & (segments > 0)
     index = positions(segments)
-    kept = index < len(empty)
+    is_kept = index < len(empty)
     replacement = jnp.asarray(empty, text.dtype)[jnp.minimum(index, len(empty) - 1)]
     shape = (*segments.shape, *(1,) * (text.ndim - 2))
-    left = jnp.where(kept.reshape(shape), replacement, 0)
-    return jnp.where(dropped.reshape(shape), left, text), jnp.where(dropped & ~kept, 0, segments)
+    shortened = jnp.where(is_kept.reshape(shape), replacement, 0)
+    return jnp.where(is_dropped.reshape(shape), shortened, text), jnp.where(is_dropped & ~is_kept, 0, segments)

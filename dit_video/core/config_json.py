@@ -1,9 +1,9 @@
-"""Frozen, keyword-only dataclasses to JSON and back.
+"""Conversion of frozen, keyword-only dataclasses to JSON and back.
 
-A config is written as an object with the key `type`, its class's qualified name in the package that exports it (so that
-a class may move inside its package); it is rebuilt by that name, and only from inside `dit_video`, so that a config
-file can never run foreign code. Tuples are written as lists and come back as
-tuples (a config holds no lists), or as the NamedTuple that the field is annotated with.
+A config is written as an object with the key `type`: its class's qualified name in the package that exports it, so that
+a class may move inside its package. It is rebuilt by that name, and only from inside `dit_video`, so that a config file
+can never run foreign code. Tuples are written as lists and come back as tuples (a config holds no lists), or as the
+NamedTuple that the field is annotated with.
 """
 
 import dataclasses
@@ -17,11 +17,11 @@ from dit_video.core.errors import UserError
 
 _PACKAGE = "dit_video"
 _SHOWN = 8
-"""differences that are named"""
+"""Largest number of differences that a message names."""
 
 
 def to_json(value: Any) -> Any:
-    """A JSON value that `from_json` turns back into an equal `value`.
+    """Return a JSON value that `from_json` turns back into an equal `value`.
 
     Raises:
       TypeError: a part that is not a dataclass of this package, a tuple, a dict with string keys, or a JSON scalar.
@@ -42,7 +42,7 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(value: Any) -> Any:
-    """Rebuild what `to_json` wrote.
+    """Rebuild a value that `to_json` wrote.
 
     Raises:
       UserError: a type outside this package or unknown to this version, fields that the type does not have, or a value
@@ -55,46 +55,46 @@ def from_json(value: Any) -> Any:
     if "type" not in value:
         return {name: from_json(item) for name, item in value.items()}
     cls = _resolve(value["type"])
-    given = {name: from_json(item) for name, item in value.items() if name != "type"}
+    items = {name: from_json(item) for name, item in value.items() if name != "type"}
     known = {field.name for field in dataclasses.fields(cls)}
-    if unknown := sorted(given.keys() - known):
-        raise UserError(f"{cls.__qualname__} has no field {', '.join(unknown)}: the config is of another version")
+    if unknown := sorted(items.keys() - known):
+        raise UserError(f"{cls.__qualname__} has no field {', '.join(unknown)}; use the version that wrote this config")
     required = {
         field.name
         for field in dataclasses.fields(cls)
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     }
-    if missing := sorted(required - given.keys()):
-        raise UserError(f"{cls.__qualname__} needs the field {', '.join(missing)}: the config is of another version")
+    if missing := sorted(required - items.keys()):
+        raise UserError(f"{cls.__qualname__} lacks the field {', '.join(missing)}; use the version that wrote it")
     hints = typing.get_type_hints(cls)
-    values = {name: _named(hints[name], item) for name, item in given.items()}
+    values = {name: _named(hints[name], item) for name, item in items.items()}
     for name, item in values.items():
         if not _fits(hints[name], item):
             kind = getattr(hints[name], "__name__", None) or str(hints[name])
-            raise UserError(f"{name} of {cls.__qualname__} must be of type {kind}, the config gives {item!r}")
+            raise UserError(f"{name}={item!r} of {cls.__qualname__} is invalid: it must be of type {kind}")
     return cls(**values)
 
 
 def difference(old: Any, new: Any, path: str = "") -> str:
-    """The places where two JSON values differ, in words, of many the first few; empty where they are equal."""
-    found = _differences(old, new, path)
-    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    return ", ".join(found[:_SHOWN]) + more
+    """Describe where two JSON values differ, naming the first few differences; empty if they are equal."""
+    differences = _differences(old, new, path)
+    more = f" and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
+    return ", ".join(differences[:_SHOWN]) + more
 
 
 def _differences(old: Any, new: Any, path: str) -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         names = (*old, *(name for name in new if name not in old))
         inner = (_differences(old.get(name), new.get(name), f"{path}.{name}" if path else name) for name in names)
-        return [found for each in inner for found in each]
+        return [difference for each in inner for difference in each]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         pairs = enumerate(zip(old, new, strict=True))
-        return [found for place, both in pairs for found in _differences(*both, f"{path}[{place}]")]
+        return [difference for index, items in pairs for difference in _differences(*items, f"{path}[{index}]")]
     return [] if old == new else [f"{path} is {old!r} there and {new!r} here"]
 
 
 def _home(cls: type) -> str:
-    """The module that a class is known by: the outermost package that exports it, its own if none does."""
+    """Return the module that a class is known by: the outermost package that exports it, or its own."""
     parts = cls.__module__.split(".")
     for length in range(2, len(parts)):
         package = ".".join(parts[:length])
@@ -104,21 +104,19 @@ def _home(cls: type) -> str:
 
 
 def _named(hint: Any, value: Any) -> Any:
-    """A tuple as the NamedTuple that the field holds, or tuples as those that it holds several of."""
+    """Convert a tuple to the NamedTuple that the field is annotated with, or its items for a tuple of them."""
     if typing.get_origin(hint) is tuple and typing.get_args(hint)[1:] == (...,) and isinstance(value, tuple):
         return tuple(_named(typing.get_args(hint)[0], item) for item in value)
     fields = getattr(hint, "_fields", None)
     if fields is None or not isinstance(value, tuple):
         return value
     if len(value) != len(fields):
-        raise UserError(
-            f"{hint.__name__} has {len(fields)} values ({', '.join(fields)}), the config gives {len(value)}"
-        )
+        raise UserError(f"{len(value)} values are invalid: {hint.__name__} has {len(fields)} ({', '.join(fields)})")
     return hint(*value)
 
 
 def _fits(hint: Any, value: Any) -> bool:
-    """Whether a value is of the annotated type. What JSON cannot hold, such as a protocol, fits always."""
+    """Return True for a value of the annotated type, and for any type that JSON cannot hold, such as a protocol."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(argument, value) for argument in arguments)
@@ -135,8 +133,8 @@ def _fits(hint: Any, value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint in (bool, str, type(None)):
         return isinstance(value, hint)
-    if named := typing.get_type_hints(hint) if hasattr(hint, "_fields") else {}:
-        return isinstance(value, hint) and all(map(_fits, named.values(), value))
+    if hints := typing.get_type_hints(hint) if hasattr(hint, "_fields") else {}:
+        return isinstance(value, hint) and all(map(_fits, hints.values(), value))
     return isinstance(value, hint) if isinstance(hint, type) and dataclasses.is_dataclass(hint) else True
 
 
@@ -151,5 +149,5 @@ def _resolve(name: str) -> type:
     except (ImportError, AttributeError) as error:
         raise UserError(f"config type {name!r} does not exist in this version of {_PACKAGE}") from error
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
-        raise UserError(f"config type {name!r} is not a config")
+        raise UserError(f"config type {name!r} is not a dataclass, as configs are")
     return cls

@@ -1,4 +1,4 @@
-"""Errors that a user can act on, and how a script ends on one."""
+"""Errors that a user can act on, and the exit codes of scripts."""
 
 import _thread
 import functools
@@ -12,36 +12,36 @@ from contextlib import contextmanager
 from types import FrameType
 
 TRY_AGAIN = 75
-"""The exit code of a run that was ended from outside and loses nothing by another start (`sysexits.h`: EX_TEMPFAIL)."""
+"""Exit code of a run that was ended from outside and can be restarted without loss (`sysexits.h`: EX_TEMPFAIL)."""
 
 
 class UserError(Exception):
-    """A mistake in what was asked for. The message states the rule, the value and the fix, on one line.
+    """A mistake of the user. The message states the rule, the value and the fix, on one line.
 
     (Not a ValueError: libraries that catch those, such as tyro, would print it in a frame of their own.)
     """
 
 
 class MissingError(UserError):
-    """A file, folder, run or field that was named does not exist."""
+    """A file, folder, run or field that does not exist."""
 
 
 class DecodeError(UserError):
-    """Bytes that are not a readable video or image. Ingest sets such a clip aside and goes on."""
+    """Bytes that are not a readable video or image. Ingest skips such a clip and continues."""
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked a run to stop, and it has, with nothing lost. The message says what was stopped, and where."""
+    """A run that a signal stopped, with nothing lost. The message says what was stopped, and where."""
 
     code = 0
-    """what a script ends with then"""
+    """Exit code of the script."""
 
 
 def script(main: Callable[..., None]) -> Callable[..., None]:
-    """Decorate a script's `main`: errors that a user can act on become one line on stderr.
+    """Decorate a script's `main` so that errors that a user can act on become one line on stderr.
 
-    Exit codes: 2 after a `UserError`; 0 after a `Stopped`, for a preempted run did all that it could; 130 after Ctrl-C
-    anywhere else.
+    Exit codes: 2 after a `UserError`; 0 after a `GracefulStop`, because a preempted run did all that it could; 130
+    after Ctrl-C anywhere else.
     """
 
     @functools.wraps(main)
@@ -53,11 +53,11 @@ def script(main: Callable[..., None]) -> Callable[..., None]:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except Stopped as stopped:
-            print(f"\nstopped: {stopped}; the same command goes on from there", file=sys.stderr)
+            print(f"\nstopped: {stopped}; the same command continues from there", file=sys.stderr)
             sys.stderr.flush()
             sys.exit(stopped.code)
         except KeyboardInterrupt:
-            print("\ninterrupted: started again, the same command does what is left", file=sys.stderr)
+            print("\ninterrupted: the same command continues with the remaining work", file=sys.stderr)
             sys.stderr.flush()
             sys.exit(130)
         except BrokenPipeError:
@@ -70,9 +70,9 @@ _interrupted = threading.Event()
 
 
 def stop_if_interrupted() -> None:
-    """Raise the KeyboardInterrupt of a script's Ctrl-C again, where what ran meanwhile has dropped it.
+    """Raise the KeyboardInterrupt of Ctrl-C again if the code that ran in between swallowed it.
 
-    Long work calls this now and then (`Progress.update` does).
+    Long-running work calls this now and then (`Progress.update` does).
     """
     if _interrupted.is_set():
         raise KeyboardInterrupt
@@ -80,40 +80,40 @@ def stop_if_interrupted() -> None:
 
 @contextmanager
 def _insistent_interrupts() -> Iterator[None]:
-    """Make a Ctrl-C last.
+    """Make sure that a Ctrl-C is not lost.
 
-    A KeyboardInterrupt is raised wherever the main thread happens to be: in a finalizer or a weak reference's callback
-    Python itself prints and forgets it, and compiled code that calls back may drop it too. The script would go on as if
-    nobody had asked it to stop. So it is noted for `stop_if_interrupted`, and out of finalizers it is sent again.
+    A KeyboardInterrupt is raised wherever the main thread happens to be. In a finalizer or a weak reference's callback
+    Python prints and forgets it, and compiled code that calls back may drop it too; the script would then continue as
+    if nothing had happened. Therefore it is recorded for `raise_if_interrupted`, and sent again out of finalizers.
     """
-    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
 
-    def note(_signal: int, _frame: FrameType | None) -> None:
+    def record_interrupt(_signal: int, _frame: FrameType | None) -> None:
         _interrupted.set()
         raise KeyboardInterrupt
 
-    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+    def resend_interrupt(unraisable: "sys.UnraisableHookArgs") -> None:
         if unraisable.exc_type is not None and issubclass(unraisable.exc_type, KeyboardInterrupt):
             _thread.start_new_thread(_interrupt_soon, ())
         else:
-            hook_before(unraisable)
+            previous_hook(unraisable)
 
-    hook_before, handler_before = sys.unraisablehook, signal.getsignal(signal.SIGINT)
-    sys.unraisablehook = hook
-    if handler_before is signal.default_int_handler:  # else somebody wants it ignored, or handled otherwise
-        signal.signal(signal.SIGINT, note)
+    previous_hook, previous_handler = sys.unraisablehook, signal.getsignal(signal.SIGINT)
+    sys.unraisablehook = resend_interrupt
+    if previous_handler is signal.default_int_handler:  # keep a handler that somebody has set on purpose
+        signal.signal(signal.SIGINT, record_interrupt)
     try:
         yield
     finally:
-        sys.unraisablehook = hook_before
-        if handler_before is signal.default_int_handler:
-            signal.signal(signal.SIGINT, handler_before)
+        sys.unraisablehook = previous_hook
+        if previous_handler is signal.default_int_handler:
+            signal.signal(signal.SIGINT, previous_handler)
         _interrupted.clear()
 
 
 def _interrupt_soon() -> None:
-    """Once the main thread has left the callback."""
+    """Interrupt the main thread, once it has left the callback."""
     time.sleep(0.05)
     _thread.interrupt_main()

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside their final name, then renamed."""
+"""Files that are complete or absent: written under a temporary name next to the final one, then renamed."""
 
 import contextlib
 import json
@@ -14,16 +14,16 @@ from dit_video.core.errors import MissingError, UserError
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path with the same suffix beside `path`; on success it is renamed to `path`, else removed.
+    """Yield a temporary path next to `path`, with the same suffix; it is renamed to `path` on success, else removed.
 
-    Works for a file or for a folder that the caller makes at the temporary path. A file at `path` is replaced; a
-    folder there is replaced too, after the new one is complete.
+    Works for a file, or for a folder that the caller creates at the temporary path. A file at `path` is replaced; so is
+    a folder, after the new one is complete.
     """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); name a place in a folder that can be") from error
+        raise UserError(f"{path} cannot be written ({error.strerror}); use a path in a writable folder") from error
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.partial{path.suffix}")
     try:
         yield temporary
@@ -53,7 +53,7 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """Read JSON.
+    """Read a JSON file.
 
     Raises:
       MissingError: no file at `path`.
@@ -69,21 +69,21 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def read_document(path: str | os.PathLike, *, format: int, what: str, otherwise: str) -> dict[str, Any]:
-    """Read the JSON document that describes a folder, which must be of a format.
+    """Read the JSON document that describes a folder, after checking its format.
 
     Args:
-      path: of the document, in the folder.
-      format: that its `format` must be.
-      what: the folder is, for the message.
-      otherwise: what to do with one of another format, for the message.
+      path: the document, in the folder that it describes.
+      format: required value of its `format`.
+      kind: kind of folder, for the message.
+      fix: advice for a folder of another format, for the message.
 
     Raises:
       MissingError: no file at `path`.
-      UserError: the file is not JSON, or no document of this format.
+      UserError: the file is not JSON, or not a document of this format.
     """
     document = read_json(path)
-    found = document.get("format") if isinstance(document, dict) else None
-    if found != format:
+    version = document.get("format") if isinstance(document, dict) else None
+    if version != format:
         folder = Path(path).parent
-        raise UserError(f"{folder} is a {what} of format {found}, this version reads {format}; {otherwise}")
+        raise UserError(f"{folder} is a {what} of format {version}, this version reads {format}; {otherwise}")
     return document

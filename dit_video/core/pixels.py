@@ -1,4 +1,4 @@
-"""Pixels: uint8 in files, float32 in [-1, 1] in models."""
+"""Pixel values: uint8 in files, float32 in [-1, 1] in models."""
 
 import functools
 from typing import Literal, NamedTuple
@@ -11,18 +11,18 @@ from dit_video.core.typing import SameArray
 
 
 def to_float(frames: UInt8[SameArray, "*batch H W 3"]) -> Float32[SameArray, "*batch H W 3"]:
-    """0..255 to [-1, 1]."""
+    """Convert 0..255 to [-1, 1]."""
     return frames.astype(np.float32) * np.float32(2 / 255) - np.float32(1)
 
 
 def to_uint8(pixels: Float[np.ndarray, "*batch H W 3"]) -> UInt8[np.ndarray, "*batch H W 3"]:
-    """[-1, 1] to 0..255, rounded to nearest and clipped.
+    """Convert [-1, 1] to 0..255, rounded to nearest and clipped.
 
     Raises:
-      UserError: a value that is no number.
+      UserError: a value that is NaN.
     """
     if count := int(np.isnan(pixels).sum()):
-        raise UserError(f"{count} of {pixels.size} pixel values are NaN; what made them is broken, or was given NaN")
+        raise UserError(f"{count} of {pixels.size} pixel values are NaN; check the model and its inputs")
     return np.clip(np.rint((np.asarray(pixels, np.float32) + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
@@ -32,7 +32,7 @@ def resize(frames: UInt8[np.ndarray, "T H W 3"], height: int, width: int) -> UIn
         return frames
     source_height, source_width = frames.shape[1:3]
     rows, columns = _bands(source_height, height, 1), _bands(source_width, width, 3)
-    rows_first = height * source_width <= source_height * width  # what is left for the second axis is then smaller
+    rows_first = height * source_width <= source_height * width  # leaves fewer pixels for the second axis
     resized = np.empty((len(frames), height, width, 3), np.uint8)
     for frame, result in zip(frames, resized, strict=True):
         picture = frame.reshape(source_height, source_width * 3).astype(np.float32)
@@ -46,7 +46,7 @@ def resize(frames: UInt8[np.ndarray, "T H W 3"], height: int, width: int) -> UIn
 
 
 class _Band(NamedTuple):
-    """Some rows of the matrix of a resize, in the columns between their first and last weight."""
+    """Some rows of a resize matrix, in the columns between their first and last weight."""
 
     outputs: slice
     inputs: slice
@@ -54,21 +54,21 @@ class _Band(NamedTuple):
 
 
 _BAND = 4
-"""Outputs of a band: with more of them, more of its weights are zero."""
+"""Number of outputs of a band; more outputs would leave more of its weights zero."""
 _PRODUCTS = 1 << 18
-"""Multiplications in one matrix product. From here on OpenBLAS divides it among threads (interface/gemm.c), which take
-20 to 200 times as long, measured, while another computation uses the same cores."""
+"""Largest number of multiplications in one matrix product.  OpenBLAS divides larger ones among threads
+(interface/gemm.c), which take 20 to 200 times as long, measured, while another computation uses the same cores."""
 
 
 @functools.lru_cache(maxsize=64)
 def _bands(source: int, target: int, channels: int) -> tuple[_Band, ...]:
-    """A one-dimensional resize of points of `channels` values each: of a picture's rows (1) or columns (3)."""
+    """Return a one-dimensional resize of points of `channels` values each: of a frame's rows (1) or columns (3)."""
     weights, bands = _weights(source, target), []
-    order: Literal["C", "F"] = "C" if channels == 1 else "F"  # as the pictures: columns come transposed
+    order: Literal["C", "F"] = "C" if channels == 1 else "F"  # matches the frames, whose columns come transposed
     for start in range(0, target, _BAND):
         part = weights[start : start + _BAND]
-        used = np.flatnonzero(part.any(axis=0)).tolist()
-        first, stop = used[0], used[-1] + 1
+        nonzero = np.flatnonzero(part.any(axis=0)).tolist()
+        first, stop = nonzero[0], nonzero[-1] + 1
         bands.append(
             _Band(
                 slice(start * channels, (start + len(part)) * channels),
@@ -80,7 +80,7 @@ def _bands(source: int, target: int, channels: int) -> tuple[_Band, ...]:
 
 
 def _apply(bands: tuple[_Band, ...], values: Float32[np.ndarray, "I X"]) -> Float32[np.ndarray, "O X"]:
-    """Resize the first axis. The result lies in memory as `values` do, so that a transposed picture is not copied."""
+    """Resize the first axis. The result has the memory layout of `values`, so that a transposed frame is not copied."""
     result = np.empty_like(values, shape=(bands[-1].outputs.stop, values.shape[1]))
     step = max(1, _PRODUCTS // max(band.weights.size for band in bands))
     for start in range(0, values.shape[1], step):
@@ -91,7 +91,7 @@ def _apply(bands: tuple[_Band, ...], values: Float32[np.ndarray, "I X"]) -> Floa
 
 
 def _weights(source: int, target: int) -> Float32[np.ndarray, "target source"]:
-    """The matrix of a one-dimensional resize; every row sums to one."""
+    """Return the matrix of a one-dimensional resize; every row sums to one."""
     scale = source / target
     centres = (np.arange(target) + 0.5) * scale - 0.5
     distance = np.abs(centres[:, None] - np.arange(source)[None]) / max(scale, 1.0)

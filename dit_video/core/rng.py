@@ -1,4 +1,4 @@
-"""Randomness as a function of what it is for.
+"""Random numbers as a function of their purpose.
 
 Every random number is drawn from `fold_in(seed, purpose, step, example id)`, so that it does not depend on the number
 of devices, hosts or rows: a run resumes exactly, and continues on another mesh with the same draws.
@@ -16,25 +16,25 @@ from dit_video.core.typing import AnyArray
 
 
 def key(seed: int, purpose: str) -> Key[Array, ""]:
-    """The key of one purpose. Two purposes of one seed are independent."""
+    """Return the key of a purpose. Two purposes of one seed are independent."""
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
 
 
 def example_keys(
     purpose_key: Key[Array, ""], step: Array | int, examples: UInt32[AnyArray, "..."]
 ) -> Key[Array, "..."]:
-    """One key for every example at one step, whatever row or device the example lies on."""
-    at_step = jax.random.fold_in(purpose_key, jnp.asarray(step, jnp.uint32))
-    flat = jax.vmap(lambda example: jax.random.fold_in(at_step, example))(examples.reshape(-1))
+    """Return one key for every example at one step, whatever row or device the example lies on."""
+    step_key = jax.random.fold_in(purpose_key, jnp.asarray(step, jnp.uint32))
+    flat = jax.vmap(lambda example: jax.random.fold_in(step_key, example))(examples.reshape(-1))
     return flat.reshape(examples.shape)
 
 
 def host(seed: int, purpose: str, *ids: int) -> np.random.Generator:
-    """The same idea for NumPy: a generator that is a function of (seed, purpose, ids) alone.
+    """Return a NumPy generator that is a function of (seed, purpose, ids) alone.
 
     Raises:
       UserError: a negative seed.
     """
     if seed < 0:
-        raise UserError(f"a seed is a whole number from 0 on, not {seed}")
+        raise UserError(f"seed={seed} is invalid: a seed must be a whole number from 0 on")
     return np.random.default_rng([seed, zlib.crc32(purpose.encode()), *ids])

@@ -1,8 +1,8 @@
-"""Where data lie: one rule for clips, data sets and caches.
+"""Local and remote storage of clips, data sets and caches.
 
-A name with `://` in it is an address, which fsspec opens (`gs://`, `s3://`, `memory://`, whatever else it knows); any
-other name is a path on this machine. `place` makes a `Path` or a `UPath` of it. What a service answers, in as many
-types of errors as there are services, becomes one line that says what to do.
+A name that contains `://` is an address, which fsspec opens (`gs://`, `s3://`, `memory://` and all others that it
+knows); any other name is a path on this machine. `to_storage_path` turns both into a `Path` or a `UPath`. Errors of
+services, which have as many types as there are services, become a `UserError` of one line with a fix.
 """
 
 import contextlib
@@ -24,37 +24,37 @@ from dit_video.core.errors import MissingError, UserError
 
 Place: TypeAlias = Path | UPath
 Address: TypeAlias = str | os.PathLike | UPath
-"""The name of a place, or the place."""
+"""A storage path, or its name."""
 
 _MANGLED = re.compile(r"([a-z][a-z0-9+.-]+):/(?!/)")
-"""What `pathlib` makes of an address."""
+"""Pattern of an address that `pathlib` has mangled."""
 _LONG = 300
-"""Characters of what a service says, which may be a page."""
+"""Maximum length of a service's error message in characters, which may be a whole page."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def is_remote(path: Address) -> bool:
-    """Whether it is an address, not a path on this machine."""
+    """Return True for an address, False for a path on this machine."""
     return "://" in _name(path) and not _name(path).startswith("file://")
 
 
 def place(path: Address) -> Place:
-    """The folder or file of that name, which need not exist. What others wrote at an address meanwhile is seen.
+    """Return the folder or file of that name, which need not exist, with cached listings of an address discarded.
 
     Raises:
-      UserError: a scheme that isn't known, or whose package isn't installed; an address that `pathlib` has mangled; a
-        service that refuses.
+      UserError: the scheme is unknown or its package is not installed; `pathlib` has mangled the address; or the
+        service denies access.
     """
     name = _name(path)
     if not is_remote(path):
-        if (found := _MANGLED.match(name)) and found[1] in known_implementations:
-            raise UserError(f"{name} is an address that went through pathlib; give {found[1]}://… as a string")
+        if (match := _MANGLED.match(name)) and match[1] in known_implementations:
+            raise UserError(f"{name} is an address that went through pathlib; give {match[1]}://… as a string")
         return Path(name.removeprefix("file://"))
     _check_scheme(name)
     with reaching(name):
         remote = path if isinstance(path, UPath) else UPath(name)
         remote.fs.invalidate_cache()
-        # Not `exists`, for which a refusal is an absence.
+        # Not `exists`, which returns False if access is denied.
         with contextlib.suppress(FileNotFoundError):
             remote.fs.info(remote.path)
     return remote
@@ -62,11 +62,11 @@ def place(path: Address) -> Place:
 
 @contextlib.contextmanager
 def reaching(path: Address) -> Iterator[None]:
-    """Make one line of what goes wrong on the way to `path`; nothing is changed of a place on this machine.
+    """Convert errors of a service into `UserError`s of one line; errors of paths on this machine are not changed.
 
     Raises:
-      MissingError: nothing is there.
-      UserError: a service that refuses, or can't be reached.
+      MissingError: the path does not exist.
+      UserError: the service denies access, or cannot be reached.
     """
     try:
         yield
@@ -76,19 +76,19 @@ def reaching(path: Address) -> Iterator[None]:
         if not is_remote(path):
             raise
         if isinstance(error, FileNotFoundError):
-            raise MissingError(f"no such file: {path}") from error
+            raise MissingError(f"no such file: {path}. Check the address.") from error
         reason = textwrap.shorten(str(error), _LONG, placeholder=" …") or type(error).__name__
         raise UserError(
-            f"{path} cannot be opened ({reason}); check the address, the connection, and that your credentials allow it"
+            f"{path} cannot be opened ({reason}); check the address, the connection and your credentials"
         ) from error
 
 
 def read_document(path: Place) -> Any:
-    """The JSON there.
+    """Read a JSON file.
 
     Raises:
-      MissingError: no such file.
-      UserError: the file is not JSON, or cannot be reached.
+      MissingError: the file does not exist.
+      UserError: the file is not valid JSON, or cannot be reached.
     """
     if isinstance(path, Path):
         return files.read_json(path)
@@ -101,10 +101,10 @@ def read_document(path: Place) -> Any:
 
 
 def write_text(path: Place, text: str) -> None:
-    """Write UTF-8 text, whole or not at all.
+    """Write UTF-8 text atomically.
 
     Raises:
-      UserError: it can't be written.
+      UserError: the file cannot be written.
     """
     if isinstance(path, Path):
         files.write_text(path, text)
@@ -115,31 +115,31 @@ def write_text(path: Place, text: str) -> None:
 
 
 def write_document(path: Place, value: Any) -> None:
-    """Write JSON, whole or not at all."""
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def copy_here(source: UPath, target: Path) -> None:
-    """Copy a file to this machine, whole or not at all.
+    """Copy a file to this machine atomically.
 
     Raises:
-      MissingError: nothing is there.
-      UserError: it can't be reached, or this machine has no room for it.
+      MissingError: the file does not exist.
+      UserError: the file cannot be reached, or this machine has no room for it.
     """
     with reaching(source), files.atomic_path(target) as temporary:
         try:
             source.fs.get_file(source.path, os.fspath(temporary))
         except OSError as error:
             if error.errno in _FULL:
-                raise UserError(f"{target} cannot be written ({error.strerror}); make room there") from error
+                raise UserError(f"{target} cannot be written ({error.strerror}). Free disk space there.") from error
             raise
 
 
 def copy_there(source: Path, target: UPath) -> None:
-    """Copy a file to an address. Object stores show it once it is whole.
+    """Copy a file to an address. In object stores it becomes visible once it is complete.
 
     Raises:
-      UserError: it can't be written.
+      UserError: the file cannot be written.
     """
     with reaching(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -147,9 +147,9 @@ def copy_there(source: Path, target: UPath) -> None:
 
 
 def publish(folder: Path, destination: UPath, last: str) -> None:
-    """Make an address hold a folder's files, `last` copied after all others: with it the copy is whole.
+    """Copy the files of a folder to an address, `last` after all others: its existence marks the copy as complete.
 
-    What lies there is removed first, of an older copy its `last` before all. The caller has looked what it is.
+    Existing files at the address are removed first, beginning with `last`. The caller must check that they may be.
     """
     with reaching(destination):
         destination.mkdir(parents=True, exist_ok=True)
@@ -164,7 +164,7 @@ def _name(path: Address) -> str:
 
 
 def _check_scheme(name: str) -> None:
-    """That a package is there which opens such addresses."""
+    """Raise `UserError` unless an installed package opens addresses of this scheme."""
     scheme = name.partition("://")[0]
     try:
         fsspec.get_filesystem_class(scheme)
@@ -175,5 +175,5 @@ def _check_scheme(name: str) -> None:
         ) from error
     except ImportError as error:
         package = known_implementations[scheme]["class"].partition(".")[0]
-        fix = str(error) if package == "fsspec" else f"pip install {package}"  # fsspec names what its own parts need
+        fix = str(error) if package == "fsspec" else f"pip install {package}"  # fsspec's own message names the package
         raise UserError(f"{name} needs a package that is not installed: {fix}") from error

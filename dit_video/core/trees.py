@@ -10,13 +10,13 @@ import numpy as np
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """Leaves by path, in tree order."""
+    """Return leaves by path, in tree order."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The nested dictionary with these leaves."""
+    """Return the nested dictionary with these leaves."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         *parents, name = path.split("/")
@@ -28,19 +28,19 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def map_with_path(function: Callable[[str, Any], Any], tree: Any) -> Any:
-    """`function(path, leaf)` on every leaf."""
+    """Apply `function(path, leaf)` to every leaf."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: function(jax.tree_util.keystr(path, simple=True, separator="/"), leaf), tree
     )
 
 
 def size(tree: Any) -> int:
-    """The number of values in all leaves."""
+    """Return the number of values in all leaves."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
 
 def closest(pattern: str, paths: Iterable[str]) -> str:
-    """Paths, and beginnings and ends of them, that look like a pattern: what a mistaken one may have meant."""
+    """Return paths, and beginnings and ends of them, that resemble a pattern: what a misspelt one may have meant."""
     word = re.sub(r"[^\w/]", "", pattern).strip("/")
     parts = {part for path in paths for part in (path, *_parts(path))}
     return ", ".join(difflib.get_close_matches(word, sorted(parts), n=3, cutoff=0.0))

@@ -10,6 +10,6 @@ import jax
 import numpy as np
 
 AnyArray = jax.Array | np.ndarray
-"""NumPy on the host, JAX on the device: code that serves both takes this."""
+"""An array of NumPy (host) or JAX (device), for code that serves both."""
 SameArray = TypeVar("SameArray", jax.Array, np.ndarray)
-"""Either of them, the same one wherever it stands in a signature: NumPy gives NumPy, JAX gives JAX."""
+"""A type variable over both: a function of NumPy arrays returns NumPy arrays, one of JAX arrays JAX arrays."""

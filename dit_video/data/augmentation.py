@@ -1,4 +1,4 @@
-"""Windows of clips changed at random, where the training clips show few scenes and others are to be coded too."""
+"""Random augmentation of windows, for autoencoders that train on few scenes and must generalise to others."""
 
 from dataclasses import dataclass
 
@@ -8,37 +8,37 @@ from jaxtyping import Float, UInt8
 from dit_video.core.errors import UserError
 
 _SPEED = 2.5
-"""Standard deviation of a blob's speed along each axis, in pixels a frame."""
+"""Standard deviation of the ellipse's speed along each axis, in pixels per frame."""
 _RADII = (8.0, 40.0)
-"""Of a blob, in pixels."""
+"""Range of the ellipse's radii, in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """What is done to a window, at random: each with even chances, but for composites.
+    """Configuration of the random changes to a window.
 
-    Windows are mirrored, reversed in time, shrunk to half from twice the size, and given other colours: channels are
-    exchanged, and inverted.
+    With a probability of one half each, a window is mirrored, reversed in time, downscaled from twice the size, and
+    inverted; its colour channels are permuted at random.
 
     Raises:
-      UserError: a share outside of [0, 1].
+      UserError: `composite_prob` is not a probability.
     """
 
     turned: bool = False
-    """whether height and width are exchanged too, of square windows"""
+    """True to also exchange height and width of square windows, with a probability of one half."""
     composites: float = 0.0
-    """The share of windows in which a second one shows within a blob that moves: edges that cover and uncover, which
-    clips of one room have few of (as pictures are pasted into each other in arXiv 1905.04899, but in motion)."""
+    """Probability that a second window is visible inside a moving ellipse. It adds occlusions, which clips of a single
+    room lack (CutMix, arXiv 1905.04899, but in motion)."""
 
     def __post_init__(self):
         if not 0 <= self.composites <= 1:
-            raise UserError(f"composites={self.composites} is a share of the windows, from 0 to 1")
+            raise UserError(f"composite_prob={self.composites} is invalid: it is a probability. Use a value in [0, 1].")
 
 
 def changed(
     window: UInt8[np.ndarray, "T H W 3"], zoom: int, turned: bool, generator: np.random.Generator
 ) -> UInt8[np.ndarray, "T h w 3"]:
-    """A window shrunk by `zoom`, forwards or backwards, mirrored or not, with its colours exchanged or inverted."""
+    """Return the window downscaled by `zoom` and changed at random, see `Augmentation`."""
     if zoom > 1:
         cells = window.reshape(len(window), window.shape[1] // zoom, zoom, window.shape[2] // zoom, zoom, 3)
         window = np.rint(cells.mean(axis=(2, 4), dtype=np.float32)).astype(np.uint8)
@@ -51,7 +51,7 @@ def changed(
 def composite(
     window: UInt8[np.ndarray, "T H W 3"], other: UInt8[np.ndarray, "T H W 3"], generator: np.random.Generator
 ) -> UInt8[np.ndarray, "T H W 3"]:
-    """A window with another in an ellipse that moves; what it shows moves along, by whole pixels, wrapped around."""
+    """Show a second window inside a moving ellipse; its pixels move along with the ellipse and wrap around."""
     length, height, width = window.shape[:3]
     speed = generator.normal(size=2) * _SPEED
     start = generator.uniform(0, 1, 2) * (height, width)
@@ -70,7 +70,7 @@ def composite(
 def _ellipse(
     height: int, width: int, centre: Float[np.ndarray, "2"], radii: Float[np.ndarray, "2"], angle: float
 ) -> Float[np.ndarray, "H W 1"]:
-    """1 inside, 0 outside, and about a pixel of both between."""
+    """Return an anti-aliased mask: 1 inside, 0 outside, with an edge of about one pixel."""
     rows, columns = np.mgrid[:height, :width]
     y, x = rows - centre[0], columns - centre[1]
     along = (np.cos(angle) * y + np.sin(angle) * x) / radii[0]

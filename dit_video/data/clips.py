@@ -1,4 +1,4 @@
-"""An ingested data set: encoded clips by number."""
+"""Random access to the encoded clips of ingested data sets."""
 
 import hashlib
 import os
@@ -18,51 +18,51 @@ INDEX = "index.json"
 VERSION = 2
 
 _SERVICE = re.compile("Permanent error|Retry policy exhausted|Retry loop")
-"""How begins what ArrayRecord says, in an error of no type of its own, where `gs://` refuses or can't be reached."""
+"""Start of ArrayRecord's message (in an error without a type of its own) when `gs://` refuses or is unreachable."""
 
 
 class ClipInfo(NamedTuple):
-    """What is known of a clip without decoding it: a file, or one shot of it."""
+    """Metadata of a clip, which is a file or one shot of it; known without decoding."""
 
     name: str
-    """Its path inside the folder it was ingested from, with forward slashes; unique in the data set."""
+    """Path of the clip in the folder that was ingested, with forward slashes; unique in the data set."""
     captions: tuple[str, ...]
-    """Any number; a clip without one trains the unconditional model."""
+    """Captions of the clip, in any number; a clip without captions trains the unconditional model."""
     height: int
-    """As shown: upright, with square pixels."""
+    """Height as displayed: upright, with square pixels."""
     width: int
     frames: int
     fps: float
-    """on average"""
+    """Average frame rate."""
     seconds: float
-    """of the last frame after the first"""
+    """Time from the first frame to the last, in seconds."""
     start: float = 0.0
-    """seconds after the file's first frame where this clip begins"""
+    """Start of this clip in seconds after the file's first frame."""
     record: int = 0
-    """Which of the data set's records holds its bytes."""
+    """Number of the data set's record that holds the bytes."""
     split: str = "train"
 
     @property
     def caption(self) -> str:
-        """The first one; empty without any."""
+        """Return the first caption; empty if there is none."""
         return self.captions[0] if self.captions else ""
 
 
 class ClipSource:
-    """Random access to the encoded clips of an ingested data set, or of several one after the other.
+    """A random-access source of the encoded clips of an ingested data set, or of several ones in sequence.
 
-    Of several data sets a clip's name begins with its data set's: `ucf/v_YoYo_g01_c01.avi`. The files are opened at the
-    first read, in each process anew: a source can be pickled to workers.
+    If there are several data sets, the name of a clip begins with that of its data set: `ucf/v_YoYo_g01_c01.avi`. Each
+    process opens the files at its first read, so a source can be pickled to workers.
 
-    From `gs://` records are read one by one, as ArrayRecord itself does. From any other address a file is copied here,
-    whole, when its first record is read; all of the data set needs as much room here as there.
+    Records at `gs://` are read one by one by ArrayRecord itself. From any other address a whole file is copied to this
+    machine when its first record is read, so that in the end this machine needs room for the whole data set.
 
     Args:
-      folders: what `ingest` made: one folder, or several by name; addresses (`gs://…`) too, see `data.places`.
-      cache: where files from addresses are copied to; `shards.default_cache()` if None.
+      folders: data set that `ingest` wrote: a folder or an address (`gs://…`, see `core.storage`), or several by name.
+      cache: folder to which files at addresses are copied; `shards.get_default_cache()` if None.
 
     Raises:
-      MissingError: no such folder.
+      MissingError: a folder does not exist.
       UserError: a folder is not an ingested data set of this version, or cannot be reached.
     """
 
@@ -76,11 +76,11 @@ class ClipSource:
         self._cache = None if cache is None else Path(cache)
         self._versions: list[str] = []
         for number, (prefix, folder) in enumerate(zip(named, self.folders, strict=True)):
-            found = read_index(folder)
-            # Of the copies; what lies here is read where it lies.
-            self._versions.append(hashlib.sha256(repr(found).encode()).hexdigest()[:16] if is_remote(folder) else "")
-            infos += [info._replace(name=prefix + info.name) for info in found]
-            self._sets += [number] * len(found)
+            clips = read_index(folder)
+            # The version of the copies; local files are not copied.
+            self._versions.append(hashlib.sha256(repr(clips).encode()).hexdigest()[:16] if is_remote(folder) else "")
+            infos += [info._replace(name=prefix + info.name) for info in clips]
+            self._sets += [number] * len(clips)
         self.infos: tuple[ClipInfo, ...] = tuple(infos)
         self._records: dict[int, Sequence[dict[str, Any]]] = {}
 
@@ -88,10 +88,10 @@ class ClipSource:
         return len(self.infos)
 
     def __getitem__(self, index: int) -> bytes:
-        """The encoded file of a clip, as `dit_video.video.decode` takes it.
+        """Return the encoded file of a clip, for `dit_video.video.decode`.
 
         Raises:
-          MissingError, UserError: the data set can't be opened, or reached.
+          MissingError, UserError: the data set cannot be opened or reached.
           DecodeError: the clip's record is damaged.
         """
         number = self._sets[index]
@@ -99,14 +99,14 @@ class ClipSource:
             self._records[number] = self._open(number)
         try:
             return self._records[number][self.infos[index].record]["clip"]
-        except (OSError, UserError):  # of a file that can't be copied here
+        except (OSError, UserError):  # the file cannot be copied to this machine
             raise
         except Exception as error:  # ArrayRecord and protocol buffers raise many types on damaged bytes
             if _SERVICE.match(str(error)):
                 with reaching(self.folders[number]):
                     raise
             raise DecodeError(
-                f"the record of {self.infos[index].name} is damaged ({error}); ingest it again"
+                f"the record of {self.infos[index].name} is damaged ({error}). Ingest it again."
             ) from error
 
     def _open(self, number: int) -> Sequence[Any]:
@@ -120,28 +120,28 @@ class ClipSource:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """How many of the clips each data set has."""
+        """Return the number of clips of each data set."""
         return tuple(self._sets.count(number) for number in range(len(self.folders)))
 
     def split(self, name: str) -> "ClipSource":
-        """The clips of one split; there may be none."""
+        """Return the clips of one split; there may be none."""
         return self._subset([index for index, info in enumerate(self.infos) if info.split == name])
 
     def select(self, names: Collection[str]) -> "ClipSource":
-        """The clips with these names, in the data set's order.
+        """Return the clips with these names, in the data set's order.
 
         Raises:
-          UserError: a name that the source doesn't have.
+          UserError: the source has no clip of some name.
         """
         self._check(names)
         wanted = frozenset(names)
         return self._subset([index for index, info in enumerate(self.infos) if info.name in wanted])
 
     def without(self, names: Collection[str]) -> "ClipSource":
-        """All clips but those with these names.
+        """Return all clips but those with these names.
 
         Raises:
-          UserError: a name that the source doesn't have.
+          UserError: the source has no clip of some name.
         """
         self._check(names)
         unwanted = frozenset(names)
@@ -149,11 +149,11 @@ class ClipSource:
 
     def _check(self, names: Collection[str]) -> None:
         if absent := sorted(frozenset(names) - {info.name for info in self.infos}):
-            shown = ", ".join(absent[:3]) + (", …" if len(absent) > 3 else "")
-            known = ", ".join(info.name for info in self.infos[:3])
+            first = ", ".join(absent[:3]) + (", …" if len(absent) > 3 else "")
+            examples = ", ".join(info.name for info in self.infos[:3])
             raise UserError(
-                f"{', '.join(map(str, self.folders))} has no clip named {shown} ({len(absent)} of {len(names)} names); "
-                f"use names such as {known}, or look whether ingest set the clip aside"
+                f"{', '.join(map(str, self.folders))} has no clip named {first} ({len(absent)} of {len(names)} names); "
+                f"use names such as {examples}, or check in the ingest report whether the clip was skipped"
             )
 
     def _subset(self, indices: Sequence[int]) -> "ClipSource":
@@ -166,34 +166,34 @@ class ClipSource:
 
 
 def is_ingested(folder: Address) -> bool:
-    """Whether a folder is a data set, and not clips that are yet to be made one.
+    """Return True for an ingested data set, False for a folder of clips that are not ingested yet.
 
     Raises:
-      UserError: an address that cannot be reached.
+      UserError: the address cannot be reached.
     """
     return (place(folder) / INDEX).is_file()
 
 
 def write_index(folder: Path, infos: Sequence[ClipInfo], fingerprint: str) -> None:
-    """Write what `ClipSource` knows of the clips without reading them, and what they were made of."""
+    """Write the metadata of all clips, and the fingerprint of the source that they were ingested from."""
     columns = {name: [getattr(info, name) for info in infos] for name in ClipInfo._fields}
     write_json(folder / INDEX, {"version": VERSION, "fingerprint": fingerprint, "clips": columns})
 
 
 def read_index(folder: Place) -> tuple[ClipInfo, ...]:
-    """The facts of every clip, in the order of the records.
+    """Return the metadata of every clip, in the order of the records.
 
     Raises:
-      MissingError: no such folder.
+      MissingError: the folder does not exist.
       UserError: the folder is not an ingested data set of this version.
     """
-    if not (folder / INDEX).is_file():  # asked first: not every address has folders
+    if not (folder / INDEX).is_file():  # checked before the folder, as object stores need not have folders
         if not folder.is_dir():
-            raise MissingError(f"no such data set: {folder}")
-        raise UserError(f"{folder} is not an ingested data set, it has no {INDEX}; make one with tools/ingest.py")
+            raise MissingError(f"no such data set: {folder}. Check the path.")
+        raise UserError(f"{folder} is not an ingested data set, as it has no {INDEX}. Use tools/ingest.py to make one.")
     index = read_document(folder / INDEX)
     if not isinstance(index, dict) or index.get("version") != VERSION:
-        raise UserError(f"{folder / INDEX} is not of version {VERSION}; ingest the clips again into another folder")
+        raise UserError(f"{folder / INDEX} is not of version {VERSION}. Ingest the clips again into another folder.")
     columns = index["clips"]
     columns["captions"] = map(tuple, columns["captions"])
     return tuple(map(ClipInfo, *(columns[name] for name in ClipInfo._fields)))

@@ -1,8 +1,8 @@
-"""Batches of packed rows through Grain: from cached latents, or from video files that are encoded on the way.
+"""Loaders of packed rows on top of Grain: from cached latents, or from video files that are encoded online.
 
-The whole state of the data is (hash of the plan, step). Rows are read by number and batches are cut before hosts take
-their share, so a run continues at any step, on any number of hosts and workers, with the same batches. (Grain's own
-iterator state has an entry for each worker, and doesn't survive a change of their number.)
+The whole state of the data is (hash of the plan, step). Rows are read by number, and batches are formed before hosts
+take their share, so a run resumes at any step, on any number of hosts and workers, with the same batches. (Grain's own
+iterator state has an entry per worker, and does not survive a change of their number.)
 """
 
 import abc
@@ -31,44 +31,44 @@ from dit_video.tokens import Grid, Rows, RowShape, token_grid
 CACHE_BYTES = 1 << 30
 AHEAD_BYTES = 1 << 29
 _SPARE = 3
-"""Elements that are ready or begun, beyond those that the threads are at."""
+"""Elements that are buffered in addition to those that the threads work on."""
 _OF_WORKER = 2
-"""Elements that each worker process has sent and nobody has taken."""
+"""Elements that each worker process has sent and that have not been consumed yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """Which batches a process reads, and with what.
+    """Configuration of a loader: the batches that a process reads, and its threads, workers and memory.
 
     Raises:
-      UserError: numbers that disagree.
+      UserError: a number is out of range, or the batch does not divide among the hosts.
     """
 
     batch: int
-    """rows of a step over all hosts; each host gets `batch // hosts`"""
+    """Rows per step over all hosts; each host gets `batch // hosts`."""
     seed: int
-    """of the run"""
+    """Seed of the run."""
     start_step: int = 0
-    """the first batch is that of this step"""
+    """Step of the first batch."""
     host: int = 0
-    """this host's number"""
+    """Index of this host."""
     hosts: int = 1
     threads: int = 1
-    """That read and pack, in each process. Of video files, which are decoded side by side, several are worth it."""
+    """Threads that read and pack, in each process. Use several for video files, which are decoded in parallel."""
     workers: int = 0
-    """Processes that read and pack; 0 for a thread of this one. A script that uses workers must have its entry under
-    `if __name__ == "__main__"`."""
+    """Processes that read and pack; 0 for a thread of this process. A script that uses workers must guard its entry
+    point by `if __name__ == "__main__"`."""
     cache_bytes: int = CACHE_BYTES
-    """memory for patches that were read, over all workers"""
+    """Memory for cached patches, over all workers, in bytes."""
     ahead_bytes: int = AHEAD_BYTES
-    """Memory for clips that are decoded and wait for the rest of their batch to be encoded, over all threads and
-    workers. Each thread reads a row, or a bucket's clip, whatever its size; the batch that is encoded comes on top."""
+    """Memory for decoded clips that wait until their batch is encoded, over all threads and workers, in bytes. Each
+    thread reads a row, or a clip of a bucket, whatever its size; the batch that is being encoded comes on top."""
     mixture: Mixture | None = None
-    """which examples an epoch has; None for each one once"""
+    """Choice of an epoch's examples; None for each example once."""
     balance: Balance | None = None
-    """how rows are put into steps; None for random order"""
+    """Configuration of the order of rows; None for a random order."""
     pairs: Callable[[Grid], float] | None = None
-    """how many tokens of a clip's grid attend to each other, which is what rows cost; None where all do"""
+    """Function from a grid of tokens to its token pairs in attention, the cost of rows; None for full attention."""
 
     def __post_init__(self):
         if self.batch < 1 or self.hosts < 1 or self.batch % self.hosts:
@@ -85,7 +85,7 @@ class Batches(Iterator[Rows]):
     """An endless iterator over this host's share of the batches."""
 
     hash: str
-    """Of the plan: with the step, the whole state of the data."""
+    """Hash of the plan: with the step, the whole state of the data."""
 
     def __init__(self, batches: Iterator[Rows], close: Callable[[], None]):
         self._batches, self._close = batches, close
@@ -97,16 +97,16 @@ class Batches(Iterator[Rows]):
         return next(self._batches)
 
     def close(self) -> None:
-        """End the threads and workers that read ahead."""
+        """Stop the threads and workers that read ahead."""
         self._close()
 
     @abc.abstractmethod
     def summary(self, *, devices: int) -> dict[str, Any]:
-        """What an epoch holds, as JSON."""
+        """Return a summary of an epoch as JSON values."""
 
 
 class PackedBatches(Batches):
-    """Batches of packed rows."""
+    """An endless iterator over batches of packed rows."""
 
     def __init__(self, batches: Iterator[Rows], close: Callable[[], None], layout: Layout, reading: Reading):
         super().__init__(batches, close)
@@ -117,19 +117,19 @@ class PackedBatches(Batches):
         """Share of video tokens that are padding."""
         first = layout.stream.epoch(reading.start_step * reading.batch // self.rows_per_epoch)
         self.left_out: int = len(first.left_out)
-        """Examples without room in the epoch that is begun with. (Of each later one the log says so.)"""
+        """Number of examples without room in the first epoch that is read. (Later epochs log a warning.)"""
 
     def __str__(self) -> str:
         return (
-            f"{len(self._layout.grids)} examples in {self.rows_per_epoch} rows an epoch: {self.padding:.1%} padding, "
-            f"{self.left_out} left out"
+            f"{len(self._layout.grids)} examples in {self.rows_per_epoch} rows per epoch: {self.padding:.1%} padding, "
+            f"{self.left_out} examples dropped"
         )
 
     def summary(self, *, devices: int) -> dict[str, Any]:
-        """What an epoch holds, as JSON: sizes, padding, and how unequal the costs of `devices` devices are.
+        """Return a summary of an epoch as JSON values: sizes, padding, and the imbalance of `devices` devices.
 
-        `sizes` is how many examples have each grid of tokens, `imbalance` None where an epoch has no whole step,
-        `sources` what part of it each data set of a mixture is.
+        `sizes` counts the examples of each grid of tokens, `imbalance` is None if an epoch has no complete step, and
+        `sources` holds the share of each data set of a mixture.
         """
         layout, stream, batch = self._layout, self._layout.stream, self._reading.batch
         shares = None if stream.draws is None else stream.draws.shares(stream.epoch(0).order)
@@ -159,18 +159,19 @@ def packed_batches(
     reading: Reading,
     intervals: Sequence[float] | None = None,
 ) -> PackedBatches:
-    """Batches of rows from cached latents, read ahead.
+    """Return batches of rows from cached latents, read ahead.
 
     Args:
-      source: the latents.
-      texts: their captions.
-      patch: of the denoiser, in latents.
-      shape: the budgets of a row.
-      reading: which batches.
-      intervals: of two tokens along time, for each example, in the unit of the coordinates; None counts tokens.
+      source: cached latents.
+      captions: captions of the same examples.
+      patch: patch size of the denoiser, in latents.
+      shape: budgets of a row.
+      config: configuration of the loader.
+      token_dt: spacing of consecutive tokens along time for each example, in the unit of the positions; None counts
+        tokens.
 
     Raises:
-      UserError: a patch that does not divide the latents, or an example larger than a row.
+      UserError: the patch does not divide the latents, or an example is larger than a row.
     """
     layout = Layout(
         latent_grids(source, patch),
@@ -201,22 +202,22 @@ def encoded_batches(
     reading: Reading,
     intervals: Sequence[float] | None = None,
 ) -> PackedBatches:
-    """Batches of rows from video files: decoded ahead by threads or workers, encoded in a thread of this process.
+    """Return batches of rows from video files: decoded by threads or workers, encoded in a thread of this process.
 
     Args:
       source: the clips.
-      texts: their captions.
-      encode: clips of any sizes to latents, e.g. on the device.
-      latent_grid: the size of a clip's latents.
-      channels: of the latents.
-      limits: which sizes clips are brought to.
-      patch: of the denoiser, in latents.
-      shape: the budgets of a row.
-      reading: which batches.
-      intervals: as for `packed_batches`.
+      captions: captions of the same clips.
+      encode: function from clips of any sizes to their latents, e.g. on the device.
+      latent_grid: function from the size of a clip to that of its latents.
+      channels: channels of the latents.
+      limits: limits of the training sizes.
+      patch: patch size of the denoiser, in latents.
+      shape: budgets of a row.
+      config: configuration of the loader.
+      token_dt: see `load_packed_batches`.
 
     Raises:
-      UserError: a clip that has no size within the limits, or one larger than a row.
+      UserError: a clip has no size within the limits, or is larger than a row.
     """
     sizes = [fit(info, limits) for info in source.infos]
     grids = [token_grid(latent_grid(size), patch) for size in sizes]
@@ -242,7 +243,11 @@ def encoded_batches(
 
 
 def _shared(rows: Any, reading: Reading, batch_of: Callable[[list], Any]) -> grain.MapDataset:
-    """This host's batches of rows."""
+    """Return this host's share of the batches, from the first step on.
+
+    Grain forms batches of one host each, of which every `hosts`-th belongs to this host: so rows are shared among hosts
+    in the same order for any number of hosts.
+    """
     batches = grain.MapDataset.source(rows).batch(
         reading.batch // reading.hosts, drop_remainder=True, batch_fn=batch_of
     )
@@ -250,9 +255,9 @@ def _shared(rows: Any, reading: Reading, batch_of: Callable[[list], Any]) -> gra
 
 
 def read_ahead(batches: grain.MapDataset, reading: Reading) -> grain.DatasetIterator:
-    """In order, by a thread or by the workers; the iterator has a `close`."""
+    """Read batches ahead in order, by threads or worker processes; the returned iterator has a `close` method."""
     if not absl.flags.FLAGS.is_parsed():
-        absl.flags.FLAGS.mark_as_parsed()  # else Grain's workers raise UnparsedFlagAccessError
+        absl.flags.FLAGS.mark_as_parsed()  # otherwise Grain's workers raise UnparsedFlagAccessError
     options = grain.ReadOptions(num_threads=reading.threads, prefetch_buffer_size=reading.threads + _SPARE)
     ahead = batches.to_iter_dataset(options)
     if reading.workers:
@@ -262,25 +267,25 @@ def read_ahead(batches: grain.MapDataset, reading: Reading) -> grain.DatasetIter
 
 
 class Pieces(abc.ABC):
-    """Batches of video that are decoded piece by piece: rows, or the clips of a bucket."""
+    """A decoder of batches of video, piece by piece: a piece is a row, or a clip of a bucket."""
 
     most: int
-    """pieces of a batch, at most"""
+    """Maximum number of pieces of a batch."""
     most_bytes: float
-    """of a decoded batch"""
+    """Maximum size of a decoded batch, in bytes."""
 
     @abc.abstractmethod
     def decoded(self, step: int, part: int, parts: int) -> list[Any]:
-        """This host's pieces of a batch, `part` of `parts`: those that `of_part` numbers."""
+        """Decode this host's pieces of part `part` of a batch in `num_parts` parts, see `get_part_range`."""
 
 
 def of_part(count: int, part: int, parts: int) -> range:
-    """Which of `count` pieces one of `parts` nearly equal parts holds."""
+    """Return the indices of the pieces in part `part`, where `count` pieces form `num_parts` nearly equal parts."""
     return range(count * part // parts, count * (part + 1) // parts)
 
 
 class _HostRows(Pieces):
-    """The rows of this host's batches."""
+    """A decoder of the rows of this host's batches."""
 
     def __init__(self, rows: ClipRows, reading: Reading, row_bytes: float):
         self._rows, self._host, self._hosts = rows, reading.host, reading.hosts
@@ -293,7 +298,7 @@ class _HostRows(Pieces):
 
 
 class _Parts:
-    """The parts of all batches, one after the other, by number."""
+    """A random-access data source of the decoded parts of all batches, one after the other."""
 
     def __init__(self, pieces: Pieces, parts: int):
         self._pieces, self._parts = pieces, parts
@@ -307,7 +312,10 @@ class _Parts:
 
 
 def parts_of(pieces: Pieces, reading: Reading) -> int:
-    """How many parts a batch is decoded in, so that all that wait at a time fit into `ahead_bytes`, if they can."""
+    """Return the number of parts in which a batch is decoded, so that waiting parts fit into `ahead_bytes` if possible.
+
+    Grain buffers elements by number, not by size. With one element per part, the memory of all buffers is bounded.
+    """
     waiting = max(1, reading.workers) * (reading.threads + _SPARE) + reading.workers * _OF_WORKER
     return min(pieces.most, max(1, math.ceil(pieces.most_bytes * waiting / reading.ahead_bytes)))
 
@@ -315,19 +323,19 @@ def parts_of(pieces: Pieces, reading: Reading) -> int:
 def encoded_ahead(
     pieces: Pieces, batch: Callable[[list[Any]], Rows], reading: Reading
 ) -> tuple[Iterator[Rows], Callable[[], None]]:
-    """Batches of video, decoded by threads or workers, of whose pieces a thread of this process makes rows.
+    """Decode batches of video by threads or workers, and encode their pieces by a thread of this process.
 
     Returns:
-      the batches, and what ends the thread and those that decode.
+      the batches, and a function that stops all threads and workers.
     """
     parts = parts_of(pieces, reading)
     decoded = read_ahead(grain.MapDataset.source(_Parts(pieces, parts))[reading.start_step * parts :], reading)
 
-    def whole() -> Iterator[list[Any]]:
+    def whole_batches() -> Iterator[list[Any]]:
         while True:
             yield list(itertools.chain.from_iterable(itertools.islice(decoded, parts)))
 
-    batches = prefetch(map(batch, whole()))
+    batches = prefetch(map(batch, whole_batches()))
 
     def close() -> None:
         batches.close()

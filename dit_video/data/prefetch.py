@@ -1,4 +1,4 @@
-"""Values made ahead by a thread."""
+"""Prefetching of an iterator's values in a background thread."""
 
 import contextlib
 import queue
@@ -7,17 +7,17 @@ from collections.abc import Generator, Iterator
 from typing import Any, TypeVar
 
 ENDLESS = 1 << 40
-"""Elements. Grain's data sets have a length."""
+"""Length of endless data sets, as Grain requires a length."""
 
 Value = TypeVar("Value")
 
 
 def prefetch(values: Iterator[Value], *, depth: int = 2) -> Generator[Value, None, None]:
-    """The same values, made ahead by a thread: `depth` of them wait.
+    """Yield the same values, computed ahead by a thread.
 
     Args:
-      values: their errors are raised here, in their place.
-      depth: how many wait.
+      values: the iterator; its errors are raised here, in the order of the values.
+      depth: number of values that are kept ready.
     """
     ready: queue.Queue = queue.Queue(maxsize=depth)
     stop = threading.Event()
@@ -35,7 +35,7 @@ def prefetch(values: Iterator[Value], *, depth: int = 2) -> Generator[Value, Non
                 if stop.is_set():
                     return
             offer("end", None)
-        except Exception as error:  # raised again where the value is asked for
+        except Exception as error:  # raised again by the consumer
             offer("error", error)
 
     thread = threading.Thread(target=work, name="prefetch", daemon=True)

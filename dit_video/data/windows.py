@@ -1,7 +1,7 @@
 """Batches of one shape for training the autoencoder: random windows of clips, in time and space.
 
 Windows are uint8, as they are decoded, so that no pixel can be NaN or out of range. A clip that cannot be decoded is
-set aside by its name, and another one takes its place.
+logged by its name, and replaced by another one.
 """
 
 import hashlib
@@ -25,44 +25,44 @@ from dit_video.tokens import Grid
 
 CACHE_BYTES = 2 << 30
 _ATTEMPTS = 8
-"""Clips that are tried, one after the other, instead of one that turns out to be damaged."""
+"""Maximum number of clips that are tried in sequence if clips are damaged."""
 THREADS = min(8, os.cpu_count() or 1)
-"""That decode: as PyAV gives up Python's lock while it does, they run side by side."""
+"""Number of threads that decode: they run in parallel, as PyAV releases Python's lock."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WindowConfig:
-    """What the autoencoder is trained on.
+    """Configuration of the windows that the autoencoder is trained on.
 
     Raises:
-      UserError: a size or batch below 1.
+      UserError: a size or the batch is below 1, or windows that are not square are to be transposed.
     """
 
     size: Grid
-    """frames, height and width of a window, in pixels"""
+    """Frames, height and width of a window, in pixels."""
     batch: int
-    """windows a step"""
+    """Windows per step."""
     augment: Augmentation | None = None
-    """how windows are changed at random; None for not at all"""
+    """Random augmentation of the windows; None for no augmentation."""
 
     def __post_init__(self):
         if self.augment is not None and self.augment.turned and self.size.h != self.size.w:
             raise UserError(
-                f"windows of {tuple(self.size)} are not square, so that they can't be turned; set turned=False"
+                f"transpose=True is invalid: windows of size={tuple(self.size)} are not square. Use transpose=False."
             )
         if min(self.size) < 1 or self.batch < 1:
-            raise UserError(f"windows of {tuple(self.size)} in batches of {self.batch}: each must be at least 1")
+            raise UserError(f"size={tuple(self.size)}, batch={self.batch} is invalid: each must be at least 1")
 
 
 class Stretches:
-    """Clips at their training size, by stretches of their training length. What was decoded stays, as far as it fits.
+    """A source of clips at their training size, in temporal crops of their training length.
 
-    What comes later is decoded at every use: as every clip comes once an epoch, throwing out the oldest would throw out
-    what is needed again first. Several threads may read.
+    Decoded crops are cached until the memory is full; further ones are decoded at every use. Nothing is evicted: as
+    every clip is used once per epoch, the oldest crop is the one that is needed again first. Thread-safe.
 
     Args:
       source: the clips.
-      limits: what they are resized to.
+      limits: limits of the training sizes.
       cache_bytes: memory for decoded clips.
     """
 
@@ -70,16 +70,16 @@ class Stretches:
         self.source, self.limits, self._room = source, limits, cache_bytes
         fitted = {index: _fit_or_none(source, index, limits) for index in range(len(source))}
         self.sizes: dict[int, Grid] = {index: size for index, size in fitted.items() if size is not None}
-        """Of the clips that have a training size."""
+        """Training size of every clip that has one, by the clip's number."""
         self._cache: dict[tuple[int, int], np.ndarray] = {}
         self._lock = threading.Lock()
 
     def count(self, clip: int) -> int:
-        """How many stretches a clip has; the last one overlaps the one before it."""
+        """Return the number of crops of a clip, of which the last may overlap the one before it."""
         return -(-sampled_frames(self.source.infos[clip], self.limits) // self.sizes[clip].t)
 
     def frames(self, clip: int, stretch: int) -> UInt8[np.ndarray, "T H W 3"]:
-        """One stretch."""
+        """Return the frames of one crop."""
         frames = self._cache.get((clip, stretch))
         if frames is None:
             length = self.sizes[clip].t
@@ -93,43 +93,43 @@ class Stretches:
 
 
 class Windows:
-    """Batches of one shape by number; each is a function of (clips, limits, seed, number) alone.
+    """A sequence of batches of one shape; each is a function of (clips, limits, seed, number) alone.
 
-    Every clip is seen once an epoch, in an order of its own; an epoch's end falls anywhere in a batch, so that a data
-    set smaller than a batch fills it too. Of a clip's stretches one is drawn; the window lies anywhere in it.
+    Every clip is used once per epoch, in an order that differs by epoch. Epochs may end within a batch, so that a data
+    set smaller than a batch fills it too. One crop of the clip is drawn, and the window at a random position in it.
 
     Args:
-      stretches: the clips.
+      crops: the clips.
       config: size and number of the windows.
-      seed: of the run.
-      host: this host's number; its part of a batch is given.
-      hosts: how many there are.
+      seed: seed of the run.
+      host: index of this host; batches hold its share alone.
+      hosts: number of hosts.
 
     Raises:
-      UserError: no clip has room for a window, or hosts that do not divide the batch.
+      UserError: no clip has room for a window, or the batch does not divide among the hosts.
     """
 
     def __init__(self, stretches: Stretches, config: WindowConfig, *, seed: int, host: int = 0, hosts: int = 1):
         if config.batch % hosts:
-            raise UserError(f"windows in batches of {config.batch} are not divisible by {hosts} hosts; use a multiple")
+            raise UserError(f"batch={config.batch} is invalid: it does not divide among hosts={hosts}. Use a multiple.")
         self._share, self._host = config.batch // hosts, host
         self._stretches, self._config, self._seed = stretches, config, seed
         self.clips: tuple[int, ...] = tuple(
             index
             for index, size in stretches.sizes.items()
-            if all(have >= want for have, want in zip(size, config.size, strict=True))
+            if all(length >= window for length, window in zip(size, config.size, strict=True))
         )
-        """The clips that are used."""
+        """Numbers of the clips that are used."""
         infos = stretches.source.infos
         self.left_out: tuple[str, ...] = tuple(
             infos[index].name for index in sorted(set(range(len(infos))) - set(self.clips))
         )
-        """Names of the clips that are smaller or shorter than a window at their training size."""
+        """Names of the clips that are smaller or shorter than a window at training size."""
         if not self.clips:
             size = "{}x{}x{}".format(*config.size)
             raise UserError(
                 f"none of the {len(infos)} clips has a window of {size} at its training size "
-                f"({_largest(stretches.sizes.values())}); use a smaller window, or raise max_pixels or max_frames"
+                f"({_largest(stretches.sizes.values())}). Use a smaller window, or raise max_pixels or max_frames."
             )
         self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
 
@@ -147,27 +147,27 @@ class Windows:
         return composite(window, self._cut(others, generator), generator)
 
     def _cut(self, clips: Sequence[int], generator: np.random.Generator) -> UInt8[np.ndarray, "T H W 3"]:
-        """A window of the first of these clips that can be decoded."""
+        """Return a random window of the first of these clips that can be decoded."""
         frames, size, augment = self._stretch(clips, generator), self._config.size, self._config.augment
-        most = 1 if augment is None else min(2, frames.shape[1] // size.h, frames.shape[2] // size.w)
-        zoom = int(generator.integers(most)) + 1
+        max_zoom = 1 if augment is None else min(2, frames.shape[1] // size.h, frames.shape[2] // size.w)
+        zoom = int(generator.integers(max_zoom)) + 1
         size = Grid(size.t, zoom * size.h, zoom * size.w)
-        t, h, w = (int(generator.integers(have - want + 1)) for have, want in zip(frames.shape[:3], size, strict=True))
+        t, h, w = (int(generator.integers(full - part + 1)) for full, part in zip(frames.shape[:3], size, strict=True))
         window = frames[t : t + size.t, h : h + size.h, w : w + size.w]
         return window if augment is None else changed(window, zoom, augment.turned, generator)
 
     def _stretch(self, clips: Sequence[int], generator: np.random.Generator) -> UInt8[np.ndarray, "T H W 3"]:
-        """A stretch of the first of these clips that can be decoded; the others before it are set aside."""
+        """Return a random crop of the first of these clips that can be decoded; a warning is logged for the others."""
         for clip in clips:
             try:
                 return self._stretches.frames(clip, int(generator.integers(self._stretches.count(clip))))
             except DecodeError as error:
                 set_aside(self._stretches.source.infos[clip].name, error)
-        raise UserError(f"{len(clips)} clips in a row can't be decoded; ingest the clips again")
+        raise UserError(f"{len(clips)} clips in a row cannot be decoded. Ingest the clips again.")
 
     def _clip_at(self, position: int) -> int:
         epoch, index = divmod(position, len(self.clips))
-        order = self._order  # read once: another thread may be in another epoch
+        order = self._order  # read once: another thread may replace it by the order of another epoch
         if order[0] != epoch:
             order = (epoch, rng.host(self._seed, "window order", epoch).permutation(len(self.clips)))
             self._order = order
@@ -175,16 +175,16 @@ class Windows:
 
 
 class WindowBatches(Iterator[UInt8[np.ndarray, "B T H W 3"]]):
-    """Batches of several shapes in turn, endless, read ahead by threads: in their order, whatever the threads do.
+    """An endless iterator over batches of several shapes in turn, read ahead by threads in a deterministic order.
 
     Args:
-      stretches: the clips.
-      configs: the shapes.
-      seed: of the run.
-      start_step: the first batch is that of this step.
-      host: this host's number; its part of a batch is given.
-      hosts: how many there are.
-      threads: that decode.
+      crops: the clips.
+      configs: configuration of each shape.
+      seed: seed of the run.
+      start_step: step of the first batch.
+      host: index of this host; batches hold its share alone.
+      hosts: number of hosts.
+      threads: number of threads that decode.
 
     Raises:
       UserError: no clip has room for a window of one of the shapes.
@@ -205,28 +205,28 @@ class WindowBatches(Iterator[UInt8[np.ndarray, "B T H W 3"]]):
             Windows(stretches, config, seed=seed + number, host=host, hosts=hosts)
             for number, config in enumerate(configs)
         )
-        facts = (stretches.source.infos, stretches.limits, tuple(configs), seed)
-        self.hash: str = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-        """With the step, the whole state of the data."""
+        content = (stretches.source.infos, stretches.limits, tuple(configs), seed)
+        self.hash: str = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+        """Hash of the clips and the configuration: with the step, the whole state of the data."""
         batches = grain.MapDataset.source(_InTurn(self.windows))[start_step:]
         ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 2)
         self._batches = iter(batches.to_iter_dataset(ahead))
 
     @property
     def left_out(self) -> frozenset[str]:
-        """Names of the clips that have no room for a window of any shape."""
+        """Return the names of the clips that have no room for a window of any shape."""
         return frozenset.intersection(*(frozenset(windows.left_out) for windows in self.windows))
 
     def __next__(self) -> UInt8[np.ndarray, "B T H W 3"]:
         return next(self._batches)
 
     def close(self) -> None:
-        """End the threads."""
+        """Stop the threads."""
         self._batches.close()
 
 
 class _InTurn:
-    """Step s is batch s // n of shape s % n."""
+    """A data source of the batches of n shapes in turn: step s is batch s // n of shape s % n."""
 
     def __init__(self, windows: Sequence[Windows]):
         self._windows = windows

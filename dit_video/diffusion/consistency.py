@@ -1,10 +1,10 @@
-r"""Consistency: from any time straight to the data, where the probability flow ends (arXiv 2303.01469).
+r"""Consistency models: functions that map any time directly to the data (arXiv 2303.01469).
 
-$f(x_t, t)$ is the same all along a trajectory, and at time 0 it is $x$ itself. The data that a model estimates have
-that second property for every prediction in which the noise has a part: at time 0, where $\alpha = 1$ and
-$\sigma = 0$, they are what the model is given, whatever it says. (Of rectified flow $f = x - t\,v$.) The first one is
-what distillation teaches: $f$ is to be the same at both ends of a step along the teacher's flow (latent consistency,
-arXiv 2310.04378).
+The data are where the probability flow ends. $f(x_t, t)$ is constant along a trajectory, and at time 0 it is $x$
+itself. The data estimated by a model have the second property for every prediction that involves the noise: at time 0,
+where $\alpha = 1$ and $\sigma = 0$, they equal the input, whatever the model predicts. (For rectified flow
+$f = x - t\,v$.) Distillation teaches the first property: $f$ should be equal at both ends of a step along the teacher's
+flow (latent consistency, arXiv 2310.04378).
 """
 
 from collections.abc import Callable
@@ -19,19 +19,19 @@ from dit_video.diffusion.processes.process import Process
 from dit_video.diffusion.samplers.sampler import Draw
 
 Consistency = Callable[[Float[Array, "*shape"], Float[Array, "*time"]], Float[Array, "*shape"]]
-"""`f(noisy, time) -> data`"""
+"""The function `f(noisy, time) -> data`."""
 
 
 def consistency_function(denoise: Denoise, process: Process, prediction: Prediction) -> Consistency:
-    """$f$ of a model: the data that it estimates.
+    """Return $f$ of a model: the data that it estimates.
 
     Raises:
-      UserError: a model that predicts the data themselves, which at time 0 needn't be what it is given.
+      UserError: If the model predicts the data themselves, which need not equal its input at time 0.
     """
     if isinstance(prediction, X0):
         raise UserError(
-            "a model that predicts X0 is no consistency function at time 0; distil one that predicts Velocity, V, "
-            "Epsilon or Preconditioned"
+            "prediction=X0() is invalid: a model that predicts X0 is no consistency function at time 0. Distil one "
+            "that predicts Velocity, V, Epsilon or Preconditioning."
         )
     estimate = estimator(denoise, process, prediction)
     return lambda noisy, time: estimate(noisy, time).data
@@ -44,9 +44,9 @@ def flow_step(
     time: Float[Array, "*time"],
     following: Float[Array, "*time"],
 ) -> Float[Array, "*shape"]:
-    """Where the teacher's flow has come to at the following time, by one step of DDIM; times may differ by token."""
-    found = estimate(noisy, time)
-    return process.add_noise(found.data, found.noise, following)
+    """Move along the teacher's flow to the next time by one step of DDIM; times may differ between tokens."""
+    prediction = estimate(noisy, time)
+    return process.add_noise(prediction.data, prediction.noise, following)
 
 
 def consistency_loss(
@@ -59,23 +59,25 @@ def consistency_loss(
     *,
     width: float = 0.03,
 ) -> Float[Array, "*batch"]:
-    r"""$\sqrt{\lVert d \rVert^2 / p + w^2} - w$ of $d = f_\theta(x_t, t) - f_{\theta^-}(x_s, s)$, for every token.
+    r"""Return the pseudo-Huber consistency loss of every token.
 
-    That is pseudo-Huber's: where large differences count no more than their size, the few that are (of the noisiest
-    times, from where all data are in reach) don't drown the others (arXiv 2310.14189, section 3.3). No gradient reaches
-    the target.
+    It is $\sqrt{\lVert d \rVert^2 / p + w^2} - w$ of $d = f_\theta(x_t, t) - f_{\theta^-}(x_s, s)$.
+
+    Large differences count in proportion to their size, so that the few large ones (at the noisiest times, from which
+    all data are reachable) do not dominate the others (arXiv 2310.14189, section 3.3). No gradient flows into the
+    target.
 
     Args:
-      student: $f_\theta$, which is trained.
+      student: $f_\theta$, the trained function.
       target: $f_{\theta^-}$, its moving average.
       noisy: $x_t$.
-      reached: $x_s$, on the trajectory through $x_t$.
+      next_noisy: $x_s$, on the trajectory through $x_t$.
       time: $t$.
-      following: $s$, nearer to the data.
-      width: $w$; differences far below it count by their squares.
+      next_time: $s$, closer to the data.
+      width: $w$; differences far below it are squared.
     """
-    wanted = jax.lax.stop_gradient(target(reached, following))
-    difference = (student(noisy, time) - wanted).astype(jnp.float32)
+    expected = jax.lax.stop_gradient(target(reached, following))
+    difference = (student(noisy, time) - expected).astype(jnp.float32)
     return jnp.sqrt(jnp.square(difference).mean(axis=-1) + width**2) - width
 
 
@@ -88,18 +90,19 @@ def multistep(
     draw: Draw,
     steps: Int[Array, ""] | int,
 ) -> Float[Array, "*shape"]:
-    r"""What $f$ is given at its step of number `steps` (from 0 on): the samples of those before it, noised again.
+    """Return the input of $f$ at step number `steps`, counted from 0.
 
-    Each step's data are noised anew to the next time (arXiv 2303.01469, algorithm 1), by `draw(number of the step)`.
-    `steps` may be a traced number; no gradient passes through the steps.
+    It is the sample after the steps before it, with noise added again. Each step adds fresh noise to its data to reach
+    the next time (arXiv 2303.01469, algorithm 1). The noise is `noise_fn(step number)`. `steps` may be a traced number;
+    no gradient passes through the steps.
 
     Args:
-      f: the model.
-      noise: standard normal, of time 1.
-      times: falling from 1; they may differ by token.
-      process: of the model.
-      draw: standard normal noise for a step.
-      steps: how many are done.
+      f: The model.
+      noise: Standard normal noise, the sample at time 1.
+      times: Times that fall from 1; they may differ between tokens.
+      process: The process of the model.
+      noise_fn: Standard normal noise by step number.
+      steps: Number of steps that are taken.
     """
 
     def step(number, x):

@@ -1,7 +1,7 @@
-"""Time grids as diffusers' schedulers have them, for models that were trained with their times.
+"""Time schedules of diffusers' schedulers, for models that were trained with their times.
 
-DDPM counts its steps of noise from 0: after $n$ of $N$ steps it is time $n / N$ here, and the model is told step
-$n - 1$, which is $(n - 1) / N$ in units of time.
+DDPM counts noise steps from 0: the state after $n$ of $N$ steps has time $n / N$ here, and the model receives step
+$n - 1$, that is $(n - 1) / N$ in units of time.
 """
 
 from dataclasses import dataclass
@@ -18,162 +18,176 @@ from dit_video.diffusion.sample_times import SampleTimes, check_steps, ending
 
 @dataclass(frozen=True, kw_only=True)
 class StepGrid:
-    """Some of the steps of noise that a model was trained on, spaced as in table 2 of arXiv 2305.08891.
+    """A subset of the noise steps that a model was trained on, spaced as in table 2 of arXiv 2305.08891.
 
-    By default they are those of `DDIMScheduler` and its like with trailing steps. Between steps, sigma / alpha is a
-    straight line, as diffusers has it.
+    The defaults are those of `DDIMScheduler` and similar ones with trailing steps. Between steps, sigma / alpha is
+    interpolated linearly, as in diffusers.
 
     Raises:
-      UserError: an offset below 0.
+      UserError: If `steps_offset` is negative.
     """
 
     spacing: Literal["leading", "trailing", "linspace"] = "trailing"
+    """Spacing of the steps: `timestep_spacing` of diffusers."""
     offset: int = 0
-    """of leading steps: how far they are moved towards noise"""
+    """Number of steps by which leading steps are moved towards noise."""
     spare: bool = False
-    """whether one step more is spaced out, and the last left out, as for solvers of higher order"""
+    """Adds a step to the spacing and then drops the last one, as for solvers of higher order."""
     ratios: Literal["spaced", "karras", "exponential"] = "spaced"
-    """of noise to data: those of the steps; or between the first and the last of them (of all steps, with `spare`) with
-    seventh roots, or logarithms, evenly spaced (`Karras`, `Exponential`)"""
+    """Ratios of noise to data: those of the steps (`spaced`), or ratios from the first to the last of them (of all
+    trained steps with `has_extra_step`) whose seventh roots or logarithms are uniformly spaced (`KarrasTimes`,
+    `ExponentialTimes`)."""
     told: Literal["between", "nearest", "below"] = "between"
-    """which step the model is told where a time lies between two"""
+    """The step that the model receives for a time between two steps."""
     last: Literal["data", "first step"] = "data"
-    """where it ends: `first step` is after one step of noise"""
+    """End of the schedule: the data, or the state after the first noise step."""
 
     def __post_init__(self):
         if self.offset < 0:
-            raise UserError(f"an offset of steps is a whole number from 0 on, not {self.offset}")
+            raise UserError(f"steps_offset={self.offset} is invalid: it must not be negative. Use 0 or more.")
 
     def __call__(self, process: Process, steps: int) -> SampleTimes:
-        """The times of so many steps, computed in float64.
+        """Return the times of `steps` steps, computed in float64.
 
         Raises:
-          UserError: less than one step, more than the model was trained on, or a process without steps.
+          UserError: If there is less than one step, there are more than the model was trained on, or the process has no
+            steps.
         """
         check_steps(steps)
-        trained = _trained_steps(process, self)
-        if steps + self.spare > trained:
-            raise UserError(f"{steps} steps of sampling are more than this grid has in {trained} steps of noise")
-        table = process.sigma(np.arange(1, trained + 1) / trained) / process.alpha(np.arange(1, trained + 1) / trained)
-        chosen = self._chosen(trained, steps)
-        if chosen[0] > trained - 1:
+        total = _trained_steps(process, self)
+        if steps + self.spare > total:
             raise UserError(
-                f"{steps} steps with offset {self.offset} start beyond the last of {trained} steps of noise"
+                f"steps={steps} is invalid: the schedule has {total - self.spare} of {total} noise steps. "
+                f"Use steps={total - self.spare} or less."
             )
-        ratios: np.ndarray = np.interp(chosen, np.arange(trained), table)
+        step_ratios = process.sigma(np.arange(1, total + 1) / total) / process.alpha(np.arange(1, total + 1) / total)
+        model_steps = self._chosen(total, steps)
+        if model_steps[0] > total - 1:
+            raise UserError(
+                f"steps={steps}, steps_offset={self.offset} is invalid: the first step is beyond the last of {total} "
+                "noise steps. Use fewer steps or steps_offset=0."
+            )
+        ratios: np.ndarray = np.interp(model_steps, np.arange(total), step_ratios)
         if self.ratios != "spaced":
-            most, least = (table[-1], table[0]) if self.spare else (ratios[0], ratios[-1])
-            ratios = _between(self.ratios, most, least, steps)
-            chosen = np.interp(np.log(ratios), np.log(table), np.arange(trained))
-        # A ratio that is a step's own gives the step to within rounding, which a step below would be told of.
-        told = {"between": chosen, "nearest": np.round(chosen), "below": np.floor(chosen + 1e-9)}[self.told]
-        return ending(process.time_at(ratios), told / trained, 0.0 if self.last == "data" else 1 / trained)
+            max_ratio, min_ratio = (step_ratios[-1], step_ratios[0]) if self.spare else (ratios[0], ratios[-1])
+            ratios = _between(self.ratios, max_ratio, min_ratio, steps)
+            model_steps = np.interp(np.log(ratios), np.log(step_ratios), np.arange(total))
+        # Interpolation returns a trained step only up to rounding: without the margin, `below` would miss it by one.
+        rounded = {"between": model_steps, "nearest": np.round(model_steps), "below": np.floor(model_steps + 1e-9)}[
+            self.told
+        ]
+        return ending(process.time_at(ratios), rounded / total, 0.0 if self.last == "data" else 1 / total)
 
     def _chosen(self, trained: int, steps: int) -> Float64[np.ndarray, " {steps}"]:
-        """The steps, counted from 0, falling."""
+        """Return the falling steps, counted from 0."""
         count = steps + self.spare
         if self.spacing == "linspace":
-            chosen: np.ndarray = np.linspace(0.0, trained - 1.0, count)[::-1]
+            selected: np.ndarray = np.linspace(0.0, trained - 1.0, count)[::-1]
         elif self.spacing == "leading":
-            chosen = np.arange(count)[::-1] * float(trained // count) + self.offset
+            selected = np.arange(count)[::-1] * float(trained // count) + self.offset
         else:
-            count = steps  # ends before the data in any case
-            chosen = np.round(trained - np.arange(count) * (trained / count)) - 1
-        chosen = chosen if self.told == "between" else np.round(chosen)
-        return chosen[:steps]
+            count = steps  # Trailing steps never include the data.
+            selected = np.round(trained - np.arange(count) * (trained / count)) - 1
+        selected = selected if self.told == "between" else np.round(selected)
+        return selected[:steps]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LcmGrid:
-    """Of a latent consistency model, as `LCMScheduler` has them: some of the steps that it was distilled on.
+    """Times of a latent consistency model, a subset of its distillation steps, as in `LCMScheduler`.
 
     Raises:
-      UserError: no steps of distillation.
+      UserError: If there are no distillation steps.
     """
 
     distilled: int = 50
-    """steps of the teacher's sampler, of which each has its own time in distillation"""
+    """Number of the teacher's sampling steps, whose times are those of distillation."""
 
     def __post_init__(self):
         if self.distilled < 1:
-            raise UserError(f"a model is distilled on at least 1 step, not {self.distilled}")
+            raise UserError(f"distillation_steps={self.distilled} is invalid: there must be at least 1 step. Use 50.")
 
     def __call__(self, process: Process, steps: int) -> SampleTimes:
-        """The times of so many steps.
+        """Return the times of `steps` steps.
 
         Raises:
-          UserError: less than one step, more than the model was distilled on, or a process without steps.
+          UserError: If there is less than one step, there are more than the model was distilled on, or the process has
+            no steps.
         """
         check_steps(steps)
-        trained = _trained_steps(process, self)
-        if not steps <= self.distilled <= trained:
+        total = _trained_steps(process, self)
+        if not steps <= self.distilled <= total:
             raise UserError(
-                f"{steps} steps of sampling, {self.distilled} of distillation and {trained} of noise must rise"
+                f"steps={steps}, distillation_steps={self.distilled} is invalid: sampling steps, distillation steps "
+                f"and the {total} noise steps must not fall. Use steps={min(self.distilled, total)} or less."
             )
-        origin = np.arange(1, self.distilled + 1) * (trained // self.distilled) - 1.0
-        chosen = origin[::-1][np.floor(np.arange(steps) * (self.distilled / steps)).astype(int)]
-        return ending((chosen + 1) / trained, chosen / trained)
+        distilled_steps = np.arange(1, self.distilled + 1) * (total // self.distilled) - 1.0
+        model_steps = distilled_steps[::-1][np.floor(np.arange(steps) * (self.distilled / steps)).astype(int)]
+        return ending((model_steps + 1) / total, model_steps / total)
 
 
 @dataclass(frozen=True, kw_only=True)
 class UniPcGrid:
-    """As diffusers' `UniPCMultistepScheduler` with `use_flow_sigmas` has them.
+    """Times of diffusers' `UniPCMultistepScheduler` with `use_flow_sigmas`.
 
-    The times before the shift end at `1 / training_steps` with the (left out) last one, the data. The first lies a
-    millionth below 1, where the log-SNR is finite. The model is told whole thousandths, rounded down.
+    Before the shift the times end at `1 / training_steps`, which is replaced by the data. The first time is a millionth
+    below 1, where the log-SNR is finite. The model time is rounded down to multiples of `1 / training_steps`.
     """
 
     training_steps: int = 1000
+    """Number of noise steps in training."""
 
     def __call__(self, process: Process, steps: int) -> SampleTimes:
-        """The times of so many steps, computed in float64.
+        """Return the times of `steps` steps, computed in float64.
 
         Raises:
-          UserError: less than one step.
+          UserError: If there is less than one step.
         """
         check_steps(steps)
         times = process.shifted(np.linspace(1.0, 1.0 / self.training_steps, steps + 1)[:-1])
         if abs(times[0] - 1) < 1e-6:
             times[0] -= 1e-6
-        told = np.floor(times * self.training_steps) / self.training_steps
-        return ending(times, told)
+        model_times = np.floor(times * self.training_steps) / self.training_steps
+        return ending(times, model_times)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DpmFlowGrid:
-    """As diffusers' DPM-Solvers with `use_flow_sigmas` have them: from `1 - 1 / training_steps`, shifted, to the data.
+    """Times of diffusers' DPM-Solvers with `use_flow_sigmas`: from `1 - 1 / training_steps`, shifted, to the data.
 
-    The model is told whole thousandths, rounded down.
+    The model time is rounded down to multiples of `1 / training_steps`.
     """
 
     training_steps: int = 1000
+    """Number of noise steps in training."""
 
     def __call__(self, process: Process, steps: int) -> SampleTimes:
-        """The times of so many steps, computed in float64.
+        """Return the times of `steps` steps, computed in float64.
 
         Raises:
-          UserError: less than one step.
+          UserError: If there is less than one step.
         """
         check_steps(steps)
         times = process.shifted(1 - np.linspace(1.0, 1.0 / self.training_steps, steps + 1))[::-1][:-1]
-        told = np.floor(times * self.training_steps) / self.training_steps
-        return ending(times, told)
+        model_times = np.floor(times * self.training_steps) / self.training_steps
+        return ending(times, model_times)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlowMatchGrid:
-    """As diffusers' `FlowMatchEulerDiscreteScheduler` has them: from 1 to the shifted `1 / training_steps`, shifted.
+    """Times of diffusers' `FlowMatchEulerDiscreteScheduler`: from 1 to the shifted `1 / training_steps`, shifted.
 
-    So the shift is applied twice to the last time before the data.
+    The last time before the data is therefore shifted twice.
     """
 
     training_steps: int = 1000
+    """Number of noise steps in training."""
 
     def __call__(self, process: Process, steps: int) -> SampleTimes:
-        """The times of so many steps, computed in float64.
+        """Return the times of `steps` steps, computed in float64.
 
         Raises:
-          UserError: less than one step.
+          UserError: If there is less than one step.
         """
         check_steps(steps)
         first, last = process.shifted(np.asarray([1.0, 1.0 / self.training_steps]))
@@ -184,14 +198,14 @@ class FlowMatchGrid:
 def _trained_steps(process: Process, grid: object) -> int:
     if not isinstance(process, VariancePreserving):
         raise UserError(
-            f"{type(grid).__name__} counts steps of noise, which {type(process).__name__} has none of; "
-            "use Even, Shifted, Karras or Given"
+            f"{type(grid).__name__} is invalid: it counts noise steps, and {type(process).__name__} has none. "
+            "Use UniformTimes, ShiftedTimes, KarrasTimes or ExplicitTimes."
         )
     return process.steps
 
 
 def _between(kind: str, most: float, least: float, steps: int) -> Float64[np.ndarray, " {steps}"]:
-    """Falling ratios."""
+    """Return falling ratios."""
     if kind == "karras":
         return np.linspace(most ** (1 / 7), least ** (1 / 7), steps) ** 7
     return np.exp(np.linspace(np.log(most), np.log(least), steps))

@@ -1,9 +1,9 @@
-r"""A model that predicts, beside the data, how certain it is of a step back (arXiv 2102.09672, section 3).
+r"""Models that also predict the variance of a sampling step (arXiv 2102.09672, section 3).
 
-The step from $t$ to $s$ is a draw around the posterior's mean at the estimated data. Its variance lies between two
-bounds: that of the posterior, $\tilde\beta$, and that of the noise which came in between, $\beta$. The model says
-where: $\log v = \nu \log \beta + (1 - \nu) \log \tilde\beta$ (eq. 15), each value for itself, and $\nu$ is what
-`Estimate.variance` holds. `Ddpm` draws with it.
+The step from $t$ to $s$ samples around the posterior's mean at the estimated data. Its variance lies between two
+bounds: the variance of the posterior, $\tilde\beta$, and that of the noise added in between, $\beta$. The model
+interpolates: $\log v = \nu \log \beta + (1 - \nu) \log \tilde\beta$ (eq. 15), separately for each value, where $\nu$ is
+`Estimate.variance`. `Ddpm` samples with it.
 """
 
 import math
@@ -20,7 +20,7 @@ from dit_video.diffusion.processes.process import Estimate, Process
 
 
 class _Step(NamedTuple):
-    """What is known of a step back, in logarithms of variances."""
+    """The next time, and the logarithms of the bounds of a step's variance."""
 
     following: Float[Array, "*time"]
     lower: Float[Array, "*time"]
@@ -29,27 +29,33 @@ class _Step(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class LearnedVariance(Prediction):
-    r"""Another prediction, with the variance beside it: `[prediction, variance]` along the last axis.
+    r"""A prediction with its variance: `[prediction, variance]` along the last axis.
 
-    The model's values from -1 to 1 are $\nu$ from 0 to 1. The loss is the hybrid one, the prediction's and a share of
-    the variational bound, whose gradient goes to the variance alone (eq. 16).
+    The model's values from -1 to 1 map to $\nu$ from 0 to 1. The loss is the hybrid one: the loss of the prediction
+    plus a multiple of the variational bound, whose gradient reaches the variance alone (eq. 16).
 
     Raises:
-      UserError: a variance of a variance, less than two steps, or a negative share.
+      UserError: If `prediction` is a `LearnedVariance` itself, there are less than two steps, or `bound_weight` is
+        negative.
     """
 
     prediction: Prediction = field(default_factory=Epsilon)
+    """The prediction besides the variance."""
     steps: int = 1000
-    """in which the process goes back"""
+    """Number of steps of the reverse process."""
     share: float = 0.001
-    """of the bound, which is the sum over all steps, in bits for each value"""
+    """Weight of the variational bound, a sum over all steps in bits per value."""
 
     def __post_init__(self):
         if isinstance(self.prediction, LearnedVariance):
-            raise UserError("a learned variance stands beside a prediction, not beside another learned variance")
+            raise UserError(
+                "prediction=LearnedVariance(...) is invalid: a learned variance must not be beside another learned "
+                "variance. Use Epsilon()."
+            )
         if self.steps < 2 or self.share < 0:
             raise UserError(
-                f"a learned variance needs 2 steps or more and a share of 0 or more, not {self.steps} and {self.share}"
+                f"steps={self.steps}, bound_weight={self.share} is invalid: a learned variance needs 2 steps or more "
+                "and a bound_weight of 0 or more. Use the defaults 1000 and 0.001."
             )
 
     def coefficients(self, process: Process, time: Float[Array, "*time"]) -> Coefficients:
@@ -68,7 +74,7 @@ class LearnedVariance(Prediction):
         prediction: Float[Array, "*batch two"],
         time: Float[Array, "*time"],
     ) -> Estimate:
-        """With the variance."""
+        """Return the estimate of the prediction with the variance."""
         values, variance = jnp.split(prediction, 2, axis=-1)
         return self.prediction.estimate(process, noisy, values, time)._replace(variance=(variance + 1) / 2)
 
@@ -80,27 +86,39 @@ class LearnedVariance(Prediction):
         predicted: Float[Array, "*batch two"],
         time: Float[Array, "*batch 1"],
     ) -> Float[Array, "*batch"]:
-        r"""The share of the bound: of each step the divergence of the model's draw from the posterior, in bits.
+        r"""Return the weighted bound: per step, the divergence of the model's distribution from the posterior, in bits.
 
-        Of the first step it is the bits of the data, to be drawn from the model's normal. They are those of a density,
-        as latents have no levels; those of pixels are $\log_2(127.5)$ more for 256 levels in [-1, 1].
+        The first step has the bits of the data under the model's normal distribution instead. They are those of a
+        density, since latents have no levels; for pixels with 256 levels in [-1, 1] add $\log_2(127.5)$.
         """
         values, variance = jnp.split(predicted.astype(jnp.float32), 2, axis=-1)
-        found = self.estimate(process, noisy, jnp.concatenate([jax.lax.stop_gradient(values), variance], axis=-1), time)
-        assert found.variance is not None
+        # The bound trains the variance alone, so that the prediction keeps the time weighting of its own loss.
+        estimate = self.estimate(
+            process, noisy, jnp.concatenate([jax.lax.stop_gradient(values), variance], axis=-1), time
+        )
+        assert estimate.variance is not None
         step = self._step(process, time)
-        mean = process.posterior(noisy, found.data, time, step.following).mean
-        true = process.posterior(noisy, data, time, step.following)
-        own = found.variance * step.upper + (1 - found.variance) * step.lower
-        divergence = own - step.lower - 1 + jnp.exp(step.lower - own) + jnp.square(true.mean - mean) * jnp.exp(-own)
-        surprise = own + math.log(2 * math.pi) + jnp.square(data - mean) * jnp.exp(-own)
+        mean = process.posterior(noisy, estimate.data, time, step.following).mean
+        posterior = process.posterior(noisy, data, time, step.following)
+        log_variance = estimate.variance * step.upper + (1 - estimate.variance) * step.lower
+        divergence = (
+            log_variance
+            - step.lower
+            - 1
+            + jnp.exp(step.lower - log_variance)
+            + jnp.square(posterior.mean - mean) * jnp.exp(-log_variance)
+        )
+        surprise = log_variance + math.log(2 * math.pi) + jnp.square(data - mean) * jnp.exp(-log_variance)
         nats = jnp.where(step.following == 0, surprise, divergence).mean(axis=-1) / 2
         return self.share * self.steps / math.log(2) * nats
 
     def _step(self, process: Process, time: Float[Array, "*time"]) -> _Step:
-        """From a time to the one before. As the first's posterior has no variance, its lower bound is the second's."""
-        one = 1.0 / self.steps
-        following = jnp.where(time < 1.5 * one, 0.0, time - one)
-        at = jnp.maximum(time, 2 * one)
-        lower = process.posterior(jnp.zeros_like(time), jnp.zeros_like(time), at, at - one).variance
-        return _Step(following, jnp.log(lower), jnp.log(process.added_variance(time, following)))
+        """Return the step back from a time.
+
+        The posterior of the first step has no variance; its lower bound is that of the second.
+        """
+        length = 1.0 / self.steps
+        next_time = jnp.where(time < 1.5 * length, 0.0, time - length)
+        lower_time = jnp.maximum(time, 2 * length)
+        lower = process.posterior(jnp.zeros_like(time), jnp.zeros_like(time), lower_time, lower_time - length).variance
+        return _Step(next_time, jnp.log(lower), jnp.log(process.added_variance(time, next_time)))

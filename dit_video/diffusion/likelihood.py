@@ -1,15 +1,17 @@
-r"""How likely a model finds data: the probability flow carries their density to that of noise, which is known.
+r"""The likelihood of data under a model.
 
-With $r = \sqrt{\alpha^2 + \sigma^2}$ and the angle $\varphi$ of tangent $\sigma / \alpha$ every process is a rotation:
+The probability flow transports the density of the data to that of noise, which is known.
+
+With $r = \sqrt{\alpha^2 + \sigma^2}$ and the angle $\varphi$ of tangent $\sigma / \alpha$, every process is a rotation:
 $u = x / r = \cos\varphi\,x_0 + \sin\varphi\,\epsilon$ moves with $du/d\varphi = v$, the prediction of that name (arXiv
-2202.00512, appendix D). That is smooth where there is nothing of the data and where there is little but noise. Along
-it the density changes by $d \log p / d\varphi = -\mathrm{tr}\,\partial v / \partial u$ (arXiv 1806.07366, eq. 8;
-2011.13456, section 4.3), so that for data $x$ of $D$ values
+2202.00512, appendix D). This is smooth at pure noise and near the data alike. Along it the density changes by
+$d \log p / d\varphi = -\mathrm{tr}\,\partial v / \partial u$ (arXiv 1806.07366, eq. 8; 2011.13456, section 4.3), so
+that for data $x$ of $D$ values
 
 $$\log p(x) = \log p_{noise}(x_1) + D \log r_1 + \int_0^{\varphi_1} \mathrm{tr} \frac{\partial v}{\partial u} d\varphi$$
 
-The noise is what sampling starts from. The first time may lie above 0, for models that say nothing of the noise in
-clean data: then it is the density of $x + (\sigma / \alpha)\,\epsilon$ at $x$.
+The noise is the start of sampling. The first time may be above 0, for models that do not determine the noise in clean
+data: then the result is the density of $x + (\sigma / \alpha)\,\epsilon$ at $x$.
 """
 
 import math
@@ -27,12 +29,12 @@ from dit_video.diffusion.processes.process import Process
 
 
 class Likelihood(NamedTuple):
-    """Of every example."""
+    """The log-density of every example."""
 
     nats: Float[Array, " batch"]
-    """the logarithm of the density"""
+    """Logarithm of the density."""
     bits_per_dimension: Float[Array, " batch"]
-    """Its negative for each value, in bits; of pixels in [-1, 1] with 256 levels, add log2(127.5)."""
+    """Negative log-density per value, in bits; for pixels in [-1, 1] with 256 levels add log2(127.5)."""
 
 
 class Exact(NamedTuple):
@@ -40,15 +42,15 @@ class Exact(NamedTuple):
 
 
 class Hutchinson(NamedTuple):
-    r"""An unbiased estimate of the trace: $E[v^T J v]$ over random signs $v$ (arXiv 1810.01367).
+    """An unbiased estimate of the trace: $E[v^T J v]$ over random signs $v$ (arXiv 1810.01367).
 
-    The signs are those of a whole solution, so that it is of one flow, and each example's are its own.
+    The signs are constant along the whole solution, so that it follows one flow, and independent between examples.
     """
 
     keys: Key[Array, " batch"]
-    """one an example, used for nothing else"""
+    """One key per example, used for nothing else."""
     probes: int = 1
-    """of which the estimate is the mean"""
+    """Number of random vectors that the estimate averages."""
 
 
 Divergence = Exact | Hutchinson
@@ -63,51 +65,57 @@ def log_likelihood(
     prediction: Prediction = Velocity(),  # noqa: B008 (a value)
     divergence: Divergence = Exact(),  # noqa: B008 (a value)
 ) -> Likelihood:
-    """The log-density of every example, by Heun's rule over the intervals of `times`: an error of second order.
+    """Return the log-density of every example, by Heun's rule over the intervals of `times`: an error of second order.
 
     Args:
-      denoise: the model; is given the time as a scalar.
-      data: the examples, of which the model must treat each for itself.
-      times: falling from 1, as those of sampling; at the last the data are put in.
-      process: what the model was trained on.
-      prediction: what the model predicts.
-      divergence: how the trace is computed.
+      denoise: The model; it gets the time as a scalar.
+      data: The examples; the model must treat each of them independently.
+      times: Times that fall from 1, as for sampling; the data are inserted at the last one.
+      process: The process that the model was trained on.
+      prediction: The kind of the model's prediction.
+      divergence: The way to compute the trace.
 
     Raises:
-      UserError: less than one step, or another number of keys than there are examples.
+      UserError: If there is less than one step, or the number of keys is not the number of examples.
     """
     if times.shape[0] < 2:
-        raise UserError(f"the likelihood is computed in at least 1 step, not {times.shape[0] - 1}")
+        raise UserError(
+            f"times with {times.shape[0]} values are invalid: the likelihood needs at least 1 step, not "
+            f"{times.shape[0] - 1}. Use two times or more."
+        )
     if isinstance(divergence, Hutchinson) and divergence.keys.shape != data.shape[:1]:
-        raise UserError(f"{data.shape[0]} examples need a key each, not {divergence.keys.shape}")
+        raise UserError(
+            f"keys of shape {divergence.keys.shape} are invalid: {data.shape[0]} examples need a key each. Use shape "
+            f"({data.shape[0]},)."
+        )
     directions = _directions(divergence, data)
     estimate = estimator(denoise, process, prediction)
 
     def rates(u, time):
-        alpha, sigma, size = process.alpha(time), process.sigma(time), _size(process, time)
+        alpha, sigma, radius = process.alpha(time), process.sigma(time), _size(process, time)
 
         def velocity(u):
-            found = estimate(size * u, time)
-            return (alpha * found.noise - sigma * found.data) / size
+            predicted = estimate(radius * u, time)
+            return (alpha * predicted.noise - sigma * predicted.data) / radius
 
         return _with_trace(velocity, u, directions)
 
     def step(state, interval):
-        u, gained = state
-        time, following = interval
-        turn = _angle(process, following) - _angle(process, time)
-        here, trace = rates(u, time)
-        there, next_trace = rates(u + turn * here, following)
-        return (u + turn / 2 * (here + there), gained + turn / 2 * (trace + next_trace)), None
+        u, log_density = state
+        time, next_time = interval
+        rotation = _angle(process, next_time) - _angle(process, time)
+        slope, trace = rates(u, time)
+        next_slope, next_trace = rates(u + rotation * slope, next_time)
+        return (u + rotation / 2 * (slope + next_slope), log_density + rotation / 2 * (trace + next_trace)), None
 
     rising = times[::-1]
-    shrunk, size = process.alpha(rising[0]) / _size(process, rising[0]), _size(process, rising[-1])
-    start = shrunk * data, jnp.zeros(data.shape[0])
-    (end, gained), _ = jax.lax.scan(step, start, (rising[:-1], rising[1:]))
+    data_scale, radius = process.alpha(rising[0]) / _size(process, rising[0]), _size(process, rising[-1])
+    start = data_scale * data, jnp.zeros(data.shape[0])
+    (end, log_density), _ = jax.lax.scan(step, start, (rising[:-1], rising[1:]))
     values = math.prod(data.shape[1:])
-    deviation = process.start(jnp.ones(()))
-    prior = norm.logpdf(size * end, scale=deviation).reshape(data.shape[0], -1).sum(axis=1)
-    nats = prior + gained + values * (jnp.log(size) + jnp.log(shrunk))
+    std = process.start(jnp.ones(()))
+    prior = norm.logpdf(radius * end, scale=std).reshape(data.shape[0], -1).sum(axis=1)
+    nats = prior + log_density + values * (jnp.log(radius) + jnp.log(data_scale))
     return Likelihood(nats, -nats / (values * math.log(2)))
 
 
@@ -120,7 +128,7 @@ def _angle(process: Process, time: Float[Array, ""]) -> Float[Array, ""]:
 
 
 def _directions(divergence: Divergence, data: Float[Array, "batch *shape"]) -> Float[Array, "probes batch *shape"]:
-    """Vectors whose squared forms add up to the trace, or do so on average."""
+    """Return vectors whose squared forms sum to the trace, exactly or on average."""
     shape = data.shape[1:]
     if isinstance(divergence, Exact):
         values = math.prod(shape)
@@ -135,7 +143,7 @@ def _directions(divergence: Divergence, data: Float[Array, "batch *shape"]) -> F
 def _with_trace(
     function: Callable[[Array], Array], u: Float[Array, "batch *shape"], directions: Float[Array, "probes batch *shape"]
 ) -> tuple[Float[Array, "batch *shape"], Float[Array, " batch"]]:
-    """A function of each example for itself, and the traces of its derivatives."""
+    """Return the values of a function of each example alone, and the traces of its Jacobians."""
     value, derivative = jax.linearize(function, u)
 
     def form(direction):

@@ -1,4 +1,4 @@
-"""What a denoiser is trained to do."""
+"""Training objectives of denoisers."""
 
 from dataclasses import dataclass, field
 
@@ -15,10 +15,10 @@ from dit_video.diffusion.time_distributions import LogitNormal, Times, Uniform
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    r"""$w(t) \lVert p_\theta(x_t, t) - p \rVert^2$ at times drawn from `times`.
+    r"""The loss $w(t) \lVert p_\theta(x_t, t) - p \rVert^2$ at times drawn from `times`.
 
     Raises:
-      UserError: a prediction that a model of this process can't make.
+      UserError: If a model of this process can't make this prediction.
     """
 
     process: Process
@@ -30,7 +30,7 @@ class Objective:
         self.prediction.check(self.process)
 
     def time(self, u: Float[Array, "*shape"], size: ClipSize | None = None) -> Float[Array, "*shape"]:
-        """Training times of clips from uniform numbers in [0, 1)."""
+        """Return training times of clips from uniform numbers in [0, 1)."""
         return self.times(self.process, u, size)
 
     def loss(
@@ -42,20 +42,20 @@ class Objective:
         *,
         known: Bool[Array, "*batch N"] | None = None,
     ) -> Float[Array, "*batch N"]:
-        """The squared error of every token, averaged over its values, in float32.
+        """Return the squared error of every token, averaged over its values, in float32.
 
-        Tokens that are `known` are given to the model as they are, at time 0, and have no loss, whatever their time.
+        The model gets tokens that are `known` unchanged, at time 0; they have no loss, whatever their time.
         """
-        at = time[..., None]
-        noisy, told = self.process.add_noise(data, noise, at), time
+        token_time = time[..., None]
+        noisy, model_time = self.process.add_noise(data, noise, token_time), time
         if known is not None:
-            noisy, told = jnp.where(known[..., None], data, noisy), jnp.where(known, 0, time)
-        predicted = denoise(self.process.input_scale(told[..., None]) * noisy, told)
-        error = self.prediction.values(predicted) - self.prediction.target(self.process, data, noise, at)
+            noisy, model_time = jnp.where(known[..., None], data, noisy), jnp.where(known, 0, time)
+        predicted = denoise(self.process.input_scale(model_time[..., None]) * noisy, model_time)
+        error = self.prediction.values(predicted) - self.prediction.target(self.process, data, noise, token_time)
         weight = self.weighting(self.process, self.prediction, time)
         loss = weight * jnp.square(error.astype(jnp.float32)).mean(axis=-1)
-        further = self.prediction.further_loss(self.process, data, noisy, predicted, at)
-        loss = loss if further is None else loss + further
+        auxiliary = self.prediction.further_loss(self.process, data, noisy, predicted, token_time)
+        loss = loss if auxiliary is None else loss + auxiliary
         return loss if known is None else jnp.where(known, 0, loss)
 
 

@@ -1,11 +1,11 @@
-r"""What a model predicts: a sum of the data and of the noise, $p = a\,x_0 + b\,\epsilon$.
+r"""Predictions: linear combinations of the data and the noise, $p = a\,x_0 + b\,\epsilon$.
 
-With $x_t = \alpha x_0 + \sigma \epsilon$ that gives both, for the determinant $d = a \sigma - b \alpha$:
+Together with $x_t = \alpha x_0 + \sigma \epsilon$ a prediction determines both, with $d = a \sigma - b \alpha$:
 
 $$x_0 = (\sigma p - b x_t) / d, \qquad \epsilon = (a x_t - \alpha p) / d$$
 
-so any prediction becomes any other, and an error $e$ of it is one of $\sigma e / d$ in the data and of
-$\alpha e / d$, of the other sign, in the noise.
+So every prediction can be converted into every other. An error $e$ of it is an error of $\sigma e / d$ in the data and
+of $\alpha e / d$, with the opposite sign, in the noise.
 """
 
 from abc import ABC, abstractmethod
@@ -21,32 +21,32 @@ from dit_video.diffusion.processes.edm import Edm
 from dit_video.diffusion.processes.process import LEAST_ALPHA, Estimate, Process
 
 Denoise = Callable[[Float[Array, "*shape"], Float[Array, "*time"]], Float[Array, "*shape"]]
-"""`denoise(noisy, time) -> prediction`: all that diffusion knows of a model."""
+"""The function `denoise(noisy, time) -> prediction`: the only interface between diffusion and a model."""
 
 Estimator = Callable[..., Estimate]
-"""`estimate(noisy, time)`: a `denoise` whose prediction was taken apart, of which solvers are made. That of a `denoise`
-which remembers has the past as a third argument; see `Remembering`."""
+"""The function `estimate(noisy, time)`: the data and noise of a `denoise`'s prediction, used by solvers. For a
+`denoise` with momentum the past is its third argument; see `Remembering`."""
 
 
 class Coefficients(NamedTuple):
-    """Of a prediction: `data * x_0 + noise * epsilon`."""
+    """The coefficients of a prediction `data * x_0 + noise * epsilon`."""
 
     data: Float[Array, "*time"]
     noise: Float[Array, "*time"]
 
 
 class Prediction(ABC):
-    """One of the sums."""
+    """A linear combination of the data and the noise that a model predicts."""
 
     @abstractmethod
     def coefficients(self, process: Process, time: Float[Array, "*time"]) -> Coefficients:
-        """At a time of a process."""
+        """Return the coefficients at a time of a process."""
 
     def check(self, process: Process) -> None:  # noqa: B027 (most have nothing to check)
-        """Whether a model of this process can predict it.
+        """Check that a model of this process can make this prediction.
 
         Raises:
-          UserError: it can't.
+          UserError: If it can't.
         """
 
     def target(
@@ -56,12 +56,12 @@ class Prediction(ABC):
         noise: Float[Array, "*shape"],
         time: Float[Array, "*time"],
     ) -> Float[Array, "*shape"]:
-        """What the model is to predict."""
-        of = self.coefficients(process, time)
-        return of.data * data + of.noise * noise
+        """Return the value that the model should predict."""
+        coefficients = self.coefficients(process, time)
+        return coefficients.data * data + coefficients.noise * noise
 
     def values(self, predicted: Float[Array, "*batch o"]) -> Float[Array, "*batch p"]:
-        """What of a model's output is to be the target."""
+        """Return the part of a model's output that is compared with the target."""
         return predicted
 
     def further_loss(
@@ -72,11 +72,11 @@ class Prediction(ABC):
         predicted: Float[Array, "*batch o"],
         time: Float[Array, "*batch 1"],
     ) -> Float[Array, "*batch"] | None:
-        """What of a model's output beside that is trained by, if there is more."""
+        """Return the loss of the other part of a model's output; None if there is no other part."""
         return None
 
     def data_error(self, process: Process, time: Float[Array, "*time"]) -> Float[Array, "*time"]:
-        """How large an error of the data is that comes with an error of 1 of the prediction."""
+        """Return the size of the error in the data that corresponds to an error of 1 in the prediction."""
         return jnp.abs(process.sigma(time) / self.determinant(process, time))
 
     def estimate(
@@ -86,23 +86,23 @@ class Prediction(ABC):
         prediction: Float[Array, "*shape"],
         time: Float[Array, "*time"],
     ) -> Estimate:
-        """The data and the noise that a prediction stands for."""
-        of, determinant = self.coefficients(process, time), self.determinant(process, time)
+        """Return the data and the noise that a prediction determines."""
+        coefficients, determinant = self.coefficients(process, time), self.determinant(process, time)
         return Estimate(
-            (process.sigma(time) * prediction - of.noise * noisy) / determinant,
-            (of.data * noisy - process.alpha(time) * prediction) / determinant,
+            (process.sigma(time) * prediction - coefficients.noise * noisy) / determinant,
+            (coefficients.data * noisy - process.alpha(time) * prediction) / determinant,
         )
 
     def determinant(self, process: Process, time: Float[Array, "*time"]) -> Float[Array, "*time"]:
-        """$d$ of the module's docstring, kept away from 0."""
-        of = self.coefficients(process, time)
-        found = of.data * process.sigma(time) - of.noise * process.alpha(time)
-        return jnp.where(jnp.abs(found) < LEAST_ALPHA, jnp.where(found < 0, -LEAST_ALPHA, LEAST_ALPHA), found)
+        """Return $d$ of the module docstring, bounded away from 0."""
+        coefficients = self.coefficients(process, time)
+        value = coefficients.data * process.sigma(time) - coefficients.noise * process.alpha(time)
+        return jnp.where(jnp.abs(value) < LEAST_ALPHA, jnp.where(value < 0, -LEAST_ALPHA, LEAST_ALPHA), value)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Epsilon(Prediction):
-    """The noise (arXiv 2006.11239). Of pure noise it says nothing of the data, which count as 0 there, their mean."""
+    """The noise (arXiv 2006.11239). Pure noise does not determine the data, which are then set to 0, their mean."""
 
     def coefficients(self, process: Process, time: Float[Array, "*time"]) -> Coefficients:
         return Coefficients(jnp.zeros_like(time), jnp.ones_like(time))
@@ -121,7 +121,7 @@ class Epsilon(Prediction):
 
 @dataclass(frozen=True, kw_only=True)
 class X0(Prediction):
-    """The data themselves. Of data without noise it says nothing of the noise, which counts as 0 there."""
+    """The data themselves. Without noise they do not determine the noise, which is then set to 0."""
 
     def coefficients(self, process: Process, time: Float[Array, "*time"]) -> Coefficients:
         return Coefficients(jnp.ones_like(time), jnp.zeros_like(time))
@@ -140,9 +140,9 @@ class X0(Prediction):
 
 @dataclass(frozen=True, kw_only=True)
 class V(Prediction):
-    r"""$v = (\alpha \epsilon - \sigma x_0) / \sqrt{\alpha^2 + \sigma^2}$, of one size at all times (arXiv 2202.00512).
+    r"""The prediction $v = (\alpha \epsilon - \sigma x_0) / \sqrt{\alpha^2 + \sigma^2}$ (arXiv 2202.00512).
 
-    There the root is 1, as the process keeps the variance.
+    Its size is the same at all times. In the paper the root is 1, since the process preserves the variance.
     """
 
     def coefficients(self, process: Process, time: Float[Array, "*time"]) -> Coefficients:
@@ -153,7 +153,7 @@ class V(Prediction):
 
 @dataclass(frozen=True, kw_only=True)
 class Velocity(Prediction):
-    r"""$dx_t / dt = \alpha' x_0 + \sigma' \epsilon$; of rectified flow $\epsilon - x_0$ (arXiv 2209.03003)."""
+    r"""The velocity $dx_t / dt = \alpha' x_0 + \sigma' \epsilon$, for rectified flow $\epsilon - x_0$ (2209.03003)."""
 
     def coefficients(self, process: Process, time: Float[Array, "*time"]) -> Coefficients:
         return Coefficients(*process.rates(time))
@@ -161,19 +161,21 @@ class Velocity(Prediction):
     def check(self, process: Process) -> None:
         if isinstance(process, Edm):
             raise UserError(
-                "the velocity of Edm is the noise times a large factor; predict Epsilon, V or Preconditioned"
+                "prediction=Velocity() is invalid: the velocity of Edm is the noise times a large factor. Predict "
+                "Epsilon, V or Preconditioning."
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preconditioned(Prediction):
-    r"""$(x_0 - c_{skip} x_t) / c_{out}$, of unit variance if the data's deviation is $s$ (arXiv 2206.00364, eq. 8).
+    r"""The value $(x_0 - c_{skip} x_t) / c_{out}$ with unit variance for data of standard deviation $s$ (EDM).
 
-    $c_{skip} = \alpha s^2 / (\sigma^2 + \alpha^2 s^2)$ and $c_{out} = \sigma s / \sqrt{\sigma^2 + \alpha^2 s^2}$;
-    in the paper alpha is 1.
+    $c_{skip} = \alpha s^2 / (\sigma^2 + \alpha^2 s^2)$ and $c_{out} = \sigma s / \sqrt{\sigma^2 + \alpha^2 s^2}$; in
+    the paper (arXiv 2206.00364, eq. 8) alpha is 1.
     """
 
     data_std: float = 0.5
+    """Standard deviation $s$ of the data."""
 
     def coefficients(self, process: Process, time: Float[Array, "*time"]) -> Coefficients:
         alpha, sigma = process.alpha(time), process.sigma(time)
@@ -182,12 +184,12 @@ class Preconditioned(Prediction):
 
 
 def estimator(denoise: Denoise, process: Process, prediction: Prediction) -> Estimator:
-    """What a model says of the data and the noise in a noisy value."""
+    """Return the function that estimates the data and the noise in a noisy value."""
 
     def estimate(noisy, time, *past):
-        predicted, following = denoise(process.input_scale(time) * noisy, time, *past), None
+        predicted, next_past = denoise(process.input_scale(time) * noisy, time, *past), None
         if past:
-            predicted, following = predicted
-        return prediction.estimate(process, noisy, predicted.astype(noisy.dtype), time)._replace(past=following)
+            predicted, next_past = predicted
+        return prediction.estimate(process, noisy, predicted.astype(noisy.dtype), time)._replace(past=next_past)
 
     return estimate

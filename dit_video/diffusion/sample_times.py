@@ -1,4 +1,4 @@
-"""Where a sampler stops on its way, and what it says to the model there."""
+"""The times of a sampler's steps, and the model times at them."""
 
 from typing import NamedTuple
 
@@ -10,29 +10,32 @@ from dit_video.core.errors import UserError
 
 
 class SampleTimes(NamedTuple):
-    """One more time than there are steps, falling."""
+    """Falling times, one more than there are steps."""
 
     times: Float[Array, " times"]
-    """where the solver stops"""
+    """Times of the solver's steps."""
     told: Float[Array, " times"]
-    """what the model is given as its time there"""
+    """Time that the model receives at each of them."""
 
 
 def check_steps(steps: int) -> None:
     """Refuse less than one step."""
     if steps < 1:
-        raise UserError(f"sampling takes at least 1 step, not {steps}")
+        raise UserError(f"steps={steps} is invalid: sampling takes at least 1 step, not {steps}. Use steps=1 or more.")
 
 
 def on_device(values: np.ndarray) -> Float[Array, " times"]:
-    """Times in float32, or in float64 if JAX has it. Other conversions compile a program for each number of steps."""
+    """Return times on the device, in float32, or in float64 if JAX has it.
+
+    Other conversions would compile a program for every number of steps.
+    """
     return jax.device_put(values.astype(jax.dtypes.canonicalize_dtype(np.float64)))
 
 
 def ending(times: np.ndarray, told: np.ndarray, last: float = 0.0) -> SampleTimes:
-    """Times of the steps' starts, with a last one, of which the model is told 0."""
+    """Return times with the steps' starts followed by a last one, whose model time is 0."""
 
-    def closed(values: np.ndarray, end: float) -> Float[Array, " times"]:
+    def append(values: np.ndarray, end: float) -> Float[Array, " times"]:
         return on_device(np.append(values, end))
 
-    return SampleTimes(closed(times, last), closed(told, 0.0))
+    return SampleTimes(append(times, last), append(told, 0.0))

@@ -1,6 +1,7 @@
-"""How far rectified flow is shifted towards noise for clips of each size.
+"""The shift of rectified flow towards noise, as a function of a clip's size.
 
-The more values show the same thing, the more noise it takes to hide it (arXiv 2301.11093; 2403.03206, section 5.3.2).
+The more values show the same content, the more noise is needed to hide it (arXiv 2301.11093; 2403.03206, section
+5.3.2).
 """
 
 import math
@@ -16,43 +17,43 @@ Number = int | float | Num[Array, "*shape"]
 
 
 class ClipSize(NamedTuple):
-    """Of one clip or, as arrays, of several."""
+    """The size of one clip or, as arrays, of several."""
 
     frames: Number
-    """of the latents"""
+    """Number of latent frames."""
     frame_tokens: Number
-    """of one such frame"""
+    """Number of tokens of a latent frame."""
 
 
 class SizeShift(ABC):
-    """What a shift is multiplied by."""
+    """A factor of the shift that depends on a clip's size."""
 
     @abstractmethod
     def __call__(self, size: ClipSize) -> Number:
-        """For clips of a size."""
+        """Return the factor for clips of a size."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearShift(SizeShift):
-    """Linear in the tokens of a frame, times a power of the number of frames: Open-Sora's (arXiv 2503.09642).
+    """A factor linear in the tokens of a frame, times a power of the number of frames: Open-Sora's (arXiv 2503.09642).
 
     Raises:
-      UserError: sizes that do not rise, or a shift that is not positive at every size.
+      UserError: If `tokens` do not rise, or the shift is not positive at every size.
     """
 
     tokens: tuple[int, int] = (256, 4096)
-    """of two frames"""
+    """Number of tokens of two frames."""
     shifts: tuple[float, float] = (1.0, 3.0)
-    """of single frames of these sizes"""
+    """Factors for single frames of these sizes."""
     exponent: float = 0.5
-    """of the number of frames"""
+    """Exponent of the number of frames."""
 
     def __post_init__(self):
         _check(self.tokens)
         if not (min(self.shifts) > 0 and _line(1, self.tokens, self.shifts) > 0 and self.shifts[0] <= self.shifts[1]):
             raise UserError(
-                f"the shifts {self.shifts} of {self.tokens} tokens must rise and be positive at 1 token too; let them "
-                "rise more slowly"
+                f"shifts={self.shifts}, tokens={self.tokens} is invalid: shifts must rise and be positive at 1 token "
+                "too. Use shifts that rise more slowly."
             )
 
     def __call__(self, size: ClipSize) -> Number:
@@ -61,18 +62,18 @@ class LinearShift(SizeShift):
 
 @dataclass(frozen=True, kw_only=True)
 class ExponentialShift(SizeShift):
-    r"""$e^\mu$, with $\mu$ linear in the tokens of the whole clip: LTX-Video's (arXiv 2501.00103).
+    r"""A factor $e^\mu$ with $\mu$ linear in the tokens of the whole clip: LTX-Video's (arXiv 2501.00103).
 
-    Flux has .5 for 256 and 1.15 for 4096 tokens.
+    Flux uses 0.5 for 256 and 1.15 for 4096 tokens.
 
     Raises:
-      UserError: sizes that do not rise.
+      UserError: If `tokens` do not rise.
     """
 
     tokens: tuple[int, int] = (1024, 4096)
-    """of two clips"""
+    """Number of tokens of two clips."""
     mu: tuple[float, float] = (0.95, 2.05)
-    """the logarithms of their shifts"""
+    """Logarithms of their shifts."""
 
     def __post_init__(self):
         _check(self.tokens)
@@ -83,9 +84,11 @@ class ExponentialShift(SizeShift):
 
 def _check(tokens: tuple[int, int]) -> None:
     if not 0 < tokens[0] < tokens[1]:
-        raise UserError(f"a shift is given for two numbers of tokens, the smaller first, not {tokens}")
+        raise UserError(
+            f"tokens={tokens} is invalid: a shift needs two positive numbers of tokens. Use the smaller first."
+        )
 
 
 def _line(at: Number, places: tuple[int, int], values: tuple[float, float]) -> Number:
-    """Through two points."""
+    """Return the value at `x` of the line through two points."""
     return values[0] + (values[1] - values[0]) / (places[1] - places[0]) * (at - places[0])

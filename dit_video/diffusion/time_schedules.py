@@ -1,7 +1,7 @@
-"""At which times a model is sampled: from noise at 1 to data at 0.
+"""Time schedules for sampling, from noise at 1 to data at 0.
 
-A grid says what the model is told at each time as well. The grids here tell it the time; those of `scheduler_grids` are
-for models of other projects.
+A schedule also defines the model time at each of its times. For the schedules here it is the time itself; those of
+`diffusers_schedules` are for models of other projects.
 """
 
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ from dit_video.diffusion.sample_times import SampleTimes, check_steps, ending, o
 
 @dataclass(frozen=True, kw_only=True)
 class Even:
-    """Evenly spaced, then shifted as in training."""
+    """Uniformly spaced times, shifted as in training."""
 
     def __call__(self, process: Process, steps: int) -> SampleTimes:
-        """The times of so many steps.
+        """Return the times of `steps` steps.
 
         Raises:
-          UserError: less than one step.
+          UserError: If there is less than one step.
         """
         times = time_grid(process, steps)
         return SampleTimes(times, times)
@@ -32,10 +32,10 @@ class Even:
 
 @dataclass(frozen=True, kw_only=True)
 class Shifted:
-    """Evenly spaced, then shifted by `shift` (see `RectifiedFlow`), whatever the shift of training was.
+    """Uniformly spaced times, shifted by `shift` (see `RectifiedFlow`) instead of the shift of training.
 
     Raises:
-      UserError: a shift that is not positive.
+      UserError: If the shift is not positive.
     """
 
     shift: float
@@ -44,10 +44,10 @@ class Shifted:
         RectifiedFlow(shift=self.shift)
 
     def __call__(self, process: Process, steps: int) -> SampleTimes:
-        """The times of so many steps.
+        """Return the times of `steps` steps.
 
         Raises:
-          UserError: less than one step.
+          UserError: If there is less than one step.
         """
         times = time_grid(RectifiedFlow(shift=self.shift), steps)
         return SampleTimes(times, times)
@@ -55,86 +55,101 @@ class Shifted:
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """The times themselves.
+    """Explicitly listed times.
 
     Raises:
-      UserError: fewer than two, or times that do not fall from at most 1 to at least 0.
+      UserError: If there are fewer than two times, or they do not fall from at most 1 to at least 0.
     """
 
     times: tuple[float, ...]
 
     def __post_init__(self):
-        falling = all(time > following for time, following in zip(self.times, self.times[1:], strict=False))
-        if len(self.times) < 2 or not falling or not 0 <= self.times[-1] < self.times[0] <= 1:
-            raise UserError(f"times fall from at most 1 to at least 0, two of them or more; got {self.times}")
+        is_falling = all(time > next_time for time, next_time in zip(self.times, self.times[1:], strict=False))
+        if len(self.times) < 2 or not is_falling or not 0 <= self.times[-1] < self.times[0] <= 1:
+            raise UserError(
+                f"times={self.times} is invalid: they must fall, from at most 1 to at least 0. Use at least two times."
+            )
 
     def __call__(self, process: Process, steps: int) -> SampleTimes:
-        """The times.
+        """Return the times.
 
         Raises:
-          UserError: another number of steps than there are between the times.
+          UserError: If `steps` is not the number of intervals between the times.
         """
         if steps != len(self.times) - 1:
-            raise UserError(f"the given times make {len(self.times) - 1} steps, {steps} are asked for")
+            raise UserError(
+                f"steps={steps} is invalid: the explicit times make {len(self.times) - 1} steps. "
+                f"Use steps={len(self.times) - 1}."
+            )
         times = on_device(np.asarray(self.times))
         return SampleTimes(times, times)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Ratios:
-    r"""Times of given ratios $\sigma / \alpha$, and at last the data.
+    r"""Times at falling ratios $\sigma / \alpha$, followed by the data.
 
     Raises:
-      UserError: ratios that do not rise from above 0.
+      UserError: If the ratios are not positive, or `min_ratio` is not below `max_ratio`.
     """
 
     least: float = 0.002
+    """Last ratio before the data."""
     most: float | None = None
-    """the first ratio; of the process's noise if None"""
+    """First ratio; None for the ratio of the process at time 1."""
 
     def __post_init__(self):
         if not 0 < self.least < (float("inf") if self.most is None else self.most):
-            raise UserError(f"ratios of noise to data rise from above 0; got least={self.least}, most={self.most}")
+            raise UserError(
+                f"min_ratio={self.least}, max_ratio={self.most} is invalid: ratios of noise to data must be positive. "
+                "Use min_ratio below max_ratio."
+            )
 
     def __call__(self, process: Process, steps: int) -> SampleTimes:
-        """The times of so many steps.
+        """Return the times of `steps` steps.
 
         Raises:
-          UserError: less than one step, or a first time that is none of noise alone.
+          UserError: If there is less than one step, or the first time is not pure noise.
         """
         check_steps(steps)
         one = np.ones(1)
         with np.errstate(divide="ignore"):
-            end = (process.sigma(one) / process.alpha(one)).item()
-        most = end if self.most is None else self.most
+            process_ratio = (process.sigma(one) / process.alpha(one)).item()
+        max_ratio = process_ratio if self.most is None else self.most
         kind = type(process).__name__
-        if not np.isfinite(most):
-            raise UserError(f"the noise of {kind} is without data, so that their ratio is infinite; give `most`")
-        first = process.time_at(np.asarray([most], np.float64))
+        if not np.isfinite(max_ratio):
+            raise UserError(
+                f"max_ratio=None is invalid: the ratio at the noise of {kind} is infinite. Use a finite max_ratio."
+            )
+        first = process.time_at(np.asarray([max_ratio], np.float64))
         size = np.hypot(process.alpha(first), process.sigma(first)) / process.start(one)
-        if most > end * (1 + 1e-6) or abs(size.item() - 1) > 0.1:
-            raise UserError(f"sampling starts from noise, whose ratio to the data in {kind} is {end:g}, not {most:g}")
-        times = process.time_at(self.ratios(most, steps))
+        # Sampling starts from unit noise scaled by the process. The first time must have that total size (within 10 %).
+        if max_ratio > process_ratio * (1 + 1e-6) or abs(size.item() - 1) > 0.1:
+            raise UserError(
+                f"max_ratio={max_ratio:g} is invalid: sampling starts from noise, whose ratio to the data in {kind} is "
+                f"{process_ratio:g}. Use max_ratio={process_ratio:g}."
+            )
+        times = process.time_at(self.ratios(max_ratio, steps))
         return ending(times, times)
 
     def ratios(self, most: float, steps: int) -> np.ndarray:
-        """The falling ratios."""
+        """Return the falling ratios."""
         return most * (self.least / most) ** np.linspace(0.0, 1.0, steps)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exponential(_Ratios):
-    r"""Evenly spaced in the log-SNR: $\sigma / \alpha$ falls by the same factor in every step, and then to 0."""
+    r"""Times uniformly spaced in the log-SNR: $\sigma / \alpha$ falls by one factor in every step, and then to 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Karras(_Ratios):
-    r"""$(\sigma / \alpha)^{1/\rho}$ evenly spaced for an `exponent` $\rho$, and then 0 (arXiv 2206.00364, eq. 5)."""
+    r"""Times with uniform $(\sigma / \alpha)^{1/\rho}$, $\rho$ = `exponent`, and then 0 (arXiv 2206.00364, eq. 5)."""
 
     exponent: float = 7.0
 
     def ratios(self, most: float, steps: int) -> np.ndarray:
-        """The falling ratios."""
+        """Return the falling ratios."""
         ends = most ** (1 / self.exponent), self.least ** (1 / self.exponent)
         return np.linspace(*ends, steps) ** self.exponent
 
@@ -143,10 +158,10 @@ TimeGrid = Even | Shifted | Given | Karras | Exponential | StepGrid | LcmGrid | 
 
 
 def time_grid(process: Process, steps: int) -> Float[Array, " {steps}+1"]:
-    """Times from 1 (noise) to 0 (data), evenly spaced and then shifted as in training.
+    """Return times from 1 (noise) to 0 (data), uniformly spaced and then shifted as in training.
 
     Raises:
-      UserError: less than one step.
+      UserError: If there is less than one step.
     """
     check_steps(steps)
     return on_device(process.shifted(np.linspace(1.0, 0.0, steps + 1)))

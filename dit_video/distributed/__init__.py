@@ -1,4 +1,4 @@
-"""Many devices: the mesh, path rules that lay arrays out on it, and attention over it."""
+"""Distributed computation: the device mesh, path rules that shard arrays over it, and sharded attention."""
 
 from dit_video.distributed.checks import check_denoiser
 from dit_video.distributed.context_parallel import OverDevices, over_devices

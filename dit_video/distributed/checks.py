@@ -1,4 +1,4 @@
-"""Whether a model and its batches fit a mesh: asked before anything is computed."""
+"""Checks that a model and its batches fit a mesh, before anything is computed."""
 
 from dit_video.backbones.dit import DitConfig
 from dit_video.backbones.wan import WanDitConfig
@@ -19,14 +19,14 @@ def check_denoiser(
     """Check that heads, hidden widths, rows and tokens divide among the devices of a mesh.
 
     Args:
-      mesh: of the run.
-      dit: the denoiser.
-      rows: of a step's batch.
-      tokens: of a row.
-      context_attention: how tokens of a row meet.
+      mesh: The mesh of the run.
+      dit: The configuration of the denoiser.
+      rows: Number of rows of a step's batch.
+      tokens: Number of tokens of a row.
+      context_attention: Method of attention over devices that share a row.
 
     Raises:
-      UserError: what does not divide, and what would.
+      UserError: If something does not divide; the message names it, and values that would.
     """
     _check(rows, row_shards(mesh), "a batch", "rows", "data x fsdp")
     tensor, context = mesh.shape["tensor"], mesh.shape["context"]
@@ -42,8 +42,8 @@ def check_denoiser(
 def _check(number: int, parts: int, owner: str, things: str, axes: str) -> None:
     if number % parts:
         divisors = [size for size in range(1, number + 1) if number % size == 0 and size <= 2 * parts]
-        would = ", ".join(str(size) for size in divisors)
+        valid = ", ".join(str(size) for size in divisors)
         raise UserError(
-            f"{owner} has {number} {things}, which {axes}={parts} devices do not divide; use a mesh with {axes} of "
-            f"{would}, or {number + -number % parts} {things}"
+            f"{owner} has {number} {things}, which {axes}={parts} devices do not divide. Use a mesh with {axes} of "
+            f"{valid}, or {number + -number % parts} {things}."
         )

@@ -1,19 +1,20 @@
-"""Attention of a model whose rows, heads and tokens lie on several devices.
+"""Attention of a model whose rows, heads and tokens are sharded over devices.
 
-Attention is the one place where tokens of a row meet: all else of a transformer is computed for each token alone, and
-the compiler divides it as arrays lie. So a denoiser's attention functions are wrapped, its linear maps are told how
-weights lie while they are used (`Whole`, `ByHeads`), and nothing else of it knows of devices. Under `jax.shard_map`
-each device gets its rows (`data`, `fsdp`), its heads (`tensor`) and its tokens (`context`), and computes with the
-model's own backend. How tokens meet over `context`:
+Attention is the only operation of a transformer that mixes tokens of a row; everything else is computed per token, and
+the compiler partitions it by the sharding of its arrays. So a denoiser's attention functions are wrapped, its linear
+maps get the sharding of their weights during use (`GatheredWeight`, `HeadSharded`), and the rest of the model does not
+depend on devices. Under `jax.shard_map` each device gets its rows (`data`, `fsdp`), its heads (`tensor`) and its tokens
+(`context`), and computes with the model's own backend. There are two methods for tokens on several devices of
+`context`:
 
-- `ulysses` (arXiv 2309.14509): an all-to-all gives every device all tokens of some of its heads, another one takes the
-  result back. 8 of them a layer and training step (12 with recomputation), each of `(c - 1) / c` of a device's values.
-  Every backend and pattern, and a bias of the scores.
-- `ring` (arXiv 2310.01889): see `ring`. Any number of heads, every pattern and a bias; blocks of its own, which are
-  those of the backend `chunked`.
+- `ulysses` (arXiv 2309.14509): an all-to-all gives every device all tokens of some of its heads, and another one
+  returns the result. 8 of them per layer and training step (12 with recomputation), each of `(c - 1) / c` of a device's
+  values. It supports every backend and pattern, and a bias of the scores.
+- `ring` (arXiv 2310.01889): see `ring`. It supports any number of heads, every pattern and a bias; it computes its own
+  blocks, those of the backend `chunked`.
 
-Both honour segments. Under `ulysses` the backend skips what a block need not see; a rank of a `ring` computes nothing
-with the keys of a rank that has no segment of its own. Cross-attention's keys lie whole on all devices of `context`.
+Both respect segments. With `ulysses` the backend skips blocks that are masked; a rank of a `ring` skips the keys of
+ranks with which it shares no segment. The keys of cross-attention are replicated over the devices of `context`.
 """
 
 from collections.abc import Callable
@@ -42,22 +43,27 @@ _WHOLE = P(ROWS, None, "tensor", None)
 
 
 def over_devices(make: Make, mesh: AnyMesh, context_attention: ContextAttention = "ulysses") -> Make:
-    """What builds the same denoiser, whose attention all devices of the mesh compute; its parameters are the same.
+    """Return a function that builds the same denoiser with attention over all devices of the mesh.
+
+    Its parameters are the same.
 
     Raises:
-      UserError: a ring with a backend that is not `auto` or `chunked`; what `make` builds is no denoiser.
+      UserError: If a ring has a backend that is not `auto` or `chunked`, or `make` does not build a denoiser.
     """
     if mesh.size == 1:
         return make
 
-    def made(rngs: nnx.Rngs) -> Dit | WanDit:
+    def make_sharded(rngs: nnx.Rngs) -> Dit | WanDit:
         model: Any = make(rngs)
         if not isinstance(model, Dit | WanDit):
-            raise UserError(f"attention over devices is a denoiser's, not one of {type(model).__name__}")
-        chosen = model.attention
-        if mesh.shape["context"] > 1 and context_attention == "ring" and isinstance(chosen, Chosen):
-            check_ring(chosen.backend)
-        model.attention = SelfAttentions(mesh, chosen, context_attention)
+            raise UserError(
+                f"model {type(model).__name__} is invalid: only denoisers have attention over devices. Use Dit or "
+                "WanDit."
+            )
+        factory = model.attention
+        if mesh.shape["context"] > 1 and context_attention == "ring" and isinstance(factory, Chosen):
+            check_ring(factory.backend)
+        model.attention = SelfAttentions(mesh, factory, context_attention)
         for stack in (model.blocks, getattr(model, "temporal_blocks", None)):
             stream: Any
             for stream in (stack, *(getattr(stack, name, None) for name in ("video", "context"))):
@@ -71,31 +77,31 @@ def over_devices(make: Make, mesh: AnyMesh, context_attention: ContextAttention 
                     part.placed = _whole(mesh, "/".join(map(str, path)))
         return model
 
-    return made
+    return make_sharded
 
 
 def check_ring(backend: str) -> None:
-    """Raises UserError for a backend that a ring would not be computed with."""
+    """Raise UserError for a backend that ring attention does not support."""
     if backend not in ("auto", "chunked"):
         raise UserError(
-            f"ring attention computes blocks of its own, those of chunked, not by {backend}; set the denoiser's "
-            "attention='chunked', or the mesh's context_attention='ulysses'"
+            f"attention={backend!r} is invalid: ring attention computes its own blocks, those of chunked. Use the "
+            "denoiser's attention='chunked', or the mesh's context_attention='ulysses'."
         )
 
 
 def check_ulysses(heads: int, ranks: int) -> None:
-    """Raises UserError for heads, those of one part of `tensor`, that devices along `context` do not divide."""
+    """Raise UserError if the devices of `context` do not divide the heads of one shard of `tensor`."""
     if heads % ranks:
-        would = [str(size) for size in range(1, heads + 1) if heads % size == 0]
+        valid = [str(size) for size in range(1, heads + 1) if heads % size == 0]
         raise UserError(
-            f"ulysses gives each of context={ranks} devices some of {heads} heads, which do not divide; use context="
-            f"{' or '.join(would)}, or the mesh's context_attention='ring'"
+            f"context={ranks} is invalid: ulysses gives each of context={ranks} devices some of {heads} heads, which "
+            f"do not divide. Use context={' or '.join(valid)}, or the mesh's context_attention='ring'."
         )
 
 
 @dataclass(frozen=True)
 class SelfAttentions:
-    """The self-attention functions of a model, by pattern."""
+    """The factory of a model's self-attention functions, by pattern."""
 
     mesh: AnyMesh
     choose: Callable[[Pattern], Attention]
@@ -112,16 +118,17 @@ class SelfAttentions:
 class OverDevices:
     """An attention function on a mesh: `inner` is what each device computes.
 
-    Tokens that the devices of `context` do not divide are filled up with padding.
+    Tokens are padded to a multiple of the devices of `context`.
     """
 
     mesh: AnyMesh
     inner: Attention
     way: str
-    """`ulysses`, `ring`, or `cross`, whose keys lie whole on all devices of `context`"""
+    """Method: `ulysses`, `ring`, or `cross`, whose keys are replicated over the devices of `context`."""
 
     def __call__(self, q: Queries, k: Keys, v: Keys, at: Tokens) -> Queries:
         ranks, length = self.mesh.shape["context"], q.shape[1]
+        # Padding belongs to no segment, so that no token sees it; its outputs are cut off below.
         at = _filled(at, ranks, keys=self.way != "cross")
         q = padded(q, ranks)
         if self.way != "cross":
@@ -152,12 +159,12 @@ class OverDevices:
 
     def _cross(self, q: Queries, k: Keys, v: Keys, at: Tokens) -> Queries:
         first = jax.lax.axis_index("context") * q.shape[1]
-        own = jax.lax.dynamic_slice_in_dim(at.q_segments, first, q.shape[1], axis=1)
-        return self.inner(q, k, v, at._replace(q_segments=own))
+        local_segments = jax.lax.dynamic_slice_in_dim(at.q_segments, first, q.shape[1], axis=1)
+        return self.inner(q, k, v, at._replace(q_segments=local_segments))
 
 
 def _whole(mesh: AnyMesh, path: str) -> "Whole | None":
-    """How the weights of the module at this path lie while they are used; None where `ByHeads` says so."""
+    """Return the sharding of the weights of the module at this path during use; None where `HeadSharded` defines it."""
     axis = DEFAULT_RULES.tensor_axis(f"{path}/kernel") if mesh.shape["tensor"] > 1 else None
     if axis is None:
         return Whole(mesh, P())
@@ -168,10 +175,10 @@ def _whole(mesh: AnyMesh, path: str) -> "Whole | None":
 
 @dataclass(frozen=True)
 class Whole:
-    """A weight that `fsdp` splits, gathered before it is used: once for a forward pass, and once for a backward pass.
+    """A weight that `fsdp` shards, gathered before use: once for a forward pass, and once for a backward pass.
 
-    Left to itself XLA's partitioner gathers a weight anew for each product that it is in, a layout of its own each
-    time, and may gather tokens instead.
+    Otherwise XLA's partitioner would gather a weight again for each product, in a different layout each time, or might
+    gather tokens instead.
     """
 
     mesh: AnyMesh
@@ -183,7 +190,7 @@ class Whole:
     def factors(
         self, a: Float[Array, "i r"], b: Float[Array, "r o"]
     ) -> tuple[Float[Array, "i r"], Float[Array, "r o"]]:
-        """Of an adapted kernel, to go with it: of a factor in parts the compiler makes all rows' outputs in parts."""
+        """Shard the factors of a LoRA adapter like their kernel; otherwise XLA would shard the activations instead."""
         inputs, outputs = (*self.spec, None, None)[:2]
         layouts = P(inputs, None), P(None, outputs)
         return tuple(
@@ -194,30 +201,30 @@ class Whole:
 
 @dataclass(frozen=True)
 class ByHeads:
-    """Weights of several maps in one, such as `[D 3D]` of queries, keys and values, split over `tensor` in each map.
+    """Weights of several fused maps, such as `[D 3D]` of queries, keys and values, sharded within each map.
 
-    A part of `[D 3D]` would be all queries and some keys: so such weights lie split along their input, and are laid
-    anew by this, with one all-to-all of the weights instead of one of the much larger activations.
+    A shard of `[D 3D]` would hold all queries and some keys. So these weights are sharded along their input, and
+    resharded here with one all-to-all of the weights, instead of one of the much larger activations.
     """
 
     mesh: AnyMesh
 
     def __call__(self, kernel: Float[Array, "i o"], parts: int) -> Float[Array, "i {parts} n"]:
         kernel = jax.lax.with_sharding_constraint(kernel, NamedSharding(self.mesh, P("tensor", None)))
-        apart = kernel.reshape(kernel.shape[0], parts, -1)
-        return jax.lax.with_sharding_constraint(apart, NamedSharding(self.mesh, P(None, None, "tensor")))
+        maps = kernel.reshape(kernel.shape[0], parts, -1)
+        return jax.lax.with_sharding_constraint(maps, NamedSharding(self.mesh, P(None, None, "tensor")))
 
 
 def _filled(at: Tokens, ranks: int, *, keys: bool) -> Tokens:
-    """With padding up to a number of tokens that the ranks divide, for the keys, too."""
+    """Pad tokens to a multiple of the ranks, and the keys too if `keys`."""
 
-    def fill(rows, wanted=True):
-        return rows if rows is None or not wanted else padded(rows, ranks)
+    def fill(rows, is_padded=True):
+        return rows if rows is None or not is_padded else padded(rows, ranks)
 
     bias = at.bias
     if bias is not None:
-        places = fill(bias.q_coordinates), fill(bias.kv_coordinates, keys)
-        bias = replace(bias, q_coordinates=places[0], kv_coordinates=places[1])
+        positions = fill(bias.q_coordinates), fill(bias.kv_coordinates, keys)
+        bias = replace(bias, q_coordinates=positions[0], kv_coordinates=positions[1])
     return Tokens(
         fill(at.q_segments),
         fill(at.context_segments, keys),
@@ -228,7 +235,7 @@ def _filled(at: Tokens, ranks: int, *, keys: bool) -> Tokens:
 
 
 def _specs(at: Tokens) -> Any:
-    """Whole rows for every device of `context`: they are small. A bias' table by heads."""
+    """Return specs that replicate token rows, which are small, over `context`, and shard a bias' table by heads."""
     specs = jax.tree.map(lambda _: P(ROWS), at._replace(bias=None))
     if at.bias is None:
         return specs

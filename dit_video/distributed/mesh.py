@@ -1,4 +1,4 @@
-"""The device mesh, with the field's axis names."""
+"""The device mesh, with the usual axis names."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import numpy as np
 from dit_video.core.errors import UserError
 
 AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
-"""A mesh of devices, or the sizes of one whose devices are not there"""
+"""A mesh of devices, or an abstract one with its sizes only."""
 
 AXES = ("data", "fsdp", "tensor", "context")
 
@@ -20,13 +20,13 @@ ContextAttention = Literal["ulysses", "ring"]
 
 @dataclass(frozen=True, kw_only=True)
 class Slices:
-    """How many slices lie along each axis of the mesh, where devices come in several of them.
+    """Configuration of the number of slices along each axis of the mesh, for devices in several slices.
 
-    Inside a slice devices are joined by the fast interconnect (ICI), slices by the data centre's network (DCN). The
-    number along an axis divides the axis: the rest of it lies inside the slices.
+    Devices of a slice are connected by the fast interconnect (ICI), slices by the data centre's network (DCN). The
+    number of slices along an axis divides the axis; the rest of the axis lies inside the slices.
 
     Raises:
-      UserError: a number below 1.
+      UserError: If a number is below 1.
     """
 
     data: int = 1
@@ -37,73 +37,81 @@ class Slices:
     def __post_init__(self) -> None:
         for name in AXES:
             if getattr(self, name) < 1:
-                raise UserError(f"1 slice or more lies along a mesh axis; {name}={getattr(self, name)} was given")
+                raise UserError(
+                    f"{name}={getattr(self, name)} is invalid: a mesh axis has 1 slice or more. Use {name}=1."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How many devices lie along each axis. At most one axis is -1: it takes the devices that the others leave.
+    """Configuration of the number of devices along each axis; -1 (at most once) for all remaining devices.
 
     Raises:
-      UserError: a size that is neither -1 nor positive, or more than one -1.
+      UserError: If a size is neither -1 nor positive, or more than one is -1.
     """
 
     data: int = -1
-    """copies of the parameters; rows of the batch are split"""
+    """Devices with copies of the parameters; they share the rows of the batch."""
     fsdp: int = 1
-    """rows of the batch are split, and so are parameters and optimizer state"""
+    """Devices that share the rows of the batch, the parameters and the optimizer state."""
     tensor: int = 1
-    """heads and hidden widths are split"""
+    """Devices that share heads and hidden widths."""
     context: int = 1
-    """tokens of a row are split"""
+    """Devices that share the tokens of a row."""
     context_attention: ContextAttention = "ulysses"
-    """How tokens of a row on several devices attend to each other: `ulysses` gives each device all tokens of some heads
-    (arXiv 2309.14509), `ring` passes keys and values from device to device (arXiv 2310.01889)."""
+    """Method of attention among tokens of a row on several devices: `ulysses` gives each device all tokens of some
+    heads (arXiv 2309.14509), `ring` passes keys and values from device to device (arXiv 2310.01889)."""
     slices: Slices | None = None
-    """Where several slices lie, as of TPU pods; None: along the outermost axes that they divide, `context` and
-    `tensor` the last, for these move the most between devices"""
+    """Arrangement of several slices, as in TPU pods. None divides the outermost axes that allow it, `context` and
+    `tensor` last, since these communicate the most."""
 
     def __post_init__(self) -> None:
         sizes = {name: getattr(self, name) for name in AXES}
         for name, size in sizes.items():
             if size != -1 and size < 1:
-                raise UserError(f"a mesh axis has 1 or more devices, or -1 for those left; {name}={size} was given")
+                raise UserError(
+                    f"{name}={size} is invalid: a mesh axis has 1 device or more. Use -1 for the remaining ones."
+                )
         if len(free := [name for name, size in sizes.items() if size == -1]) > 1:
-            raise UserError(f"only one mesh axis can be -1, {' and '.join(free)} are; give the size of all but one")
+            raise UserError(
+                f"{'=-1, '.join(free)}=-1 is invalid: only one mesh axis can be -1. Use sizes for all but one."
+            )
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """The mesh of `devices` (all of the run by default), in Auto mode, `data` outermost.
+    """Return the mesh of `devices` (all of the run by default), in Auto mode, `data` outermost.
 
     Raises:
-      UserError: the axes do not divide the number of devices, or the slices that these are of don't lie along them.
+      UserError: If the axes do not divide the number of devices, or the devices' slices do not fit the axes.
     """
     devices = list(jax.devices() if devices is None else devices)
     types = (jax.sharding.AxisType.Auto,) * len(AXES)
     if _slice_count(devices) > 1:
         return jax.sharding.Mesh(hybrid(config, devices), AXES, axis_types=types)
-    # Not `jax.make_mesh`, which refuses axes that are a part of one of a TPU's torus, but for v5e.
+    # `jax.make_mesh` refuses mesh axes that split an axis of a TPU's torus, except on v5e.
     from jax.experimental import mesh_utils
 
-    laid = mesh_utils.create_device_mesh(_sizes(config, len(devices)), devices, allow_split_physical_axes=True)
-    return jax.sharding.Mesh(laid, AXES, axis_types=types)
+    array = mesh_utils.create_device_mesh(_sizes(config, len(devices)), devices, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(array, AXES, axis_types=types)
 
 
 def hybrid(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
-    """Devices of several slices in the order of a mesh: along each axis slices are the outer part, their devices the
-    inner one.
+    """Return devices of several slices in mesh order, with slices as the outer part of each axis.
 
     Raises:
-      UserError: as for `make_mesh`.
+      UserError: As for `make_mesh`.
     """
-    # Imported here, as no run on a single slice needs it.
+    # Imported here because runs on a single slice don't need it.
     from jax.experimental import mesh_utils
 
     sizes, count = _sizes(config, len(devices)), _slice_count(devices)
     if len(devices) % count:
-        raise UserError(f"{len(devices)} devices are no whole number for each of {count} slices; use all of each slice")
+        raise UserError(
+            f"{len(devices)} devices are invalid: they are no whole number for each of {count} slices. Use all devices "
+            "of each slice."
+        )
     outer = _slices(config.slices, sizes, count)
-    inner = tuple(size // along for size, along in zip(sizes, outer, strict=True))
+    inner = tuple(size // part for size, part in zip(sizes, outer, strict=True))
     return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
 
 
@@ -112,29 +120,33 @@ def _slice_count(devices: Sequence[Any]) -> int:
 
 
 def _slices(asked: Slices | None, sizes: tuple[int, ...], count: int) -> tuple[int, ...]:
-    """How many slices lie along each axis of these sizes."""
+    """Return the number of slices along each axis of these sizes."""
     mesh = _named(sizes)
     if asked is not None:
-        along = tuple(getattr(asked, name) for name in AXES)
-        if math.prod(along) != count:
-            raise UserError(f"slices {_named(along)} are {math.prod(along)}, there are {count}; use data={count}")
-        for name, size, part in zip(AXES, sizes, along, strict=True):
+        counts = tuple(getattr(asked, name) for name in AXES)
+        if math.prod(counts) != count:
+            raise UserError(
+                f"slices {_named(counts)} are invalid: these are {math.prod(counts)}, there are {count}. Use "
+                f"data={count}."
+            )
+        for name, size, part in zip(AXES, sizes, counts, strict=True):
             if size % part:
-                raise UserError(f"{part} slices do not divide {name}={size} of the mesh {mesh}; {_would(sizes, count)}")
-        return along
-    left, found = count, dict.fromkeys(AXES, 1)
+                raise UserError(f"{part} slices do not divide {name}={size} of the mesh {mesh}. {_would(sizes, count)}")
+        return counts
+    # Axes in the order of their communication, the least first: slices have the slow network between them.
+    remaining, slices = count, dict.fromkeys(AXES, 1)
     for name in ("data", "fsdp", "context", "tensor"):
-        found[name] = math.gcd(sizes[AXES.index(name)], left)
-        left //= found[name]
-    if left > 1:
-        raise UserError(f"{count} slices do not lie along the axes of the mesh {mesh}; {_would(sizes, count)}")
-    return tuple(found.values())
+        slices[name] = math.gcd(sizes[AXES.index(name)], remaining)
+        remaining //= slices[name]
+    if remaining > 1:
+        raise UserError(f"{count} slices do not divide the axes of the mesh {mesh}. {_would(sizes, count)}")
+    return tuple(slices.values())
 
 
 def _would(sizes: tuple[int, ...], count: int) -> str:
-    """A size of `data` that slices divide."""
-    least = math.lcm(sizes[0], count)
-    return f"use a mesh whose data is a multiple of {count}, such as data={least}"
+    """Return advice with a size of `data` that the slices divide."""
+    smallest = math.lcm(sizes[0], count)
+    return f"Use a mesh whose data is a multiple of {count}, such as data={smallest}."
 
 
 def _named(sizes: tuple[int, ...]) -> str:
@@ -142,33 +154,37 @@ def _named(sizes: tuple[int, ...]) -> str:
 
 
 def _sizes(config: MeshConfig, count: int) -> tuple[int, ...]:
-    """The size of every axis, in the order of `AXES`."""
-    given = {name: getattr(config, name) for name in AXES}
-    asked = " x ".join(f"{name}={size}" for name, size in given.items())
-    left = count
-    for name, size in given.items():
+    """Return the size of every axis, in the order of `AXES`."""
+    sizes = {name: getattr(config, name) for name in AXES}
+    requested = " x ".join(f"{name}={size}" for name, size in sizes.items())
+    remaining = count
+    for name, size in sizes.items():
         if size == -1:
             continue
-        if left % size:
-            divisors = " or ".join(str(divisor) for divisor in range(1, left + 1) if left % divisor == 0)
-            of = f"the {count} devices" if left == count else f"the {left} of {count} devices that are left for it"
-            raise UserError(f"mesh {asked}: {name}={size} does not divide {of}; use {name}={divisors}")
-        left //= size
-    if -1 in given.values():
-        return tuple(left if size == -1 else size for size in given.values())
-    if left != 1:
+        if remaining % size:
+            divisors = " or ".join(str(divisor) for divisor in range(1, remaining + 1) if remaining % divisor == 0)
+            available = (
+                f"the {count} devices"
+                if remaining == count
+                else f"the {remaining} of {count} devices that are left for it"
+            )
+            raise UserError(f"mesh {requested}: {name}={size} does not divide {available}. Use {name}={divisors}.")
+        remaining //= size
+    if -1 in sizes.values():
+        return tuple(remaining if size == -1 else size for size in sizes.values())
+    if remaining != 1:
         raise UserError(
-            f"mesh {asked} uses {math.prod(given.values())} of {count} devices; "
-            f"use data={given['data'] * left}, or -1 for all that are left"
+            f"mesh {requested} uses {math.prod(sizes.values())} of {count} devices. "
+            f"Use data={sizes['data'] * remaining}, or -1 for all remaining ones."
         )
-    return tuple(given.values())
+    return tuple(sizes.values())
 
 
 def abstract_mesh(config: MeshConfig, count: int) -> jax.sharding.AbstractMesh:
-    """The mesh of so many devices that are not there: enough to lay shapes out on.
+    """Return a mesh of `count` devices that need not exist: enough to shard shapes.
 
     Raises:
-      UserError: the axes do not divide the number of devices.
+      UserError: If the axes do not divide the number of devices.
     """
     types = (jax.sharding.AxisType.Auto,) * len(AXES)
     return jax.sharding.AbstractMesh(_sizes(config, count), AXES, axis_types=types)

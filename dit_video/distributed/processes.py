@@ -1,13 +1,13 @@
-"""Several processes as one run: where they are found, how they are joined, and that they run the same.
+"""Several processes as one run: detection, connection, and checks that they run the same.
 
-A script puts what it does into `joined()`. It finds out from the environment whether the process is one of several,
-connects them (`jax.distributed`), stops them where they were started with different configs or code, and watches over
-them (`peers`). For a process that is alone it does nothing.
+A script runs its work inside `initialize_distributed()`. It detects from the environment if the process is one of
+several, connects them (`jax.distributed`), stops them if they were started with different configs or code, and monitors
+them (`heartbeat`). For a single process it does nothing.
 
-What is looked for, in this order:
+Detection, in this order:
 
     explicit     COORDINATOR_ADDRESS (host:port of process 0), NUM_PROCESSES, PROCESS_ID; also with JAX_ before them
-    otherwise    what JAX finds itself: SLURM steps, Open MPI, Cloud TPU VMs, TPUs on GKE (JobSet), Kubernetes jobs
+    otherwise    what JAX detects: SLURM steps, Open MPI, Cloud TPU VMs, TPUs on GKE (JobSet), Kubernetes jobs
 """
 
 import contextlib
@@ -29,58 +29,67 @@ from dit_video.distributed.heartbeat import Patience, Peers
 from dit_video.distributed.store import Store
 
 _SPARE = 60
-"""seconds by which JAX waits longer than we do"""
+"""Seconds by which JAX's timeout is longer than ours."""
 _NAMES = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where this process stands among those of its run."""
+    """The position of this process among those of its run."""
 
     found: str
-    """what said so"""
+    """Source of this information."""
     count: int
+    """Number of processes."""
     index: int | None = None
-    """None where JAX finds it out, with the address"""
+    """Number of this process; None if JAX detects it, with the address."""
     address: str | None = None
-    """host:port of the first process"""
+    """Address host:port of the first process."""
 
 
 def detect(environment: Mapping[str, str] | None = None) -> Place | None:
-    """The place that the environment gives this process; None for one that is alone.
+    """Return the process information from the environment; None for a single process.
 
     Raises:
-      UserError: only some of the explicit variables are set, or they can't be.
+      UserError: If only some of the explicit variables are set, or their values are invalid.
     """
     environment = os.environ if environment is None else environment
-    given = {name: environment.get(name) or environment.get(f"JAX_{name}") for name in _NAMES}
-    if not any(given.values()) or (given["COORDINATOR_ADDRESS"] and not any(list(given.values())[1:])):
-        return _found_by_jax()  # which knows an address alone, too
-    if missing := [name for name, value in given.items() if not value]:
-        raise UserError(f"{', '.join(missing)} not set, though other variables of several processes are; set all three")
-    address, count, index = (str(value) for value in given.values())
+    variables = {name: environment.get(name) or environment.get(f"JAX_{name}") for name in _NAMES}
+    if not any(variables.values()) or (variables["COORDINATOR_ADDRESS"] and not any(list(variables.values())[1:])):
+        return _found_by_jax()  # JAX also supports an address without the other variables.
+    if missing := [name for name, value in variables.items() if not value]:
+        raise UserError(
+            f"{', '.join(missing)} not set, though other variables of several processes are. Set {', '.join(_NAMES)}."
+        )
+    address, count, index = (str(value) for value in variables.values())
     if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
-        raise UserError(f"PROCESS_ID={index} and NUM_PROCESSES={count} must be whole numbers, the first one smaller")
+        raise UserError(
+            f"PROCESS_ID={index}, NUM_PROCESSES={count} is invalid: both must be whole numbers. Use PROCESS_ID from 0 "
+            "to NUM_PROCESSES - 1."
+        )
     if not address.rpartition(":")[0] or not address.rpartition(":")[2].isdigit():
-        raise UserError(f"COORDINATOR_ADDRESS={address} must be host:port of process 0, such as node0:1234")
+        raise UserError(
+            f"COORDINATOR_ADDRESS={address} is invalid: it must be host:port of process 0. Use an address such as "
+            "node0:1234."
+        )
     if int(count) == 1:
         return None
     return Place(found="the environment", count=int(count), index=int(index), address=address)
 
 
 def _found_by_jax() -> Place | None:
-    from jax._src import clusters  # private, but what `jax.distributed.initialize` uses without arguments
+    from jax._src import clusters  # Private; `jax.distributed.initialize` without arguments uses it.
 
     for cluster in clusters.ClusterEnv._cluster_types:
         if cluster.opt_in_only_method:
             continue
         try:
-            with warnings.catch_warnings(action="ignore"):  # of a package for Kubernetes, which may not be wanted
+            with warnings.catch_warnings(action="ignore"):  # A missing Kubernetes package warns.
                 if not cluster.is_env_present():
                     continue
             count = cluster.get_process_count()
-        except Exception as error:  # of a metadata server or an API that doesn't answer
-            print(f"{cluster.__name__} was not asked for other processes: {error}", file=sys.stderr)
+        except Exception as error:  # A metadata server or an API may not answer.
+            print(f"{cluster.__name__} could not be asked for other processes: {error}", file=sys.stderr)
             continue
         return Place(found=cluster.__name__, count=count) if count > 1 else None
     return None
@@ -88,28 +97,28 @@ def _found_by_jax() -> Place | None:
 
 @contextlib.contextmanager
 def joined(config: Any = None, *, code: Any = None, patience: Patience | None = None) -> Iterator[None]:
-    """Be one of the run's processes inside the block, which all of them leave together.
+    """Connect this process with the others of its run inside the block, which all leave together.
 
-    Call it before anything is computed: JAX takes its devices then.
+    Call it before any computation: JAX initializes its devices then.
 
     Args:
-      config: JSON that has to be the same in all processes.
-      code: the version of the code, JSON too, likewise.
-      patience: how long others are waited for.
+      config: JSON that has to be equal in all processes.
+      code: The version of the code, as JSON that has to be equal too.
+      timeouts: How long other processes are waited for.
 
     Raises:
-      UserError: the others did not come in time; their config or code is another.
+      UserError: If the others do not start in time, or their config or code differs.
     """
-    place = detect()
-    if place is None:
+    info = detect()
+    if info is None:
         yield
         return
     patience = patience or Patience()
-    _connect(place, patience)
+    _connect(info, patience)
     with Peers(patience) as peers:
         peers.compare({"config": config, "code": code})
         if jax.process_index() == 0:
-            print(_told(place), file=sys.stderr)
+            print(_told(info), file=sys.stderr)
         yield
 
 
@@ -118,49 +127,51 @@ _turns = itertools.count()
 
 @contextlib.contextmanager
 def first_goes_first() -> Iterator[None]:
-    """Let the first process do what is in the block before the others do it: make files that they find, on a disk that
-    all have. All come to it in the same order."""
+    """Run the block in the first process before the others.
+
+    It can write files that the others read from a shared disk. All processes must reach the blocks in the same order.
+    """
     if jax.process_count() == 1:
         yield
         return
     turn = Store(f"turn/{next(_turns)}")
     if jax.process_index() != 0:
-        turn.wait_for({"done"}, math.inf)  # the first one is watched
+        turn.wait_for({"done"}, math.inf)  # No timeout: the heartbeat notices if the first process dies.
     yield
     if jax.process_index() == 0:
         turn.write("done", "")
 
 
 def _connect(place: Place, patience: Patience) -> None:
-    # SIGTERM is the training loop's: JAX would take it, and tell nobody who doesn't ask.
+    # The training loop handles SIGTERM. JAX's service would catch it, and only report it when polled.
     jax.config.update("jax_enable_preemption_service", False)
-    given: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     if place.address is not None:
-        given = {"coordinator_address": place.address, "num_processes": place.count, "process_id": place.index}
-        given["cluster_detection_method"] = "deactivate"
-    # JAX ends the process when its own time is over, without a word on what is to be done.
-    limit = threading.Timer(patience.start, _nobody, (place, patience))
-    limit.daemon = True
-    limit.start()
+        arguments = {"coordinator_address": place.address, "num_processes": place.count, "process_id": place.index}
+        arguments["cluster_detection_method"] = "deactivate"
+    # JAX ends the process at its own timeout, without advice. Ours is shorter and prints some.
+    timer = threading.Timer(patience.start, _nobody, (place, patience))
+    timer.daemon = True
+    timer.start()
     try:
         jax.distributed.initialize(
-            **given,
+            **arguments,
             initialization_timeout=math.ceil(patience.start) + _SPARE,
-            # `Peers` is to be first, for it names who is lost; then JAX's own watch ends the process.
+            # `HeartbeatMonitor` should be first, since it names the lost process; JAX's heartbeat is the fallback.
             heartbeat_timeout_seconds=math.ceil(3 * patience.silent),
             shutdown_timeout_seconds=math.ceil(patience.silent),
         )
-    except Exception as error:  # of the connection; of JAX's many kinds
+    except Exception as error:  # JAX raises many types for a failed connection.
         line = str(error).strip().splitlines()[0]
         raise UserError(f"{_not_found(place, patience)} ({line})") from error
     finally:
-        limit.cancel()
+        timer.cancel()
 
 
 def _not_found(place: Place, patience: Patience) -> str:
     return (
-        f"the {place.count} processes of the run did not find each other within {patience.start:g} s; start all of "
-        f"them, and see that {place.address or 'the first'} can be reached"
+        f"the {place.count} processes of the run did not find each other within {patience.start:g} s. Start all of "
+        f"them, and check that {place.address or 'the first'} can be reached."
     )
 
 

@@ -1,12 +1,12 @@
-"""Ring attention: keys and values go round the devices that share a row (arXiv 2310.01889).
+"""Ring attention: keys and values rotate through the devices that share a row (arXiv 2310.01889).
 
-Every device keeps its own queries. In each of `ranks` steps it attends to the keys that it holds at that time, which it
-adds to what it has by an online softmax, while they are on their way to the next device. Keys of foreign segments are
-passed on without a product. The backward pass goes round once more, with the gradients of keys and values in float32
-beside them; one hop is saved by starting at the neighbour: its own keys each device does without communication. So a
-device sends `(ranks - 1) (2 b + 2 (b + 4))` bytes a value of its keys, `b` being those of the model's dtype.
+Every device keeps its own queries. In each of `ranks` steps it attends to the keys that it currently holds and merges
+the result by an online softmax, while these keys are sent to the next device. Keys without a common segment are passed
+on without a product. The backward pass rotates once more, together with the gradients of keys and values in float32. It
+starts at the neighbour, which saves one hop: a device needs no communication for its own keys. So a device sends
+`(ranks - 1) (2 b + 2 (b + 4))` bytes per value of its keys, with `b` bytes in the model's dtype.
 
-Called under `jax.shard_map`, on the tokens of one rank.
+Called under `jax.shard_map`, with the tokens of one rank.
 """
 
 import functools
@@ -27,9 +27,9 @@ _MOST = int(np.iinfo(np.int32).max)
 
 @dataclass(frozen=True)
 class Ring:
-    """Attention among the tokens of a row that lie on `ranks` devices along the mesh axis `axis`.
+    """Attention among the tokens of a row on `ranks` devices along the mesh axis `axis`.
 
-    Blocks of `chunk` queries by `chunk` keys are computed as by the backend `chunked`, whatever the pattern.
+    Blocks of `chunk` queries by `chunk` keys are computed as by the backend `chunked`, for every pattern.
     """
 
     axis: str
@@ -38,32 +38,32 @@ class Ring:
     chunk: int = 256
 
     def __call__(self, q: Queries, k: Keys, v: Keys, at: Tokens) -> Queries:
-        """`q`, `k` and `v` of this rank's tokens, `at` of the whole row's."""
+        """Return the attention of this rank's `q`, `k` and `v`; `meta` is that of the whole row."""
         if at.bias is None:
             return _ring(self, None, q, k, v, None, at)
         return _ring(self, at.bias.relative, q, k, v, at.bias.table, at._replace(bias=_untabled(at.bias)))
 
     def hop(self, arrays: PyTree) -> PyTree:
-        """To the next rank."""
+        """Send arrays to the next rank."""
         pairs = [(rank, (rank + 1) % self.ranks) for rank in range(self.ranks)]
         return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axis, pairs), arrays)
 
     def met(
         self, relative: RelativeBias | None, table: Array | None, at: Tokens, steps: Int[Array, ""] | int
     ) -> "_Met":
-        """The queries of this rank, and the keys that came from so many steps behind."""
+        """Return the tokens of this rank's queries, and of the keys that started `steps` ranks behind."""
         rank, size = jax.lax.axis_index(self.axis), at.q_segments.shape[1] // self.ranks
         source = (rank - steps) % self.ranks
 
-        def part(rows, of):
-            return None if rows is None else jax.lax.dynamic_slice_in_dim(rows, of * size, size, axis=1)
+        def part(rows, index):
+            return None if rows is None else jax.lax.dynamic_slice_in_dim(rows, index * size, size, axis=1)
 
         bias = None
         if at.bias is not None:
             assert relative is not None
             assert table is not None
-            places = part(at.bias.q_coordinates, rank), part(at.bias.kv_coordinates, source)
-            bias = Bias(relative=relative, table=table, q_coordinates=places[0], kv_coordinates=places[1])
+            positions = part(at.bias.q_coordinates, rank), part(at.bias.kv_coordinates, source)
+            bias = Bias(relative=relative, table=table, q_coordinates=positions[0], kv_coordinates=positions[1])
         return _Met(
             Tokens(
                 part(at.q_segments, rank),
@@ -76,24 +76,24 @@ class Ring:
 
 
 class _Met(NamedTuple):
-    """The tokens of two ranks."""
+    """The tokens of two ranks: queries of one, keys of the other."""
 
     at: Tokens
 
     def related(self) -> Bool[Array, ""]:
-        """Whether any row has segments in both, going by the range of their numbers."""
-        least, most = _range(self.at.q_segments)
-        key_least, key_most = _range(self.at.kv_segments)
-        return ((least <= key_most) & (key_least <= most)).any()
+        """Return whether the ranges of segment ids of both overlap in any row."""
+        min_segment, max_segment = _range(self.at.q_segments)
+        key_min, key_max = _range(self.at.kv_segments)
+        return ((min_segment <= key_max) & (key_min <= max_segment)).any()
 
 
 def _range(segments: Int[Array, "B N"]) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
-    """The least and the most of each row's segments; an empty range of padding alone."""
+    """Return the smallest and the largest segment of each row; the range is empty if there is only padding."""
     return jnp.where(segments > 0, segments, _MOST).min(axis=1), segments.max(axis=1)
 
 
 def _untabled(bias: Bias) -> Bias:
-    """Without its values, which a gradient reaches by another way."""
+    """Return the bias without its table, whose gradient is computed separately."""
     return Bias(
         relative=bias.relative,
         table=jnp.zeros((0, 0)),
@@ -103,19 +103,21 @@ def _untabled(bias: Bias) -> Bias:
 
 
 class _Mixed(NamedTuple):
-    """What queries have mixed so far, and the logarithms of their sums of exponentials; float32."""
+    """Attention over the keys so far, and the logarithms of the sums of exponentials; float32."""
 
     out: Queries
     lse: Float[Array, "B K N"]
 
     def and_(self, other: "_Mixed") -> "_Mixed":
-        """Of both parts' keys."""
-        ours, theirs = (jnp.where(lse >= NOTHING, -NOTHING, lse) for lse in (self.lse, other.lse))
-        top = jnp.maximum(ours, theirs)
-        shares = jnp.exp(ours - top), jnp.exp(theirs - top)
-        total = shares[0] + shares[1]
-        out = _of_heads(shares[0] / total) * self.out + _of_heads(shares[1] / total) * other.out
-        return _Mixed(out, jnp.where(top > -NOTHING, top + jnp.log(total), NOTHING))
+        """Return the attention over the keys of both parts."""
+        # The log-sum-exp of no keys is `NOTHING`, a large positive number that makes exp(score - lse) zero in the
+        # backward pass. For the weights of the merge it has to be a large negative one.
+        own_lse, other_lse = (jnp.where(lse >= NOTHING, -NOTHING, lse) for lse in (self.lse, other.lse))
+        max_lse = jnp.maximum(own_lse, other_lse)
+        weights = jnp.exp(own_lse - max_lse), jnp.exp(other_lse - max_lse)
+        total = weights[0] + weights[1]
+        out = _of_heads(weights[0] / total) * self.out + _of_heads(weights[1] / total) * other.out
+        return _Mixed(out, jnp.where(max_lse > -NOTHING, max_lse + jnp.log(total), NOTHING))
 
 
 def _of_heads(values: Float[Array, "B K N"]) -> Float[Array, "B N K 1"]:
@@ -128,54 +130,57 @@ def _ring(how: Ring, relative: RelativeBias | None, q, k, v, table, at: Tokens):
 
 
 def _forward(how: Ring, relative: RelativeBias | None, q, k, v, table, at: Tokens):
-    def take(steps, keys, values, mixed):
-        met = how.met(relative, table, at, steps)
+    def attend_and_merge(steps, keys, values, partial):
+        pair = how.met(relative, table, at, steps)
 
         def attend():
-            return mixed.and_(_Mixed(*attend_part(q, keys, values, met.at, pattern=how.pattern, chunk=how.chunk)))
+            return partial.and_(_Mixed(*attend_part(q, keys, values, pair.at, pattern=how.pattern, chunk=how.chunk)))
 
-        return jax.lax.cond(met.related(), attend, lambda: mixed)
+        return jax.lax.cond(pair.related(), attend, lambda: partial)
 
-    def step(steps, carried):
-        (keys, values), mixed = carried
-        return how.hop((keys, values)), take(steps, keys, values, mixed)
+    def step(steps, carry):
+        (keys, values), partial = carry
+        return how.hop((keys, values)), attend_and_merge(steps, keys, values, partial)
 
-    heads = q.shape[0], q.shape[2], q.shape[1]
-    begin = _Mixed(jnp.zeros((*q.shape[:3], v.shape[3])), jnp.full(heads, NOTHING))
-    (keys, values), mixed = jax.lax.fori_loop(0, how.ranks - 1, step, ((k, v), begin))
-    out, lse = named(take(how.ranks - 1, keys, values, mixed), queries=q.shape[1], keys=k.shape[1])
+    lse_shape = q.shape[0], q.shape[2], q.shape[1]
+    initial = _Mixed(jnp.zeros((*q.shape[:3], v.shape[3])), jnp.full(lse_shape, NOTHING))
+    # The last keys are not sent on: they would only return home.
+    (keys, values), partial = jax.lax.fori_loop(0, how.ranks - 1, step, ((k, v), initial))
+    out, lse = named(attend_and_merge(how.ranks - 1, keys, values, partial), queries=q.shape[1], keys=k.shape[1])
     return out.astype(v.dtype), (q, k, v, table, at, out, lse)
 
 
 def _backward(how: Ring, relative: RelativeBias | None, saved, d_out):
-    q, k, v, table, at, out, lse = saved
+    q, k, v, table, meta, out, lse = saved
     delta = jnp.moveaxis((out * d_out.astype(jnp.float32)).sum(axis=-1), 2, 1)
-    nothing = jnp.zeros(q.shape), jnp.zeros(k.shape), jnp.zeros(v.shape), None if table is None else table * 0.0
+    zeros = jnp.zeros(q.shape), jnp.zeros(k.shape), jnp.zeros(v.shape), None if table is None else table * 0.0
 
     def gradients(steps, keys, values):
-        met = how.met(relative, table, at, steps)
+        pair = how.met(relative, table, meta, steps)
 
         def attend():
-            found = {"lse": lse, "delta": delta, "d_out": d_out}
-            return part_gradients(q, keys, values, met.at, pattern=how.pattern, chunk=how.chunk, **found)
+            saved_results = {"lse": lse, "delta": delta, "d_out": d_out}
+            return part_gradients(q, keys, values, pair.at, pattern=how.pattern, chunk=how.chunk, **saved_results)
 
-        return jax.lax.cond(met.related(), attend, lambda: nothing)
+        return jax.lax.cond(pair.related(), attend, lambda: zeros)
 
-    def take(steps, held, gathered):
-        (d_keys, d_values), (d_q, d_table) = gathered
-        more_q, *more, more_table = gradients(steps, *held)
+    def add_gradients(steps, keys_values, sums):
+        (d_keys, d_values), (d_q, d_table) = sums
+        more_q, *more, more_table = gradients(steps, *keys_values)
         d_keys, d_values = how.hop((d_keys + more[0], d_values + more[1]))
         return (d_keys, d_values), (d_q + more_q, _sum(d_table, more_table))
 
-    def step(steps, carried):
-        held, gathered = carried
-        return how.hop(held), take(steps, held, gathered)
+    def step(steps, carry):
+        keys_values, sums = carry
+        return how.hop(keys_values), add_gradients(steps, keys_values, sums)
 
-    d_q, *home, d_table = gradients(0, k, v)
-    begin = how.hop((k, v)), (nothing[1:3], (d_q, d_table))
-    held, gathered = jax.lax.fori_loop(1, how.ranks - 1, step, begin)
-    (d_k, d_v), (d_q, d_table) = take(how.ranks - 1, held, gathered)
-    d_k, d_v = d_k + home[0], d_v + home[1]
+    # A gradient of keys has to visit the same devices as its keys and then return to their owner: the loop starts with
+    # the neighbour's keys, and the gradient from this device's own keys is added when the others arrive.
+    d_q, *own_gradients, d_table = gradients(0, k, v)
+    initial = how.hop((k, v)), (zeros[1:3], (d_q, d_table))
+    keys_values, sums = jax.lax.fori_loop(1, how.ranks - 1, step, initial)
+    (d_k, d_v), (d_q, d_table) = add_gradients(how.ranks - 1, keys_values, sums)
+    d_k, d_v = d_k + own_gradients[0], d_v + own_gradients[1]
     return *(g.astype(x.dtype) for g, x in zip((d_q, d_k, d_v), (q, k, v), strict=True)), d_table, None
 
 

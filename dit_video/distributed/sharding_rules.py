@@ -1,7 +1,7 @@
-"""Rules outside the model: from an array's path and shape to its layout on the mesh.
+"""Sharding rules outside of the model: from an array's path and shape to its layout on the mesh.
 
-A layout changes where numbers lie, never what they are. The rules see paths, so they lay out an optimizer's moments,
-whose paths end in the same names (`opt_state/0/mu/blocks/up/kernel`), as they lay out the parameters.
+A layout changes where values are stored, never the values. Rules match paths, so they shard an optimizer's moments,
+whose paths end in the same names (`opt_state/0/mu/blocks/up/kernel`), like the parameters.
 """
 
 import math
@@ -17,47 +17,48 @@ from dit_video.core.errors import UserError
 from dit_video.distributed.mesh import AnyMesh
 
 Axis = str | tuple[str, ...] | None
-"""What one array axis is split over: a mesh axis, several, or none."""
+"""Sharding of one array axis: a mesh axis, several, or none."""
 
 ROWS = ("data", "fsdp")
-"""what the rows of a batch are split over"""
+"""Mesh axes that share the rows of the batch."""
 _TOKENS = r"(^|/)(tokens|segments|coordinates)$"
-"""arrays of packed rows whose second axis counts tokens"""
+"""Arrays of packed rows whose second axis counts tokens."""
 
 _LAYER = r"(^|/)(temporal_)?blocks/(.*/)?"
 _COLUMNS = r"((cross_|image_)?(query|key|value)|up|gate)"
 FUSED = ("qkv", "cross_key_value")
-"""Maps that are several in one, by which a model's heads are made"""
+"""Names of maps that fuse several maps, from which a model's heads are made."""
 TENSOR: tuple[tuple[str, int], ...] = (
     (_LAYER + rf"({'|'.join(FUSED)})/kernel$", -2),
     (_LAYER + _COLUMNS + r"/(kernel|bias)$", -1),
     (_LAYER + r"(out|cross_out|down)/kernel$", -2),
 )
-"""What of a transformer's layers is split over `tensor`: the way into heads and hidden widths along their outputs, the
-way out of them along its input (arXiv 1909.08053, section 3). Where queries, keys and values are one map, a part of the
-outputs would be no part of the heads: that one lies split along its input, and is laid anew where it is used."""
+"""Arrays of a transformer's layers that `tensor` shards: maps into heads and hidden widths along their outputs, maps
+out of them along their input (arXiv 1909.08053, section 3). If queries, keys and values are one map, a shard of its
+outputs would not be a set of heads: it is sharded along its input, and resharded during use."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardingRules:
-    """Path rules, the first match deciding, and what holds for all other arrays.
+    """Path rules, of which the first match decides, and defaults for all other arrays.
 
-    Without a match, weights of heads and hidden widths are split over `tensor`, and the largest other axis that `fsdp`
-    divides over that (of equals the last); arrays that are small or not divisible lie whole on every device.
+    Without a match, weights of heads and hidden widths are sharded over `tensor`, and the largest other axis that
+    `fsdp` divides over `fsdp` (the last of equal ones). Small or indivisible arrays are replicated.
     """
 
     rules: tuple[tuple[str, tuple[Axis, ...]], ...] = ()
-    """(regular expression, found anywhere in the path; what the *last* axes are split over). Axes before them are not
-    split, so that one rule serves a layer and a stack of layers; `()` keeps the array whole."""
+    """Pairs of a regular expression, found anywhere in the path, and the sharding of the *last* axes. Axes before them
+    are not sharded, so that one rule serves a layer and a stack of layers; `()` replicates the array."""
     tensor: tuple[tuple[str, int], ...] = TENSOR
-    """(regular expression, which axis, counted from the end) of arrays that are split over `tensor`"""
+    """Pairs of a regular expression and the axis, counted from the end, that is sharded over `tensor`."""
     stacked: str = r"(^|/)(temporal_)?blocks/"
-    """arrays whose first axis counts layers: it is not split, for a scan takes one layer at a time"""
+    """Regular expression of arrays whose first axis counts layers; it is not sharded, since a scan takes one layer at a
+    time."""
     minimum: int = 2**14
-    """arrays of fewer values lie whole on every device, if no rule names them"""
+    """Number of values below which arrays without a rule are replicated."""
 
     def tensor_axis(self, path: str) -> int | None:
-        """Which axis of an array is split over `tensor`, counted from the end; None of most arrays."""
+        """Return the axis of an array that is sharded over `tensor`, counted from the end; None for most arrays."""
         return next((axis for pattern, axis in self.tensor if re.search(pattern, path)), None)
 
 
@@ -65,10 +66,10 @@ DEFAULT_RULES = ShardingRules()
 
 
 def shardings(tree: Any, mesh: AnyMesh, rules: ShardingRules = DEFAULT_RULES) -> Any:
-    """The layout of every leaf (anything with a `shape`), as a tree of `NamedSharding`.
+    """Return the layout of every leaf (anything with a `shape`), as a tree of `NamedSharding`.
 
     Raises:
-      UserError: a rule names an axis that the mesh lacks, has more axes than the array, or does not divide it.
+      UserError: If a rule names an axis that the mesh lacks, has more axes than the array, or does not divide it.
     """
 
     def layout(path: str, leaf: Any) -> NamedSharding:
@@ -82,20 +83,20 @@ def shardings(tree: Any, mesh: AnyMesh, rules: ShardingRules = DEFAULT_RULES) ->
 
 
 def batch_sharding(mesh: AnyMesh) -> NamedSharding:
-    """Rows split over `data` and `fsdp`, the same on every other axis."""
+    """Return the sharding of rows over `data` and `fsdp`, replicated on every other axis."""
     return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
 def row_shards(mesh: AnyMesh) -> int:
-    """Into how many parts a batch's rows are split."""
+    """Return the number of shards of a batch's rows."""
     return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
 def batch_shardings(batch: Any, mesh: AnyMesh) -> Any:
-    """The layout of every array of a batch (anything with a `shape`): rows, and of packed rows the tokens.
+    """Return the layout of every array of a batch (anything with a `shape`): of rows, and of tokens in packed rows.
 
     Raises:
-      UserError: tokens that the devices along `context` do not divide.
+      UserError: If the devices along `context` do not divide the tokens.
     """
     ranks = mesh.shape["context"]
 
@@ -104,8 +105,8 @@ def batch_shardings(batch: Any, mesh: AnyMesh) -> Any:
             return batch_sharding(mesh)
         if leaf.shape[1] % ranks:
             raise UserError(
-                f"rows of {leaf.shape[1]} tokens do not divide among context={ranks} devices; "
-                f"use rows of {leaf.shape[1] + -leaf.shape[1] % ranks} tokens"
+                f"rows of {leaf.shape[1]} tokens do not divide among context={ranks} devices. "
+                f"Use rows of {leaf.shape[1] + -leaf.shape[1] % ranks} tokens."
             )
         return NamedSharding(mesh, PartitionSpec(ROWS, "context"))
 
@@ -113,77 +114,79 @@ def batch_shardings(batch: Any, mesh: AnyMesh) -> Any:
 
 
 class RowPart(NamedTuple):
-    """Which part of a batch's rows a process has on its devices: part `number` of `parts`.
+    """The part of a batch's rows on the devices of a process.
 
-    Processes that share rows, as they do where `tensor` or `context` reaches over several, have the same part.
+    Processes that share rows, because `tensor` or `context` spans several, have the same part.
     """
 
     number: int
+    """Number of the part, from 0 on."""
     parts: int
+    """Number of parts."""
     shards: tuple[int, ...]
-    """which of the mesh's `row_shards` these are"""
+    """Shards of the mesh's `count_row_shards` in this part."""
 
     @staticmethod
     def of(mesh: Mesh, process: int | None = None) -> "RowPart":
-        """Of a process, this one if None.
+        """Return the part of a process, this one if None.
 
         Raises:
-          UserError: two processes share some of their rows, but not all.
+          UserError: If two processes share some of their rows, but not all.
         """
         shards: dict[int, set[int]] = {}
         device: Any
         for device, (rows, *_) in batch_sharding(mesh).devices_indices_map((row_shards(mesh),)).items():
             shards.setdefault(device.process_index, set()).add(rows.start or 0)
-        parts = sorted({tuple(sorted(held)) for held in shards.values()})
+        parts = sorted({tuple(sorted(process_shards)) for process_shards in shards.values()})
         if sum(map(len, parts)) != row_shards(mesh) or len({len(part) for part in parts}) > 1:
             raise UserError(
-                f"processes share parts of their rows on the mesh {dict(mesh.shape)}; use one where the devices of a "
-                "process divide tensor x context, or the other way round"
+                f"processes share parts of their rows on the mesh {dict(mesh.shape)}. Use a mesh where the devices of "
+                "a process divide tensor x context, or the other way round."
             )
-        own = tuple(sorted(shards[jax.process_index() if process is None else process]))
-        return RowPart(parts.index(own), len(parts), own)
+        local_shards = tuple(sorted(shards[jax.process_index() if process is None else process]))
+        return RowPart(parts.index(local_shards), len(parts), local_shards)
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Lay a batch (a tree of host arrays whose first axis is rows) out on the mesh; see `batch_shardings`.
+    """Shard a batch (a tree of host arrays whose first axis is rows) over the mesh; see `make_batch_shardings`.
 
-    With several processes each gives the rows of its own devices, in the order of the mesh, whole: those of its
-    `RowPart`. The result is the global batch.
+    With several processes each one passes the complete rows of its own devices (its `RowPart`), in mesh order. The
+    result is the global batch.
 
     Raises:
-      UserError: the rows, or their tokens, do not divide among the devices.
+      UserError: If the rows, or their tokens, do not divide among the devices.
     """
     part = RowPart.of(mesh)
     local = len(part.shards)
     for path, leaf in trees.flatten(batch).items():
         if leaf.shape[0] % local:
             raise UserError(
-                f"{path or 'the batch'} has {leaf.shape[0]} rows for {local} devices along data and fsdp; "
-                f"use a multiple of {local}"
+                f"{path or 'the batch'} has {leaf.shape[0]} rows for {local} devices along data and fsdp. "
+                f"Use a multiple of {local}."
             )
     layouts = batch_shardings(batch, mesh)
     if jax.process_count() == 1:
         return jax.device_put(batch, layouts)
 
-    def placed(leaf: Any, layout: NamedSharding) -> jax.Array:
+    def make_global(leaf: Any, layout: NamedSharding) -> jax.Array:
         rows = leaf.shape[0] // local
 
-        def piece(index: tuple[slice, ...] | None) -> Any:
-            assert index is not None  # of no layout of rows
+        def read_shard(index: tuple[slice, ...] | None) -> Any:
+            assert index is not None  # A layout of rows has an index on every device.
             first = part.shards.index((index[0].start or 0) // rows) * rows
             return leaf[(slice(first, first + rows), *index[1:])]
 
         shape = (rows * row_shards(mesh), *leaf.shape[1:])
-        return jax.make_array_from_callback(shape, layout, piece)
+        return jax.make_array_from_callback(shape, layout, read_shard)
 
-    return jax.tree.map(placed, batch, layouts)
+    return jax.tree.map(make_global, batch, layouts)
 
 
 def _by_rule(path: str, shape: tuple[int, ...], pattern: str, axes: tuple[Axis, ...], mesh: AnyMesh) -> PartitionSpec:
     if len(axes) > len(shape):
         raise UserError(
-            f"sharding rule {pattern!r} has {len(axes)} axes, {path} has {len(shape)}; "
-            f"put a rule for {path} before it, () to keep it whole"
+            f"sharding rule {pattern!r} has {len(axes)} axes, {path} has {len(shape)}. "
+            f"Put a rule for {path} before it, such as () to replicate it."
         )
     for axis, size in zip(axes, shape[len(shape) - len(axes) :], strict=True):
         names = () if axis is None else (axis,) if isinstance(axis, str) else axis
@@ -193,7 +196,7 @@ def _by_rule(path: str, shape: tuple[int, ...], pattern: str, axes: tuple[Axis, 
         if size % count:
             raise UserError(
                 f"sharding rule {pattern!r} splits an axis of {path} {list(shape)} over {' x '.join(names)}={count}, "
-                f"which does not divide {size}; use another mesh, or put a rule for {path} before it"
+                f"which does not divide {size}. Use another mesh, or put a rule for {path} before it."
             )
     if not any(axes):
         return PartitionSpec()

@@ -1,4 +1,4 @@
-"""What the processes of one run tell each other beside the devices: small texts by name, kept by the first process."""
+"""A key-value store for short texts of all processes of a run, kept by the first process."""
 
 import time
 from typing import Any
@@ -7,38 +7,39 @@ _ROOM = "dit_video"
 
 
 class Store:
-    """Texts by name, of all processes of the run. Every call may fail where the first process is gone.
+    """Texts by name, shared by all processes of the run. Every call may fail if the first process is gone.
 
-    (JAX's own store, which it opens between processes for itself; it has no public door yet. Orbax enters as here.)
+    It is the store that JAX opens for its own use, which has no public interface yet; Orbax uses it in the same way.
     """
 
     def __init__(self, room: str) -> None:
-        """
+        """Open a namespace of the store.
+
         Args:
-          room: keeps names apart from those of others.
+          namespace: Prefix that separates names from those of others.
         """
-        from jax._src import distributed  # private: used here alone
+        from jax._src import distributed  # Private: see the class docstring.
 
         self._client: Any = distributed.global_state.client
         self._room = f"{_ROOM}/{room}/"
 
     def write(self, name: str, text: str) -> None:
-        """Under this name from now on."""
+        """Write a text under a name, replacing any earlier one."""
         self._client.key_value_set(self._room + name, text, allow_overwrite=True)
 
     def read(self) -> dict[str, str]:
-        """All texts of the room."""
+        """Return all texts of the namespace."""
         return {name.removeprefix(self._room): text for name, text in self._client.key_value_dir_get(self._room)}
 
     def wait_for(self, names: set[str], seconds: float) -> dict[str, str]:
-        """All texts of the room, once these are among them.
+        """Return all texts of the namespace, once these names are among them.
 
         Raises:
-          TimeoutError: naming those that are not there in time.
+          TimeoutError: If names are missing after `seconds`; the message lists them.
         """
-        until = time.monotonic() + seconds
-        while missing := names - (found := self.read()).keys():
-            if time.monotonic() > until:
+        deadline = time.monotonic() + seconds
+        while missing := names - (texts := self.read()).keys():
+            if time.monotonic() > deadline:
                 raise TimeoutError(", ".join(sorted(missing)))
             time.sleep(0.1)
-        return found
+        return texts

@@ -1,4 +1,4 @@
-"""A trained autoencoder in use: clips to latents and back."""
+"""Trained autoencoder in use: clips to latents and back."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,19 +15,19 @@ from dit_video.tokens import Grid
 from dit_video.video import Clip
 
 PIXELS = 1 << 24
-"""About as many are coded at once, over all frames and clips: what is larger goes in chunks of frames."""
+"""Approximate number of pixels that are coded at once, over all frames and clips; longer clips are coded in chunks."""
 
 
 class Codec:
     """An autoencoder with its parameters.
 
-    Long clips are coded in chunks of frames, which give what the whole would; memory does not grow with their length.
+    Long clips are coded in chunks of frames, with the same result as at once; memory does not grow with their length.
 
     Args:
-      config: of the autoencoder.
-      params: its parameters: a nested dictionary of arrays.
-      tiles: into which pictures are cut that do not fit into memory; see `Tiles` for what that costs.
-      sharding: over which devices a picture's height lies; see `decode_stream`.
+      config: the autoencoder's config.
+      params: its parameters, a nested dictionary of arrays.
+      tiles: how frames that do not fit into memory are tiled; see `Tiles` for the cost.
+      sharding: devices that the height of a frame is sharded over; see `decode_stream`.
     """
 
     def __init__(
@@ -42,54 +42,54 @@ class Codec:
         self._options: dict[str, Any] = {"tiles": tiles, "sharding": sharding}
 
     def encode(self, clip: Clip) -> Float32[np.ndarray, "t h w c"]:
-        """Normalised latents of a clip whose size fits the stride.
+        """Encode a clip, whose size fits the stride, to normalised latents.
 
         Raises:
-          UserError: a size that does not fit.
+          UserError: the size does not fit.
         """
         return self.encode_pixels(clip.frames)
 
     def encode_pixels(
         self, pixels: UInt8[np.ndarray, "T H W 3"] | Float32[np.ndarray, "T H W 3"]
     ) -> Float32[np.ndarray, "t h w c"]:
-        """Normalised latents of pixels in 0..255, which may lie between two whole numbers; raises as `encode`."""
+        """Encode pixels in 0..255, not necessarily whole numbers, to normalised latents; raises as `encode` does."""
         grid = latent_grid(Grid(*pixels.shape[:3]), self.config.stride)
         chunk = self._chunk(1, grid)
-        parts = encode_stream(self.config, self.params, [pixels[None]], chunk=chunk, **self._options)
-        return np.concatenate(list(parts), axis=1)[0]
+        chunks = encode_stream(self.config, self.params, [pixels[None]], chunk=chunk, **self._options)
+        return np.concatenate(list(chunks), axis=1)[0]
 
     def decode(self, latents: Float32[np.ndarray, "t h w c"], *, fps: float, caption: str = "") -> Clip:
-        """The clip of normalised latents.
+        """Decode normalised latents to a clip.
 
         Raises:
-          UserError: latents of another number of channels, or that are not finite.
+          UserError: latents with another number of channels, or that are not finite.
         """
         channels, shape = self.config.channels, np.shape(latents)
         if len(shape) != 4 or shape[-1] != channels:
-            raise UserError(f"latents are [t h w {channels}] for this autoencoder, {list(shape)} were given")
+            raise UserError(f"latents of shape {list(shape)} are invalid: this autoencoder decodes [t h w {channels}]")
         if not np.isfinite(latents).all():
-            raise UserError("the latents hold NaN or infinity; what made them is broken")
+            raise UserError("the latents hold NaN or infinity; check the model or the file that they come from")
         return Clip(frames=self.decode_many(latents[None])[0], fps=fps, caption=caption)
 
     def decode_many(self, latents: Float32[np.ndarray, "B t h w c"]) -> UInt8[np.ndarray, "B T H W 3"]:
-        """The frames of several clips of one size."""
+        """Return the frames of several clips of one size."""
         return np.concatenate(list(self.stream(latents)), axis=1)
 
     def stream(self, latents: Float32[np.ndarray, "B t h w c"]) -> Iterator[UInt8[np.ndarray, "B _ H W 3"]]:
-        """The same frames, some at a time: for clips that are written as they come."""
+        """Yield the frames of `decode_many` in chunks, for clips that are written as they are decoded."""
         values = np.asarray(latents, np.float32)
         chunk = self._chunk(len(values), Grid(*values.shape[1:4]))
         return decode_stream(self.config, self.params, values, chunk=chunk, **self._options)
 
     def reconstruct(self, clip: Clip) -> Clip:
-        """A clip as the autoencoder sees it."""
+        """Encode and decode a clip."""
         return replace(clip, frames=self.decode(self.encode(clip), fps=clip.fps).frames)
 
     def parameter_count(self) -> int:
-        """How many parameters there are."""
+        """Return the number of parameters."""
         return count(self.params)
 
     def _chunk(self, clips: int, latents: Grid) -> int:
-        """Latent frames that are coded at once."""
-        each = clips * self.config.stride.volume * latents.h * latents.w
-        return min(latents.t, max(1, PIXELS // each))
+        """Return the number of latent frames that are coded at once."""
+        frame_pixels = clips * self.config.stride.volume * latents.h * latents.w
+        return min(latents.t, max(1, PIXELS // frame_pixels))

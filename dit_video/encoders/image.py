@@ -1,4 +1,4 @@
-"""The frozen CLIP whose tokens of an image some denoisers attend to: opening it reads its weights."""
+"""Frozen CLIP whose image tokens some denoisers attend to; its weights are read when it is opened."""
 
 import functools
 import hashlib
@@ -16,17 +16,17 @@ from dit_video.features import FrameEncoder
 from dit_video.weights import load_clip_images, load_clip_vision
 
 IMAGE_ENCODER = "image_encoder.json"
-"""in a run's folder, the identity of its image encoder"""
+"""Name of the file in a run's folder that holds the identity of its image encoder."""
 
 
 class ImageEncoder:
-    """Image tokens of frames: the penultimate hidden states of a CLIP's vision tower, as Wan's image-to-video has them.
+    """Image tokens of frames: the penultimate hidden states of a CLIP's vision tower, as in Wan's image-to-video.
 
     It is opened at the first frame.
 
     Args:
-      folder: of the tower, with the settings of its images in it or beside it; or of the pipeline that it is a part of.
-      identity: of tower and settings: the folder must hold those; empty takes any.
+      folder: folder of the tower, with its image settings in it or next to it, or of the pipeline that it is part of.
+      identity: identity of tower and settings that the folder must hold; any if empty.
     """
 
     def __init__(self, folder: str | os.PathLike, *, identity: str = ""):
@@ -34,15 +34,15 @@ class ImageEncoder:
 
     @property
     def identity(self) -> str:
-        """What tokens are stamped with. The tower is read for it if it was not given."""
+        """Return the identity that tokens are stamped with; it reads the tower unless the identity was given."""
         return self._identity or self._opened[1]
 
     def __call__(self, frames: UInt8[np.ndarray, "T H W 3"]) -> Float32[np.ndarray, "T i F"]:
-        """The tokens of each frame.
+        """Return the tokens of each frame.
 
         Raises:
-          MissingError: no such folder, or parts that it lacks.
-          UserError: a folder of another model, or of another one than before.
+          MissingError: the folder does not exist, or lacks parts.
+          UserError: a folder of another model, or of another encoder than before.
         """
         return self._opened[0](frames)
 
@@ -50,19 +50,19 @@ class ImageEncoder:
     def _opened(self) -> tuple[FrameEncoder, str]:
         tower, images = load_clip_vision(self._folder), load_clip_images(self._folder)
         parts = [to_json(tower.config), tower.digest, to_json(images)]
-        found = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-        if self._identity not in ("", found):
+        digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+        if self._identity not in ("", digest):
             raise UserError(
-                f"{self._folder} holds the image encoder {found}, {self._identity} was used before; put that one back"
+                f"{self._folder} holds the image encoder {digest}, {self._identity} was used before; put that one back"
             )
-        return FrameEncoder(tower.config, tower.params, images, part="before", batch=2), found
+        return FrameEncoder(tower.config, tower.params, images, part="before", batch=2), digest
 
 
 def open_image_encoder(folder: str | os.PathLike, *, kept: Path) -> ImageEncoder:
-    """An encoder whose identity is kept in a file: from then on it is known without the weights, and must be the same.
+    """Open an image encoder and record its identity: later it must be the same, and is known without the weights.
 
     Raises:
-      MissingError: no such folder, or parts that it lacks.
+      MissingError: the folder does not exist, or lacks parts.
       UserError: a folder of another model.
     """
     if kept.is_file():

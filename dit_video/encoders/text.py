@@ -1,4 +1,4 @@
-"""From the config of a text encoder to what makes tokens of captions: opening a frozen one reads its weights."""
+"""Opening of text encoders and tokenizers from their configs; a frozen encoder reads its weights at the first text."""
 
 import functools
 import os
@@ -16,11 +16,11 @@ from dit_video.weights import load_embedder, text_encoder_config
 
 
 class FrozenEncoder:
-    """A frozen text encoder, which is opened when the first text is embedded.
+    """A frozen text encoder, opened when the first text is embedded.
 
     Args:
-      config: which encoder.
-      cache: a folder for embeddings that were computed.
+      config: the encoder's config.
+      cache: folder of computed embeddings.
     """
 
     def __init__(self, config: FrozenTextConfig, *, cache: str | os.PathLike | None = None):
@@ -28,55 +28,55 @@ class FrozenEncoder:
 
     @property
     def identity(self) -> str:
-        """What embeddings are stamped with. The encoder is opened for it if the config does not say it."""
+        """Return the identity that embeddings are stamped with; it opens the encoder unless the config has it."""
         return self.config.identity or self._embedder.identity
 
     @property
     def pinned(self) -> FrozenTextConfig:
-        """Its config with its identity."""
+        """Return the encoder's config with its identity."""
         return replace(self.config, identity=self.identity)
 
     def __call__(self, text: str) -> Float32[np.ndarray, "s E"]:
-        """The embedding of a text: one vector for each of its tokens.
+        """Return the embedding of a text: one vector for each of its tokens.
 
         Raises:
-          UserError: there is no such encoder, or another one than the config says.
+          UserError: there is no such encoder, or another one than the config's.
         """
         return self._embedder(text)
 
     def many(self, texts: Sequence[str]) -> list[Float32[np.ndarray, "s E"]]:
-        """The embedding of each text; faster than one by one."""
+        """Return the embedding of each text; faster than one by one."""
         return self._embedder.many(texts)
 
     @functools.cached_property
     def _embedder(self) -> Embedder:
         config = self.config
         check_width(config)
-        opened = load_embedder(
+        embedder = load_embedder(
             config.folder,
             max_tokens=config.max_tokens,
             cleaned=config.cleaned,
             dtype=config.dtype,
             cache=self._cache,
         )
-        if config.identity not in ("", opened.identity):
+        if config.identity not in ("", embedder.identity):
             raise UserError(
-                f"{config.folder} holds the text encoder {opened.identity}, {config.identity} was asked for; give the "
-                "folder of that one (text_encoder=PATH)"
+                f"{config.folder} holds the text encoder {embedder.identity}, {config.identity} was asked for; give "
+                "the folder of that one (text_encoder=PATH)"
             )
-        return opened
+        return embedder
 
 
 def open_tokenizer(
     config: TextConfig, *, kept: Path | None = None, cache: str | os.PathLike | None = None
 ) -> Tokenizer | FrozenEncoder:
-    """What makes token ids or classes of captions, or a frozen encoder, which makes embeddings.
+    """Return a tokenizer of captions to token ids or classes, or a frozen encoder of captions to embeddings.
 
     Args:
-      config: of the encoder.
-      kept: a file for the identity of a frozen one. It is written the first time; from then on the encoder must be the
-        same, and its identity is known without reading its weights.
-      cache: a folder for the embeddings of a frozen one.
+      config: the encoder's config.
+      identity_file: file for the identity of a frozen encoder. It is written the first time; later the encoder must be
+        the same, and its identity is known without reading its weights.
+      cache: folder for the embeddings of a frozen encoder.
     """
     if not isinstance(config, FrozenTextConfig):
         return config.tokenizer()
@@ -89,28 +89,28 @@ def open_tokenizer(
 
 
 def check_width(config: FrozenTextConfig) -> None:
-    """That the encoder in the folder has the config's width; its weights are not read.
+    """Check that the encoder in the folder has the config's width, without reading its weights.
 
     Raises:
-      MissingError: no encoder there.
+      MissingError: there is no encoder in the folder.
       UserError: it has another width.
     """
-    found = text_encoder_config(config.folder).width
-    if found != config.width:
+    width = text_encoder_config(config.folder).width
+    if width != config.width:
         raise UserError(
-            f"the text encoder in {config.folder} makes embeddings of width {found}, the config says {config.width}; "
-            f"set text width={found} and dit context_width={found}"
+            f"the text encoder in {config.folder} makes embeddings of width {width}, the config says {config.width}; "
+            f"set text width={width} and dit context_width={width}"
         )
 
 
 def moved(config: TextConfig, folder: str | os.PathLike) -> FrozenTextConfig:
-    """The config of a frozen text encoder that lies in another folder now.
+    """Return the config of a frozen text encoder in another folder.
 
     Raises:
-      UserError: the text encoder is one that was trained, or there is none.
+      UserError: the text encoder was trained with the denoiser, or there is none.
     """
     if isinstance(config, ClassNamesConfig):
-        raise UserError(f"a model of classes has no text encoder; leave {folder} away")
+        raise UserError(f"this model is class-conditional and has no text encoder; leave out text_encoder={folder}")
     if not isinstance(config, FrozenTextConfig):
-        raise UserError(f"the text encoder was trained with the denoiser, it lies in no folder; leave {folder} away")
+        raise UserError(f"the text encoder was trained with the denoiser; leave out text_encoder={folder}")
     return replace(config, folder=os.fspath(folder))

@@ -1,1 +1,1 @@
-"""What a model's output is worth: reconstruction, prompt following."""
+"""Evaluation of a model's outputs: reconstruction and prompt following."""

@@ -1,21 +1,21 @@
-"""How a model is evaluated: what is sampled, and what judges it."""
+"""Configurations of an evaluation: prompts to sample, and the judge."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShapesEvaluation:
-    """Every prompt of the rendered shapes is sampled, and judged from the files."""
+    """Evaluation on all prompts of the rendered shapes, judged from the generated files."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionEvaluation:
-    """Captions of training clips and of held-out ones are sampled. Nothing judges them but a person's eyes."""
+    """Evaluation on captions of training clips and of held-out clips, for visual inspection only."""
 
     trained: int = 4
-    """How many different captions of training clips, each at its clip's size; they show what was learned by heart."""
+    """Number of different captions of training clips, each at its clip's size; their samples show memorisation."""
     held_out: int = 4
-    """How many of held-out clips."""
+    """Number of different captions of held-out clips."""
 
 
 Evaluation = ShapesEvaluation | CaptionEvaluation

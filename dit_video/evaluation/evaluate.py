@@ -1,4 +1,4 @@
-"""What a pipeline is worth: reconstructions of held-out clips, and samples judged by their files."""
+"""Evaluation of a pipeline: reconstructions of held-out clips, and samples judged from their files."""
 
 import re
 import time
@@ -32,16 +32,16 @@ _FIELDS = {"prompt": str, "frames": int, "height": int, "width": int, "seed": in
 
 
 class Reconstructed(NamedTuple):
-    """A clip, what the autoencoder makes of it, and how close that is."""
+    """A clip, its reconstruction, and how close they are."""
 
     name: str
     original: Clip
     decoded: Clip
     psnr: float
-    """dB"""
+    """PSNR of the reconstruction, in dB."""
     ssim: float
     linear: Clip | None = None
-    """what the best linear autoencoder of as many latent values makes of it, fitted on the training clips"""
+    """Reconstruction by the best linear autoencoder with as many latent values, fitted on the training clips."""
     linear_psnr: float | None = None
 
 
@@ -53,76 +53,75 @@ class Sampled(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """An evaluation: its figures, and what they are of."""
+    """Metrics of an evaluation, with the clips that they were computed on."""
 
     metrics: dict[str, Any]
     reconstructions: list[Reconstructed]
     samples: list[Sampled]
     seen: list[bool]
-    """of every sample, whether clips of its caption were trained on"""
+    """True for each sample whose caption belongs to a training clip."""
     verdicts: list[Result]
-    """one a sample of the shapes data; empty for samples of other data, which nobody judges"""
+    """Judgement of each sample of the shapes data; empty for other data, which are not judged."""
 
 
 def evaluate(pipeline: Pipeline, folder: str | Path, *, seed: int, run: Run | None = None, **sampling: Any) -> Measured:
-    """Reconstruct the held-out clips, sample as the pipeline's config says, write `samples/` and `metrics.json`.
+    """Reconstruct held-out clips, sample as the pipeline's config says, and write `samples/` and `metrics.json`.
 
     Args:
-      pipeline: what is evaluated.
-      folder: where the files go.
-      seed: of the samples.
-      run: that it is of, which has the clips; without it nothing is reconstructed.
-      sampling: instead of the pipeline's own (see `Pipeline.generate_many`).
+      pipeline: the pipeline to evaluate.
+      folder: folder of the results.
+      seed: seed of the samples.
+      run: the pipeline's run, which has the clips; without it nothing is reconstructed.
+      sampling: overrides of the pipeline's own sampling (see `Pipeline.generate_many`).
 
     Raises:
-      UserError: there is nothing to evaluate on, `folder` holds other files in `samples/`, a negative seed, or sampling
-        that the pipeline refuses.
+      UserError: nothing to evaluate on, other files in `samples/` of `folder`, a negative seed, or invalid sampling.
     """
     folder = Path(folder)
     if seed < 0:
-        raise UserError(f"a seed is a whole number from 0 on, not {seed}")
+        raise UserError(f"seed={seed} is invalid: a seed must be a whole number from 0 on")
     _check_replaceable(folder / "samples")
-    drawn = pipeline.sampling(**sampling)
-    judged = isinstance(pipeline.config.evaluation, ShapesEvaluation)
-    asked = _asked(pipeline.config, run, seed)
+    resolved = pipeline.sampling(**sampling)
+    is_shapes = isinstance(pipeline.config.evaluation, ShapesEvaluation)
+    labelled_requests = _asked(pipeline.config, run, seed)
     metrics: dict[str, Any] = {"parameters": pipeline.parameter_counts()}
     reconstructions = [] if run is None else _reconstructed(pipeline.codec, run)
     if reconstructions:
         metrics["reconstruction"] = _reconstruction_figures(reconstructions)
-    began = time.perf_counter()
-    with Progress("sampling", len(asked), unit="clip") as progress:
-        requests = [request for request, _ in asked]
+    start_time = time.perf_counter()
+    with Progress("sampling", len(labelled_requests), unit="clip") as progress:
+        requests = [request for request, _ in labelled_requests]
         write_samples(pipeline, requests, folder / "samples", progress=progress.update, **sampling)
     metrics["sampling"] = {
-        "samples": len(asked),
+        "samples": len(labelled_requests),
         "seed": seed,
-        "steps": drawn.steps,
-        **_guidance_figures(drawn.full_guidance),
-        "sampler": _name(drawn.solver),
-        "seconds": round(time.perf_counter() - began, 1),
+        "steps": resolved.steps,
+        **_guidance_figures(resolved.full_guidance),
+        "sampler": _name(resolved.solver),
+        "seconds": round(time.perf_counter() - start_time, 1),
     }
     samples = read_samples(folder / "samples")
-    verdicts = examine_samples(samples) if judged else []
-    if judged:
+    verdicts = examine_samples(samples) if is_shapes else []
+    if is_shapes:
         metrics["prompt_following"] = prompt_following(verdicts)
     write_json(folder / "metrics.json", metrics)
-    return Measured(metrics, reconstructions, samples, [seen for _, seen in asked], verdicts)
+    return Measured(metrics, reconstructions, samples, [seen for _, seen in labelled_requests], verdicts)
 
 
 def _name(solver: Sampler) -> str:
-    """What a person types, or else the class."""
+    """Return the command line's name of a sampler, else its class."""
     names = [name for name, known in SAMPLERS.items() if known == solver]
     return names[0] if names else type(solver).__name__.lower()
 
 
 def _guidance_figures(guidance: Guidance) -> dict[str, Any]:
-    """The scale, and what there is besides."""
+    """Return the guidance scale, and all options if they are not at their defaults."""
     plain = guidance == Guidance(scale=guidance.scale)
     return {"guidance": guidance.scale} | ({} if plain else {"guidance_options": config_json.to_json(guidance)})
 
 
 def evaluate_autoencoder(run: Run, folder: str | Path) -> Measured:
-    """Reconstruct the held-out clips of a run whose autoencoder alone is trained, and write `metrics.json`.
+    """Reconstruct the held-out clips of a run that trains an autoencoder only, and write `metrics.json`.
 
     Raises:
       UserError: no clips are held out.
@@ -140,14 +139,14 @@ def evaluate_autoencoder(run: Run, folder: str | Path) -> Measured:
 
 
 def _reconstructed(codec: Codec, run: Run) -> list[Reconstructed]:
-    """The held-out clips of a run, if there are any, beside what is best that is linear."""
+    """Reconstruct the held-out clips of a run, if any, also with the best linear autoencoder."""
     if not len(run.held_out_clips):
         return []
     return reconstruct(codec, run.held_out_clips, run.experiment.limits, linear=run.linear_baseline())
 
 
 def _asked(config: PipelineConfig, run: Run | None, seed: int) -> list[tuple[Request, bool]]:
-    """What is sampled, and whether clips of that caption were trained on."""
+    """Return the requests, and for each whether its caption belongs to a training clip."""
     evaluation = config.evaluation
     if isinstance(evaluation, ShapesEvaluation):
         return [(request, shapes.parse(request.prompt) not in shapes.HELD_OUT) for request in shape_requests(seed)]
@@ -164,28 +163,31 @@ def _asked(config: PipelineConfig, run: Run | None, seed: int) -> list[tuple[Req
 
 
 def _reconstruction_figures(reconstructions: Sequence[Reconstructed]) -> dict[str, Any]:
-    each = {one.name: {"psnr": _finite(one.psnr), "ssim": one.ssim} for one in reconstructions}
-    for one in reconstructions:
-        if one.linear_psnr is not None:
-            each[one.name]["linear_psnr"] = _finite(one.linear_psnr)
-    names = next(iter(each.values()))
-    return {name: float(np.mean([entry[name] for entry in each.values()])) for name in names} | {"clips": each}
+    metrics = {
+        reconstruction.name: {"psnr": _finite(reconstruction.psnr), "ssim": reconstruction.ssim}
+        for reconstruction in reconstructions
+    }
+    for reconstruction in reconstructions:
+        if reconstruction.linear_psnr is not None:
+            metrics[reconstruction.name]["linear_psnr"] = _finite(reconstruction.linear_psnr)
+    names = next(iter(metrics.values()))
+    return {name: float(np.mean([entry[name] for entry in metrics.values()])) for name in names} | {"clips": metrics}
 
 
 def _finite(value: float) -> float:
-    """JSON has no infinity: the PSNR of equal clips is written as 100 dB."""
+    """Cap a PSNR at 100 dB: that of equal clips is infinite, which JSON cannot hold."""
     return min(value, 100.0)
 
 
 def reconstruct(
     codec: Codec, clips: ClipSource, limits: SizeLimits, *, linear: LinearAutoencoder | None = None
 ) -> list[Reconstructed]:
-    """The start of every clip, at its training size, encoded and decoded; by a linear autoencoder too, if given."""
+    """Encode and decode the start of every clip at its training size, also by a linear autoencoder if one is given."""
     results = []
     for index, info in enumerate(clips.infos):
         original = read_fitted(clips, index, limits)
         decoded = codec.reconstruct(original)
-        one = Reconstructed(
+        reconstruction = Reconstructed(
             info.name,
             original,
             decoded,
@@ -194,40 +196,44 @@ def reconstruct(
         )
         if linear is not None:
             frames = linear.reconstruct_clip(original.frames, codec.config.stride)
-            one = one._replace(linear=replace(original, frames=frames), linear_psnr=psnr(original.frames, frames))
-        results.append(one)
+            reconstruction = reconstruction._replace(
+                linear=replace(original, frames=frames), linear_psnr=psnr(original.frames, frames)
+            )
+        results.append(reconstruction)
     return results
 
 
 def shape_requests(seed: int) -> list[Request]:
-    """All 72 prompts at 17 and 9 frames and the 18 image prompts, each at one of three sizes; one sample a prompt."""
-    asked = [
+    """Return all 72 prompts at 17 and 9 frames, and the 18 image prompts, each once at one of three sizes."""
+    shapes_and_captions = [
         (Grid(frames, 0, 0), description)
         for frames, descriptions in ((17, shapes.COMBINATIONS), (9, shapes.COMBINATIONS), (1, shapes.IMAGES))
         for description in descriptions
     ]
     sizes = ((32, 32), (32, 48), (48, 32))
-    chosen = rng.host(seed, "sample sizes").permutation(np.arange(len(asked)) % len(sizes))
+    size_indices = rng.host(seed, "sample sizes").permutation(np.arange(len(shapes_and_captions)) % len(sizes))
     return [
         Request(shapes.caption(description), Grid(frames.t, *sizes[size]), seed=_seed(seed, number))
-        for number, ((frames, description), size) in enumerate(zip(asked, chosen.tolist(), strict=True))
+        for number, ((frames, description), size) in enumerate(
+            zip(shapes_and_captions, size_indices.tolist(), strict=True)
+        )
     ]
 
 
 def caption_requests(
     clips: ClipSource, limits: SizeLimits, *, count: int, seed: int, first: int = 0, animated: bool = False
 ) -> list[Request]:
-    """Up to `count` different captions, spread over the clips, each at its clip's training size.
+    """Return requests for up to `count` different captions, spread over the clips, each at its clip's training size.
 
-    `first` is the number of the first request in its evaluation, which gives it its seed. What is `animated` begins
-    with the first frame of the clip.
+    `first_index` is the number of the first request in its evaluation, which determines its seed. With
+    `use_first_frame` a request starts from the first frame of the clip.
     """
     different: dict[str, int] = {}
     for index, info in enumerate(clips.infos):
         if info.caption:
             different.setdefault(info.caption, index)
-    places = np.linspace(0, len(different) - 1, min(count, len(different))).round().astype(int)
-    chosen = [list(different.values())[place] for place in places.tolist()]
+    positions = np.linspace(0, len(different) - 1, min(count, len(different))).round().astype(int)
+    indices = [list(different.values())[position] for position in positions.tolist()]
     return [
         Request(
             clips.infos[index].caption,
@@ -235,21 +241,21 @@ def caption_requests(
             seed=_seed(seed, first + number),
             image=read_fitted(clips, index, limits).frames[0] if animated else None,
         )
-        for number, index in enumerate(chosen)
+        for number, index in enumerate(indices)
     ]
 
 
 def _seed(seed: int, number: int) -> int:
-    """Of each request of an evaluation another one, and of two evaluations too."""
+    """Return a seed that differs between the requests of an evaluation, and between evaluations."""
     return (1000 * seed + number) % 2**32
 
 
 def read_requests(path: str | Path) -> list[Request]:
-    """Requests from a JSON list of `{prompt, frames, height, width, seed, negative}`; seed and negative may be absent.
+    """Read requests from a JSON list of `{prompt, frames, height, width}` with optional `seed` and `negative`.
 
     Raises:
-      MissingError: no such file.
-      UserError: not such a list.
+      MissingError: no file at `path`.
+      UserError: the file is not such a list.
     """
     entries = read_json(path)
     if not isinstance(entries, list) or not entries:
@@ -259,8 +265,8 @@ def read_requests(path: str | Path) -> list[Request]:
         values = {"seed": 0, "negative": "", **entry} if isinstance(entry, dict) else {}
         for name, kind in _FIELDS.items():
             if type(values.get(name)) is not kind:  # `True` is an int to isinstance
-                what = "a text" if kind is str else "a whole number"
-                raise UserError(f"{path}: {name} of entry {number} must be {what}, not {values.get(name)!r}")
+                expected = "a text" if kind is str else "a whole number"
+                raise UserError(f"{path}: {name} of entry {number} must be {expected}, not {values.get(name)!r}")
         size = Grid(values["frames"], values["height"], values["width"])
         requests.append(Request(values["prompt"], size, values["seed"], values["negative"]))
     return requests
@@ -274,13 +280,13 @@ def write_samples(
     progress: Callable[[int], None] | None = None,
     **sampling: Any,
 ) -> list[dict[str, Any]]:
-    """Sample all requests into `folder`: a file each (mp4; png for one frame) and `prompts.json`, which is returned.
+    """Sample all requests into `folder`: one file each (mp4; png for one frame), and `prompts.json`, which is returned.
 
-    The folder is written whole or not at all; samples that it holds are replaced. `progress` is called with the number
-    of clips done; `sampling` goes to `Pipeline.generate_many`.
+    The folder is complete or absent; samples in it are replaced. `progress` is called with the number of finished
+    clips; `sampling` is passed to `Pipeline.generate_many`.
 
     Raises:
-      UserError: the folder holds files that are no samples, or a request that cannot be made.
+      UserError: the folder holds files that are not samples, or an invalid request.
     """
     folder = Path(folder).absolute()
     _check_replaceable(folder)
@@ -301,14 +307,14 @@ def write_samples(
 
 
 def _entry(request: Request) -> dict[str, Any]:
-    """What `read_requests` reads again."""
+    """Return the JSON entry of a request, which `read_requests` reads."""
     frames, height, width = request.size
     entry = {"prompt": request.prompt, "frames": frames, "height": height, "width": width, "seed": request.seed}
     return entry | ({"negative": request.negative} if request.negative else {})
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Raise where something else than samples would be overwritten."""
+    """Raise if the folder holds anything other than samples."""
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -318,11 +324,11 @@ def _check_replaceable(folder: Path) -> None:
     samples = {entry["file"] for entry in written if isinstance(entry, dict) and "file" in entry}
     known = samples | {PROMPTS} if samples else set()
     if foreign := sorted(present - known):
-        raise UserError(f"{folder} holds other files than samples, such as {foreign[0]}; name a folder of their own")
+        raise UserError(f"{folder} holds other files than samples, such as {foreign[0]}; use another folder")
 
 
 def read_samples(folder: str | Path) -> list[Sampled]:
-    """The samples that `prompts.json` lists, decoded from their files."""
+    """Read the samples that `prompts.json` lists, decoded from their files."""
     folder = Path(folder)
     return [
         Sampled(entry, replace(decode(folder / entry["file"]), caption=entry["prompt"]))

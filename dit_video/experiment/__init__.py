@@ -1,4 +1,4 @@
-"""The config of a run: frozen, complete, and checked across its parts."""
+"""Config of a run: frozen, complete, and checked across its parts."""
 
 from dit_video.experiment.config import Experiment
 from dit_video.experiment.training_config import (

@@ -1,4 +1,4 @@
-"""The config of a run, checked across its parts before anything is computed."""
+"""Config of a run, checked across its parts before anything is computed."""
 
 import dataclasses
 import math
@@ -28,10 +28,10 @@ from dit_video.training.optim.optimizer import OptimizerConfig, learning_rates
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """A run, from clips to samples.
+    """Config of a run, from clips to samples.
 
     Raises:
-      UserError: parts that disagree.
+      UserError: Values that are out of range or inconsistent.
     """
 
     name: str
@@ -39,8 +39,8 @@ class Experiment:
     autoencoder: AutoencoderTraining | GivenAutoencoder
     denoiser: DenoiserTraining
     earlier: tuple[Stage, ...] = ()
-    """stages of the denoiser's training before the one that `data` and `denoiser` describe, such as of images, then of
-    small clips; that one is the last, and its sizes are what is sampled"""
+    """Stages of the denoiser's training before the last one, which `data` and `denoiser` describe: such as on images,
+    then on small clips. Samples have the sizes of the last stage."""
     sampling: Sampling = field(default_factory=Sampling)
     evaluation: Evaluation = field(default_factory=CaptionEvaluation)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -48,13 +48,13 @@ class Experiment:
     log_every: int = 20
     save_every: int = 500
     stop_within: float = 300.0
-    """Seconds from SIGTERM or Ctrl-C to the end of the process, at most. Preempted machines have less: 30 are usual."""
+    """Maximum number of seconds from SIGTERM or Ctrl-C to the end of the process; preempted machines often have 30."""
     most_skipped: int = 10
-    """Steps whose loss or gradient is not finite are skipped; after so many in a row the run ends."""
+    """Number of consecutive steps, skipped because of a non-finite loss or gradient, after which the run ends."""
     monitoring: Monitoring = field(default_factory=Monitoring)
-    """what is looked at while the denoiser is trained"""
+    """Monitoring of the denoiser's training."""
     keep: Keep = field(default_factory=Keep)
-    """which checkpoints stay"""
+    """Policy for preserving checkpoints."""
 
     def __post_init__(self):
         self._check_numbers()
@@ -64,59 +64,66 @@ class Experiment:
 
     def _check_numbers(self) -> None:
         positive = {
-            "denoiser steps": self.denoiser.steps,
-            "denoiser batch": self.denoiser.batch,
-            "denoiser layers": self.denoiser.dit.layers,
-            "patch": min(self.denoiser.dit.patch),
-            "rows segments": self.denoiser.rows.segments,
-            "stretches": self.data.stretches,
-            "resolutions": min(self.data.resolutions, default=1),
+            "denoiser.steps": self.denoiser.steps,
+            "denoiser.batch": self.denoiser.batch,
+            "dit.layers": self.denoiser.dit.layers,
+            "dit.patch": min(self.denoiser.dit.patch),
+            "rows.segments": self.denoiser.rows.segments,
+            "data.clips_per_video": self.data.stretches,
+            "data.resolutions": min(self.data.resolutions, default=1),
             "log_every": self.log_every,
             "save_every": self.save_every,
-            "most_skipped": self.most_skipped,
-            "stop_within": self.stop_within,
-            "accumulate": self.denoiser.accumulate,
+            "max_consecutive_skips": self.most_skipped,
+            "preemption_grace": self.stop_within,
+            "denoiser.accumulation_steps": self.denoiser.accumulate,
         }
         if isinstance(self.autoencoder, AutoencoderTraining):
-            positive["autoencoder steps"] = self.autoencoder.steps
+            positive["autoencoder.steps"] = self.autoencoder.steps
         for name, value in positive.items():
             if value < 1:
-                raise UserError(f"{name} must be at least 1, not {value}")
+                raise UserError(f"{name}={value} is invalid: it must be at least 1.")
         trainings = [part for part in (self.autoencoder, self.denoiser) if not isinstance(part, GivenAutoencoder)]
         for training in trainings:
             learning_rates(training.optimizer, steps=training.steps)
             if not 0 <= training.ema_decay < 1:
-                raise UserError(f"ema_decay {training.ema_decay} must lie in [0, 1)")
+                raise UserError(f"ema_decay={training.ema_decay} is invalid: it must lie in [0, 1).")
         self._check_what_is_trained()
         self._check_parts()
         if not 0 <= self.denoiser.caption_dropout <= 1:
-            raise UserError(f"caption_dropout {self.denoiser.caption_dropout} must lie in [0, 1]")
+            raise UserError(f"caption_dropout={self.denoiser.caption_dropout} is invalid: it must lie in [0, 1].")
         if not all(0 < weight < math.inf for weight in self.data.weights):
-            raise UserError(f"weights={self.data.weights} must be positive; leave out a data set that is not wanted")
+            raise UserError(
+                f"weights={self.data.weights} is invalid: weights must be positive. Leave out unwanted data sets."
+            )
         cached = self.data.stretches > 1 or self.data.resolutions or self.data.flips
         if cached and not self.data.cache_latents:
             raise UserError(
-                "stretches, resolutions and flips are of cached latents; leave them out, or cache_latents=True"
+                "data.clips_per_video, data.resolutions and data.flips need cached latents. Leave them out, or set "
+                "data.cache_latents=True."
             )
         if self.denoiser.buckets is not None and (self.data.cache_latents or self.data.weights):
-            raise UserError("buckets are read from video files, unweighted: set data cache_latents=False, no weights")
+            raise UserError(
+                "denoiser.buckets are read from video files, without weights of data sets. Set "
+                "data.cache_latents=False, and leave out data.weights."
+            )
         if self.data.workers < 0:
-            raise UserError(f"workers={self.data.workers} must not be negative")
+            raise UserError(f"workers={self.data.workers} is invalid: it must not be negative.")
         if not 0 <= self.seed < 2**32:
-            raise UserError(f"a seed is a whole number from 0 to {2**32 - 1}, not {self.seed}")
+            raise UserError(f"seed={self.seed} is invalid: it must be a whole number from 0 to {2**32 - 1}.")
 
     def _check_parts(self) -> None:
         denoiser = self.denoiser
         if self.monitoring.validate_every and (denoiser.distillation is not None or denoiser.buckets is not None):
             raise UserError(
-                "the loss of held-out clips is that of packed rows, of no student: leave out validate_every"
+                "monitoring.validate_every needs packed rows and no distillation. Leave out validate_every."
             )
         if denoiser.accumulate > 1 and (denoiser.buckets is not None or denoiser.distillation is not None):
-            raise UserError("only packed rows, not of a student, are divided into parts: leave out accumulate")
+            raise UserError(
+                "denoiser.accumulation_steps needs packed rows and no distillation. Leave out accumulation_steps."
+            )
         if denoiser.batch % denoiser.accumulate:
             raise UserError(
-                f"a batch of {denoiser.batch} rows is not divisible into accumulate={denoiser.accumulate} parts; use a "
-                "multiple"
+                f"batch={denoiser.batch} is not divisible by accumulation_steps={denoiser.accumulate}. Use a multiple."
             )
 
     def _check_what_is_trained(self) -> None:
@@ -124,75 +131,88 @@ class Experiment:
             adversarial = self.autoencoder.loss.adversarial
             if adversarial is not None and adversarial.start >= self.autoencoder.steps:
                 raise UserError(
-                    f"adversarial training starts at step {adversarial.start}, the autoencoder is trained for "
-                    f"{self.autoencoder.steps}; start earlier, or leave it out"
+                    f"adversarial.start_step={adversarial.start} is invalid: the autoencoder is trained for only "
+                    f"{self.autoencoder.steps} steps. Start earlier, or leave out adversarial."
                 )
         denoiser = self.denoiser
         if denoiser.lora is not None and denoiser.start is None:
-            raise UserError("LoRA adapts weights that are there: name their folder as the denoiser's start")
+            raise UserError("denoiser.lora needs pretrained weights. Set denoiser.init_from to their folder.")
         if denoiser.lora is not None and denoiser.trained != "full":
-            raise UserError(f"adapters are trained, not the weights: leave out lora, or trained={denoiser.trained!r}")
+            raise UserError(
+                f"denoiser.lora trains adapters instead of weights. Leave out lora, or train_mode={denoiser.trained!r}."
+            )
         if denoiser.distillation is not None:
             self._check_distillation()
         if denoiser.trained == "temporal" and denoiser.optimizer.trainable:
-            raise UserError("trained='temporal' says what is trained; leave the optimizer's trainable empty")
+            raise UserError(
+                "denoiser.train_mode='temporal' already selects the trained weights. Leave optimizer.trainable empty."
+            )
 
     def _check_distillation(self) -> None:
         denoiser = self.denoiser
         if denoiser.start is None:
-            raise UserError("a student is distilled from a teacher: name its folder as the denoiser's start")
+            raise UserError("denoiser.distillation needs a teacher. Set denoiser.init_from to its folder.")
         if denoiser.lora is not None or denoiser.trained != "full":
-            raise UserError("of a student all weights are trained; leave out lora and trained, or distillation")
+            raise UserError(
+                "denoiser.distillation trains all weights. Leave out lora and train_mode, or leave out distillation."
+            )
         if denoiser.expert is not None:
-            raise UserError("a student is one model of all times; leave out expert, or distillation")
+            raise UserError(
+                "denoiser.distillation trains one model for all times. Leave out expert, or leave out distillation."
+            )
         if denoiser.known is not None:
-            raise UserError("a student is told of no known frames; leave out known, and take a teacher without them")
+            raise UserError(
+                "denoiser.distillation does not support frame conditioning. Leave out known, and use a teacher without "
+                "it."
+            )
 
     def _check_models(self) -> None:
         model, denoiser = self.autoencoder.model, self.denoiser
         if model.channels > 3 * model.stride.volume:
             raise UserError(
-                f"{model.channels} channels are more than the {3 * model.stride.volume} values of a patch of "
-                f"{tuple(model.stride)} pixels; use fewer channels or a larger stride"
+                f"autoencoder channels={model.channels} is invalid: a patch of {tuple(model.stride)} pixels has only "
+                f"{3 * model.stride.volume} values. Use fewer channels or a larger stride."
             )
         if denoiser.dit.channels != model.channels:
             raise UserError(
-                f"the denoiser takes {denoiser.dit.channels} channels, the autoencoder makes {model.channels}; "
-                f"set dit channels={model.channels}"
+                f"dit.channels={denoiser.dit.channels} is invalid: the autoencoder has {model.channels} channels. "
+                f"Use dit.channels={model.channels}."
             )
         check_classes(denoiser.text, denoiser.dit)
         if denoiser.dit.context_width != denoiser.text.width:
             raise UserError(
-                f"the denoiser takes context of width {denoiser.dit.context_width}, the text encoder makes "
-                f"{denoiser.text.width}; set dit context_width={denoiser.text.width}"
+                f"dit.context_width={denoiser.dit.context_width} is invalid: the text encoder has width "
+                f"{denoiser.text.width}. Use dit.context_width={denoiser.text.width}."
             )
         if denoiser.text.max_tokens > denoiser.rows.text:
             raise UserError(
-                f"a caption may have {denoiser.text.max_tokens} tokens, a row has room for {denoiser.rows.text}; "
-                f"set text max_tokens={denoiser.rows.text} or less"
+                f"text.max_tokens={denoiser.text.max_tokens} is invalid: a row has space for {denoiser.rows.text} text "
+                f"tokens. Use text.max_tokens={denoiser.rows.text} or less."
             )
         if isinstance(denoiser.text, ByteEncoderConfig) and (rest := denoiser.rows.text % denoiser.text.patch):
             raise UserError(
-                f"a row's text of {denoiser.rows.text} tokens is not divisible by the text encoder's patch of "
-                f"{denoiser.text.patch} bytes; set rows text={denoiser.rows.text - rest}"
+                f"rows.text={denoiser.rows.text} is invalid: it is not divisible by the text encoder's patch of "
+                f"{denoiser.text.patch} bytes. Use rows.text={denoiser.rows.text - rest}."
             )
         if isinstance(denoiser.dit, WanDitConfig) and denoiser.text.max_tokens > denoiser.dit.text_length:
             raise UserError(
-                f"a caption may have {denoiser.text.max_tokens} tokens, the denoiser pads them to "
-                f"{denoiser.dit.text_length}; set text max_tokens={denoiser.dit.text_length} or less"
+                f"text.max_tokens={denoiser.text.max_tokens} is invalid: the denoiser pads captions to "
+                f"{denoiser.dit.text_length} tokens. Use text.max_tokens={denoiser.dit.text_length} or less."
             )
         self._check_given()
 
     def _check_given(self) -> None:
-        """That the denoiser is given what it takes."""
+        """Raise if conditioning, times or variance do not fit the denoiser."""
         dit = self.denoiser.dit
         if self.denoiser.times_of == "frame" and dit.time != "token":
-            raise UserError("frames have a time of their own in a denoiser with time='token'; or set times_of='clip'")
+            raise UserError(
+                "time_per='frame' needs a denoiser with time='token'. Set dit.time, or use time_per='clip'."
+            )
         learned = isinstance(self.denoiser.objective.prediction, LearnedVariance)
         if learned != (isinstance(dit, DitConfig) and dit.variance == "predicted"):
             raise UserError(
-                "a denoiser with variance='predicted' goes with an objective that predicts a LearnedVariance, and the "
-                "other way round; change one of the two"
+                "variance='predicted' of the denoiser and a LearnedVariance prediction of the objective need each "
+                "other. Change one of the two."
             )
         check_given_frames(
             dit,
@@ -206,17 +226,18 @@ class Experiment:
         denoiser = self.denoiser
         if denoiser.dit.patch.t != 1:
             raise UserError(
-                f"a patch of {denoiser.dit.patch.t} latent frames divides no clip, as its first latent frame stands "
-                "alone; use 1 along time"
+                f"dit.patch.t={denoiser.dit.patch.t} is invalid: it divides no clip, because the first latent frame is "
+                "encoded on its own. Use dit.patch.t=1."
             )
         self._check_fits("max_frames", Grid(self.data.max_frames, *self._multiple[1:]))
         if isinstance(self.autoencoder, AutoencoderTraining):
             self._check_windows(self.autoencoder, self.window_limits)
-        largest = self._largest_clip()
-        if largest > denoiser.rows.tokens:
+        max_tokens = self._largest_clip()
+        if max_tokens > denoiser.rows.tokens:
             raise UserError(
-                f"a clip of {self.data.max_pixels} pixels and {self.data.max_frames} frames is up to {largest} tokens, "
-                f"a row has room for {denoiser.rows.tokens}; set rows tokens={largest} or lower max_pixels"
+                f"rows.tokens={denoiser.rows.tokens} is invalid: a clip of {self.data.max_pixels} pixels and "
+                f"{self.data.max_frames} frames has up to {max_tokens} tokens. Use rows.tokens={max_tokens}, or a "
+                "lower data.max_pixels."
             )
 
     def _check_fits(self, name: str, size: Grid) -> None:
@@ -227,35 +248,40 @@ class Experiment:
 
     def _check_windows(self, training: AutoencoderTraining, limits: SizeLimits) -> None:
         if not training.windows:
-            raise UserError("the autoencoder needs at least one window shape to train on")
+            raise UserError("autoencoder.windows is empty: training needs at least one window shape.")
         for window in training.windows:
             self._check_fits("window", window.size)
         adversarial = training.loss.adversarial
         smallest = min(min(window.size[1:]) for window in training.windows)
         if adversarial is not None and smallest < 2**adversarial.layers:
             raise UserError(
-                f"a discriminator of {adversarial.layers} layers needs windows of {2**adversarial.layers} pixels or "
-                f"more, one has {smallest}; use fewer layers or larger windows"
+                f"adversarial.layers={adversarial.layers} is invalid: a discriminator of this depth needs windows of "
+                f"{2**adversarial.layers} pixels or more, but one has {smallest}. Use fewer layers or larger windows."
             )
         if training.loss.lpips and smallest < LPIPS_SMALLEST:
-            raise UserError(f"LPIPS needs windows of {LPIPS_SMALLEST} pixels or more, one has {smallest}")
+            raise UserError(
+                f"LPIPS needs windows of {LPIPS_SMALLEST} pixels or more, but one has {smallest}. Use larger windows."
+            )
         for window in training.windows:
             t, h, w = window.size
             if t > limits.max_frames or h * w > limits.max_pixels:
                 raise UserError(
                     f"a window of {t}x{h}x{w} is larger than any clip of {limits.max_frames} frames of "
-                    f"{limits.max_pixels} pixels; use a smaller window, or raise max_frames or max_pixels"
+                    f"{limits.max_pixels} pixels. Use a smaller window, or raise max_frames or max_pixels."
                 )
 
     def _check_stages(self) -> None:
         names = [stage.name for stage in self.earlier]
         for stage in self.earlier:
             if not re.fullmatch(r"[\w.-]+", stage.name) or names.count(stage.name) > 1:
-                raise UserError(f"a stage's name is that of a folder, and no other's; {stage.name!r} is not")
+                raise UserError(
+                    f"stage name={stage.name!r} is invalid: it must be a folder name of letters, digits and _.- that "
+                    "no other stage has."
+                )
             if stage.data.held_out or stage.data.weights:
                 raise UserError(
-                    f"stage {stage.name}: what is held out, and how data sets are weighted, holds for all stages; say "
-                    "it in the experiment's own data"
+                    f"stage {stage.name}: held_out and weights apply to all stages. Set them in the experiment's own "
+                    "data."
                 )
             if stage.optimizer is not None:
                 self._check_carried(stage.name, stage.optimizer)
@@ -265,36 +291,36 @@ class Experiment:
             except UserError as error:
                 raise UserError(f"stage {stage.name}: {error}") from error
         if self.earlier and self.denoiser.distillation is not None:
-            raise UserError("a student is distilled in one stage; leave out earlier, or distillation")
+            raise UserError("denoiser.distillation takes a single stage. Leave out earlier, or leave out distillation.")
 
     def _check_carried(self, name: str, optimizer: OptimizerConfig) -> None:
-        """That an optimizer's state is one of the last stage's."""
+        """Raise if the state of a stage's optimizer cannot be carried over to the last stage."""
         last = self.denoiser.optimizer
         for field_name in ("kind", "matrices", "trainable", "frozen"):
-            here, there = getattr(optimizer, field_name), getattr(last, field_name)
-            if here != there:
+            value, last_value = getattr(optimizer, field_name), getattr(last, field_name)
+            if value != last_value:
                 raise UserError(
-                    f"stage {name} has an optimizer with {field_name}={here!r}, the last stage {there!r}: its state "
-                    "could not be carried over; use one for all stages"
+                    f"stage {name}: optimizer.{field_name}={value!r} is invalid: the last one has {last_value!r}, and "
+                    "its state could not be carried over. Use the same for all stages."
                 )
 
     def stage(self, number: int) -> "Experiment":
-        """One stage as an experiment of its own; that after all `earlier` ones is the last."""
+        """Return one stage as an experiment of its own; the last stage comes after all `earlier` ones."""
         if number == len(self.earlier):
             return dataclasses.replace(self, earlier=())
         stage = self.earlier[number]
         data = dataclasses.replace(stage.data, held_out=self.data.held_out, weights=self.data.weights)
         names = ("steps", "rows", "batch", "optimizer", "objective", "known", "caption_dropout")
-        own: dict[str, Any] = {name: getattr(stage, name) for name in names if getattr(stage, name) is not None}
+        overrides: dict[str, Any] = {name: getattr(stage, name) for name in names if getattr(stage, name) is not None}
         autoencoder = self.autoencoder
-        if isinstance(autoencoder, AutoencoderTraining):  # which is trained before the first stage
+        if isinstance(autoencoder, AutoencoderTraining):  # it is trained before the first stage, so its sizes are kept
             limits = self.window_limits
             autoencoder = dataclasses.replace(autoencoder, max_pixels=limits.max_pixels, max_frames=limits.max_frames)
         return dataclasses.replace(
             self,
             autoencoder=autoencoder,
             data=data,
-            denoiser=dataclasses.replace(self.denoiser, **own),
+            denoiser=dataclasses.replace(self.denoiser, **overrides),
             mesh=stage.mesh or self.mesh,
             earlier=(),
         )
@@ -305,21 +331,21 @@ class Experiment:
         return Grid(stride.t, stride.h * patch.h, stride.w * patch.w)
 
     def _largest_clip(self) -> int:
-        """Tokens of the largest clip that the limits let through."""
+        """Return the number of tokens of the largest clip within the limits."""
         multiple = self._multiple
         latents = latent_grid(Grid(self.data.max_frames, *multiple[1:]), self.autoencoder.model.stride)
         return latents.t * (self.data.max_pixels // (multiple.h * multiple.w))
 
     @property
     def limits(self) -> SizeLimits:
-        """Which sizes clips are brought to."""
+        """Return the limits on the sizes that clips are resized to."""
         return SizeLimits(
             max_pixels=self.data.max_pixels, max_frames=self.data.max_frames, multiple=self._multiple, fps=self.data.fps
         )
 
     @property
     def window_limits(self) -> SizeLimits:
-        """Which sizes clips are brought to where windows of them train the autoencoder."""
+        """Return the limits on the sizes that clips are resized to before windows for the autoencoder are cut."""
         training, limits = self.autoencoder, self.limits
         if isinstance(training, GivenAutoencoder):
             return limits

@@ -1,7 +1,7 @@
-"""Where a run's clips come from: folders that are ingested, or data sets that are; one, or several that are mixed.
+"""Data sets of a run: ingested folders of clips, or data sets that exist already; one, or a mixture of several.
 
 A run's folder holds what was made for it, and links to what lies elsewhere: symbolic links on this machine, and for an
-address (`gs://…`) a folder with nothing but `address.json`.
+address (`gs://…`) a folder with a single file, `address.json`.
 """
 
 import contextlib
@@ -17,16 +17,16 @@ from dit_video.distributed.processes import first_goes_first
 from dit_video.training.hooks.logging import Progress, remark
 
 _SOURCES = "sources.json"
-"""The names of several data sets, in the order in which they were given."""
+"""Name of the file with the names of several data sets, in order."""
 _ADDRESS = "address.json"
-"""In an otherwise empty folder: where that lies which the folder stands for."""
+"""Name of the only file of a folder that stands for an address, which it holds."""
 
 
 def check(clips: Sequence[Address]) -> None:
-    """That folders of clips can be ingested, and data sets opened: a quick look, before a run is made of them.
+    """Check quickly that folders of clips can be ingested and data sets opened, before a run is created.
 
     Raises:
-      UserError: one can't be used.
+      UserError: one cannot be used.
     """
     for folder in clips:
         if not is_ingested(folder):
@@ -38,22 +38,21 @@ def take(folder: Path, clips: Sequence[Address], *, weights: Sequence[float] = (
     """Make `folder` a data set, or a folder of several by the names of their folders.
 
     Args:
-      folder: to be made.
-      clips: folders of clips, which are ingested, or data sets that `tools/ingest.py` made, which are linked to; the
-        latter may lie at addresses (`gs://…`).
-      weights: of the data sets, if there are any.
+      folder: the folder to create.
+      clips: folders of clips, which are ingested, or data sets of `tools/ingest.py`, which are linked to; the latter
+        may be addresses (`gs://…`).
+      weights: weight of each data set, if any.
 
     Raises:
-      UserError: two folders of one name, another number of weights, clips that can't be used, or a folder that holds
-        others.
+      UserError: two folders of one name, another number of weights, unusable clips, or a folder that holds others.
     """
     if weights and len(weights) != len(clips):
-        raise UserError(f"the config weighs {len(weights)} data sets, {len(clips)} were given; give one a weight")
-    places = [_resolved(place(source)) for source in clips]
-    names = [str(source).rstrip("/").rpartition("/")[2] for source in places]
+        raise UserError(f"the config weighs {len(weights)} data sets, {len(clips)} were given; give each one weight")
+    locations = [_resolved(place(source)) for source in clips]
+    names = [str(source).rstrip("/").rpartition("/")[2] for source in locations]
     if repeated := [name for name in names if names.count(name) > 1]:
         raise UserError(f"two data sets are both named {repeated[0]}; rename a folder")
-    for name, source in zip(names, places, strict=True):
+    for name, source in zip(names, locations, strict=True):
         destination = folder / name if len(clips) > 1 else folder
         if is_ingested(source):
             link(destination, source)
@@ -66,26 +65,26 @@ def take(folder: Path, clips: Sequence[Address], *, weights: Sequence[float] = (
 
 
 def taken(folder: Address) -> ClipSource:
-    """All clips of a data set, or of what `take` made."""
-    opened = place(folder)
-    if not isinstance(opened, Path) or not (opened / _SOURCES).is_file():
-        return ClipSource(lies(opened))
-    return ClipSource({name: lies(opened / name) for name in read_json(opened / _SOURCES)})
+    """Open all clips of a data set, or of a folder that `link_datasets` made."""
+    location = place(folder)
+    if not isinstance(location, Path) or not (location / _SOURCES).is_file():
+        return ClipSource(lies(location))
+    return ClipSource({name: lies(location / name) for name in read_json(location / _SOURCES)})
 
 
 def sources(folder: Path) -> tuple[Place, ...]:
-    """Where the data sets lie that `take` made a folder of, for another run to take them."""
+    """Return the locations of the data sets that `link_datasets` linked, for another run to use."""
     names = read_json(folder / _SOURCES) if (folder / _SOURCES).is_file() else []
     return tuple(lies(folder / name) for name in names) or (lies(folder),)
 
 
 def link(folder: Path, target: Address, what: str = "data set") -> None:
-    """Let `folder` stand for what lies elsewhere, or will.
+    """Let `folder` stand for a folder or address elsewhere, which need not exist yet.
 
     Args:
-      folder: holds nothing yet, or stands for the same already.
+      folder: is empty, or stands for the same target already.
       target: a folder or an address.
-      what: lies there, for the message.
+      kind: kind of target, for the message.
 
     Raises:
       UserError: the folder holds something, or stands for another target.
@@ -96,16 +95,16 @@ def link(folder: Path, target: Address, what: str = "data set") -> None:
     if not folder.exists() and not folder.is_symlink():
         if isinstance(target, Path):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileExistsError):  # another process of the same run was quicker
+            with contextlib.suppress(FileExistsError):  # another process of the same run was faster
                 folder.symlink_to(target, target_is_directory=True)
         else:
             write_json(folder / _ADDRESS, str(target))
-    if str(found := lies(folder)) != str(target):
-        raise _other(found, target, what)
+    if str(location := lies(folder)) != str(target):
+        raise _other(location, target, what)
 
 
 def lies(folder: Place) -> Place:
-    """Where that lies which a folder holds or stands for."""
+    """Return the location that a folder holds or stands for."""
     if not isinstance(folder, Path):
         return folder
     return place(read_json(folder / _ADDRESS)) if (folder / _ADDRESS).is_file() else folder.resolve()
@@ -120,18 +119,18 @@ def _other(found: Place, wanted: Place, what: str) -> UserError:
 
 
 def _here(folder: Address) -> Path:
-    """A folder of clips, which lies on this machine."""
-    found = place(folder)
-    if isinstance(found, Path):
-        return found
-    if not found.exists():
-        raise MissingError(f"no such data set: {found}")
-    raise UserError(f"{found} is not an ingested data set; make one of clips on this machine with tools/ingest.py")
+    """Return a folder of clips on this machine."""
+    location = place(folder)
+    if isinstance(location, Path):
+        return location
+    if not location.exists():
+        raise MissingError(f"no such data set: {location}")
+    raise UserError(f"{location} is not an ingested data set; make one of clips on this machine with tools/ingest.py")
 
 
 @contextlib.contextmanager
 def ingest_shown() -> Iterator[Callable[[int, int], None]]:
-    """Gives `ingest` its `progress`: shows on stderr how many clips are read, then written, with the time left."""
+    """Yield a `progress` for `ingest`: it shows on stderr how many clips are read, then written, with the time left."""
     with contextlib.ExitStack() as stack:
         bar: Progress | None = None
         titles = iter(("reading clips", "writing clips"))
@@ -147,15 +146,15 @@ def ingest_shown() -> Iterator[Callable[[int, int], None]]:
 
 
 def _ingest(clips: Path, destination: Path) -> None:
-    """Make the data set of a folder of clips, and say on stderr what of it is not used."""
+    """Make the data set of a folder of clips, and list on stderr the files that are skipped."""
     with ingest_shown() as progress:
         report = ingest(clips, destination, progress=progress)
-    for what, found in (
-        ("cannot be decoded and are set aside", report.quarantined),
-        ("cannot be clips and are left out", report.rejected),
+    for reason_group, files in (
+        ("cannot be decoded and are skipped", report.quarantined),
+        ("are not clips and are skipped", report.rejected),
     ):
-        if found:
-            name, reason = found[0]
-            remark(f"{len(found)} files {what}, such as {name}: {reason}")
+        if files:
+            name, reason = files[0]
+            remark(f"{len(files)} files {reason_group}, such as {name}: {reason}")
     if report.unlisted:
-        remark(f"{len(report.unlisted)} files are no clips that the source lists, and are left out")
+        remark(f"{len(report.unlisted)} files are not listed as clips by the source and are skipped")

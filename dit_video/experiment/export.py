@@ -1,6 +1,6 @@
-"""What a run leaves: its pipeline's config, and beside it adapters and weights under other projects' names.
+"""Results of a run: the config of its pipeline, and adapters and weights under other projects' names.
 
-Of several processes the first writes.
+With several processes the first one writes.
 """
 
 from collections.abc import Sequence
@@ -26,25 +26,27 @@ from dit_video.weights import own_modules, save_lora
 
 ADAPTER, LORA = "adapter.safetensors", "pytorch_lora_weights.safetensors"
 TRANSFORMERS = {"dit": "transformer", "low_noise": "transformer_2"}
-"""folders of diffusers, by the expert"""
+"""Folders of diffusers, by expert."""
 
 
 def save_adapter(
     folder: Path, dit: DitConfig | WanDitConfig, adapter: dict[str, Any], params: dict[str, Any], *, expert: str = "dit"
 ) -> None:
-    """Write an adapter under our own names, and one of Wan as diffusers reads it: `load_lora_weights(folder)`.
+    """Write an adapter under our own names, and one of Wan also as diffusers reads it: `load_lora_weights(folder)`.
 
     Args:
-      folder: of the run.
+      folder: folder of the run.
       dit: the denoiser's config.
-      adapter: with the parts of `params` that it changes.
-      params: that it is of, `{"dit": ..., "text": ...}`, or their shapes.
-      expert: what a pipeline calls the model, `dit` or, of the second of two experts, `low_noise`.
+      adapter: the adapter, with the parts of `params` that it changes.
+      params: the adapted parameters `{"dit": ..., "text": ...}`, or their shapes.
+      expert: name of the model in a pipeline: `dit` or, for the second of two experts, `low_noise`.
     """
     if jax.process_index() != 0:
         return
-    named, of = ({expert if part == "dit" else part: tree[part] for part in tree} for tree in (adapter, params))
-    save_lora(folder / ADAPTER, named, own_modules(of))
+    adapter_tree, base = (
+        {expert if part == "dit" else part: parts[part] for part in parts} for parts in (adapter, params)
+    )
+    save_lora(folder / ADAPTER, adapter_tree, own_modules(base))
     if isinstance(dit, WanDitConfig) and "dit" in adapter:
         save_lora(folder / LORA, adapter["dit"], wan_modules(dit))
 
@@ -52,7 +54,7 @@ def save_adapter(
 def save_transformer(
     folder: Path, dit: DitConfig | WanDitConfig, params: dict[str, Any], *, expert: str = "dit"
 ) -> None:
-    """Write a whole transformer of Wan as diffusers reads it: `WanTransformer3DModel.from_pretrained(folder)`."""
+    """Write a complete transformer of Wan as diffusers reads it: `WanTransformer3DModel.from_pretrained(folder)`."""
     if not isinstance(dit, WanDitConfig) or jax.process_index() != 0:
         return
     with atomic_path(folder / TRANSFORMERS[expert]) as temporary:
@@ -62,13 +64,13 @@ def save_transformer(
 def pipeline_config_of(
     experiment: Experiment, infos: Sequence[ClipInfo], encoder: Tokenizer | FrozenEncoder, *, command: str
 ) -> PipelineConfig:
-    """What the pipeline of a run is made of.
+    """Return the config of a run's pipeline.
 
     Args:
-      experiment: of the run.
-      infos: the clips that it was trained on.
-      encoder: of their captions.
-      command: that started it.
+      experiment: the run's experiment.
+      infos: the training clips.
+      encoder: encoder of their captions.
+      command: command that started the run.
     """
     rates = [info.fps for info in infos if info.frames > 1] or [info.fps for info in infos]
     sizes = [fit(info, experiment.limits) for info in infos]

@@ -1,20 +1,19 @@
-"""The folder of a run: its config, its clips, and where its parts lie.
+"""Folder of a run: its config, its clips, and where its parts lie.
 
 experiment.json           the resolved config
-data/                     the ingested clips, or a link to them (see `intake`); of several data sets one folder each
+data/                     the ingested clips, or a link to them (see `link_datasets`); one folder for each data set
 autoencoder/              checkpoints, metrics.jsonl, weights.safetensors
 text_encoder.json         the identity of a frozen text encoder
-image_encoder.json        that of an image encoder
-texts/                    its embeddings of the captions, where latents are not cached
-latents/                  what the denoiser is trained on, or a link to it
-denoiser/                 checkpoints, metrics.jsonl, rows.json (what an epoch holds), skipped.jsonl (steps that
-                          were not finite); snapshots/, samples/, tensorboard/, as the config says
-adapter.safetensors       the trained adapter, where one is trained, with our names
-pytorch_lora_weights.safetensors   the same of Wan, with diffusers' names
-transformer/              all weights of Wan, where these are trained, as diffusers reads them; of the second of two
-                          experts transformer_2/
-checkpoints/              a link to those of both models, where they lie elsewhere
-pipeline/                 the result: what `dit_video.load` reads
+image_encoder.json        the identity of an image encoder
+texts/                    embeddings of the captions, where latents are not cached
+latents/                  cached latents, or a link to them
+denoiser/                 checkpoints, metrics.jsonl, rows.json (content of an epoch), skipped.jsonl (non-finite
+                          steps); snapshots/, samples/, tensorboard/, as the config says
+adapter.safetensors       the trained adapter, if any, under our names
+pytorch_lora_weights.safetensors   the adapter of a Wan, under diffusers' names
+transformer/              all weights of a trained Wan, as diffusers reads them; transformer_2/ for its second expert
+checkpoints/              a link to the checkpoints of both models, where they lie elsewhere
+pipeline/                 the result, which `dit_video.load` reads
 """
 
 import functools
@@ -38,16 +37,16 @@ AnyRun = TypeVar("AnyRun", bound="RunFolder")
 
 @dataclass(frozen=True, kw_only=True)
 class RunFolder:
-    """A folder with the config of a run. `create` or `open` makes it."""
+    """Folder with the config of a run, made by `create` or `open`."""
 
     folder: Path
     experiment: Experiment
     command: str
-    """what it was started with"""
+    """Command that started the run."""
 
     @classmethod
     def create(cls: type[AnyRun], folder: str | Path, experiment: Experiment) -> AnyRun:
-        """A new run, or the one in this folder if its config is the same.
+        """Create a run, or open the one in this folder if its config is the same.
 
         Raises:
           UserError: the folder holds a run of another config or version, or something else.
@@ -65,15 +64,15 @@ class RunFolder:
                 raise UserError(
                     f"{folder} holds a run of another config ({difference}); use another folder or remove it"
                 )
-            return run._written()  # nothing was trained yet: a start that failed can be corrected
+            return run._written()  # nothing was trained yet, so that the config may still change
         if folder.exists() and not folder.is_dir():
-            raise UserError(f"{folder} is a file; a run needs a folder of its own")
+            raise UserError(f"{folder} is a file; use a folder")
         if folder.is_dir() and any(entry.name != "clips" and entry.name[0] != "." for entry in folder.iterdir()):
             raise UserError(f"{folder} is not empty and holds no run; use another folder")
         return run._written()
 
     def _written(self: AnyRun) -> AnyRun:
-        """Itself, with its config in its folder."""
+        """Write the config, and return the run."""
         document = {
             "format": FORMAT,
             "version": version("dit-video"),
@@ -85,10 +84,10 @@ class RunFolder:
 
     @classmethod
     def open(cls: type[AnyRun], folder: str | Path) -> AnyRun:
-        """The run in a folder.
+        """Open the run in a folder.
 
         Raises:
-          MissingError: no such folder, or no run in it.
+          MissingError: the folder does not exist, or holds no run.
           UserError: a run of another version.
         """
         folder = Path(folder)
@@ -101,17 +100,17 @@ class RunFolder:
         return cls(folder=folder, experiment=experiment, command=str(document.get("command")))
 
     def keep_latents(self, destination: Address) -> None:
-        """Have the cached latents elsewhere: a folder or an address, which need not hold any yet.
+        """Link to a folder or an address for the cached latents, which need not exist yet.
 
         Raises:
           UserError: the run has latents already, or has them elsewhere; its config caches none.
         """
         if not self.experiment.data.cache_latents:
-            raise UserError(f"the config caches no latents, {destination} was named for them; leave it out")
+            raise UserError(f"latents={destination} is invalid: the config caches no latents; leave it out")
         datasets.link(self.folder / "latents", destination, "latents")
 
     def keep_checkpoints(self, destination: Address) -> None:
-        """Have the checkpoints elsewhere: a folder or an address, which need not hold any yet.
+        """Link to a folder or an address for the checkpoints, which need not exist yet.
 
         Raises:
           UserError: the run has checkpoints already, or has them elsewhere.
@@ -119,12 +118,12 @@ class RunFolder:
         for model in ("autoencoder", "denoiser"):
             if (self.folder / model / "checkpoints").exists():
                 raise UserError(
-                    f"{self.folder} has checkpoints of its {model} already, {destination} was named for them"
+                    f"{self.folder} has checkpoints of its {model} already; leave out checkpoints={destination}"
                 )
         datasets.link(self.folder / "checkpoints", destination, "checkpoints")
 
     def checkpoints_of(self, model: Literal["autoencoder", "denoiser"]) -> str | Path:
-        """Where the checkpoints of a model are, or will be."""
+        """Return the folder or address of a model's checkpoints, which need not exist yet."""
         elsewhere = self.folder / "checkpoints"
         if elsewhere.is_symlink() or elsewhere.is_dir():
             return str(datasets.lies(elsewhere) / model)
@@ -132,16 +131,16 @@ class RunFolder:
 
     @functools.cached_property
     def clips(self) -> ClipSource:
-        """All ingested clips."""
+        """Return all ingested clips."""
         return datasets.taken(self.folder / "data")
 
     @property
     def training_clips(self) -> ClipSource:
-        """The split `train`, without what the config holds out."""
+        """Return the split `train`, without the clips that the config holds out."""
         return self.clips.without(self.experiment.data.held_out).split("train")
 
     @property
     def held_out_clips(self) -> ClipSource:
-        """What the config names; without names the split `validation`."""
+        """Return the held-out clips that the config names; without names, the split `validation`."""
         held_out = self.experiment.data.held_out
         return self.clips.select(held_out) if held_out else self.clips.split("validation")

@@ -1,4 +1,4 @@
-"""What trainings start with: an autoencoder's loss, and weights that were given."""
+"""Initialization of trainings: an autoencoder's loss, and weights that training starts from."""
 
 import dataclasses
 import functools
@@ -45,13 +45,13 @@ _EMBEDDING = "dit/embed/kernel"
 
 
 def given_params(training: AutoencoderTraining, key: Array) -> dict[str, Any] | None:
-    """The parameters of `training.model` out of the folder `training.start`; None where there is none.
+    """Load the parameters of `training.model` from the folder `training.init_from`; None without a folder.
 
-    An image autoencoder's are inflated where the model is an inflated one; `key` is for its temporal layers.
+    An image autoencoder is inflated where the model is an inflated one; `key` initialises its temporal layers.
 
     Raises:
-      MissingError: no such folder, or files that it lacks.
-      UserError: a folder whose weights can't be read, or are of another autoencoder.
+      MissingError: the folder does not exist, or lacks files.
+      UserError: weights that cannot be read, or of another autoencoder.
     """
     if training.start is None:
         return None
@@ -62,11 +62,11 @@ def given_params(training: AutoencoderTraining, key: Array) -> dict[str, Any] | 
 
 
 def given_autoencoder(given: GivenAutoencoder) -> dict[str, Any]:
-    """The parameters of an autoencoder that is not trained.
+    """Load the parameters of a pretrained autoencoder.
 
     Raises:
-      MissingError: no such folder, or files that it lacks.
-      UserError: a folder whose weights can't be read, or are of another autoencoder.
+      MissingError: the folder does not exist, or lacks files.
+      UserError: weights that cannot be read, or of another autoencoder.
     """
     return _autoencoder_params(given.folder, given.model)
 
@@ -83,11 +83,11 @@ def _autoencoder_params(folder: str, wanted: Any) -> dict[str, Any]:
 
 
 def loss_parts(training: AutoencoderTraining, seed: int) -> dict[str, Any]:
-    """The loss of an autoencoder's training, with its judge and its rival: arguments of `Training`.
+    """Return the loss of an autoencoder's training, with its networks, as arguments of `Training`.
 
     Raises:
-      MissingError: no such file of LPIPS's weights.
-      UserError: a file that holds others.
+      MissingError: the file of the LPIPS weights does not exist.
+      UserError: the file holds other weights.
     """
     objective, file = training.loss, training.loss.lpips_weights
     arguments: dict[str, Any] = {
@@ -101,58 +101,58 @@ def loss_parts(training: AutoencoderTraining, seed: int) -> dict[str, Any]:
         loss: AutoencoderLoss = VqLoss(learning=training.codebook, **arguments)
     else:
         loss = AutoencoderLoss(**arguments)
-    rival = objective.adversarial and Rival(
+    discriminator = objective.adversarial and Rival(
         config=objective.adversarial,
         last_layer=training.model.last_layer,
         random_key=rng.key(seed, "discriminator"),
     )
-    return {"loss": loss, "constants": () if file is None else (load_lpips(file),), "rival": rival}
+    return {"loss": loss, "constants": () if file is None else (load_lpips(file),), "rival": discriminator}
 
 
 class TrainedDenoiser(NamedTuple):
-    """What is trained of a denoiser and its text encoder: weights of them, or adapters to what was given."""
+    """Trained part of a denoiser and its text encoder: all their weights, or adapters to pretrained weights."""
 
     init: Callable[[Array], dict[str, Any]]
-    """what is trained, from a random key"""
+    """Initialises the trained parameters from a random key."""
     start: Callable[[], dict[str, Any]] | None = None
-    """reads the weights that training begins with, laid out on the devices; nothing else holds them"""
+    """Reads the initial weights, sharded over the devices; nothing else holds them."""
     adapted: dict[str, Any] | None = None
-    """the weights that adapters change, laid out on the devices"""
+    """Weights that the adapters change, sharded over the devices."""
     lora: LoraConfig | None = None
     teacher: dict[str, Any] | None = None
-    """the weights that a student learns from, laid out on the devices"""
+    """Weights that a student learns from, sharded over the devices."""
 
     def loss(self, loss: Loss | OwnStep) -> Loss | OwnStep:
-        """Of what is trained, from that of the model's parameters."""
+        """Return the loss of the trained parameters, from that of the model's parameters."""
         return loss if self.lora is None or isinstance(loss, OwnStep) else LoraLoss(loss=loss, scale=self.lora.scale)
 
     def arguments(self) -> dict[str, Any]:
-        """Of `Training`."""
+        """Return arguments of `Training`."""
         return {"start": self.start, "frozen": self.teacher if self.adapted is None else self.adapted}
 
     def adapter(self, trained: dict[str, Any]) -> dict[str, Any] | None:
-        """The adapter that was trained; None where weights were."""
+        """Return the trained adapter; None where weights were trained."""
         return None if self.lora is None else scaled(trained, self.lora.scale)
 
     def whole(self, trained: dict[str, Any]) -> dict[str, Any]:
-        """The model's parameters on the host, an adapter merged into those that it adapts, one after the other."""
+        """Return the model's parameters on the host, with an adapter merged into one parameter after the other."""
         adapter = self.adapter(trained)
         if adapter is None:
             return trained
         factors = flatten(adapter)
 
-        def merged(path: str, leaf: Array) -> np.ndarray:
+        def merge_leaf(path: str, leaf: Array) -> np.ndarray:
             kernel = jax.device_get(leaf)
             if f"{path}/a" not in factors:
                 return kernel
-            own = {f"kernel/{part}": factors[f"{path}/{part}"] for part in ("a", "b", "scale")}
-            return np.asarray(merge_lora({"kernel": kernel}, unflatten(own))["kernel"])
+            module_factors = {f"kernel/{part}": factors[f"{path}/{part}"] for part in ("a", "b", "scale")}
+            return np.asarray(merge_lora({"kernel": kernel}, unflatten(module_factors))["kernel"])
 
-        return map_with_path(merged, self.adapted)
+        return map_with_path(merge_leaf, self.adapted)
 
 
 def init_denoiser(training: DenoiserTraining, key: Array) -> dict[str, Any]:
-    """Random parameters of a denoiser and its text encoder. Traceable."""
+    """Return random parameters of a denoiser and its text encoder. Traceable."""
     return {
         "dit": init_params(training.dit.make, jax.random.fold_in(key, 0)),
         "text": init_params(training.text.make, jax.random.fold_in(key, 1)),
@@ -160,14 +160,13 @@ def init_denoiser(training: DenoiserTraining, key: Array) -> dict[str, Any]:
 
 
 def trained_denoiser(training: DenoiserTraining, folder: Path, mesh: Mesh, *, continues: bool) -> TrainedDenoiser:
-    """What is trained, in `folder`, where there are checkpoints already or not.
+    """Return the trained part of the denoiser; `is_resuming` is True if `folder` has checkpoints already.
 
-    Weights that were given are read one parameter at a time to where they are used, on `mesh`.
+    Pretrained weights are read one parameter at a time, to their devices on `mesh`.
 
     Raises:
-      MissingError: no such folder as `training.start`.
-      UserError: one that holds no denoiser, or one of another model; other weights than those that adapters were
-        trained for, or that were distilled, before.
+      MissingError: `training.init_from` does not exist.
+      UserError: a folder that holds no denoiser, or one of another model; other base or teacher weights than before.
     """
     init = functools.partial(init_denoiser, training)
     check_start(training)
@@ -187,12 +186,12 @@ def trained_denoiser(training: DenoiserTraining, folder: Path, mesh: Mesh, *, co
 
 
 def denoiser_loss(experiment: Experiment, mesh: AnyMesh, *, empty: Shaped[np.ndarray, "s *E"]) -> DenoiserLoss:
-    """What the denoiser's training minimises, its attention being spread over a mesh.
+    """Return the loss of the denoiser's training, with its attention sharded over a mesh.
 
     Args:
-      experiment: of the training.
-      mesh: that it is computed on.
-      empty: the tokens of an empty caption, or their embeddings.
+      experiment: the experiment.
+      mesh: the mesh that the loss is computed on.
+      empty_caption: tokens of an empty caption, or their embeddings.
     """
     config = experiment.denoiser
     return DenoiserLoss(
@@ -210,7 +209,7 @@ def denoiser_loss(experiment: Experiment, mesh: AnyMesh, *, empty: Shaped[np.nda
 
 
 def shares_of(training: DenoiserTraining) -> tuple[float, float]:
-    """Which of the objective's times are trained, as `DenoiserLoss.shares`: of one of two experts its own."""
+    """Return the range of the objective's times that is trained, as `DenoiserLoss.shares`."""
     if training.expert is None:
         return 0.0, 1.0
     boundary = share_below(training.objective, training.expert.boundary)
@@ -218,40 +217,40 @@ def shares_of(training: DenoiserTraining) -> tuple[float, float]:
 
 
 def with_other(training: DenoiserTraining, params: dict[str, Any]) -> dict[str, Any]:
-    """A pipeline's parameters from the trained ones: of one of two experts with the other, read to the host."""
-    if (one := training.expert) is None:
+    """Return a pipeline's parameters from the trained ones; the other of two experts is read to the host."""
+    if (expert_config := training.expert) is None:
         return params
     trained, kept = experts_of(training)
-    other = load_denoiser(one.other, kernels=_kernels(training))[1]
+    other = load_denoiser(expert_config.other, kernels=_kernels(training))[1]
     return {trained: params["dit"], kept: other, "text": params["text"]}
 
 
 def experts_of(training: DenoiserTraining) -> tuple[str, str]:
-    """What a pipeline calls the expert that is trained, and the other."""
+    """Return a pipeline's names of the trained expert and of the other one."""
     low = training.expert is not None and training.expert.expert == "low"
     return ("low_noise", "dit") if low else ("dit", "low_noise")
 
 
 def optimizer_of(training: DenoiserTraining) -> OptimizerConfig:
-    """The optimizer, with what `training.trained` says of the parameters that it trains."""
+    """Return the optimizer's config, restricted to the parameters that `training.train_mode` names."""
     if training.trained != "temporal":
         return training.optimizer
     return dataclasses.replace(training.optimizer, trainable=(TEMPORAL,))
 
 
 def check_start(training: DenoiserTraining) -> None:
-    """A quick look at what is trained, without weights.
+    """Check the initial weights and the trained parameters, without reading weights.
 
     Raises:
-      MissingError: no such folder as `training.start`.
-      UserError: a folder of weights of another model, or no layers in time where these are trained.
+      MissingError: `training.init_from` does not exist.
+      UserError: a folder with weights of another model, or no temporal layers where only these are trained.
     """
     if training.trained == "temporal":
         paths = flatten(jax.eval_shape(lambda key: init_params(training.dit.make, key), jax.random.key(0)))
         if not any(re.search(TEMPORAL, path) for path in paths):
             raise UserError(
-                "the denoiser has no layers in time alone, so that trained='temporal' would train nothing; train it "
-                "whole, or with lora"
+                "train_mode='temporal' is invalid: the denoiser has no temporal layers to train; use "
+                "train_mode='full', or lora"
             )
     if training.start is not None and training.trained != "scratch" and (folder := _foreign(training.start)):
         _check_same(str(folder), "the transformer", denoiser_config(folder), training.dit)
@@ -259,39 +258,39 @@ def check_start(training: DenoiserTraining) -> None:
             other = training.expert.other
             _check_same(other, "the transformer", denoiser_config(other), training.dit)
         if not isinstance(training.text, FrozenTextConfig):
-            raise UserError(f"{training.start} has no text encoder to train on; give text=FrozenTextConfig(...)")
+            raise UserError(f"{training.start} has no text encoder to train; set text=FrozenTextConfig(...)")
     targets = () if training.lora is None or not isinstance(training.dit, WanDitConfig) else training.lora.targets
     if any(re.search(pattern, _EMBEDDING) for pattern in targets):
         raise UserError(
-            f"adapters of {_EMBEDDING} can't be written for other programs; use targets that leave it out, such as "
-            "blocks/.*kernel$"
+            f"adapters of {_EMBEDDING} can't be written in other programs' formats; use targets that exclude it, such "
+            "as blocks/.*kernel$"
         )
 
 
 def check_image_encoder(training: DenoiserTraining, kept: Path) -> None:
-    """That a training's image encoder, if it has one, makes tokens of the width that the denoiser reads.
+    """Check that the image encoder, if there is one, makes tokens of the width that the denoiser reads.
 
-    Its weights are not read, nor its folder once its identity is kept.
+    Its weights are not read, nor its folder once its identity is recorded.
 
     Raises:
-      MissingError: no encoder there.
+      MissingError: there is no encoder in the folder.
       UserError: it has another width.
     """
     folder, width = training.image_encoder, getattr(training.dit, "image_width", None)
-    if folder is not None and not kept.is_file() and (found := clip_vision_config(folder).width) != width:
+    if folder is not None and not kept.is_file() and (encoder_width := clip_vision_config(folder).width) != width:
         raise UserError(
-            f"the image encoder in {folder} makes tokens of width {found}, the denoiser reads {width}; set dit "
-            f"image_width={found}, or name another folder"
+            f"the image encoder in {folder} makes tokens of width {encoder_width}, the denoiser reads {width}; set dit "
+            f"image_width={encoder_width}, or name another folder"
         )
 
 
 def _given_denoiser(training: DenoiserTraining, placing: "_Placing") -> dict[str, Any]:
-    """The parameters that training starts from, each placed as soon as it is read."""
+    """Load the initial parameters, each to its devices as soon as it is read."""
     assert training.start is not None
     if folder := _foreign(training.start):
         kernels = placing.kernels
-        placed = load_denoiser(folder, kernels=kernels, place=lambda path, each: placing(f"dit/{path}", each))[1]
-        return {"dit": placed, "text": {}}
+        params = load_denoiser(folder, kernels=kernels, place=lambda path, each: placing(f"dit/{path}", each))[1]
+        return {"dit": params, "text": {}}
     folder = Path(training.start)
     pipeline = load_pipeline(folder if (folder / PIPELINE).is_file() else folder / "pipeline")
     for part in ("dit", "text"):
@@ -305,7 +304,7 @@ def _check_same(folder: str, part: str, found: Any, wanted: Any) -> None:
 
 
 def _foreign(start: str) -> Path | None:
-    """The folder of the transformer, where a folder is in diffusers' layout: a pipeline's, or the transformer's own."""
+    """Return the transformer's folder in a pipeline folder of diffusers, or in its own; None in other folders."""
     folder = Path(start)
     if (folder / "model_index.json").is_file():
         return folder / "transformer"
@@ -313,16 +312,17 @@ def _foreign(start: str) -> Path | None:
 
 
 def _kernels(training: DenoiserTraining) -> np.dtype:
-    """What the kernels of linear maps are read in.
+    """Return the dtype that the kernels of linear maps are read in.
 
-    Where adapters alone are trained, Wan's are kept in the dtype of its matrix products: half the memory in bfloat16.
+    Where only adapters are trained, Wan's kernels are kept in the dtype of its matrix products: half the memory in
+    bfloat16.
     """
     adapts_wan = training.lora is not None and isinstance(training.dit, WanDitConfig)
     return jnp.dtype(training.dit.dtype if adapts_wan else "float32")
 
 
 class _Placing:
-    """Puts each parameter to its place on a mesh, and takes note of what it was."""
+    """Places parameters on a mesh, and records a digest of each."""
 
     def __init__(self, mesh: Mesh, training: DenoiserTraining):
         self._mesh, self._digests = mesh, dict[str, str]()
@@ -332,24 +332,24 @@ class _Placing:
         wanted = self.kernels if path.endswith("kernel") else np.dtype(np.float32)
         digest = hashlib.sha256()
 
-        def noted() -> Iterator[np.ndarray]:
+        def hashed_pieces() -> Iterator[np.ndarray]:
             for piece in parameter.pieces():
                 leaf = np.ascontiguousarray(piece.astype(wanted, copy=False))
                 digest.update(leaf.reshape(-1).view(np.uint8).data)
                 yield leaf
 
-        placed = Parameter(parameter.shape, wanted, noted).on(shardings({path: parameter}, self._mesh)[path])
+        array = Parameter(parameter.shape, wanted, hashed_pieces).on(shardings({path: parameter}, self._mesh)[path])
         self._digests[path] = digest.hexdigest()
-        return placed
+        return array
 
     @functools.cached_property
     def identity(self) -> str:
-        """Of all parameters that were placed."""
+        """Return the identity of all parameters that were placed."""
         return hashlib.sha256(repr(sorted(self._digests.items())).encode()).hexdigest()[:16]
 
 
 def _keep_identity(path: Path, identity: str, start: str) -> None:
-    """Write down what is adapted; refuse to go on with something else."""
+    """Record the identity of the initial weights; raise if it differs from the recorded one."""
     if path.is_file() and (before := read_json(path).get("identity")) != identity:
         raise UserError(f"{start} has other weights ({identity}) than before ({before}); put them back")
     if jax.process_index() == 0 and not path.is_file():
@@ -357,7 +357,7 @@ def _keep_identity(path: Path, identity: str, start: str) -> None:
 
 
 def _kept(config: Any) -> Any:
-    """A config as JSON, without what only training knows."""
+    """Return a config as JSON, without fields that only training uses."""
     if not isinstance(config, dict):
         return config
     return {name: _kept(value) for name, value in config.items() if name not in _OF_TRAINING}

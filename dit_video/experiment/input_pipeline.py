@@ -1,4 +1,4 @@
-"""What the denoiser's training reads: rows of cached latents, or of clips that are encoded on the way."""
+"""Input of the denoiser's training: rows of cached latents, or of clips that are encoded while they are read."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -30,15 +30,15 @@ from dit_video.tokens import Grid, token_grid
 from dit_video.training.hooks.logging import Progress
 
 _BATCHES = 4
-"""Into which a step's clips on one canvas are divided. How many there are varies from step to step, so that the last
-batch is half empty, on average: an eighth of the work."""
+"""Number of encoder batches per canvas size that a step's clips are divided into.  The number of clips varies from step
+to step, so the last batch is half empty on average: an eighth of the work."""
 
 Feed = Callable[[int], Batches]
-"""Batches from a step on."""
+"""Opens the batches from a step on."""
 
 
 def cached_rows(experiment: Experiment, latents: LatentSource, clips: ClipSource, texts: Texts) -> Feed:
-    """Rows of the latents of these clips; `texts` are those of the latents."""
+    """Return the input of a training on cached latents of these clips; `texts` are the captions of the latents."""
     config = experiment.denoiser
     mixed = mixture(latents, clips, experiment.data.weights)
     intervals = _intervals(experiment, clips, latents.clips)
@@ -53,7 +53,7 @@ def cached_rows(experiment: Experiment, latents: LatentSource, clips: ClipSource
 
 
 def _intervals(experiment: Experiment, clips: ClipSource, names: Sequence[str]) -> list[float] | None:
-    """Seconds from one token to the next along time in the clips of these names, if that is what coordinates count."""
+    """Return the seconds between tokens along time in the clips of these names; None if coordinates count tokens."""
     dit = experiment.denoiser.dit
     if dit.clock == "tokens":
         return None
@@ -63,13 +63,13 @@ def _intervals(experiment: Experiment, clips: ClipSource, names: Sequence[str]) 
 
 
 def live(experiment: Experiment, clips: ClipSource, texts: Texts, encode: Encode) -> Feed:
-    """Rows, or the batches of buckets where the config has these, of clips from their video files.
+    """Return rows, or bucket batches where the config has buckets, of clips that are encoded from their video files.
 
     Args:
-      experiment: of which the denoiser, the limits and the weights are meant.
-      clips: that are trained on.
+      experiment: its denoiser, size limits and weights are used.
+      clips: the training clips.
       texts: their captions.
-      encode: `live_encoder` of the same.
+      encode: `make_online_encoder` of the same experiment and clips.
 
     Raises:
       UserError: a size of which not one example fits into the memory of a bucket's batch.
@@ -90,14 +90,14 @@ def live(experiment: Experiment, clips: ClipSource, texts: Texts, encode: Encode
         }
         if buckets is None:
             return encoded_batches(clips, texts, encode, shape=config.rows, **common)
-        room = min(config.rows.text, config.text.max_tokens)
-        return bucket_batches(clips, texts, encode, buckets, text=room, **common)
+        text_length = min(config.rows.text, config.text.max_tokens)
+        return bucket_batches(clips, texts, encode, buckets, text=text_length, **common)
 
     return feed
 
 
 def live_encoder(experiment: Experiment, autoencoder: dict[str, Any], clips: ClipSource) -> LiveEncoder:
-    """What makes latents of clips as they are read; `autoencoder` are its parameters.
+    """Return an encoder of clips as they are read; `autoencoder` are the autoencoder's parameters.
 
     Raises:
       UserError: a size of which not one example fits into the memory of a bucket's batch.
@@ -109,7 +109,9 @@ def live_encoder(experiment: Experiment, autoencoder: dict[str, Any], clips: Cli
     )
     if config.buckets is not None:
         buckets = buckets_of(experiment, clips).buckets
-        return LiveEncoder(model, autoencoder, [one.size for one in buckets for _ in range(one.batch // hosts)])
+        return LiveEncoder(
+            model, autoencoder, [bucket.size for bucket in buckets for _ in range(bucket.batch // hosts)]
+        )
     sizes = [fit(info, experiment.limits) for info in clips.infos]
     tokens = sum(token_grid(latent_grid(size, model.stride), config.dit.patch).volume for size in sizes)
     steps = tokens / (config.rows.tokens * config.batch / hosts)
@@ -117,34 +119,40 @@ def live_encoder(experiment: Experiment, autoencoder: dict[str, Any], clips: Cli
 
 
 def check(experiment: Experiment, clips: ClipSource) -> None:
-    """That the denoiser can be fed from these clips: before the autoencoder is trained, for hours.
+    """Check that the denoiser can be trained on these clips, before the autoencoder is trained for hours.
 
     Raises:
-      UserError: rows, tokens, heads or hidden widths that do not divide among the devices, a data set without clips to
+      UserError: rows, tokens, heads or hidden widths that are not divisible by the devices, a data set without clips to
         train on, or a size of which not one example fits into the memory.
     """
-    config, mesh, way = experiment.denoiser, make_mesh(experiment.mesh), experiment.mesh.context_attention
+    config, mesh, context_attention = experiment.denoiser, make_mesh(experiment.mesh), experiment.mesh.context_attention
     if config.buckets is not None:
         buckets_of(experiment, clips)
         if mesh.shape["context"] > 1:
             raise UserError(
-                f"rows of buckets have as many tokens as their clips, context={mesh.shape['context']} devices need not "
-                "divide them; use packed rows (buckets=None), or context=1"
+                f"context={mesh.shape['context']} is invalid with buckets: the tokens of a clip may not be divisible "
+                "by it; use packed rows (buckets=None), or context=1"
             )
-        check_denoiser(mesh, config.dit, rows=row_shards(mesh), tokens=config.rows.tokens, context_attention=way)
+        check_denoiser(
+            mesh, config.dit, rows=row_shards(mesh), tokens=config.rows.tokens, context_attention=context_attention
+        )
         return
-    if config.batch // config.accumulate % (among := parts(experiment)):
+    if config.batch // config.accumulate % (shards := parts(experiment)):
         part = "" if config.accumulate == 1 else f", in {config.accumulate} parts,"
-        raise UserError(f"a batch of {config.batch} rows{part} does not divide among {among} devices; use a multiple")
+        raise UserError(f"a batch of {config.batch} rows{part} does not divide among {shards} devices; use a multiple")
     check_denoiser(
-        mesh, config.dit, rows=config.batch // config.accumulate, tokens=config.rows.tokens, context_attention=way
+        mesh,
+        config.dit,
+        rows=config.batch // config.accumulate,
+        tokens=config.rows.tokens,
+        context_attention=context_attention,
     )
     if experiment.data.weights:
         Mixture(sizes=clips.sizes, weights=experiment.data.weights)
 
 
 def buckets_of(experiment: Experiment, clips: ClipSource) -> Buckets:
-    """The buckets of these clips.
+    """Plan the buckets of these clips.
 
     Raises:
       UserError: no buckets in the config, or a size of which not one example fits into the memory.
@@ -168,17 +176,17 @@ def buckets_of(experiment: Experiment, clips: ClipSource) -> Buckets:
 
 
 def parts(experiment: Experiment) -> int:
-    """Into which a batch is divided: among the devices that rows are spread over."""
+    """Return the number of devices that the rows of a batch are divided among."""
     return row_shards(make_mesh(experiment.mesh))
 
 
 def texts_of(
     tokenizer: Tokenizer | FrozenEncoder, captions: Sequence[tuple[str, ...]], *, cached: LatentSource | None = None
 ) -> Texts:
-    """What rows hold of the captions of every example; of a frozen encoder what is `cached` beside their latents.
+    """Return the captions of every example as rows hold them: token ids, or embeddings, `cached` ones where they exist.
 
     Raises:
-      UserError: the latents were encoded without the captions, or embeddings are of another width.
+      UserError: the latents were encoded without the captions, or embeddings have another width.
     """
     if not isinstance(tokenizer, FrozenEncoder):
         return TokenizedTexts(captions, tokenizer)
@@ -195,9 +203,10 @@ def texts_of(
 
 
 def mixture(latents: LatentSource, clips: ClipSource, weights: Sequence[float]) -> Mixture | None:
-    """An epoch has each clip once, as one of its views, or as often as its data set's weight says.
+    """Return the mixture of an epoch: each clip once, as one of its views, or as often as its data set's weight says.
 
-    None where that is each example once.
+    Returns:
+      None where an epoch has each example once.
     """
     views: dict[str, list[int]] = {}
     for example, clip in enumerate(latents.clips):

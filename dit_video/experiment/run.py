@@ -1,8 +1,7 @@
-"""A training run, composed: clips -> data set -> autoencoder -> latents -> denoiser -> pipeline, in one folder.
+"""Training run: clips -> data set -> autoencoder -> latents -> denoiser -> pipeline, in one folder.
 
-Every stage leaves its result in the folder, whole or not at all, and is not done again; the two trainings continue
-from their checkpoints. So a run that was interrupted is continued by running the same again. `run_folder` lists what
-lies in the folder.
+Every stage leaves its result in the folder, complete or not at all, and is not repeated; both trainings continue from
+their checkpoints. An interrupted run is therefore continued by the same command. `run_folder` lists the files.
 """
 
 import dataclasses
@@ -58,64 +57,64 @@ from dit_video.training.step import Loss, OwnStep
 
 @dataclass(frozen=True, kw_only=True)
 class Run(RunFolder):
-    """One run in its folder. `create` or `open` makes it."""
+    """A training run in its folder, made by `create` or `open`."""
 
     profile: tuple[int, int] | None = None
-    """the first and the last step that are traced"""
+    """First and last step that are traced."""
     stage: str = ""
-    """which of the denoiser's earlier stages this is"""
+    """Name of the earlier denoiser stage that this run stands for."""
     begin: int = 0
-    """steps of the stages before it"""
+    """Number of steps of the stages before this one."""
 
     def train(self, *clips: Address, latents: Address | None = None, checkpoints: Address | None = None) -> Pipeline:
-        """Everything from clips to the finished pipeline.
+        """Train everything, from clips to the finished pipeline.
 
         Args:
-          clips: folders of clips, or data sets that `tools/ingest.py` made: one, or several that are mixed.
-          latents: where the cached latents are, or are to be written: a folder or an address (`gs://…`); if None the
-            run's own folder, or what it was given before.
-          checkpoints: the same of those of both models.
+          clips: folders of clips, or data sets of `tools/ingest.py`: one, or several that are mixed.
+          latents: folder or address (`gs://…`) of the cached latents; None for the run's own folder, or the one set
+            before.
+          checkpoints: folder or address of the checkpoints of both models; None as above.
 
         Raises:
-          UserError: clips that can't be used, or that do not fit the config; other latents or checkpoints than before.
-          KeyboardInterrupt: after a signal, the state being saved.
+          UserError: clips that cannot be used or do not fit the config; other latents or checkpoints than before.
+          KeyboardInterrupt: after a signal, once the state is saved.
         """
         self.prepare(*clips, latents=latents, checkpoints=checkpoints)
         return self.export()
 
     def prepare(self, *clips: Address, latents: Address | None = None, checkpoints: Address | None = None) -> None:
-        """Take the clips, and refuse what would fail later, before anything is trained; arguments are as for `train`.
+        """Link the clips, and check everything that can be checked before training; arguments are as for `train`.
 
         Raises:
-          UserError: clips that can't be used, or that do not fit the config; other latents or checkpoints than before.
+          UserError: clips that cannot be used or do not fit the config; other latents or checkpoints than before.
         """
         if latents is not None:
             self.keep_latents(latents)
         if checkpoints is not None:
             self.keep_checkpoints(checkpoints)
         self.take(*clips)
-        self.clips.select(self.experiment.data.held_out)  # a name that isn't there, before anything is trained
-        for stage in (*self.earlier, self):  # before hours are spent on the others
+        self.clips.select(self.experiment.data.held_out)  # raises for an unknown name
+        for stage in (*self.earlier, self):  # checks later stages before hours are spent on earlier ones
             for info in self.clips.infos:
                 fit(info, stage.experiment.limits)
             input_pipeline.check(stage.experiment, self.training_clips)
         check_start(self.experiment.denoiser)
         if isinstance(text := self.experiment.denoiser.text, FrozenTextConfig) and not self._text_encoder.is_file():
-            check_width(text)  # as early; once the encoder is known the run goes on without its folder
+            check_width(text)  # only until the identity is recorded: then the run continues without the folder
         check_image_encoder(self.experiment.denoiser, self.folder / IMAGE_ENCODER)
 
     def take(self, *clips: Address) -> None:
-        """Ingest folders of clips, and link to data sets that are ingested already; see `intake.take`."""
+        """Ingest folders of clips, and link to data sets that are ingested already; see `link_datasets`."""
         datasets.take(self.folder / "data", clips, weights=self.experiment.data.weights)
 
     @property
     def _own(self) -> Path:
-        """Where that lies which another stage has too."""
+        """Return the folder of this stage's own files."""
         return self.folder / "stages" / self.stage if self.stage else self.folder
 
     @property
     def autoencoder(self) -> AutoencoderStage:
-        """Its autoencoder: trained if it isn't yet, or given."""
+        """Return the run's autoencoder: trained if it isn't yet, or pretrained."""
         return AutoencoderStage(
             experiment=self.experiment,
             folder=self.folder / "autoencoder",
@@ -125,13 +124,13 @@ class Run(RunFolder):
         )
 
     def train_autoencoder(self) -> dict[str, Any]:
-        """The parameters of the autoencoder, trained if it isn't yet; see `AutoencoderStage.params`."""
+        """Return the parameters of the autoencoder, trained if it isn't yet; see `AutoencoderStage.params`."""
         return self.autoencoder.params()
 
     def encode_latents(self) -> LatentSource:
-        """The cached latents of the training clips. Files that `tools/encode_latents.py` made are not made again."""
+        """Return the cached latents of the training clips, encoding what `tools/encode_latents.py` has not."""
         encoding, clips = self.encoding(), self.training_clips
-        stamp = latent_identity(encoding, clips)
+        identity = latent_identity(encoding, clips)
         destination = datasets.lies(self._own / "latents")
         if not (destination / LATENTS).is_file():
             plan = plan_encoding(clips, encoding)
@@ -141,22 +140,22 @@ class Run(RunFolder):
                     clips,
                     encoding,
                     plan,
-                    identity=stamp,
+                    identity=identity,
                     shard=jax.process_index(),
                     shards=jax.process_count(),
                     progress=progress.update,
                 )
-            while not finished:  # the other processes have not made all of their files yet
+            while not finished:  # other processes are still writing their files
                 time.sleep(1)
-                finished = finish_latents(destination, encoding, plan, identity=stamp)
-        source = LatentSource(destination, identity=stamp)
+                finished = finish_latents(destination, encoding, plan, identity=identity)
+        source = LatentSource(destination, identity=identity)
         if source.left_out:
             name, reason = source.left_out[0]
-            remark(f"{len(source.left_out)} clips could not be encoded and are left out, such as {name}: {reason}")
+            remark(f"{len(source.left_out)} clips could not be encoded and are skipped, such as {name}: {reason}")
         return source
 
     def encoding(self) -> Encoding:
-        """What turns clips into this run's latents, after training the autoencoder if that isn't trained yet."""
+        """Return the encoding of this run's clips, after training the autoencoder if that isn't trained yet."""
         config, images = self.experiment.denoiser, None
         if config.image_encoder is not None:
             images = open_image_encoder(config.image_encoder, kept=self.folder / IMAGE_ENCODER)
@@ -164,7 +163,7 @@ class Run(RunFolder):
 
     @property
     def earlier(self) -> tuple["Run", ...]:
-        """The stages of the denoiser before the last, which is the run itself, each as a run of the same folder."""
+        """Return the denoiser's stages before the last, which is the run itself, each as a run of the same folder."""
         begin, views = 0, []
         for number, stage in enumerate(self.experiment.earlier):
             views.append(
@@ -174,9 +173,9 @@ class Run(RunFolder):
         return tuple(views)
 
     def train_denoiser(self) -> dict[str, Any]:
-        """The averaged parameters of the trained denoiser and text encoder: `{"dit": ..., "text": ...}`.
+        """Return the averaged parameters of the trained denoiser and text encoder: `{"dit": ..., "text": ...}`.
 
-        Earlier stages are trained before; of one that is done nothing is read again.
+        Earlier stages are trained first; nothing is read of a finished one.
         """
         checkpoints = self._checkpoints
         if self.earlier:
@@ -186,18 +185,18 @@ class Run(RunFolder):
                 remark(f"stage {stage.stage}: up to step {stage.begin + stage.experiment.denoiser.steps}")
                 stage._train_stage()
         state, trained = self._train_stage()
-        averaged = on_host(state.ema)
+        ema_params = on_host(state.ema)
         del state
         config = self.experiment.denoiser
         expert, _ = experts_of(config)
-        if (adapter := trained.adapter(averaged)) is None:
-            export.save_transformer(self.folder, config.dit, averaged, expert=expert)
+        if (adapter := trained.adapter(ema_params)) is None:
+            export.save_transformer(self.folder, config.dit, ema_params, expert=expert)
         else:
             export.save_adapter(self.folder, config.dit, adapter, trained.adapted or {}, expert=expert)
-        return trained.whole(averaged)
+        return trained.whole(ema_params)
 
     def _train_stage(self) -> tuple[Any, TrainedDenoiser]:
-        """The state after this stage of the denoiser, and what was trained."""
+        """Return the state after this stage of the denoiser, and what was trained."""
         config, experiment = self.experiment.denoiser, self.experiment
         if experiment.data.cache_latents:
             latents = self.encode_latents()
@@ -213,13 +212,13 @@ class Run(RunFolder):
         loss: Loss | OwnStep = base if distillation is None else distillation_loss(distillation, base)
 
         def batches(start: int) -> Batches:
-            opened = rows(start)
-            self._note_rows(opened)
-            return opened
+            row_batches = rows(start)
+            self._note_rows(row_batches)
+            return row_batches
 
         trained = self._trained_denoiser()
         folder = self.folder / "denoiser"
-        watched = monitors.Watched(
+        evaluators = monitors.Watched(
             experiment=experiment,
             folder=folder,
             loss=base,
@@ -231,17 +230,17 @@ class Run(RunFolder):
             pipeline=self._pipeline,
         )
         begin = self.begin or sum(stage.steps for stage in experiment.earlier)
-        given = {**trained.arguments(), **watched.arguments(), "begin": begin, "profile": self.profile}
-        given["checkpoints"] = self.checkpoints_of("denoiser")
-        return trainers.train(experiment, folder, trained.init, trained.loss(loss), batches, **given), trained
+        options = {**trained.arguments(), **evaluators.arguments(), "begin": begin, "profile": self.profile}
+        options["checkpoints"] = self.checkpoints_of("denoiser")
+        return trainers.train(experiment, folder, trained.init, trained.loss(loss), batches, **options), trained
 
     def _pipeline(self, denoiser: dict[str, Any]) -> Pipeline:
-        """Of the trained denoiser's weights."""
+        """Return the pipeline with these denoiser weights."""
         denoiser = with_other(self.experiment.denoiser, denoiser)
         return Pipeline(self.pipeline_config(), autoencoder=self.train_autoencoder(), denoiser=denoiser)
 
     def _tokenizer(self, *, cache: Path | None = None) -> Tokenizer | FrozenEncoder:
-        """Of the text encoder. The identity of a frozen one is kept, to know it without its weights."""
+        """Return the text encoder. The identity of a frozen one is recorded, to be known without its weights."""
         return open_tokenizer(self.experiment.denoiser.text, kept=self._text_encoder, cache=cache)
 
     @property
@@ -249,12 +248,12 @@ class Run(RunFolder):
         return self.folder / "text_encoder.json"
 
     def _note_rows(self, batches: Batches) -> None:
-        """Write `denoiser/rows.json`, and say what an epoch holds."""
+        """Write `denoiser/rows.json`, and log what an epoch holds."""
         summary = batches.summary(devices=row_shards(make_mesh(self.experiment.mesh)))
         if jax.process_index() == 0:
             write_json((self._own if self.stage else self.folder / "denoiser") / "rows.json", summary)
-        unequal = summary.get("imbalance")
-        remark(str(batches) + (f", {unequal['mean']:.1%} of the time lost by unequal devices" if unequal else ""))
+        imbalance = summary.get("imbalance")
+        remark(str(batches) + (f", {imbalance['mean']:.1%} of the time lost by unequal devices" if imbalance else ""))
 
     def export(self) -> Pipeline:
         """Write `pipeline/`, after training what is not trained yet: the autoencoder, on its latents the denoiser."""
@@ -264,11 +263,11 @@ class Run(RunFolder):
         return pipeline
 
     def newest_pipeline(self, *, ema: float | int | None = None, sigma_rel: float | None = None) -> Pipeline:
-        """The pipeline of the newest checkpoint of a run that need not be finished.
+        """Return the pipeline of the newest checkpoint of a run that may be unfinished.
 
         Args:
-          ema: of which average: by its decay, 0 for the weights themselves; that of the config's `ema_decay` if None.
-          sigma_rel: the relative width of an average that is put together from snapshots.
+          ema: decay of the average, 0 for the weights themselves; the config's `ema_decay` if None.
+          sigma_rel: relative width of an average that is reconstructed from snapshots.
 
         Raises:
           MissingError: there are no snapshots.
@@ -278,7 +277,7 @@ class Run(RunFolder):
         if (checkpoints := self._checkpoints).latest() is None:
             raise UserError(f"{self.folder} has no checkpoint of its denoiser yet; continue it with: {self.command}")
         trained = self._trained_denoiser()
-        optimizer = make_optimizer(optimizer_of(config), steps=config.steps)  # any stage's: they have one state
+        optimizer = make_optimizer(optimizer_of(config), steps=config.steps)  # all stages share one state
         shapes = state_shapes(trained.init, optimizer, averages=config.averages)
         if (distillation := config.distillation) is not None:
             shapes = jax.eval_shape(lambda state: distillation.begin(state, optimizer), shapes)
@@ -287,14 +286,14 @@ class Run(RunFolder):
         return self._pipeline(trained.whole(chosen))
 
     def pipeline_config(self) -> PipelineConfig:
-        """What the pipeline of this run is made of."""
+        """Return the config of this run's pipeline."""
         return export.pipeline_config_of(
             self.experiment, self.training_clips.infos, self._tokenizer(), command=self.command
         )
 
     @property
     def _checkpoints(self) -> Checkpoints:
-        """Of the denoiser."""
+        """Return the checkpoints of the denoiser."""
         return Checkpoints(self.checkpoints_of("denoiser"))
 
     def _trained_denoiser(self) -> TrainedDenoiser:
@@ -304,9 +303,9 @@ class Run(RunFolder):
         return trained_denoiser(self.experiment.denoiser, folder, mesh, continues=continues)
 
     def codec(self) -> Codec:
-        """The autoencoder, trained if it isn't yet."""
+        """Return the autoencoder, trained if it isn't yet."""
         return Codec(self.experiment.autoencoder.model, self.train_autoencoder())
 
     def linear_baseline(self) -> LinearAutoencoder | None:
-        """The best linear autoencoder of as many latent values: what ours has to beat, where there is one."""
+        """Return the best linear autoencoder with as many latent values, if any, as a baseline."""
         return self.autoencoder.linear_baseline()

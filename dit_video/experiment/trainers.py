@@ -1,4 +1,4 @@
-"""The two trainings of a run in its folder: the autoencoder's stage, and what both have in common."""
+"""Training of the two models of a run in its folder: the autoencoder's stage, and what both have in common."""
 
 import contextlib
 import dataclasses
@@ -32,9 +32,10 @@ from dit_video.weights import load as load_weights
 from dit_video.weights import save as save_weights
 
 _LINEAR_VALUES = 4096
-"""of a patch, at most, where principal components are computed: their matrix has the square of it"""
+"""Largest number of values of a patch whose principal components are computed, from a matrix of its square."""
 _LINEAR_BATCHES, _MOMENT_BATCHES = 32, 64
-"""Batches of training windows that the linear start, and the latents' mean and deviation, are measured on."""
+"""Numbers of batches of training windows that the linear start, and the latents' mean and deviation, are measured
+on."""
 
 
 def train(
@@ -52,22 +53,22 @@ def train(
     """Train one of the two models from its newest checkpoint, or from `init`.
 
     Args:
-      experiment: what is trained.
+      experiment: the experiment.
       folder: `autoencoder` or `denoiser` of the run.
-      init: parameters from a random key.
-      loss: of them.
-      batches: from a step on, counted from `begin`.
-      checkpoints: where they lie.
-      begin: steps of earlier stages.
-      profile: the first and the last step that are traced.
-      given: further arguments of `Training`.
+      init: returns parameters from a random key.
+      loss: the loss of the parameters.
+      batches: opens the batches from a step on, counted from `begin`.
+      checkpoints: folder or address of the checkpoints.
+      begin: number of steps of earlier stages.
+      profile: first and last step that are traced.
+      options: further arguments of `Training`.
 
     Raises:
-      UserError: the data are others than those that the checkpoint was trained on.
+      UserError: the checkpoint was trained on other data.
     """
     name = folder.name
     config = experiment.denoiser if name == "denoiser" else experiment.autoencoder
-    assert not isinstance(config, GivenAutoencoder)  # which is not trained
+    assert not isinstance(config, GivenAutoencoder)  # a pretrained one is not trained
     optimizer = config.optimizer if isinstance(config, AutoencoderTraining) else optimizer_of(config)
     if isinstance(config, DenoiserTraining):
         given |= {"accumulate": config.accumulate, "averages": config.averages}
@@ -98,23 +99,23 @@ def train(
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderStage:
-    """A run's autoencoder: trained on its clips, or given."""
+    """A run's autoencoder, trained on its clips or pretrained."""
 
     experiment: Experiment
     folder: Path
-    """`autoencoder` of the run"""
+    """Folder `autoencoder` of the run."""
     checkpoints: str | Path
-    """where they lie"""
+    """Folder or address of the checkpoints."""
     clips: Callable[[], ClipSource]
-    """those that are trained on"""
+    """Opens the training clips."""
     profile: tuple[int, int] | None = None
-    """the first and the last step that are traced"""
+    """First and last step that are traced."""
 
     def params(self) -> dict[str, Any]:
-        """The averaged parameters of the trained autoencoder, with its latents' mean and deviation measured.
+        """Return the averaged parameters of the trained autoencoder, with its latents' mean and deviation measured.
 
-        Where the config does not train `normalizer`, these stay as they were. An autoencoder that is given is read
-        from its folder.
+        Where the config does not train `normalizer`, these are unchanged. A pretrained autoencoder is read from its
+        folder.
         """
         config, experiment = self.experiment.autoencoder, self.experiment
         if isinstance(config, GivenAutoencoder):
@@ -124,52 +125,53 @@ class AutoencoderStage:
             return load_weights(path, like=param_shapes(config.model.make))
         graph, parts = graph_of(config.model.make), loss_parts(config, experiment.seed)
         continues = Checkpoints(self.checkpoints).latest() is not None
-        stretches = Stretches(self.clips(), experiment.window_limits)
+        crops = Stretches(self.clips(), experiment.window_limits)
         start = functools.partial(given_params, config, rng.key(experiment.seed, "inflation"))
-        linear = self._linear(stretches) if isinstance(config.model, PatchVaeConfig) and not continues else None
+        linear = self._linear(crops) if isinstance(config.model, PatchVaeConfig) and not continues else None
 
         def init(key: Array) -> dict[str, Any]:
             params = init_params(config.model.make, key)
             return params if linear is None else start_from_linear(params, linear)
 
-        batches = functools.partial(self.windows, stretches, purpose="autoencoder")
-        given: dict[str, Any] = {"start": start, "profile": self.profile, "checkpoints": self.checkpoints}
-        state = train(experiment, self.folder, init, parts.pop("loss"), batches, **given, **parts)
+        batches = functools.partial(self.windows, crops, purpose="autoencoder")
+        options: dict[str, Any] = {"start": start, "profile": self.profile, "checkpoints": self.checkpoints}
+        state = train(experiment, self.folder, init, parts.pop("loss"), batches, **options, **parts)
         params = on_host(state.ema)
         if config.optimizer.trains("normalizer/mean"):
-            with contextlib.closing(self.windows(stretches, 0, "latent moments")) as windows:
+            with contextlib.closing(self.windows(crops, 0, "latent moments")) as windows:
                 mean, std = latent_moments(graph, params, itertools.islice(windows, _MOMENT_BATCHES))
             params["normalizer"] = {"mean": mean, "std": std}
         save_weights(path, params)
         return params
 
     def windows(self, stretches: Stretches, start: int, purpose: str, *, augment: bool = True) -> WindowBatches:
-        """Batches of the window shapes in turn, from step `start` on. Each purpose has windows of its own.
+        """Return batches of the window shapes in turn, from step `start` on. Each purpose has windows of its own.
 
         With `augment` they are augmented where the config says so.
         """
         training = self.experiment.autoencoder
-        assert isinstance(training, AutoencoderTraining)  # one that is given has no windows
+        assert isinstance(training, AutoencoderTraining)  # a pretrained one has no windows
         part = RowPart.of(make_mesh(self.experiment.mesh))
-        opened = WindowBatches(
+        window_batches = WindowBatches(
             stretches,
             tuple(
                 dataclasses.replace(window, augment=window.augment if augment else None) for window in training.windows
             ),
             seed=int(rng.host(self.experiment.seed, purpose).integers(2**31)),
             start_step=start,
-            # What is measured is measured on whole batches, by each process: all have to find the same.
+            # Each process measures statistics on whole batches, so that all get the same values.
             host=part.number if purpose == "autoencoder" else 0,
             hosts=part.parts if purpose == "autoencoder" else 1,
         )
-        if purpose == "autoencoder" and opened.left_out:
-            remark(f"{len(opened.left_out)} clips have no room for a window of the autoencoder's training")
-        return opened
+        if purpose == "autoencoder" and window_batches.left_out:
+            remark(f"{len(window_batches.left_out)} clips are smaller than a window of the autoencoder's training")
+        return window_batches
 
     def linear_baseline(self) -> LinearAutoencoder | None:
-        """The best linear autoencoder of as many latent values, fitted on the training clips: what ours has to beat.
+        """Return the best linear autoencoder with as many latent values, fitted on the training clips, as a baseline.
 
-        None where a patch has too many values for it, or where the autoencoder was given.
+        Returns:
+          None where a patch has too many values for it, or where the autoencoder is pretrained.
         """
         config = self.experiment.autoencoder
         if isinstance(config, GivenAutoencoder) or 3 * config.model.stride.volume > _LINEAR_VALUES:
@@ -177,7 +179,7 @@ class AutoencoderStage:
         return self._linear(Stretches(self.clips(), self.experiment.window_limits))
 
     def _linear(self, stretches: Stretches) -> LinearAutoencoder:
-        """Principal components of the training clips as they are, which are kept in the run's folder."""
+        """Return the principal components of the unaugmented training clips, which are cached in the run's folder."""
         model = self.experiment.autoencoder.model
         path = self.folder / "linear.safetensors"
         if path.is_file():

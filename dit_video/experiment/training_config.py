@@ -1,4 +1,4 @@
-"""What a run's data, autoencoder and denoiser are, and how these are trained."""
+"""Configs of a run's data, and of the training of its autoencoder and denoiser."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -30,160 +30,167 @@ from dit_video.training.optim.optimizer import OptimizerConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Which clips are used, at which sizes."""
+    """Selection, sizes and augmentation of clips."""
 
     max_pixels: int
-    """of a frame; a larger clip is resized, keeping its aspect ratio"""
+    """Maximum number of pixels of a frame; larger clips are resized, keeping their aspect ratio."""
     max_frames: int
-    """1 + k * temporal stride"""
+    """Maximum number of frames, 1 + k * temporal stride."""
     fps: float | None = None
-    """Clips of a higher rate are resampled to this one; None keeps every clip's own."""
+    """Frame rate that clips of a higher rate are resampled to; None keeps each clip's own."""
     held_out: tuple[str, ...] = ()
-    """names of clips that are not trained on, but reconstructed and reported; without any the split `validation`"""
+    """Names of clips that are not trained on, but reconstructed and reported; the split `validation` if empty."""
     weights: tuple[float, ...] = ()
-    """how much of each data set an epoch has, by clips, relative to each other; without any all clips weigh the same"""
+    """Relative number of clips of each data set in an epoch; if empty, all clips have the same weight."""
     stretches: int = 1
-    """how many stretches of `max_frames`, spread over its length, are taken of a longer clip"""
+    """Number of temporal crops of `max_frames`, spread over its length, that are taken from a longer clip."""
     resolutions: tuple[int, ...] = ()
-    """further, smaller limits on the pixels of a frame, at which every clip is trained on too"""
+    """Further, smaller limits on the pixels of a frame, at which each clip is trained on too."""
     flips: bool = False
-    """every clip is trained on mirrored too; captions that say left or right then lie"""
+    """True to train on each clip mirrored too; captions that mention left or right are then wrong."""
     cache_latents: bool = True
-    """Whether clips are encoded once, before the denoiser is trained. If not they are decoded and encoded at every use,
-    which takes no disk and draws another stretch of time in every epoch; `stretches`, `resolutions` and `flips` are
-    of the cache."""
+    """True to encode all clips once, before the denoiser is trained. False decodes and encodes them at every use, which
+    needs no disk space and draws another temporal crop in every epoch. `clips_per_video`, `resolutions` and `flips`
+    apply to the cache only."""
     workers: int = 0
-    """processes that read the denoiser's data; 0 for a thread"""
+    """Number of processes that read the denoiser's data; 0 for a thread."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderTraining:
-    """An autoencoder and how it is trained."""
+    """Config of an autoencoder and its training."""
 
     model: PatchVaeConfig | CausalVaeConfig | ImageVaeConfig | InflatedConfig | VqConfig
     windows: tuple[WindowConfig, ...]
-    """shapes of the training batches; steps take them in turn"""
+    """Shapes of the training batches, which steps use in turn."""
     optimizer: OptimizerConfig
     steps: int
     loss: AutoencoderObjective = field(default_factory=AutoencoderObjective)
     codebook: CodebookLearning = field(default_factory=CodebookLearning)
-    """how the codes are learned, where the latents are codes"""
+    """Codebook update of a vector-quantized autoencoder."""
     ema_decay: float = 0.99
     max_pixels: int | None = None
-    """of the frames that windows are cut from; None for the data's, at which it is also measured"""
+    """Maximum number of pixels of the frames that windows are cut from; None for that of the data, at which the
+    autoencoder is also evaluated."""
     max_frames: int | None = None
-    """of the stretches that windows are cut from; None for the data's"""
+    """Maximum number of frames of the clips that windows are cut from; None for that of the data."""
     start: str | None = None
-    """A folder of weights in diffusers' layout that training starts from: of this model, or of the image autoencoder
-    that it inflates. Where `normalizer` is not trained, the latents keep their mean and deviation."""
+    """Folder of initial weights in diffusers' layout, of this model or of the image autoencoder that it inflates; None
+    for random weights. If `normalizer` is not trained, the latents keep their mean and standard deviation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GivenAutoencoder:
-    """An autoencoder that is used as it is: nothing of it is trained.
+    """Config of a pretrained autoencoder, which is not trained.
 
     Raises:
-      UserError: no folder.
+      UserError: The folder is empty.
     """
 
     model: PatchVaeConfig | CausalVaeConfig | ImageVaeConfig | InflatedConfig | VqConfig
     folder: str
-    """of its weights, in diffusers' layout, or of a pipeline that it is a part of"""
+    """Folder of its weights in diffusers' layout, or of a pipeline that contains it."""
 
     def __post_init__(self):
         if not self.folder:
-            raise UserError("an autoencoder that is given lies in a folder; name it, such as MODEL/vae")
+            raise UserError("autoencoder.folder is empty. Use the folder of its weights, such as MODEL/vae.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OneOfTwo:
-    """Which of a model's two experts is trained (Wan 2.2 A14B), at its times alone; the other stays as it is.
+    """Config of the trained one of a model's two experts (Wan 2.2 A14B); the other one is not changed.
 
     Raises:
-      UserError: a boundary that leaves one of them no times.
+      UserError: The boundary leaves one of them no times.
     """
 
     expert: Literal["high", "low"]
-    """`high` denoises at times from the boundary on, `low` below it"""
+    """Expert that is trained, at its own times only: `high` denoises at times from the boundary on, `low` below it."""
     boundary: float
+    """Diffusion time that separates the experts."""
     other: str
-    """folder of the other's transformer, in diffusers' layout"""
+    """Folder of the other expert's transformer, in diffusers' layout."""
 
     def __post_init__(self):
         if not 0 < self.boundary < 1:
-            raise UserError(f"the boundary between two experts is a time between 0 and 1, not {self.boundary}")
+            raise UserError(f"boundary={self.boundary} is invalid: it must be a time between 0 and 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiserTraining:
-    """A denoiser, its text encoder, and how they are trained together, unless the encoder is a frozen one."""
+    """Config of a denoiser, its text encoder, and their training; only a text encoder that is not frozen is trained."""
 
     dit: DitConfig | WanDitConfig
     text: TextConfig
     rows: RowShape
     batch: int
-    """rows of a step"""
+    """Number of rows in a step."""
     accumulate: int = 1
-    """Into how many parts the rows of a step are divided, computed one after the other: as much less memory, and but
-    for rounding the same gradients."""
+    """Number of microbatches that the rows of a step are divided into, whose gradients are computed sequentially and
+    summed. Memory is divided by it, and gradients are the same up to rounding."""
     buckets: BucketConfig | None = None
-    """Instead of packed rows: batches of one size each, from the video files; `rows` is then what samples are packed
-    into."""
+    """Config of batches of one size each, read from the video files; None for packed rows. With buckets, `rows` is used
+    for sampling only."""
     optimizer: OptimizerConfig
     steps: int
     objective: Objective = field(default_factory=FlowMatching)
     times_of: Literal["clip", "frame"] = "clip"
-    """Whether all frames of a clip have one diffusion time, or each its own (diffusion forcing, arXiv 2407.01392), for
-    a denoiser with a time per token: it then knows frames at any mixture of times, what is given being at 0."""
+    """Unit that has its own diffusion time. "frame" needs a denoiser with a time per token (diffusion forcing, arXiv
+    2407.01392), which then handles frames at any mixture of times, with known frames at time 0."""
     caption_dropout: float = 0.1
+    """Probability that a clip's caption is dropped."""
     ema_decay: float = 0.999
-    """of the average that is sampled from unless another is asked for"""
+    """Decay of the average that is sampled from by default."""
     averages: Averages = field(default_factory=Averages)
-    """further ones, each as large as the model"""
+    """Further averages, each as large as the model."""
     known: KnownFrames | None = None
-    """What the denoiser is given of the clips that it is to make, for one that continues a first frame: with
-    `given_channels`, an image's tokens, or a time per token."""
+    """Conditioning on known frames, for a denoiser that continues a first frame: by `given_channels`, image embeddings
+    or a time per token. None without it."""
     image_encoder: str | None = None
-    """folder of the CLIP whose tokens of a known first frame the denoiser attends to (`image_width`), or of a pipeline
-    that it is a part of"""
+    """Folder of the CLIP whose embeddings of a known first frame the denoiser attends to (`image_width`), or of a
+    pipeline that contains it; None without it."""
     start: str | None = None
-    """folder of a pipeline or of a run, or of Wan in diffusers' layout, that has the weights which training starts
-    from"""
+    """Folder of the initial weights: of a pipeline, a run, or Wan in diffusers' layout; None for random weights."""
     trained: Literal["full", "temporal", "scratch"] = "full"
-    """What is trained, unless adapters are. `full`: all, from the weights of `start` if there are any. `temporal`: the
-    layers in time alone, those with `temporal` in their paths, all others being kept as they are (as Kandinsky Video
-    adds motion to an image model, arXiv 2311.13073). `scratch`: all, from random weights; `start` is not read. Any
-    other choice is made by path, with the optimizer's `trainable` and `frozen`."""
+    """Selection of the trained weights, unless adapters are trained. `full`: all, from the weights in `init_from` if it
+    is set. `temporal`: only the temporal layers, those with `temporal` in their paths (Kandinsky Video adds motion to
+    an image model in this way, arXiv 2311.13073). `scratch`: all, from random weights; `init_from` is not read. For any
+    other selection use the optimizer's `trainable` and `frozen`."""
     expert: OneOfTwo | None = None
-    """of a model with two: that whose weights `start` holds"""
+    """Expert whose weights `init_from` has, for a model with two; None for a model with one denoiser."""
     lora: LoraConfig | None = None
-    """Instead of the weights, adapters to those of `start` are trained; paths begin with `dit/` and `text/`."""
+    """Config of adapters that are trained instead of the weights in `init_from`; paths begin with `dit/` and `text/`.
+    None to train weights."""
     distillation: Distillation | None = None
-    """The model of `start` is the teacher of one that begins as it, and that samples in few steps; `objective` is what
-    the teacher was trained with."""
+    """Config of a few-step distillation, whose teacher and initial student are the model in `init_from`. `objective` is
+    that of the teacher's training. None without it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A stage of the denoiser's training before the last one: what it has of its own.
+    """Config of a stage of the denoiser's training before the last one. None stands for the experiment's own value.
 
-    Weights, optimizer state and averages are carried over from stage to stage; tokens have real-valued coordinates, so
-    that sizes and lengths may change.
+    Weights, optimizer state and averages are carried over from stage to stage. Sizes and lengths may change, because
+    tokens have real-valued coordinates.
     """
 
     name: str
-    """of its folder, `stages/NAME` of the run"""
+    """Name of its folder, `stages/NAME` in the run's."""
     steps: int
+    """Number of steps of this stage."""
     data: Data
-    """clips and sizes; what is held out, and the weights of data sets, are the experiment's"""
+    """Clips and sizes of this stage; `held_out` and `weights` are those of the experiment."""
     rows: RowShape | None = None
-    """of this stage; None for the experiment's, as of everything below"""
+    """Shape of the packed rows."""
     batch: int | None = None
-    """rows of a step"""
+    """Number of rows in a step."""
     optimizer: OptimizerConfig | None = None
-    """warmup and schedule are of this stage's steps"""
+    """Optimizer, whose warmup and schedule span this stage's steps."""
     objective: Objective | None = None
-    """such as one of another shift of times"""
+    """Objective, such as one with another shift of times."""
     known: KnownFrames | None = None
+    """Conditioning on known frames."""
     caption_dropout: float | None = None
+    """Probability that a clip's caption is dropped."""
     mesh: MeshConfig | None = None
+    """Mesh of devices."""

@@ -1,4 +1,4 @@
-"""Autoencoders in diffusers' folder layout, in and out: `config.json` and `diffusion_pytorch_model.safetensors`."""
+"""Autoencoders in diffusers' folder layout or the native format: `config.json` and weights in safetensors."""
 
 import os
 from collections.abc import Callable
@@ -20,16 +20,16 @@ _LOADERS: dict[str, Callable[[Path, dict[str, Any]], _Loaded]] = {
     vq_autoencoder.CLASS: vq_autoencoder.load,
 }
 KINDS = tuple(_LOADERS)
-"""the classes of diffusers that are known"""
+"""Supported model classes of diffusers."""
 KNOWN = (*KINDS, native_format.CLASS)
 
 
 def load_autoencoder(folder: str | os.PathLike) -> _Loaded:
-    """The config and parameters of an autoencoder from diffusers, or in our own layout.
+    """Read the config and parameters of an autoencoder from diffusers, or in the native format.
 
     Raises:
-      MissingError: no such folder, or files that it lacks.
-      UserError: a model class that isn't known here, a setting of it that isn't, or weights that do not fit.
+      MissingError: the folder or one of its files does not exist.
+      UserError: the model class or one of its settings is not supported, or the weights do not fit.
     """
     folder = Path(folder)
     document = _document(folder)
@@ -40,7 +40,7 @@ def load_autoencoder(folder: str | os.PathLike) -> _Loaded:
 
 
 def autoencoder_config(folder: str | os.PathLike) -> AutoencoderConfig:
-    """The config of an autoencoder, of Wan's without reading its weights; raises as `load_autoencoder`."""
+    """Read the config of an autoencoder, without the weights for Wan's; raises as `load_autoencoder` does."""
     folder = Path(folder)
     document = _document(folder)
     if document["_class_name"] == native_format.CLASS:
@@ -53,18 +53,18 @@ def autoencoder_config(folder: str | os.PathLike) -> AutoencoderConfig:
 
 
 def _own(folder: Path, config: Any) -> AutoencoderConfig:
-    """The config of a model in our own layout, if it is an autoencoder's."""
+    """Return a native config; raise UserError if it is not an autoencoder's."""
     if not isinstance(config, AutoencoderConfig):
-        raise UserError(f"{folder} holds a {type(config).__name__}, which is no autoencoder's")
+        raise UserError(f"{folder} has a {type(config).__name__}, which is not an autoencoder's config")
     return config
 
 
 def _document(folder: Path) -> dict[str, Any]:
-    """`config.json` of a model that is known here."""
+    """Read `config.json`; raise UserError if the model class is not supported."""
     document = diffusers.document_of(folder)
     kind = document.get("_class_name")
     if kind not in KNOWN:
-        raise UserError(f"{folder} holds a model of class {kind}; known here: {', '.join(KNOWN)}")
+        raise UserError(f"{folder} has a model of class {kind}. Supported classes are {', '.join(KNOWN)}")
     return document
 
 
@@ -73,10 +73,10 @@ def save_autoencoder(
 ) -> None:
     """Write an autoencoder as diffusers reads it; the inverse of `load_autoencoder`.
 
-    A file that would be larger than `shard_bytes` is split.
+    Files that would be larger than `shard_bytes` are split.
 
     Raises:
-      UserError: a config that diffusers has no class for, or that its class can't express.
+      UserError: diffusers has no class for the config, or its class can't express it.
     """
     match config:
         case CausalVaeConfig():
@@ -86,4 +86,6 @@ def save_autoencoder(
         case VqConfig():
             vq_autoencoder.save(folder, config, params, shard_bytes=shard_bytes)
         case _:
-            raise UserError(f"diffusers has no class for {type(config).__name__}; it can write {', '.join(KINDS)}")
+            raise UserError(
+                f"diffusers has no class for {type(config).__name__}. Supported classes are {', '.join(KINDS)}"
+            )

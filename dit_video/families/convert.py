@@ -1,7 +1,7 @@
-"""Models from one layout of files to another, tensor by tensor.
+"""Conversion of models between file layouts, tensor by tensor.
 
-Denoisers are in diffusers' layout, their authors' or our own (`parts`), text encoders in that of `transformers` or our
-own. Autoencoders, in diffusers' or our own, are small, and go through memory whole.
+Denoisers have diffusers' layout, their authors' or the native one (`native_format`), text encoders that of
+`transformers` or the native one. Autoencoders, in diffusers' or the native layout, are small and converted in memory.
 """
 
 import os
@@ -31,11 +31,11 @@ from dit_video.weights.text_encoders import T5_KINDS, t5_config, t5_names, t5_wr
 
 To = Literal["diffusers", "authors", "dit_video"]
 KNOWN = (*DENOISERS, *AUTOENCODERS, *T5_KINDS, native_format.CLASS)
-"""the classes of `config.json` that can be converted"""
+"""Supported classes and model types in `config.json`."""
 
 
 class _Opened(NamedTuple):
-    """A model's files, open."""
+    """An open model: its config and the source of its parameters."""
 
     config: Any
     source: FolderSource
@@ -54,15 +54,16 @@ def convert(
 
     Args:
       source: a folder with a `config.json`, or a file of the authors of DiT and SiT.
-      destination: a folder that does not exist, or is empty.
-      to: `diffusers` (of a text encoder `transformers`), the model's `authors`, or our own.
-      dtype: floating tensors are cast to it; None keeps the source's.
-      shard_bytes: what would be a larger file is split, with an index.
+      destination: a folder that does not exist or is empty.
+      layout: layout to write: `diffusers` (for a text encoder that of `transformers`), the model's `authors`, or
+        native.
+      dtype: dtype that floating tensors are cast to; None keeps the source's.
+      shard_bytes: maximum size of a file; larger ones are split, with an index.
 
     Raises:
-      MissingError: files that the source lacks.
-      UserError: a class that isn't known here (it lists those that are), a layout that can't express the model, weights
-        that do not fit, or a destination that holds something.
+      MissingError: files of the source are missing.
+      UserError: the class is not supported (the supported ones are listed), the layout can't express the model, the
+        weights do not fit, or the destination is not empty.
     """
     source, destination = Path(source), Path(destination)
     check_destination(destination)
@@ -73,9 +74,11 @@ def convert(
     document = diffusers.document_of(source)
     kind = document.get("_class_name") or document.get("model_type")
     if kind not in KNOWN:
-        raise UserError(f"{source} holds a model of class {kind}; known here: {', '.join(KNOWN)}")
-    own = native_format.part_config(source, document) if kind == native_format.CLASS else None
-    if kind in AUTOENCODERS or (own is not None and not isinstance(own, DitConfig | WanDitConfig | T5Config)):
+        raise UserError(f"{source} has a model of class {kind}. Supported classes are {', '.join(KNOWN)}")
+    native_config = native_format.part_config(source, document) if kind == native_format.CLASS else None
+    if kind in AUTOENCODERS or (
+        native_config is not None and not isinstance(native_config, DitConfig | WanDitConfig | T5Config)
+    ):
         _convert_autoencoder(source, destination, document, to, dtype, shard_bytes)
     else:
         with _opened(source, document, kind) as opened:
@@ -92,7 +95,10 @@ def convert_own(
     dtype: Any = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """`convert` of one denoiser in a pipeline's file: that whose names begin with `prefix`, such as `dit/`."""
+    """Convert one denoiser in a pipeline's file, whose names begin with `prefix`, such as `dit/`.
+
+    The other arguments and the errors are those of `convert`.
+    """
     destination = Path(destination)
     check_destination(destination)
     shapes = param_shapes(config.make)
@@ -105,18 +111,18 @@ def convert_own(
 def convert_lora(
     source: str | os.PathLike, destination: str | os.PathLike, model: str | os.PathLike, *, to: To, dtype: Any = None
 ) -> None:
-    """Rename the tensors of an adapter of Wan: PEFT's names of diffusers, ComfyUI's of the authors', or our own.
+    """Rename the tensors of a LoRA adapter of Wan to diffusers' (PEFT) names, the authors' (ComfyUI) or native ones.
 
     Args:
       source: a safetensors file, or a folder of PEFT or diffusers.
-      destination: the file to be written.
-      model: the folder of the transformer that it is of; its config is read.
-      to: whose names are written.
-      dtype: factors are cast to it; None keeps theirs.
+      destination: file to write.
+      model: folder of the transformer that it adapts, of which the config is read.
+      layout: whose names to write.
+      dtype: dtype that factors are cast to; None keeps theirs.
 
     Raises:
-      MissingError: no such file.
-      UserError: an adapter of another model, or a model that is no Wan.
+      MissingError: a file does not exist.
+      UserError: the adapter is of another model, or the model is not a Wan.
     """
     folder = Path(model)
     document = diffusers.document_of(folder)
@@ -124,7 +130,9 @@ def convert_lora(
     if document.get("_class_name") in wan_transformer.CLASSES:
         config = wan_transformer.read_config(folder, document)
     if not isinstance(config, WanDitConfig):
-        raise UserError(f"{folder} holds no Wan; adapters are renamed for {', '.join(wan_transformer.CLASSES)}")
+        raise UserError(
+            f"{folder} is not a Wan model. Adapters can be renamed for {', '.join(wan_transformer.CLASSES)}"
+        )
     shapes = {"dit": param_shapes(config.make)}
     theirs = {
         name: module._replace(path=f"dit/{module.path}")
@@ -136,41 +144,41 @@ def convert_lora(
 
 
 def check_destination(folder: Path) -> None:
-    """Raises UserError for what holds something already."""
+    """Raise UserError if a destination exists and is not an empty folder."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not empty; name a folder that does not exist")
+        raise UserError(f"{folder} exists and is not empty. Use a folder that does not exist")
 
 
 @contextmanager
 def _opened(folder: Path, document: dict[str, Any], kind: str) -> Iterator[_Opened]:
-    """A folder of a kind that is read tensor by tensor."""
-    own, text, wan = kind == native_format.CLASS, kind in T5_KINDS, kind in wan_transformer.CLASSES
-    with TensorFolder(folder, stem=diffusers.STEM if not own and not text else "model") as tensors:
+    """Open a folder whose class is converted tensor by tensor."""
+    native, text, wan = kind == native_format.CLASS, kind in T5_KINDS, kind in wan_transformer.CLASSES
+    with TensorFolder(folder, stem=diffusers.STEM if not native and not text else "model") as tensors:
         ignored: set[str] = set()
-        if own:
+        if native:
             config = native_format.part_config(folder, document)
-            names = FileMap.own(param_shapes(config.make))
+            file_map = FileMap.own(param_shapes(config.make))
         elif text:
             config = t5_config(folder)
-            theirs, ignored = t5_names(tensors, config)
-            names = FileMap.of(theirs)
+            tensor_map, ignored = t5_names(tensors, config)
+            file_map = FileMap.of(tensor_map)
         else:
             authors = kind in (wan_transformer.AUTHORS_CLASS, *dit_transformer.AUTHORS_CLASSES)
             config = (
                 wan_transformer.read_config(folder, document) if wan else dit_transformer.config_of(folder, document)
             )
-            names = _file_map(config, "authors" if authors else "diffusers")
+            file_map = _file_map(config, "authors" if authors else "diffusers")
         shapes = param_shapes(config.make)
-        yield _Opened(config, FolderSource(tensors, names, shapes, ignored=ignored), names.depths)
+        yield _Opened(config, FolderSource(tensors, file_map, shapes, ignored=ignored), file_map.depths)
 
 
 @contextmanager
 def _authors_file(path: Path) -> Iterator[_Opened]:
-    """A checkpoint of the authors of DiT and SiT."""
+    """Open a checkpoint of the authors of DiT and SiT."""
     with dit_transformer.open_file(path) as tensors:
         config = dit_transformer.config_of(path, dit_transformer.file_document(path, tensors))
-        names = _file_map(config, "authors")
-        yield _Opened(config, FolderSource(tensors, names, param_shapes(config.make)), names.depths)
+        file_map = _file_map(config, "authors")
+        yield _Opened(config, FolderSource(tensors, file_map, param_shapes(config.make)), file_map.depths)
 
 
 def _file_map(config: DitConfig | WanDitConfig, layout: wan_transformer.Layout) -> FileMap:
@@ -180,36 +188,38 @@ def _file_map(config: DitConfig | WanDitConfig, layout: wan_transformer.Layout) 
 
 
 def _write(folder: Path, opened: _Opened, to: To, dtype: Any, shard_bytes: int) -> None:
-    """A denoiser or a text encoder."""
+    """Write a denoiser or a text encoder."""
     config, source = opened.config, opened.source
     if to == "dit_video":
         native_format.write_part(folder, config, source, depths=opened.depths, dtype=dtype, shard_bytes=shard_bytes)
         return
     if isinstance(config, T5Config):
         if to == "authors":
-            raise UserError("text encoders are written for transformers, with diffusers, or in our own layout")
-        theirs, document = t5_written(config)
-        names, stem = FileMap.of(theirs), "model"
+            raise UserError(
+                "text encoders have no authors' layout. Use diffusers, which writes that of transformers, or dit_video"
+            )
+        tensor_map, document = t5_written(config)
+        file_map, stem = FileMap.of(tensor_map), "model"
     else:
-        wan = isinstance(config, WanDitConfig)
-        document = wan_transformer.document_of(config, to) if wan else dit_transformer.document_of(config, to)
-        names, stem = _file_map(config, to), diffusers.STEM
-    shapes, depths = param_shapes(config.make), {**names.depths, **opened.depths}
-    streaming.write(folder, stem, source, names, shapes, depths, dtype=dtype, shard_bytes=shard_bytes)
+        is_wan = isinstance(config, WanDitConfig)
+        document = wan_transformer.document_of(config, to) if is_wan else dit_transformer.document_of(config, to)
+        file_map, stem = _file_map(config, to), diffusers.STEM
+    shapes, depths = param_shapes(config.make), {**file_map.depths, **opened.depths}
+    streaming.write(folder, stem, source, file_map, shapes, depths, dtype=dtype, shard_bytes=shard_bytes)
     write_json(folder / "config.json", document)
 
 
 def _convert_autoencoder(
     folder: Path, destination: Path, document: dict[str, Any], to: To, dtype: Any, shard_bytes: int
 ) -> None:
-    """From and to diffusers, or our own."""
+    """Convert an autoencoder between diffusers' and the native layout."""
     if to == "authors":
-        raise UserError("autoencoders are written for diffusers or in our own layout; the authors' isn't known here")
-    own = document["_class_name"] == native_format.CLASS
-    read = native_format.read_part(folder, document, stored=lambda path: None) if own else load_autoencoder(folder)
-    config, params = read
+        raise UserError("the authors' layout of autoencoders is not supported. Use diffusers or dit_video")
+    native = document["_class_name"] == native_format.CLASS
+    loaded = native_format.read_part(folder, document, stored=lambda path: None) if native else load_autoencoder(folder)
+    config, params = loaded
     if dtype is not None:
-        # The latents' normalisation keeps its precision: diffusers has it in its settings.
+        # The latents' normalisation keeps its precision, as diffusers stores it in the settings.
         normalizer = params["normalizer"]
         shapes = param_shapes(config.make)
         params = streaming.read(ParamsSource(params), shapes, {}, stored=lambda path: dtype)

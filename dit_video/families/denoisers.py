@@ -1,6 +1,6 @@
-"""Denoisers of other projects, in and out: `config.json` and `diffusion_pytorch_model.safetensors`, or its parts.
+"""Denoisers of diffusers, of their authors or in the native format: `config.json` and weights in safetensors.
 
-Image transformers of classes may also be one file, named as their authors name it.
+Class-conditional image transformers may also be a single file with the name that their authors gave it.
 """
 
 import os
@@ -21,7 +21,7 @@ from dit_video.weights.tensor_mapping import SHARD_BYTES, stored_as
 
 _IMAGES = (dit_transformer.CLASS, dit_transformer.OLDER_CLASS, *dit_transformer.AUTHORS_CLASSES)
 KINDS = (*wan_transformer.CLASSES, *_IMAGES)
-"""the classes of other projects that are known"""
+"""Supported model classes of other projects."""
 KNOWN = (*KINDS, native_format.CLASS)
 
 
@@ -32,18 +32,18 @@ def load_denoiser(
     kernels: Any = None,
     place: Place = on_host,
 ) -> tuple[DitConfig | WanDitConfig, dict[str, Any]]:
-    """The config and parameters of a transformer, of diffusers, in its authors' layout or in our own.
+    """Read the config and parameters of a transformer of diffusers, in its authors' layout or in the native format.
 
     Args:
-      folder: such as `transformer` of a pipeline of diffusers; or a file of the authors of DiT and SiT, such as
+      folder: folder such as a pipeline's `transformer`, or a file of the authors of DiT and SiT such as
         `DiT-XL-2-256x256.safetensors`.
-      dtype: floating tensors are cast to it; None keeps the file's.
-      kernels: what those of linear maps are cast to, if to something else.
-      place: reads each parameter to where it is kept, by its path; by default to the host.
+      dtype: dtype that floating tensors are cast to; None keeps the file's.
+      kernel_dtype: dtype that the kernels of linear maps are cast to; None casts them to `dtype`, too.
+      place: reads each parameter to its destination, given its path; by default to the host.
 
     Raises:
-      MissingError: no such folder, or files that it lacks.
-      UserError: a model class that isn't known here, a setting of it that isn't, or weights that do not fit.
+      MissingError: the folder or one of its files does not exist.
+      UserError: the model class or one of its settings is not supported, or the weights do not fit.
     """
     folder = Path(folder)
     if folder.is_file():
@@ -60,11 +60,7 @@ def load_denoiser(
 
 
 def denoiser_config(folder: str | os.PathLike) -> DitConfig | WanDitConfig:
-    """The config of a transformer, without its weights; errors are those of `load_denoiser`.
-
-    Args:
-      folder: of the model; what is one file alone has its config in its tensors' shapes too.
-    """
+    """Read the config of a transformer in a folder, without its weights; raises as `load_denoiser` does."""
     folder = Path(folder)
     document = _document(folder)
     if document["_class_name"] == native_format.CLASS:
@@ -75,19 +71,19 @@ def denoiser_config(folder: str | os.PathLike) -> DitConfig | WanDitConfig:
 
 
 def _document(folder: Path) -> dict[str, Any]:
-    """`config.json` of a model that is known here."""
+    """Read `config.json`; raise UserError if the model class is not supported."""
     document = diffusers.document_of(folder)
     kind = document.get("_class_name")
     if kind not in KNOWN:
-        raise UserError(f"{folder} holds a model of class {kind}; known here: {', '.join(KNOWN)}")
+        raise UserError(f"{folder} has a model of class {kind}. Supported classes are {', '.join(KNOWN)}")
     return document
 
 
 def _own(folder: Path, document: dict[str, Any]) -> DitConfig | WanDitConfig:
-    """The config of a model in our own layout, if it is a denoiser's."""
+    """Return a native config; raise UserError if it is not a denoiser's."""
     config = native_format.part_config(folder, document)
     if not isinstance(config, DitConfig | WanDitConfig):
-        raise UserError(f"{folder} holds a {type(config).__name__}, which is no denoiser's")
+        raise UserError(f"{folder} has a {type(config).__name__}, which is not a denoiser's config")
     return config
 
 
@@ -99,13 +95,13 @@ def save_denoiser(
     layout: Layout = "diffusers",
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a transformer as diffusers reads it, or its authors do; the inverse of `load_denoiser`.
+    """Write a transformer as diffusers or its authors read it; the inverse of `load_denoiser`.
 
-    A `WanDitConfig` is written as a Wan; a `DitConfig` as a SiT, if its time is reversed, or as a DiT. What would be a
-    larger file than `shard_bytes` is split.
+    A `WanDitConfig` is written as a Wan, a `DitConfig` as a SiT if its time is reversed, else as a DiT. Files that
+    would be larger than `shard_bytes` are split.
 
     Raises:
-      UserError: a config that diffusers has no class for, or that the layout can't express.
+      UserError: diffusers has no class for the config, or the layout can't express it.
     """
     if isinstance(config, WanDitConfig):
         wan_transformer.save(folder, config, params, layout=layout, shard_bytes=shard_bytes)

@@ -1,4 +1,4 @@
-"""Networks that measure or guide, with weights that a user gives."""
+"""Pretrained networks that measure or condition, with weights from the user's files."""
 
 from dit_video.features.clip import ClipConfig, ClipImages, ClipTextConfig, ClipTowers, ClipVisionConfig, FrameEncoder
 from dit_video.features.lpips import Lpips

@@ -1,4 +1,4 @@
-"""LPIPS, a distance of pictures that was fitted to what people see (arXiv 1801.03924), on features of VGG16."""
+"""LPIPS, a distance of pictures fitted to human perception (arXiv 1801.03924), on features of VGG16."""
 
 import functools
 import operator
@@ -12,54 +12,53 @@ from dit_video.core.errors import UserError
 from dit_video.nn import CausalConv
 
 STAGES = (2, 2, 3, 3, 3)
-"""Convolutions of VGG16 before each halving; the features after each stage are compared."""
+"""Convolutions of VGG16 per stage; stages are separated by halving, and each stage's features are compared."""
 WIDTHS = (64, 128, 256, 512, 512)
 SMALLEST = 16
-"""Pixels of a side, which is halved before every stage but the first."""
+"""Minimum pixels of a side, which is halved before every stage but the first."""
 _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)
-"""ImageNet's colours, of pixels in [-1, 1]."""
+"""ImageNet's mean and standard deviation of colours, for pixels in [-1, 1]."""
 _EPSILON = 1e-10
 
 
 class Lpips(nnx.Module):
-    """The distance of each clip from another, frame by frame.
+    """The LPIPS distance of clips, averaged over frames.
 
-        sum_l mean over places of sum_c w_lc (f_lc(x) - f_lc(y))²
+        sum_l mean over positions of sum_c w_lc (f_lc(x) - f_lc(y))²
 
-    of the features `f` after each of VGG16's five stages, each place's brought to length 1 (eq. 1). The frames of a
-    clip are averaged. It is the package `lpips`' `LPIPS(net="vgg")` of version 0.1; `dit_video.weights.load_lpips`
-    reads the parameters.
+    with the features `f` after each of VGG16's five stages, normalised to length 1 at each position (eq. 1). It equals
+    `LPIPS(net="vgg")` of the package `lpips` 0.1; `dit_video.weights.load_lpips` reads the parameters.
 
     Args:
-      widths: of the stages, for tests.
-      rngs: of parameters that mean nothing yet.
+      widths: channels of the stages, for tests.
+      rngs: random keys of the initial parameters, which are to be replaced by loaded ones.
     """
 
     def __init__(self, *, widths: tuple[int, ...] = WIDTHS, rngs: nnx.Rngs):
-        befores = [3, *widths[:-1]]
+        widths_in = [3, *widths[:-1]]
         self.stages = nnx.List(
             [
                 nnx.List(
                     [
-                        CausalConv(before if number == 0 else width, width, (1, 3, 3), rngs=rngs)
+                        CausalConv(width_in if number == 0 else width, width, (1, 3, 3), rngs=rngs)
                         for number in range(convolutions)
                     ]
                 )
-                for before, width, convolutions in zip(befores, widths, STAGES, strict=True)
+                for width_in, width, convolutions in zip(widths_in, widths, STAGES, strict=True)
             ]
         )
         self.weights = nnx.List([nnx.Param(jnp.full((width,), 1 / width, jnp.float32)) for width in widths])
 
     def __call__(self, pixels: Float[Array, "B T H W 3"], others: Float[Array, "B T H W 3"]) -> Float[Array, " B"]:
-        """Of clips in [-1, 1], of frames of at least 16×16.
+        """Return the distance of each clip in [-1, 1] from its other, with frames of at least 16×16 pixels.
 
         Raises:
           UserError: smaller frames.
         """
         height, width = pixels.shape[2:4]
         if min(height, width) < SMALLEST:
-            raise UserError(f"LPIPS needs frames of {SMALLEST}x{SMALLEST} or more, not {height}x{width}")
+            raise UserError(f"frames of {height}x{width} are too small for LPIPS: use {SMALLEST}x{SMALLEST} or more")
         distances = [
             (jnp.square(one - other) * weight[...]).sum(axis=-1).mean(axis=(1, 2, 3))
             for one, other, weight in zip(self._features(pixels), self._features(others), self.weights, strict=True)
@@ -68,24 +67,24 @@ class Lpips(nnx.Module):
 
     def _features(self, pixels: Float[Array, "B T H W 3"]) -> list[Float[Array, "B T h w _"]]:
         x = (pixels - jnp.asarray(_SHIFT)) / jnp.asarray(_SCALE)
-        found: list[Array] = []
+        features: list[Array] = []
         for stage in self.stages:
-            x = _halved(x) if found else x
+            x = _halved(x) if features else x
             for convolution in stage:
                 x = jax.nn.relu(convolution(x))
-            found.append(_of_length_one(x))
-        return found
+            features.append(_of_length_one(x))
+        return features
 
 
 def _halved(x: Float[Array, "B T H W D"]) -> Float[Array, "B T h w D"]:
-    """The largest of every 2×2 places; an odd last row or column is left out, as in VGG16."""
+    """Return the maximum of every 2×2 cell; an odd last row or column is dropped, as in VGG16."""
     height, width = x.shape[2] // 2, x.shape[3] // 2
     cells = x[:, :, : 2 * height, : 2 * width].reshape(*x.shape[:2], height, 2, width, 2, x.shape[-1])
     return cells.max(axis=(3, 5))
 
 
 def _of_length_one(x: Float[Array, "B T h w D"]) -> Float[Array, "B T h w D"]:
-    """`x / (|x| + epsilon)`, with the gradient 0 where `x` is 0 (there `lpips` has none)."""
+    """Return `x / (|x| + epsilon)`, with gradient 0 where `x` is 0 (there `lpips` has none)."""
     square = jnp.square(x).sum(axis=-1, keepdims=True)
     length = jnp.sqrt(jnp.where(square > 0, square, 1))
     return x / (jnp.where(square > 0, length, 0) + _EPSILON)

@@ -1,4 +1,4 @@
-"""What clips are given besides their prompts, and the rows that hold it: images, and latent frames that are known."""
+"""Conditioning of clips besides their prompts, packed into rows: images and known latent frames."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -14,45 +14,49 @@ from dit_video.tokens import Grid, RowShape, patchify
 
 
 class GivenClip(NamedTuple):
-    """What one clip is given, each None where it is given none. All clips of a model are given the first two alike."""
+    """Conditioning of one clip; None for kinds that it lacks.
+
+    All clips of a model have the same of the first two kinds.
+    """
 
     beside: Float32[np.ndarray, "t h w g"] | None = None
-    """mask channels and clean latents, which the model reads beside the noisy ones"""
+    """Mask channels and clean latents, which the model gets as channels in addition to the noisy latents."""
     image: Float32[np.ndarray, "i F"] | None = None
-    """an image encoder's tokens"""
+    """Tokens of an image encoder."""
     known: Float32[np.ndarray, "f h w c"] | None = None
-    """the first latent frames, if they are to stay what they are: the model sees them clean, at time 0"""
+    """First latent frames to keep unchanged: the model sees them clean, at time 0."""
 
 
 class GivenRows(NamedTuple):
-    """The same of packed rows."""
+    """Conditioning of packed rows."""
 
     beside: Float[AnyArray, "B N g"] | None = None
     image: Float[AnyArray, "B I F"] | None = None
     image_segments: Int[AnyArray, "B I"] | None = None
     clean: Float[AnyArray, "B N p"] | None = None
-    """the known tokens, in their places"""
+    """The known tokens, at their positions."""
     known: Bool[AnyArray, "B N"] | None = None
 
     @property
     def given(self) -> Given:
+        """Return the inputs of the denoiser."""
         fields = {"latents": self.beside, "image": self.image, "image_segments": self.image_segments}
         return Given(**{name: jnp.asarray(value) for name, value in fields.items() if value is not None})
 
     def held(self, denoise: Callable[[Array, Array], Array], process: Process) -> Callable[[Array, Array], Array]:
-        """`denoise(noisy, time of each token)` as one of the time, which sees known tokens clean, at time 0."""
+        """Return `denoise(noisy, times of tokens)` as a function of one time, with known tokens clean, at time 0."""
 
-        def at(noisy, time):
+        def denoise_unknown(noisy, time):
             times = jnp.full(noisy.shape[:2], time)
             if self.known is None or self.clean is None:
                 return denoise(noisy, times)
             clean = process.input_scale(jnp.zeros(())) * jnp.asarray(self.clean)
             return denoise(jnp.where(self.known[..., None], clean, noisy), jnp.where(self.known, 0.0, times))
 
-        return at
+        return denoise_unknown
 
     def restored(self, tokens: Float[AnyArray, "*steps B N p"]) -> Float[AnyArray, "*steps B N p"]:
-        """With the known tokens in their places."""
+        """Return the tokens with the known ones restored."""
         if self.known is None or self.clean is None:
             return tokens
         return jnp.where(self.known[..., None], self.clean, tokens)
@@ -61,12 +65,12 @@ class GivenRows(NamedTuple):
 def given_rows(
     members: Sequence[Sequence[tuple[GivenClip, Grid, int]]], *, patch: Grid, shape: RowShape, rows: int
 ) -> GivenRows:
-    """What `rows` rows of `shape` are given: of each row's clips with their latents' sizes and channels, in order."""
+    """Return the conditioning of `rows` rows of `shape`, from each row's clips with their latent grids and channels."""
     channels = members[0][0][2]
     fields: dict[str, np.ndarray] = {}
-    beside = [[patchify(clip.beside, patch) for clip, *_ in row if clip.beside is not None] for row in members]
-    if beside[0]:
-        fields["beside"] = _filled(beside, shape.tokens, rows)
+    cond_latents = [[patchify(clip.beside, patch) for clip, *_ in row if clip.beside is not None] for row in members]
+    if cond_latents[0]:
+        fields["beside"] = _filled(cond_latents, shape.tokens, rows)
     images = [[clip.image for clip, *_ in row if clip.image is not None] for row in members]
     if images[0]:
         length = shape.segments * len(images[0][0])
@@ -82,15 +86,15 @@ def given_rows(
 
 
 def _marked(known: Float32[np.ndarray, "f h w c"] | None, grid: Grid, channels: int) -> Float32[np.ndarray, "t h w c1"]:
-    """A whole clip's latents, zero where they are not known, and a channel that says where they are."""
-    whole = np.zeros((*grid, channels + 1), np.float32)
+    """Return a clip's latents, zero where they are not known, with a mask channel."""
+    latents = np.zeros((*grid, channels + 1), np.float32)
     if known is not None:
-        whole[: len(known), ..., :-1], whole[: len(known), ..., -1] = known, 1
-    return whole
+        latents[: len(known), ..., :-1], latents[: len(known), ..., -1] = known, 1
+    return latents
 
 
 def _filled(values: list[list[np.ndarray]], length: int, rows: int) -> Float32[np.ndarray, "B _ _"]:
-    """Each row's arrays one after the other, and zeros."""
+    """Concatenate each row's arrays and pad them with zeros."""
     filled = np.zeros((rows, length, values[0][0].shape[1]), np.float32)
     for row, arrays in zip(filled, values, strict=False):
         joined = np.concatenate(arrays)

@@ -15,29 +15,33 @@ from dit_video.generation.rows import Batch
 from dit_video.tokens import Rows, packed_noise, segment_mean, to_tokens
 
 LEAST_STEPS = 64
-"""What a program has room for, at least."""
+"""Smallest number of steps that a program is compiled for."""
 
 
 def steps_of_program(steps: int) -> int:
-    """How many steps the program has room for that samples with `steps`: steps that are not taken cost nothing."""
-    room = LEAST_STEPS
-    while room < steps:
-        room *= 2
-    return room
+    """Return the number of steps of the compiled program for `steps` steps: a power of two times the minimum.
+
+    Steps that are not taken cost nothing; see `TracedSampler`.
+    """
+    capacity = LEAST_STEPS
+    while capacity < steps:
+        capacity *= 2
+    return capacity
 
 
 @functools.lru_cache(maxsize=16)
 def program_of(
     dit: nnx.GraphDef, text: nnx.GraphDef, process: Process, prediction: Prediction, solver: Watched, together: bool
 ):
-    """The jitted `run(params, state, batch, strength, grid, first)`: to the solver's state at the last of the times.
+    """Return the jitted `run(params, state, batch, guidance, sample_times, first)`.
 
-    It is compiled once for a shape of rows and a kind of guidance, whatever the prompts, seeds, numbers and steps.
+    It returns the state of the solver at the last time. It is compiled once per shape of rows and kind of guidance, for
+    all prompts, seeds, scales and numbers of steps.
     """
 
     @jax.jit
-    def run(params, state, batch: Batch, strength, grid, first):
-        def forward(rows: Rows, given: GivenRows) -> Denoise:
+    def run(params, state, batch: Batch, guidance, sample_times, first):
+        def forward(rows: Rows, conditioning: GivenRows) -> Denoise:
             context = nnx.merge(text, params["text"])(rows.text, rows.text_segments)
             denoise = packed_denoise(
                 nnx.merge(dit, params["dit"]),
@@ -46,47 +50,50 @@ def program_of(
                 context=context.values,
                 context_segments=context.segments,
                 count=rows.examples.shape[1],
-                given=given.given._replace(labels=context.classes(rows.examples.shape[1])),
+                given=conditioning.given._replace(labels=context.classes(rows.examples.shape[1])),
             )
-            return given.held(denoise, process)
+            return conditioning.held(denoise, process)
 
+        # All branches have the same noise, segments and positions. The state of the solver is that of the first.
         rows = batch.branches[0][0]
 
         def mean(values):
-            """Of every sample, one for each of its tokens."""
+            """Return the mean of every sample, repeated for its tokens."""
             means = segment_mean(values.mean(axis=-1), rows.segments, count=rows.examples.shape[1])
             return to_tokens(means, rows.segments)[..., None]
 
         def guided_model() -> Denoise:
             number = len(batch.branches)
-            conditional = forward(*batch.branches[0]) if strength.interval is not None or number == 1 else None
+            # Outside of the guidance interval the conditional branch alone is evaluated. With all branches of a request
+            # in one row (number == 1) it is the whole row, and guidance only combines tokens of its output.
+            conditional = forward(*batch.branches[0]) if guidance.interval is not None or number == 1 else None
             branches: Branches
             if batch.places is not None:
                 assert conditional is not None
-                whole, conditional = conditional, None
-                branches = lambda noisy, time: _counterparts(whole(noisy, time), batch.places)  # noqa: E731
+                denoise_rows, conditional = conditional, None
+                branches = lambda noisy, time: _counterparts(denoise_rows(noisy, time), batch.places)  # noqa: E731
             elif together:
-                everything = jax.tree.map(lambda *parts: jnp.concatenate(parts), *batch.branches)
-                branches = batched(forward(*everything), number)
+                stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *batch.branches)
+                branches = batched(forward(*stacked), number)
             else:
                 branches = apart(*(forward(*branch) for branch in batch.branches))
             return guided(
-                branches, strength, conditional=conditional, mean=mean, process=process, prediction=prediction
+                branches, guidance, conditional=conditional, mean=mean, process=process, prediction=prediction
             )
 
         def draw(number):
             keys = jax.random.wrap_key_data(jnp.asarray(batch.keys))
             return packed_noise(rows, jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, number)))(keys))
 
-        denoise = forward(*batch.branches[0]) if strength is None else guided_model()
+        denoise = forward(*batch.branches[0]) if guidance is None else guided_model()
         return advance(
             denoise,
             state,
-            grid.times,
+            sample_times.times,
             process=process,
             solver=solver,
             prediction=prediction,
-            told=grid.told,
+            told=sample_times.told,
             draw=draw,
             first=first,
         )
@@ -95,5 +102,5 @@ def program_of(
 
 
 def _counterparts(predicted: Array, places: Any) -> list[Array]:
-    """Of each branch, at every token."""
-    return [jnp.take_along_axis(predicted, place[..., None], axis=1) for place in places]
+    """Return the prediction of each branch at every token."""
+    return [jnp.take_along_axis(predicted, index[..., None], axis=1) for index in places]

@@ -1,8 +1,8 @@
-"""Requests packed into rows: which share one, and where the branches of guidance lie.
+"""Packing of requests and their guidance branches into rows.
 
-Every request has one or several branches: the same noise under other conditions. They are evaluated together if that is
-asked for, in one of two ways, whichever takes fewer rows: side by side in one row, as if they were requests of their
-own, or in as many rows one below the other.
+Every request has one or several branches: the same noise under different conditions. If branches are evaluated
+together, there are two ways, and the one with fewer rows is taken: branches side by side in one row, as if they were
+separate requests, or in separate rows of a larger batch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,63 +21,69 @@ from dit_video.tokens import Grid, Item, Rows, RowShape, coordinates, empty_row,
 
 
 class LatentRequest(NamedTuple):
-    """One video to be made."""
+    """A request of one video."""
 
     prompt: str
+    """Text prompt."""
     negative: str
-    """what the unconditional branch of guidance is given; empty for nothing"""
+    """Prompt of the unconditional branch of guidance; empty for none."""
     noise: Float32[np.ndarray, "t h w c"]
-    """the starting point; its size is the size of the result"""
+    """Initial noise, of the size of the result."""
     given: GivenClip = GivenClip()
+    """Conditioning besides the prompt."""
     seed: int = 0
-    """of the noise that stochastic samplers draw on the way"""
+    """Seed of the noise that stochastic samplers add."""
 
     def branches(self, number: int) -> list[tuple[str, GivenClip]]:
-        """The prompt of each branch, and what else it is given.
+        """Return the prompt and the conditioning of each branch.
 
         Raises:
-          UserError: three branches of a clip that is not given latents alone.
+          UserError: If there are three branches, and the clip has no conditioning latents or has other conditioning.
         """
         if number < 3:
             return [(self.prompt, self.given), (self.negative, self.given)][:number]
         if self.given.beside is None or self.given.image is not None or self.given.known is not None:
             raise UserError(
-                "a scale of the image is for models that are given latents beside the noisy ones and nothing else; "
-                "leave out image= of guidance"
+                "image_scale of guidance is invalid: it needs a model whose only conditioning besides the prompt is "
+                "conditioning latents. Use image_scale=None."
             )
         without = self.given._replace(beside=np.zeros_like(self.given.beside))
         return [(self.prompt, self.given), (self.negative, self.given), (self.negative, without)]
 
 
 class Need(NamedTuple):
-    """What one request takes up."""
+    """The size of one request."""
 
     tokens: int
+    """Number of tokens."""
     texts: tuple[int, ...]
-    """tokens of each branch's text"""
+    """Number of text tokens of each branch."""
 
 
 class Group(NamedTuple):
     """Rows of one shape."""
 
     shape: RowShape
+    """Shape of a row."""
     inside: bool
-    """whether the branches of a request lie side by side in its row"""
+    """Puts the branches of a request side by side in its row."""
     rows: list[list[int]]
-    """the requests of each, by number"""
+    """Requests of each row, by number."""
 
 
 def plan(needs: Sequence[Need], shape: RowShape, *, rows: int, together: bool) -> list[Group]:
-    """Rows of request numbers: first fit of the largest first. A request larger than a row has one of its own.
+    """Return rows of request numbers by first fit, the largest first.
+
+    A request larger than a row gets a row of its own.
 
     Args:
-      needs: of every request.
-      shape: of a row.
-      rows: that are sampled at once.
-      together: whether all branches of a request are evaluated at once.
+      needs: Sizes of all requests.
+      shape: Shape of a row.
+      rows: Number of rows that are sampled at once.
+      is_batched: Evaluates all branches of a request at once.
 
     Raises:
-      UserError: a text longer than a row's.
+      UserError: If a text is longer than a row's.
     """
     for need in needs:
         if max(need.texts) > shape.text:
@@ -85,26 +91,28 @@ def plan(needs: Sequence[Need], shape: RowShape, *, rows: int, together: bool) -
                 f"a prompt of {max(need.texts)} text tokens is longer than a row's {shape.text}; shorten the prompt"
             )
     order = sorted(range(len(needs)), key=lambda index: -needs[index].tokens)
-    apart = [need._replace(texts=(max(need.texts),)) for need in needs]
+    separate = [need._replace(texts=(max(need.texts),)) for need in needs]
     large = [index for index in order if needs[index].tokens > shape.tokens]
     small = [index for index in order if needs[index].tokens <= shape.tokens]
     branches = max((len(need.texts) for need in needs), default=1)
-    groups = [Group(shape, False, _first_fit(small, apart, shape))]
+    groups = [Group(shape, False, _first_fit(small, separate, shape))]
+    # Requests whose branches fit a row together can have them side by side; the others stay in separate rows. The plan
+    # that evaluates fewer rows, padding rows included, is taken.
     if together and branches > 1:
         bundles = [Need(need.tokens * branches, (sum(need.texts),)) for need in needs]
-        fit = [index for index in small if _fits(bundles[index], shape, branches)]
-        rest = [index for index in small if index not in set(fit)]
-        mixed = [
-            Group(shape, True, _first_fit(fit, bundles, shape, copies=branches)),
-            Group(shape, False, _first_fit(rest, apart, shape)),
+        fitting = [index for index in small if _fits(bundles[index], shape, branches)]
+        remaining = [index for index in small if index not in set(fitting)]
+        combined = [
+            Group(shape, True, _first_fit(fitting, bundles, shape, copies=branches)),
+            Group(shape, False, _first_fit(remaining, separate, shape)),
         ]
-        groups = min(mixed, groups, key=lambda plan: _evaluated(plan, rows, branches))
+        groups = min(combined, groups, key=lambda plan: _evaluated(plan, rows, branches))
     for index in large:
-        alone = RowShape(tokens=needs[index].tokens, text=shape.text, segments=shape.segments)
-        if groups[-1].shape == alone:
+        row_shape = RowShape(tokens=needs[index].tokens, text=shape.text, segments=shape.segments)
+        if groups[-1].shape == row_shape:
             groups[-1].rows.append([index])
         else:
-            groups.append(Group(alone, False, [[index]]))
+            groups.append(Group(row_shape, False, [[index]]))
     return [group for group in groups if group.rows]
 
 
@@ -113,64 +121,67 @@ def _fits(need: Need, shape: RowShape, copies: int) -> bool:
 
 
 def _evaluated(groups: Sequence[Group], rows: int, branches: int) -> int:
-    """How many rows the model sees in a step; those of padding, which fill up the last batch, count."""
+    """Return the number of rows that the model evaluates per step, including padding rows of the last batch."""
     return sum(-(-len(group.rows) // rows) * rows * (1 if group.inside else branches) for group in groups)
 
 
 def _first_fit(order: Sequence[int], needs: Sequence[Need], shape: RowShape, *, copies: int = 1) -> list[list[int]]:
-    found: list[list[int]] = []
-    used: list[list[int]] = []
+    rows: list[list[int]] = []
+    usages: list[list[int]] = []
     for index in order:
         tokens, text = needs[index].tokens, needs[index].texts[0]
-        for row, room in zip(found, used, strict=True):
-            fits = room[0] + tokens <= shape.tokens and room[1] + text <= shape.text
+        for row, usage in zip(rows, usages, strict=True):
+            fits = usage[0] + tokens <= shape.tokens and usage[1] + text <= shape.text
             if fits and (len(row) + 1) * copies <= shape.segments:
                 break
         else:
-            row, room = [], [0, 0]
-            found.append(row)
-            used.append(room)
+            row, usage = [], [0, 0]
+            rows.append(row)
+            usages.append(usage)
         row.append(index)
-        room[0] += tokens
-        room[1] += text
-    return found
+        usage[0] += tokens
+        usage[1] += text
+    return rows
 
 
 class Batch(NamedTuple):
-    """What the program is given of its requests."""
+    """The inputs of the compiled program."""
 
     branches: tuple[tuple[Rows, GivenRows], ...]
-    """rows, and what they are given: one of each branch, or a single one that holds all"""
+    """Rows with their conditioning: one of each branch, or a single one with all branches."""
     places: Int32[AnyArray, "branches B N"] | None
-    """where in its row each token has its counterpart of every branch, if rows hold all of them"""
+    """Position of each token's counterpart in every branch, if rows hold all of them."""
     keys: UInt32[AnyArray, "B G words"]
-    """of each segment, for noise on the way"""
+    """Key of each segment, for the noise of stochastic samplers."""
 
 
 class Packer(NamedTuple):
-    """Makes batches of requests."""
+    """A packer of requests into batches."""
 
     requests: Sequence[LatentRequest]
+    """All requests."""
     texts: Mapping[str, TextTokens]
-    """of every prompt"""
+    """Tokens of every prompt."""
     patch: Grid
+    """Patch size of the denoiser."""
     interval: float
-    """of two tokens along time, in what coordinates count"""
+    """Distance of consecutive tokens along time, in units of coordinates."""
     branches: int
+    """Number of guidance branches."""
     rows: int
-    """of a batch; rows of padding fill it up, so that its shape is always the same"""
+    """Number of rows of a batch; padding rows fill it up, so that its shape is constant."""
 
     def batch(self, group: Group, members: Sequence[Sequence[int]]) -> Batch:
-        """Of the requests of some rows of a group."""
+        """Return the batch of the requests in some rows of a group."""
         kinds = [range(self.branches)] if group.inside else [[branch] for branch in range(self.branches)]
         packed = tuple(self._packed(group, members, branches) for branches in kinds)
-        places = self._places(group, members) if group.inside else None
-        return Batch(packed, places, self._keys(group, members))
+        positions = self._places(group, members) if group.inside else None
+        return Batch(packed, positions, self._keys(group, members))
 
     def _packed(
         self, group: Group, members: Sequence[Sequence[int]], branches: Sequence[int]
     ) -> tuple[Rows, GivenRows]:
-        """Rows of the requests, each with those branches in turn."""
+        """Return rows of the requests, with these branches of each."""
         items: list[list[Item]] = []
         clips: list[list[tuple[GivenClip, Grid, int]]] = []
         for row in members:
@@ -178,17 +189,17 @@ class Packer(NamedTuple):
             clips.append([])
             for index in row:
                 request, conditions = self.requests[index], self.requests[index].branches(self.branches)
-                tokens, at = patchify(request.noise, self.patch), self._coordinates(index)
+                tokens, positions = patchify(request.noise, self.patch), self._coordinates(index)
                 for branch in branches:
-                    prompt, given = conditions[branch]
-                    items[-1].append(Item(tokens, at, self.texts[prompt], index))
-                    clips[-1].append((given, Grid(*request.noise.shape[:3]), request.noise.shape[3]))
+                    prompt, conditioning = conditions[branch]
+                    items[-1].append(Item(tokens, positions, self.texts[prompt], index))
+                    clips[-1].append((conditioning, Grid(*request.noise.shape[:3]), request.noise.shape[3]))
         first = items[0][0]
         widths = {"width": first.tokens.shape[1], "text_width": first.text.shape[1] if first.text.ndim == 2 else 0}
-        full = [pack(row, group.shape, **widths) for row in items]
-        full += [empty_row(group.shape, **widths)] * (self.rows - len(full))
+        packed = [pack(row, group.shape, **widths) for row in items]
+        packed += [empty_row(group.shape, **widths)] * (self.rows - len(packed))
         given_to_all = given_rows(clips, patch=self.patch, shape=group.shape, rows=self.rows)
-        return Rows(*map(np.stack, zip(*full, strict=True))), given_to_all
+        return Rows(*map(np.stack, zip(*packed, strict=True))), given_to_all
 
     def _coordinates(self, index: int) -> Float32[np.ndarray, "n 3"]:
         return coordinates(self._grid(index), step=(self.interval, 1.0, 1.0))
@@ -197,27 +208,29 @@ class Packer(NamedTuple):
         return token_grid(Grid(*self.requests[index].noise.shape[:3]), self.patch)
 
     def _places(self, group: Group, members: Sequence[Sequence[int]]) -> Int32[np.ndarray, "branches B N"]:
-        own = np.arange(group.shape.tokens, dtype=np.int32)
-        places = np.tile(own, (self.branches, self.rows, 1))
+        # A token of padding is its own counterpart. In the span of a request, whose branches follow one another, every
+        # token maps to the token of the same offset in each branch.
+        identity = np.arange(group.shape.tokens, dtype=np.int32)
+        positions = np.tile(identity, (self.branches, self.rows, 1))
         for number, row in enumerate(members):
             start = 0
             for index in row:
                 length = self._grid(index).volume
                 stop = start + self.branches * length
                 for branch in range(self.branches):
-                    there = start + branch * length + np.arange(length)
-                    places[branch, number, start:stop] = np.tile(there, self.branches)
+                    branch_tokens = start + branch * length + np.arange(length)
+                    positions[branch, number, start:stop] = np.tile(branch_tokens, self.branches)
                 start = stop
-        return places
+        return positions
 
     def _keys(self, group: Group, members: Sequence[Sequence[int]]) -> UInt32[np.ndarray, "B G words"]:
-        """The branches of a request share its noise."""
+        """Return keys of segments; the branches of a request share its noise."""
         copies = self.branches if group.inside else 1
-        words = {index: _words(self.requests[index].seed) for row in members for index in row}
-        keys = np.zeros((self.rows, group.shape.segments, len(next(iter(words.values())))), np.uint32)
+        seed_keys = {index: _words(self.requests[index].seed) for row in members for index in row}
+        keys = np.zeros((self.rows, group.shape.segments, len(next(iter(seed_keys.values())))), np.uint32)
         for number, row in enumerate(members):
-            for place, index in enumerate(row):
-                keys[number, place * copies : (place + 1) * copies] = words[index]
+            for slot, index in enumerate(row):
+                keys[number, slot * copies : (slot + 1) * copies] = seed_keys[index]
         return keys
 
 

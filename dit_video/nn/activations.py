@@ -1,4 +1,4 @@
-"""Activations whose derivatives keep little: automatic ones keep what each operation was given."""
+"""Activations with memory-saving derivatives: automatic differentiation would keep the input of every operation."""
 
 import math
 
@@ -11,7 +11,7 @@ _INNER, _CUBIC = math.sqrt(2 / math.pi), 0.044715
 
 @jax.custom_jvp
 def gelu(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-    """GELU in its tanh form (arXiv 1606.08415). What it keeps for a backward pass is its slope alone."""
+    """Return the tanh form of GELU (arXiv 1606.08415); only its slope is kept for the backward pass."""
     return jax.nn.gelu(x, approximate=True)
 
 

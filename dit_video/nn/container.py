@@ -1,4 +1,4 @@
-"""Modules as containers: a structure, and parameters as a plain nested dictionary."""
+"""Conversion of Flax modules into a structure and parameters in a plain nested dictionary."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ Make = Callable[[nnx.Rngs], nnx.Module]
 
 
 def graph_of(make: Make) -> nnx.GraphDef:
-    """The structure of the module that `make` builds, without computing a parameter.
+    """Return the structure of the module that `make` builds, without computing a parameter.
 
     `nnx.merge(graph, params)` gives the module back, inside or outside of `jax.jit`.
     """
@@ -22,28 +22,31 @@ def graph_of(make: Make) -> nnx.GraphDef:
 
 
 def init_params(make: Make, key: Array) -> dict[str, Any]:
-    """Fresh parameters of the module that `make` builds, without Flax types. Can be traced."""
+    """Return fresh parameters of the module that `make` builds, without Flax types. Can be traced."""
     return nnx.to_pure_dict(nnx.state(make(nnx.Rngs(key)), nnx.Param))
 
 
 def checked_params(make: Make, params: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of the module that `make` builds, by path.
+    """Return the parameters by path, checked against the shapes of the module that `make` builds.
 
     Raises:
-      UserError: they are another module's.
+      UserError: the parameters are those of another module.
     """
-    given, wanted = flatten(params), flatten(param_shapes(make))
-    for path in (*wanted, *given):
-        shapes = [tuple(leaves[path].shape) if path in leaves else None for leaves in (given, wanted)]
+    leaves, expected = flatten(params), flatten(param_shapes(make))
+    for path in (*expected, *leaves):
+        shapes = [tuple(tree[path].shape) if path in tree else None for tree in (leaves, expected)]
         if shapes[0] != shapes[1]:
-            raise UserError(f"{path} has the shape {shapes[0]} in the parameters and {shapes[1]} by the config")
-    return given
+            raise UserError(
+                f"the parameter {path} has shape {shapes[0]}, the config implies {shapes[1]}; "
+                "use the parameters of this config's model"
+            )
+    return leaves
 
 
 def completed_params(make: Make, given: dict[str, Any], key: Array) -> dict[str, Any]:
-    """Parameters of the module that `make` builds: those `given` by path, and fresh ones where there are none."""
+    """Return parameters of the module that `make` builds: existing ones by path, and fresh ones for all others."""
 
-    @jax.jit  # in which what is given already is not computed
+    @jax.jit  # jitted, so that the initial values of existing parameters are never computed
     def fresh(key: Array) -> dict[str, Array]:
         return {path: leaf for path, leaf in flatten(init_params(make, key)).items() if path not in given}
 
@@ -52,5 +55,5 @@ def completed_params(make: Make, given: dict[str, Any], key: Array) -> dict[str,
 
 
 def param_shapes(make: Make) -> dict[str, Any]:
-    """The parameters' shapes and dtypes, as a tree of `jax.ShapeDtypeStruct`."""
+    """Return the parameters' shapes and dtypes as a tree of `jax.ShapeDtypeStruct`."""
     return jax.eval_shape(lambda: init_params(make, jax.random.key(0)))

@@ -1,7 +1,7 @@
-"""Causal convolution over (t, h, w): an output frame sees its own and earlier frames only.
+"""Causal convolution over (t, h, w): an output frame depends on its own and earlier frames only.
 
-A clip may be given whole or in chunks, one after the other. What a layer needs of the chunks before goes through a
-`Memory`, so that the chunks' outputs are those of the whole clip.
+A clip can be processed whole, or in consecutive chunks. The earlier frames that a layer needs are handed over in a
+`ConvCache`, so that the chunks' outputs equal those of the whole clip.
 """
 
 import functools
@@ -20,44 +20,45 @@ from dit_video.nn.cpu.winograd import winograd
 from dit_video.nn.linear import Init, initial
 
 Past = Literal["first", "zero"]
-"""What lies before a clip: its first frame, again and again, or zeros."""
+"""Padding in time before a clip: its first frame repeated, or zeros."""
 Form = Literal["auto", "offsets", "stacked", "winograd", "columns", "native"]
-"""How a convolution is computed; see `CausalConv`."""
+"""Form in which a convolution is computed; see `CausalConv`."""
 
 _NARROW = 48
-"""Channels below which the CPU stacks time offsets: measured at 32 (1.6 times faster) and 64 (1.2 times slower)."""
+"""Input channels from which on the CPU sums over time offsets instead of stacking them. Stacking was measured 1.6 times
+faster at 32 channels and 1.2 times slower at 64."""
 _WIDE, _LARGE = 96, 1024
-"""Channels and places of a frame from which on fewer products take less time on CPU: measured at 96 channels (128x128:
-1.2 times faster, 3 times with gradients), 192 (64x64: 1.6 and 2.1), 384 (32x32: 1.3 and 1.6; 16x16: 0.4 and 0.8)."""
+"""Channels and pixels per frame from which on Winograd is faster on CPU. Measured speedup without and with gradients:
+96 channels at 128x128: 1.2 and 3; 192 at 64x64: 1.6 and 2.1; 384 at 32x32: 1.3 and 1.6, and at 16x16: 0.4 and 0.8."""
 
 
 class Memory:
-    """What causal layers keep of a chunk of a clip for the next one, in the order in which they are called.
+    """A cache of the last input frames of every causal layer, in the order in which the layers are called.
 
-    One object serves one call of a model on one chunk: `Memory()` for a clip's first chunk, `Memory(before.kept)` for
-    those that follow. `kept` is a tuple of arrays, so that it can leave and enter `jax.jit`.
+    One object serves one call of a model on one chunk: `ConvCache()` for a clip's first chunk,
+    `ConvCache(previous.features)` for the next ones. `features` is a tuple of arrays, so it can cross `jax.jit`.
     """
 
     def __init__(self, past: Sequence[Array] | None = None):
         self.begins = past is None
-        """whether this is the clip's first chunk"""
+        """True for the first chunk of a clip."""
         self._past: list[Array] = list(past or ())
         self._kept: list[Array] = []
 
     @property
     def kept(self) -> tuple[Array, ...]:
-        """What the next chunk needs."""
+        """Return the frames that the next chunk needs, one array per layer."""
         return tuple(self._kept)
 
     def exchange(self, start: Array, chunk: Array) -> Array:
-        """A chunk with what was kept of the one before, or with `start` if there is none; its end is kept.
+        """Prepend the frames cached from the previous chunk, and cache the last ones for the next chunk.
 
         Args:
-          start: `n` frames that lie before the clip.
-          chunk: any number of frames, none too.
+          start: `n` frames of padding, prepended to the clip's first chunk.
+          chunk: any number of frames, including zero.
 
         Returns:
-          `n` frames, and the chunk after them.
+          `n` frames, followed by the chunk.
         """
         frames = start.shape[1]
         longer = jnp.concatenate([start if self.begins else self._past.pop(0), chunk], axis=1)
@@ -66,7 +67,7 @@ class Memory:
 
 
 def choose_form(module: nnx.Module, form: Form) -> None:
-    """Compute all convolutions of a module in one form; see `CausalConv`."""
+    """Set the form of all convolutions in a module; see `CausalConv`."""
     for _, part in nnx.iter_modules(module):
         if isinstance(part, CausalConv):
             part.form = form
@@ -75,7 +76,7 @@ def choose_form(module: nnx.Module, form: Form) -> None:
 def with_past(
     x: Float[Array, "B t h w i"], frames: int, memory: Memory | None, past: Past
 ) -> Float[Array, "B _ h w i"]:
-    """A clip, or a chunk of one, with the `frames` frames that come before it."""
+    """Prepend `frames` frames: padding for a whole clip or a first chunk, cached ones for a later chunk."""
     if frames == 0:
         return x
     start = jnp.repeat(x[:, :1], frames, axis=1)
@@ -85,17 +86,22 @@ def with_past(
 
 
 class CausalConv(nnx.Module):
-    """A 3-D convolution, zero-padded in space: of odd kernel, or with `stride` 2 of a size from 2 on.
+    """A causal 3-D convolution with zero padding in space; kernels are odd, or with `stride` 2 of any size from 2 on.
 
-    In time it is padded with the clip's first frame (`past="first"`: an image is then the same as a still video), or
-    with zeros. With `stride` 2 height and width are halved; the padding of a kernel of 3 is then below and to the right
-    alone, as Stable Diffusion's autoencoder has it, that of a kernel of 4 on both sides.
+    In time it is padded with the clip's first frame (`temporal_padding="first"`: an image then equals a still video) or
+    with zeros. With `stride` 2 height and width are halved; a kernel of 3 is then padded below and to the right only,
+    as in Stable Diffusion's autoencoder, and a kernel of 4 on both sides.
 
-    `form` chooses how it is computed: `offsets` as one 2-D convolution for each time offset, summed; `stacked` as one
-    2-D convolution over the offsets as channels; `winograd` as `offsets`, with fewer products; `columns` as one product
-    of matrices, where kernels are odd and no place is left out; `native` as a 3-D convolution, whose backward pass is
-    2.4 times slower on XLA's CPU; `auto` takes what was measured fastest on CPU for the size, and `native` elsewhere,
-    where nothing was measured yet. In bfloat16 products are summed in float32 and rounded once.
+    `form` is how the convolution is computed, one of:
+
+    - `offsets`: one 2-D convolution per time offset, summed;
+    - `stacked`: one 2-D convolution with the time offsets as channels;
+    - `winograd`: as `offsets`, with fewer products;
+    - `columns`: one matrix product (im2col), for odd kernels and stride 1;
+    - `native`: a 3-D convolution, whose backward pass is 2.4 times slower in XLA on CPU;
+    - `auto`: the fastest measured on CPU for the size, and `native` on other platforms, which were not measured yet.
+
+    In bfloat16 products are summed in float32 and rounded once.
     """
 
     def __init__(
@@ -123,7 +129,7 @@ class CausalConv(nnx.Module):
         return self.valid(padded)
 
     def valid(self, x: Float[Array, "B _ h w i"], *, step: int = 1) -> Float[Array, "B _ _ _ o"]:
-        """Without padding in time: an output for every `step`-th run of as many frames as the kernel has."""
+        """Convolve without padding in time, with a stride of `step` frames."""
         if self._is_of_columns(x, step):
             return columns(x, self.kernel[...], self.bias[...], self.dtype).astype(self.dtype)
         kernel = jnp.asarray(self.kernel[...], self.dtype)
@@ -145,14 +151,14 @@ class CausalConv(nnx.Module):
         return y + self.bias[...].astype(self.dtype)
 
     def _is_of_columns(self, x: Float[Array, "B _ h w i"], step: int) -> bool:
-        """Whether `columns` computes this convolution. Of a frame's size alone, so that all chunks of a clip agree."""
+        """Return whether im2col is used; this depends on the frame size alone, so that all chunks of a clip agree."""
         _, *size, _, _ = self.kernel.shape
         if self.stride != 1 or step != 1 or not all(length % 2 for length in size):
             return False
         if self.form != "auto":
             return self.form == "columns"
-        held = self.kernel.shape[0] * frame_bytes(x.shape[2:], size, self.dtype)
-        return self.dtype == jnp.bfloat16 and held <= LIMIT and jax.default_backend() == "cpu"
+        column_bytes = self.kernel.shape[0] * frame_bytes(x.shape[2:], size, self.dtype)
+        return self.dtype == jnp.bfloat16 and column_bytes <= LIMIT and jax.default_backend() == "cpu"
 
     def _form(self) -> Form:
         if self.form != "auto":
@@ -166,17 +172,17 @@ class CausalConv(nnx.Module):
     def _spatial(
         self, x: Float[Array, "B t h w i"], kernel: Float[Array, "kh kw i o"], *, sums: DTypeLike | None = None
     ) -> Float[Array, "B t _ _ o"]:
-        """A 2-D convolution of every frame; what it adds up is given as `sums`, in the kernel's dtype by default."""
+        """Convolve every frame in space; the output dtype is the kernel's by default."""
         if kernel.shape[:2] == (1, 1):
             y = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel[0, 0], preferred_element_type=sums)
             return y.reshape(*x.shape[:-1], kernel.shape[-1])
         batch, length = x.shape[:2]
-        pictures = x.reshape(batch * length, *x.shape[2:])
+        frames = x.reshape(batch * length, *x.shape[2:])
         if self._saves_products(x, kernel):
-            y = winograd(pictures, kernel)
+            y = winograd(frames, kernel)
             return y.reshape(batch, length, *y.shape[1:])
         y = jax.lax.conv_general_dilated(
-            pictures,
+            frames,
             kernel,
             (self.stride, self.stride),
             self._padding(kernel.shape[:2]),
@@ -186,7 +192,7 @@ class CausalConv(nnx.Module):
         return y.reshape(batch, length, *y.shape[1:])
 
     def _saves_products(self, x: Float[Array, "B t h w i"], kernel: Float[Array, "kh kw i o"]) -> bool:
-        """Whether `winograd` computes this convolution. Of a frame's size alone, so that all chunks of a clip agree."""
+        """Return whether Winograd is used; this depends on the frame size alone, so that all chunks of a clip agree."""
         if kernel.shape[:2] != (3, 3) or self.stride != 1 or self.dtype != jnp.float32:
             return False
         if self.form != "auto":
@@ -204,5 +210,5 @@ class CausalConv(nnx.Module):
         )
 
     def _padding(self, kernel: tuple[int, ...]) -> list[tuple[int, int]]:
-        left = [size - self.stride for size in kernel]  # how much larger than a step it is
-        return [(size // 2, size - size // 2) if size > 0 else (0, 0) for size in left]
+        totals = [size - self.stride for size in kernel]  # both sides together
+        return [(size // 2, size - size // 2) if size > 0 else (0, 0) for size in totals]

@@ -1,4 +1,4 @@
-"""Sines and cosines of a scalar."""
+"""Sinusoidal embedding of scalars."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Real
@@ -7,9 +7,9 @@ from jaxtyping import Array, Float, Real
 def sinusoidal(
     values: Real[Array, "*batch"], width: int, *, period: float = 10_000.0
 ) -> Float[Array, "*batch {width}"]:
-    """`[cos(x f), sin(x f)]` with frequencies from 1 down towards `1 / period` (arXiv 1706.03762, section 3.5).
+    """Return `[cos(x f), sin(x f)]` with frequencies from 1 down towards `1 / max_period`.
 
-    `width` is even.
+    `width` must be even (arXiv 1706.03762, section 3.5).
     """
     frequencies = jnp.exp(-jnp.log(period) * jnp.arange(width // 2, dtype=jnp.float32) / (width // 2))
     angles = values.astype(jnp.float32)[..., None] * frequencies

@@ -1,4 +1,4 @@
-"""Linear maps on the last axis."""
+"""Linear layers on the last axis, with float32 weights and weight gradients."""
 
 import functools
 from collections.abc import Callable
@@ -15,24 +15,24 @@ from dit_video.core.typing import AnyArray
 Init = Literal["xavier", "zero", "normal"]
 
 Fused = Callable[[Float[Array, "i o"], int], Float[Array, "i parts n"]]
-"""Takes the weights of several maps in one apart, and says where they lie on devices; no value changes."""
+"""A function that splits the weights of several fused maps and constrains the parts' sharding; no value changes."""
 
 
 @runtime_checkable
 class Placed(Protocol):
-    """Says where weights lie while they are used; no value changes."""
+    """A sharding constraint for weights during their use; no value changes."""
 
     def __call__(self, kernel: Float[Array, "i o"]) -> Float[Array, "i o"]: ...
 
     def factors(
         self, a: Float[Array, "i r"], b: Float[Array, "r o"]
     ) -> tuple[Float[Array, "i r"], Float[Array, "r o"]]:
-        """The same of an adapter's."""
+        """Constrain a LoRA adapter's factors like their kernel."""
         ...
 
 
 def initial(init: Init, key: Array, shape: tuple[int, ...], *, fan: tuple[int, int]) -> Float[Array, "..."]:
-    """Initial weights: Xavier uniform over (fan in, fan out), zeros, or a normal of std 0.02."""
+    """Return initial weights: Xavier uniform over (fan in, fan out), zeros, or a normal distribution of std 0.02."""
     match init:
         case "xavier":
             limit = (6 / sum(fan)) ** 0.5
@@ -44,17 +44,17 @@ def initial(init: Init, key: Array, shape: tuple[int, ...], *, fan: tuple[int, i
 
 
 class Linear(nnx.Module):
-    """`y = x W + b`, computed in `dtype`; weights are float32, and so is the product that is their gradient.
+    """A linear layer `y = x W + b`, computed in `dtype`; weights and their gradients are float32.
 
-    In a lower precision it would be summed over devices in that: each adds its own rows, after the product.
+    The gradient's product is float32 too: otherwise the cross-device sum of the gradients would run in bfloat16.
 
-    On CPU the leading axes are one in the product: XLA runs the gradient of a 2-D product up to 1.5 times faster there.
-    Elsewhere they stay apart. Rows and tokens that are split over devices have no place on one axis as soon as a device
-    holds two rows of which it has some tokens: XLA would gather all tokens of both for every product.
+    On CPU the leading axes are merged for the product: XLA runs the gradient of a 2-D product up to 1.5 times faster.
+    On other platforms they stay separate: with both rows and tokens sharded, a merged axis has no sharding as soon as a
+    device holds part of the tokens of two rows, and XLA would gather all tokens of both for every product.
     """
 
     placed: Placed | None = None
-    """of weights that lie in parts on several devices between their uses"""
+    """Constraint on the kernel during its use, when it is sharded over several devices between uses."""
 
     def __init__(
         self,
@@ -76,12 +76,12 @@ class Linear(nnx.Module):
         return self._of(x.astype(self.dtype), kernel, bias)
 
     def parts(self, x: Float[Array, "*batch i"], count: int, fused: Fused | None) -> Float[Array, "*batch {count} n"]:
-        """Its outputs as those of `count` maps of equal width, whose weights lie where `fused` says."""
+        """Return the outputs of `count` fused maps of equal width, their weights constrained by `fused_constraint`."""
         kernel, bias = self.kernel[...], None if self.bias is None else self.bias[...].reshape(count, -1)
-        if fused is None or not isinstance(kernel, jax.Array):  # adapted kernels are products of their own
+        if fused is None or not isinstance(kernel, jax.Array):  # a LoRA kernel computes its own products
             return self(x).reshape(*x.shape[:-1], count, -1)
         kernels, x = fused(kernel, count), x.astype(self.dtype)
-        parts = [self._of(x, kernels[:, at], None if bias is None else bias[at]) for at in range(count)]
+        parts = [self._of(x, kernels[:, part], None if bias is None else bias[part]) for part in range(count)]
         return jnp.stack(parts, axis=-2)
 
     def _of(
@@ -91,7 +91,7 @@ class Linear(nnx.Module):
             return self._of(x.reshape(-1, x.shape[-1]), kernel, bias).reshape(*x.shape[:-1], kernel.shape[1])
         adapted = not isinstance(kernel, jax.Array)
         if adapted or (kernel.dtype == self.dtype and self.placed is None):
-            # An adapted kernel knows its products.
+            # `LowRankKernel` defines its own product; a kernel in the compute dtype needs no special gradient.
             kernel = kernel.astype(self.dtype)
             y = x @ (kernel.laid(self.placed) if adapted and self.placed is not None else kernel)
             return y if bias is None else y + bias.astype(self.dtype)
@@ -103,13 +103,12 @@ class Linear(nnx.Module):
 def _product(
     placed: Placed | None, x: Float[Array, "*batch i"], kernel: Float[Array, "i o"]
 ) -> Float[Array, "*batch o"]:
-    """In the dtype of `x`, with a gradient of the kernel that is summed in float32, and over devices to where the
-    kernel lies between its uses."""
+    """Multiply in the dtype of `x`; the kernel's gradient is summed in float32, into the kernel's sharding at rest."""
     return x @ _used(placed, kernel, x.dtype)
 
 
 def _used(placed: Placed | None, kernel: Float[Array, "i o"], dtype: Any) -> Float[Array, "i o"]:
-    """Rounded first, so that no more is sent than is read."""
+    # Rounded before it is gathered, so that devices exchange no more bytes than are used.
     kernel = kernel.astype(dtype)
     return kernel if placed is None else placed(kernel)
 
@@ -126,14 +125,14 @@ def _product_jvp(placed, primals, tangents):
         summed = jax.lax.dot_general(x, cotangent, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
         return summed.astype(kernel.dtype)
 
-    used = _used(placed, kernel, x.dtype)  # once, for the value and for the gradient of `x`
-    by_kernel = linear_call(product, gradient, x, kernel_tangent)
-    return x @ used, x_tangent @ used + by_kernel
+    used = _used(placed, kernel, x.dtype)  # gathered once, for the value and for the gradient of `x`
+    kernel_part = linear_call(product, gradient, x, kernel_tangent)
+    return x @ used, x_tangent @ used + kernel_part
 
 
 @jax.custom_jvp
 def _sum(y: Float[Array, "*batch o"], bias: Float[Array, " o"]) -> Float[Array, "*batch o"]:
-    """The same of a bias."""
+    """Add a bias in the dtype of `y`; its gradient is summed in float32."""
     return y + bias.astype(y.dtype)
 
 

@@ -1,14 +1,14 @@
 r"""Low-rank adapters (LoRA, arXiv 2106.09685) as functions on parameter trees.
 
-To a kernel $W$ of a linear map an adapter adds $w\,s\,a\,b$, of rank $r$: $a$ is `[i, r]`, $b$ `[r, o]`, both with the
-leading axes of a stack of layers, $s$ is the adapter's own scale ($\alpha / r$) and $w$ how much of it is wanted. An
-adapter is a nested dictionary with `{"a": ..., "b": ..., "scale": ...}` where the parameters have a kernel:
+An adapter adds $w\,s\,a\,b$, of rank $r$, to the kernel $W$ of a linear layer: $a$ is `[i, r]`, $b$ `[r, o]`, both with
+the leading axes of a stack of layers, $s$ is the adapter's own scale ($\alpha / r$) and $w$ a weight that users choose.
+An adapter is a nested dictionary with `{"a": ..., "b": ..., "scale": ...}` where the parameters have a kernel:
 
-- `merge_lora` gives parameters of the same shapes, with the sum in the kernels;
-- `attach_lora` gives parameters whose kernels are `LowRank`: $x W + s\,(x a)\,b$ is computed instead, without ever
-  making the product or the kernel's gradient. That is how adapters are trained.
+- `merge_lora` returns parameters of the same shapes, with the sum in the kernels;
+- `attach_lora` returns parameters whose kernels are `LowRankKernel`: $x W + s\,(x a)\,b$ is computed instead, without
+  ever materialising the product or the kernel's gradient. Adapters are trained this way.
 
-Both can be applied again, with another adapter.
+Both can be applied repeatedly, with further adapters.
 """
 
 import math
@@ -32,28 +32,32 @@ _SHOWN = 10
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Which kernels are adapted, and by how much room.
+    """Configuration of a low-rank adapter: its rank, its scale and the kernels that it adapts.
 
     Raises:
-      UserError: a rank below 1, an alpha that is not positive, no targets, or one that is no regular expression.
+      UserError: a rank below 1, an alpha that is not positive, no targets, or an invalid regular expression.
     """
 
     rank: int = 16
     alpha: float = 16.0
-    """The change of a kernel is multiplied by `alpha / rank`."""
+    """Numerator of the scale: the change of a kernel is multiplied by `alpha / rank`."""
     targets: tuple[str, ...] = (r"blocks/.*kernel$",)
-    """regular expressions, found anywhere in the paths of the kernels that are adapted"""
+    """Regular expressions for the paths of the adapted kernels; they may match anywhere in a path."""
 
     def __post_init__(self):
         if self.rank < 1 or not self.alpha > 0:
-            raise UserError(f"LoRA needs a rank from 1 on and a positive alpha; got rank={self.rank}, {self.alpha=}")
+            raise UserError(
+                f"LoRA rank={self.rank}, alpha={self.alpha} are invalid; use a rank of at least 1 and a positive alpha"
+            )
         if not self.targets:
             raise UserError(r"LoRA needs the paths of kernels to adapt; give targets such as blocks/.*kernel$")
         for pattern in self.targets:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise UserError(f"{pattern!r} is no regular expression for parameter paths: {error}") from error
+                raise UserError(
+                    f"LoRA target {pattern!r} is not a valid regular expression: {error}; correct its syntax"
+                ) from error
 
     @property
     def scale(self) -> float:
@@ -61,28 +65,28 @@ class LoraConfig:
 
 
 def init_lora(params: Mapping[str, Any], config: LoraConfig, key: Array) -> dict[str, Any]:
-    """Fresh factors `{"a", "b"}` at every target; `b` is zero, so that they change nothing yet. Can be traced.
+    """Return fresh factors `{"a", "b"}` for every target; `b` is zero, so they change nothing yet. Can be traced.
 
     Args:
-      params: the model's parameters, or their shapes.
-      config: names the targets.
-      key: for `a`, which is uniform with variance 1 / (3 i).
+      params: parameters of the model, or their shapes.
+      config: configuration that names the targets.
+      key: random key for `a`, which is uniform with variance 1 / (3 i).
 
     Raises:
-      UserError: a target that no parameter has, or that is not the kernel of a linear map.
+      UserError: a target that matches no parameter, or one that is not the kernel of a linear layer.
     """
     factors: dict[str, Any] = {}
     for number, (path, shape) in enumerate(_targets(params, config).items()):
         *leading, features_in, features_out = shape
         limit = 1 / math.sqrt(features_in)
-        of_path = jax.random.fold_in(key, number)
-        a = jax.random.uniform(of_path, (*leading, features_in, config.rank), jnp.float32, -limit, limit)
+        path_key = jax.random.fold_in(key, number)
+        a = jax.random.uniform(path_key, (*leading, features_in, config.rank), jnp.float32, -limit, limit)
         factors |= {f"{path}/a": a, f"{path}/b": jnp.zeros((*leading, config.rank, features_out), jnp.float32)}
     return unflatten(factors)
 
 
 def scaled(factors: Mapping[str, Any], scale: float) -> dict[str, Any]:
-    """The adapter of factors with one scale everywhere."""
+    """Return an adapter: the factors, with the same scale for every kernel."""
     leaves = flatten(factors)
     stacks = {path[:-2]: leaf.shape[:-2] for path, leaf in leaves.items() if path.endswith("/a")}
     return unflatten(leaves | {f"{path}/scale": np.full(stack, scale) for path, stack in stacks.items()})
@@ -91,10 +95,10 @@ def scaled(factors: Mapping[str, Any], scale: float) -> dict[str, Any]:
 def merge_lora(
     params: Mapping[str, Any], lora: Mapping[str, Any], weight: float | Float[AnyArray, ""] = 1.0
 ) -> dict[str, Any]:
-    """Parameters with the adapter's changes in their kernels, which keep their dtype.
+    """Return parameters with the adapter's changes added to their kernels, which keep their dtype.
 
     Raises:
-      UserError: an adapter of kernels that the model does not have.
+      UserError: an adapter for kernels that the model does not have.
     """
     leaves = flatten(params)
     for path, (a, b) in _scaled_factors(leaves, lora, weight).items():
@@ -106,15 +110,15 @@ def merge_lora(
 def attach_lora(
     params: Mapping[str, Any], lora: Mapping[str, Any], weight: float | Float[AnyArray, ""] = 1.0
 ) -> dict[str, Any]:
-    """Parameters whose adapted kernels are `LowRank`, for `nn.Linear`.
+    """Return parameters whose adapted kernels are `LowRankKernel`, for `nn.Linear`.
 
     Raises:
-      UserError: an adapter of kernels that the model does not have.
+      UserError: an adapter for kernels that the model does not have.
     """
     leaves = dict(_leaves(params))
     for path, (a, b) in _scaled_factors(leaves, lora, weight).items():
         kernel = leaves[path]
-        if isinstance(kernel, LowRank):  # two adapters are one, of both ranks
+        if isinstance(kernel, LowRank):  # two adapters equal one whose rank is the sum of theirs
             a, b = jnp.concatenate([kernel.a, a], axis=-1), jnp.concatenate([kernel.b, b], axis=-2)
             kernel = kernel.kernel
         leaves[path] = LowRank(kernel, a, b)
@@ -124,7 +128,7 @@ def attach_lora(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LowRank:
-    """`kernel + a b`, never computed: what a linear map needs of its kernel is `x @ kernel`. A scan slices it."""
+    """A kernel `kernel + a b` that is never materialised: linear layers only need `x @ kernel`. Scans can slice it."""
 
     kernel: Any
     a: Any
@@ -136,14 +140,14 @@ class LowRank:
 
     def __getitem__(self, index: Any) -> "LowRank":
         if index is not Ellipsis:
-            raise TypeError("only the whole of an adapted kernel can be taken; merge the adapter to take parts")
+            raise TypeError("an adapted kernel can only be indexed with [...]; merge the adapter to read parts of it")
         return self
 
     def astype(self, dtype: Any) -> "LowRank":
         return LowRank(self.kernel.astype(dtype), self.a.astype(dtype), self.b.astype(dtype))
 
     def laid(self, placed: Placed) -> "LowRank":
-        """With the kernel, of which no gradient is asked, and the factors where `placed` says."""
+        """Return it with a sharding constraint on the kernel, which is frozen, and on the factors."""
         return LowRank(placed(self.kernel), *placed.factors(self.a, self.b))
 
     def __rmatmul__(self, x: Array) -> Array:
@@ -151,47 +155,52 @@ class LowRank:
 
 
 def _targets(params: Mapping[str, Any], config: LoraConfig) -> dict[str, tuple[int, ...]]:
-    """The shapes of the kernels that are adapted, by path."""
+    """Return the shapes of the adapted kernels by path."""
     shapes = {path: tuple(leaf.shape) for path, leaf in flatten(params).items()}
     for pattern in config.targets:
         if not any(re.search(pattern, path) for path in shapes):
-            raise UserError(f"LoRA target {pattern!r} is no parameter's path; close are {closest(pattern, shapes)}")
-    found = {path: shape for path, shape in shapes.items() if any(re.search(p, path) for p in config.targets)}
-    for path, shape in found.items():
+            raise UserError(
+                f"LoRA target {pattern!r} matches no parameter path; the closest are {closest(pattern, shapes)}"
+            )
+    targets = {path: shape for path, shape in shapes.items() if any(re.search(p, path) for p in config.targets)}
+    for path, shape in targets.items():
         if path.split("/")[-1] != "kernel" or len(shape) not in (2, 3):
             raise UserError(
-                f"LoRA target {path} {list(shape)} is not the kernel of a linear map [i, o], stacked [L, i, o] or not; "
-                "give targets that end in kernel$"
+                f"LoRA target {path} {list(shape)} is not the kernel of a linear layer, [i, o] or stacked [L, i, o]; "
+                "use targets that end in kernel$"
             )
-    return found
+    return targets
 
 
 def _scaled_factors(
     leaves: Mapping[str, Any], lora: Mapping[str, Any], weight: float | Float[AnyArray, ""]
 ) -> dict[str, tuple[Any, Any]]:
-    """`a`, with all scales in it, and `b`, by the path of their kernel."""
-    given = flatten(lora)
-    paths = [path[:-2] for path in given if path.endswith("/a")]
+    """Return `a`, multiplied by all scales, and `b`, by the path of their kernel."""
+    lora_leaves = flatten(lora)
+    paths = [path[:-2] for path in lora_leaves if path.endswith("/a")]
     if unknown := [path for path in paths if path not in leaves]:
         more = f", … {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
-        raise UserError(f"the model lacks kernels of the adapter: {', '.join(unknown[:_SHOWN])}{more}")
+        raise UserError(
+            f"the adapter does not fit the model, which has no kernel {', '.join(unknown[:_SHOWN])}{more}; "
+            "use an adapter of this model"
+        )
     factors = {}
     for path in paths:
-        a, b = given[f"{path}/a"], given[f"{path}/b"]
+        a, b = lora_leaves[f"{path}/a"], lora_leaves[f"{path}/b"]
         *leading, features_in, features_out = leaves[path].shape
-        wanted = ((*leading, features_in, a.shape[-1]), (*leading, a.shape[-1], features_out))
-        if (a.shape, b.shape) != wanted:
+        expected = ((*leading, features_in, a.shape[-1]), (*leading, a.shape[-1], features_out))
+        if (a.shape, b.shape) != expected:
             raise UserError(
-                f"the adapter's factors of {path} are {list(a.shape)} and {list(b.shape)}, its kernel is "
-                f"{list(leaves[path].shape)}; use an adapter of this model"
+                f"the adapter's factors for {path} have shapes {list(a.shape)} and {list(b.shape)}, which do not fit "
+                f"its kernel of shape {list(leaves[path].shape)}; use an adapter of this model"
             )
-        scale = (weight * given[f"{path}/scale"])[..., None, None]
+        scale = (weight * lora_leaves[f"{path}/scale"])[..., None, None]
         factors[path] = ((a * scale).astype(a.dtype), b)
     return factors
 
 
 def _leaves(params: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """By path; an adapted kernel is one leaf."""
+    """Yield the leaves with their paths; an adapted kernel is one leaf."""
     for name, value in params.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{above}{name}/")
@@ -200,7 +209,7 @@ def _leaves(params: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, A
 
 
 def _like(params: Mapping[str, Any], leaves: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """The leaves in the structure of the parameters, of which a part may have none: a text encoder that is frozen."""
+    """Return the leaves in the structure of the parameters, keeping empty parts such as a frozen text encoder."""
     return {
         name: _like(value, leaves, f"{above}{name}/") if isinstance(value, Mapping) else leaves[f"{above}{name}"]
         for name, value in params.items()

@@ -9,5 +9,5 @@ from dit_video.nn.norms import layer_norm
 def modulate(
     x: Float[Array, "*batch D"], shift: Float[Array, "*batch D"], scale: Float[Array, "*batch D"], *, eps: float = 1e-6
 ) -> Float[Array, "*batch D"]:
-    """`norm(x) * (1 + scale) + shift`, in float32; `eps` is the norm's."""
+    """Return `layer_norm(x) * (1 + scale) + shift`, computed in float32; `eps` is that of the norm."""
     return (layer_norm(x.astype(jnp.float32), eps=eps) * (1 + scale) + shift).astype(x.dtype)

@@ -1,4 +1,4 @@
-"""Norms over the last axis, or over groups of its channels in a frame; computed in float32."""
+"""Normalisation layers over the last axis, or over groups of channels within a frame, computed in float32."""
 
 import functools
 
@@ -12,7 +12,7 @@ from dit_video.core.errors import UserError
 
 
 def layer_norm(x: Float[Array, "*batch D"], *, eps: float = 1e-6) -> Float[Array, "*batch D"]:
-    """Zero mean and unit variance, without learned scale: what adaptive modulation is applied to."""
+    """Normalise to zero mean and unit variance, without learned scale, as adaptive modulation needs it."""
     return _normal(x.astype(jnp.float32), eps, True)[0].astype(x.dtype)
 
 
@@ -20,7 +20,7 @@ def layer_norm(x: Float[Array, "*batch D"], *, eps: float = 1e-6) -> Float[Array
 def _normal(
     x: Float[Array, "*batch D"], eps: float, centre: bool
 ) -> tuple[Float[Array, "*batch D"], Float[Array, "*batch 1"]]:
-    """A root mean square of 1, with `centre` around a mean of 0; and by what the values were multiplied."""
+    """Scale to a root mean square of 1, after subtracting the mean if `centre`; also return the factor."""
     if centre:
         x = x - x.mean(axis=-1, keepdims=True)
     inverse = jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + eps)
@@ -29,17 +29,17 @@ def _normal(
 
 @_normal.defjvp
 def _normal_jvp(eps, centre, primals, tangents):
-    """At most two means, where the derivative of each operation in turn takes four: half the time on CPU."""
+    # Two means at most, where automatic differentiation takes four: half the time on CPU.
     normal, inverse = _normal(*primals, eps, centre)
-    (step,) = tangents
-    along = (normal * step).mean(axis=-1, keepdims=True)
+    (tangent,) = tangents
+    projection = (normal * tangent).mean(axis=-1, keepdims=True)
     if centre:
-        step = step - step.mean(axis=-1, keepdims=True)
-    return (normal, inverse), (inverse * (step - normal * along), -jnp.square(inverse) * along)
+        tangent = tangent - tangent.mean(axis=-1, keepdims=True)
+    return (normal, inverse), (inverse * (tangent - normal * projection), -jnp.square(inverse) * projection)
 
 
 class RmsNorm(nnx.Module):
-    """`x / rms(x) * scale` (arXiv 1910.07467)."""
+    """Root mean square norm `x / rms(x) * scale` (arXiv 1910.07467)."""
 
     def __init__(self, width: int, *, eps: float = 1e-6):
         self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
@@ -51,7 +51,7 @@ class RmsNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """`layer_norm` with a learned scale and shift."""
+    """Layer norm with a learned scale and shift."""
 
     def __init__(self, width: int, *, eps: float = 1e-6):
         self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
@@ -64,9 +64,9 @@ class LayerNorm(nnx.Module):
 
 
 class GroupNorm(nnx.Module):
-    """Zero mean and unit variance in each frame over the channels of a group; then a scale and a shift of each channel.
+    """Group norm (arXiv 1803.08494) of each frame, with a learned scale and shift per channel.
 
-    (arXiv 1803.08494, over height and width; frames are apart, so that none sees those that follow it.)
+    Statistics are those of one frame, over height, width and the channels of a group, so no frame sees later ones.
 
     Raises:
       UserError: groups that do not divide the width.
@@ -74,7 +74,7 @@ class GroupNorm(nnx.Module):
 
     def __init__(self, width: int, groups: int, *, eps: float = 1e-6):
         if groups < 1 or width % groups:
-            raise UserError(f"{width} channels are not divisible by {groups} groups; change the one or the other")
+            raise UserError(f"{width} channels are not divisible by {groups} groups; change one of the two")
         self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
         self.shift = nnx.Param(jnp.zeros((width,), jnp.float32))
         self.groups, self.eps = groups, eps
@@ -82,38 +82,37 @@ class GroupNorm(nnx.Module):
     def __call__(
         self, x: Float[Array, "B t H W D"], segments: Int[Array, "B h w"] | None = None
     ) -> Float[Array, "B t H W D"]:
-        """Of frames, or of canvases that several segments share, whose statistics are then their own.
+        """Normalise frames, or canvases shared by several segments, each with statistics of its own.
 
-        `segments` numbers the segments 0, 1, …, each number at most `h * w`, at the resolution of `x` or at one that
-        is coarser by whole factors.
+        `segments` holds segment ids from 0 to at most `h * w`, at the resolution of `x` or coarser by integer factors.
         """
         if segments is None:
             segments = jnp.zeros((x.shape[0], 1, 1), jnp.int32)
         rows, columns = segments.shape[1:]
-        # All sums are taken within a cell of pixels first: few numbers are left, and rounding stays small.
+        # Sums are taken within a cell of pixels first, so that few values are left and rounding stays small.
         cells = rearrange(x.astype(jnp.float32), "B t (h a) (w b) D -> B t (h w) (a b) D", h=rows, w=columns)
         counts = _totals(jnp.ones((x.shape[0], rows * columns, 1)), segments)
         values = counts * (cells.shape[3] * x.shape[4] // self.groups)
 
-        def means(of: Float[Array, "B t n p D"]) -> Float[Array, "B t n 1 D"]:
-            """Over each segment's pixels and each group's channels, at every position and channel."""
-            frames = of.shape[1]
-            sums = rearrange(of.sum(axis=3), "B t n (G d) -> B t n G d", G=self.groups).sum(axis=4)
+        def means(pixels: Float[Array, "B t n p D"]) -> Float[Array, "B t n 1 D"]:
+            """Return the mean over each segment's pixels and group's channels, for every cell and channel."""
+            frames = pixels.shape[1]
+            sums = rearrange(pixels.sum(axis=3), "B t n (G d) -> B t n G d", G=self.groups).sum(axis=4)
             totals = _totals(rearrange(sums, "B t n G -> B n (t G)"), segments) / values
-            return repeat(totals, "B n (t G) -> B t n 1 (G d)", t=frames, d=of.shape[4] // self.groups)
+            return repeat(totals, "B n (t G) -> B t n 1 (G d)", t=frames, d=pixels.shape[4] // self.groups)
 
         centred = cells - means(cells)
         normal = centred * (jax.lax.rsqrt(means(jnp.square(centred)) + self.eps) * self.scale[...]) + self.shift[...]
-        folded = "B t (h w) (a b) D -> B t (h a) (w b) D"
-        return rearrange(normal, folded, h=rows, a=x.shape[2] // rows).astype(x.dtype)
+        merge_cells = "B t (h w) (a b) D -> B t (h a) (w b) D"
+        return rearrange(normal, merge_cells, h=rows, a=x.shape[2] // rows).astype(x.dtype)
 
 
 def _totals(values: Float[Array, "B n V"], segments: Int[Array, "B h w"]) -> Float[Array, "B n V"]:
-    """At each position the sum over all positions of its segment."""
+    """Return for each position the sum over all positions of its segment."""
     if values.shape[1] == 1:
         return values
 
-    def of_one(values: Array, ids: Array) -> Array:
+    def sum_canvas(values: Array, ids: Array) -> Array:
         return jax.ops.segment_sum(values, ids, num_segments=len(values) + 1)[ids]
 
-    return jax.vmap(of_one)(values, segments.reshape(len(segments), -1))
+    return jax.vmap(sum_canvas)(values, segments.reshape(len(segments), -1))

@@ -1,4 +1,4 @@
-"""A stack of equal layers, their parameters stacked along a first axis `L`."""
+"""Stacks of equal layers with parameters stacked along a leading axis `L`, and rematerialisation."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -10,46 +10,48 @@ from jaxtyping import Array, PyTree
 from dit_video.nn.attention.api import RESULTS
 
 Remat = Literal["none", "full", "attention", "dots", "dots_no_batch", "dots_attention", "offload"]
-"""What of a layer is kept for the backward pass, the rest being computed again: all of it (`none`: nothing is computed
-again), its input alone (`full`), and beside the input
+"""Rematerialisation policy: the values of a layer that are kept for the backward pass instead of being recomputed.
 
-- `attention`: what attention gives. In long rows that is most of the work, and one array of a layer's twenty;
-- `dots_no_batch`: the results of matrix products with weights, and `offload`: those, in the host's memory;
-- `dots_attention`: both of these, so that no product is computed again but those inside attention's backward pass;
-- `dots`: the results of all matrix products, dense attention's scores among them.
+- `none`: all, nothing is recomputed; `full`: the layer's input alone; the others keep the input and
+- `attention`: the output of attention. In long rows it is most of the work, and only one array of a layer's twenty;
+- `dots_no_batch`: the results of matrix products with weights; `offload`: the same, in host memory;
+- `dots_attention`: both of these, so that only products inside attention's backward pass are recomputed;
+- `dots`: the results of all matrix products, including the scores of dense attention.
 
-Attention is kept where it has a backward pass that computes scores again: `chunked`, `splash` and rings."""
+`attention` has an effect for backends whose backward pass recomputes the scores: `chunked`, `splash` and rings."""
 Carried = TypeVar("Carried")
-"""what goes from layer to layer: an array, or a tree of arrays"""
+"""Type of the value passed from layer to layer: an array, or a tree of arrays."""
 
 
 def make_stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, *, rngs: nnx.Rngs) -> nnx.Module:
-    """`layers` modules in one, each parameter with a leading axis `L`."""
+    """Build `layers` modules as one, each parameter with a leading axis `L`."""
     return nnx.vmap(make)(rngs.split(layers))
 
 
 def apply_stack(stack: nnx.Module, x: Carried, *context: PyTree, remat: Remat = "none") -> Carried:
-    """`x` through all layers in order: `x = layer(x, *context)`. See `apply_groups`."""
+    """Apply all layers in order: `x = layer(x, *context)`. See `scan_layers`."""
     return apply_groups(x, [Turns(stack, [context])], remat=remat)
 
 
 class Turns(NamedTuple):
-    """A stack, and what its layers are given by their turn in a group; so many of them are in each group."""
+    """A stack of layers, and one tuple of arguments for each of its layers in a group.
+
+    `len(contexts)` is the number of the stack's layers in a group; the i-th of them is called with `contexts[i]`.
+    """
 
     stack: nnx.Module
     contexts: Sequence[tuple[Any, ...]]
 
 
 def apply_groups(x: Carried, stacks: Sequence[Turns], *, remat: Remat = "none") -> Carried:
-    """`x` through groups of layers: in every group, some of the first stack, then some of the second, …
+    """Apply groups of layers, each with some layers of the first stack, then some of the second, and so on.
 
-    A layer's turn in the group says what it is given: `x = layer(x, *contexts[turn])`. So layers may differ in what is
-    no parameter (patterns of attention that alternate), and kinds of layers may alternate. Every stack has as many
-    layers as all groups take.
+    The i-th layer of a stack in a group is called as `x = layer(x, *contexts[i])`. So layers can alternate in what is
+    not a parameter (attention patterns), and different kinds of layers can alternate. The number of layers in every
+    stack must be the number of groups times `len(contexts)`.
 
-    GPUs and TPUs run a scan over groups, whose compile time does not grow with depth; on CPU the loop is unrolled,
-    which is about 1.5 times faster there. With any `remat` but "none" parts of each layer are computed again in the
-    backward pass, in a scan everywhere.
+    GPUs and TPUs run a scan over the groups, whose compile time does not grow with depth; on CPU the loop is unrolled,
+    which is about 1.5 times faster there. With any `remat` other than "none" a scan is used on every platform.
     """
     graphs, grouped = [], []
     for stack, contexts in stacks:
@@ -64,7 +66,7 @@ def apply_groups(x: Carried, stacks: Sequence[Turns], *, remat: Remat = "none") 
                 x = _apply(graph, layers, turn, x, context, remat)
         return x, None
 
-    # Unrolled on CPU, XLA would find the two computations of a layer equal and keep one: no memory would be saved.
+    # In an unrolled loop XLA on CPU would merge a layer's recomputation with its first computation and save no memory.
     unroll = remat == "none" and jax.default_backend() == "cpu"
     return jax.lax.scan(body, x, grouped, unroll=unroll)[0]
 
@@ -72,10 +74,10 @@ def apply_groups(x: Carried, stacks: Sequence[Turns], *, remat: Remat = "none") 
 def _apply(
     graph: nnx.GraphDef, layers: PyTree, turn: int, x: Carried, context: tuple[Any, ...], remat: Remat
 ) -> Carried:
-    """`x` through one of a group's layers."""
+    """Apply one of a group's layers."""
 
     def call(layers, x):
-        # Taken out of the group in here: what is kept for the backward pass is the group, no copy of a layer.
+        # Sliced inside, so that the backward pass keeps the group's parameters and not a copy of the layer's.
         layer = jax.tree.map(lambda leaf: leaf[turn], layers)
         return nnx.merge(graph, layer)(x, *context)
 
@@ -85,7 +87,7 @@ def _apply(
 
 
 def _policy(remat: Remat) -> Callable[..., Any] | None:
-    """What JAX is told to keep; None for nothing but what goes in."""
+    """Return the JAX checkpoint policy; None keeps the inputs alone."""
     policies = jax.checkpoint_policies
     attention = policies.save_only_these_names(RESULTS)
     match remat:
@@ -103,9 +105,9 @@ def _policy(remat: Remat) -> Callable[..., Any] | None:
 
 
 def rematerialised(call: Callable[[nnx.Module, Array], Array], layer: nnx.Module, x: Array) -> Array:
-    """`call(layer, x)`, computed again in the backward pass, for which `x` and the parameters alone are kept.
+    """Return `call(layer, x)`, recomputed in the backward pass; only `x` and the parameters are kept for it.
 
-    The CPU's compiler finds the two computations equal and keeps the first: there it saves nothing.
+    On CPU it saves nothing: XLA merges the recomputation with the first computation there.
     """
     graph, params = nnx.split(layer)
     return jax.checkpoint(lambda params, x: call(nnx.merge(graph, params), x))(params, x)

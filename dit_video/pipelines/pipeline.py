@@ -1,4 +1,4 @@
-"""A trained model, whole: prompts in, clips out.
+"""Pipeline of a trained model: prompts in, clips out.
 
 A pipeline folder holds `pipeline.json` (the configs), `autoencoder.safetensors` and `denoiser.safetensors`: no pickle,
 and nothing of the training state.
@@ -49,20 +49,20 @@ FORMAT = 1
 CONFIG = "pipeline.json"
 _AUTOENCODER, _DENOISER = "autoencoder.safetensors", "denoiser.safetensors"
 _BATCH = 8
-"""Clips that the autoencoder takes at once."""
+"""Number of clips that are decoded at once."""
 _DTYPES = ("float32", "bfloat16")
 Scale = float | int | tuple[float, float] | Guidance
 Expert = Literal["dit", "low_noise"]
 
 
 class Pipeline:
-    """Prompts to clips, clips to latents and back."""
+    """A trained autoencoder, denoiser and text encoder: prompts to clips, clips to latents and back."""
 
     def __init__(self, config: PipelineConfig, *, autoencoder: dict[str, Any], denoiser: dict[str, Any]):
-        """`autoencoder` and `denoiser` are parameters: nested dictionaries of arrays."""
+        """Create a pipeline; `autoencoder` and `denoiser` are parameters, nested dictionaries of arrays."""
         self.config = config
         self.codec = Codec(config.autoencoder, autoencoder)
-        """the autoencoder"""
+        """Autoencoder with its parameters."""
         self._images = Images(config, self.codec)
         self._denoiser = Denoiser(
             dit=graph_of(config.dit.make),
@@ -125,37 +125,34 @@ class Pipeline:
         last_image=None,
         output="clip",
     ):
-        """One clip from a prompt.
+        """Generate one clip from a prompt.
 
         Args:
-          prompt: what it is to show; the empty prompt samples without condition. Of a model of classes it is a class,
-            by its name or its number.
+          prompt: content of the clip, or its class by name or number; empty samples without condition.
           size: frames, height and width in pixels; the training size by default. Frames are 1 + k * temporal stride.
-          steps: of the sampler; more is slower and closer to the exact flow.
-          guidance: how strongly the prompt is followed at the cost of variety; 1 is none. Two numbers are for the two
-            experts of a model that has them, that of the noisy times first. `Guidance` has an interval of times,
-            rescaling, projection and a scale of the image besides.
-          negative: what guidance leads away from, instead of from no prompt (or class) at all.
-          seed: the same seed, size and model give the same clip.
-          sampler: its name, of `dit_video.diffusion.SAMPLERS`. Noise that it draws on the way is the seed's.
-          noise: the starting point instead of the seed's, standard normal `[t h w c]` of the latents' size.
-          image: what the clip begins with, a clip of one frame or pixels `[H W 3]` of its size, in models that take one
-            (Wan's I2V, which need it, and TI2V).
-          last_image: what it ends with, in those that take that too.
+          steps: number of sampling steps; more are slower and closer to the exact flow.
+          guidance: guidance scale, which trades variety for prompt following; 1 is none. Two numbers are for two
+            experts, noisy times first. `Guidance` has an interval, rescaling, projection and an image scale besides.
+          negative: negative prompt, which replaces the empty prompt (or no class) in guidance.
+          seed: random seed; the same seed, size and model give the same clip.
+          sampler: a name in `dit_video.diffusion.SAMPLERS`. Noise that it draws depends on the seed.
+          noise: initial noise `[t h w c]` of the latents' size, standard normal, instead of the seed's.
+          image: first frame, a clip of one frame or pixels `[H W 3]` of its size; Wan's I2V needs it, TI2V accepts it.
+          last_image: last frame, for models that accept one.
           output: `clip`, or `latents` for normalised latents `[t h w c]`.
 
         Raises:
-          UserError: a size that the model cannot make (it names the nearest), no such class, an unknown sampler, less
-            than one step, a seed that is no whole number below 2**32, noise of another shape, images that do not fit
-            size or model, or a model whose values become NaN or infinite.
+          UserError: an unsupported size (the message names the nearest), an unknown class or sampler, less than one
+            step, a seed that is not a whole number below 2**32, noise of another shape, images that do not fit size or
+            model, or a model whose values become NaN or infinite.
         """
         if output not in ("clip", "latents"):
             raise UserError(f"unknown output {output!r}; use clip or latents")
         size = self.config.size if size is None else as_grid(size)
         request = Request(str(prompt), size, seed, negative, image, last_image)
-        drawn = self.sampling(steps=steps, guidance=guidance, sampler=sampler)
-        asked = self._latent_requests([request], noise=noise)
-        latents = sample_latents(self._denoiser, asked, **self._how(drawn, 1))
+        sampling = self.sampling(steps=steps, guidance=guidance, sampler=sampler)
+        latent_requests = self._latent_requests([request], noise=noise)
+        latents = sample_latents(self._denoiser, latent_requests, **self._how(sampling, 1))
         return latents[0] if output == "latents" else self._clips(latents, [request])[0]
 
     def trace(
@@ -166,12 +163,12 @@ class Pipeline:
         guidance: Scale | None = None,
         sampler: str | None = None,
     ) -> LatentTrace:
-        """What sampling goes through: the latents after every step, and what the result was thought to be.
+        """Sample one request and return the latents and the predicted clean latents after every step.
 
         Arguments and errors are as for `generate`; `decode` makes a clip of latents.
         """
-        drawn = self.sampling(steps=steps, guidance=guidance, sampler=sampler)
-        return trace_latents(self._denoiser, self._latent_requests([request]), **self._how(drawn, 1))[0]
+        sampling = self.sampling(steps=steps, guidance=guidance, sampler=sampler)
+        return trace_latents(self._denoiser, self._latent_requests([request]), **self._how(sampling, 1))[0]
 
     def generate_many(
         self,
@@ -181,56 +178,58 @@ class Pipeline:
         guidance: Scale | None = None,
         sampler: str | None = None,
     ) -> list[Clip]:
-        """The clips of all requests, of any sizes, packed and sampled together. Arguments are as for `generate`.
+        """Generate the clips of all requests, of any sizes, packed and sampled together; arguments as for `generate`.
 
-        A request has its own images, in models that take them: `Request(prompt, size, image=pixels)`.
+        A request has its own images, in models that accept them: `Request(prompt, size, image=pixels)`.
         """
-        drawn = self.sampling(steps=steps, guidance=guidance, sampler=sampler)
-        asked = self._latent_requests(requests)
-        return self._clips(sample_latents(self._denoiser, asked, **self._how(drawn, len(asked))), requests)
+        sampling = self.sampling(steps=steps, guidance=guidance, sampler=sampler)
+        latent_requests = self._latent_requests(requests)
+        return self._clips(
+            sample_latents(self._denoiser, latent_requests, **self._how(sampling, len(latent_requests))), requests
+        )
 
     def encode(self, clip: Clip) -> Float32[np.ndarray, "t h w c"]:
-        """Normalised latents of a clip whose size fits the stride.
+        """Encode a clip, whose size fits the stride, to normalised latents.
 
         Raises:
-          UserError: a size that does not fit.
+          UserError: the size does not fit.
         """
         return self.codec.encode(clip)
 
     def decode(self, latents: Float32[np.ndarray, "t h w c"], *, caption: str = "") -> Clip:
-        """The clip of normalised latents.
+        """Decode normalised latents to a clip.
 
         Raises:
-          UserError: latents of another number of channels, or that are not finite.
+          UserError: latents with another number of channels, or that are not finite.
         """
         return self.codec.decode(latents, fps=self.config.fps, caption=caption)
 
     def reconstruct(self, clip: Clip) -> Clip:
-        """A clip as the autoencoder sees it."""
+        """Encode and decode a clip."""
         return self.codec.reconstruct(clip)
 
     @property
     def denoiser_params(self) -> dict[str, Any]:
-        """`{"dit": ..., "text": ...}`, and of two experts `"low_noise"`"""
+        """Return `{"dit": ..., "text": ...}`, and `"low_noise"` of models with two experts."""
         return self._denoiser.params
 
     def parameter_counts(self) -> dict[str, int]:
-        """How many parameters each part has."""
+        """Return the number of parameters of each part."""
         return {"autoencoder": self.codec.parameter_count()} | {
             name: count(part) for name, part in self._denoiser.params.items()
         }
 
     def save(self, folder: str | Path, *, dtype: str = "float32") -> None:
-        """Write a pipeline folder, whole or not at all; weights are cast to `dtype` (float32 or bfloat16).
+        """Write a pipeline folder, complete or not at all; weights are cast to `dtype` (float32 or bfloat16).
 
         Raises:
-          UserError: another dtype, or a folder that holds something else than a pipeline.
+          UserError: another dtype, or a folder that holds something other than a pipeline.
         """
         folder = Path(folder)
         if dtype not in _DTYPES:
-            raise UserError(f"weights are saved as {' or '.join(_DTYPES)}, not {dtype}")
+            raise UserError(f"dtype={dtype} is invalid: weights are saved as {' or '.join(_DTYPES)}")
         if folder.exists() and not (folder / CONFIG).is_file() and not _is_empty(folder):
-            raise UserError(f"{folder} exists and holds no pipeline; name a folder that does not exist")
+            raise UserError(f"{folder} exists and holds no pipeline; use a folder that does not exist")
         with atomic_path(folder) as temporary:
             temporary.mkdir()
             save_weights(temporary / _AUTOENCODER, self.codec.params, dtype=jnp.dtype(dtype))
@@ -238,7 +237,7 @@ class Pipeline:
             write_json(temporary / CONFIG, {"format": FORMAT, "config": config_json.to_json(self.config)})
 
     def with_text_encoder(self, folder: str | Path) -> "Pipeline":
-        """The same pipeline, whose frozen text encoder lies in another folder now.
+        """Return the same pipeline with its frozen text encoder in another folder.
 
         Raises:
           UserError: the text encoder was trained with the denoiser.
@@ -247,39 +246,39 @@ class Pipeline:
         return Pipeline(config, autoencoder=self.codec.params, denoiser=self._denoiser.params)
 
     def load_lora(self, path: str | Path, scale: float | int = 1.0, *, expert: Expert = "dit") -> "Pipeline":
-        """The same pipeline with an adapter merged into its denoiser; this one is as before.
+        """Return the same pipeline with an adapter merged into its denoiser; this one is unchanged.
 
-        Several are stacked by asking the result again: `pipe.load_lora(style, 0.8).load_lora(motion, 0.5)`. A scale of
-        the opposite sign takes an adapter away again, but for rounding.
+        Calls are chained to stack several: `pipe.load_lora(style, 0.8).load_lora(motion, 0.5)`. The negative scale
+        removes an adapter again, up to rounding.
 
         Args:
-          path: a safetensors file, or a folder of PEFT or diffusers. Names of modules are our own, as training writes
-            them; of Wan also those of diffusers (PEFT), ComfyUI and kohya.
-          scale: how much of it is added.
-          expert: which of two it is for: `dit`, the one of noisy times, or `low_noise`.
+          path: a safetensors file, or a folder of PEFT or diffusers. Module names are our own, as training writes them;
+            for Wan also those of diffusers (PEFT), ComfyUI and kohya.
+          scale: strength of the adapter.
+          expert: expert of two that is adapted: `dit`, for noisy times, or `low_noise`.
 
         Raises:
-          MissingError: no such file.
-          UserError: one that is no LoRA of this model, or a second expert that the model doesn't have.
+          MissingError: no file at `path`.
+          UserError: a file that is not a LoRA of this model, or a second expert that the model does not have.
         """
         params = self._denoiser.params
         if expert not in params:
-            raise UserError(f"this model has no expert {expert!r}; it is one, leave expert away")
+            raise UserError(f"expert={expert!r} is invalid: this model has one expert; leave out expert")
         known = own_modules(params)
         if isinstance(self.config.dit, WanDitConfig):
             known |= {
                 name: module._replace(path=f"{expert}/{module.path}")
                 for name, module in wan_modules(self.config.dit).items()
             }
-        adapted = copy.copy(self)  # with the same open text encoder
+        adapted = copy.copy(self)  # shares the open text encoder
         merged = merge_lora(params, load_lora(path, params, known), float(scale))
-        adapted._denoiser = self._denoiser._replace(params=params | merged)  # parts without parameters too
+        adapted._denoiser = self._denoiser._replace(params=params | merged)  # `merged` lacks parts without parameters
         return adapted
 
     def sampling(
         self, *, steps: int | None = None, guidance: Scale | None = None, sampler: str | None = None
     ) -> Sampling:
-        """The pipeline's own sampling, with what is given in its place.
+        """Return the pipeline's own sampling with the given values replaced.
 
         Raises:
           UserError: an unknown sampler, or less than one step.
@@ -294,11 +293,11 @@ class Pipeline:
         return replace(self.config.sampling, **changes)
 
     def _how(self, sampling: Sampling, count: int) -> dict[str, Any]:
-        """So many requests are sampled."""
+        """Return arguments of `sample_latents`; warn if guidance has no trained unconditional branch."""
         if sampling.full_guidance.branches > 1 and self.config.caption_dropout == 0:
             warnings.warn(
-                "guidance leads away from what the model makes without a caption, and this one was trained without "
-                "caption dropout; use guidance=1, or train it with caption_dropout",
+                "guidance needs an unconditional model, and this one was trained without caption dropout; use "
+                "guidance=1, or train it with caption_dropout",
                 stacklevel=3,
             )
         return {"sampling": sampling, "shape": self.config.row_shape, "rows": max(1, min(self.config.batch, count))}
@@ -313,19 +312,19 @@ class Pipeline:
         latent_requests = []
         for request in requests:
             if not 0 <= request.seed < 2**32:
-                raise UserError(f"a seed is a whole number from 0 to {2**32 - 1}, not {request.seed}")
+                raise UserError(f"seed={request.seed} is invalid: a seed is a whole number from 0 to {2**32 - 1}")
             grid = config.latent_grid(as_grid(request.size))
             shape = (*grid, config.autoencoder.channels)
-            start = (
+            initial = (
                 initial_noise(request.seed, grid, config.autoencoder.channels) if noise is None else np.asarray(noise)
             )
-            if start.shape != shape:
-                raise UserError(f"noise for {'x'.join(map(str, request.size))} has shape {shape}, not {start.shape}")
-            if not np.isfinite(start).all():
-                raise UserError("the noise to start from holds NaN or infinity; draw standard normal noise")
-            told = self._images(as_grid(request.size), request.image, request.last_image)
+            if initial.shape != shape:
+                raise UserError(f"noise for {'x'.join(map(str, request.size))} has shape {shape}, not {initial.shape}")
+            if not np.isfinite(initial).all():
+                raise UserError("the initial noise holds NaN or infinity; draw standard normal noise")
+            conditioning = self._images(as_grid(request.size), request.image, request.last_image)
             latent_requests.append(
-                LatentRequest(request.prompt, request.negative, start.astype(np.float32), told, request.seed)
+                LatentRequest(request.prompt, request.negative, initial.astype(np.float32), conditioning, request.seed)
             )
         return latent_requests
 
@@ -349,13 +348,13 @@ def load_pipeline(folder: str | Path, *, text_encoder: str | Path | None = None)
     """Read a pipeline folder.
 
     Args:
-      folder: of the pipeline.
-      text_encoder: where its frozen text encoder lies, if not where the pipeline says.
-        It is opened at the first prompt.
+      folder: folder of the pipeline.
+      text_encoder: folder of its frozen text encoder if it has moved; it is opened at the first prompt.
 
     Raises:
-      MissingError: no such folder, or one that holds no pipeline.
-      UserError: one of another version, whose weights are not those of its config, or whose text encoder is not frozen.
+      MissingError: the folder does not exist, or holds no pipeline.
+      UserError: a pipeline of another version, weights that do not fit its config, or a text encoder that is not
+        frozen.
     """
     folder = Path(folder)
     document = read_document(folder / CONFIG, format=FORMAT, what="pipeline", otherwise="export it again")
@@ -371,7 +370,7 @@ def load_pipeline(folder: str | Path, *, text_encoder: str | Path | None = None)
 
 
 def _guidance(own: Sampling, given: Scale) -> float | tuple[float, float] | Guidance:
-    """What takes the place of a pipeline's own: of numbers alone, the scale."""
+    """Return the guidance that overrides a pipeline's own, of which numbers replace only the scale."""
     if isinstance(given, Guidance):
         return given
     scale = (float(given[0]), float(given[1])) if isinstance(given, tuple) else float(given)
@@ -383,10 +382,10 @@ def _is_empty(path: Path) -> bool:
 
 
 def identity(config: AutoencoderConfig, params: dict[str, Any]) -> str:
-    """A hash of an autoencoder's config and weights: latents of one are of no use to another.
+    """Return a hash of an autoencoder's config and weights: latents of one autoencoder are of no use to another.
 
-    Options at their default don't count, so that a new one leaves the latents of before valid; nor do those that say
-    how the same is computed (a field's metadata has `how`).
+    Options at their default do not count, so that a new option leaves existing latents valid; nor do those that only
+    change how the same values are computed (the field's metadata has `how`).
     """
     chosen = {
         field.name: config_json.to_json(getattr(config, field.name))

@@ -1,4 +1,4 @@
-"""A trained model taken apart: its denoiser as the function that diffusion knows, and where its tokens look."""
+"""Inspection of a trained model: its denoiser as a function for `diffusion`, and its attention maps."""
 
 from collections.abc import Sequence
 
@@ -21,33 +21,33 @@ from dit_video.tokens import Grid, Item, Rows, RowShape, coordinates, pack, patc
 
 
 class ClipDenoiser:
-    """A pipeline's denoiser on clips of one size, each with a row and a prompt of its own.
+    """A pipeline's denoiser for clips of one size, each in a row of its own with a prompt of its own.
 
-    `denoise(noisy, time)` is what `diffusion` takes: to its estimates, losses and samplers.
+    `denoise(noisy, time)` is the denoiser that the estimates, losses and samplers of `diffusion` accept.
 
     Args:
-      pipeline: of the model.
-      prompts: one a clip (B); the empty one is no prompt.
-      size: of the clips, frames, height and width in pixels; the training size by default.
+      pipeline: the model's pipeline.
+      prompts: one prompt a clip (B); an empty prompt samples without condition.
+      size: frames, height and width of the clips in pixels; the training size by default.
 
     Raises:
-      UserError: no prompts, a size that the model can't make, or a model that is given more than noise and a prompt.
+      UserError: no prompts, an unsupported size, or a model with two experts or conditioning frames.
     """
 
     def __init__(self, pipeline: Pipeline, prompts: Sequence[str], size: tuple[int, int, int] | None = None):
         config = pipeline.config
         if not prompts:
-            raise UserError("a clip needs a prompt; name one, the empty one is none")
+            raise UserError("prompts is empty: each clip needs a prompt; name one, or '' to sample without condition")
         if config.boundary is not None or config.dit.given_channels or config.dit.time == "token":
             raise UserError(
-                "one model that is given noise and a prompt is taken apart here, none with experts or given frames"
+                "this model has two experts or conditioning frames; use a text-to-video model with one denoiser"
             )
         latents = config.latent_grid(config.size if size is None else as_grid(size))
         self.patch, self.channels = config.dit.patch, config.autoencoder.channels
         self.latents, self.grid = latents, token_grid(latents, config.dit.patch)
-        """sizes of a clip's latents, and of its tokens"""
+        """Latent grid, and token grid, of a clip."""
         self.process = config.process.for_size(ClipSize(frames=self.grid.t, frame_tokens=self.grid.h * self.grid.w))
-        """what the model was trained on, at clips of this size"""
+        """Process that the model was trained on, for clips of this size."""
         params = jax.tree.map(jnp.asarray, pipeline.denoiser_params)
         self.dit = nnx.merge(graph_of(config.dit.make), params["dit"])
         self._rows = self._packed(prompts, pipeline)
@@ -68,11 +68,11 @@ class ClipDenoiser:
         tokenizer = open_tokenizer(pipeline.config.text)
         texts = [tokenizer(prompt) for prompt in prompts]
         shape = RowShape(tokens=self.grid.volume, text=max(map(len, texts)), segments=1)
-        places = coordinates(self.grid, step=(pipeline.config.interval, 1.0, 1.0))
+        positions = coordinates(self.grid, step=(pipeline.config.interval, 1.0, 1.0))
         width = self.patch.volume * self.channels
         rows = [
             pack(
-                [Item(np.zeros((self.grid.volume, width), np.float32), places, text, number)],
+                [Item(np.zeros((self.grid.volume, width), np.float32), positions, text, number)],
                 shape,
                 width=width,
                 text_width=text.shape[1] if text.ndim == 2 else 0,
@@ -82,27 +82,28 @@ class ClipDenoiser:
         return Rows(*map(np.stack, zip(*rows, strict=True)))
 
     def tokens(self, latents: Float[SameArray, "*B t h w c"]) -> Float[SameArray, "*B n p"]:
-        """Latents as the denoiser takes them."""
+        """Convert latents to the denoiser's tokens."""
         return patchify(latents, self.patch)
 
     def untokens(self, tokens: Float[SameArray, "*B n p"]) -> Float[SameArray, "*B t h w c"]:
-        """The latents of tokens."""
+        """Convert tokens to latents."""
         return unpatchify(tokens, self.grid, self.patch)
 
     def denoise(self, noisy: Float[Array, "B n p"], time: Float[Array, "*time"]) -> Float[Array, "B n prediction"]:
-        """The model's prediction at one time for all clips, or at times that broadcast to `[B n]`; without guidance.
+        """Predict at one time for all clips, or at times that broadcast to `[B n]`, without guidance.
 
-        It has the width of `noisy`, or twice that where the model predicts a variance too, which comes behind.
+        The prediction has the width of `noisy`, or twice that where the model also predicts a variance, which comes
+        last.
         """
         return self._denoise(noisy, jnp.broadcast_to(time, noisy.shape[:2]))
 
     def attention_maps(
         self, noisy: Float[Array, "B n p"], time: Float[Array, ""] | float, *, queries: Sequence[int]
     ) -> Float32[np.ndarray, "L B K Q M"]:
-        """How much of each token (M) some (Q) take in each layer and head; see `dit.attention_maps`.
+        """Return how much some tokens (Q) attend to every token (M), by layer and head; see `dit.attention_maps`.
 
         Raises:
-          UserError: a query that is no token's number.
+          UserError: a query that is not the number of a token.
         """
         return attention_maps(
             self.dit,
@@ -117,9 +118,9 @@ class ClipDenoiser:
         )
 
     def token_at(self, pixel: tuple[int, float, float]) -> int:
-        """The number of the token that holds a place: a latent frame, and fractions of the height and of the width."""
-        frame, down, across = pixel
-        at = Grid(int(frame) // self.patch.t, int(down * self.grid.h), int(across * self.grid.w))
-        if not all(0 <= index < length for index, length in zip(at, self.grid, strict=True)):
+        """Return the number of the token at a latent frame and at fractions of the height and of the width."""
+        frame, y, x = pixel
+        token = Grid(int(frame) // self.patch.t, int(y * self.grid.h), int(x * self.grid.w))
+        if not all(0 <= index < length for index, length in zip(token, self.grid, strict=True)):
             raise UserError(f"{pixel} lies outside of {self.latents.t} latent frames; fractions are from 0 to below 1")
-        return (at.t * self.grid.h + at.h) * self.grid.w + at.w
+        return (token.t * self.grid.h + token.h) * self.grid.w + token.w

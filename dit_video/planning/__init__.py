@@ -1,4 +1,4 @@
-"""An experiment planned before it is paid for: its own steps, compiled for hardware that need not be there."""
+"""Plans of experiments: their own steps, compiled for hardware that need not be present."""
 
 from dit_video.planning.report import Plan, plan_experiment
 from dit_video.planning.steps import Part

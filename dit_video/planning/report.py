@@ -1,4 +1,4 @@
-"""What a plan says: a table, and the same as JSON."""
+"""Plan of an experiment, as a table and as JSON."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -38,7 +38,7 @@ _ATTENTION_BACKENDS = {"tpu": "splash", "gpu": "chunked"}
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a part of an experiment needs on a topology."""
+    """Memory, time and communication of a part of an experiment on a topology."""
 
     experiment: str
     part: Part
@@ -46,56 +46,56 @@ class Plan:
     devices: int
     mesh: dict[str, int]
     rows: int
-    """of a step, on all devices"""
+    """Number of rows of a step, on all devices."""
     clips: tuple[int, ...]
-    """tokens of the clips of a row"""
+    """Number of tokens of each clip of a row."""
     remat: str
     parameter_count: int
     how: Literal["compiled", "analytic"]
     fits: bool
     over: str | None
-    """the compiler's reason, where it does not fit"""
+    """The compiler's reason, where the step does not fit."""
     memory: Memory
     limit: int
-    """bytes that a device has"""
+    """Number of bytes of a device's memory."""
     model_flops: int
     executed_flops: float
     hbm_bytes: float
-    """that each device reads and writes in a step"""
+    """Number of bytes that each device reads and writes in a step."""
     moved: tuple[Moved, ...]
     least: dict[str, float]
-    """bytes that cannot but be moved over `fsdp`, and over `context` for attention, where the program was compiled and
-    trains all weights"""
+    """Lower bound on the bytes that must be moved over `fsdp`, and over `context` for attention, where the program was
+    compiled and trains all weights."""
     times: Times | None
-    """None where it does not fit"""
+    """Times of a step; None where it does not fit."""
     compile_seconds: float
     unknown_loops: int
     device_peak: int | None
-    """what the devices of this process held at the most, where it is planned on them"""
+    """Peak memory of this process's devices, where the step is planned and run on them."""
     steps: int
     price: float | None
-    """of a chip for an hour, in dollars"""
+    """Price of a chip for an hour, in dollars."""
 
     @property
     def seconds(self) -> float | None:
-        """Of a step by the roofline, all overlapping: none is faster."""
+        """Return the seconds of a step by the roofline with everything overlapping: a lower bound."""
         return None if self.times is None else self.times.overlapped
 
     def mfu(self, seconds: float) -> float:
-        """Share of the chips' peak that the model's own operations are, if a step takes so long."""
+        """Return the share of the chips' peak that the model's own operations use, if a step takes `seconds`."""
         return self.model_flops / (seconds * self.topology.chips * self.topology.chip.flops)
 
     @property
     def intensity(self) -> float | None:
-        """Operations a byte of a device's memory that is read or written; None of a program that was not made."""
+        """Return the operations per byte of a device's memory traffic; None of a program that was not compiled."""
         return self.executed_flops / self.devices / self.hbm_bytes if self.hbm_bytes else None
 
     def chip_hours(self, seconds: float) -> float:
-        """Of all steps, if each takes so long."""
+        """Return the chip-hours of all steps, if each takes `seconds`."""
         return self.steps * seconds * self.topology.chips / 3600
 
     def to_json(self) -> dict[str, Any]:
-        """The whole plan, in bytes, operations and seconds."""
+        """Return the whole plan, in bytes, operations and seconds."""
         plan = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         plan["topology"] = str(self.topology)
         plan["memory"] = dataclasses.asdict(self.memory)
@@ -122,44 +122,44 @@ class Plan:
         remat = f"; remat {self.remat}" if self.part == "denoiser" else ""
         yield f"  on {self.topology}, {self.devices} devices, mesh {mesh}; {rows}{remat}"
         verdict = "fits" if self.fits else "does not fit"
-        made = f"compiled in {self.compile_seconds:.0f} s" if self.how == "compiled" else _ANALYTIC
-        yield f"  {verdict}: {_size(self.memory.peak)} of {_size(self.limit)} on each device ({made})"
+        method = f"compiled in {self.compile_seconds:.0f} s" if self.how == "compiled" else _ANALYTIC
+        yield f"  {verdict}: {_size(self.memory.peak)} of {_size(self.limit)} on each device ({method})"
         if self.over:
             yield f"    {self.over}"
         for name in ("parameters", "optimizer", "ema", "other", "activations", "temporary"):
             yield f"    {name:<12} {_size(getattr(self.memory, name)):>10}"
         if self.device_peak is not None:
             yield f"    {'measured':<12} {_size(self.device_peak):>10}"
-        done = f"{self.model_flops / 1e12:,.4g} TFLOP of the model, {self.executed_flops / 1e12:,.4g} executed"
-        yield f"  operations     {done}"
+        operations = f"{self.model_flops / 1e12:,.4g} TFLOP of the model, {self.executed_flops / 1e12:,.4g} executed"
+        yield f"  operations     {operations}"
         if self.intensity is not None:
             yield f"  memory traffic {_size(self.hbm_bytes)} on each device, {self.intensity:.0f} operations a byte"
         if self.unknown_loops:
-            yield f"    {self.unknown_loops} loops that the data end are counted as one turn"
+            yield f"    {self.unknown_loops} loops with data-dependent length are counted as one iteration"
         for part in self.moved:
             yield f"  {part.kind:<18} over {_axes(part):<18} {_size(part.bytes):>10}, {part.times} times"
-        for axis, least in self.least.items():
-            found = moved_over(axis, self.moved)
-            yield f"  in all over {axis:<12} {_size(found):>10}, {found / least:.2f} times the least"
+        for axis, lower_bound in self.least.items():
+            moved_bytes = moved_over(axis, self.moved)
+            yield f"  in all over {axis:<12} {_size(moved_bytes):>10}, {moved_bytes / lower_bound:.2f} times the least"
         if self.times is None:
             return
-        one, several = ("batch", "batches") if self.part == "sampler" else ("step", "steps")
+        unit, units = ("batch", "batches") if self.part == "sampler" else ("step", "steps")
         yield (
-            f"  seconds a {one} {self.times.compute:.4g} computing, {self.times.memory:.4g} memory, "
+            f"  seconds a {unit} {self.times.compute:.4g} computing, {self.times.memory:.4g} memory, "
             f"{self.times.collectives:.4g} collectives"
         )
-        paid = f"{self.steps:,} {one if self.steps == 1 else several}"
+        workload = f"{self.steps:,} {unit if self.steps == 1 else units}"
         for label, seconds in (("all at once", self.times.overlapped), ("one after the other", self.times.apart)):
             hours = self.chip_hours(seconds)
             cost = "" if self.price is None else f", ${_round(self.price * hours)} at ${self.price:.2f} an hour"
-            needs = f"{paid}: {_round(hours)} chip-hours{cost}"
+            needs = f"{workload}: {_round(hours)} chip-hours{cost}"
             yield f"    {label:<20} {seconds:.4g} s, MFU {self.mfu(seconds):.1%}; {needs}"
         yield f"  hardware: {chip.source}{self._price_source()}"
 
     def _price_source(self) -> str:
         chip = self.topology.chip
         if self.price is None:
-            return f"; no public price of {chip.name} is kept here: give one"
+            return f"; no public price of {chip.name} is known: set one with --price"
         return f"; price: {chip.price_source}" if self.price == chip.price else ""
 
 
@@ -181,21 +181,21 @@ def _round(number: float) -> str:
 
 
 def devices_of(topology: Topology) -> tuple[list[Any], bool]:
-    """The devices of a topology, and whether a program can be compiled for them.
+    """Return the devices of a topology, and whether a program can be compiled for them.
 
-    TPUs are described by libtpu. GPUs have to be here: else the host's own devices stand for them, and what is said is
-    counted.
+    TPUs are described by libtpu. GPUs have to be present: else the host's own devices stand for them, and costs are
+    counted instead of compiled.
     """
     if topology.chip.kind == "tpu":
         return topology.devices(), True
-    here = jax.devices()
-    if len(here) >= topology.chips and chip_of(here[0]) == topology.chip:
-        return list(here[: topology.chips]), True
+    local_devices = jax.devices()
+    if len(local_devices) >= topology.chips and chip_of(local_devices[0]) == topology.chip:
+        return list(local_devices[: topology.chips]), True
     return [], False
 
 
 def adapted(experiment: Experiment, topology: Topology) -> Experiment:
-    """With the attention of the topology's hardware where the config leaves the choice: kernels on TPUs."""
+    """Return the experiment with the attention kernel of the topology's hardware, where the config is `auto`."""
     dit = experiment.denoiser.dit
     if topology.chip.kind != "tpu" or dit.attention != "auto":
         return experiment
@@ -203,30 +203,30 @@ def adapted(experiment: Experiment, topology: Topology) -> Experiment:
 
 
 def with_dit(experiment: Experiment, **changes: Any) -> Experiment:
-    """With other fields of the denoiser's shape."""
+    """Return the experiment with other fields of the denoiser's config."""
     denoiser = experiment.denoiser
     dit = dataclasses.replace(denoiser.dit, **changes)
     return dataclasses.replace(experiment, denoiser=dataclasses.replace(denoiser, dit=dit))
 
 
 def mesh_for(experiment: Experiment, topology: Topology, config: MeshConfig, part: Part) -> tuple[AnyMesh, bool]:
-    """The mesh of a run on a topology, and whether a program can be compiled for it.
+    """Return the mesh of a run on a topology, and whether a program can be compiled for it.
 
     Raises:
-      UserError: axes that do not divide the devices; rows, heads or tokens that these do not divide.
+      UserError: axes that do not divide the devices; rows, heads or tokens that are not divisible by these.
     """
-    devices, there = devices_of(topology)
-    mesh = make_mesh(config, devices) if there else abstract_mesh(config, topology.chips)
+    devices, present = devices_of(topology)
+    mesh = make_mesh(config, devices) if present else abstract_mesh(config, topology.chips)
     if part != "autoencoder":
         check_mesh(dataclasses.replace(experiment, mesh=config), mesh)
-    return mesh, there
+    return mesh, present
 
 
 def check_mesh(experiment: Experiment, mesh: AnyMesh) -> None:
-    """Check that the devices of a mesh divide an experiment's rows, heads and tokens.
+    """Check that an experiment's rows, heads and tokens are divisible by the devices of a mesh.
 
     Raises:
-      UserError: what they do not divide, and what would.
+      UserError: one is not; the message says what would be.
     """
     denoiser = experiment.denoiser
     check_denoiser(
@@ -249,39 +249,39 @@ def plan_experiment(
     price: float | None = None,
     measure: bool = False,
 ) -> Plan:
-    """Compile a part of an experiment for a topology, and say what it needs.
+    """Compile a part of an experiment for a topology, and return what it needs.
 
     Args:
-      experiment: whose step it is.
+      experiment: the experiment.
       topology: the hardware.
-      part: which of its steps.
-      mesh: instead of the experiment's.
-      clips: in each row, all equally long; as many of the largest as fit by default.
-      steps: to be paid for; the experiment's by default. Of a sampler, batches, by default one.
-      price: of a chip for an hour, instead of the table's.
-      measure: whether to run a step, and ask the devices how much they held; where the hardware is here.
+      part: the step to plan.
+      mesh: mesh instead of the experiment's.
+      clips: number of equally long clips in each row; by default as many of the largest as fit.
+      steps: number of steps to pay for; the experiment's by default. For a sampler, batches, by default one.
+      price: price of a chip for an hour, instead of the table's.
+      measure: True to run a step and measure the devices' peak memory, where the hardware is present.
 
     Raises:
-      MissingError: libtpu, where it is needed, is not installed.
-      UserError: a mesh that does not divide the devices, or is not divided by them; a part that can't be planned.
+      MissingError: libtpu is needed and not installed.
+      UserError: a mesh that does not divide the devices, or is not divisible by them; a part that cannot be planned.
     """
     config = experiment.mesh if mesh is None else mesh
     experiment = adapted(dataclasses.replace(experiment, mesh=config), topology)
-    laid, there = mesh_for(experiment, topology, config, part)
-    if part == "autoencoder" and not there:
-        raise UserError(f"an autoencoder is planned by compiling: run this where there are {topology}, or for a TPU")
+    plan_mesh, present = mesh_for(experiment, topology, config, part)
+    if part == "autoencoder" and not present:
+        raise UserError(f"an autoencoder is planned by compiling: run this on {topology}, or plan for a TPU")
     rows_of_clips = clips_of(experiment, clips)
-    planned = plan_step(experiment, part, laid, clips=rows_of_clips)
-    devices = laid.size
-    limit = topology.chip.memory * topology.chips // devices
-    if there and isinstance(laid, Mesh):
-        compiled = compile_step(planned.step, planned.arguments, laid, turns=planned.turns, room=planned.room)
+    planned = plan_step(experiment, part, plan_mesh, clips=rows_of_clips)
+    devices = plan_mesh.size
+    limit = topology.chip.memory * topology.chips // devices  # devices of one chip share its memory
+    if present and isinstance(plan_mesh, Mesh):
+        compiled = compile_step(planned.step, planned.arguments, plan_mesh, turns=planned.turns, room=planned.room)
         executed, hbm, moved = _read(compiled, planned, devices)
         memory, fits, over = compiled.memory, compiled.over is None and compiled.memory.peak <= limit, compiled.over
     else:
         assert planned.known is not None
         compiled = None
-        memory, work = estimate(planned.known, held(planned.arguments), planned.layer_bytes, dict(laid.shape))
+        memory, work = estimate(planned.known, held(planned.arguments), planned.layer_bytes, dict(plan_mesh.shape))
         turns = planned.turns
         executed, hbm = work.flops * devices * turns, work.bytes * turns
         moved = tuple(
@@ -289,7 +289,7 @@ def plan_experiment(
         )
         fits, over = memory.peak <= limit, None
     work = Work(flops=executed / devices, bytes=hbm, moved=moved)
-    times = step_times(work, topology, dict(laid.shape), devices_per_chip=devices // topology.chips)
+    times = step_times(work, topology, dict(plan_mesh.shape), devices_per_chip=devices // topology.chips)
     if steps is None:
         training = experiment.autoencoder if part == "autoencoder" else experiment.denoiser
         steps = 1 if part == "sampler" else int(getattr(training, "steps", 1))
@@ -298,12 +298,12 @@ def plan_experiment(
         part=part,
         topology=topology,
         devices=devices,
-        mesh=dict(laid.shape),
+        mesh=dict(plan_mesh.shape),
         rows=_rows_of(planned, part),
         clips=tuple(rows_of_clips),
         remat=experiment.denoiser.dit.remat if part == "denoiser" else "none",
         parameter_count=_parameters(planned),
-        how="compiled" if there else "analytic",
+        how="compiled" if present else "analytic",
         fits=fits,
         over=over,
         memory=memory,
@@ -312,20 +312,22 @@ def plan_experiment(
         executed_flops=executed,
         hbm_bytes=hbm,
         moved=moved,
-        least=_least(experiment, planned, dict(laid.shape)) if moved and there and part == "denoiser" else {},
+        least=_least(experiment, planned, dict(plan_mesh.shape)) if moved and present and part == "denoiser" else {},
         times=times if over is None else None,
         compile_seconds=0.0 if compiled is None else compiled.seconds,
         unknown_loops=0 if compiled is None or compiled.program is None else compiled.program.unknown_loops,
-        device_peak=_measured(planned, laid, topology, fits) if measure else None,
+        device_peak=_measured(planned, plan_mesh, topology, fits) if measure else None,
         steps=steps,
         price=topology.chip.price if price is None else price,
     )
 
 
 def _measured(planned: PlannedStep, mesh: Any, topology: Topology, fits: bool) -> int | None:
-    here = isinstance(mesh, Mesh) and mesh.devices.flat[0] in jax.devices()
-    if not here:
-        raise UserError(f"a step is measured where it can run, and {topology} is not here; leave out --measure")
+    is_local = isinstance(mesh, Mesh) and mesh.devices.flat[0] in jax.devices()
+    if not is_local:
+        raise UserError(
+            f"measure is invalid: a step is measured by running it, and {topology} is not here; leave it out"
+        )
     return measured_peak(planned.step, planned.arguments) if fits else None
 
 
@@ -345,14 +347,17 @@ def _rows_of(planned: PlannedStep, part: Part) -> int:
 
 
 def _parameters(planned: PlannedStep) -> int:
+    # A training state holds the parameters under `params`; a sampler's first argument is the parameters themselves.
     state = planned.arguments[0]
     leaves = {path: leaf for path, leaf in flatten(state).items() if "params" in path.split("/")[:2]}
     return count(leaves or state)
 
 
 def _read(compiled: CompiledStep, planned: PlannedStep, devices: int) -> tuple[float, float, tuple[Moved, ...]]:
-    """Operations of all devices, bytes that each reads and writes, and what it moves to others. Of the kernels in the
-    program, which are attention, what is known is added."""
+    """Return the operations of all devices, the bytes that each reads and writes, and the collectives.
+
+    The program's kernels, which are attention, are opaque to the compiler's counts; their known costs are added.
+    """
     program, known = compiled.program, planned.known
     if program is None:
         executed = float(known.executed * planned.turns if known is not None else planned.model_flops)

@@ -1,7 +1,7 @@
-"""The steps of an experiment as shapes: what training and sampling compile, with nothing in it computed.
+"""Steps of an experiment as shapes: what training and sampling compile, without computing anything.
 
-The functions are those of a run (`training.step`, `training.denoiser`, `generation.program`), of the experiment's own
-denoiser, text encoder, loss and optimizer; states and batches are laid out as a run lays them out.
+The functions are those of a run (`training.step`, `training.denoiser`, `generation.program`), with the experiment's own
+denoiser, text encoder, loss and optimizer; states and batches are sharded as in a run.
 """
 
 import functools
@@ -41,58 +41,59 @@ from dit_video.training.step import Loss, OwnStep, StatefulLoss, make_step
 from dit_video.weights import clip_vision_config
 
 Part = Literal["denoiser", "autoencoder", "sampler"]
-"""What of an experiment: the training steps of its two models, or the sampler's program"""
+"""Part of an experiment: the training step of one of its two models, or the sampler's program."""
 
 _PADDING = 64
-"""What is left of a row is padding if it is a smaller part than this."""
+"""Inverse of the smallest share of a row that counts as a further clip; a smaller rest is padding."""
 
 
 class PlannedStep(NamedTuple):
-    """A step that can be compiled, and what is known of it already."""
+    """A step that can be compiled, with its known costs."""
 
     step: Callable[..., Any]
-    """jitted"""
+    """The jitted step."""
     arguments: tuple[PyTree, ...]
-    """shapes with their layouts"""
+    """Shapes of the arguments, with their shardings."""
     model_flops: int
-    """operations on all devices that the model asks for, without recomputation"""
+    """Operations of the model on all devices, without recomputation."""
     turns: int = 1
-    """steps of a sampler"""
+    """Number of steps of a sampler."""
     room: int | None = None
-    """how many steps its program has room for"""
+    """Largest number of steps that its program supports."""
     known: Step | None = None
-    """of a denoiser, for what is counted without compiling"""
+    """Costs of a denoiser that are counted without compiling."""
     layer_bytes: int = 0
-    """of one layer's parameters"""
+    """Bytes of one layer's parameters."""
 
 
 def clips_of(experiment: Experiment, count: int | None = None) -> list[int]:
-    """Tokens of the clips that fill a row: as many of the largest as there is room for, and what is left, unless that
-    is a small part, and padding; or `count` equal ones.
+    """Return the token counts of the clips that fill a row: `count` equal ones, or as many of the largest as fit.
+
+    What is left of the row is one more clip, unless it is so small a part that it is padding.
 
     Raises:
-      UserError: more clips than a row has room for.
+      UserError: more clips than fit in a row.
     """
     rows = experiment.denoiser.rows
     if count is not None:
         if not 1 <= count <= min(rows.segments, rows.tokens):
             raise UserError(
-                f"a row has room for {rows.segments} clips, {count} were asked for; give 1 or more, not more"
+                f"clips={count} is invalid: a row has room for 1 to {min(rows.segments, rows.tokens)}; use one of these"
             )
-        return [rows.tokens // count + (place < rows.tokens % count) for place in range(count)]
+        return [rows.tokens // count + (index < rows.tokens % count) for index in range(count)]
     multiple, stride = experiment.limits.multiple, experiment.autoencoder.model.stride
     frames = latent_grid(Grid(experiment.data.max_frames, *multiple[1:]), stride).t
     largest = min(frames * (experiment.data.max_pixels // (multiple.h * multiple.w)), rows.tokens)
-    whole, rest = divmod(rows.tokens, largest)
-    clips = [largest] * whole + [rest] * (rest * _PADDING > rows.tokens)
+    full, rest = divmod(rows.tokens, largest)
+    clips = [largest] * full + [rest] * (rest * _PADDING > rows.tokens)
     return clips[: rows.segments]
 
 
 def plan_step(experiment: Experiment, part: Part, mesh: AnyMesh, *, clips: Sequence[int]) -> PlannedStep:
-    """The step of a part of an experiment, on a mesh; its rows hold clips of so many tokens.
+    """Return the step of a part of an experiment on a mesh, with rows of clips of these token counts.
 
     Raises:
-      UserError: a part that is not trained; rows, heads or tokens that the mesh does not divide.
+      UserError: a part that is not trained; rows, heads or tokens that are not divisible by the mesh.
     """
     match part:
         case "denoiser":
@@ -166,14 +167,14 @@ def _rows(config: DenoiserTraining) -> PyTree:
 
 
 def _item(config: DenoiserTraining) -> Item:
-    """A clip of one token, with all that this training gives of a known first frame."""
-    token, place = np.zeros((1, config.dit.token_width), np.float32), np.zeros((1, 3), np.float32)
+    """Return a clip of one token, with all conditioning fields of the training."""
+    token, position = np.zeros((1, config.dit.token_width), np.float32), np.zeros((1, 3), np.float32)
     grey = config.known is not None and config.known.rest == "grey"
     image = None
     if config.image_encoder is not None:
         encoder = clip_vision_config(config.image_encoder)
         image = np.zeros((encoder.tokens, encoder.width), np.float32)
-    return Item(token, place, np.zeros(0, np.int32), 0, shown=token if grey else None, image=image)
+    return Item(token, position, np.zeros(0, np.int32), 0, shown=token if grey else None, image=image)
 
 
 def _laid(shapes: PyTree, layouts: PyTree) -> PyTree:
@@ -183,13 +184,12 @@ def _laid(shapes: PyTree, layouts: PyTree) -> PyTree:
 
 
 def on_mesh(state: PyTree, mesh: AnyMesh) -> PyTree:
-    """A state's shapes, laid out as a run lays them out."""
+    """Return the shapes of a state, sharded as in a run."""
     return _laid(state, shardings(state, mesh))
 
 
 def _known(config: DenoiserTraining, clips: Sequence[int], *, training: bool, images: int = 0, copies: int = 1) -> Step:
-    """What is counted of a denoiser's step; each clip has as long a text as there is room for, and so many image
-    tokens."""
+    """Return the counted costs of a denoiser's step, with texts as long as fit and `images` image tokens a clip."""
     dit, text = config.dit, min(config.text.max_tokens, config.rows.text // max(1, len(clips)))
     if isinstance(config.text, ByteEncoderConfig):
         text = -(-text // config.text.patch)
@@ -215,25 +215,25 @@ def _sampler(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int]) -> Pla
     config, sampling = experiment.denoiser, experiment.sampling
     make = over_devices(config.dit.make, mesh, experiment.mesh.context_attention)
     guidance = sampling.full_guidance
-    tokenized = _empty_caption(config)
+    empty_caption = _empty_caption(config)
     patch = config.dit.patch
     noise = [np.zeros((1, patch.h, patch.w * clip, config.dit.channels), np.float32) for clip in clips]
     requests = [LatentRequest("", "", part) for _ in range(config.batch) for part in noise]
-    packer = Packer(requests, {"": tokenized}, patch, 1.0, guidance.branches, config.batch)
+    packer = Packer(requests, {"": empty_caption}, patch, 1.0, guidance.branches, config.batch)
     members = np.arange(len(requests)).reshape(config.batch, -1).tolist()
     batch = packer.batch(Group(config.rows, False, members), members)
     process, solver = config.objective.process, Watched(solver=sampling.solver, recorded=False)
-    together = sampling.branches == "together"
+    batched = sampling.branches == "together"
     program = program_of(
-        graph_of(make), graph_of(config.text.make), process, config.objective.prediction, solver, together
+        graph_of(make), graph_of(config.text.make), process, config.objective.prediction, solver, batched
     )
     state = jax.eval_shape(
         lambda tokens: solver.init(process.start(tokens), steps=sampling.steps), batch.branches[0][0].tokens
     )
     params = jax.eval_shape(functools.partial(init_denoiser, config), jax.random.key(0))
-    whole = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
     room = steps_of_program(sampling.steps)
-    times = jax.ShapeDtypeStruct((room + 1,), jnp.float32, sharding=whole)
+    times = jax.ShapeDtypeStruct((room + 1,), jnp.float32, sharding=replicated)
     strength = guidance.strength(0) if guidance.branches > 1 else None
     if strength is None:
         batch = batch._replace(branches=batch.branches[:1])
@@ -242,10 +242,10 @@ def _sampler(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int]) -> Pla
         _laid_rows(state, mesh, config.batch),
         _laid_rows(batch, mesh, config.batch),
         jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), jnp.asarray(leaf).dtype, sharding=whole), strength
+            lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), jnp.asarray(leaf).dtype, sharding=replicated), strength
         ),
         SampleTimes(times, times),  # type: ignore[arg-type]  # their shapes
-        jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
+        jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated),
     )
     known = _known(config, clips, training=False, copies=guidance.branches)
     layers = _layer_bytes(config, functools.partial(init_denoiser, config))
@@ -254,13 +254,12 @@ def _sampler(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int]) -> Pla
 
 
 def _laid_rows(shapes: PyTree, mesh: AnyMesh, rows: int) -> PyTree:
-    """Rows, and of what counts tokens those too, split as a training batch's are; what has no rows lies whole
-    everywhere."""
+    """Return shapes whose rows, and tokens, are sharded as a training batch's; all else is replicated."""
 
     def layout(path: str, leaf: Any) -> jax.ShapeDtypeStruct:
         split: NamedSharding = NamedSharding(mesh, PartitionSpec())
         if leaf.ndim and leaf.shape[0] == rows and rows % row_shards(mesh) == 0:
-            # A solver's state is of noisy tokens.
+            # A solver's state has the shape of the noisy tokens.
             name = "tokens" if leaf.ndim == 3 and path.startswith("solver/") else path
             split = batch_shardings({name: leaf}, mesh)[name]
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split)
@@ -271,23 +270,23 @@ def _laid_rows(shapes: PyTree, mesh: AnyMesh, rows: int) -> PyTree:
 def _autoencoder(experiment: Experiment, mesh: AnyMesh) -> PlannedStep:
     config = experiment.autoencoder
     if isinstance(config, GivenAutoencoder):
-        raise UserError("the autoencoder of this experiment is given, not trained; plan its denoiser or its sampler")
+        raise UserError("the autoencoder of this experiment is pretrained; plan its denoiser or its sampler")
     parts = loss_parts(config, experiment.seed)
-    loss, rival, constants = parts["loss"], parts["rival"], parts["constants"]
+    loss, discriminator, constants = parts["loss"], parts["rival"], parts["constants"]
     optimizer = make_optimizer(config.optimizer, steps=config.steps)
 
     def begin(key: Array) -> Any:
         params = init_params(config.model.make, key)
         extra = loss.start(params, fresh=True) if isinstance(loss, StatefulLoss) else None
         state = init_state(params, optimizer, extra)
-        return state if rival is None else rival.join(state)
+        return state if discriminator is None else discriminator.join(state)
 
     def step(state: Any, clips: Any, *constants: Any) -> Any:
-        if rival is None:
+        if discriminator is None:
             return make_step(loss, optimizer, ema_decay=config.ema_decay, constants=constants)(state, clips)
-        # The largest of its programs.
-        both = play(loss, optimizer, rival, ema_decay=config.ema_decay, penalised=True)
-        return both(state, clips, *constants)
+        # The program with the discriminator's penalty is the largest.
+        adversarial_step = play(loss, optimizer, discriminator, ema_decay=config.ema_decay, penalised=True)
+        return adversarial_step(state, clips, *constants)
 
     window = max(config.windows, key=_pixels)
     if window.batch % (shards := row_shards(mesh)):
@@ -296,15 +295,15 @@ def _autoencoder(experiment: Experiment, mesh: AnyMesh) -> PlannedStep:
             f"autoencoder windows of batch={window.batch + -window.batch % shards}, or use fewer chips"
         )
     batch = jax.ShapeDtypeStruct((window.batch, *window.size, 3), jnp.uint8)
-    whole = jax.tree.map(lambda leaf: NamedSharding(mesh, PartitionSpec()), constants)
+    replicated = jax.tree.map(lambda leaf: NamedSharding(mesh, PartitionSpec()), constants)
     arguments = (
         shapes_on_devices(begin, shardings=functools.partial(shardings, mesh=mesh)),
         _laid(batch, batch_shardings(batch, mesh)),
-        *_laid(constants, whole),
+        *_laid(constants, replicated),
     )
     jitted = jax.jit(step, donate_argnums=0)
-    anywhere = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arguments)
-    flops = jitted.lower(*anywhere).cost_analysis() or {}
+    unsharded = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arguments)
+    flops = jitted.lower(*unsharded).cost_analysis() or {}
     return PlannedStep(jitted, arguments, model_flops=int(flops.get("flops", 0)))
 
 

@@ -1,4 +1,4 @@
-"""A search for the mesh, the rows and the recomputation with which a step takes the least time for what it does."""
+"""Search for the mesh, the rows and the rematerialisation with the highest utilisation."""
 
 import dataclasses
 import itertools
@@ -15,28 +15,28 @@ from dit_video.planning.report import Plan, adapted, check_mesh, devices_of, pla
 from dit_video.planning.steps import Part, clips_of, on_mesh, plan_step
 
 _SLACK = 1.1
-"""How much more than a device's memory a candidate may be estimated at: where steps were compiled, too, estimates were
-at most 5 % too high."""
+"""Largest estimate of a candidate's memory relative to a device's; for compiled steps, estimates were at most 5 % too
+high."""
 _ROWS = (1, 2, 4, 8)
 _LIKE_OTHERS = ("dots", "dots_no_batch", "offload")
-"""Policies that are not tried: one keeps scores of attention too, and the two others keep a little less than
-`dots_attention`, one of them in the host, for which all of attention is computed again."""
+"""Policies that are not tried: `dots` also keeps attention scores; the two others keep a little less than
+`dots_attention`, one of them on the host, and recompute all of attention for it."""
 
 
 class Candidate(NamedTuple):
-    """What is tried."""
+    """A candidate of the search."""
 
     mesh: MeshConfig
     rows: int
-    """of the batch"""
+    """Number of rows of the batch."""
     remat: Remat
     share: float
-    """of the chips' peak that the model's operations are, estimated: what candidates are ranked by"""
+    """Estimated share of the chips' peak that the model's operations use, by which candidates are ranked."""
     peak: int
-    """bytes, estimated"""
+    """Estimated peak memory in bytes."""
 
     def of(self, experiment: Experiment) -> Experiment:
-        """The experiment with it."""
+        """Return the experiment with this candidate's settings."""
         changed = with_dit(experiment, remat=self.remat)
         denoiser = dataclasses.replace(changed.denoiser, batch=self.rows)
         return dataclasses.replace(changed, denoiser=denoiser, mesh=self.mesh)
@@ -54,44 +54,46 @@ def suggest(
     price: float | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Plan:
-    """The best plan that fits: candidates are counted first, then the best few are compiled.
+    """Search for the best plan that fits: estimate all candidates, then compile the best few.
 
     Args:
-      experiment: whose mesh, batch and remat are replaced.
+      experiment: the experiment, whose mesh, batch and remat are replaced.
       topology: the hardware.
       part: the denoiser, or its sampler.
-      tries: how many candidates are compiled at the most, after which the best that fits is taken; until one fits,
-        as many more.
-      rows: of the batch, where that is not to be chosen.
-      clips: in each row; see `plan_experiment`.
-      steps: to be paid for.
-      price: of a chip for an hour.
-      say: is told of every candidate that is compiled.
+      tries: number of candidates to compile; until one fits, up to three times as many.
+      rows: number of rows of the batch, if fixed.
+      clips: number of clips in each row; see `plan_experiment`.
+      steps: number of steps to pay for.
+      price: price of a chip for an hour.
+      report: called with a line about every candidate that is compiled.
 
     Raises:
-      UserError: an autoencoder, whose step is not counted; nothing that fits.
+      UserError: an autoencoder, whose step cannot be estimated; nothing that fits.
     """
     if part == "autoencoder":
-        raise UserError("meshes are searched for the denoiser and its sampler; plan the autoencoder with --mesh")
+        raise UserError(
+            "part=autoencoder is invalid: only the denoiser and its sampler are searched; set --mesh for it"
+        )
     experiment = adapted(experiment, topology)
-    found = candidates(experiment, topology, part=part, rows=rows, clips=clips)
-    if not found:
+    ranked = candidates(experiment, topology, part=part, rows=rows, clips=clips)
+    if not ranked:
         raise UserError(
             f"nothing on {topology} divides the denoiser's heads, hidden width and rows, or comes near to fitting"
         )
     best: Plan | None = None
-    for number, candidate in enumerate(found):
+    for number, candidate in enumerate(ranked):
+        # Estimates may all be a little too low, so keep trying for longer until one candidate fits.
         if number >= tries * (1 if best else 3):
             break
-        given: dict[str, Any] = {"part": part, "mesh": candidate.mesh, "clips": clips, "steps": steps, "price": price}
-        plan = plan_experiment(candidate.of(experiment), topology, **given)
+        options: dict[str, Any] = {"part": part, "mesh": candidate.mesh, "clips": clips, "steps": steps, "price": price}
+        plan = plan_experiment(candidate.of(experiment), topology, **options)
         say(_line(candidate, plan))
         if plan.fits and (best is None or _worth(plan) > _worth(best)):
             best = plan
     if best is None:
         raise UserError(
-            f"none of the {min(len(found), 3 * tries)} most promising meshes fits {topology}; take more chips, or rows "
-            "of fewer tokens"
+            f"none of the {min(len(ranked), 3 * tries)} most promising meshes fits {topology}; use more chips, or "
+            "rows of fewer tokens"
         )
     return best
 
@@ -116,37 +118,38 @@ def candidates(
     rows: int | None = None,
     clips: int | None = None,
 ) -> list[Candidate]:
-    """All that divides and may fit, the most promising first; of equal ones that with the fewest rows."""
-    found = []
-    devices, there = devices_of(topology)
-    number = len(devices) if there else topology.chips
-    limit = topology.chip.memory * topology.chips // number
+    """Return all candidates that divide the experiment and may fit, best first, and of equals the fewest rows first."""
+    results = []
+    devices, present = devices_of(topology)
+    device_count = len(devices) if present else topology.chips
+    limit = topology.chip.memory * topology.chips // device_count
     remats = [remat for remat in get_args(Remat) if remat not in _LIKE_OTHERS] if part == "denoiser" else ["none"]
-    one = plan_step(experiment, part, abstract_mesh(MeshConfig(), 1), clips=clips_of(experiment, clips))
-    assert one.known is not None
-    for mesh in meshes(experiment, number):
-        abstract = abstract_mesh(mesh, number)
-        laid = on_mesh(one.arguments[0], abstract)
-        state, parts = held((laid,)), row_shards(abstract)
-        batches = [rows] if rows is not None else [parts * each for each in _ROWS]
+    unsharded = plan_step(experiment, part, abstract_mesh(MeshConfig(), 1), clips=clips_of(experiment, clips))
+    assert unsharded.known is not None
+    for mesh in meshes(experiment, device_count):
+        abstract = abstract_mesh(mesh, device_count)
+        state_shapes = on_mesh(unsharded.arguments[0], abstract)
+        state, parts = held((state_shapes,)), row_shards(abstract)
+        batches = [rows] if rows is not None else [parts * rows_per_shard for rows_per_shard in _ROWS]
         for batch, remat in itertools.product(batches, remats):
             try:
                 check_mesh(Candidate(mesh, batch, remat, 0.0, 0).of(experiment), abstract)
             except UserError:
                 continue
-            known = one.known.resized(batch, remat)
-            memory, work = estimate(known, state, one.layer_bytes, dict(abstract.shape))
+            costs = unsharded.known.resized(batch, remat)
+            memory, work = estimate(costs, state, unsharded.layer_bytes, dict(abstract.shape))
             if memory.peak > _SLACK * limit:
                 continue
-            times = step_times(work, topology, dict(abstract.shape), devices_per_chip=number // topology.chips)
-            flops = known.forward * (3 if known.training else 1)
+            times = step_times(work, topology, dict(abstract.shape), devices_per_chip=device_count // topology.chips)
+            flops = costs.forward * (3 if costs.training else 1)
             share = flops / (times.apart * topology.chips * topology.chip.flops)
-            found.append(Candidate(mesh, batch, remat, share, memory.peak))
-    return sorted(found, key=lambda one: (-round(one.share, 2), one.rows, -one.mesh.fsdp))
+            results.append(Candidate(mesh, batch, remat, share, memory.peak))
+    # Estimates do not tell shares within one percent apart: there, prefer fewer rows, then more `fsdp`.
+    return sorted(results, key=lambda unsharded: (-round(unsharded.share, 2), unsharded.rows, -unsharded.mesh.fsdp))
 
 
 def meshes(experiment: Experiment, devices: int) -> Iterator[MeshConfig]:
-    """Every way to lay the devices along the axes; along `tensor` and `context` no more than there are heads."""
+    """Yield every mesh of the devices, with at most as many along `tensor` and `context` as there are heads."""
     dit = experiment.denoiser.dit
     for tensor in _divisors(devices):
         if dit.heads % tensor or dit.hidden_width % tensor:
@@ -156,8 +159,10 @@ def meshes(experiment: Experiment, devices: int) -> Iterator[MeshConfig]:
                 continue
             for fsdp in _divisors(devices // (tensor * context)):
                 data = devices // (tensor * context * fsdp)
-                way = experiment.mesh.context_attention
-                yield MeshConfig(data=data, fsdp=fsdp, tensor=tensor, context=context, context_attention=way)
+                context_attention = experiment.mesh.context_attention
+                yield MeshConfig(
+                    data=data, fsdp=fsdp, tensor=tensor, context=context, context_attention=context_attention
+                )
 
 
 def _divisors(number: int) -> list[int]:

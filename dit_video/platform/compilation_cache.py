@@ -1,4 +1,4 @@
-"""Compiled programs, kept between runs: the second start of a script does not compile what the first one did."""
+"""Cache of compiled programs: the second start of a script does not compile what the first one did."""
 
 import os
 from pathlib import Path
@@ -7,20 +7,20 @@ from typing import Any, cast
 import jax
 
 LEAST_SECONDS = 0.3
-"""What is compiled faster is compiled again."""
+"""Shortest compilation that is cached, in seconds; anything faster is compiled again."""
 
 
 def keep_programs(folder: Path | None = None) -> Path:
-    """Have JAX keep what it compiles from now on, and read it again; returns where.
+    """Have JAX cache compiled programs in a folder from now on; returns the folder.
 
-    A folder that JAX was told of already, as by `JAX_COMPILATION_CACHE_DIR`, stays. JAX never removes a program; the
-    folder may be deleted at any time.
+    A folder that JAX was given before, for example by `JAX_COMPILATION_CACHE_DIR`, stays. JAX never removes a program;
+    the folder may be deleted at any time.
 
     Args:
-      folder: `dit_video/programs` in `$XDG_CACHE_HOME` by default, which is `~/.cache` by default.
+      folder: by default `dit_video/programs` in `$XDG_CACHE_HOME`, or in `~/.cache` without that.
     """
-    if told := cast(Any, jax.config).jax_compilation_cache_dir:
-        return Path(told)
+    if configured := cast(Any, jax.config).jax_compilation_cache_dir:
+        return Path(configured)
     if folder is None:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit_video" / "programs"
     jax.config.update("jax_compilation_cache_dir", str(folder))

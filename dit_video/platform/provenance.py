@@ -1,4 +1,4 @@
-"""Which code runs: written into checkpoints, and compared between the processes of one run."""
+"""Version of the running code: written into checkpoints, and compared between the processes of a run."""
 
 import functools
 import hashlib
@@ -12,9 +12,9 @@ _PACKAGE = Path(__file__).parents[1]
 
 @functools.cache
 def code_version() -> dict[str, str | None]:
-    """Versions of the package, Python and JAX, a digest of the package's files, and the commit of a git checkout.
+    """Return the versions of the package, Python and JAX, a digest of the package's files, and the git commit, if any.
 
-    The digest says whether two places run the same code, also where there is no git, or changes are not committed.
+    The digest tells whether two machines run the same code, also without git or with uncommitted changes.
     """
     return {
         "dit_video": _installed("dit-video"),
@@ -42,14 +42,14 @@ def _digest() -> str:
 
 
 def _commit() -> str | None:
-    """None where the package does not lie at the top of a checkout: a folder above may be a repository of others."""
+    """Return the commit; None where the package is not at the top of a checkout: the repository may be another's."""
     root = _PACKAGE.parent
     if not (root / ".git").exists():
         return None
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
+    return result.stdout.strip()

@@ -1,4 +1,4 @@
-"""Distillation of any checkpoint into few steps: the experiment that it gives, and what a student has lost."""
+"""Distillation of any checkpoint into a few-step student: its experiment, and a comparison of teacher and student."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -29,43 +29,44 @@ ATTRIBUTES = ("colour", "direction", "shape")
 
 @dataclass(frozen=True, kw_only=True)
 class Distilling:
-    """How a teacher is distilled."""
+    """Options of the distillation of a teacher."""
 
     method: Literal["consistency", "dmd"] = "consistency"
-    """`consistency`: latent consistency. `dmd`: distribution matching (DMD2), which needs no data but their captions
-    and sizes."""
+    """Distillation method. `consistency`: latent consistency. `dmd`: distribution matching (DMD2), whose only data are
+    captions and sizes."""
     steps: int = 1000
     sampling_steps: int = 4
-    """of the student"""
+    """Number of sampling steps of the student."""
     guidance: float | None = None
-    """of the teacher, which the student learns to do without; the teacher's own by default"""
+    """Guidance scale of the teacher, which the student learns to imitate without guidance; the teacher's own by
+    default."""
     intervals: int = 32
-    """of consistency: how many steps the teacher takes from noise to data"""
+    """Number of steps that the teacher takes from noise to data; `consistency` only."""
     critic_steps: int = 5
-    """of distribution matching: how often the critic moves for each time that the student does"""
+    """Number of critic updates for each update of the student; `dmd` only."""
     batch: int | None = None
-    """rows of a step; as many as the teacher's by default"""
+    """Number of rows of a step; the teacher's by default."""
     optimizer: Literal["adamw", "muon"] = "muon"
     learning_rate: float | None = None
-    """1e-3 of consistency, 3e-4 of distribution matching by default"""
+    """Learning rate; by default 1e-3 for `consistency` and 3e-4 for `dmd`."""
     warmup: int = 20
     ema_decay: float = 0.98
-    """of the moving average, which is consistency's target and what is sampled from in the end"""
+    """Decay of the moving average, which is the target of `consistency` and the final student."""
     seed: int = 0
     log_every: int = 20
     save_every: int = 200
 
 
 def distilling(folder: str | os.PathLike, options: Distilling = Distilling()) -> Experiment:
-    """The experiment that distils the denoiser of a run or a pipeline; its autoencoder is used as it is.
+    """Return the experiment that distils the denoiser of a run or a pipeline, whose autoencoder is used unchanged.
 
     Args:
-      folder: of a run that has its pipeline, or of a pipeline.
-      options: how.
+      folder: a run that has its pipeline, or a pipeline.
+      options: options of the distillation.
 
     Raises:
-      MissingError: no such folder.
-      UserError: a model of two experts, one that is told of known frames, or options that don't fit it.
+      MissingError: the folder does not exist.
+      UserError: a model with two experts or with conditioning frames, or options that do not fit it.
     """
     folder = Path(folder)
     run = Run.open(folder).experiment if (folder / RUN).is_file() else None
@@ -73,12 +74,12 @@ def distilling(folder: str | os.PathLike, options: Distilling = Distilling()) ->
     config = load_pipeline(start).config
     if config.boundary is not None or config.dit.given_channels or config.dit.time == "token":
         raise UserError(
-            f"{folder} holds a model of two experts, or one that is told of known frames; distil a text-to-video model "
-            "of one denoiser"
+            f"{folder} holds a model with two experts or with conditioning frames; distil a text-to-video model with "
+            "one denoiser"
         )
     scale = config.sampling.guidance if options.guidance is None else options.guidance
     if not isinstance(scale, float | int):
-        raise UserError(f"the teacher's guidance is one scale when it is distilled, not {scale}; give --guidance")
+        raise UserError(f"guidance={scale} is invalid: a teacher is distilled at one scale; set it with --guidance")
     autoencoder: Any = config.autoencoder
     objective = FlowMatching(process=config.process, prediction=config.prediction)
     data = Data(max_pixels=config.size.h * config.size.w, max_frames=config.size.t, fps=config.fps)
@@ -132,19 +133,19 @@ def compare(
     seeds: Sequence[int] = (0, 1, 2),
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """How teacher and student of the rendered shapes follow prompts, by their steps: the same prompts and seeds.
+    """Measure how well teacher and student follow prompts of rendered shapes, with the same prompts and seeds.
 
-    Every row has `steps`, the rates of colour, direction and shape, their mean `following`, `spread` (of start
-    positions, in the data's: see `start_spread`; the mean over directions and axes), and `samples`. Rows of the student
-    also have `following_kept` and `spread_kept`, their shares of what the teacher has at `full` steps.
+    Each row has the number of `steps`, the rates of correct colour, direction and shape, their mean `following`,
+    `spread` (of start positions relative to the data's, see `start_spread`; the mean over directions and axes), and
+    `samples`. Rows also have `following_kept` and `spread_kept`, their ratios to the teacher's at `reference_steps`.
 
     Args:
-      teacher: sampled by its own sampler and guidance.
-      student: sampled by its own.
-      full: steps of the teacher that the student is measured by.
-      few: steps of both.
-      seeds: of the samples; each has every prompt (see `measure.shape_requests`).
-      progress: is called with the number of rows that are done.
+      teacher: sampled with its own sampler and guidance.
+      student: sampled with its own.
+      reference_steps: number of steps of the teacher that all rows are compared with.
+      few_steps: further numbers of steps, of teacher and student.
+      seeds: seeds of the samples; each has all prompts (see `evaluate.make_shape_requests`).
+      progress: called with the number of finished rows.
     """
     table: dict[str, dict[str, Any]] = {}
     for name, pipeline, steps in (
@@ -171,14 +172,14 @@ def _figures(pipeline: Pipeline, steps: int, seeds: Sequence[int]) -> dict[str, 
         requests = shape_requests(seed)
         clips = pipeline.generate_many(requests, steps=steps)
         results += [examine(shapes.parse(request.prompt), clip) for request, clip in zip(requests, clips, strict=True)]
-    found = prompt_following(results)
-    rates = {name: found["all"][name]["rate"] for name in ATTRIBUTES}
-    entries = [entry for entry in found["start_spread"].values() if isinstance(entry, dict)]
+    metrics = prompt_following(results)
+    rates = {name: metrics["all"][name]["rate"] for name in ATTRIBUTES}
+    entries = [entry for entry in metrics["start_spread"].values() if isinstance(entry, dict)]
     ratios = [entry[axis]["ratio"] for entry in entries for axis in ("vertical", "horizontal")]
-    known = [ratio for ratio in ratios if ratio is not None]
+    known_ratios = [ratio for ratio in ratios if ratio is not None]
     return {
         **rates,
         "following": float(np.mean(list(rates.values()))),
-        "spread": float(np.mean(known)) if known else None,
+        "spread": float(np.mean(known_ratios)) if known_ratios else None,
         "samples": len(results),
     }

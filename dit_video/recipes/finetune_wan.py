@@ -1,4 +1,4 @@
-"""Fine-tuning of open weights on clips: the experiment that a folder of Wan gives."""
+"""Fine-tuning of open weights on clips: the experiment for a folder of Wan."""
 
 import os
 from dataclasses import dataclass, field, replace
@@ -23,82 +23,82 @@ from dit_video.weights import load_scheduler, text_encoder_config
 
 _RATES = {"lora": 1e-4, "full": 1e-5, "temporal": 1e-5, "scratch": 1e-4}
 _CLIPS = 4
-"""of a row, at most, that are smaller than the largest"""
+"""Largest number of clips of a row, when they are smaller than the largest."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuning:
-    """How open weights are trained on; what is left out is as the model was made.
+    """Options of the fine-tuning of open weights; defaults follow the original training.
 
     Raises:
       UserError: a learning rate that is not positive.
     """
 
     train: Literal["lora", "full", "temporal", "scratch"] = "lora"
-    """`lora`: adapters alone. `full`: all weights. `temporal`: those of layers in time. `scratch`: all, from random
-    weights of the same shapes."""
+    """Weights that are trained. `lora`: adapters only. `full`: all weights. `temporal`: layers along time. `scratch`:
+    all, from random initial values."""
     expert: Literal["high", "low"] | None = None
-    """of a model with two experts (Wan 2.2 A14B) the one that is trained, at its own times: `high`, that of noisy
-    times, or `low`"""
+    """Expert that is trained, of a model with two (Wan 2.2 A14B): `high` for noisy times, or `low`; each at its own
+    times."""
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(targets=(r"^dit/blocks/.*kernel$",)))
     steps: int = 1000
     batch: int = 1
-    """rows of a step: a row has one of the largest clips, or several smaller ones"""
+    """Number of rows of a step. A row has one clip of the largest size, or several smaller ones."""
     learning_rate: float | None = None
-    """by default 1e-4 of adapters and from scratch, 1e-5 of weights that are trained already"""
+    """Learning rate; by default 1e-4 for adapters and from scratch, 1e-5 for pretrained weights."""
     warmup: int = 50
     max_pixels: int | None = None
-    """of a frame; by default 480x832, of TI2V-5B 704x1280"""
+    """Largest number of pixels of a frame; by default 480x832, for TI2V-5B 704x1280."""
     max_frames: int | None = None
-    """by default 81, of TI2V-5B 121"""
+    """Largest number of frames; by default 81, for TI2V-5B 121."""
     fps: float | None = None
-    """by default 16, of TI2V-5B 24"""
+    """Frame rate of the clips; by default 16, for TI2V-5B 24."""
     stretches: int = 1
-    """how many stretches of `max_frames`, spread over its length, are taken of a longer clip"""
+    """Number of temporal crops of `max_frames` that are used of a longer clip, spread over its length."""
     first_frame: float | None = None
-    """How often the first frame of a clip is known, so that what follows is learned: of TI2V-5B by default half of the
-    time, of I2V always, as there is nothing else that it was trained for. Other models can't be told of one."""
+    """Probability that the first frame of a clip is known, so that image-to-video is trained. By default 0.5 for
+    TI2V-5B and 1 for I2V, which is trained for nothing else. Other models do not accept it."""
     held_out: tuple[str, ...] = ()
-    """names of clips that are not trained on, but reconstructed and reported"""
+    """Names of clips that are reconstructed and reported instead of trained on."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """of matrix products, and of weights that are not trained"""
+    """Dtype of matrix products, and of weights that are not trained."""
     remat: Remat = "full"
-    """what is kept for the backward pass; where there is memory for it, `attention` computes much less of long clips
-    again"""
+    """Activations that are kept for the backward pass; `attention` takes more memory and recomputes much less of long
+    clips."""
     sampling_steps: int = 50
     guidance: float = 5.0
     samples: int = 4
-    """how many captions of training clips, and of clips that are held out, are sampled at the end"""
+    """Number of captions that are sampled at the end, of training clips and of held-out clips each."""
     seed: int = 0
     log_every: int = 20
     save_every: int = 500
 
     def __post_init__(self):
         if self.learning_rate is not None and not self.learning_rate > 0:
-            raise UserError(f"the learning rate {self.learning_rate} must be positive")
+            raise UserError(f"learning_rate={self.learning_rate} is invalid: it must be positive")
 
 
 def finetuning(folder: str | os.PathLike, options: FineTuning = FineTuning()) -> Experiment:
-    """The experiment that trains the transformer of a Wan folder further; its weights are not read yet.
+    """Return the experiment that fine-tunes the transformer of a Wan folder; no weights are read yet.
 
-    The autoencoder and the text encoder are used as they are. Prediction, shift, solver and times of sampling are those
-    of the folder's scheduler.
+    The autoencoder and the text encoder are used unchanged. Prediction, shift, solver and sampling times are those of
+    the folder's scheduler.
 
     Args:
-      folder: in diffusers' layout, with `model_index.json`.
-      options: what is trained, how long, and on what sizes.
+      folder: a folder in diffusers' layout, with `model_index.json`.
+      options: trained weights, number of steps and sizes.
 
     Raises:
-      MissingError: no such folder, or parts that it lacks.
-      UserError: a pipeline or a model that can't be fine-tuned here, settings that aren't known, or options that don't
-        fit it.
+      MissingError: the folder does not exist, or lacks parts.
+      UserError: a pipeline or a model that cannot be fine-tuned here, unsupported settings, or options that do not fit
+        it.
     """
     folder = Path(folder)
     start, expert = _start(folder, options)
-    found = denoiser_config(folder / "transformer")
-    if not isinstance(found, WanDitConfig):
-        raise UserError(f"{folder / 'transformer'} holds no Wan, which alone can be fine-tuned so; name another folder")
-    dit = replace(found, dtype=options.dtype, remat=options.remat)
+    transformer = denoiser_config(folder / "transformer")
+    if not isinstance(transformer, WanDitConfig):
+        raise UserError(f"{folder / 'transformer'} holds no Wan; use a folder of Wan, the only model supported here")
+    dit = replace(transformer, dtype=options.dtype, remat=options.remat)
     autoencoder = autoencoder_config(folder / "vae")
     assert isinstance(autoencoder, CausalVaeConfig)
     schedule = load_scheduler(folder / "scheduler")
@@ -111,7 +111,7 @@ def finetuning(folder: str | os.PathLike, options: FineTuning = FineTuning()) ->
         dtype=options.dtype,
         cleaned=True,
     )
-    rate = _RATES[options.train] if options.learning_rate is None else options.learning_rate
+    learning_rate = _RATES[options.train] if options.learning_rate is None else options.learning_rate
     return Experiment(
         name=folder.resolve().name,
         seed=options.seed,
@@ -122,7 +122,7 @@ def finetuning(folder: str | os.PathLike, options: FineTuning = FineTuning()) ->
             text=text,
             rows=RowShape(tokens=_largest(data, autoencoder, dit), text=2 * dit.text_length, segments=_CLIPS),
             batch=options.batch,
-            optimizer=OptimizerConfig(learning_rate=rate, warmup=min(options.warmup, options.steps - 1)),
+            optimizer=OptimizerConfig(learning_rate=learning_rate, warmup=min(options.warmup, options.steps - 1)),
             steps=options.steps,
             objective=FlowMatching(process=schedule.process, prediction=schedule.prediction, times=LogitNormal()),
             ema_decay=0.99,
@@ -142,15 +142,15 @@ def finetuning(folder: str | os.PathLike, options: FineTuning = FineTuning()) ->
 
 
 def _start(folder: Path, options: FineTuning) -> tuple[Path, OneOfTwo | None]:
-    """The folder of the weights that are trained, and which of two experts that is."""
+    """Return the folder of the weights that are trained, and the expert of two that they are."""
     boundary = checked_index(folder).get("boundary_ratio")
     if boundary is None:
         if options.expert is not None:
-            raise UserError(f"{folder} has one transformer for all times; leave out expert")
+            raise UserError(f"expert={options.expert} is invalid: {folder} has one transformer; leave out expert")
         return folder, None
     if options.expert is None:
         raise UserError(
-            f"{folder} has two experts, which are trained one at a time; say expert=high, for times from {boundary} "
+            f"{folder} has two experts, which are trained one at a time; set expert=high, for times from {boundary} "
             "on, or expert=low"
         )
     high, low = folder / "transformer", folder / "transformer_2"
@@ -170,7 +170,7 @@ def _data(options: FineTuning, dit: WanDitConfig) -> Data:
 
 
 def _largest(data: Data, autoencoder: CausalVaeConfig, dit: WanDitConfig) -> int:
-    """Tokens of the largest clip."""
+    """Return the number of tokens of the largest clip."""
     stride, patch = autoencoder.stride, dit.patch
     side = Grid(1, stride.h * patch.h, stride.w * patch.w)
     return latent_grid(side._replace(t=data.max_frames), stride).t * (data.max_pixels // side.volume)
@@ -182,7 +182,7 @@ def _known(options: FineTuning, dit: WanDitConfig) -> KnownFrames | None:
     if dit.given_channels:
         return KnownFrames(chance=1.0 if options.first_frame is None else options.first_frame, rest="grey")
     if options.first_frame is not None:
-        raise UserError("this model can't be told of a first frame; leave out first_frame")
+        raise UserError("first_frame_prob is invalid: this model has no input for a first frame; leave it out")
     return None
 
 

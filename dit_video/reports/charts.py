@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: every value as a thin line, and its smoothing on top."""
+"""Line charts as inline SVG: all values as a thin line, and a smoothed line on top."""
 
 import math
 from collections.abc import Sequence
@@ -11,21 +11,21 @@ from dit_video.reports.markup import Markup, element, join
 _WIDTH, _HEIGHT = 560.0, 310.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 14.0, 14.0, 44.0
 _POINTS = 400
-"""More points than this are averaged in bins: a line of 560 pixels shows no more."""
+"""Maximum number of points of a line; more points are averaged in bins, as a line of 560 pixels cannot show more."""
 _FEW = 40
-"""Fewer points than this are drawn without smoothing."""
+"""Minimum number of points for which smoothing is applied."""
 _SMOOTHING = 0.02
-"""How far the smoothing reaches to either side, as a share of the points."""
+"""Reach of the smoothing to either side, as a share of the points."""
 _COLOURS = 6
 
 Line = tuple[str, Float64[np.ndarray, " _"], Float64[np.ndarray, " _"]]
-"""Name, steps, values."""
+"""Name, steps and values of a line."""
 
 
 def line_chart(label: str, curves: Sequence[tuple[str, Sequence[int | float], Sequence[int | float]]]) -> Markup:
-    """An SVG of named curves, each (name, steps, values), with a legend of their last smoothed values.
+    """Return an SVG of named curves, each (name, steps, values), with a legend of their last smoothed values.
 
-    The value axis is logarithmic where all values are positive and span a decade. Values that are not finite are not
+    The value axis is logarithmic if all values are positive and span a decade. Values that are not finite are not
     drawn, and the legend counts them.
     """
     lines: list[Line] = []
@@ -37,14 +37,14 @@ def line_chart(label: str, curves: Sequence[tuple[str, Sequence[int | float], Se
         lines.append((name, x, y))
         missing = int((~finite).sum())
         legend.append(_legend_entry(name, y, missing, index % _COLOURS))
-    drawn = [line for line in lines if len(line[1])]
-    if not drawn:
+    non_empty = [line for line in lines if len(line[1])]
+    if not non_empty:
         return join(element("p", "No finite values to draw.", class_="muted"), element("ul", *legend, class_="legend"))
     return join(_svg(label, lines), element("ul", *legend, class_="legend"))
 
 
 def smooth(values: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
-    """A mean over neighbours on both sides, weighted by a triangle: it does not lag. Few values stay as they are."""
+    """Return a triangle-weighted mean over neighbours on both sides, which does not lag; few values are unchanged."""
     if len(values) < _FEW:
         return values
     reach = max(1, round(_SMOOTHING * len(values)))
@@ -54,18 +54,18 @@ def smooth(values: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
 
 
 def linear_ticks(low: int | float, high: int | float, *, count: int = 5) -> list[int | float]:
-    """Round numbers in [low, high], about `count` of them: steps of 1, 2 or 5 times a power of ten."""
+    """Return about `count` round numbers in [low, high], at steps of 1, 2 or 5 times a power of ten."""
     if not high > low:
         return [low]
-    rough = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
+    min_step = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(min_step))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= min_step * 0.999)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [step * index for index in range(first, last + 1)]
 
 
 def log_ticks(low: int | float, high: int | float) -> list[float]:
-    """Powers of ten in [low, high], and 2 and 5 times them where that leaves no more than eight."""
+    """Return the powers of ten in [low, high], and 2 and 5 times these if there are at most eight ticks in all."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     fine = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
     fine = [tick for tick in fine if low * 0.999 <= tick <= high * 1.001]
@@ -74,7 +74,7 @@ def log_ticks(low: int | float, high: int | float) -> list[float]:
 
 
 def number(value: int | float) -> str:
-    """A short form: 4 significant digits, thousands as `12k`."""
+    """Return a number with 4 significant digits, thousands as `12k`."""
     if value != 0 and abs(value) >= 10_000 and abs(value) < 1e9:
         thousand = value / 1_000
         return f"{thousand:.4g}k" if thousand < 10_000 else f"{value / 1e6:.4g}M"
@@ -109,9 +109,16 @@ def _svg(label: str, lines: Sequence[Line]) -> Markup:
         if len(x) == 1:
             parts.append(element("circle", cx=float(across(x)[0]), cy=float(down(y)[0]), r=3, class_=f"dot {colour}"))
     axis = element("text", "step", x=_WIDTH - _RIGHT, y=_HEIGHT - 4, class_="axis end")
-    note = element("text", "log scale", x=_WIDTH - _RIGHT, y=_TOP + 8, class_="axis end") if log else None
+    log_label = element("text", "log scale", x=_WIDTH - _RIGHT, y=_TOP + 8, class_="axis end") if log else None
     return element(
-        "svg", *parts, axis, note, viewBox=f"0 0 {_WIDTH:g} {_HEIGHT:g}", role="img", aria_label=label, class_="chart"
+        "svg",
+        *parts,
+        axis,
+        log_label,
+        viewBox=f"0 0 {_WIDTH:g} {_HEIGHT:g}",
+        role="img",
+        aria_label=label,
+        class_="chart",
     )
 
 
@@ -122,7 +129,7 @@ def _limits(values: Float64[np.ndarray, " n"]) -> tuple[float, float]:
 
 
 def _bin(x: Float64[np.ndarray, " n"], y: Float64[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
-    """Means of neighbours where there are more than can be seen."""
+    """Return means of neighbouring points if there are more than can be drawn."""
     if len(x) <= _POINTS:
         return x, y
     edges = np.linspace(0, len(x), _POINTS + 1).astype(int)
@@ -147,6 +154,6 @@ def _vertical(at: float, tick: int | float) -> Markup:
 
 def _legend_entry(name: str, values: Float64[np.ndarray, " n"], missing: int, colour: int) -> Markup:
     last = number(float(smooth(values)[-1])) if len(values) else "–"
-    gap = f" · {missing} not finite" if missing else ""
+    note = f" · {missing} not finite" if missing else ""
     swatch = element("span", class_=f"swatch c{colour}")
-    return element("li", swatch, name, " ", element("b", last), element("span", gap, class_="muted"))
+    return element("li", swatch, name, " ", element("b", last), element("span", note, class_="muted"))

@@ -1,4 +1,4 @@
-"""Clips inside a page: encoded, as data URIs, with the size at which they are shown."""
+"""Clips embedded in a page as data URIs, with the size at which they are shown."""
 
 import base64
 import statistics
@@ -11,19 +11,20 @@ from dit_video.reports.markup import Markup, element
 from dit_video.video import Clip, encode
 
 _LOSSLESS_PIXELS = 33 * 64 * 64
-"""Up to this many pixels over all frames an animated PNG is small, loses nothing and loops everywhere."""
+"""Maximum number of pixels over all frames of a clip that is embedded as animated PNG: small, lossless, loops
+everywhere."""
 _CRF = 20
-"""Quality of larger clips: a page is for looking, the files beside it are the originals."""
+"""Quality of larger clips; a page is for viewing, and the files next to it are the originals."""
 _TINY = 80
-"""Clips whose shorter side is at most this are enlarged by a whole number, pixel by pixel."""
+"""Maximum shorter side of clips that are enlarged by an integer factor, without interpolation."""
 _TINY_SIDE, _SIDE, _LONGEST = 160, 240, 640
-"""CSS pixels: what the shorter side is brought to, tiny or not, and the most that the longer side may have."""
+"""Target lengths of the shorter side for tiny and other clips, and the maximum of the longer side, in CSS pixels."""
 
 
 def embed(clip: Clip, label: str, *, scale: int | float) -> Markup:
-    """An element that plays `clip` in a loop: PNG for an image, animated PNG for a tiny clip, else H.264 or VP9.
+    """Return an element that plays `clip` in a loop: PNG for an image, animated PNG for a tiny clip, else H.264 or VP9.
 
-    VP9 is for clips with an odd side, which 4:2:0 H.264 does not hold.
+    VP9 is used for clips with an odd side, which 4:2:0 H.264 does not support.
     """
     frames, height, width, _ = clip.frames.shape
     kind = "media pixels" if scale >= 2 else "media"
@@ -39,7 +40,7 @@ def embed(clip: Clip, label: str, *, scale: int | float) -> Markup:
 
 
 def common_scale(clips: Sequence[Clip]) -> int | float:
-    """One enlargement for all, so that their sizes can be compared: whole for tiny clips."""
+    """Return one scale for all clips, so that their sizes can be compared; an integer for tiny clips."""
     short = statistics.median(min(clip.height, clip.width) for clip in clips)
     longest = max(max(clip.height, clip.width) for clip in clips)
     if short <= _TINY:
@@ -48,15 +49,15 @@ def common_scale(clips: Sequence[Clip]) -> int | float:
 
 
 def side_by_side(first: Clip, *others: Clip) -> tuple[Clip, list[tuple[float, float]]]:
-    """All in one clip, so that they cannot run out of step, and where each gap between them starts and ends (0..1)."""
+    """Return all clips joined into one, so that they stay in sync, and (start, end) of each gap in 0..1."""
     width = first.width
     gap = 2 * max(1, width // 32)
-    space = np.zeros((*first.frames.shape[:2], gap, 3), np.uint8)
-    parts = [first.frames, *(part for other in others for part in (space, other.frames))]
-    whole = width + len(others) * (width + gap)
-    starts = [(width + number * (width + gap)) / whole for number in range(len(others))]
+    blank = np.zeros((*first.frames.shape[:2], gap, 3), np.uint8)
+    parts = [first.frames, *(part for other in others for part in (blank, other.frames))]
+    total_width = width + len(others) * (width + gap)
+    starts = [(width + number * (width + gap)) / total_width for number in range(len(others))]
     joined = Clip(frames=np.concatenate(parts, axis=2), fps=first.fps, caption=first.caption)
-    return joined, [(start, start + gap / whole) for start in starts]
+    return joined, [(start, start + gap / total_width) for start in starts]
 
 
 def _uri(kind: str, data: bytes) -> str:

@@ -1,4 +1,4 @@
-"""What a report shows."""
+"""Contents of a report."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,62 +13,69 @@ class Figure:
     """A headline figure."""
 
     label: str
+    """Name of the figure."""
     value: str
-    """as it is to be read, with its unit: `98 %`"""
+    """Formatted value with its unit: `98 %`."""
     note: str = ""
-    """what belongs to it: an interval, the number of clips"""
+    """Additional information, such as an interval or the number of clips."""
     share: int | float | None = None
-    """the figure as a share of its best, 0..1, drawn as a bar; out of bounds is clipped to the bar"""
+    """Figure as a share of its best value, 0..1, drawn as a bar; values outside are clipped."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A generated clip. Its prompt is the clip's caption, unless it is given."""
+    """A generated clip."""
 
     clip: Clip
+    """Clip that was generated."""
     prompt: str | None = None
+    """Prompt of the sample; by default the clip's caption."""
     seen: bool | None = None
-    """whether training had this prompt; `None` where the question does not arise"""
+    """True if the prompt occurred in training; None if that does not apply."""
     verdict: Mapping[str, bool] = field(default_factory=dict)
-    """a judge's answer for each attribute, `{"colour": True}`; empty without a judge"""
+    """Judgement of each attribute, `{"colour": True}`; empty without a judge."""
     note: str = ""
-    """a line of small print, such as the seed"""
+    """Line of small print, such as the seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction:
-    """A clip and what the autoencoder makes of it.
+    """A clip and its reconstruction by the autoencoder.
 
     Raises:
       UserError: the two differ in size.
     """
 
     original: Clip
+    """Clip that was encoded."""
     decoded: Clip
+    """Reconstruction by the autoencoder."""
     psnr: int | float
-    """dB"""
+    """PSNR of the reconstruction in dB."""
     ssim: int | float | None = None
+    """SSIM of the reconstruction; None if it was not measured."""
     name: str = ""
-    """the original's caption, unless it is given"""
+    """Name of the clip; by default the original's caption."""
     linear: Clip | None = None
-    """what the best linear autoencoder of as many latent values makes of it"""
+    """Reconstruction by the best linear autoencoder with as many latent values."""
     linear_psnr: int | float | None = None
+    """PSNR of the linear reconstruction in dB."""
 
     def __post_init__(self) -> None:
-        for made in (self.decoded, self.linear):
-            if made is not None and self.original.frames.shape != made.frames.shape:
+        for reconstruction in (self.decoded, self.linear):
+            if reconstruction is not None and self.original.frames.shape != reconstruction.frames.shape:
                 raise UserError(
-                    f"a reconstruction has its original's size, {self.original.frames.shape} [T H W 3], and this one "
-                    f"is {made.frames.shape}; compare before resizing"
+                    f"a reconstruction of shape {reconstruction.frames.shape} differs from its original's, "
+                    f"{self.original.frames.shape} [T H W 3]; compare clips before resizing them"
                 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """A value over steps.
+    """Values over steps.
 
     Raises:
-      UserError: there are not as many steps as values.
+      UserError: the numbers of steps and values differ.
     """
 
     name: str
@@ -78,13 +85,13 @@ class Curve:
     def __post_init__(self) -> None:
         if len(self.steps) != len(self.values):
             raise UserError(
-                f"curve {self.name!r} has {len(self.steps)} steps and {len(self.values)} values; give one step a value"
+                f"curve {self.name!r} has {len(self.steps)} steps and {len(self.values)} values; use one step per value"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """Curves that share their axes. The value axis is logarithmic where the values span a decade."""
+    """Curves with common axes; the value axis is logarithmic if the values span a decade."""
 
     title: str
     curves: tuple[Curve, ...]
@@ -101,7 +108,7 @@ class Command:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Everything that `write_report` shows, top to bottom. A part that is empty has no section."""
+    """Everything that `write_report` shows, from top to bottom; empty parts have no section."""
 
     title: str
     summary: str = ""
@@ -110,7 +117,7 @@ class Report:
     reconstructions: tuple[Reconstruction, ...] = ()
     charts: tuple[Chart, ...] = ()
     metrics: Mapping[str, Any] = field(default_factory=dict)
-    """nested; the leaves are numbers, strings, booleans, `None` or sequences of them"""
+    """Nested metrics; the leaves are numbers, strings, booleans, `None` or sequences of them."""
     config: Any = None
-    """a JSON value: `configs.to_json` of the experiment"""
+    """JSON value of the experiment's config, from `configs.to_json`."""
     commands: tuple[Command, ...] = ()

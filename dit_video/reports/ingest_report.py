@@ -1,4 +1,4 @@
-"""`REPORT.html` of an ingested data set: what became of every file, and what the clips are like."""
+"""Page of an ingested data set, `REPORT.html`: the outcome for every file, and what the clips are like."""
 
 import importlib.resources
 import math
@@ -18,15 +18,15 @@ from dit_video.video import Clip, decode
 PAGE = "REPORT.html"
 
 _SHOWN = 24
-"""Clips on the page."""
+"""Number of clips on the page."""
 _SHORT, _LONG = 144, 320
-"""Pixels: what a picture's shorter side is brought to, and the most that the longer one may have."""
+"""Target length of a picture's shorter side, and maximum length of the longer side, in pixels."""
 _ROWS = 12
-"""Bars of a chart; what follows is one bar."""
+"""Maximum number of bars of a chart; the last one sums up the rest."""
 _LISTED = 200
-"""Names of a list; `report.json` has all."""
+"""Maximum number of names in a list; `report.json` has all."""
 _CAPTION = 140
-"""Characters"""
+"""Maximum number of characters of a caption."""
 
 _STYLE = Markup("""
 .bars { width: 100%; font-size: 0.86rem; }
@@ -49,21 +49,21 @@ _STYLE = Markup("""
 _OUTCOMES = {
     "used": "used",
     "quarantined": "cannot be decoded",
-    "dropped": "left out by the screening",
-    "rejected": "cannot be clips",
+    "dropped": "dropped by the screening",
+    "rejected": "not valid clips",
 }
 
 
 def write_ingest_report(folder: Address) -> Place:
     """Write the page of the data set in `folder` into it, as one self-contained file without scripts.
 
-    The pictures are a sample that is a function of the clips alone: the same data set gives the same bytes.
+    The pictures are a sample that depends only on the clips: the same data set gives the same bytes.
 
     Returns:
       The page's path.
 
     Raises:
-      MissingError, UserError: no ingested data set there.
+      MissingError, UserError: the folder holds no ingested data set.
     """
     source = ClipSource(folder)
     path = source.folders[0] / PAGE
@@ -73,7 +73,7 @@ def write_ingest_report(folder: Address) -> Place:
 
 
 def render(report: IngestReport, source: ClipSource) -> Markup:
-    """The whole page as HTML."""
+    """Return the whole page as HTML."""
     title = f"{_count(report.usable, 'clip')} from {_count(report.files, 'file')}"
     sections = [
         section
@@ -113,7 +113,7 @@ def render(report: IngestReport, source: ClipSource) -> Markup:
 
 
 Section = tuple[str, str, Markup]
-"""Anchor, name, content; without content it isn't shown."""
+"""Anchor, name and content of a section, which is not shown without content."""
 
 
 def _count(number: int, what: str) -> str:
@@ -122,40 +122,47 @@ def _count(number: int, what: str) -> str:
 
 def _summary(report: IngestReport) -> str:
     splits = ", ".join(f"{readable(count)} {split}" for split, count in report.splits.items())
-    kept = "Every file's bytes are kept as they were"
+    storage = "All files keep their original bytes"
     if report.reencoded:
-        change = f"{_bytes(report.reencoded_from)} became {_bytes(report.reencoded_to)}"
-        kept = f"{_count(report.reencoded, 'file')} of {readable(report.usable_files)} re-encoded, as asked: {change}"
+        sizes = f"{_bytes(report.reencoded_from)} became {_bytes(report.reencoded_to)}"
+        storage = (
+            f"{_count(report.reencoded, 'file')} of {readable(report.usable_files)} re-encoded on request: {sizes}"
+        )
     return (
-        f"Read as {report.format}. Splits: {splits}. {kept}; sizes are as shown, upright with square pixels. "
-        "Every file is accounted for below."
+        f"Format: {report.format}. Splits: {splits}. {storage}. Sizes are as displayed, upright with square pixels. "
+        "The outcome for every file is below."
     )
 
 
 def _tiles(report: IngestReport) -> Markup:
     captioned = report.usable - report.uncaptioned
-    lost = report.files - report.usable_files
+    unused = report.files - report.usable_files
     figures = [
         ("Clips", readable(report.usable), f"{readable(report.frames)} frames", None),
-        ("Shown for", _time(report.seconds), f"{_time(report.seconds / max(report.usable, 1))} on average", None),
-        ("Bytes", _bytes(report.bytes), f"{_bytes(report.bytes // max(report.usable_files, 1))} a file", None),
-        ("Files used", _percent(report.usable_files, report.files), f"{readable(lost)} not used", report.files - lost),
+        ("Duration", _time(report.seconds), f"{_time(report.seconds / max(report.usable, 1))} on average", None),
+        ("Bytes", _bytes(report.bytes), f"{_bytes(report.bytes // max(report.usable_files, 1))} per file", None),
+        (
+            "Files used",
+            _percent(report.usable_files, report.files),
+            f"{readable(unused)} not used",
+            report.files - unused,
+        ),
         ("Captioned", _percent(captioned, report.usable), f"{readable(report.uncaptioned)} without", captioned),
     ]
-    wholes = (None, None, None, report.files, report.usable)
+    totals = (None, None, None, report.files, report.usable)
     tiles = []
-    for (label, value, note, part), whole in zip(figures, wholes, strict=True):
+    for (label, value, note, part), total in zip(figures, totals, strict=True):
         bar = None
-        if part is not None and whole:
-            filled = element("span", style=f"width:{100 * part / whole:.1f}%")
-            bar = element("span", filled, class_="share", aria_hidden="true")
-        shown = element("dd", element("span", value, class_="value"), bar, element("span", note, class_="note"))
-        tiles.append(element("div", element("dt", label), shown, class_="tile"))
+        if part is not None and total:
+            bar_fill = element("span", style=f"width:{100 * part / total:.1f}%")
+            bar = element("span", bar_fill, class_="share", aria_hidden="true")
+        definition = element("dd", element("span", value, class_="value"), bar, element("span", note, class_="note"))
+        tiles.append(element("div", element("dt", label), definition, class_="tile"))
     return element("dl", *tiles, class_="figures")
 
 
 def _percent(part: int, whole: int) -> str:
-    """Rounded down but for all of it: what is 100 % is all."""
+    """Return the percentage rounded down to one decimal, so that only a complete part gives 100 %."""
     return f"{math.floor(1000 * part / whole) / 10 if part < whole else 100:g} %" if whole else "–"
 
 
@@ -181,7 +188,7 @@ def _files(report: IngestReport) -> Section:
             strict=True,
         )
     )
-    stack = [
+    bars = [
         element("span", class_=kind, style=f"flex-grow:{count}", title=_OUTCOMES[kind])
         for kind, count in counts.items()
         if count
@@ -192,50 +199,48 @@ def _files(report: IngestReport) -> Section:
     ]
     notes = []
     if report.passing:
-        said = "failed for a reason that may pass: the same command with --retry tries those again."
-        notes.append(element("p", f"{_count(len(report.passing), 'file')} {said}", class_="muted"))
+        explanation = "failed for a transient reason; run the same command with --retry to try again."
+        notes.append(element("p", f"{_count(len(report.passing), 'file')} {explanation}", class_="muted"))
     if report.unlisted:
-        said = "in the source that its list does not name."
-        notes.append(element("p", f"{_count(len(report.unlisted), 'more file')} {said}", class_="muted"))
-    content = element(
-        "div", element("div", *stack, class_="outcome"), element("ul", *legend, class_="outcomes"), *notes
-    )
+        explanation = "in the source, but not in its list."
+        notes.append(element("p", f"{_count(len(report.unlisted), 'more file')} {explanation}", class_="muted"))
+    content = element("div", element("div", *bars, class_="outcome"), element("ul", *legend, class_="outcomes"), *notes)
     return "files", "Files", content
 
 
 def _pictures(source: ClipSource) -> Section:
     cards = [_card(info, picture) for info, picture in _sampled(source)]
-    note = element("p", "A sample, each by the frame in the middle of it.", class_="muted")
+    note = element("p", "A random sample; each clip is shown by its middle frame.", class_="muted")
     return "clips", "Clips", join(note, element("div", *cards, class_="grid")) if cards else Markup("")
 
 
 def _sampled(source: ClipSource) -> Iterator[tuple[ClipInfo, Clip]]:
-    """Clips with a frame, in the data set's order."""
+    """Yield a sample of clips with their middle frames, in the order of the data set."""
     total = len(source)
-    chosen = rng.host(0, "report pictures").choice(total, min(_SHOWN, total), replace=False)
-    for index in sorted(chosen.tolist()):
+    indices = rng.host(0, "report pictures").choice(total, min(_SHOWN, total), replace=False)
+    for index in sorted(indices.tolist()):
         info = source.infos[index]
         scale = min(_SHORT / min(info.height, info.width), _LONG / max(info.height, info.width))
         size = Grid(1, max(1, round(info.height * scale)), max(1, round(info.width * scale)))
         try:
             yield info, decode(source[index], size=size, start=info.start + info.seconds / 2)
         except UserError:
-            continue  # the page shows others; that a clip can be decoded is not asked here
+            continue  # the page shows the other clips; decoding errors are reported by ingest
 
 
 def _card(info: ClipInfo, picture: Clip) -> Markup:
     caption = info.caption if len(info.caption) <= _CAPTION else info.caption[:_CAPTION] + "…"
-    small = f"{info.height}×{info.width}" + (
+    details = f"{info.height}×{info.width}" + (
         f" · {_time(info.seconds + 1 / info.fps)} · {info.fps:.4g} fps" if info.frames > 1 else ""
     )
-    more = f" · {len(info.captions)} captions" if len(info.captions) > 1 else ""
+    caption_count = f" · {len(info.captions)} captions" if len(info.captions) > 1 else ""
     return element(
         "figure",
         element("div", clips.embed(picture, info.name, scale=1), class_="frame"),
         element(
             "figcaption",
             element("span", caption, class_="prompt") if caption else element("span", "no caption", class_="muted"),
-            element("span", small + more, class_="small"),
+            element("span", details + caption_count, class_="small"),
         ),
         class_="card",
         style=f"--w:{max(picture.width, _SHORT)}px",
@@ -256,49 +261,59 @@ def _charts(report: IngestReport) -> Section:
 
 
 def _panel(title: str, counts: Mapping[str, int]) -> Markup:
-    """A chart of bars; `counts` in their order."""
-    kinds = element("span", f"{readable(len(counts))} kinds", class_="count") if len(counts) > _ROWS else None
+    """Return a bar chart with a title; bars are in the order of `counts`."""
+    kinds = element("span", f"{readable(len(counts))} values", class_="count") if len(counts) > _ROWS else None
     return element("div", element("h3", title, kinds), _bars(counts), class_="panel")
 
 
 def _bars(counts: Mapping[str, int]) -> Markup:
-    shown = list(counts.items())
-    if len(shown) > _ROWS:
-        rest = sum(count for _, count in shown[_ROWS - 1 :])
-        shown = [*shown[: _ROWS - 1], (f"{readable(len(shown) - _ROWS + 1)} others", rest)]
-    most = max((count for _, count in shown), default=1) or 1
+    bars = list(counts.items())
+    if len(bars) > _ROWS:
+        rest = sum(count for _, count in bars[_ROWS - 1 :])
+        bars = [*bars[: _ROWS - 1], (f"{readable(len(bars) - _ROWS + 1)} others", rest)]
+    largest = max((count for _, count in bars), default=1) or 1
     rows = [
         element(
             "tr",
             element("th", name, scope="row", title=name),
-            element("td", element("span", class_="bar", style=f"width:{100 * count / most:.1f}%") if count else None),
+            element(
+                "td", element("span", class_="bar", style=f"width:{100 * count / largest:.1f}%") if count else None
+            ),
             element("td", readable(count), class_="number"),
         )
-        for name, count in shown
+        for name, count in bars
     ]
     return element("table", element("tbody", *rows), class_="bars")
 
 
 def _captions(report: IngestReport) -> Section:
-    known = report.captions
-    if not known.get("captions"):
-        return "captions", "Captions", element("p", "No clip has a caption: they train the unconditional model alone.")
-    rows = {"captions": known["captions"], "different ones": known["distinct"], "different words": known["vocabulary"]}
+    statistics = report.captions
+    if not statistics.get("captions"):
+        return (
+            "captions",
+            "Captions",
+            element("p", "No clip has a caption; the clips train the unconditional model alone."),
+        )
+    rows = {
+        "captions": statistics["captions"],
+        "distinct captions": statistics["distinct"],
+        "distinct words": statistics["vocabulary"],
+    }
     for name in ("words", "characters"):
-        values = known[name]
-        rows[f"{name} in a caption, median"] = values["median"]
-        rows[f"{name}, least and most"] = [values["least"], values["most"]]
+        values = statistics[name]
+        rows[f"{name} per caption, median"] = values["median"]
+        rows[f"{name} per caption, range"] = [values["least"], values["most"]]
     table = [
         element("tr", element("th", name, scope="row"), element("td", readable(value), class_="number"))
         for name, value in rows.items()
     ]
     panels = [
         element("div", element("h3", "Counts"), element("table", element("tbody", *table)), class_="panel"),
-        _panel("Captions a clip", {str(number): count for number, count in known["per_clip"]}),
-        _panel("Most frequent words", dict(map(tuple, known["frequent_words"]))),
+        _panel("Captions per clip", {str(number): count for number, count in statistics["per_clip"]}),
+        _panel("Most frequent words", dict(map(tuple, statistics["frequent_words"]))),
     ]
-    if known["repeated"]:
-        panels.append(_panel("Repeated captions", dict(map(tuple, known["repeated"]))))
+    if statistics["repeated"]:
+        panels.append(_panel("Repeated captions", dict(map(tuple, statistics["repeated"]))))
     return "captions", "Captions", element("div", *panels, class_="panels")
 
 
@@ -311,21 +326,23 @@ def _left_out(report: IngestReport) -> Section:
     parts = []
     for kind, pairs in kinds.items():
         if pairs:
-            what = "clips" if kind == "dropped" else "files"
+            unit = "clips" if kind == "dropped" else "files"
             heading = element(
-                "h3", _OUTCOMES[kind].capitalize(), element("span", f"{len(pairs)} {what}", class_="count")
+                "h3", _OUTCOMES[kind].capitalize(), element("span", f"{len(pairs)} {unit}", class_="count")
             )
             parts.append(element("div", heading, _bars(report.reasons.get(kind, {})), _names(pairs), class_="panel"))
     if report.unlisted:
-        heading = element("h3", "Not in the source's list", element("span", str(len(report.unlisted)), class_="count"))
+        heading = element(
+            "h3", "Not named in the source's list", element("span", str(len(report.unlisted)), class_="count")
+        )
         parts.append(element("div", heading, _names([(name, "") for name in report.unlisted]), class_="panel"))
-    return "left-out", "Left out", element("div", *parts, class_="panels") if parts else Markup("")
+    return "left-out", "Not used", element("div", *parts, class_="panels") if parts else Markup("")
 
 
 def _names(pairs: Sequence[tuple[str, str]]) -> Markup:
     lines = [
         element("li", name, element("span", f": {reason}") if reason else None) for name, reason in pairs[:_LISTED]
     ]
-    more = len(pairs) - len(lines)
-    note = element("p", f"… and {readable(more)} more, in report.json", class_="muted") if more else None
+    remaining = len(pairs) - len(lines)
+    note = element("p", f"… and {readable(remaining)} more in report.json", class_="muted") if remaining else None
     return element("details", element("summary", "Names"), element("ul", *lines, class_="names"), note)

@@ -1,4 +1,4 @@
-"""HTML in which text cannot become markup: every plain string is escaped, only `Markup` is not."""
+"""HTML construction in which text cannot become markup: every string that is not `Markup` is escaped."""
 
 import html
 
@@ -12,26 +12,26 @@ class Markup(str):
 
 
 def escape(text: str) -> Markup:
-    """`text` as HTML; `Markup` stays as it is."""
+    """Return `text` as HTML; `Markup` is returned unchanged."""
     return text if isinstance(text, Markup) else Markup(html.escape(text, quote=True))
 
 
 def join(*children: str | None) -> Markup:
-    """Children one after the other; `None` is left out."""
+    """Return the concatenated children; `None` is omitted."""
     return Markup("".join(escape(child) for child in children if child is not None))
 
 
 def element(tag: str, /, *children: str | None, **attributes: str | int | float | bool | None) -> Markup:
-    """`<tag attributes>children</tag>`.
+    """Return `<tag attributes>children</tag>`.
 
-    An attribute's name has `-` for `_` and loses a trailing `_` (`class_`); `True` is an attribute without a value,
-    `False` and `None` leave it out.
+    In an attribute's name `_` becomes `-`, and a trailing `_` is removed (`class_`). `True` gives an attribute
+    without a value; `False` and `None` omit the attribute.
     """
-    written = []
+    attribute_text = []
     for key, value in attributes.items():
         if value is None or value is False:
             continue
         key = key.rstrip("_").replace("_", "-")
-        written.append(f" {key}" if value is True else f' {key}="{html.escape(str(value), quote=True)}"')
-    start = f"<{tag}{''.join(written)}>"
-    return Markup(start if tag in _VOID else f"{start}{join(*children)}</{tag}>")
+        attribute_text.append(f" {key}" if value is True else f' {key}="{html.escape(str(value), quote=True)}"')
+    opening = f"<{tag}{''.join(attribute_text)}>"
+    return Markup(opening if tag in _VOID else f"{opening}{join(*children)}</{tag}>")

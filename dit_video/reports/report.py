@@ -1,4 +1,4 @@
-"""The page: sections from top to bottom, in one file."""
+"""Report page: sections from top to bottom, in one file."""
 
 import importlib.resources
 import os
@@ -13,15 +13,15 @@ from dit_video.reports.tables import json_block, metric_tables
 
 
 def write_report(path: str | os.PathLike, report: Report) -> None:
-    """Write `report` as one self-contained HTML file, atomically: no network; clips, style and script inside.
+    """Write `report` as one self-contained HTML file, atomically: without network, with clips, style and script inside.
 
-    Tiny clips are embedded without loss as animated PNG, larger ones as MP4 (see `clips.embed`).
+    Tiny clips are embedded losslessly as animated PNG, larger ones as MP4 (see `clips.embed`).
     """
     files.write_text(path, render(report))
 
 
 def render(report: Report) -> Markup:
-    """The whole page as HTML."""
+    """Return the whole page as HTML."""
     sections = [
         section
         for section in (
@@ -58,7 +58,7 @@ def render(report: Report) -> Markup:
 
 
 Section = tuple[str, str, Markup]
-"""Anchor, name in the navigation, content."""
+"""Anchor, name in the navigation, and content of a section."""
 
 
 def _section(anchor: str, title: str, *children: str | None, count: str = "") -> Section:
@@ -96,20 +96,20 @@ def _samples(samples: Sequence[Sample]) -> Section | None:
         return None
     scale = clips.common_scale([sample.clip for sample in samples])
     groups = []
-    for frames, members in _by_length(samples):
+    for frames, group in _by_length(samples):
         name = "Images" if frames == 1 else f"{frames} frames"
-        lasting = "" if frames == 1 else f" · {_seconds(members)}"
-        heading = element("h3", name, element("span", f"{len(members)}{lasting}", class_="count"))
-        cards = [_card(sample, scale) for sample in members]
+        duration = "" if frames == 1 else f" · {_seconds(group)}"
+        heading = element("h3", name, element("span", f"{len(group)}{duration}", class_="count"))
+        cards = [_card(sample, scale) for sample in group]
         groups.append(element("div", heading, element("div", *cards, class_="grid"), class_="group"))
     return _section("samples", "Samples", _filters(samples), *groups, count=str(len(samples)))
 
 
 def _by_length(samples: Sequence[Sample]) -> Iterator[tuple[int, list[Sample]]]:
-    """Groups of one number of frames, longest first; inside, samples of one size stand together, else as given."""
+    """Yield (number of frames, samples), longest first; samples are sorted by size, else in the given order."""
     for frames in sorted({len(sample.clip.frames) for sample in samples}, reverse=True):
-        members = [sample for sample in samples if len(sample.clip.frames) == frames]
-        yield frames, sorted(members, key=lambda sample: (sample.clip.height, sample.clip.width))
+        group = [sample for sample in samples if len(sample.clip.frames) == frames]
+        yield frames, sorted(group, key=lambda sample: (sample.clip.height, sample.clip.width))
 
 
 def _seconds(samples: Sequence[Sample]) -> str:
@@ -118,12 +118,12 @@ def _seconds(samples: Sequence[Sample]) -> str:
 
 
 def _filters(samples: Sequence[Sample]) -> Markup | None:
-    """Buttons that show a part of the samples, where there are parts."""
+    """Return buttons that show a subset of the samples, if there are subsets."""
     unseen = sum(sample.seen is False for sample in samples)
     wrong = sum(not all(sample.verdict.values()) for sample in samples)
     choices = [("all", "All", len(samples))]
-    choices += [("unseen", "Never seen in training", unseen)] if unseen else []
-    choices += [("wrong", "Not as asked", wrong)] if wrong else []
+    choices += [("unseen", "Not in training", unseen)] if unseen else []
+    choices += [("wrong", "Prompt not followed", wrong)] if wrong else []
     if len(choices) == 1:
         return None
     buttons = [
@@ -137,18 +137,23 @@ def _filters(samples: Sequence[Sample]) -> Markup | None:
         )
         for name, label, count in choices
     ]
-    return element("div", *buttons, class_="filters", role="group", aria_label="Which samples")
+    return element("div", *buttons, class_="filters", role="group", aria_label="Filter samples")
 
 
 def _card(sample: Sample, scale: int | float) -> Markup:
     prompt = sample.clip.caption if sample.prompt is None else sample.prompt
-    right = all(sample.verdict.values())
-    badge = element("span", "never seen", class_="badge", title="No clip of this prompt was trained on")
+    is_correct = all(sample.verdict.values())
+    badge = element("span", "not in training", class_="badge", title="No training clip has this prompt")
     verdict = [
-        element("li", element("span", attribute), class_="yes" if good else "no", aria_label=_answer(attribute, good))
-        for attribute, good in sample.verdict.items()
+        element(
+            "li",
+            element("span", attribute),
+            class_="yes" if is_right else "no",
+            aria_label=_answer(attribute, is_right),
+        )
+        for attribute, is_right in sample.verdict.items()
     ]
-    small = f"{sample.clip.height}×{sample.clip.width}" + (f" · {sample.note}" if sample.note else "")
+    details = f"{sample.clip.height}×{sample.clip.width}" + (f" · {sample.note}" if sample.note else "")
     return element(
         "figure",
         element(
@@ -161,30 +166,30 @@ def _card(sample: Sample, scale: int | float) -> Markup:
             "figcaption",
             element("span", prompt, class_="prompt"),
             element("ul", *verdict, class_="verdict") if verdict else None,
-            element("span", small, class_="small"),
+            element("span", details, class_="small"),
         ),
         class_="card",
         style=f"--w:{round(sample.clip.width * scale)}px",
         data_unseen=sample.seen is False,
-        data_wrong=not right,
+        data_wrong=not is_correct,
     )
 
 
 def _answer(attribute: str, good: bool) -> str:
-    return f"{attribute}: {'as asked' if good else 'not as asked'}"
+    return f"{attribute}: {'as prompted' if good else 'not as prompted'}"
 
 
 def _reconstructions(items: Sequence[Reconstruction]) -> Section | None:
     if not items:
         return None
-    shown = [[item.original, item.decoded, *([] if item.linear is None else [item.linear])] for item in items]
-    pairs = [clips.side_by_side(*parts) for parts in shown]
+    compared = [[item.original, item.decoded, *([] if item.linear is None else [item.linear])] for item in items]
+    pairs = [clips.side_by_side(*clip_group) for clip_group in compared]
     scale = clips.common_scale([pair for pair, _ in pairs])
     cards = []
     for item, (pair, gaps) in zip(items, pairs, strict=True):
         name = item.name or item.original.caption
         label = f"{name}: original and reconstruction".removeprefix(": ")
-        spaces = [
+        gap_elements = [
             element("span", class_="gap", style=f"left:{100 * start:.2f}%;right:{100 - 100 * stop:.2f}%")
             for start, stop in gaps
         ]
@@ -195,7 +200,7 @@ def _reconstructions(items: Sequence[Reconstruction]) -> Section | None:
         cards.append(
             element(
                 "figure",
-                element("div", clips.embed(pair, label, scale=scale), *spaces, class_="frame"),
+                element("div", clips.embed(pair, label, scale=scale), *gap_elements, class_="frame"),
                 element(
                     "figcaption",
                     element("span", name, class_="prompt") if name else None,
@@ -206,10 +211,10 @@ def _reconstructions(items: Sequence[Reconstruction]) -> Section | None:
                 style=f"--w:{round(pair.width * scale)}px",
             )
         )
-    told = "Left the original, right what the autoencoder makes of it."
+    text = "Left: the original. Right: the autoencoder's reconstruction."
     if any(item.linear is not None for item in items):
-        told = "From left to right: the original, what the autoencoder makes of it, and the best linear autoencoder."
-    note = element("p", told, class_="muted")
+        text = "From left to right: the original, the autoencoder's reconstruction, and the best linear autoencoder's."
+    note = element("p", text, class_="muted")
     return _section(
         "reconstructions", "Reconstructions", note, element("div", *cards, class_="grid"), count=str(len(items))
     )
@@ -251,14 +256,14 @@ def _commands(commands: Sequence[Command]) -> Section | None:
         )
         for command in commands
     ]
-    return _section("commands", "Sample more", *blocks)
+    return _section("commands", "Generate more samples", *blocks)
 
 
 def _config(report: Report) -> Section | None:
     if report.config is None:
         return None
-    shown = element("details", element("summary", "The resolved config of this run"), json_block(report.config))
-    return _section("config", "Config", shown)
+    details = element("details", element("summary", "Resolved config of this run"), json_block(report.config))
+    return _section("config", "Config", details)
 
 
 def _asset(name: str) -> Markup:

@@ -1,4 +1,4 @@
-"""The report of a run: its files, gathered into one page."""
+"""Report of a run, made from its files and evaluation."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from dit_video.reports.report import write_report
 from dit_video.training.hooks.logging import read
 
 _SHOWN = 12
-"""Reconstructions on the page; the figures are of all."""
+"""Maximum number of reconstructions on the page; the figures are computed over all."""
 
 
 def report_run(
@@ -30,22 +30,23 @@ def report_run(
     config: Any = None,
     minutes: float | None = None,
 ) -> None:
-    """Write the page.
+    """Write the report of a run.
 
     Args:
-      path: of the HTML file.
-      pipeline: what was evaluated.
-      measured: the evaluation.
-      title: the page's headline.
-      source: the run's folder, whose loss curves are shown, or a pipeline's: what `dit_video.load` reads.
-      config: the resolved config, shown as JSON.
-      minutes: how long the whole run took.
+      path: HTML file.
+      pipeline: pipeline that was evaluated.
+      evaluation: result of the evaluation.
+      title: headline of the page.
+      source: folder of the run, whose loss curves are shown, or of a pipeline: anything that `dit_video.load` reads.
+      config: resolved config, shown as JSON; by default the pipeline's.
+      minutes: duration of the whole run.
     """
-    counts, drawn = measured.metrics["parameters"], measured.metrics["sampling"]
+    counts, sampling = measured.metrics["parameters"], measured.metrics["sampling"]
     summary = (
-        f"{sum(counts.values()) / 1e6:.2f} million parameters, made by: {pipeline.config.made_by.get('command', '?')} "
-        f"(seed {pipeline.config.made_by.get('seed', '?')}). Samples: {drawn['steps']} steps of {drawn['sampler']}, "
-        f"guidance {_guidance(drawn['guidance'])}, one sample a prompt, none selected."
+        f"{sum(counts.values()) / 1e6:.2f} million parameters, created by: "
+        f"{pipeline.config.made_by.get('command', '?')} (seed {pipeline.config.made_by.get('seed', '?')}). "
+        f"Samples: {sampling['steps']} steps of {sampling['sampler']}, "
+        f"guidance {_guidance(sampling['guidance'])}, one sample per prompt, not selected."
     )
     report = Report(
         title=title,
@@ -62,12 +63,12 @@ def report_run(
 
 
 def report_autoencoder(path: str | Path, run: Run, measured: Measured) -> None:
-    """Write the page of a run whose autoencoder alone is trained."""
+    """Write the report of a run that trains only an autoencoder."""
     experiment = run.experiment
     count = measured.metrics["parameters"]["autoencoder"]
     report = Report(
         title=f"{experiment.name}: the autoencoder",
-        summary=f"{count / 1e6:.2f} million parameters, made by: {run.command} (seed {experiment.seed}).",
+        summary=f"{count / 1e6:.2f} million parameters, created by: {run.command} (seed {experiment.seed}).",
         figures=_figures(measured.metrics, None),
         reconstructions=_reconstructions(measured),
         charts=_charts(run.folder),
@@ -78,63 +79,64 @@ def report_autoencoder(path: str | Path, run: Run, measured: Measured) -> None:
 
 
 def _guidance(scales: float | Sequence[float]) -> str:
-    """One number, or those of two experts."""
+    """Return the guidance scale as text, or those of two experts."""
     return " and ".join(f"{scale:g}" for scale in (scales if isinstance(scales, Sequence) else (scales,)))
 
 
 def _reconstructions(measured: Measured) -> tuple[Reconstruction, ...]:
     return tuple(
         Reconstruction(
-            original=one.original,
-            decoded=one.decoded,
-            psnr=one.psnr,
-            ssim=one.ssim,
-            name=one.name,
-            linear=one.linear,
-            linear_psnr=one.linear_psnr,
+            original=item.original,
+            decoded=item.decoded,
+            psnr=item.psnr,
+            ssim=item.ssim,
+            name=item.name,
+            linear=item.linear,
+            linear_psnr=item.linear_psnr,
         )
-        for one in measured.reconstructions[:_SHOWN]
+        for item in measured.reconstructions[:_SHOWN]
     )
 
 
 def _figures(metrics: Mapping[str, Any], minutes: float | None) -> tuple[Figure, ...]:
     figures = []
-    if following := metrics.get("prompt_following"):
+    if prompt_following := metrics.get("prompt_following"):
         for name in ("colour", "direction", "shape"):
-            rate, unseen = following["all"][name], following["never_seen"][name]
+            rate, unseen = prompt_following["all"][name], prompt_following["never_seen"][name]
             note = (
-                f"95 % interval {rate['low']:.0%} to {rate['high']:.0%}; never-seen combinations {unseen['rate']:.0%}"
+                f"95 % interval {rate['low']:.0%} to {rate['high']:.0%}; "
+                f"combinations not in training {unseen['rate']:.0%}"
             )
-            label, value = f"{name} as asked", f"{rate['rate']:.1%}"
+            label, value = f"{name} as prompted", f"{rate['rate']:.1%}"
             figures.append(Figure(label=label, value=value, note=note, share=rate["rate"]))
-        if (spread := following["start_spread"]["lowest_ratio"]) is not None:
-            note = "of the data's spread of start positions: the lowest of all directions and axes"
-            figures.append(Figure(label="variety", value=f"{spread:.0%}", note=note))
+        if (start_spread := prompt_following["start_spread"]["lowest_ratio"]) is not None:
+            note = "spread of start positions relative to the data's: lowest of all directions and axes"
+            figures.append(Figure(label="variety", value=f"{start_spread:.0%}", note=note))
     if quality := metrics.get("reconstruction"):
-        note = f"SSIM {quality['ssim']:.3f}, clips not trained on"
+        note = f"SSIM {quality['ssim']:.3f}, held-out clips"
         if "linear_psnr" in quality:
             note += f"; the best linear autoencoder: {quality['linear_psnr']:.1f} dB"
         figures.append(Figure(label="reconstruction", value=f"{quality['psnr']:.1f} dB", note=note))
     if minutes is not None:
-        figures.append(Figure(label="whole run", value=f"{minutes:.1f} min", note="from nothing to this page"))
+        figures.append(Figure(label="whole run", value=f"{minutes:.1f} min", note="from start to this page"))
     return tuple(figures)
 
 
 def _samples(measured: Measured) -> tuple[Sample, ...]:
-    """Every sample, with what the judge found wrong where there is one."""
-    shown = [
-        Sample(clip=one.clip, prompt=one.entry["prompt"], seen=seen, note=f"seed {one.entry['seed']}")
-        for one, seen in zip(measured.samples, measured.seen, strict=True)
+    """Return all samples, with the judgement of their attributes if there is one."""
+    samples = [
+        Sample(clip=item.clip, prompt=item.entry["prompt"], seen=seen, note=f"seed {item.entry['seed']}")
+        for item, seen in zip(measured.samples, measured.seen, strict=True)
     ]
     if not measured.verdicts:
-        return tuple(shown)
+        return tuple(samples)
     return tuple(
-        replace(sample, verdict=_answers(result)) for sample, result in zip(shown, measured.verdicts, strict=True)
+        replace(sample, verdict=_answers(result)) for sample, result in zip(samples, measured.verdicts, strict=True)
     )
 
 
 def _answers(result: Result) -> dict[str, bool]:
-    """Which of the attributes that were asked for are there."""
+    """Return for each attribute of the prompt whether the sample has it."""
     answers = asdict(score(result.description, result.verdict))
     return {name: answer for name, answer in answers.items() if answer is not None}
 
@@ -146,7 +148,7 @@ def _charts(folder: Path) -> tuple[Chart, ...]:
         if path.is_file() and (entries := read(path)):
             steps = tuple(entry["step"] for entry in entries)
             curve = Curve(name="loss", steps=steps, values=tuple(entry["loss"] for entry in entries))
-            charts.append(Chart(title=title, curves=(curve,), note="training loss a step"))
+            charts.append(Chart(title=title, curves=(curve,), note="training loss per step"))
     return tuple(charts)
 
 

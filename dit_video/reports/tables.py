@@ -1,4 +1,4 @@
-"""Nested metrics as tables, and a config as readable JSON."""
+"""Tables of nested metrics, and configs as readable JSON."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from dit_video.reports.markup import Markup, element, escape, join
 
 
 def metric_tables(metrics: Mapping[str, Any]) -> Markup:
-    """A panel for the scalars at the top, and one for each group."""
+    """Return one panel for the scalars at the top level, and one for each group."""
     scalars = {name: value for name, value in metrics.items() if not isinstance(value, Mapping)}
     panels = [element("div", _tables(scalars, 4), class_="panel")] if scalars else []
     for name, group in metrics.items():
@@ -20,7 +20,7 @@ def metric_tables(metrics: Mapping[str, Any]) -> Markup:
 
 
 def _tables(metrics: Mapping[str, Any], level: int) -> Markup:
-    """Scalars as rows of two columns; groups with the same names as one table, a row each; others under headings."""
+    """Return scalars as rows of two columns, groups with the same names as one table, and others under headings."""
     scalars = {name: value for name, value in metrics.items() if not isinstance(value, Mapping)}
     groups = {name: value for name, value in metrics.items() if isinstance(value, Mapping)}
     parts = []
@@ -35,7 +35,7 @@ def _tables(metrics: Mapping[str, Any], level: int) -> Markup:
 
 
 def readable(value: Any) -> str:
-    """A metric's value as text: numbers with four digits, a sequence with commas, `None` as a dash."""
+    """Return a metric's value as text: numbers with four digits, a sequence with commas, `None` as a dash."""
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -50,14 +50,14 @@ def readable(value: Any) -> str:
 
 
 def json_block(value: Any) -> Markup:
-    """Indented JSON, its keys marked."""
+    """Return indented JSON with highlighted keys."""
     text = escape(json.dumps(value, indent=2, ensure_ascii=False))
     keyed = re.sub(r"^( *)(&quot;.*?&quot;)(?=: )", r'\1<span class="key">\2</span>', text, flags=re.MULTILINE)
     return element("pre", Markup(keyed), tabindex="0")
 
 
 def _alike(groups: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the groups are flat and share their names, so that names can head columns."""
+    """Return whether the groups are flat and have the same names, so that the names can head columns."""
     flat = not any(isinstance(value, Mapping) for group in groups for value in group.values())
     return flat and bool(groups[0]) and all(group.keys() == groups[0].keys() for group in groups)
 

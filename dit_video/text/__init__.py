@@ -9,7 +9,7 @@ from dit_video.text.t5 import T5Config, T5Encoder
 from dit_video.text.tokenizer import TOKENIZER_FILES, PretrainedTokenizer, clean, holds_tokenizer
 
 TextConfig = ByteEncoderConfig | FrozenTextConfig | ClassNamesConfig
-"""The encoders that a denoiser is trained with."""
+"""Configurations of the text encoders that a denoiser can be trained with."""
 
 __all__ = [
     "TOKENIZER_FILES",

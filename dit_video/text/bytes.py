@@ -1,7 +1,8 @@
-"""Text as bytes, read by a small transformer that is trained with the denoiser: needs no download.
+"""A small byte-level text encoder that is trained with the denoiser and needs no download.
 
-The ids are ByT5's (arXiv 2105.13626): 0 is padding, 1 ends a text, byte `b` is `b + 3`. As bytes are many and say
-little each, `patch` of them become one context token before the transformer (as in MegaByte, arXiv 2305.07185).
+The ids are ByT5's (arXiv 2105.13626): 0 is padding, 1 ends a text, byte `b` is `b + 3`. A text has many bytes with
+little information each, so `patch` of them become one context token before the transformer (as in MegaByte, arXiv
+2305.07185).
 """
 
 import os
@@ -24,24 +25,30 @@ VOCABULARY = 256 + 3
 
 @dataclass(frozen=True, kw_only=True)
 class ByteEncoderConfig:
-    """A pre-norm transformer over patches of bytes.
+    """Configuration of a pre-norm transformer over patches of bytes.
 
     Raises:
-      UserError: a width that is odd or not divisible by the heads, or a limit that is not divisible by the patch.
+      UserError: an odd width, or one not divisible by the heads, or a limit that is not divisible by the patch.
     """
 
     width: int = 96
     layers: int = 2
     heads: int = 4
     max_tokens: int = 256
-    """bytes and the end token, filled up to whole patches"""
+    """Maximum bytes of a text including its end token; padded to whole patches."""
     patch: int = 4
+    """Bytes per context token."""
 
     def __post_init__(self):
         if self.heads < 1 or self.width % self.heads or self.width % 2:
-            raise UserError(f"text width {self.width} must be even and divisible by its {self.heads} heads, at least 1")
+            raise UserError(
+                f"width={self.width}, heads={self.heads} of a text encoder is invalid: use at least 1 head, and an "
+                "even width that the heads divide"
+            )
         if self.patch < 1 or self.max_tokens < 1 or self.max_tokens % self.patch:
-            raise UserError(f"max_tokens {self.max_tokens} must be divisible by the patch of {self.patch} bytes")
+            raise UserError(
+                f"max_tokens={self.max_tokens}, patch={self.patch} is invalid: use a max_tokens that the patch divides"
+            )
 
     def make(self, rngs: nnx.Rngs) -> "ByteEncoder":
         return ByteEncoder(self, rngs=rngs)
@@ -51,21 +58,21 @@ class ByteEncoderConfig:
 
 
 class ByteTokenizer:
-    """ByT5's tokenizer from `transformers`, which needs no files; texts are filled up to whole patches."""
+    """ByT5's tokenizer from `transformers`, which needs no files; texts are padded to whole patches."""
 
     def __init__(self, max_tokens: int, patch: int):
-        # Without torch, transformers advises at import to install it; its tokenizers need none.
+        # transformers warns at import that torch is missing; its tokenizers do not need it.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers.models.byt5.tokenization_byt5 import ByT5Tokenizer
 
         self.max_tokens, self.patch = max_tokens, patch
-        # Else a caption with "</s>" or "<pad>" in it would lose these letters and the spaces around them.
+        # Without splitting, a caption would lose letters that spell "</s>" or "<pad>", and the spaces around them.
         self._tokenizer = ByT5Tokenizer(extra_ids=0, split_special_tokens=True)
 
     def __call__(self, text: str) -> Int32[np.ndarray, " s"]:
-        """UTF-8 bytes, the end token and padding up to a multiple of the patch.
+        """Return UTF-8 bytes, the end token and padding up to a multiple of the patch.
 
-        A text of more than `max_tokens` tokens loses its end, with a warning.
+        A text of more than `max_tokens` tokens is cut, with a warning.
         """
         ids = self._tokenizer(text)["input_ids"]
         if len(ids) > self.max_tokens:
@@ -79,7 +86,7 @@ class ByteTokenizer:
 
 
 class ByteEncoder(nnx.Module):
-    """Bytes to context; texts packed in a row do not see each other. A row's length is a multiple of the patch."""
+    """An encoder of bytes to context; texts packed in a row do not see each other. Rows are multiples of the patch."""
 
     def __init__(self, config: ByteEncoderConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -93,9 +100,11 @@ class ByteEncoder(nnx.Module):
     def __call__(self, ids: Int[Array, "B S"], segments: Int[Array, "B S"]) -> Context:
         rows, patch, width = ids.shape[0], self.config.patch, self.config.width
         letters = self.embedding[...][ids]
-        # Every byte sees those before it, so that words are alike wherever a patch begins.
-        near = self.neighbours(jnp.concatenate([_shift(letters, segments, by) for by in range(patch)], axis=-1))
-        x = self.merge(gelu(letters + near).reshape(rows, -1, patch * width))
+        # Every byte sees those before it, so that a word's features depend less on where a patch begins.
+        neighbours = self.neighbours(
+            jnp.concatenate([_shift(letters, segments, offset) for offset in range(patch)], axis=-1)
+        )
+        x = self.merge(gelu(letters + neighbours).reshape(rows, -1, patch * width))
         segments = segments[:, ::patch]
         x = x + sinusoidal(positions(segments), width)
         return Context(self.norm(apply_stack(self.blocks, x, segments)), segments)
@@ -119,8 +128,8 @@ class _Block(nnx.Module):
 
 
 def _shift(x: Float[Array, "B S E"], segments: Int[Array, "B S"], by: int) -> Float[Array, "B S E"]:
-    """The token `by` places before, zero where that is another text's."""
+    """Return the token `offset` positions before each, zero if that belongs to another text."""
     if by == 0:
         return x
-    same = jnp.pad(segments[:, :-by], ((0, 0), (by, 0))) == segments
-    return jnp.where(same[..., None], jnp.pad(x[:, :-by], ((0, 0), (by, 0), (0, 0))), 0)
+    same_segment = jnp.pad(segments[:, :-by], ((0, 0), (by, 0))) == segments
+    return jnp.where(same_segment[..., None], jnp.pad(x[:, :-by], ((0, 0), (by, 0), (0, 0))), 0)

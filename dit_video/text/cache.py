@@ -1,4 +1,4 @@
-"""Embeddings of texts that were embedded before: the latest in memory, all on disk."""
+"""Caches of text embeddings: the most recently used ones in memory, all of them on disk."""
 
 import hashlib
 import os
@@ -14,15 +14,16 @@ from dit_video.core.files import atomic_path
 
 
 class MemoryCache:
-    """The most recently used embeddings, up to a number of bytes. Threads may share one."""
+    """A cache of the most recently used embeddings, up to a number of bytes. Threads may share it."""
 
     def __init__(self, limit: int):
-        """`limit` in bytes; an embedding that alone is larger is not kept."""
+        """Create a cache of up to `max_bytes`; an embedding that alone is larger is not kept."""
         self._limit, self._used = limit, 0
         self._values: OrderedDict[str, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, text: str) -> Float32[np.ndarray, "s e"] | None:
+        """Return the embedding, or None."""
         with self._lock:
             value = self._values.get(text)
             if value is not None:
@@ -30,11 +31,12 @@ class MemoryCache:
             return value
 
     def put(self, text: str, value: Float32[np.ndarray, "s e"]) -> None:
+        """Store an embedding, and drop the least recently used ones over the limit."""
         if value.nbytes > self._limit:
             return
         with self._lock:
-            if (before := self._values.pop(text, None)) is not None:
-                self._used -= before.nbytes
+            if (previous := self._values.pop(text, None)) is not None:
+                self._used -= previous.nbytes
             self._values[text] = value
             self._used += value.nbytes
             while self._used > self._limit:
@@ -42,40 +44,40 @@ class MemoryCache:
 
 
 class FolderCache:
-    """One `.npy` file a text, named by its hash, in a folder of its own for each encoder.
+    """A cache with one `.npy` file per text, named by the text's hash, in one folder per encoder.
 
-    Several processes may share a folder: a file is whole or absent, and two that write the same one write the same.
+    Processes may share a folder: files are written atomically, and two processes write the same content to a file.
     """
 
     def __init__(self, folder: str | os.PathLike, *, identity: str, width: int):
         self._folder, self._width = Path(folder) / identity, width
 
     def path(self, text: str) -> Path:
-        """Where a text's embedding lies. 256 folders, as some file systems are slow at millions of files in one."""
+        """Return the file of a text. There are 256 folders, as some file systems are slow with millions of files."""
         name = hashlib.sha256(text.encode()).hexdigest()
         return self._folder / name[:2] / f"{name}.npy"
 
     def get(self, text: str) -> Float32[np.ndarray, "s e"] | None:
-        """The embedding, or None; a file that is damaged is warned of and counts as absent."""
+        """Return the embedding, or None; a damaged file gives a warning and counts as absent."""
         path = self.path(text)
         try:
             value = np.load(path, allow_pickle=False)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, EOFError) as error:
-            warnings.warn(f"{path} can't be read ({error}); the text is embedded again", stacklevel=2)
+            warnings.warn(f"can't read {path} ({error}); the text is embedded again", stacklevel=2)
             return None
         if value.dtype != np.float32 or value.ndim != 2 or value.shape[1] != self._width:
             warnings.warn(
-                f"{path} holds {value.dtype} {list(value.shape)}, not float32 [s, {self._width}]; the text is embedded "
-                "again",
+                f"{path} holds {value.dtype} {list(value.shape)} instead of float32 [s, {self._width}]; the text is "
+                "embedded again",
                 stacklevel=2,
             )
             return None
         return value
 
     def put(self, text: str, value: Float32[np.ndarray, "s e"]) -> None:
-        """Write one, atomically.
+        """Write an embedding, atomically.
 
         Raises:
           UserError: the folder cannot be written.

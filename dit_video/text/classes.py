@@ -1,4 +1,4 @@
-"""Classes in the place of texts: a caption is the name of a class, or its number."""
+"""Class labels instead of texts: a caption is the name or the number of a class."""
 
 from dataclasses import dataclass
 
@@ -12,28 +12,32 @@ from dit_video.text.interface import Context, Tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class ClassNamesConfig:
-    """What classes there are, for a denoiser with `ClassLabels` of as many.
+    """Configuration of the classes, for a denoiser with `ClassLabels` of the same number.
 
     Raises:
       UserError: no class, or more names than classes.
     """
 
     classes: int
+    """Number of classes."""
     names: tuple[str, ...] = ()
-    """of the classes in order; several of one, each of which stands for it, have commas between them"""
+    """Names of the classes in order; synonyms of one class are separated by commas."""
 
     def __post_init__(self):
         if self.classes < 1 or len(self.names) > self.classes:
-            raise UserError(f"there is 1 class or more, and one name for each; got {self.classes}, {len(self.names)}")
+            raise UserError(
+                f"classes={self.classes} with {len(self.names)} names is invalid: use at least 1 class, and at most "
+                "one name for each"
+            )
 
     @property
     def width(self) -> int:
-        """Of what a denoiser attends to: there is nothing."""
+        """Return the width of the context: 0, as there is none."""
         return 0
 
     @property
     def max_tokens(self) -> int:
-        """The class."""
+        """Return the tokens of a caption: 1, its class."""
         return 1
 
     def make(self, rngs: nnx.Rngs) -> "ClassNames":
@@ -44,17 +48,17 @@ class ClassNamesConfig:
 
 
 class ClassTokenizer:
-    """The number of a class, as the one token of a caption; the empty caption is the number of classes, for none."""
+    """A tokenizer whose only token is a caption's class; the empty caption is the number of classes, for no class."""
 
     def __init__(self, config: ClassNamesConfig):
         self._classes = config.classes
         self._numbers: dict[str, list[int]] = {}
         for number, names in enumerate(config.names):
-            for name in {each.strip() for each in (names, *names.split(","))}:
+            for name in {synonym.strip() for synonym in (names, *names.split(","))}:
                 self._numbers.setdefault(name, []).append(number)
 
     def __call__(self, text: str) -> Int32[np.ndarray, " 1"]:
-        """The class of a caption.
+        """Return the class of a caption.
 
         Raises:
           UserError: no class has this name or number, or several have it.
@@ -64,17 +68,19 @@ class ClassTokenizer:
     def _number(self, text: str) -> int:
         if not text:
             return self._classes
-        found = [int(text)] if text.isdecimal() and int(text) < self._classes else self._numbers.get(text, [])
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise UserError(f"the classes {', '.join(map(str, found))} are all called {text!r}; name the number")
+        matches = [int(text)] if text.isdecimal() and int(text) < self._classes else self._numbers.get(text, [])
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            raise UserError(
+                f"the caption {text!r} is ambiguous: it names classes {', '.join(map(str, matches))}. Use the number"
+            )
         known = f", or one of {len(self._numbers)} names such as {next(iter(self._numbers))!r}" if self._numbers else ""
-        raise UserError(f"no class is called {text!r}; classes are numbers from 0 to {self._classes - 1}{known}")
+        raise UserError(f"the caption {text!r} is no class: use a number from 0 to {self._classes - 1}{known}")
 
 
 class ClassNames(nnx.Module):
-    """Classes as they are: no parameters, and no context to attend to."""
+    """A text encoder without parameters that passes class labels on, and no context."""
 
     def __call__(self, labels: Int[Array, "B S"], segments: Int[Array, "B S"]) -> Context:
         return Context(None, None, labels, segments)

@@ -1,4 +1,4 @@
-"""A pretrained text encoder that is not trained: captions are embedded once, and rows hold the embeddings."""
+"""A frozen pretrained text encoder: captions are embedded once, and rows hold the embeddings."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,31 +12,31 @@ from dit_video.text.interface import Context
 
 @dataclass(frozen=True, kw_only=True)
 class FrozenTextConfig:
-    """Which encoder, and what is expected of it.
+    """Configuration of a frozen text encoder, and the values that its files must match.
 
     Raises:
-      UserError: no folder, a width or a limit below 1.
+      UserError: no folder, or a width or limit below 1.
     """
 
     folder: str
-    """of the encoder's weights, config and tokenizer, as other projects publish them"""
+    """Folder of the encoder's weights, config and tokenizer, as other projects publish them."""
     width: int
-    """of its embeddings"""
+    """Width of its embeddings."""
     max_tokens: int = 512
-    """a longer caption is cut"""
+    """Maximum tokens of a caption; a longer one is cut."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """of its matrix products and their weights"""
+    """Dtype of its matrix products and their weights."""
     cleaned: bool = False
-    """whether texts are cleaned before they are tokenized, as Wan's are (`text.clean`)"""
+    """True cleans texts before tokenization, as Wan does (`text.clean`)."""
     identity: str = ""
-    """Of encoder, tokenizer and the three fields above, as `weights.load_embedder` computes it: the folder must hold
-    that encoder; empty takes any. Where it is given, training on cached embeddings does without the folder."""
+    """Hash of encoder, tokenizer and the three fields above, from `weights.load_embedder`: the folder must hold that
+    encoder; empty accepts any. If it is set, training on cached embeddings does not need the folder."""
 
     def __post_init__(self):
         if not self.folder or self.width < 1 or self.max_tokens < 1:
             raise UserError(
-                f"a frozen text encoder needs a folder, and a width and max_tokens of at least 1, not {self.folder!r}, "
-                f"{self.width} and {self.max_tokens}"
+                f"folder={self.folder!r}, width={self.width}, max_tokens={self.max_tokens} is invalid: use a folder, "
+                "and a width and max_tokens of at least 1"
             )
 
     def make(self, rngs: nnx.Rngs) -> "FrozenText":
@@ -44,7 +44,7 @@ class FrozenTextConfig:
 
 
 class FrozenText(nnx.Module):
-    """Embeddings as they are: no parameters."""
+    """A text encoder without parameters that passes cached embeddings on."""
 
     def __call__(self, values: Float[Array, "B S E"], segments: Int[Array, "B S"]) -> Context:
         return Context(values, segments)

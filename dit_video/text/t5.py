@@ -1,8 +1,8 @@
-"""The encoders of T5 (arXiv 1910.10683), T5 v1.1 (arXiv 2002.05202) and UMT5 (arXiv 2304.09151), on packed rows.
+"""Encoders of T5 (arXiv 1910.10683), T5 v1.1 (arXiv 2002.05202) and UMT5 (arXiv 2304.09151), on packed rows.
 
-Pre-norm blocks without biases: `x += attention(norm(x))`, `x += mlp(norm(x))`, with an RMS norm. Where a token stands
-enters only as a number that is added to each score, learned for a bucket of distances and a head. The scores are not
-divided by the square root of the head's width.
+Pre-norm blocks without biases: `x += attention(norm(x))`, `x += mlp(norm(x))`, with an RMS norm. The position of a
+token enters only as a bias of each attention score, learned per bucket of distances and head. Scores are not divided by
+the square root of the head's width.
 """
 
 import math
@@ -19,17 +19,17 @@ from dit_video.core.errors import UserError
 from dit_video.nn import Linear, RmsNorm, apply_stack, gelu, make_stack
 from dit_video.text.interface import Context
 
-# Not -inf, which would make NaN of a token that sees nothing.
+# Not -inf: the softmax of a fully masked row would be NaN.
 _MASKED = -1e30
 _DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
 class T5Config:
-    """The shape of an encoder; `weights.load_text_encoder` reads one from a folder.
+    """Configuration of an encoder; `weights.load_text_encoder` reads one from a folder.
 
     Raises:
-      UserError: a size below 1, buckets that no distance fits in, or another dtype.
+      UserError: a size below 1, buckets that do not fit the maximum distance, or another dtype.
     """
 
     vocabulary: int
@@ -37,41 +37,42 @@ class T5Config:
     layers: int
     heads: int
     head_width: int = 64
-    """heads times head width need not be the width"""
+    """Width of each head; heads times this need not be `width`."""
     mlp_width: int
     activation: Literal["gated-gelu", "relu"] = "gated-gelu"
-    """`gelu(x W) * (x V)` of T5 v1.1 and UMT5, with gelu's tanh form, or `relu(x W)` of T5 v1.0"""
+    """MLP: `gelu(x W) * (x V)` with tanh gelu (T5 v1.1, UMT5), or `relu(x W)` (T5 v1.0)."""
     buckets: int = 32
-    """half of them for each direction"""
+    """Buckets of distances, half of them for each direction."""
     max_distance: int = 128
-    """all tokens from this far on share a bucket"""
+    """Distance from which on all tokens share a bucket."""
     position_bias: Literal["each layer", "shared"] = "each layer"
-    """a table of its own for each layer (UMT5), or one for all (T5)"""
+    """Table of position biases: one for each layer (UMT5), or one for all (T5)."""
     eps: float = 1e-6
+    """Epsilon of RMS norms."""
     dtype: str = "float32"
-    """of the matrix products, or bfloat16; norms, softmax and the sum of the layers' results are float32"""
+    """Dtype of matrix products, float32 or bfloat16; norms, softmax and the residual stream are float32."""
 
     def __post_init__(self):
         sizes = ("vocabulary", "width", "layers", "heads", "head_width", "mlp_width")
-        if small := [f"{name} {getattr(self, name)}" for name in sizes if getattr(self, name) < 1]:
-            raise UserError(f"the sizes of a text encoder must be at least 1, not {', '.join(small)}")
+        if small := [f"{name}={getattr(self, name)}" for name in sizes if getattr(self, name) < 1]:
+            raise UserError(f"{', '.join(small)} of a text encoder is invalid: use at least 1")
         if self.buckets < 4 or self.buckets % 2 or self.max_distance <= self.buckets // 4:
             raise UserError(
-                f"buckets {self.buckets} must be even and at least 4, and max_distance {self.max_distance} larger than "
-                "a quarter of them"
+                f"buckets={self.buckets}, max_distance={self.max_distance} is invalid: use an even number of buckets, "
+                "at least 4, and a max_distance above a quarter of them"
             )
         if self.dtype not in _DTYPES:
-            raise UserError(f"a text encoder computes in {' or '.join(_DTYPES)}, not {self.dtype!r}")
+            raise UserError(f"dtype={self.dtype!r} of a text encoder is invalid: use {' or '.join(_DTYPES)}")
 
     def make(self, rngs: nnx.Rngs) -> "T5Encoder":
         return T5Encoder(self, rngs=rngs)
 
 
 class T5Encoder(nnx.Module):
-    """Token ids to context; texts packed in a row do not see each other.
+    """An encoder of token ids to context; texts packed in a row do not see each other.
 
-    The tokens of a text stand next to each other, as `tokens.pack` lays them: then the distance between two of them in
-    the row is their distance in the text, and one table of biases serves all rows.
+    The tokens of a text are adjacent, as `tokens.pack` places them: the distance between two of them in the row is
+    their distance in the text, and one table of biases serves all rows.
     """
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
@@ -110,7 +111,7 @@ class _Block(nnx.Module):
         y = self.norm_attention(x)
         q, k, v = (linear(y).reshape(*x.shape[:2], self.heads, -1) for linear in (self.query, self.key, self.value))
         bias = shared if self.position is None else self.position(x.shape[1])
-        assert bias is not None  # the encoder has a table where its layers have none
+        assert bias is not None  # the encoder has a shared table if its layers have none
         x = x + self.out(_attend(q, k, v, bias=bias, same=same).reshape(*x.shape[:2], -1))
         y = self.norm_mlp(x)
         hidden = jax.nn.relu(self.up(y)) if self.gate is None else gelu(self.gate(y)) * self.up(y)
@@ -118,7 +119,7 @@ class _Block(nnx.Module):
 
 
 class _PositionBias(nnx.Module):
-    """A learned number for each bucket of distances and each head."""
+    """A learned bias of attention scores for each bucket of distances and each head."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
         self.buckets, self.max_distance = config.buckets, config.max_distance
@@ -137,9 +138,9 @@ def _attend(
     bias: Float[Array, "K S S"],
     same: Bool[Array, "B S S"],
 ) -> Float[Array, "B S K d"]:
-    """`softmax(q k^T + bias) v`, softmax in float32.
+    """Return `softmax(q k^T + bias) v`, with the softmax in float32.
 
-    Not `nn.Attention`, which scales the scores and takes no bias: what it saves in long rows is nothing in texts of
+    Not `nn.Attention`, which scales the scores and takes no bias; its savings in long rows do not matter for texts of
     a few hundred tokens.
     """
     scores = jnp.einsum("bnkd,bmkd->bknm", q, k, preferred_element_type=jnp.float32) + bias
@@ -148,15 +149,15 @@ def _attend(
 
 
 def relative_buckets(length: int, *, buckets: int, max_distance: int) -> Int32[np.ndarray, "S S"]:
-    """The bucket of every (query, key): by direction and distance, exact when near and logarithmic when far.
+    """Return the bucket of every (query, key): by direction and distance, exact when near and logarithmic when far.
 
-    In each direction, with h = `buckets` / 2 and e = h / 2, distances below e have a bucket each; a distance n
-    from there on has bucket `e + floor((h - e) log(n / e) / log(max_distance / e))`, at most h - 1.
+    In each direction, with h = `buckets` / 2 and e = h / 2, distances below e have a bucket each; a distance n of e or
+    more has bucket `e + floor((h - e) log(n / e) / log(max_distance / e))`, at most h - 1.
     """
     offset = np.arange(length)[None, :] - np.arange(length)[:, None]
     distance, half = np.abs(offset), buckets // 2
     exact = half // 2
-    # In float32, as the models were trained: a distance where the logarithm is whole is then in the bucket they know.
+    # In float32, as in the models' training: where the logarithm is a whole number, rounding decides the bucket.
     ratio = np.log(np.maximum(distance, exact).astype(np.float32) / exact) / math.log(max_distance / exact)
     far = np.minimum(exact + (ratio * (half - exact)).astype(np.int32), half - 1)
     return (np.where(offset > 0, half, 0) + np.where(distance < exact, distance, far)).astype(np.int32)

@@ -1,4 +1,4 @@
-"""Spacetime patches as sequences: patchify, coordinates, packing, rotary positions."""
+"""Spacetime patches as token sequences: patchify, coordinates, packing, rotary embedding."""
 
 from dit_video.tokens.coordinates import coordinates
 from dit_video.tokens.noise import packed_noise

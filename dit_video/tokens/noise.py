@@ -1,4 +1,4 @@
-"""Noise of packed rows."""
+"""Noise for packed rows."""
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +8,13 @@ from dit_video.tokens.packing import Rows, positions
 
 
 def packed_noise(rows: Rows, keys: Key[Array, "B G"]) -> Float[Array, "B N p"]:
-    """Standard normal noise; an example's depends on its key and its own tokens' order, not on the row around it."""
+    """Sample standard normal noise, which depends on an example's key and its tokens' order, but not on its row."""
     width = rows.tokens.shape[-1]
-    index = positions(rows.segments)
+    offsets = positions(rows.segments)
 
-    def token(row_keys, segment, at):
-        return jax.random.normal(jax.random.fold_in(row_keys[jnp.maximum(segment - 1, 0)], at), (width,))
+    def sample_token(row_keys, segment, offset):
+        return jax.random.normal(jax.random.fold_in(row_keys[jnp.maximum(segment - 1, 0)], offset), (width,))
 
-    return jax.vmap(lambda row_keys, ids, at: jax.vmap(lambda i, a: token(row_keys, i, a))(ids, at))(
-        keys, rows.segments, index
+    return jax.vmap(lambda row_keys, ids, offset: jax.vmap(lambda i, n: sample_token(row_keys, i, n))(ids, offset))(
+        keys, rows.segments, offsets
     )

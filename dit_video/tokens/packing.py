@@ -1,7 +1,7 @@
-"""Rows: sequences of any length packed into one fixed length (NaViT, arXiv 2307.06304).
+"""Packing of clips of any length into rows of one fixed length (NaViT, arXiv 2307.06304).
 
-A row holds up to `segments` clips one after the other, with their text in a row of its own. Segment ids say which token
-belongs to which clip (1, 2, …; 0 is padding); attention never crosses them.
+A row holds up to `segments` clips one after the other, and their text in a second sequence. Segment ids tell which clip
+a token belongs to (1, 2, …; 0 is padding); attention never crosses segments.
 """
 
 from collections.abc import Sequence
@@ -18,107 +18,108 @@ from dit_video.core.typing import AnyArray
 
 @dataclass(frozen=True, kw_only=True)
 class RowShape:
-    """What one row has room for: it fixes every array shape of a batch, so one program serves all clips."""
+    """Capacity of one row: it fixes every array shape of a batch, so one compiled program serves all clips."""
 
     tokens: int
-    """video tokens (N)"""
+    """Maximum number of video tokens (N)."""
     text: int
-    """text tokens (S)"""
+    """Maximum number of text tokens (S)."""
     segments: int
-    """clips (G)"""
+    """Maximum number of clips (G)."""
 
 
 class Item(NamedTuple):
-    """One clip to be packed."""
+    """One clip, ready to be packed."""
 
     tokens: Float32[np.ndarray, "n p"]
     coordinates: Float32[np.ndarray, "n 3"]
     text: Int32[np.ndarray, " s"] | Float32[np.ndarray, "s E"]
-    """token ids, or embeddings of a text encoder that is not trained"""
+    """Token ids, or embeddings of a frozen text encoder."""
     example: int
-    """Identity of the example for randomness: its rank in the epoch's plan, or a sample's number."""
+    """Identity of the example for random numbers: its rank in the epoch's plan, or a sample's number."""
     shown: Float32[np.ndarray, "n _"] | None = None
-    """patches of the same clip's latents with all that comes after the first frame grey"""
+    """Patches of the clip's latents, encoded with all frames after the first one grey."""
     image: Float32[np.ndarray, "i F"] | None = None
-    """an image encoder's tokens of its first frame"""
+    """Image encoder's tokens of the clip's first frame."""
 
 
 class Rows(NamedTuple):
-    """A batch of packed rows. `B` is absent in a single row; arrays are NumPy in the loader and JAX in the step."""
+    """A batch of packed rows; `B` is absent in a single row. Arrays are NumPy in the loader and JAX in the step."""
 
     tokens: Float[AnyArray, "*B N p"]
     segments: Int[AnyArray, "*B N"]
     coordinates: Float[AnyArray, "*B N 3"]
     text: Int[AnyArray, "*B S"] | Float[AnyArray, "*B S E"]
-    """token ids, or embeddings"""
+    """Token ids, or embeddings."""
     text_segments: Int[AnyArray, "*B S"]
     examples: UInt32[AnyArray, "*B G"]
-    """The example of segment g+1; meaningless where `valid` is false."""
+    """Identity of the example in segment g+1; undefined if `valid` is false."""
     valid: Bool[AnyArray, "*B G"]
-    """Which segments exist and count in the loss."""
+    """True for segments that exist and count in the loss."""
     shown: Float[AnyArray, "*B N _"]
-    """what `Item.shown` is of every token; of width 0 where clips have none"""
+    """Values of `PackedExample.shown` for every token; of width 0 if the clips have none."""
     image: Float[AnyArray, "*B I F"]
-    """image tokens: as many for each segment that there is room for; none where clips have none"""
+    """Image tokens, the same number reserved for every segment; I is 0 if the clips have none."""
     image_segments: Int[AnyArray, "*B I"]
 
 
 def pack(items: Sequence[Item], shape: RowShape, *, width: int, text_width: int = 0) -> Rows:
-    """One row (no batch axis) with `items` in order.
+    """Pack examples into one row (no batch axis), in order.
 
     Args:
-      items: what the row is to hold.
-      shape: what it has room for.
-      width: values of a video token.
-      text_width: values of a text token's embedding; 0 where texts are token ids.
+      examples: clips to pack.
+      shape: capacity of the row.
+      width: number of values of a video token.
+      text_width: number of values of a text token's embedding; 0 if texts are token ids.
 
     Raises:
-      UserError: the items do not fit the row, or one has an image that others lack, or larger ones.
+      UserError: the examples do not fit into the row, or their conditioning differs in presence or size.
     """
     used = RowShape(
-        tokens=sum(len(item.tokens) for item in items),
-        text=sum(len(item.text) for item in items),
+        tokens=sum(len(example.tokens) for example in items),
+        text=sum(len(example.text) for example in items),
         segments=len(items),
     )
     for name in ("tokens", "text", "segments"):
         if getattr(used, name) > getattr(shape, name):
             raise UserError(
-                f"a row has room for {getattr(shape, name)} {name}, {getattr(used, name)} were given; "
-                f"raise the row's {name} or give it fewer clips"
+                f"a row has room for {getattr(shape, name)} {name}, the clips have {getattr(used, name)}; "
+                f"raise the row's {name}, or pack fewer clips into it"
             )
     row = empty_row(shape, width=width, text_width=text_width, given=items[0] if items else None)
     start = text_start = 0
-    for index, item in enumerate(items):
-        stop, text_stop = start + len(item.tokens), text_start + len(item.text)
-        row.tokens[start:stop] = item.tokens
+    for index, example in enumerate(items):
+        stop, text_stop = start + len(example.tokens), text_start + len(example.text)
+        row.tokens[start:stop] = example.tokens
         row.segments[start:stop] = index + 1
-        row.coordinates[start:stop] = item.coordinates
-        row.text[text_start:text_stop] = item.text
+        row.coordinates[start:stop] = example.coordinates
+        row.text[text_start:text_stop] = example.text
         row.text_segments[text_start:text_stop] = index + 1
-        row.examples[index] = item.example
+        row.examples[index] = example.example
         row.valid[index] = True
-        _put_given(row, index, item, slice(start, stop))
+        _put_given(row, index, example, slice(start, stop))
         start, text_start = stop, text_stop
     return row
 
 
 def _put_given(row: Rows, index: int, item: Item, tokens: slice) -> None:
-    """What an item is given, into its place; all items of a row are given alike."""
+    """Write an example's conditioning into the row, whose examples must all have the same kind."""
     shown = np.zeros((len(item.tokens), 0), np.float32) if item.shown is None else item.shown
     image = np.zeros((0, row.image.shape[1]), np.float32) if item.image is None else item.image
-    each = len(row.image) // len(row.examples)
-    if shown.shape[1] != row.shown.shape[1] or image.shape != (each, row.image.shape[1]):
+    count = len(row.image) // len(row.examples)
+    if shown.shape[1] != row.shown.shape[1] or image.shape != (count, row.image.shape[1]):
         raise UserError(
-            f"the clips of a row are given alike; one has {list(shown.shape)} shown values and {list(image.shape)} of "
-            f"an image, another width {row.shown.shape[1]} and {[each, row.image.shape[1]]}"
+            f"the clips of a row must have the same conditioning: one has shown frames {list(shown.shape)} and image "
+            f"tokens {list(image.shape)}, another shown frames of width {row.shown.shape[1]} and image tokens "
+            f"{[count, row.image.shape[1]]}; pack them into different rows"
         )
     row.shown[tokens] = shown
-    row.image[index * each : (index + 1) * each] = image
-    row.image_segments[index * each : (index + 1) * each] = index + 1
+    row.image[index * count : (index + 1) * count] = image
+    row.image_segments[index * count : (index + 1) * count] = index + 1
 
 
 def empty_row(shape: RowShape, *, width: int, text_width: int = 0, given: Item | None = None) -> Rows:
-    """A row of padding alone; `given` is one of the items that others like it hold, the rest is as for `pack`."""
+    """Return a row of padding with the shapes of `pack`; `given` is an example with the conditioning of other rows."""
     shown = 0 if given is None or given.shown is None else given.shown.shape[1]
     images, image_width = (0, 0) if given is None or given.image is None else given.image.shape
     return Rows(
@@ -136,32 +137,32 @@ def empty_row(shape: RowShape, *, width: int, text_width: int = 0, given: Item |
 
 
 def unpack(tokens: Float[np.ndarray, "N p"], segments: Int[np.ndarray, " N"]) -> list[Float[np.ndarray, "n p"]]:
-    """The tokens of each segment of one row, in order."""
+    """Return the tokens of each segment of one row, in order."""
     return [tokens[segments == index] for index in range(1, int(segments.max(initial=0)) + 1)]
 
 
 def to_tokens(values: Shaped[Array, "B G *rest"], segments: Int[AnyArray, "B N"]) -> Shaped[Array, "B N *rest"]:
-    """Give every token its segment's value; padding gets the first segment's."""
-    places = jax.numpy.maximum(segments - 1, 0)
-    return _read(values, places) if jax.numpy.issubdtype(values.dtype, jax.numpy.inexact) else _gather(values, places)
+    """Return every token's value from one value per segment; padding gets the first segment's."""
+    indices = jax.numpy.maximum(segments - 1, 0)
+    return _read(values, indices) if jax.numpy.issubdtype(values.dtype, jax.numpy.inexact) else _gather(values, indices)
 
 
 _CHOSEN = 8
-"""Segments of a row up to which accelerators choose among their values, in what reads them: what is gathered is written
-to memory first."""
+"""Segments per row up to which accelerators select among the values instead of gathering them. Selection is fused into
+the operation that reads the values, whereas the result of a gather is written to memory first."""
 
 
 def _gather(values: Shaped[Array, "B G *rest"], places: Int[Array, "B N"]) -> Shaped[Array, "B N *rest"]:
-    count, spread = values.shape[1], (*places.shape, *values.shape[2:])
+    count, shape = values.shape[1], (*places.shape, *values.shape[2:])
     if count == 1:
-        return jax.numpy.broadcast_to(values, spread)
+        return jax.numpy.broadcast_to(values, shape)
     if count > _CHOSEN or jax.default_backend() == "cpu":
-        return jax.vmap(lambda row, at: row[at])(values, places)
+        return jax.vmap(lambda row, index: row[index])(values, places)
     places = places.reshape(*places.shape, *(1,) * (values.ndim - 2))
-    found = jax.numpy.broadcast_to(values[:, :1], spread)
+    gathered = jax.numpy.broadcast_to(values[:, :1], shape)
     for segment in range(1, count):
-        found = jax.numpy.where(places == segment, values[:, segment : segment + 1], found)
-    return found
+        gathered = jax.numpy.where(places == segment, values[:, segment : segment + 1], gathered)
+    return gathered
 
 
 _read = jax.custom_jvp(_gather)
@@ -169,17 +170,18 @@ _read = jax.custom_jvp(_gather)
 
 @_read.defjvp
 def _read_jvp(primals, tangents):
-    """As a product with a matrix of zeros and ones, whose transpose is a product too: a gather's adds one by one."""
-    values, places = primals
-    member = jax.nn.one_hot(places, values.shape[1], dtype=values.dtype)
-    tangent = jax.numpy.einsum("bng,bg...->bn...", member, tangents[0], precision=jax.lax.Precision.HIGHEST)
-    return _read(values, places), tangent
+    # A product with a one-hot matrix, whose transpose is a product too: that of a gather is a scatter, which adds the
+    # tokens' gradients one by one.
+    values, indices = primals
+    one_hot = jax.nn.one_hot(indices, values.shape[1], dtype=values.dtype)
+    tangent = jax.numpy.einsum("bng,bg...->bn...", one_hot, tangents[0], precision=jax.lax.Precision.HIGHEST)
+    return _read(values, indices), tangent
 
 
 def segment_mean(
     values: Float[Array, "B N *rest"], segments: Int[AnyArray, "B N"], *, count: int
 ) -> Float[Array, "B {count} *rest"]:
-    """The mean over each segment's tokens; zero for a segment without any."""
+    """Return the mean over each segment's tokens; zero for a segment without any."""
     member = (segments[..., None] == jax.numpy.arange(1, count + 1)).astype(values.dtype)  # B N G
     total = jax.numpy.einsum("bn...,bng->bg...", values, member)
     number = jax.numpy.maximum(member.sum(axis=1), 1)
@@ -189,14 +191,14 @@ def segment_mean(
 def segment_max(
     values: Float[Array, "B N"], segments: Int[AnyArray, "B N"], *, count: int
 ) -> Float[Array, "B {count}"]:
-    """The largest value in each segment, bit for bit; zero for a segment without tokens."""
+    """Return the largest value in each segment, without rounding; zero for a segment without tokens."""
     member = segments[..., None] == jax.numpy.arange(1, count + 1)
     largest = jax.numpy.where(member, values[..., None], -jax.numpy.inf).max(axis=1)
     return jax.numpy.where(member.any(axis=1), largest, 0.0)
 
 
 def positions(segments: Int[AnyArray, "B N"]) -> Int[Array, "B N"]:
-    """The index of every token within its segment (or within its run of padding)."""
+    """Return the index of every token within its segment, or within its run of padding."""
     index = jax.numpy.arange(segments.shape[1])[None]
     starts = jax.numpy.pad(segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1) != segments
     return index - jax.lax.cummax(jax.numpy.where(starts, index, 0), axis=1)

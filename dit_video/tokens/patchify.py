@@ -1,4 +1,4 @@
-"""Latents to tokens and back: spacetime patches, in NumPy or JAX."""
+"""Conversion of latents into tokens, which are spacetime patches, and back, in NumPy or JAX."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from dit_video.core.typing import SameArray
 
 
 class Grid(NamedTuple):
-    """A size over (time, height, width): of a clip in pixels, of latents, of a token grid, or a stride or patch."""
+    """A size along (time, height, width): of a clip in pixels, latents, a token grid, a stride or a patch."""
 
     t: int
     h: int
@@ -22,7 +22,7 @@ class Grid(NamedTuple):
 
 
 def token_grid(latents: Grid, patch: Grid) -> Grid:
-    """How many patches latents of this size have along each axis.
+    """Return the number of patches along each axis for latents of this size.
 
     Raises:
       UserError: the patch does not divide the latents.

@@ -1,4 +1,4 @@
-"""Rotary positions from real-valued coordinates (arXiv 2104.09864, extended to three axes)."""
+"""Rotary position embedding for real-valued coordinates (RoPE, arXiv 2104.09864, extended to three axes)."""
 
 from dataclasses import dataclass
 
@@ -10,34 +10,41 @@ from dit_video.core.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Rotary3d:
-    """How a head's width is divided among (t, h, w), and how fast its pairs of channels turn.
+    """Configuration of rotary embedding: the division of a head's width among (t, h, w), and the frequencies.
 
-    Pair `j` of an axis that has `d_a` of the width turns by `scale_a * coordinate * theta_a^(-2j / d_a)`; so a product
-    of a query and a key depends on the difference of their coordinates only.
+    Pair `j` of an axis with `d_a` channels is rotated by `scale_a * coordinate * theta_a^(-2j / d_a)`; so the product
+    of a query and a key depends on the difference of their coordinates alone.
 
-    Clips longer or larger than those of the training: `scale` below 1 interpolates between the positions that were
-    seen (arXiv 2306.15595), `stretch` above 1 slows the slow pairs and leaves the fast ones, which tell neighbours
-    apart (NTK-aware, arXiv 2309.00071, section 3.1).
+    For clips longer or larger than those in training, `scale` below 1 interpolates between the trained positions
+    (arXiv 2306.15595), and `stretch` above 1 slows the slow pairs but not the fast ones, which distinguish neighbours
+    (NTK-aware, arXiv 2309.00071, section 3.1).
 
     Raises:
-      UserError: a scale or stretch that isn't positive.
+      UserError: a scale or stretch that is not positive.
     """
 
     split: tuple[int, int, int]
+    """Channels of a head for each of (t, h, w)."""
     theta: float = 10_000.0
+    """Base of the frequencies, which range from 1 down to about `1 / theta`."""
     scale: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    """what coordinates are multiplied by: trained extent / new extent; where time counts in seconds, also how many
-    steps a second is to be worth"""
+    """Factor of the coordinates: trained extent / new extent; for time in seconds also the steps per second."""
     stretch: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    """new extent / trained extent: `theta_a = theta * stretch_a^(d_a / (d_a - 2))`, so that the slowest pair turns by
-    as much over the new extent as over the old"""
+    """Ratio new extent / trained extent in `theta_a = theta * stretch_a^(d_a / (d_a - 2))`: the slowest pair then turns
+    as far over the new extent as over the trained one."""
 
     def __post_init__(self):
         if min(*self.scale, *self.stretch) <= 0:
-            raise UserError(f"rotary scale {self.scale} and stretch {self.stretch} must be positive; 1 changes nothing")
+            raise UserError(
+                f"rotary scale {self.scale} and stretch {self.stretch} must be positive; use 1 for no change"
+            )
 
     def check(self, head_width: int) -> None:
-        """Raises UserError where the split does not divide this head width into even parts."""
+        """Check that the split divides this head width.
+
+        Raises:
+          UserError: the parts of the split are not even, or do not add up to the head width.
+        """
         if sum(self.split) != head_width or any(part % 2 or part < 0 for part in self.split):
             raise UserError(
                 f"rotary split {self.split} must be three even numbers that add up to the head width {head_width}"
@@ -45,33 +52,33 @@ class Rotary3d:
 
     @staticmethod
     def even(head_width: int, *, theta: float = 10_000.0) -> "Rotary3d":
-        """Equal parts for h and w; t gets the rest, as in Wan (44, 42, 42 of 128)."""
+        """Return a config with equal parts for h and w, and the rest for t, as in Wan (44, 42, 42 of 128)."""
         return Rotary3d(split=even_split(head_width), theta=theta)
 
 
 def even_split(width: int) -> tuple[int, int, int]:
-    """A width divided among (t, h, w): equal even parts for h and w; t gets the rest."""
+    """Divide a width among (t, h, w): equal even parts for h and w, and the rest for t."""
     space = width // 6 * 2
     return width - 2 * space, space, space
 
 
 def rotary_angles(coordinates: Float[Array, "*batch N 3"], rotary: Rotary3d) -> Float[Array, "*batch N half"]:
-    """The angle of every pair of a head's channels, float32."""
+    """Return the angle of every pair of a head's channels in float32."""
     parts = []
     for axis, width in enumerate(rotary.split):
         theta = rotary.theta
-        if width > 2:  # the only pair of an axis of two channels turns once per step, whatever theta is
+        if width > 2:  # the only pair of an axis with two channels has frequency 1, whatever theta is
             theta *= rotary.stretch[axis] ** (width / (width - 2))
         frequencies = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-        at = coordinates[..., axis, None].astype(jnp.float32) * rotary.scale[axis]
-        parts.append(at * frequencies)
+        scaled = coordinates[..., axis, None].astype(jnp.float32) * rotary.scale[axis]
+        parts.append(scaled * frequencies)
     return jnp.concatenate(parts, axis=-1)
 
 
 def rotate(x: Float[Array, "*batch N K d"], angles: Float[Array, "*batch N half"]) -> Float[Array, "*batch N K d"]:
-    """Turn the pairs (j, j + d/2) of each head by their angles, in float32.
+    """Rotate the channel pairs (j, j + d/2) of each head by their angles, in float32.
 
-    Halves instead of neighbouring pairs: the same after a fixed permutation of channels, without strided access.
+    Pairing halves instead of neighbours is the same up to a fixed permutation of channels, and avoids strided access.
     """
     cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

@@ -1,1 +1,1 @@
-"""State, step, loop and what they need. Import the modules by name: the loop and its checkpoints load Orbax."""
+"""Training state, step and loop. Import the modules by name: the loop and its checkpoints load Orbax."""

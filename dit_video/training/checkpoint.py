@@ -1,10 +1,11 @@
 """Checkpoints of a training state: saved in the background, restored bit for bit, onto any mesh.
 
 A checkpoint holds a nested dictionary of arrays, named by their paths in the state, and no type of Flax, optax or this
-package. Beside the arrays lies a JSON object: the format's number, every array's shape, dtype and digest, the metrics
-when it was saved, the version of the code, and what the caller wants to keep (a training: the resolved config, and
-with the step the whole state of the data, the hash of its plan). The digest is checked after reading: storage that lost
-or changed bytes is noticed. A checkpoint is written beside its place and renamed: it is whole or absent.
+package. A JSON document is stored with the arrays: the number of the format, each array's shape, dtype and digest, the
+metrics at the time of saving, the code version and metadata of the caller. (The trainer stores the resolved config and
+the hash of the data plan, which together with the step is the whole state of the data.) Digests are verified after
+reading, so lost or changed bytes are detected. A checkpoint is written to a temporary folder that is then renamed, so
+that it is either complete or absent.
 """
 
 import contextlib
@@ -37,7 +38,7 @@ _STORAGE = re.compile(
     r"OS error|No space left|File too large|Read-only|[Pp]ermission|[Qq]uota|RESOURCE_EXHAUSTED|PERMISSION_DENIED"
     r"|UNAVAILABLE|UNAUTHENTICATED|[Cc]redentials"
 )
-"""What tensorstore says of a place that doesn't take what is written: its errors have no kinds of their own."""
+"""Messages of tensorstore if storage rejects a write; its errors have no types of their own."""
 _ORBAX = os.path.dirname(ocp.__file__)
 
 # Orbax reports each of its steps to the logger it shares with other packages, so its records are dropped by origin.
@@ -47,7 +48,10 @@ logging.getLogger("absl").addFilter(
 
 
 class Checkpoints:
-    """The checkpoints of one run, in one folder; `keep` says which stay. Nothing is touched before the first save."""
+    """The checkpoints of one run, in one folder, of which `keep` decides which are preserved.
+
+    The folder is neither created nor changed before the first save.
+    """
 
     def __init__(self, folder: str | os.PathLike, *, keep: Keep = Keep()) -> None:  # noqa: B008  # it is frozen
         self.folder = _place(folder)
@@ -63,33 +67,34 @@ class Checkpoints:
         """Copy `state` (a tree of JAX arrays) to the host and write it in the background; it may be donated at once.
 
         Args:
-          step: how many steps made the state. Steps are saved in increasing order.
-          meta: what JSON can hold; tuples come back as lists.
-          metrics: by which the best checkpoints are known.
+          step: Number of steps that led to the state. Steps are saved in increasing order.
+          state: Tree of JAX arrays.
+          meta: Metadata that JSON can represent; tuples are restored as lists.
+          metrics: Metrics by which the best checkpoints are selected.
 
         Raises:
-          UserError: the folder has a checkpoint of this step or a later one, which is not of this run's past; it, or
-            the save before, can't be written (no room, no right, no way to it).
-          TypeError: JSON cannot hold `meta`.
+          UserError: The folder already has a checkpoint of this step or a later one, or this or the previous save
+            cannot be written (disk full, no permission, storage not reachable).
+          TypeError: JSON cannot represent `meta`.
         """
         self.wait()
         with self._told(step):
             writer = self._open()
-            for other in sorted(self._unreadable & set(writer.all_steps())):
-                writer.delete(other)
+            for unreadable in sorted(self._unreadable & set(writer.all_steps())):
+                writer.delete(unreadable)
         self._unreadable.clear()
         newest = writer.latest_step()
         if newest is not None and newest >= step:
             raise UserError(
-                f"{self.folder} holds step {newest}, so step {step} cannot follow it; "
-                f"continue from step {newest}, remove it, or use another folder"
+                f"cannot save step {step} to {self.folder}: the folder already has a checkpoint of step {newest}. "
+                f"Continue from step {newest}, remove it, or use another folder."
             )
         arrays = trees.flatten(state)
         digests = _digests(arrays)
         table = {path: {**_kind(array), "digest": int(digests[path])} for path, array in arrays.items()}
         self._metrics[step] = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
-        told = {"metrics": self._metrics[step], "code": code_version(), "meta": dict(meta)}
-        document = json.loads(json.dumps({"format": FORMAT, "arrays": table, **told}))
+        details = {"metrics": self._metrics[step], "code": code_version(), "meta": dict(meta)}
+        document = json.loads(json.dumps({"format": FORMAT, "arrays": table, **details}))
         args = ocp.args.Composite(
             # Orbax cannot write an array without values; its shape and dtype are in the table.
             state=ocp.args.StandardSave(trees.unflatten({path: a for path, a in arrays.items() if a.size})),
@@ -102,62 +107,63 @@ class Checkpoints:
             raise RuntimeError(f"the checkpoint of step {step} was not saved")
 
     def wait(self) -> None:
-        """Return when all saves are on disk; raise what went wrong with them."""
+        """Wait until all saves are on disk, and raise their errors."""
         if self._writer is not None:
             with self._told(self._writing):
                 self._writer.wait_until_finished()
 
     @contextlib.contextmanager
     def _told(self, step: int) -> Iterator[None]:
-        """Tell what a disk, or a place that takes the files, has against them. The checkpoints before stay."""
+        """Turn errors of the disk or the remote storage into user errors. Earlier checkpoints are not affected."""
         try:
             yield
-        except Exception as error:  # OSErrors, and what orbax and tensorstore make of them
-            of_jax = isinstance(error, jax.errors.JaxRuntimeError)  # of another process, say
-            if of_jax or not (isinstance(error, OSError) or _STORAGE.search(str(error))):
+        except Exception as error:  # an OSError, or the orbax or tensorstore error that it was turned into
+            is_jax_error = isinstance(error, jax.errors.JaxRuntimeError)  # such as the failure of another process
+            if is_jax_error or not (isinstance(error, OSError) or _STORAGE.search(str(error))):
                 raise
             raise UserError(
-                f"the checkpoint of step {step} cannot be written to {self.folder} ({_line(error)}); those before it "
-                "are intact: make room or give the right to write, and the same command goes on from them"
+                f"cannot write the checkpoint of step {step} to {self.folder} ({_line(error)}). Those before it are "
+                "intact: free disk space or grant write permission, then run the same command to resume from them."
             ) from error
 
     def latest(self) -> int | None:
-        """The newest complete checkpoint's step, or None. One that `restore` found unreadable does not count."""
+        """Return the step of the newest complete checkpoint that is not known to be unreadable, or None."""
         return max(self._steps(), default=None)
 
     def document(self, step: int) -> dict[str, Any]:
-        """What lies beside the arrays of a checkpoint: `metrics`, `code` (see `code_version`), `meta`, `arrays`."""
+        """Return the JSON document of a checkpoint: `metrics`, `code` (see `code_version`), `meta` and `arrays`."""
         with self._reader() as reader:
             return reader.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
 
     def restore(self, like: Any, step: int | None = None, *, config: Any = None) -> tuple[Any, dict[str, Any]]:
-        """Read the state and its `meta`: of one step, or of the newest that can be read.
+        """Read a state and its `meta`, of one step or of the newest checkpoint that can be read.
 
-        A newest checkpoint that cannot be read (half written, damaged) is passed over with a warning, and removed by
-        the next save.
+        Newer checkpoints that cannot be read (half written, damaged) are skipped with a warning, and removed by the
+        next save.
 
         Args:
-          like: a tree of `jax.ShapeDtypeStruct` with shardings: the result has its structure and its layout. Leaves
-            without a sharding go to the first device.
-          config: the resolved config of now, as JSON. Where the arrays are not what `like` wants, the message names
-            the fields in which it is not the checkpoint's, `meta["config"]`.
+          like: Tree of `jax.ShapeDtypeStruct` with shardings, which gives the structure and the layout of the result.
+            Leaves without a sharding are put on the first device.
+          step: Step of the checkpoint; None for the newest that can be read.
+          config: Resolved config of this run, as JSON. If the arrays do not match `like`, the error names the fields in
+            which it differs from the config of the checkpoint, `meta["config"]`.
 
         Raises:
-          MissingError: there is no checkpoint, or none of this step.
-          UserError: the checkpoint is of another config or format, or nothing can be read.
+          MissingError: There is no checkpoint, or none of this step.
+          UserError: The checkpoint has another config or format, or nothing can be read.
         """
         steps = sorted(self._steps(), reverse=True)
         if not steps or (step is not None and step not in steps):
             which = "no checkpoint" if step is None else f"no checkpoint of step {step}"
-            has = f"; it has step {' and '.join(map(str, reversed(steps)))}" if steps else "; train first"
-            raise MissingError(f"{which} in {self.folder}{has}")
+            has = f" Available steps: {', '.join(map(str, reversed(steps)))}." if steps else " Train first."
+            raise MissingError(f"{which} in {self.folder}.{has}")
         problem: Exception | None = None
         for candidate in steps if step is None else [step]:
             try:
                 result = self._read(candidate, like, config)
             except UserError:
                 raise
-            except Exception as error:  # orbax and tensorstore raise nearly every kind for a damaged file
+            except Exception as error:  # orbax and tensorstore raise nearly every type for a damaged file
                 problem = error
                 if step is None:
                     self._unreadable.add(candidate)
@@ -171,32 +177,32 @@ class Checkpoints:
             return result
         which = f"step {step}" if step is not None else "any checkpoint"
         raise UserError(
-            f"{which} in {self.folder} cannot be read ({_line(problem)}); remove the folder to start anew"
+            f"cannot read {which} in {self.folder} ({_line(problem)}). Remove the folder to start from scratch."
         ) from problem
 
     def _read(self, step: int, like: Any, config: Any) -> tuple[Any, dict[str, Any]]:
         document = self.document(step)
-        where = self.folder / str(step)
+        checkpoint_path = self.folder / str(step)
         if document.get("format") != FORMAT:
             raise UserError(
-                f"{where} is of checkpoint format {document.get('format')}, this version reads {FORMAT}; "
-                "use the version that wrote it"
+                f"{checkpoint_path} has checkpoint format {document.get('format')}, but this version reads {FORMAT}. "
+                "Use the version that wrote it."
             )
-        wanted = {path: _placed(leaf) for path, leaf in trees.flatten(like).items()}
+        expected = {path: _placed(leaf) for path, leaf in trees.flatten(like).items()}
         fields = "" if config is None else config_json.difference(document["meta"].get("config"), config)
-        _match(where, document["arrays"], wanted, fields)
-        empty = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in wanted.items() if 0 in leaf.shape}
-        args = ocp.args.StandardRestore(trees.unflatten({path: s for path, s in wanted.items() if path not in empty}))
+        _match(checkpoint_path, document["arrays"], expected, fields)
+        empty = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in expected.items() if 0 in leaf.shape}
+        args = ocp.args.StandardRestore(trees.unflatten({path: s for path, s in expected.items() if path not in empty}))
         with self._reader() as reader:
             arrays = empty | trees.flatten(reader.restore(step, args=ocp.args.Composite(state=args)).state)
         digests = _digests(arrays)
         for path, digest in digests.items():
             if int(digest) != document["arrays"][path]["digest"]:
-                raise ValueError(f"{path} is not what was written")
+                raise ValueError(f"the digest of {path} does not match: its values were lost or changed after writing")
         return trees.map_with_path(lambda path, _: arrays[path], like), document["meta"]
 
     def _steps(self) -> set[int]:
-        """Complete checkpoints that are not known to be unreadable."""
+        """Return the steps of complete checkpoints that are not known to be unreadable."""
         if not self.folder.is_dir():
             return set()
         self.wait()
@@ -205,7 +211,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _reader(self) -> Iterator[ocp.CheckpointManager]:
-        """The manager that writes, if there is one; else one that sees the folder as it is now."""
+        """Yield the writing manager if there is one, else a temporary one with the folder's current contents."""
         if self._writer is not None:
             yield self._writer
             return
@@ -216,7 +222,7 @@ class Checkpoints:
             manager.close()
 
     def _open(self) -> ocp.CheckpointManager:
-        """The manager that writes. It clears what an interrupted save left, which only the run itself may do."""
+        """Return the writing manager, which removes the remains of interrupted saves; only the run itself may do so."""
         if self._writer is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._writer = self._manager(
@@ -225,11 +231,11 @@ class Checkpoints:
         return self._writer
 
     def _metrics_of(self, step: int) -> Mapping[str, float] | None:
-        """What was measured when a checkpoint was saved; None where its document cannot be read."""
+        """Return the metrics stored with a checkpoint; None if its document cannot be read."""
         if step not in self._metrics:
             try:
                 self._metrics[step] = self.document(step).get("metrics")
-            except Exception:  # as in `restore`
+            except Exception:  # a damaged file, see `restore`
                 self._metrics[step] = None
         return self._metrics[step]
 
@@ -242,10 +248,10 @@ class Checkpoints:
 
 
 def _place(folder: str | os.PathLike) -> Path:
-    """A folder of this machine, or an address such as gs://bucket/run, which Orbax writes by itself.
+    """Return the path of a local folder, or of a URL such as gs://bucket/run that Orbax can write to.
 
     Raises:
-      UserError: no package for such addresses.
+      UserError: No package for such URLs is installed.
     """
     if "://" not in str(folder):
         return Path(folder).absolute()
@@ -254,21 +260,20 @@ def _place(folder: str | os.PathLike) -> Path:
         place.exists()
     except (ImportError, KeyError, NotImplementedError, ValueError) as error:
         raise UserError(
-            f"{folder} cannot be opened ({_line(error)}); install what reads such addresses, such as gcsfs for gs://, "
-            "or use a folder"
+            f"cannot open {folder} ({_line(error)}). Install the package for such URLs, such as gcsfs for gs://, or "
+            "use a local folder."
         ) from error
     return cast(Path, place)
 
 
 def _digests(arrays: Mapping[str, Array]) -> dict[str, int]:
-    """Of each array, one after the other: on CPUs, programs of several devices that run side by side may wait for each
-    other for ever."""
+    # One array at a time: on CPUs, concurrent multi-device programs may deadlock.
     return {path: int(_digest(array)) for path, array in arrays.items()}
 
 
 @jax.jit
 def _digest(array: Array) -> UInt32[Array, ""]:
-    """A sum of the bits of all values, weighted by position, modulo 2^32: the same on every mesh."""
+    """Return the sum of the bits of all values, weighted by position, modulo 2^32: the same on every mesh."""
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         array = jax.random.key_data(array)
     if array.dtype == jnp.bool_:
@@ -292,28 +297,28 @@ def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _match(where: Path, given: Mapping[str, Any], wanted: Mapping[str, Any], fields: str) -> None:
-    """Raise with the first difference between the arrays of a checkpoint and those of the state that is wanted.
+    """Raise a user error with the first difference between the arrays of a checkpoint and those of the state.
 
-    With the `fields` of the config that differ, where these are known.
+    `config_difference` names the fields of the config that differ, or is empty.
     """
     differences = [f"it lacks {path}" for path in wanted if path not in given]
     differences += [f"it has {path}, which this run does not" for path in given if path not in wanted]
     for path, leaf in wanted.items():
-        if path in given and (found := {name: given[path][name] for name in ("shape", "dtype")}) != _kind(leaf):
-            now = _kind(leaf)
+        if path in given and (stored := {name: given[path][name] for name in ("shape", "dtype")}) != _kind(leaf):
+            expected = _kind(leaf)
             differences.append(
-                f"{path} is {found['dtype']}{found['shape']} there and {now['dtype']}{now['shape']} here"
+                f"{path} is {stored['dtype']}{stored['shape']} there and {expected['dtype']}{expected['shape']} here"
             )
     if differences:
-        more = f" (and {len(differences) - 1} more differences)" if len(differences) > 1 else ""
-        named = f"; of the config, {fields}" if fields else ""
+        count_note = f" (and {len(differences) - 1} more differences)" if len(differences) > 1 else ""
+        config_note = f"; config: {fields}" if fields else ""
         raise UserError(
-            f"checkpoint {where} is of another config: {differences[0]}{more}{named}; "
-            "use the run's own config or another folder"
+            f"checkpoint {where} has another config: {differences[0]}{count_note}{config_note}. "
+            "Use the config of its run, or another folder."
         )
 
 
 def _line(error: Exception | None) -> str:
-    """The start of an error's message, on one line."""
+    """Return the beginning of an error's message on one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:120]}{'…' if len(text) > 120 else ''}"

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run stay, by Orbax's own policies."""
+"""Policy that decides which checkpoints of a run are preserved, in terms of Orbax's policies."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -11,35 +11,41 @@ from dit_video.core.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Keep:
-    """The checkpoints that stay: a checkpoint that any of the rules names.
+    """Policy for preserving checkpoints: one that matches any of the rules is kept.
 
     Raises:
-      UserError: a number that is too small.
+      UserError: A number that is too small.
     """
 
     newest: int = 2
-    """so many of the last; two at least, so that there is one to fall back to while another is damaged"""
+    """Number of newest checkpoints to keep. Use at least 2 to have a fallback if the newest one is damaged."""
     every: int | None = None
-    """those whose step is a multiple of this, for ever"""
+    """Interval in steps of checkpoints that are kept forever; None for none."""
     best: int = 0
-    """so many of the best by `metric`"""
+    """Number of best checkpoints by `metric` to keep."""
     metric: str = "loss"
-    """a name of the log, as it was when the checkpoint was saved; a mean over the steps since the entry before"""
+    """Name of a logged metric, whose value is that of the last entry of the log before the checkpoint was saved."""
     better: Literal["lower", "higher"] = "lower"
+    """Direction in which `metric` improves."""
 
     def __post_init__(self) -> None:
-        for name, least in (("newest", 1), ("best", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"keep {name} is at least {least}, not {getattr(self, name)}; give {least} or more")
+        for name, minimum in (("newest", 1), ("best", 0)):
+            if getattr(self, name) < minimum:
+                raise UserError(f"keep.{name}={getattr(self, name)} is invalid: it must be at least {minimum}.")
         if self.every is not None and self.every < 1:
-            raise UserError(f"keep every is at least 1, not {self.every}; leave it out to keep none for ever")
+            raise UserError(
+                f"keep.every={self.every} is invalid: it must be at least 1. Use None to keep no checkpoint forever."
+            )
 
 
 class Preservation:
-    """`Keep` as a policy of Orbax, which is told the metrics by `metrics_of`: of a step, or None."""
+    """A `CheckpointPolicy` as a policy of Orbax.
+
+    `get_metrics` returns the metrics of the checkpoint of a step, or None.
+    """
 
     def __init__(self, keep: Keep, metrics_of: Callable[[int], Mapping[str, float] | None]) -> None:
-        from orbax.checkpoint import checkpoint_managers as orbax  # which a config does without
+        from orbax.checkpoint import checkpoint_managers as orbax  # slow import, not needed for configs
 
         policies: list[orbax.PreservationPolicy] = [orbax.LatestN(keep.newest)]
         if keep.every is not None:
@@ -48,7 +54,7 @@ class Preservation:
             policies.append(
                 orbax.BestN(
                     get_metric_fn=lambda metrics: metrics[keep.metric],
-                    reverse=keep.better == "lower",  # the best are the last
+                    reverse=keep.better == "lower",  # Orbax keeps the last of the sorted checkpoints
                     n=keep.best,
                     keep_checkpoints_without_metrics=False,
                 )
@@ -58,11 +64,11 @@ class Preservation:
         self._metrics_of = metrics_of
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        """Of the checkpoints, in the order of their steps."""
-        informed = [
+        """Return whether to keep each of the checkpoints, which are in the order of their steps."""
+        checkpoints_with_metrics = [
             SimpleNamespace(step=info.step, time=info.time, metrics=self._measured(info.step)) for info in checkpoints
         ]
-        return self._any.should_preserve(informed, context=context)
+        return self._any.should_preserve(checkpoints_with_metrics, context=context)
 
     def _measured(self, step: int) -> Mapping[str, float] | None:
         if not self._keep.best:

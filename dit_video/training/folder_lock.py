@@ -1,4 +1,4 @@
-"""One process, or one run of several, writes into a folder at a time."""
+"""File lock that lets one run at a time write into a folder."""
 
 import contextlib
 import fcntl
@@ -19,7 +19,10 @@ LOCK = ".lock"
 
 
 class _Held:
-    """The folders that this process holds: how many times, and the open file that holds it, where there are locks."""
+    """Reference-counted locks that this process holds.
+
+    `_files` has the open file of each lock, or None on file systems without locks.
+    """
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
@@ -35,7 +38,7 @@ class _Held:
     def leave(self, path: Path) -> None:
         with self._guard:
             self._times[path] -= 1
-            # The file stays where it is: were it removed, one process could lock it and another one its successor.
+            # The file is not removed: otherwise one process could lock the old file and another process a new one.
             if not self._times[path] and (file := self._files.pop(path)) is not None:
                 os.close(file)
 
@@ -45,15 +48,14 @@ _held = _Held()
 
 @contextlib.contextmanager
 def locked(folder: str | os.PathLike) -> Iterator[None]:
-    """Keep other processes out of a folder, which is made if it isn't there.
+    """Keep other processes out of a folder, which is created if it does not exist.
 
-    The lock is the operating system's (`flock`), on the file `.lock` in the folder: it ends with its process, however
-    that ends, so that a dead one holds nothing. The same process may take it again. Of a run of several processes the
-    first takes it for all. File systems without such locks go without, with a
-    warning.
+    The lock is the operating system's (`flock`), on the file `.lock` in the folder, so that it ends with its process
+    even if that is killed. The same process may lock a folder again. In a run of several processes the first one holds
+    the lock for all. File systems without such locks are used unlocked, with a warning.
 
     Raises:
-      UserError: another process holds it, which is named; the folder can't be written.
+      UserError: Another process, which the error names, holds the lock, or the folder cannot be written.
     """
     if jax.process_index() != 0:
         yield
@@ -67,37 +69,37 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
 
 
 def _lock(path: Path) -> int | None:
-    """The open file that holds the lock; None where there are no locks."""
+    """Return the open file that holds the lock; None on file systems without locks."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise UserError(
-            f"{path.parent} cannot be written ({error.strerror}); name a folder that can be, or make room"
+            f"{path.parent} cannot be written ({error.strerror}). Use a writable folder, or free disk space."
         ) from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(file)
         raise UserError(
-            f"{path.parent} is in use by {_holder(path)}; stop that one, wait for it, or use another folder"
+            f"{path.parent} is in use by {_holder(path)}. Stop it, wait for it, or use another folder."
         ) from error
-    except OSError as error:  # as on some network file systems
+    except OSError as error:  # some network file systems have no locks
         os.close(file)
         warnings.warn(
-            f"{path.parent} cannot be locked ({error.strerror}): see to it that no other process trains there",
+            f"{path.parent} cannot be locked ({error.strerror}). Make sure that no other process trains there.",
             stacklevel=2,
         )
         return None
     holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-    with contextlib.suppress(OSError):  # a full disk: the lock holds without saying whose it is
+    with contextlib.suppress(OSError):  # on a full disk the lock holds, but does not name its process
         os.ftruncate(file, 0)
         os.pwrite(file, json.dumps(holder).encode(), 0)
     return file
 
 
 def _holder(path: Path) -> str:
-    """Who wrote the lock's file."""
+    """Return a description of the process that holds the lock."""
     try:
         holder = json.loads(path.read_text())
         return f"process {holder['pid']} on {holder['host']} since {holder['since']}"

@@ -1,20 +1,20 @@
-"""The training loop: restore is the caller's; batch, step, log, save are here, in that order.
+"""Training loop: batch, step, log, save, in this order. The caller restores the state.
 
-The loop waits for the device when it logs and saves, and otherwise only keeps it from falling more than two steps
-behind, so that the device always has work while queued batches stay few.
+The loop waits for the device when it logs and saves. Otherwise it only keeps the device from falling more than two
+steps behind, so that the device always has work while few batches are queued.
 
-An entry of the log is the mean of the metrics over the steps since the entry before (or since the start of this
-process), with `step_seconds` and `steps_per_second` (the first step, saving and `on_step` left out), `data_wait`, the
-share of the time that went into waiting for a batch while the device had nothing to do (at most: where it ran out of
-work during the wait, the whole wait counts), the device's memory where it tells that, and once `first_step_seconds`,
-most of which is compilation. What periodic calls find is logged at their step, `Watch.derive` adds to every entry.
+An entry of the log is the mean of the metrics over the steps since the previous entry (or since the start of this
+process), with `step_seconds` and `steps_per_second` (excluding the first step, saving and `on_step`); `data_wait`, the
+share of the time spent waiting for a batch while the device was idle (an upper bound: if the device became idle during
+a wait, the whole wait counts); the device's memory, if it reports that; and once `first_step_seconds`, most of which is
+compilation. Results of periodic calls are logged at their step, and `Watch.derive` adds metrics to each entry.
 
-A step whose loss or gradient is not finite leaves the state as it was (`training.step` sees to it), is counted in the
-log as `skipped`, and is written down with its batch. After `LoopConfig.most_skipped` of them in a row the run ends, and
+A step whose loss or gradient is not finite leaves the state unchanged (see `training.step`), is counted in the log as
+`skipped`, and is logged with its batch. After `LoopConfig.max_consecutive_skips` consecutive ones the run ends and
 saves the state from before them.
 
-SIGINT and SIGTERM end the run after the step that runs, which is saved, with a `Stopped`; a second one at once. With
-several processes all stop after the same step (see `training.stopping`).
+After SIGINT or SIGTERM the current step is finished and saved, and the run ends with `Stopped`; a second signal ends it
+immediately. Several processes all stop after the same step (see `training.preemption`).
 """
 
 import contextlib
@@ -39,34 +39,37 @@ from dit_video.training.preemption import signals
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """How long a run is, and how often it logs and saves, in steps. The last step is always logged and saved.
+    """Length of a run and its intervals of logging and saving, in steps. The last step is always logged and saved.
 
     Raises:
-      UserError: a number that is not positive.
+      UserError: A number that is not positive.
     """
 
     steps: int
     log_every: int = 20
     save_every: int = 500
     most_skipped: int = 10
-    """steps in a row without a finite loss and gradient, after which the run ends"""
+    """Number of consecutive steps with a non-finite loss or gradient after which the run ends."""
     stop_within: float = 300.0
-    """seconds from a signal to the end of the process, at most; a preempted machine has 30 or so"""
+    """Maximum number of seconds from a signal to the end of the process; preempted machines usually have about 30."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "save_every", "most_skipped"):
             if getattr(self, name) < 1:
-                raise UserError(f"{name} is at least 1, not {getattr(self, name)}; give a positive number of steps")
+                raise UserError(
+                    f"{name}={getattr(self, name)} is invalid: it must be at least 1. Use a positive number of steps."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Periodic:
-    """Something done every so many steps, and after the last one."""
+    """A function that is called at an interval of steps, and after the last one."""
 
     every: int
+    """Interval in steps."""
     call: Callable[[int, Any], Mapping[str, float]]
-    """Given the number of steps done and the state, which it must not keep; what it returns is logged. All processes
-    call it."""
+    """Function of the number of steps done and the state, to which it must not keep references. Its result is logged.
+    All processes call it."""
 
     def due(self, done: int, steps: int) -> bool:
         return done % self.every == 0 or done == steps
@@ -74,17 +77,18 @@ class Periodic:
 
 @dataclass(frozen=True, kw_only=True)
 class Watch:
-    """What is looked at on the way, besides the log."""
+    """Optional monitoring of a run, besides its log."""
 
     identify: Identify | None = None
-    """says which batch one was"""
+    """Function that identifies a batch."""
     skipped: SkippedLog | None = None
-    """where the steps that were skipped are written down, with their batches"""
+    """Log of skipped steps and their batches."""
     derive: Callable[[Mapping[str, float]], Mapping[str, float]] | None = None
-    """further figures of an entry of the log, from those that it has"""
+    """Function from the metrics of an entry of the log to further metrics."""
     periodic: tuple[Periodic, ...] = ()
+    """Functions that are called at intervals of steps."""
     profile: Profile | None = None
-    """steps that are traced"""
+    """Steps that are traced; None for none."""
 
 
 def run(
@@ -102,115 +106,124 @@ def run(
 ) -> Any:
     """Train from `state.step` to `config.steps`, and return the last state.
 
-    What an entry of the log says, and what signals do, is told at the top of this file.
+    The docstring of this module describes the entries of the log and the handling of signals.
 
     Args:
-      step: `(state, batch) -> (state, metrics)`, jitted; it may donate the state. Metrics are scalar arrays, among
-        them `loss`. It counts `state.step`.
-      batches: given the number of steps done, yields the batches from there on.
-      on_step: called with the number of steps done and the state, which it must not keep.
-      meta: saved with every checkpoint.
-      watch: what else is looked at on the way.
+      step: Jitted function `(state, batch) -> (state, metrics)` that increments `state.step`; it may donate the state.
+        Metrics are scalar arrays and include `loss`.
+      state: State to start from.
+      batches: Function from the number of steps done to an iterator over the batches from there on.
+      config: Length of the run and its intervals.
+      checkpoints: Checkpoints to save to; None to save nothing.
+      log: Log to write to; None for none.
+      title: Title of the progress bar.
+      on_step: Function of the number of steps done and the state, to which it must not keep references.
+      meta: Metadata saved with each checkpoint.
+      watch: Optional monitoring.
 
     Raises:
-      UserError: the run is beyond `config.steps` or its folder holds a later checkpoint; the data end early; the loss
-        is not finite in a step that doesn't skip this, or in `config.most_skipped` in a row that do; the state is not
-        finite (such a state is never saved).
-      Stopped: after a signal.
-      KeyboardInterrupt: after a second one.
+      UserError: The run is beyond `config.steps`, or its folder has a later checkpoint; the data ended early; the loss
+        is not finite in a step that is not skipped, or `config.max_consecutive_skips` steps were skipped; the state is
+        not finite (such a state is never saved).
+      Stopped: After a signal.
+      KeyboardInterrupt: After a second signal.
     """
-    done = int(state.step)
-    saver = _Saver(checkpoints, dict(meta or {}), done)
+    steps_done = int(state.step)
+    saver = _Saver(checkpoints, dict(meta or {}), steps_done)
     saver.check_start(config.steps)
     log = log if jax.process_index() == 0 else None
     watch = watch or Watch()
     if log is not None:
-        log.resume(done)
+        log.resume(steps_done)
     if watch.skipped is not None:
-        watch.skipped.resume(done)
-    if done == config.steps:
+        watch.skipped.resume(steps_done)
+    if steps_done == config.steps:
         return state
-    interval = Interval(done, most=config.most_skipped, identify=watch.identify, skipped=watch.skipped)
+    accumulator = Interval(steps_done, most=config.most_skipped, identify=watch.identify, skipped=watch.skipped)
     with (
-        signals(done, within=config.stop_within) as stop,
-        _closing(batches(done)) as iterator,
-        Progress(title, config.steps, start=done, shown=jax.process_index() == 0) as progress,
+        signals(steps_done, within=config.stop_within) as stop,
+        _closing(batches(steps_done)) as iterator,
+        Progress(title, config.steps, start=steps_done, shown=jax.process_index() == 0) as progress,
         contextlib.closing(Tracer(watch.profile)) as tracer,
     ):
-        while done < config.steps and not stop.now():
-            batch = interval.next(iterator, stop.now)
+        while steps_done < config.steps and not stop.now():
+            batch = accumulator.next(iterator, stop.now)
             if stop.now():
                 break
-            with tracer.step(done + 1):
+            with tracer.step(steps_done + 1):
                 state, metrics = step(state, batch)
-            done += 1
-            tracer.after(done, metrics)
-            with saver.guarded(done, state, interval):
-                interval.add(batch, metrics)
+            steps_done += 1
+            tracer.after(steps_done, metrics)
+            with saver.guarded(steps_done, state, accumulator):
+                accumulator.add(batch, metrics)
             loss = None
-            with interval.settled() if (due := _due(watch, done, config)) else contextlib.nullcontext():
-                found = {name: value for one in due for name, value in one.call(done, state).items()}
-            if done % config.log_every == 0 or done == config.steps or found:
-                with saver.guarded(done, state, interval):
-                    values = interval.entry()
+            with accumulator.settled() if (due_calls := _due(watch, steps_done, config)) else contextlib.nullcontext():
+                periodic_metrics = {
+                    name: value for periodic in due_calls for name, value in periodic.call(steps_done, state).items()
+                }
+            if steps_done % config.log_every == 0 or steps_done == config.steps or periodic_metrics:
+                with saver.guarded(steps_done, state, accumulator):
+                    values = accumulator.entry()
                 values |= {} if watch.derive is None else watch.derive(values)
-                values |= {**found, **device_memory()}
+                values |= {**periodic_metrics, **device_memory()}
                 loss = values["loss"]
                 saver.metrics = values
                 if log is not None:
-                    log.write(done, values)
-            stop.passed(done)
-            progress.update(done, loss)
+                    log.write(steps_done, values)
+            stop.passed(steps_done)
+            progress.update(steps_done, loss)
             if on_step is not None:
-                with interval.paused():
-                    on_step(done, state)
-            if done % config.save_every == 0:
-                saver.save(done, state, interval)
-        saver.save(done, state, interval)
+                with accumulator.paused():
+                    on_step(steps_done, state)
+            if steps_done % config.save_every == 0:
+                saver.save(steps_done, state, accumulator)
+        saver.save(steps_done, state, accumulator)
         saver.wait()
         if stop.ended():
-            raise Stopped(f"{title}, by {stop.asked} after step {done}, which is saved")
+            raise Stopped(f"{title}, by {stop.asked} after step {steps_done}, which is saved")
     return state
 
 
 def _due(watch: Watch, done: int, config: LoopConfig) -> list[Periodic]:
-    return [one for one in watch.periodic if one.due(done, config.steps)]
+    return [periodic for periodic in watch.periodic if periodic.due(done, config.steps)]
 
 
 def device_memory() -> dict[str, float]:
-    """Bytes in use on this process's first device, and the most that were; nothing where it doesn't say (CPUs)."""
-    said = jax.local_devices()[0].memory_stats() or {}
+    """Return current and peak bytes in use on this process's first device; empty if it has no statistics (CPUs)."""
+    statistics = jax.local_devices()[0].memory_stats() or {}
     names = {"bytes_in_use": "device_memory_bytes", "peak_bytes_in_use": "device_memory_peak_bytes"}
-    return {name: float(said[key]) for key, name in names.items() if key in said}
+    return {name: float(statistics[key]) for key, name in names.items() if key in statistics}
 
 
 class _Saver:
-    """Saves states that are finite, each once."""
+    """Writer of checkpoints that saves each step once, and only finite states."""
 
     def __init__(self, checkpoints: Checkpoints | None, meta: dict[str, Any], done: int) -> None:
         self._checkpoints = checkpoints
         self._meta = meta
         self._saved = done
         self.metrics: Mapping[str, float] = {}
-        """the newest entry of the log"""
+        """Newest entry of the log."""
 
     def check_start(self, steps: int) -> None:
-        """Raise where the run cannot go on from here, before it costs anything."""
+        """Raise if the run cannot continue from its state, before anything is computed."""
         if self._saved > steps:
-            raise UserError(f"the run is at step {self._saved}, beyond steps={steps}; give steps={self._saved} or more")
+            raise UserError(
+                f"steps={steps} is invalid: the run is already at step {self._saved}. Use steps={self._saved} or more."
+            )
         newest = None if self._checkpoints is None else self._checkpoints.latest()
         if newest is not None and newest > self._saved:
             raise UserError(
-                f"the run starts at step {self._saved}, its folder holds a checkpoint of step {newest}; "
-                "restore that one, remove it, or use another folder"
+                f"the run starts at step {self._saved}, but its folder has a checkpoint of step {newest}. "
+                "Restore that one, remove it, or use another folder."
             )
 
     def save(self, done: int, state: Any, interval: Interval) -> None:
-        """Save a state that is not saved yet.
+        """Save a state, unless it is saved already.
 
         Raises:
-          UserError: the loss or the state is not finite.
-          ValueError: the step does not count itself.
+          UserError: The loss or the state is not finite.
+          ValueError: The step function does not increment `state.step`.
         """
         if done == self._saved:
             return
@@ -221,7 +234,9 @@ class _Saver:
     def _save(self, done: int, state: Any, interval: Interval) -> None:
         with interval.paused():
             if int(state.step) != done:
-                raise ValueError(f"after {done} steps state.step is {int(state.step)}: the step must add 1 to it")
+                raise ValueError(
+                    f"state.step={int(state.step)} is wrong after {done} steps: each step must increment it by 1."
+                )
             if (path := _not_finite(state)) is not None:
                 raise self._error(f"{path} is not finite after step {done}")
             if self._checkpoints is not None:
@@ -234,45 +249,46 @@ class _Saver:
 
     @contextlib.contextmanager
     def guarded(self, done: int, state: Any, interval: Interval) -> Iterator[None]:
-        """What ends a run inside is told to the user; where the state is as it was before, it is saved."""
+        """Turn training failures into user errors, saving the last good state first if there is one."""
         try:
             yield
         except NotFinite as error:
             raise self._error(str(error)) from error
         except TooManySkipped as error:
+            # Skipped steps leave the state unchanged, so it is still that from before the first of them.
             if done != self._saved:
                 self._save(done, state, interval)
             self.wait()
-            where = "" if self._checkpoints is None else f" and is saved as step {done}"
+            saved_note = "" if self._checkpoints is None else f" and is saved as step {done}"
             raise UserError(
-                f"{error}; the state is that from before them{where}. Look at the batches in skipped.jsonl; the same "
-                "command goes on behind them, a lower learning rate or stronger gradient clipping needs a new run"
+                f"{error}; the state is that from before them{saved_note}. Inspect the batches in skipped.jsonl. The "
+                "same command resumes after them; a lower learning rate or stronger gradient clipping needs a new run."
             ) from error
 
     def _error(self, what: str) -> UserError:
         newest = None if self._checkpoints is None else self._checkpoints.latest()
-        where = "nothing is saved yet" if newest is None else f"the last saved checkpoint is step {newest}"
+        checkpoint_note = "nothing is saved yet" if newest is None else f"the last saved checkpoint is step {newest}"
         return UserError(
-            f"{what}; {where}: start again from it with a lower learning rate or stronger gradient clipping"
+            f"{what}; {checkpoint_note}. Restart from there with a lower learning rate or stronger gradient clipping."
         )
 
 
 @jax.jit
 def _finite(array: Array) -> Bool[Array, ""]:
-    # Infinity is some optimizers' first value of a scalar (the best loss so far); in a tensor it is damage.
+    # Some optimizers initialize scalars with infinity (the best loss so far), so only NaN counts there.
     return jnp.all(jnp.isfinite(array)) if array.ndim else ~jnp.isnan(array)
 
 
 def _not_finite(state: Any) -> str | None:
-    """The path of the first array that holds NaN or infinity."""
+    """Return the path of the first array with NaN or infinity, or None."""
     arrays = {path: leaf for path, leaf in trees.flatten(state).items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
-    # One after the other: see `checkpoint._digests`.
+    # One array at a time, see `checkpoint._digests`.
     return next((path for path, array in arrays.items() if not _finite(array)), None)
 
 
 @contextlib.contextmanager
 def _closing(iterator: Iterator[Any]) -> Iterator[Iterator[Any]]:
-    """Close a generator, or a loader's iterator with its processes, when the run ends."""
+    """Close a generator, or a data loader's iterator with its processes, at the end of the run."""
     try:
         yield iterator
     finally:

@@ -1,9 +1,9 @@
-"""How a signal ends a training: after a step that is saved, in all processes the same one, and in time.
+"""Graceful end of a training run after a signal: after the same saved step in all processes, and in time.
 
-SIGTERM (preemption) and SIGINT (Ctrl-C) stop the loop after the step that runs; a second signal ends the process at
-once. With several processes any of them may get the signal. A thread in each asks a few times a second whether one did;
-then each says which step it is bound to reach, and the largest of these is the last for all: nobody is beyond it, and
-nobody waits for a device meanwhile.
+SIGTERM (preemption) and SIGINT (Ctrl-C) stop the loop after the current step; a second signal ends the process
+immediately. In a run of several processes any of them may receive the signal. A thread in each process polls a few
+times per second whether one did. Then each process publishes the step that it will reach in any case, and the largest
+of these is the last step of all: no process is beyond it, and no process has to wait for a device to agree.
 """
 
 import contextlib
@@ -24,51 +24,49 @@ from dit_video.distributed.store import Store
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _POLL = 0.25
-"""seconds between two looks at whether another process was asked to stop"""
+"""Seconds between two polls for a signal in another process."""
 _AGREEMENT = 60.0
-"""seconds to wait for the other processes' answers, which their threads give at once"""
+"""Timeout in seconds for the steps of the other processes, whose threads publish them immediately."""
 _END = 3600.0
-"""Seconds in which all processes end a run that all have saved; `distributed.peers` finds those that never do."""
+"""Timeout in seconds for all processes to end a run that all have saved. Processes that hang are detected by
+`distributed.heartbeat`."""
 _numbers = itertools.count()
 
 
 class Stop:
-    """Whether a signal asked the run to stop, and whether that holds now."""
+    """The request of a signal to stop the run."""
 
     def __init__(self) -> None:
         self.asked = ""
-        """the signal's name"""
+        """Name of the signal; empty without one."""
         self.told = False
-        """whether `ended` said so: a signal that came too late for it is not forgotten"""
+        """True once the loop has seen the signal; a later signal is re-raised after the run."""
 
     def now(self) -> bool:
-        """Whether no further step is to be taken."""
+        """Return True if the loop must not start another step."""
         return bool(self.asked)
 
     def passed(self, done: int) -> None:
-        """So many steps are done, and another one begins unless `now` says no."""
+        """Record the number of steps done; the next step begins unless `should_stop`."""
 
     def ended(self) -> bool:
-        """Whether a signal ended the run, or came in its last step: then what follows the run isn't begun either."""
+        """Return True if a signal came before the end of the run, in which case nothing is started after it."""
         self.told = bool(self.asked)
         return self.told
 
     def close(self) -> None:
-        """The run is over."""
+        """Release resources at the end of the run."""
 
 
 class StopTogether(Stop):
-    """The same for several processes. All make one for each of their runs, in the same order."""
+    """A stop request shared by several processes, which all create one for each of their runs, in the same order."""
 
     def __init__(self, done: int) -> None:
-        """
-        Args:
-          done: how many steps are done at the start.
-        """
+        """Start the polling thread; `steps_done` is the number of steps done at the start."""
         super().__init__()
         self._store = Store(f"stop/{next(_numbers)}")
         self._bound = done + 1
-        """a step that this process takes in any case"""
+        """Step that this process reaches in any case."""
         self._last: int | None = None
         self._holds = False
         self._lock = threading.Lock()
@@ -81,7 +79,7 @@ class StopTogether(Stop):
 
     def passed(self, done: int) -> None:
         count_step()
-        with self._lock:  # which is held while the processes agree
+        with self._lock:  # blocks while the processes agree, so that the published step stays true
             if self._last is None:
                 self._bound = done + 1
             else:
@@ -89,31 +87,32 @@ class StopTogether(Stop):
 
     def ended(self) -> bool:
         self._store.write(f"end/{jax.process_index()}", self.asked)
-        found = self._store.wait_for({f"end/{index}" for index in range(jax.process_count())}, _END)
-        ends = {name: text for name, text in found.items() if name.startswith("end/") and text}
-        self.asked = self.asked or next(iter(ends.values()), "")
-        self.told = bool(ends)
+        values = self._store.wait_for({f"end/{index}" for index in range(jax.process_count())}, _END)
+        signal_names = {name: text for name, text in values.items() if name.startswith("end/") and text}
+        self.asked = self.asked or next(iter(signal_names.values()), "")
+        self.told = bool(signal_names)
         return self.told
 
     def close(self) -> None:
         self._closed.set()
         self._thread.join(_AGREEMENT)
-        with contextlib.suppress(Exception):  # another one may still ask; and the first process may be gone already
+        # Another process may still wait for this one's step. The first process, which keeps the store, may be gone.
+        with contextlib.suppress(Exception):
             self._answer()
 
     def _listen(self) -> None:
-        me, said = jax.process_index(), False
+        process, is_published = jax.process_index(), False
         while not self._closed.wait(_POLL):
             try:
-                if self.asked and not said:
-                    self._store.write(f"asked/{me}", self.asked)
-                    said = True
-                found = self._store.read()
-                if asked := sorted(name for name in found if name.startswith("asked/")):
-                    self.asked = self.asked or f"{found[asked[0]]} in process {asked[0].removeprefix('asked/')}"
+                if self.asked and not is_published:
+                    self._store.write(f"asked/{process}", self.asked)
+                    is_published = True
+                values = self._store.read()
+                if requests := sorted(name for name in values if name.startswith("asked/")):
+                    self.asked = self.asked or f"{values[requests[0]]} in process {requests[0].removeprefix('asked/')}"
                     self._agree()
                     return
-            except Exception:  # no store any more: the process that keeps it is gone, and this one will not go far
+            except Exception:  # the process that keeps the store is gone, so this one cannot go on for long either
                 return
 
     def _answer(self) -> None:
@@ -123,61 +122,61 @@ class StopTogether(Stop):
         with self._lock:
             self._answer()
             names = {f"bound/{index}" for index in range(jax.process_count())}
-            found = self._store.wait_for(names, _AGREEMENT)
-            self._last = max(int(found[name]) for name in names)
+            values = self._store.wait_for(names, _AGREEMENT)
+            self._last = max(int(values[name]) for name in names)
 
 
 @contextlib.contextmanager
 def signals(done: int, *, within: float) -> Iterator[Stop]:
-    """Note the first SIGINT or SIGTERM, raise KeyboardInterrupt on the second; previous handlers come back.
+    """Record the first SIGINT or SIGTERM and raise KeyboardInterrupt on the second; restore the handlers at the end.
 
-    Python only takes handlers in the main thread; in another one signals are the caller's.
+    Python allows handlers in the main thread only; in other threads signals are left to the caller.
 
     Args:
-      done: how many steps are done at the start.
-      within: seconds after the first signal in which the block has to end, else the process does, with exit code
-        `TRY_AGAIN`: where a step or a disk hangs, the machine is not waited for until somebody takes it away.
+      steps_done: Number of steps done at the start.
+      grace: Seconds after the first signal within which the block has to end. Otherwise, such as if a step or a disk
+        hangs, the process exits with code `TRY_AGAIN`.
     """
     stop = Stop() if jax.process_count() == 1 else StopTogether(done)
-    limit: list[threading.Timer] = []
+    timers: list[threading.Timer] = []
     previous: dict[signal.Signals, Any] = {}
-    came: list[int] = []
+    received: list[int] = []
 
-    def note(number: int, _frame: FrameType | None) -> None:
-        if came:
+    def handle(number: int, _frame: FrameType | None) -> None:
+        if received:
             raise KeyboardInterrupt
-        came.append(number)
+        received.append(number)
         name = signal.Signals(number).name
         stop.asked = stop.asked or name
-        limit.append(threading.Timer(within, _too_late, (name, within)))
-        limit[0].daemon = True
-        limit[0].start()
+        timers.append(threading.Timer(within, _too_late, (name, within)))
+        timers[0].daemon = True
+        timers[0].start()
 
     try:
         if threading.current_thread() is threading.main_thread():
-            previous = {number: signal.signal(number, note) for number in _SIGNALS}
+            previous = {number: signal.signal(number, handle) for number in _SIGNALS}
         yield stop
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-        for timer in limit:
+        for timer in timers:
             timer.cancel()
         stop.close()
-    if came and not stop.told:
-        signal.raise_signal(came[0])
+    if received and not stop.told:
+        signal.raise_signal(received[0])
 
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """Let SIGTERM end what lies around a training as orderly as Ctrl-C does, with a `Stopped`."""
+    """Raise `Stopped` on SIGTERM, so that code around a training run ends as orderly as after Ctrl-C."""
 
-    def note(_number: int, _frame: FrameType | None) -> None:
-        raise Stopped("SIGTERM came; what was finished before is kept")
+    def handle(_number: int, _frame: FrameType | None) -> None:
+        raise Stopped("received SIGTERM; completed work is kept")
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGTERM, note)
+    previous = signal.signal(signal.SIGTERM, handle)
     try:
         yield
     finally:
@@ -186,8 +185,8 @@ def terminable() -> Iterator[None]:
 
 def _too_late(name: str, within: float) -> None:
     print(
-        f"error: the state was not saved within {within:g} s after {name}; what was saved before is whole, and the "
-        "same command goes on from there",
+        f"error: the state was not saved within {within:g} s after {name}. Earlier checkpoints are intact; run the "
+        "same command to resume from them.",
         file=sys.stderr,
         flush=True,
     )

@@ -1,4 +1,4 @@
-"""What a training run carries from step to step."""
+"""Training state, and its creation on the devices of a mesh."""
 
 from collections.abc import Callable
 from dataclasses import field, replace
@@ -16,22 +16,22 @@ from dit_video.training.optim.ema import Averages, copied
 
 @dataclass
 class TrainState:
-    """A tree of arrays: what a checkpoint holds. Parameters are plain nested dictionaries, without Flax types."""
+    """Training state as a tree of arrays, which a checkpoint holds. Parameters are plain nested dictionaries."""
 
     step: Any
-    """steps done, an int32 scalar; `Any`, for trees of shapes and of layouts have this structure too"""
+    """Number of steps done, an int32 scalar; typed `Any` because trees of shapes and shardings share this structure."""
     params: dict[str, Any]
     ema: dict[str, Any]
-    """the moving average of `params`, in float32"""
+    """Moving average of `params`, in float32."""
     opt_state: PyTree
     extra: dict[str, Any]
-    """what else a step updates (codebooks, running moments)"""
+    """Further arrays that a step updates, such as codebook counts and running moments."""
     averages: dict[str, Any] = field(default_factory=dict)
-    """further averages of `params`, by kind and value; see `Averages`"""
+    """Further averages of `params`, by kind and value; see `EmaConfig`."""
 
 
 class WithModel:
-    """A state that holds the model's beside another player's: its step and averages are the model's."""
+    """A state that combines the model's with that of a second network; its step and averages are the model's."""
 
     model: TrainState
 
@@ -53,14 +53,14 @@ class WithModel:
 
 
 def with_step(state: Any, step: Array) -> Any:
-    """The same state after so many steps."""
+    """Return the state with another step counter."""
     if isinstance(state, WithModel):
         return replace(state, model=replace(state.model, step=step))  # type: ignore[type-var]  # of flax.struct
     return replace(state, step=step)
 
 
 Start = Callable[[dict[str, Any]], dict[str, Any]]
-"""What `extra` of a new state is, from its parameters."""
+"""Function from the parameters of a new state to its `extra`."""
 
 
 def init_state(
@@ -69,7 +69,7 @@ def init_state(
     extra: dict[str, Any] | None = None,
     averages: Averages | None = None,
 ) -> TrainState:
-    """The state before the first step; averages start at the parameters. Traceable."""
+    """Return the state before the first step, whose averages are the parameters. Traceable."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -88,14 +88,14 @@ def new_state(
     start: Start | None = None,
     shardings: Callable[[PyTree], PyTree] | None = None,
 ) -> TrainState:
-    """The state of a new run, made on the devices themselves: each computes its own shard.
+    """Return the state of a new run, initialized on the devices: each computes its own shard.
 
     Args:
-      init: parameters from a random key.
-      optimizer: whose state is made beside them.
-      random_key: for `init`.
-      start: of what the step updates beside the parameters (`StatefulLoss.start`); None for nothing.
-      shardings: from the state's shapes to its layout; None leaves it to JAX.
+      init: Function from a random key to parameters.
+      optimizer: Optimizer whose state is initialized too.
+      random_key: Random key for `init`.
+      init_extra: Function from parameters to `TrainState.extra` (`StatefulLoss.start`); None for an empty one.
+      shardings: Function from the state's shapes to its shardings; None leaves them to JAX.
     """
 
     return make_on_devices(_make(init, optimizer, start), random_key, shardings=shardings)
@@ -109,7 +109,7 @@ def state_shapes(
     averages: Averages | None = None,
     shardings: Callable[[PyTree], PyTree] | None = None,
 ) -> PyTree:
-    """Shapes, dtypes and layout of the state: what a checkpoint is restored into."""
+    """Return the shapes, dtypes and shardings of the state, into which a checkpoint is restored."""
     return shapes_on_devices(_make(init, optimizer, start, averages), shardings=shardings)
 
 
@@ -132,16 +132,16 @@ def make_on_devices(
     *given: PyTree,
     shardings: Callable[[PyTree], PyTree] | None = None,
 ) -> Any:
-    """`make(random_key, *given)`, any state, where each device computes its own shard; `given` is used up."""
+    """Return the state `make(random_key, *args)`, of which each device computes its own shard; `args` are donated."""
     layout = None if shardings is None else shardings(jax.eval_shape(make, random_key, *given))
-    taken = tuple(range(1, 1 + len(given)))
-    return jax.jit(make, out_shardings=layout, donate_argnums=taken)(random_key, *given)
+    donated = tuple(range(1, 1 + len(given)))
+    return jax.jit(make, out_shardings=layout, donate_argnums=donated)(random_key, *given)
 
 
 def shapes_on_devices(
     make: Callable[[Array], PyTree], *, shardings: Callable[[PyTree], PyTree] | None = None
 ) -> PyTree:
-    """Shapes, dtypes and layout of any state that `make` makes of a key."""
+    """Return the shapes, dtypes and shardings of the state that `make` returns for a random key."""
     shapes = jax.eval_shape(make, jax.random.key(0))
     if shardings is None:
         return shapes
@@ -151,7 +151,7 @@ def shapes_on_devices(
 
 
 def on_host(tree: PyTree) -> PyTree:
-    """Arrays of NumPy, whole in every process; with several, all call this."""
+    """Return NumPy arrays with all values in every process; in a run of several processes, all call this."""
     if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(tree)):
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)

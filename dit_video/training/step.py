@@ -1,4 +1,4 @@
-"""One training step, for any loss."""
+"""Jitted training step for any loss, with gradient accumulation and skipping of non-finite steps."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -14,62 +14,63 @@ from dit_video.training.state import TrainState, with_step
 
 
 class Ratio(NamedTuple):
-    """A figure that is a mean over something of which a batch may have none: means of it are of totals and numbers."""
+    """A metric stored as (total, count), so that averages over batches are exact even if a batch has no examples."""
 
     total: Float[Array, ""]
     number: Float[Array, ""]
 
 
 Figures = dict[str, Any]
-"""scalar arrays, or ratios, by name"""
+"""Scalar arrays or `Average`s by name."""
 Loss = Callable[..., tuple[Float[Array, ""], Figures]]
-"""`loss(params, batch, step) -> (mean loss, figures to log)`; the constants of a step are further arguments"""
+"""Function `loss(params, batch, step, *constants) -> (mean loss, metrics)`."""
 
 
 @runtime_checkable
 class WeighedLoss(Protocol):
-    """A loss that is a mean over what a batch has a number of, so that parts of a batch can be put together."""
+    """A loss that reports how many examples it averaged, so that microbatches can be combined exactly."""
 
     def weight(self, batch: PyTree) -> Float[Array, ""]:
-        """How many the mean is over."""
+        """Return the number of examples that the mean is over."""
         ...
 
 
 @runtime_checkable
 class StatefulLoss(Protocol):
-    """A loss beside which a step updates what no gradient reaches: `TrainState.extra`, and parameters with it."""
+    """A loss whose step also updates arrays without gradients: `TrainState.extra`, and parameters such as codebooks."""
 
     def start(self, params: dict[str, Any], *, fresh: bool = True) -> dict[str, Any]:
-        """What `extra` is before the first step; `fresh` parameters are of no training before."""
+        """Return `extra` before the first step; `fresh` is False for parameters that were trained before."""
         ...
 
     def observed(
         self, params: PyTree, batch: PyTree, step: Array, *constants: PyTree
     ) -> tuple[Float[Array, ""], tuple[Figures, Any]]:
-        """The mean loss, the figures to log, and what `after` is to see of the batch."""
+        """Return the mean loss, its metrics, and the auxiliary output that is passed to `after`."""
         ...
 
     def after(self, state: TrainState, seen: Any) -> tuple[TrainState, Figures]:
-        """The state that follows a step, whose gradients are applied already, and figures to log."""
+        """Return the state after the update without gradients, which follows the gradient update, and metrics."""
         ...
 
 
 @runtime_checkable
 class OwnStep(Protocol):
-    """A loss that makes the step itself, of a state that may hold more than a `TrainState`; it has `step` and `ema`."""
+    """A loss with a step of its own, on a state that may hold more than a `TrainState` but has its `step` and `ema`."""
 
     def begin(self, state: TrainState, optimizer: optax.GradientTransformation) -> Any:
-        """The state before the first step, from what it is of any other loss. Traceable."""
+        """Return the state before the first step, from the plain `TrainState`. Traceable."""
         ...
 
     def make_step(
         self, optimizer: optax.GradientTransformation, *, ema_decay: float, constants: tuple[PyTree, ...]
     ) -> "Step":
-        """`step(state, batch) -> (state, figures)`, jitted; arguments are as for the function of this name."""
+        """Return the jitted `step(state, batch) -> (state, metrics)`; arguments are as for `step.make_step`."""
         ...
 
 
 Step = Callable[[TrainState, PyTree], tuple[TrainState, Figures]]
+"""Jitted function `(state, batch) -> (state, metrics)`."""
 
 
 def make_step(
@@ -80,43 +81,46 @@ def make_step(
     constants: tuple[PyTree, ...] = (),
     accumulate: int = 1,
 ) -> Step:
-    """`step(state, batch) -> (state, figures)`, jitted; the state is donated.
+    """Return the jitted `step(state, batch) -> (state, metrics)`, which donates the state.
 
-    A step whose loss or gradient is not finite leaves all but the count of steps as it was, bit for bit; the figure
-    `skipped` is 1 then, else 0.
+    A step whose loss or gradient is not finite changes nothing but the step counter, bit for bit. The metric `skipped`
+    is 1 for such a step, else 0.
 
     Args:
-      loss: what is minimised.
-      optimizer: of the parameters.
-      ema_decay: of their moving average.
-      constants: arrays that the loss is given too, such as the weights of a network that judges. (What a loss holds
-        itself becomes a part of the program, which weights would make large.)
-      accumulate: into how many parts the batch's rows are divided, whose gradients are computed one after the other:
-        but for rounding those of the whole. The loss says what the parts weigh.
+      loss: Loss to minimize.
+      optimizer: Optimizer of the parameters.
+      ema_decay: Decay of the parameters' moving average.
+      constants: Arrays passed to the loss as further arguments, such as the weights of a perceptual network. (Arrays
+        that the loss holds itself would be compiled into the program and make it large.)
+      accumulation_steps: Number of microbatches that the batch's rows are divided into, whose gradients are computed
+        sequentially and equal those of the batch up to rounding.
 
     Raises:
-      TypeError: a loss that does not say it.
+      TypeError: Gradient accumulation with a loss that is no `WeighedLoss`, or that is a `StatefulLoss`.
     """
     if accumulate > 1 and not _comes_in_parts(loss):
-        raise TypeError(f"{type(loss).__name__} doesn't say what the parts of a batch weigh; accumulate=1 alone fits")
+        raise TypeError(
+            f"accumulation_steps={accumulate} is invalid for {type(loss).__name__}, which does not report the weight "
+            "of a microbatch. Use accumulation_steps=1."
+        )
 
     def observed(params, batch, step, *constants):
         if isinstance(loss, StatefulLoss):
             return loss.observed(params, batch, step, *constants)
-        value, figures = loss(params, batch, step, *constants)
-        return value, (figures, None)
+        value, metrics = loss(params, batch, step, *constants)
+        return value, (metrics, None)
 
     def step(state, batch, *constants):
-        given = (state.params, batch, state.step, *constants)
+        args = (state.params, batch, state.step, *constants)
         if accumulate == 1:
-            (value, (figures, seen)), gradients = jax.value_and_grad(observed, has_aux=True)(*given)
+            (value, (metrics, seen)), gradients = jax.value_and_grad(observed, has_aux=True)(*args)
         else:
-            value, figures, gradients = accumulated(loss, accumulate, *given)
+            value, metrics, gradients = accumulated(loss, accumulate, *args)
             seen = None
-        figures = {"loss": value, "gradient_norm": optax.tree.norm(gradients), **figures}
-        after = following(state, gradients, optimizer, ema_decay=ema_decay)
-        after, learned = noted(loss, after, seen)
-        return unless_broken(state, after, figures | learned)
+        metrics = {"loss": value, "gradient_norm": optax.tree.norm(gradients), **metrics}
+        next_state = following(state, gradients, optimizer, ema_decay=ema_decay)
+        next_state, loss_metrics = noted(loss, next_state, seen)
+        return unless_broken(state, next_state, metrics | loss_metrics)
 
     return with_constants(jax.jit(step, donate_argnums=0), constants)
 
@@ -128,78 +132,87 @@ def _comes_in_parts(loss: Any) -> bool:
 def accumulated(
     loss: Any, number: int, params: PyTree, batch: PyTree, step: Array, *constants: PyTree
 ) -> tuple[Float[Array, ""], Figures, PyTree]:
-    """Loss, figures and gradients of a batch, part by part, summed in float32.
+    """Return loss, metrics and gradients of a batch, accumulated in float32 over microbatches.
 
-    Part m has the rows m, m + number, …: so each device has as many rows of every part, and none goes elsewhere.
-    Figures that are no ratios are means over the parts.
+    Microbatch m has the rows m, m + num_parts, …, so that each device has equally many rows of every microbatch and no
+    row moves to another device. Metrics other than `Average`s are means over the microbatches.
 
     Args:
-      loss: a `WeighedLoss`; its randomness is a function of the example, not of the place in the batch.
-      number: of parts, which divides the rows.
+      loss: A `WeighedLoss`, whose randomness depends on the example and not on its index in the batch.
+      num_parts: Number of microbatches, a divisor of the number of rows.
+      params: Parameters to differentiate with respect to.
+      batch: Batch with rows as the first axis of each array.
+      step: Training step.
+      *constants: Further arguments of the loss.
     """
-    parts = jax.tree.map(
+    microbatches = jax.tree.map(
         lambda leaf: jnp.moveaxis(leaf.reshape(leaf.shape[0] // number, number, *leaf.shape[1:]), 1, 0),
         jax.tree.map(jnp.asarray, batch),
     )
-    whole = jnp.maximum(loss.weight(batch), 1)
+    total_weight = jnp.maximum(loss.weight(batch), 1)
 
-    def add(total, part):
-        (value, figures), gradients = jax.value_and_grad(loss, has_aux=True)(params, part, step, *constants)
-        share = loss.weight(part) / whole
-        total = jax.tree.map(lambda sum, gradient: sum + share * gradient.astype(jnp.float32), total, gradients)
-        return total, (share * value, figures)
+    def add(total, microbatch):
+        (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(params, microbatch, step, *constants)
+        weight = loss.weight(microbatch) / total_weight
+        total = jax.tree.map(
+            lambda accumulator, gradient: accumulator + weight * gradient.astype(jnp.float32), total, gradients
+        )
+        return total, (weight * value, metrics)
 
-    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
-    gradients, (values, figures) = jax.lax.scan(add, nothing, parts)
-    return values.sum(), {name: _put_together(figure) for name, figure in figures.items()}, gradients
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
+    gradients, (values, metrics) = jax.lax.scan(add, zeros, microbatches)
+    return values.sum(), {name: _put_together(metric) for name, metric in metrics.items()}, gradients
 
 
 def _put_together(figure: Any) -> Any:
-    """A figure of a batch, from those of its parts."""
     return Ratio(figure.total.sum(), figure.number.sum()) if isinstance(figure, Ratio) else figure.mean()
 
 
 def unless_broken(before: Any, after: Any, figures: Figures, *watched: str) -> tuple[Any, Figures]:
-    """The state after a step and its figures as they are logged; with `skipped`, the state before it if it is broken.
+    """Return the next state, or the previous one if the step is not finite, and float32 metrics with `skipped`.
 
-    It is where the loss, the gradient's norm or another `watched` figure is NaN or infinite. The steps are counted on,
-    for the next one is to have another batch, and other noise.
+    A step is not finite if the loss, the gradient norm or one of the metrics `names` is NaN or infinite. The step
+    counter increases in any case, so that the next step has another batch and other noise.
     """
-    fine = jnp.all(jnp.stack([jnp.isfinite(figures[name]) for name in ("loss", "gradient_norm", *watched)]))
-    kept = jax.tree.map(lambda new, old: jnp.where(fine, new, old), after, before)
-    return with_step(kept, after.step), float_figures(figures | {"skipped": ~fine})
+    is_finite = jnp.all(jnp.stack([jnp.isfinite(figures[name]) for name in ("loss", "gradient_norm", *watched)]))
+    selected_state = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), after, before)
+    return with_step(selected_state, after.step), float_figures(figures | {"skipped": ~is_finite})
 
 
 def following(
     state: TrainState, gradients: PyTree, optimizer: optax.GradientTransformation, *, ema_decay: float
 ) -> TrainState:
-    """The state after one update by these gradients.
+    """Return the state after one gradient update.
 
-    Where the optimizer averages the parameters itself, `ema` is that average, and further averages are of it.
+    If the optimizer averages the parameters itself, `ema` is that average, and further averages are computed from it.
     """
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    own = own_average(params, opt_state)
+    optimizer_average = own_average(params, opt_state)
     return TrainState(
         step=state.step + 1,
         params=params,
-        ema=update_ema(state.ema, params, state.step, decay=ema_decay) if own is None else own,
+        ema=update_ema(state.ema, params, state.step, decay=ema_decay)
+        if optimizer_average is None
+        else optimizer_average,
         opt_state=opt_state,
         extra=state.extra,
-        averages=update_averages(state.averages, params if own is None else own, state.step),
+        averages=update_averages(
+            state.averages, params if optimizer_average is None else optimizer_average, state.step
+        ),
     )
 
 
 def noted(loss: Loss | StatefulLoss, state: TrainState, seen: Any) -> tuple[TrainState, Figures]:
-    """The state after what the loss does beside the gradients, and its figures; most losses do nothing."""
+    """Return the state after the update of a `StatefulLoss` and its metrics; other losses do not change the state."""
     return loss.after(state, seen) if isinstance(loss, StatefulLoss) else (state, {})
 
 
 def float_figures(figures: Figures) -> Figures:
-    """As they are logged."""
-    return jax.tree.map(lambda figure: figure.astype(jnp.float32), figures)
+    """Cast metrics to float32 for logging."""
+    return jax.tree.map(lambda metric: metric.astype(jnp.float32), figures)
 
 
 def with_constants(step: Callable[..., Any], constants: tuple[PyTree, ...]) -> Step:
-    """A jitted step whose last arguments are these."""
+    """Bind the constants of a jitted step, which are its last arguments."""
     return (lambda state, batch: step(state, batch, *constants)) if constants else step

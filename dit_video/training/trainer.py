@@ -1,4 +1,4 @@
-"""A training in its folder: from its newest checkpoint, or from the start."""
+"""Trainer of one model in a folder, which starts a run or resumes it from its newest checkpoint."""
 
 import contextlib
 import dataclasses
@@ -36,11 +36,11 @@ from dit_video.training.step import Loss, OwnStep, StatefulLoss, Step, make_step
 
 @runtime_checkable
 class Batches(Protocol):
-    """Batches of host arrays, endless."""
+    """An endless iterator over batches of host arrays."""
 
     @property
     def hash(self) -> str:
-        """With the step, the whole state of the data."""
+        """Return the hash of the data plan, which together with the step is the whole state of the data."""
         ...
 
     def __iter__(self) -> Iterator[Any]: ...
@@ -52,62 +52,63 @@ class Batches(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What is trained, and how."""
+    """A model's training run: loss, optimizer, data layout and outputs."""
 
     folder: Path
-    """of its log, and of its checkpoints if these lie nowhere else"""
+    """Folder of the logs, and of the checkpoints unless `checkpoints` is set."""
     checkpoints: str | os.PathLike | None = None
-    """where they lie: a folder or an address (`gs://…`)"""
+    """Folder or URL (`gs://…`) of the checkpoints; None for a folder in `folder`."""
     title: str
-    """of its progress"""
+    """Title of the progress bar."""
     init: Callable[[Array], dict[str, Any]]
-    """parameters from a random key; traceable"""
+    """Traceable function from a random key to parameters."""
     random_key: Array
-    """for `init`"""
+    """Random key for `init`."""
     start: Callable[[], dict[str, Any] | None] | None = None
-    """Reads the parameters that a new training begins with, instead of `init`'s; they are not held any longer than it
-    takes to make the state of them. (What `init` holds itself becomes a part of the program, which weights would make
-    large.)"""
+    """Function that loads the initial parameters of a new run, used instead of `init` unless it returns None. The
+    parameters are freed as soon as the state is made. (Arrays that `init` holds itself would be compiled into the
+    program and make it large.)"""
     loss: Loss | StatefulLoss | OwnStep
     constants: tuple[PyTree, ...] = ()
-    """arrays that the loss is given too; see `make_step`"""
+    """Arrays passed to the loss as further arguments, replicated on every device; see `make_step`."""
     frozen: dict[str, Any] | None = None
-    """Parameters that are not trained, of which the trained ones are adapters or pupils: the last argument of the loss.
-    They are laid out as parameters are, while constants lie whole on every device."""
+    """Parameters that are not trained, such as those of an adapted model or of a teacher: the last argument of the
+    loss. They are sharded like parameters, while constants are replicated."""
     optimizer: optax.GradientTransformation
     ema_decay: float
     averages: Averages | None = None
-    """kept beside the first one"""
+    """Further averages of the parameters; None for none."""
     accumulate: int = 1
-    """into how many parts a batch is divided; see `make_step`"""
+    """Number of microbatches that a batch is divided into; see `make_step`."""
     rival: Rival | None = None
-    """what an autoencoder is trained against"""
+    """Discriminator that an autoencoder is trained against; None for none."""
     config: loop.LoopConfig
     logs: tuple[Log, ...] = ()
-    """beside the file of metrics"""
+    """Logs besides `metrics.jsonl`."""
     periodic: tuple[loop.Periodic, ...] = ()
-    """what is done every so many steps"""
+    """Functions that are called at intervals of steps."""
     work: Callable[[Any], float] | None = None
-    """Floating-point operations of a step, as utilisation (MFU) counts them, by a batch of host arrays."""
+    """Function from a batch of host arrays to the floating-point operations of its step, as counted for MFU."""
     profile: Profile | None = None
-    """steps that are traced"""
+    """Steps that are traced; None for none."""
     mesh: Mesh
-    """what state and batches are laid out on"""
+    """Mesh on which state and batches are sharded."""
     begin: int = 0
-    """The step that this is trained from: the last of an earlier stage, whose checkpoint it continues."""
+    """Step at which this stage begins: the last step of the earlier stage, whose checkpoint it continues."""
     keep: Keep = dataclasses.field(default_factory=Keep)
-    """which checkpoints stay"""
+    """Policy for preserving checkpoints."""
     resolved: Any = None
-    """the whole config as JSON, which every checkpoint holds"""
+    """The whole config as JSON, which is stored in each checkpoint."""
 
     def run(self, batches: Callable[[int], Batches]) -> Any:
-        """The state after `config.steps` steps.
+        """Train to `config.steps` and return the last state.
 
         Args:
-          batches: from a step on, counted from `begin`.
+          batches: Function from a step, counted from `start_step`, to an iterator over the batches from there on.
 
         Raises:
-          UserError: the data are others than those that the checkpoint was trained on; another process is at it.
+          UserError: The data differ from those that the checkpoint was trained on, or another process trains in the
+            folder.
         """
         with locked(self.folder):
             return self._run(batches)
@@ -122,18 +123,18 @@ class Training:
             state, meta = checkpoints.restore(shapes_on_devices(self._begin, shardings=layout), config=self.resolved)
         if int(state.step) >= self.config.steps:
             return state
-        done = int(state.step) - self.begin
-        if done < 0:
+        stage_steps_done = int(state.step) - self.begin
+        if stage_steps_done < 0:
             raise UserError(
-                f"the newest checkpoint of {self.folder} that can be read is of step {int(state.step)}, before this "
-                f"stage, which begins at {self.begin}; remove the later ones, and the earlier stage is continued"
+                f"the newest readable checkpoint of {self.folder} has step {int(state.step)}, but this stage begins at "
+                f"step {self.begin}. Remove the later checkpoints to continue the earlier stage."
             )
-        data = batches(done)
-        if done and meta.get("plan", data.hash) != data.hash:
+        data = batches(stage_steps_done)
+        if stage_steps_done and meta.get("plan", data.hash) != data.hash:
             data.close()
             raise UserError(
-                f"the data of {self.folder.parent} are not those of its checkpoint at step {int(state.step)} (plan "
-                f"{meta['plan']}, now {data.hash}); put them back, or start another run"
+                f"the data of {self.folder.parent} differ from those of its checkpoint at step {int(state.step)} (plan "
+                f"{meta['plan']}, now {data.hash}). Restore the data, or start another run."
             )
         meter = Meter(self.work, peak=peak_flops)
         with contextlib.closing(Logs((MetricsLog(self.folder / "metrics.jsonl"), *self.logs))) as log:
@@ -163,13 +164,13 @@ class Training:
         )
 
     def _given(self) -> Iterator[dict[str, Any]]:
-        """What `start` reads, laid out as the state is."""
+        """Yield the loaded parameters, if there are any, sharded like the state."""
         params = None if self.start is None else self.start()
         if params is not None:
             yield jax.device_put(params, shardings(params, self.mesh))
 
     def _begin(self, key: Array, *given: dict[str, Any]) -> Any:
-        """The state of the step: a `TrainState`, or what the loss or a rival makes of one."""
+        """Return the initial state of the step: a `TrainState`, or the composite state of the loss."""
         params = given[0] if given else self.init(key)
         extra = self.loss.start(params, fresh=not given) if isinstance(self.loss, StatefulLoss) else None
         state = init_state(params, self.optimizer, extra, self.averages)
@@ -178,31 +179,33 @@ class Training:
         return state if self.rival is None else self.rival.join(state)
 
     def _step(self) -> Step:
-        everywhere = jax.device_put(self.constants, NamedSharding(self.mesh, PartitionSpec()))
+        constants = jax.device_put(self.constants, NamedSharding(self.mesh, PartitionSpec()))
         if self.rival is None:
             if self.frozen is not None:
-                everywhere = (*everywhere, jax.device_put(self.frozen, shardings(self.frozen, self.mesh)))
+                constants = (*constants, jax.device_put(self.frozen, shardings(self.frozen, self.mesh)))
             if isinstance(self.loss, OwnStep):
-                return self.loss.make_step(self.optimizer, ema_decay=self.ema_decay, constants=everywhere)
+                return self.loss.make_step(self.optimizer, ema_decay=self.ema_decay, constants=constants)
             return make_step(
                 self.loss,
                 self.optimizer,
                 ema_decay=self.ema_decay,
-                constants=everywhere,
+                constants=constants,
                 accumulate=self.accumulate,
             )
         if not isinstance(self.loss, AutoencoderLoss):
-            raise TypeError(f"only an autoencoder is trained against a rival, not {type(self.loss).__name__}")
+            raise TypeError(
+                f"loss={type(self.loss).__name__} is invalid: only an autoencoder is trained against a discriminator."
+            )
         return make_adversarial_step(
-            self.loss, self.optimizer, self.rival, ema_decay=self.ema_decay, constants=everywhere
+            self.loss, self.optimizer, self.rival, ema_decay=self.ema_decay, constants=constants
         )
 
 
 def _sharded(batches: Batches, mesh: Mesh, meter: Meter) -> Iterator[Any]:
-    """Batches on the mesh; closing this ends the threads that read ahead.
+    """Yield batches sharded on the mesh; closing the generator ends the threads that read ahead.
 
-    The loop asks for a batch while the devices are busy with up to two steps before it, and the transfer is only begun
-    here: so batches come to the devices ahead of their steps, without a thread of their own.
+    The loop requests a batch while the devices still work on up to two earlier steps, and transfers are asynchronous.
+    Batches therefore reach the devices ahead of their steps without another thread.
     """
     with contextlib.closing(batches):
         for batch in batches:

@@ -1,4 +1,4 @@
-"""Video and image files to clips and back (PyAV: no system ffmpeg)."""
+"""Reading and writing of clips as video and image files (PyAV: no system ffmpeg)."""
 
 from dit_video.video.clip import Clip
 from dit_video.video.decode import Facts, average_rate, decode, probe

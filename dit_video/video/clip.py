@@ -13,66 +13,69 @@ from dit_video.core.files import atomic_path
 from dit_video.video.encode import FORMATS, encode_frames
 
 DISPLAY_HEIGHT = 192
-"""Pixels: a clip less high than this is shown enlarged by a whole number."""
+"""Pixels: a clip of less height is displayed enlarged by a whole number."""
 
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """Frames in sRGB, 0..255, `[T H W 3]`; an image is a clip of one frame.
+    """A video clip: frames in sRGB, 0..255, `[T H W 3]`; an image is a clip of one frame.
 
     Raises:
       UserError: `frames` is empty or not uint8 `[T H W 3]`, or `fps` is not positive.
     """
 
     frames: UInt8[np.ndarray, "T H W 3"]
+    """Frames `[T H W 3]`, uint8 in sRGB."""
     fps: float | int
-    """Frames a second, kept as a float; 1 for an image that was read from a file."""
+    """Frames per second, stored as a float; 1 for an image that was read from a file."""
     caption: str = ""
 
     def __post_init__(self):
         frames = self.frames
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
             raise UserError(
-                f"a clip's frames are uint8 [T H W 3] with at least one pixel, {frames.dtype} {list(frames.shape)} was "
-                "given; see dit_video.core.pixels.to_uint8"
+                f"frames {frames.dtype} {list(frames.shape)} are invalid: must be uint8 [T H W 3] with at least one "
+                "pixel. Use dit_video.core.pixels.to_uint8"
             )
         if not 0 < self.fps < float("inf"):
-            raise UserError(f"a clip's fps is a positive number, {self.fps} was given")
+            raise UserError(f"fps={self.fps} is invalid: use a positive number")
         object.__setattr__(self, "fps", float(self.fps))
 
     @property
     def height(self) -> int:
+        """Return the height in pixels."""
         return self.frames.shape[1]
 
     @property
     def width(self) -> int:
+        """Return the width in pixels."""
         return self.frames.shape[2]
 
     @property
     def duration(self) -> float:
-        """Seconds."""
+        """Return the duration in seconds."""
         return len(self.frames) / self.fps
 
     def save(self, path: str | Path, *, crf: int | None = None) -> None:
-        """Write the file whole or not at all; the suffix chooses the format (mp4, webm, gif, png, apng).
+        """Write the clip to a file, atomically; the suffix chooses the format (mp4, webm, gif, png, apng).
 
         Args:
-          path: its folder is made where it does not exist.
-          crf: quality of mp4 and webm, 0 (best) to 51; by default as in `dit_video.video.encode`.
+          path: file to write; its folder is created if necessary.
+          crf: quality of mp4 and webm, 0 (best) to 51; None uses the default of `dit_video.video.encode`.
 
         Raises:
-          UserError: an unknown suffix, or frames that the format does not hold.
+          UserError: an unknown suffix, or frames that the format does not support.
         """
         path = Path(path)
         suffix = path.suffix.lower().removeprefix(".")
         if suffix not in FORMATS:
-            raise UserError(f"{path} has no suffix of a known format; use one of .{', .'.join(FORMATS)}")
+            raise UserError(f"{path} has an unknown suffix; use one of .{', .'.join(FORMATS)}")
         content = encode_frames(self.frames, self.fps, suffix, crf=crf)
         with atomic_path(path) as temporary:
             temporary.write_bytes(content)
 
     def _repr_html_(self) -> str:
-        """The clip inside the page, looping, enlarged without smoothing to at least 192 pixels of height."""
+        """Return HTML with the looping clip, enlarged without smoothing to at least 192 pixels of height."""
         scale = max(1, -(-DISPLAY_HEIGHT // self.height))
         style = f"width:{self.width * scale}px;height:{self.height * scale}px;image-rendering:pixelated"
         title = html.escape(self.caption, quote=True)

@@ -1,4 +1,4 @@
-"""Video and image files to frames, whatever PyAV's own ffmpeg reads (no system ffmpeg)."""
+"""Decoding of video and image files, in any format that PyAV's own ffmpeg reads (no system ffmpeg)."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -16,21 +16,23 @@ from dit_video.video.reader import TOLERANCE, Timed, Video
 from dit_video.video.to_rgb import Pictures, shown_size
 
 MAX_BYTES = 1 << 34
-"""Of a clip's frames in memory: more is refused rather than left to the machine to end."""
+"""Maximum bytes of a clip's frames: more raises an error instead of exhausting the machine's memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What a file holds, as `decode` gives it at native size and rate."""
+    """Properties of a file's video, as `decode` returns it at native size and rate."""
 
     height: int
     width: int
     frames: int
+    """Number of frames."""
     fps: float
-    """on average"""
+    """Average frames per second."""
     seconds: float
-    """of the last frame after the first"""
+    """Time of the last frame, in seconds after the first."""
     codec: str
+    """Name of ffmpeg's decoder."""
 
 
 def decode(
@@ -41,86 +43,90 @@ def decode(
     start: float = 0.0,
     fps: float | int | None = None,
 ) -> Clip:
-    """The frames of a video or image file, upright and in square pixels, in full-range RGB.
+    """Decode a video or image file to upright frames in square pixels and full-range RGB.
 
-    Rotation and flips, the shape of pixels, the matrix and range of colours are taken from the file, as ffmpeg does;
-    what a file leaves unsaid is guessed as players do. Transparent pixels are shown over black. Interlaced frames are
-    deinterlaced, one picture a frame. The transfer function is left as it is: HDR (PQ, HLG) is not mapped to sRGB.
+    Rotation and flips, pixel aspect ratio, colour matrix and range are read from the file, as ffmpeg does; values that
+    are missing are guessed as players do. Transparent pixels are blended over black. Interlaced frames are
+    deinterlaced, one picture per frame. The transfer function is unchanged: HDR (PQ, HLG) is not mapped to sRGB.
 
     Args:
       source: a file, or its bytes.
       size: number of frames, height and width to return; pictures are resized by an anti-aliased triangle filter,
-        without regard to the aspect ratio. By default the size they are shown at.
-      frames: how many frames to return, at the height and width they are shown at; `size` says it too.
-      start: seconds after the first frame; the first frame returned is the one shown then.
-      fps: sample at this rate: of every time `start + k / fps` the frame that is shown then, which is the nearest at or
+        without regard to the aspect ratio. By default the display size.
+      frames: number of frames to return, at the display size; an alternative to `size`.
+      start: seconds after the first frame; the first frame returned is the one shown at that time.
+      fps: sampling rate: the frame shown at every time `start + k / fps` is returned, which is the latest one at or
         before it (a rate above the native one repeats frames). By default all frames, at the stream's average rate.
 
     Raises:
       MissingError: no such file.
-      DecodeError: not a readable video or image, or damaged: then it says at which second.
-      UserError: fewer frames than asked for, or arguments that are out of range or contradict each other.
+      DecodeError: not a readable video or image, or damaged: the message says at which second.
+      UserError: fewer frames than requested, or arguments that are out of range or contradict each other.
     """
-    wanted = _wanted(size, frames, start, fps)
+    count = _wanted(size, frames, start, fps)
     with Video(source) as video:
         convert = Pictures(video.name, video.sample_aspect, None if size is None else (size.h, size.w))
         pictures: list[np.ndarray] = []
         last = None
-        for timed in sampled(progressive(video.frames(start), video.name), start, fps, wanted):
-            # A frame that is sampled twice is the same object twice: it is converted once.
+        for timed in sampled(progressive(video.frames(start), video.name), start, fps, count):
+            # A frame that is sampled twice is the same object twice and is converted once.
             pictures.append(pictures[-1] if timed is last else convert(timed.frame, timed.time))
             last = timed
             if len(pictures) * pictures[0].nbytes > MAX_BYTES:
                 raise UserError(
-                    f"{video.name} gives a clip of more than {MAX_BYTES >> 30} GiB of frames; ask for fewer frames, a "
-                    "lower fps or a smaller size"
+                    f"a clip of {video.name} would exceed {MAX_BYTES >> 30} GiB of frames; use fewer frames, a lower "
+                    "fps or a smaller size"
                 )
         rate = video.rate(len(pictures))
     if not pictures:
         raise _no_frames(video.name, start)
-    if wanted is not None and len(pictures) < wanted:
+    if count is not None and len(pictures) < count:
         raise UserError(
-            f"{video.name} has {len(pictures)} frames from {start:g} s on, {wanted} were asked for; ask for fewer"
+            f"{video.name} has {len(pictures)} frames from {start:g} s on, but {count} were requested; use fewer"
         )
     if any(picture.shape != pictures[0].shape for picture in pictures):
-        raise DecodeError(f"{video.name} changes its size on the way, a clip has one; give the size, or cut it there")
+        raise DecodeError(f"{video.name} changes its frame size, but a clip has one; pass size, or cut the file there")
     return Clip(frames=np.stack(pictures), fps=float(rate if fps is None else fps))
 
 
 def probe(source: Path | bytes, *, see: Callable[[float, av.VideoFrame], None] | None = None) -> Facts:
-    """What `decode(source)` would give; decodes the whole file, as containers do not all say how many frames they hold.
+    """Return the properties of `decode(source)`; decodes the whole file, as not all containers count their frames.
 
     Args:
       source: a file, or its bytes.
-      see: called with every frame, in order, and its seconds after the first one: as it is stored, not turned,
-        of any format. (Who reads a frame's side data keeps it in memory until the garbage collector runs.)
+      on_frame: function called with every frame, in order, and its time in seconds after the first: frames are as
+        stored, not upright, of any format. (Reading side data keeps a frame in memory until garbage collection.)
 
     Raises:
       MissingError: no such file.
       DecodeError: not a readable video or image, or damaged.
     """
     with Video(source) as video:
-        count, shown, last = 0, (0, 0), 0.0
+        count, display_size, last_time = 0, (0, 0), 0.0
         for timed in video.frames():
             if not count:
-                shown = shown_size(timed.frame, video.sample_aspect, video.name)
-                Pictures(video.name, video.sample_aspect, (8, 8))(timed.frame, timed.time)  # raises where decode would
+                display_size = shown_size(timed.frame, video.sample_aspect, video.name)
+                Pictures(video.name, video.sample_aspect, (8, 8))(
+                    timed.frame, timed.time
+                )  # raises the errors of decode
             if see is not None:
                 see(timed.time, timed.frame)
-            count, last = count + 1, timed.time
+            count, last_time = count + 1, timed.time
     if not count:
         raise _no_frames(video.name, 0.0)
-    fps = average_rate(count, last, video.rate(count))
-    return Facts(height=shown[0], width=shown[1], frames=count, fps=fps, seconds=last, codec=video.codec)
+    fps = average_rate(count, last_time, video.rate(count))
+    return Facts(
+        height=display_size[0], width=display_size[1], frames=count, fps=fps, seconds=last_time, codec=video.codec
+    )
 
 
 def average_rate(frames: int, seconds: float, said: float) -> float:
-    """Frames a second: what the container says, where its frames' times agree with it to half a frame.
+    """Return frames per second: the container's, if its frames' times agree with it to half a frame.
 
     Args:
-      frames: how many there are.
-      seconds: of the last one after the first.
-      said: by the container.
+      frames: number of frames.
+      last_time: time of the last frame, in seconds after the first.
+      container_fps: frames per second that the container states.
     """
     agrees = abs(seconds - (frames - 1) / said) <= 0.5 / said
     return said if agrees or frames < 2 or seconds <= 0 else (frames - 1) / seconds
@@ -128,27 +134,27 @@ def average_rate(frames: int, seconds: float, said: float) -> float:
 
 def _wanted(size: Grid | None, frames: int | None, start: float, fps: float | int | None) -> int | None:
     if size is not None and frames is not None and size.t != frames:
-        raise UserError(f"size={size.t}x{size.h}x{size.w} and frames={frames} disagree; give one of them")
-    wanted = frames if size is None else size.t
-    if (size is not None and min(size) < 1) or (wanted is not None and wanted < 1):
-        raise UserError(f"frames, height and width are at least 1, {size or wanted} was given")
+        raise UserError(f"size={size.t}x{size.h}x{size.w} and frames={frames} disagree; use one of them")
+    count = frames if size is None else size.t
+    if (size is not None and min(size) < 1) or (count is not None and count < 1):
+        raise UserError(f"size or frames={size or count} is invalid: use at least 1 frame, and 1 pixel of each side")
     if not 0 <= start < float("inf"):
-        raise UserError(f"start is a number of seconds from 0 on, {start} was given")
+        raise UserError(f"start={start} is invalid: use a number of seconds from 0 on")
     if fps is not None and not 0 < fps < float("inf"):
-        raise UserError(f"fps is a positive number, {fps} was given")
-    return wanted
+        raise UserError(f"fps={fps} is invalid: use a positive number")
+    return count
 
 
 def _no_frames(name: str, start: float) -> UserError:
     if start > 0:
         return UserError(f"{name} ends before {start:g} s; use an earlier start")
-    return DecodeError(f"{name} holds no whole frame; a clip has at least one: remove it or replace it")
+    return DecodeError(f"{name} has no complete frame, and a clip has at least one; remove it or replace it")
 
 
 def sampled(
     frames: Iterator[Timed], start: float, fps: float | int | None, wanted: int | None = None
 ) -> Iterator[Timed]:
-    """Of every sampling time the latest frame at or before it; without `fps` all from the one shown at `start`.
+    """Yield the latest frame at or before every sampling time; without `fps` all from the one shown at `start`.
 
     A frame that is sampled twice is the same object twice.
     """
@@ -156,7 +162,7 @@ def sampled(
 
 
 def _from(frames: Iterator[Timed], start: float) -> Iterator[Timed]:
-    if not start:  # also frames of one and the same time
+    if not start:  # the rule below would drop all but the last of several frames at time 0
         yield from frames
         return
     shown = None
@@ -185,5 +191,5 @@ def _at_rate(frames: Iterator[Timed], start: float, fps: float) -> Iterator[Time
 
 
 def _ends_after(last: Timed, moment: float) -> bool:
-    """Whether a stream's last frame is still shown at `moment`."""
+    """Return whether a stream's last frame is still shown at `time`."""
     return moment <= last.time + TOLERANCE or moment < last.time + last.seconds - TOLERANCE

@@ -1,4 +1,4 @@
-"""Frames to the bytes of a video or image file. The bytes are a function of the arguments alone (one thread)."""
+"""Encoding of frames to video and image files. The bytes depend only on the arguments (a single thread is used)."""
 
 import io
 from collections.abc import Iterable, Iterator
@@ -18,14 +18,15 @@ if TYPE_CHECKING:
 Format = Literal["mp4", "webm", "gif", "png", "apng"]
 FORMATS: tuple[str, ...] = get_args(Format)
 CRF = {"mp4": 12, "webm": 12}
-"""Quality by default: no visible loss on clips of few pixels."""
+"""Default quality: no visible loss on clips of few pixels."""
 WORST_CRF = {"mp4": 51, "webm": 63}
+"""Lowest quality."""
 
 TICKS = 360_000
-"""of a second, in which `encode_shown` writes times: a whole number for each frame at 23.976, 24, 25, 29.97, 30, 60 …
-fps"""
+"""Resolution in which `encode_timed` writes times: a whole number of ticks per frame at 23.976, 24, 25, 29.97, 30, 60 …
+fps."""
 _JPEG_QUALITY = 2
-"""of ffmpeg's 1 (best) to 31"""
+"""Quality of JPEG in ffmpeg's scale, 1 (best) to 31."""
 
 ACCURATE = (
     Interpolation.BICUBIC
@@ -34,34 +35,34 @@ ACCURATE = (
     | Interpolation.ACCURATE_RND
     | Interpolation.BITEXACT
 )
-"""swscale's flags: without them colours are off by several of 255 steps, and not alike on all processors."""
+"""Flags of swscale: without them colours are off by several of 255 steps, and differ between processors."""
 
 
 def encode(clip: "Clip", format: Format, *, crf: int | None = None) -> bytes:
-    """A file's bytes.
+    """Return the bytes of a file.
 
     mp4 is H.264 and webm is VP9, both 4:2:0 in BT.709, limited range, which every browser plays; gif has one palette of
     256 colours and shows frames for whole hundredths of a second; png (one frame) and apng are lossless.
 
     Args:
-      clip: what to encode.
-      format: the kind of file.
+      clip: clip to encode.
+      format: format of the file.
       crf: quality of mp4 and webm, 0 (best) to 51 (mp4) or 63 (webm).
 
     Raises:
-      UserError: frames that the format does not hold: an odd height or width as mp4, several frames as png.
+      UserError: frames that the format does not support: an odd height or width as mp4, several frames as png.
     """
     return encode_frames(clip.frames, clip.fps, format, crf=crf)
 
 
 def encode_frames(frames: UInt8[np.ndarray, "T H W 3"], fps: float, format: str, *, crf: int | None = None) -> bytes:
-    """`encode` for frames that are not a `Clip`."""
+    """Encode frames that are not a `Clip`; see `encode`."""
     if format not in FORMATS:
-        raise UserError(f"there is no format {format!r}; use one of {', '.join(FORMATS)}")
+        raise UserError(f"format={format!r} is invalid: use one of {', '.join(FORMATS)}")
     if crf is not None and format not in CRF:
-        raise UserError(f"crf={crf} is for {' and '.join(CRF)}; leave it out for {format}")
+        raise UserError(f"crf={crf} is invalid for {format}: only {' and '.join(CRF)} have it. Leave it out")
     if crf is not None and not 0 <= crf <= WORST_CRF[format]:
-        raise UserError(f"crf={crf} is outside the range of {format}; use 0 to {WORST_CRF[format]}, less being better")
+        raise UserError(f"crf={crf} is invalid for {format}: use 0 to {WORST_CRF[format]}, where 0 is best")
     if format == "png":
         return _png(frames)
     if format == "gif":
@@ -77,24 +78,24 @@ def encode_frames(frames: UInt8[np.ndarray, "T H W 3"], fps: float, format: str,
 
 
 class Shown(NamedTuple):
-    """A picture and when it is shown."""
+    """A picture and the time at which it is shown."""
 
     time: float
-    """seconds, from which"""
+    """Start in seconds."""
     seconds: float
-    """for which; only the last picture's counts, the others are shown until the next"""
+    """Duration in seconds; used for the last picture only, the others are shown until the next one."""
     picture: UInt8[np.ndarray, "H W 3"]
 
 
 def encode_shown(pictures: Iterable[Shown], fps: float | int, *, crf: int) -> bytes:
-    """An mp4 as `encode` makes it, of pictures that are shown at any times; one at a time is held in memory.
+    """Return an mp4 like `encode`, of pictures shown at any times; one picture at a time is in memory.
 
-    Times are kept to 1 / 360,000 s; a picture of the same time as the one before it comes that much later. There are no
-    B-frames: they would let the last picture end when the last one in the order of decoding does.
+    Times are rounded to 1 / 360,000 s; a picture with the time of the one before is shown that much later. There are no
+    B-frames, which would let the file end with the last picture in decoding order.
 
     Args:
-      pictures: at least one; of one even height and width, in the order of their times.
-      fps: on average; for the encoder's choices.
+      pictures: at least one, all of the same even height and width, in the order of their times.
+      fps: average frames per second, for the encoder's decisions.
       crf: quality, 0 (best) to 51.
 
     Raises:
@@ -105,7 +106,7 @@ def encode_shown(pictures: Iterable[Shown], fps: float | int, *, crf: int) -> by
 
 
 def encode_jpeg(picture: UInt8[np.ndarray, "H W 3"]) -> bytes:
-    """A JPEG file without visible loss: BT.601 in full range, as all of them, at the picture's full resolution."""
+    """Return a JPEG file without visible loss: BT.601 in full range, as all of them, without chroma subsampling."""
     context = av.CodecContext.create("mjpeg", "w")
     context.height, context.width, context.pix_fmt = *picture.shape[:2], "yuvj444p"
     context.time_base, context.thread_count = Fraction(1, 1), 1
@@ -125,7 +126,7 @@ def encode_jpeg(picture: UInt8[np.ndarray, "H W 3"]) -> bytes:
 
 
 def _x264(crf: int) -> dict[str, str]:
-    # mbtree: x264's macroblock-tree rate control gave other bytes in about one of seventy encodes of one clip.
+    # x264's macroblock-tree rate control (mbtree) gave other bytes in about one of seventy encodes of one clip.
     return {"crf": str(crf), "preset": "medium", "threads": "1", "mbtree": "0"}
 
 
@@ -137,13 +138,13 @@ def _h264(frames: UInt8[np.ndarray, "T H W 3"], fps: float, crf: int) -> bytes:
 def _check_even(height: int, width: int) -> None:
     if height % 2 or width % 2:
         raise UserError(
-            f"mp4 (H.264, 4:2:0) needs an even height and width, {height}x{width} was given; write .webm, .gif or "
-            ".apng, or resize the clip"
+            f"frames of {height}x{width} are invalid for mp4 (H.264, 4:2:0): use an even height and width, or "
+            "write .webm, .gif or .apng"
         )
 
 
 def _timed(pictures: Iterable[Shown]) -> Iterator[av.VideoFrame]:
-    """Frames with their ticks."""
+    """Yield frames with their times in ticks."""
     reformatter, ticks = VideoReformatter(), -1
     for time, seconds, picture in pictures:
         _check_even(*picture.shape[:2])
@@ -154,10 +155,10 @@ def _timed(pictures: Iterable[Shown]) -> Iterator[av.VideoFrame]:
 
 
 def _mux(frames, format, codec, pixel_format, fps, options, *, container=None, time_base=None) -> bytes:
-    """A file of frames that follow each other at `fps`, or that bring their times and durations in `time_base`."""
+    """Write a file of frames that follow each other at `fps`, or that have times and durations in `time_base`."""
     buffer = io.BytesIO()
     rate = Fraction(fps).limit_denominator(60_000)
-    base = 1 / rate if time_base is None else time_base
+    base_time = 1 / rate if time_base is None else time_base
     durations: dict[int, int] = {}
     with av.open(buffer, "w", format=format, options={"fflags": "+bitexact", **(container or {})}) as output:
         stream = None
@@ -165,24 +166,24 @@ def _mux(frames, format, codec, pixel_format, fps, options, *, container=None, t
             if stream is None:
                 stream = output.add_stream(codec, rate=rate, options=options)
                 stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, pixel_format
-                stream.time_base = stream.codec_context.time_base = base
+                stream.time_base = stream.codec_context.time_base = base_time
                 stream.codec_context.thread_count = 1
                 if pixel_format == "yuv420p":
                     _tag_bt709(stream.codec_context)
-            frame.time_base = base
+            frame.time_base = base_time
             if time_base is None:
                 frame.pts = index
             else:
                 durations[frame.pts] = frame.duration
             _write(output, stream.encode(frame), durations)
-        assert stream is not None  # a clip has a frame
+        assert stream is not None  # a clip has at least one frame
         _write(output, stream.encode(None), durations)
     return buffer.getvalue()
 
 
 def _write(output, packets, durations: dict[int, int]) -> None:
     for packet in packets:
-        if packet.pts in durations:  # x264 leaves them out
+        if packet.pts in durations:  # x264 does not pass durations on
             packet.duration = durations.pop(packet.pts)
         output.mux(packet)
 
@@ -206,7 +207,7 @@ def _yuv(frames: UInt8[np.ndarray, "T H W 3"]):
 
 
 def _limited(reformatter: VideoReformatter, picture: UInt8[np.ndarray, "H W 3"]) -> av.VideoFrame:
-    """4:2:0 in BT.709, limited range."""
+    """Convert a picture to 4:2:0 in BT.709, limited range."""
     return reformatter.reformat(
         av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24"),
         format="yuv420p",
@@ -220,7 +221,9 @@ def _limited(reformatter: VideoReformatter, picture: UInt8[np.ndarray, "H W 3"])
 
 def _png(frames: UInt8[np.ndarray, "T H W 3"]) -> bytes:
     if len(frames) != 1:
-        raise UserError(f"png holds one frame, the clip has {len(frames)}; write .apng, .gif, .mp4 or .webm")
+        raise UserError(
+            f"a clip of {len(frames)} frames is invalid for png: use one frame, or .apng, .gif, .mp4, .webm"
+        )
     context = av.CodecContext.create("png", "w")
     context.height, context.width, context.pix_fmt = frames.shape[1], frames.shape[2], "rgb24"
     context.time_base, context.thread_count = Fraction(1, 1), 1
@@ -230,27 +233,27 @@ def _png(frames: UInt8[np.ndarray, "T H W 3"]) -> bytes:
 
 
 def _gif(frames: UInt8[np.ndarray, "T H W 3"], fps: float) -> bytes:
-    """One palette for the whole clip, no dithering (it would shimmer)."""
+    """Encode with one palette for the whole clip and without dithering, which would shimmer."""
     rate, size = Fraction(fps).limit_denominator(60_000), f"{frames.shape[2]}x{frames.shape[1]}"
     graph = av.filter.Graph()
     graph.threads = 1
     arguments = f"video_size={size}:pix_fmt=rgb24:time_base={rate.denominator}/{rate.numerator}:pixel_aspect=1/1"
     source = graph.add("buffer", arguments)
     split, palette = graph.add("split"), graph.add("palettegen", "stats_mode=full:reserve_transparent=0")
-    use, sink = graph.add("paletteuse", "dither=none"), graph.add("buffersink")
+    palette_use, sink = graph.add("paletteuse", "dither=none"), graph.add("buffersink")
     source.link_to(split)
-    split.link_to(use, 0, 0)
+    split.link_to(palette_use, 0, 0)
     split.link_to(palette, 1, 0)
-    palette.link_to(use, 0, 1)
-    use.link_to(sink)
+    palette.link_to(palette_use, 0, 1)
+    palette_use.link_to(sink)
     graph.configure()
     for index, frame in enumerate(_rgb(frames)):
         frame.pts, frame.time_base = index, 1 / rate
         source.push(frame)
     source.push(None)
 
-    def quantised():
+    def paletted_frames():
         for _ in frames:
             yield sink.pull()
 
-    return _mux(quantised(), "gif", "gif", "pal8", fps, {})
+    return _mux(paletted_frames(), "gif", "gif", "pal8", fps, {})

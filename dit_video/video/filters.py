@@ -1,4 +1,4 @@
-"""ffmpeg's filters for decoded frames."""
+"""Filter graphs of ffmpeg for decoded frames."""
 
 from fractions import Fraction
 
@@ -7,12 +7,12 @@ from av.filter import Graph
 
 
 def shape_of(frame: av.VideoFrame) -> tuple[int, int, str, int, int]:
-    """What all frames that one graph takes have in common: width, height, format, matrix and range of colours."""
+    """Return the properties common to all frames of a graph: width, height, format, color matrix and range."""
     return frame.width, frame.height, frame.format.name, int(frame.colorspace), int(frame.color_range)
 
 
 def chain(frame: av.VideoFrame, *filters: tuple[str, str]) -> Graph:
-    """A graph of filters, by name and arguments, one after the other, for frames of this one's shape."""
+    """Return a graph of filters, by name and arguments, applied in order to frames of the same format as `frame`."""
     width, height, format, space, color_range = shape_of(frame)
     graph = Graph()
     graph.threads = 1

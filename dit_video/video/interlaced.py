@@ -1,4 +1,4 @@
-"""Interlaced frames to progressive ones, by ffmpeg's bwdif."""
+"""Deinterlacing of frames by ffmpeg's bwdif."""
 
 import contextlib
 from collections import deque
@@ -11,36 +11,36 @@ from dit_video.video.reader import Timed, complaints
 
 
 def progressive(frames: Iterator[Timed], name: str) -> Iterator[Timed]:
-    """The same frames at the same times, those that are flagged as interlaced deinterlaced: one picture a frame.
+    """Yield the same frames at the same times, with interlaced ones deinterlaced, one picture per frame.
 
     A picture is made of its frame and the lines of the frames before and after it (Weston's and yadif's filters:
-    ffmpeg's bwdif), so a frame comes when the one after it has been read. Others pass as they are.
+    ffmpeg's bwdif), so a frame is yielded when the next one has been read. Progressive frames are unchanged.
 
     Raises:
-      DecodeError: ffmpeg can't filter the frames of the file of this name.
+      DecodeError: ffmpeg can't filter the frames of the file `name`.
     """
-    filtered: _Filter | None = None
-    before: Timed | None = None
+    active_filter: _Filter | None = None
+    previous: Timed | None = None
     for timed in frames:
-        if filtered is not None and filtered.shape != shape_of(timed.frame):
-            yield from filtered.finish()
-            filtered = None
-        if filtered is None and timed.frame.interlaced_frame:
-            filtered = _Filter(timed.frame, name)
-            if before is not None and filtered.shape == shape_of(before.frame):
-                filtered.push(before, shown=False)  # so that a picture doesn't depend on where reading began
-        if filtered is None:
+        if active_filter is not None and active_filter.shape != shape_of(timed.frame):
+            yield from active_filter.finish()
+            active_filter = None
+        if active_filter is None and timed.frame.interlaced_frame:
+            active_filter = _Filter(timed.frame, name)
+            if previous is not None and active_filter.shape == shape_of(previous.frame):
+                active_filter.push(previous, shown=False)  # a picture must not depend on where reading began
+        if active_filter is None:
             yield timed
         else:
-            filtered.push(timed)
-            yield from filtered.ready()
-        before = timed
-    if filtered is not None:
-        yield from filtered.finish()
+            active_filter.push(timed)
+            yield from active_filter.ready()
+        previous = timed
+    if active_filter is not None:
+        yield from active_filter.finish()
 
 
 class _Filter:
-    """A filter graph for frames of one shape; as many come out as go in."""
+    """A filter graph for frames of one format, with one output per input."""
 
     def __init__(self, frame: av.VideoFrame, name: str):
         self.shape = shape_of(frame)

@@ -1,4 +1,4 @@
-"""What an mp4's or mov's header promises, checked before ffmpeg makes room for it."""
+"""Check of the header of mp4 and mov files before ffmpeg allocates memory for it."""
 
 from collections.abc import Iterator
 from io import BytesIO, FileIO
@@ -7,21 +7,22 @@ from typing import NamedTuple
 from dit_video.core.errors import DecodeError
 
 _MOST_BOXES = 100_000
-"""Looked at in one other: hours of a file in fragments, and no time at all."""
+"""Maximum number of boxes read inside another: enough for hours of fragmented video, and read at once."""
 
 
 class _Box(NamedTuple):
     kind: bytes
     start: int
-    """of its content"""
+    """Offset of the box's content."""
     stop: int
+    """Offset of the end of the box."""
 
 
 def check_promises(file: BytesIO | FileIO, name: str) -> None:
-    """Raise `DecodeError` where a video track has more frames of one size than the file has bytes for.
+    """Raise `DecodeError` if a video track claims more frames of one size than the file has bytes for.
 
-    Frames of one size take a few bytes of header for any number of them, and ffmpeg keeps an entry for each: tens of
-    bytes, up to two gigabytes and half a minute (ISO/IEC 14496-12, 8.7.3). The file is left at its beginning.
+    A few bytes of header can claim any number of frames of one size, and ffmpeg keeps an entry of tens of bytes for
+    each: up to two gigabytes and half a minute (ISO/IEC 14496-12, 8.7.3). The file is left at its beginning.
     """
     length = file.seek(0, 2)
     file.seek(4)
@@ -34,7 +35,7 @@ def check_promises(file: BytesIO | FileIO, name: str) -> None:
                     size, count = int.from_bytes(content[4:8], "big"), int.from_bytes(content[8:12], "big")
                     if size * count > length:
                         raise DecodeError(
-                            f"{name} promises {count} frames of {size} bytes in {length} bytes; remove it or replace it"
+                            f"{name} claims {count} frames of {size} bytes in {length} bytes; remove it or replace it"
                         )
     file.seek(0)
 
@@ -49,20 +50,20 @@ def _find(file: BytesIO | FileIO, box: _Box, *path: bytes) -> Iterator[_Box]:
 
 
 def _boxes(file: BytesIO | FileIO, outer: _Box) -> Iterator[_Box]:
-    at = outer.start
+    offset = outer.start
     for _ in range(_MOST_BOXES):
-        if at + 8 > outer.stop:
+        if offset + 8 > outer.stop:
             return
-        file.seek(at)
+        file.seek(offset)
         header = file.read(16)
-        size, start = int.from_bytes(header[:4], "big"), at + 8
+        size, start = int.from_bytes(header[:4], "big"), offset + 8
         if size == 1:
-            size, start = int.from_bytes(header[8:16], "big"), at + 16
-        stop = outer.stop if size == 0 else min(at + size, outer.stop)
+            size, start = int.from_bytes(header[8:16], "big"), offset + 16
+        stop = outer.stop if size == 0 else min(offset + size, outer.stop)
         if stop < start:
             return
         yield _Box(header[4:8], start, stop)
-        at = stop
+        offset = stop
 
 
 def _content(file: BytesIO | FileIO, box: _Box, count: int) -> bytes:

@@ -1,4 +1,4 @@
-"""A video or image file to its frames, each with the time from which it is shown, whatever ffmpeg makes of the file."""
+"""Reader of video and image files: frames with the time from which each is shown, for any file that ffmpeg reads."""
 
 import contextlib
 import io
@@ -16,49 +16,49 @@ from dit_video.core.errors import DecodeError, MissingError, UserError
 from dit_video.video.mp4_header import check_promises
 
 MAX_PIXELS = 1 << 28
-"""Of one frame, stored or shown: a damaged header may promise more than any camera's, and memory for it."""
+"""Maximum pixels of a frame, stored or displayed: a damaged header may claim any size, and memory for it."""
 LONGEST_FRAME = 3600.0
-"""Seconds that a frame may be shown: timestamps further apart are damaged, and would be sampled without end."""
+"""Maximum seconds between timestamps: greater ones are damaged, and would be sampled without end."""
 TOLERANCE = 1e-3
-"""Seconds by which a frame may come late: containers round timestamps to as much as a millisecond."""
+"""Seconds by which a frame may be late: containers round timestamps to as much as a millisecond."""
 IMAGE_CODECS = {"png", "mjpeg", "bmp", "tiff", "jpeg2000", "webp"}
-"""A file of one frame in one of these is an image: its fps is 1."""
+"""Codecs of images: a file with one frame in one of these has an fps of 1."""
 
 _MARGIN = 1.0
-"""Seconds before the wanted time that a seek aims at: the index of some containers is coarse."""
+"""Seconds before the target at which a seek aims, as the index of some containers is coarse."""
 _BUFFER = 1 << 18
-"""Bytes read at once: a read is a call into Python."""
+"""Bytes per read; each read is a call into Python."""
 _COMPLAINTS = (av.FFmpegError, ValueError, ArithmeticError, LookupError, MemoryError, EOFError, OSError)
-"""What PyAV raises on damaged files: ffmpeg's errors, text that is no UTF-8, rates of n/0, sizes that overflow."""
+"""Exceptions of PyAV for damaged files: ffmpeg's errors, text that is not UTF-8, rates of n/0, sizes that overflow."""
 _WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
-"""ffmpeg's own decoders of these leave transparency out."""
+"""Decoders of transparency, which ffmpeg's own decoders of these codecs ignore."""
 
 
 class Timed(NamedTuple):
-    """A decoded frame."""
+    """A decoded frame and its time."""
 
     time: float
-    """seconds after the file's first frame from which it is shown"""
+    """Seconds from the start of the file's first frame to this one's."""
     seconds: float
-    """for which it is shown, as far as the file says: 0 where it doesn't"""
+    """Duration in seconds; 0 if the file does not say it."""
     frame: av.VideoFrame
 
 
 @contextlib.contextmanager
 def complaints(name: str, when: str = "") -> Iterator[None]:
-    """What ffmpeg and PyAV raise about a file becomes a `DecodeError` of one line."""
+    """Convert exceptions of ffmpeg and PyAV about a file to a `DecodeError` of one line."""
     try:
         yield
     except UserError:
         raise
     except _COMPLAINTS as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())
-        said = f"is damaged {when}" if when else "is not a readable video or image"
-        raise DecodeError(f"{name} {said} ({reason}); remove it or replace it") from error
+        problem = f"is damaged {when}" if when else "is not a readable video or image"
+        raise DecodeError(f"{name} {problem} ({reason}); remove it or replace it") from error
 
 
 class Video:
-    """An open file and its video stream. A context manager.
+    """An open file and its video stream; a context manager.
 
     Raises:
       MissingError: no such file.
@@ -80,10 +80,11 @@ class Video:
         self.close()
 
     def close(self) -> None:
+        """Close the file."""
         self._resources.close()
 
     def _reopen(self) -> None:
-        """Be at the beginning of the file."""
+        """Open the file, or open it again to return to its beginning."""
         self.close()
         try:
             with complaints(self.name):
@@ -93,16 +94,16 @@ class Video:
             raise
 
     def _open(self) -> av.container.InputContainer:
-        # Always by reads of our own: ffmpeg takes a name for a pattern (clip%02d.png) or a protocol (12:30.mp4) …
+        # The file is opened here: ffmpeg would take a name for a pattern (clip%02d.png) or a protocol (12:30.mp4).
         source = self._source
         file = io.BytesIO(source) if isinstance(source, bytes) else source.open("rb", buffering=0)
         self._resources.callback(file.close)
         check_promises(file, self.name)
-        # … and a playlist that calls itself a video would open further files, or addresses.
+        # Without the whitelist a playlist in place of a video could open further files, or network addresses.
         options = {"protocol_whitelist": "none", "max_pixels": str(MAX_PIXELS)}
         container = av.open(file, "r", options=options, buffer_size=_BUFFER, metadata_errors="replace")
         self._resources.callback(container.close)
-        # ffmpeg's guesses at absent timestamps are wrong where frames are reordered (H.264 in AVI).
+        # ffmpeg generates wrong timestamps for reordered frames without them (H.264 in AVI).
         container.flags &= ~cast(int, Flags.gen_pts.value)
         return container
 
@@ -110,10 +111,11 @@ class Video:
         streams = [
             stream
             for stream in container.streams.video
-            if stream.codec_context is not None and not stream.disposition & Disposition.attached_pic  # a cover
+            if stream.codec_context is not None
+            and not stream.disposition & Disposition.attached_pic  # cover art is no video
         ]
         if not streams:
-            raise DecodeError(f"{self.name} holds no video stream that can be read; remove it or convert it to H.264")
+            raise DecodeError(f"{self.name} has no readable video stream; remove it or convert it to H.264")
         stream = streams[0]
         context = stream.codec_context
         self.codec: str = context.name
@@ -129,19 +131,19 @@ class Video:
                 other.discard = Discard.all
         aspect = stream.sample_aspect_ratio
         self.sample_aspect: Fraction = aspect if aspect is not None and aspect > 0 else Fraction(1)
-        """Width of a stored pixel by its height."""
-        # The average of a stream without timestamps is ffmpeg's default of 25.
-        known = [stream.average_rate, stream.guessed_rate, stream.base_rate]
-        self._rate = next((float(rate) for rate in (known if self._start is not None else known[1:]) if rate), 25.0)
+        """Width of a stored pixel divided by its height."""
+        # Without timestamps, the average rate is ffmpeg's default of 25.
+        rates = [stream.average_rate, stream.guessed_rate, stream.base_rate]
+        self._rate = next((float(rate) for rate in (rates if self._start is not None else rates[1:]) if rate), 25.0)
 
     def rate(self, frames: int) -> float:
-        """Frames a second on average, where the file holds so many frames: 1 of an image."""
+        """Return the average frames per second of a file with this number of frames; 1 for an image."""
         return 1.0 if frames == 1 and self.codec in IMAGE_CODECS else self._rate
 
     def frames(self, start: float = 0.0) -> Iterator[Timed]:
-        """The frames shown from `start` seconds on, and some before them: from a key frame on, or all.
+        """Yield the frames shown from `start` seconds on, and some before them: from a key frame on, or all.
 
-        Times never fall. Frames are as they are stored: interlaced ones too.
+        Times never decrease. Frames are as stored, interlaced ones too.
 
         Raises:
           DecodeError: the file is damaged; says where.
@@ -150,11 +152,11 @@ class Video:
         spacing, previous = 1 / self._rate, None
         for frame in frames:
             base = frame.time_base or Fraction(1, 1000)
-            stamp = frame.dts if frame.pts is None else frame.pts
+            timestamp = frame.dts if frame.pts is None else frame.pts
             if previous is None and origin is None:
-                origin = stamp
-            if stamp is not None and origin is not None:
-                time = float((stamp - origin) * base)
+                origin = timestamp
+            if timestamp is not None and origin is not None:
+                time = float((timestamp - origin) * base)
             else:
                 time = 0.0 if previous is None else previous.time + (previous.seconds or spacing)
             if previous is not None:
@@ -169,15 +171,15 @@ class Video:
     def _checked(self, time: float, last: float) -> float:
         if not last - _MARGIN <= time <= last + LONGEST_FRAME:
             raise DecodeError(
-                f"{self.name} has times that jump from {last:.2f} s to {time:.2f} s; remove it, or write it anew "
-                "with times that follow each other"
+                f"{self.name} has timestamps that jump from {last:.2f} s to {time:.2f} s; remove it, or write it again "
+                "with continuous times"
             )
         return max(time, last)
 
     def _sought(self, start: float) -> tuple[Iterator[av.VideoFrame], int | None]:
-        """Frames from a key frame before `start` on, and the first frame's timestamp; all frames where that fails.
+        """Return frames from a key frame before `start` on, and the first frame's timestamp; all frames on failure.
 
-        A seek is right only where frames have timestamps, and lands late in files with a bad index.
+        A seek is exact only if frames have timestamps, and goes too far in files with a bad index.
         """
         origin, base = self._first_stamp(), self._stream.time_base
         if origin is not None and base:
@@ -193,7 +195,7 @@ class Video:
         return self._decoded(), None
 
     def _first_stamp(self) -> int | None:
-        """The presentation timestamp of the first frame; it is decoded only where its packet doesn't say it."""
+        """Return the timestamp of the first frame, which is decoded only if its packet does not have it."""
         with complaints(self.name, self._where):
             packet = next(self._container.demux(self._stream), None)
         if packet is None:
@@ -211,7 +213,7 @@ class Video:
                 packet = next(packets, None)
                 more = packet is not None
                 if packet is not None and not packet.size:
-                    continue  # an empty packet would end the decoder's work, and AVI repeats a frame by one
+                    continue  # an empty packet would flush the decoder, and AVI repeats a frame by one
                 frames = self._context.decode(packet)
             for frame in frames:
                 frame.time_base = frame.time_base or self._stream.time_base

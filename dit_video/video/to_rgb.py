@@ -1,4 +1,4 @@
-"""A decoded frame to its picture: upright, in square pixels and full-range RGB."""
+"""Conversion of decoded frames to upright pictures in square pixels and full-range RGB."""
 
 from fractions import Fraction
 from typing import NamedTuple, cast
@@ -16,7 +16,7 @@ from dit_video.video.filters import chain
 from dit_video.video.reader import MAX_PIXELS, complaints
 
 RESIZING = ACCURATE & ~Interpolation.BICUBIC | Interpolation.BILINEAR
-"""swscale's triangle filter, whose support grows with the scale when shrinking, as that of `pixels.resize`."""
+"""Flags of swscale's triangle filter, which is widened when downsampling like that of `pixels.resize`."""
 
 _BT709, _BT601 = 1, 6
 _COLORSPACES = {
@@ -27,15 +27,15 @@ _COLORSPACES = {
     7: Colorspace.SMPTE240M,
     9: Colorspace.BT2020,
 }
-"""By ISO/IEC 23091-2's number for matrix coefficients."""
+"""Colour spaces by ISO/IEC 23091-2's number for matrix coefficients."""
 _UNKNOWN = {8: "YCgCo", 10: "BT.2020 with constant luminance", 11: "ST 2085", 12: "derived", 13: "derived", 14: "ICtCp"}
-"""What ffmpeg's scaler refuses too."""
+"""Matrix coefficients that ffmpeg's scaler does not support either."""
 _STRANGE = sorted(set(range(64)) - {kind.value for kind in Type})
 """Numbers of side data that PyAV has no name for."""
 
 
 class Orientation(NamedTuple):
-    """How to make a picture upright: exchange its axes, then flip its rows, then its columns."""
+    """The steps that make a picture upright: transpose it, then flip its rows, then its columns."""
 
     turned: bool
     flip_rows: bool
@@ -43,55 +43,55 @@ class Orientation(NamedTuple):
 
 
 def orientation(frame: av.VideoFrame) -> Orientation:
-    """How a frame is to be turned.
+    """Return the orientation of a frame.
 
     The display matrix of ISO/IEC 14496-12 maps a stored point (x, y) to (a x + c y, b x + d y), in 16.16 fixed point.
     """
     try:
         matrix = _display_matrix(frame)
-    except ValueError:  # PyAV lists no side data where it doesn't know one kind of it: EXIF, a view's number, LCEVC …
+    except ValueError:  # PyAV reads no side data of a frame with an unknown kind of it: EXIF, view id, LCEVC …
         graph = chain(frame, *(("sidedata", f"mode=delete:type={kind}") for kind in _STRANGE))
         graph.vpush(frame)
         matrix = _display_matrix(graph.vpull())
     if matrix is None:
         return Orientation(False, False, False)
     a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5]
-    turned = abs(int(b)) > abs(int(a))
-    return Orientation(turned, bool((b if turned else d) < 0), bool((c if turned else a) < 0))
+    transposed = abs(int(b)) > abs(int(a))
+    return Orientation(transposed, bool((b if transposed else d) < 0), bool((c if transposed else a) < 0))
 
 
 def _display_matrix(frame: av.VideoFrame) -> SideData | None:
-    # PyAV's stub of the attribute is of another type, with one key.
+    # PyAV's stub gives the attribute another type, with a single key.
     return cast(SideDataContainer, frame.side_data).get(Type.DISPLAYMATRIX)
 
 
 def shown_size(frame: av.VideoFrame, sample_aspect: Fraction, name: str) -> tuple[int, int]:
-    """Height and width of the upright picture in square pixels: of a stored width, `round(width * sample_aspect)`.
+    """Return height and width of the upright picture in square pixels; a width is `round(width * sample_aspect)`.
 
     Raises:
-      DecodeError: the picture is larger than any, or ffmpeg can't say which way it is turned.
+      DecodeError: the picture exceeds `MAX_PIXELS`, or ffmpeg can't read its orientation.
     """
     with complaints(name):
-        turned = orientation(frame).turned
-    return _shown_size(frame, sample_aspect, turned, name)
+        transposed = orientation(frame).turned
+    return _shown_size(frame, sample_aspect, transposed, name)
 
 
 def _shown_size(frame: av.VideoFrame, sample_aspect: Fraction, turned: bool, name: str) -> tuple[int, int]:
     width = max(1, round(frame.width * sample_aspect))
     if width * frame.height > MAX_PIXELS:
         raise DecodeError(
-            f"{name} has frames of {frame.height}x{width} pixels, {MAX_PIXELS} is the limit; make it smaller"
+            f"{name} has frames of {frame.height}x{width} pixels, over the limit of {MAX_PIXELS}; make them smaller"
         )
     return (width, frame.height) if turned else (frame.height, width)
 
 
 class Pictures:
-    """Makes pictures of a file's frames.
+    """A converter of a file's frames to RGB pictures.
 
     Args:
-      name: of the file, for messages.
-      sample_aspect: width of a stored pixel by its height.
-      size: height and width of the pictures; by default as shown.
+      name: name of the file, for messages.
+      sample_aspect: width of a stored pixel divided by its height.
+      size: height and width of the pictures; None uses their display size.
     """
 
     def __init__(self, name: str, sample_aspect: Fraction, size: tuple[int, int] | None):
@@ -99,50 +99,51 @@ class Pictures:
         self._convert = VideoReformatter()
 
     def __call__(self, frame: av.VideoFrame, time: float) -> UInt8[np.ndarray, "H W 3"]:
-        """The picture of the frame that is shown at this many seconds.
+        """Convert a frame that is shown at `time`, in seconds.
 
         Raises:
-          DecodeError: the frame is too large, or of colours or a format that ffmpeg can't convert.
+          DecodeError: the frame is too large, or ffmpeg can't convert its colours or format.
         """
         with complaints(self._name, f"at {time:.2f} s"):
-            turned, flip_rows, flip_columns = orientation(frame)
-            shown = _shown_size(frame, self._aspect, turned, self._name)
-            height, width = self._size or shown
-            picture = self._stored(frame, *((width, height) if turned else (height, width)))
-        if turned:
+            transposed, flip_rows, flip_columns = orientation(frame)
+            display_size = _shown_size(frame, self._aspect, transposed, self._name)
+            height, width = self._size or display_size
+            picture = self._stored(frame, *((width, height) if transposed else (height, width)))
+        if transposed:
             picture = picture.swapaxes(0, 1)
         return np.ascontiguousarray(picture[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1])
 
     def _stored(self, frame: av.VideoFrame, height: int, width: int) -> UInt8[np.ndarray, "height width 3"]:
-        """The picture before it is turned upright."""
+        """Return the picture before it is made upright."""
         if is_transparent(frame):
             image = over_black(self._converted(frame, "gbrap"))
         elif frame.format.is_rgb:
             image = self._converted(frame, "gbrp")
-        else:  # Of YUV, which swscale scales without leaving it, by no more rounding than `pixels.resize`'s own.
+        else:  # swscale resizes YUV without converting it, with no more rounding than `pixels.resize`.
             return self._converted(frame, "gbrp", height, width)
         return pixels.resize(image[None], height, width)[0]
 
     def _converted(
         self, frame: av.VideoFrame, format: str, height: int | None = None, width: int | None = None
     ) -> UInt8[np.ndarray, "H W C"]:
-        same = (height or frame.height, width or frame.width) == (frame.height, frame.width)
-        full = is_full_range(frame)
-        if frame.format.name.startswith("gray") and not full:  # swscale takes all gray for full range: see it as YUV
-            deep = "yuv444p" if frame.format.name == "gray" else "yuv444p16le"
+        is_same_size = (height or frame.height, width or frame.width) == (frame.height, frame.width)
+        full_range = is_full_range(frame)
+        if frame.format.name.startswith("gray") and not full_range:
+            # swscale takes all gray for full range, so limited-range gray is converted as YUV.
+            yuv_format = "yuv444p" if frame.format.name == "gray" else "yuv444p16le"
             frame = self._convert.reformat(
-                frame, format=deep, src_color_range=ColorRange.JPEG, dst_color_range=ColorRange.JPEG, threads=1
+                frame, format=yuv_format, src_color_range=ColorRange.JPEG, dst_color_range=ColorRange.JPEG, threads=1
             )
-        # Of YUV swscale writes planes four times as fast as pixels, with the same values.
+        # swscale writes planar RGB of YUV four times as fast as packed RGB, with the same values.
         return self._convert.reformat(
             frame,
             width,
             height,
             format,
             src_colorspace=self._matrix(frame),
-            src_color_range=ColorRange.JPEG if full else ColorRange.MPEG,
+            src_color_range=ColorRange.JPEG if full_range else ColorRange.MPEG,
             dst_color_range=ColorRange.JPEG,
-            interpolation=ACCURATE if same else RESIZING,
+            interpolation=ACCURATE if is_same_size else RESIZING,
             threads=1,
         ).to_ndarray()
 
@@ -152,32 +153,32 @@ class Pictures:
             return None
         if space in _UNKNOWN:
             raise DecodeError(
-                f"{self._name} has colours in {_UNKNOWN[space]}, which ffmpeg doesn't convert; convert it to BT.709"
+                f"{self._name} has colours in {_UNKNOWN[space]}, which ffmpeg can't convert; convert the file to BT.709"
             )
         if space not in _COLORSPACES:
-            # What players assume (mpv's mp_csp_guess_colorspace): high definition is BT.709, the rest BT.601.
+            # Players' assumption (mpv's mp_csp_guess_colorspace): high definition is BT.709, the rest BT.601.
             space = _BT709 if frame.width >= 1280 or frame.height > 576 else _BT601
         return _COLORSPACES[space]
 
 
 def is_transparent(frame: av.VideoFrame) -> bool:
-    """Whether its format has transparency; of a palette any colour may be transparent."""
+    """Return whether a frame's format has transparency; any colour of a palette may be transparent."""
     return frame.format.has_palette or any(part.is_alpha for part in frame.format.components)
 
 
 def over_black(image: UInt8[np.ndarray, "H W 4"]) -> UInt8[np.ndarray, "H W 3"]:
-    """Colours times alpha / 255, rounded to nearest, as ffmpeg's overlay does."""
+    """Return colours times alpha / 255, rounded to nearest, as ffmpeg's overlay does."""
     colours, alpha = image[..., :3], image[..., 3:]
     if alpha.min() == 255:
         return colours
     product = colours.astype(np.uint16) * alpha + np.uint16(128)
-    return ((product + (product >> 8)) >> 8).astype(np.uint8)  # a division by 255, of whole numbers
+    return ((product + (product >> 8)) >> 8).astype(np.uint8)  # an exact rounded division by 255
 
 
 def is_full_range(frame: av.VideoFrame) -> bool:
-    """Of YUV only what says so; of other formats all but gray that says it is limited."""
-    name, said = frame.format.name, int(frame.color_range)
+    """Return whether colours are in full range: YUV if tagged so, gray unless tagged limited, others always."""
+    name, color_range = frame.format.name, int(frame.color_range)
     if name.startswith("gray"):
-        return said != ColorRange.MPEG
-    always = frame.format.is_rgb or frame.format.has_palette or name.startswith(("yuvj", "ya", "mono"))
-    return always or said == ColorRange.JPEG
+        return color_range != ColorRange.MPEG
+    is_always_full = frame.format.is_rgb or frame.format.has_palette or name.startswith(("yuvj", "ya", "mono"))
+    return is_always_full or color_range == ColorRange.JPEG

@@ -1,4 +1,4 @@
-"""A video file to a smaller one, frame by frame: what `decode` gives, with the times at which it is shown."""
+"""Transcoding of a video file to a smaller one, frame by frame, with the frames and times that `decode` sees."""
 
 from collections.abc import Iterator
 
@@ -12,17 +12,17 @@ from dit_video.video.to_rgb import Pictures
 def transcode(
     encoded: bytes, *, height: int, width: int, average: float | int, fps: float | int | None = None, crf: int
 ) -> bytes:
-    """An H.264 mp4 of a file's pictures: upright, in square pixels, resized, 4:2:0 in BT.709, limited range.
+    """Return an H.264 mp4 of a file's frames: upright, in square pixels, resized, 4:2:0 in BT.709, limited range.
 
-    Primaries and transfer are left as they are, as `decode` does, though the file says BT.709. Sound is left out.
+    Primaries and transfer are unchanged, as in `decode`, though the file is tagged BT.709. Audio is dropped.
 
     Args:
-      encoded: the file's bytes.
-      height: of the pictures; even.
-      width: of the pictures; even.
-      average: frames a second of the file.
-      fps: sample at this rate: of every time `k / fps` the frame that is shown then. By default every frame keeps its
-        time, however they vary.
+      encoded: bytes of the file.
+      height: height of the result; even.
+      width: width of the result; even.
+      average_fps: frames per second of the file, on average.
+      fps: sampling rate: the frame shown at every time `k / fps` is taken. None keeps every frame and its time,
+        including variable frame rates.
       crf: quality, 0 (best) to 51.
 
     Raises:
@@ -32,12 +32,12 @@ def transcode(
     with Video(encoded) as video:
         convert = Pictures(video.name, video.sample_aspect, (height, width))
         frames = progressive(video.frames(), video.name)
-        places = _as_they_are(frames, 1 / average) if fps is None else _at_rate(frames, float(fps))
-        return encode_shown(_pictures(places, convert), float(average if fps is None else fps), crf=crf)
+        scheduled = _as_they_are(frames, 1 / average) if fps is None else _at_rate(frames, float(fps))
+        return encode_shown(_pictures(scheduled, convert), float(average if fps is None else fps), crf=crf)
 
 
 _Place = tuple[float, float, Timed]
-"""From when, and for how long, a frame is shown; in seconds."""
+"""Start and duration in seconds of a frame, and the frame."""
 
 
 def _as_they_are(frames: Iterator[Timed], spacing: float) -> Iterator[_Place]:

@@ -1,4 +1,4 @@
-"""Weights as files: safetensors, never pickle."""
+"""Readers and writers of model weights: safetensors files and the folders of other projects, never pickles."""
 
 from dit_video.weights.clip import (
     LoadedClip,

@@ -1,4 +1,4 @@
-"""CLIP's towers from and to the folders of `transformers`, alone, together, or within a pipeline of diffusers."""
+"""CLIP's towers in folders of `transformers`, alone, together, or within a pipeline of diffusers."""
 
 import os
 from collections.abc import Collection, Mapping
@@ -17,9 +17,9 @@ from dit_video.weights.tensor_mapping import SHARD_BYTES, Foreign
 _BOTH = "CLIPModel"
 _TEXT, _VISION = ("CLIPTextModel", "CLIPTextModelWithProjection"), ("CLIPVisionModel", "CLIPVisionModelWithProjection")
 _KINDS = {_BOTH: "clip"} | dict.fromkeys(_TEXT, "clip_text_model") | dict.fromkeys(_VISION, "clip_vision_model")
-"""the model type of each class"""
+"""Model type of each model class."""
 TEXT_KINDS = ("clip", "clip_text_model")
-"""the model types with a text tower"""
+"""Model types with a text tower."""
 _TEXT_ROOT, _VISION_ROOT = "text_model.", "vision_model."
 _DENSE = "o i -> i o"
 _LINEAR = {
@@ -31,31 +31,31 @@ _LINEAR = {
     "down": "mlp.fc2",
 }
 _NORMS = {"norm_attention": "layer_norm1", "norm_mlp": "layer_norm2"}
-"""our names below `blocks/`, and theirs below `encoder.layers.<layer>.`"""
+"""Our names below `blocks/`, and theirs below `encoder.layers.<layer>.`."""
 
 Config = TypeVar("Config", ClipConfig, ClipTextConfig, ClipVisionConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedClip(Generic[Config]):
-    """What was read of a folder."""
+    """The config and parameters of a CLIP or one of its towers, as read from a folder."""
 
     config: Config
     params: dict[str, Any]
     digest: str
-    """of the tensors as they are stored, whatever files they lie in"""
+    """Digest of the tensors as they are stored, however they are split into files."""
     ignored: tuple[str, ...]
-    """names of the tensors that were not read: the other tower's, and lists of positions that old folders have"""
+    """Names of the tensors that were not read: the other tower's, and old folders' lists of positions."""
 
 
 def load_clip(folder: str | os.PathLike, *, dtype: str = "float32") -> LoadedClip[ClipConfig]:
-    """Both towers of a `CLIPModel`.
+    """Read both towers of a `CLIPModel`.
 
-    Read tensor by tensor. `dtype` is that of the matrix products and of the weights that enter them.
+    Tensors are read one at a time. `dtype` is that of the matrix products and their weights.
 
     Raises:
-      MissingError: no config or weights there.
-      UserError: another model class, tensors that are not those of the config, pickles, or a damaged file.
+      MissingError: the config or the weights do not exist.
+      UserError: the model class is not supported, tensors do not fit the config, or files are pickled or damaged.
     """
     path, name, theirs = _open(Path(folder), [_BOTH])
     config = ClipConfig(text=_text_config(path, name, theirs, dtype), vision=_vision_config(path, name, theirs, dtype))
@@ -63,7 +63,7 @@ def load_clip(folder: str | os.PathLike, *, dtype: str = "float32") -> LoadedCli
 
 
 def load_clip_text(folder: str | os.PathLike, *, dtype: str = "float32") -> LoadedClip[ClipTextConfig]:
-    """The text tower of a `CLIPModel`, a `CLIPTextModel` or a `CLIPTextModelWithProjection`.
+    """Read the text tower of a `CLIPModel`, a `CLIPTextModel` or a `CLIPTextModelWithProjection`.
 
     `folder` may be a pipeline's, whose `text_encoder` is read; otherwise as `load_clip`.
     """
@@ -72,7 +72,7 @@ def load_clip_text(folder: str | os.PathLike, *, dtype: str = "float32") -> Load
 
 
 def load_clip_vision(folder: str | os.PathLike, *, dtype: str = "float32") -> LoadedClip[ClipVisionConfig]:
-    """The vision tower of a `CLIPModel`, a `CLIPVisionModel` or a `CLIPVisionModelWithProjection`.
+    """Read the vision tower of a `CLIPModel`, a `CLIPVisionModel` or a `CLIPVisionModelWithProjection`.
 
     `folder` may be a pipeline's, whose `image_encoder` is read; otherwise as `load_clip`.
     """
@@ -81,17 +81,17 @@ def load_clip_vision(folder: str | os.PathLike, *, dtype: str = "float32") -> Lo
 
 
 def clip_text_config(folder: str | os.PathLike, *, dtype: str = "float32") -> ClipTextConfig:
-    """The config of a folder's text tower, without its weights.
+    """Read the config of a folder's text tower, without its weights.
 
     Raises:
-      MissingError: no config there.
-      UserError: another model class, or a value that isn't known.
+      MissingError: the config does not exist.
+      UserError: the model class or a setting is not supported.
     """
     return _text_config(*_open(model_folder(folder, "text_encoder"), [_BOTH, *_TEXT]), dtype)
 
 
 def clip_vision_config(folder: str | os.PathLike, *, dtype: str = "float32") -> ClipVisionConfig:
-    """The config of a folder's vision tower, without its weights; raises as `clip_text_config`."""
+    """Read the config of a folder's vision tower, without its weights; raises as `read_clip_text_config` does."""
     return _vision_config(*_open(model_folder(folder, "image_encoder"), [_BOTH, *_VISION]), dtype)
 
 
@@ -106,58 +106,62 @@ def save_clip(
     """Write a folder that `transformers` loads, and `load_clip`, `load_clip_text` or `load_clip_vision` too.
 
     Args:
-      folder: made if it isn't there.
-      config: of both towers, which are written as a `CLIPModel`, or of one, written with a projection if it has one.
+      folder: destination; created if it does not exist.
+      config: config of both towers, written as a `CLIPModel`, or of one, written with a projection if it has one.
       params: its parameters.
-      dtype: of all tensors in the file; None writes them as they are.
-      shard_bytes: what would be a larger file is split, with an index.
+      dtype: dtype of all tensors in the file; None keeps theirs.
+      shard_bytes: maximum size of a file; larger ones are split, with an index.
     """
     write_foreign(folder, "model", _names(config, nested=True), params, dtype=dtype, shard_bytes=shard_bytes)
     write_json(Path(folder) / "config.json", _their_config(config))
 
 
 def _open(folder: Path, classes: Collection[str]) -> tuple[Path, str, Any]:
-    """The path of a folder's config, the model's class, and the config as `transformers` reads it."""
+    """Return the path of a folder's config, the model class, and the config as `transformers` reads it."""
     path = folder / "config.json"
     kind, theirs = transformers_config(path, "CLIP models", dict.fromkeys(_KINDS.values()))
     name = next(iter(theirs.architectures or ()), None)
     if not isinstance(name, str) or name not in classes or _KINDS[name] != kind:
         raise UserError(
-            f"{path} is of the class {name} and model_type {kind!r}; those known here are "
-            f"{', '.join(f'{known} ({_KINDS[known]!r})' for known in classes)}"
+            f"{path} has the class {name} and model_type={kind!r}. Supported are "
+            f"{', '.join(f'{supported} ({_KINDS[supported]!r})' for supported in classes)}"
         )
     return path, name, theirs
 
 
 def _text_config(path: Path, name: str, theirs: Any, dtype: str) -> ClipTextConfig:
-    own = theirs.text_config if name == _BOTH else theirs
-    if not isinstance(own.eos_token_id, int):
-        raise UserError(f"{path} has eos_token_id {own.eos_token_id}, texts are pooled at one id; give that")
+    tower = theirs.text_config if name == _BOTH else theirs
+    if not isinstance(tower.eos_token_id, int):
+        raise UserError(
+            f"{path} has eos_token_id={tower.eos_token_id}, but texts are pooled at a single token id. Use that id"
+        )
     return ClipTextConfig(
-        **_tower(path, own, projection=None if name == _TEXT[0] else theirs.projection_dim, dtype=dtype),
-        vocabulary=own.vocab_size,
-        positions=own.max_position_embeddings,
-        end_token=own.eos_token_id,
+        **_tower(path, tower, projection=None if name == _TEXT[0] else theirs.projection_dim, dtype=dtype),
+        vocabulary=tower.vocab_size,
+        positions=tower.max_position_embeddings,
+        end_token=tower.eos_token_id,
     )
 
 
 def _vision_config(path: Path, name: str, theirs: Any, dtype: str) -> ClipVisionConfig:
-    own = theirs.vision_config if name == _BOTH else theirs
-    for field, value in (("image_size", own.image_size), ("patch_size", own.patch_size)):
+    tower = theirs.vision_config if name == _BOTH else theirs
+    for field, value in (("image_size", tower.image_size), ("patch_size", tower.patch_size)):
         if not isinstance(value, int):
-            raise UserError(f"{path} has {field} {value}; images and patches are squares here, of one number each")
-    if own.num_channels != 3:
-        raise UserError(f"{path} has num_channels {own.num_channels}; images are red, green and blue here: 3")
+            raise UserError(f"{path} has {field}={value}. Only squares, given by one integer, are supported")
+    if tower.num_channels != 3:
+        raise UserError(
+            f"{path} has num_channels={tower.num_channels}. Only RGB images with num_channels=3 are supported"
+        )
     return ClipVisionConfig(
-        **_tower(path, own, projection=None if name == _VISION[0] else theirs.projection_dim, dtype=dtype),
-        size=own.image_size,
-        patch=own.patch_size,
+        **_tower(path, tower, projection=None if name == _VISION[0] else theirs.projection_dim, dtype=dtype),
+        size=tower.image_size,
+        patch=tower.patch_size,
     )
 
 
 def _tower(path: Path, own: Any, *, projection: int | None, dtype: str) -> dict[str, Any]:
     if own.hidden_act not in ACTIVATIONS:
-        raise UserError(f"{path} has hidden_act {own.hidden_act!r}; {' and '.join(ACTIVATIONS)} are known")
+        raise UserError(f"{path} has hidden_act={own.hidden_act!r}. Supported are {' and '.join(ACTIVATIONS)}")
     return {
         "width": own.hidden_size,
         "layers": own.num_hidden_layers,
@@ -172,21 +176,21 @@ def _tower(path: Path, own: Any, *, projection: int | None, dtype: str) -> dict[
 
 def _read(folder: Path, config: Config, dtype: str) -> LoadedClip[Config]:
     with TensorFolder(folder) as tensors:
-        # A tower saved alone has its root in the names or not, by the version that wrote it.
+        # Names of a tower that was saved alone have the root or not, depending on the version that wrote it.
         nested = any(name.startswith((_TEXT_ROOT, _VISION_ROOT)) for name in tensors.shapes)
-        unread = [name for name in tensors.shapes if _unread(name, config)]
+        ignored = [name for name in tensors.shapes if _unread(name, config)]
         params, digest = read_encoder(
             tensors,
             _names(config, nested=nested),
             param_shapes(config.make),
-            ignored=unread,
+            ignored=ignored,
             dtype=dtype,
         )
-    return LoadedClip(config=config, params=params, digest=digest, ignored=tuple(unread))
+    return LoadedClip(config=config, params=params, digest=digest, ignored=tuple(ignored))
 
 
 def _unread(name: str, config: ClipConfig | ClipTextConfig | ClipVisionConfig) -> bool:
-    """Whether a tensor is of no use to what is read."""
+    """Return True if a tensor is not part of what is read."""
     if name.endswith("embeddings.position_ids"):  # 0, 1, 2, …
         return True
     text, vision = (_TEXT_ROOT, "text_projection."), (_VISION_ROOT, "visual_projection.")
@@ -196,7 +200,7 @@ def _unread(name: str, config: ClipConfig | ClipTextConfig | ClipVisionConfig) -
 
 
 def _names(config: ClipConfig | ClipTextConfig | ClipVisionConfig, *, nested: bool) -> dict[str, Foreign]:
-    """Where each parameter lies; `nested` tells whether a tower's names start with its root."""
+    """Return the tensor map of a config; `nested` if the names of a single tower start with its root."""
     if isinstance(config, ClipConfig):
         names: dict[str, Foreign] = {"logit_scale": Foreign("logit_scale")}
         for part, tower in (("text", config.text), ("vision", config.vision)):

@@ -1,4 +1,4 @@
-"""How frames become images for CLIP: the settings of `transformers`' `CLIPImageProcessor`."""
+"""CLIP's image preprocessing: the settings of `transformers`' `CLIPImageProcessor`."""
 
 import os
 from collections.abc import Mapping
@@ -10,9 +10,9 @@ from dit_video.core.files import read_json, write_json
 from dit_video.features.clip import ClipImages
 
 _FILE, _WITH_TOKENIZER = "preprocessor_config.json", "processor_config.json"
-"""of an image processor alone, and of one that was saved with a tokenizer"""
+"""Files of an image processor alone, and of one that was saved with a tokenizer."""
 _PARTS = ("image_processor", "feature_extractor")
-"""what pipelines call its folder"""
+"""Names of its folder in pipelines."""
 _CLASSES = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor")
 _BICUBIC = 3
 _DEFAULTS: dict[str, Any] = {
@@ -30,33 +30,35 @@ _DEFAULTS: dict[str, Any] = {
 
 
 def load_clip_images(folder: str | os.PathLike) -> ClipImages:
-    """The settings in a folder, in a pipeline's folder, or beside a pipeline's `image_encoder`.
+    """Read the image preprocessing from a folder, a pipeline's folder, or next to a pipeline's `image_encoder`.
 
     Raises:
-      MissingError: none there.
-      UserError: another class of image processor, or a setting that isn't known.
+      MissingError: there is no config of an image processor.
+      UserError: the class of the image processor or one of its settings is not supported.
     """
     path = _find(Path(folder))
     values = read_json(path)
     if isinstance(values, dict) and path.name == _WITH_TOKENIZER:
         values = values.get("image_processor")
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds no settings of an image processor; copy or download it again")
+        raise UserError(f"{path} has no settings of an image processor. Copy or download it again")
     name = values.get("image_processor_type") or values.get("feature_extractor_type")
     if name not in _CLASSES:
-        raise UserError(f"{path} is of the class {name}; those known here are {', '.join(_CLASSES)}")
-    given = {key: default if values.get(key) is None else values[key] for key, default in _DEFAULTS.items()}
-    factor = given["rescale_factor"]
-    if not given["do_rescale"] or not isinstance(factor, float) or abs(factor * 255 - 1) > 1e-6:
-        raise UserError(f"{path} has do_rescale {given['do_rescale']}, rescale_factor {factor}; only 1/255 is known")
-    if given["do_resize"] and given["resample"] != _BICUBIC:
-        raise UserError(f"{path} has resample {given['resample']}; only {_BICUBIC} (bicubic) is known")
-    colours = given["do_normalize"]
+        raise UserError(f"{path} has an image processor of class {name}. Supported classes are {', '.join(_CLASSES)}")
+    settings = {key: default if values.get(key) is None else values[key] for key, default in _DEFAULTS.items()}
+    factor = settings["rescale_factor"]
+    if not settings["do_rescale"] or not isinstance(factor, float) or abs(factor * 255 - 1) > 1e-6:
+        raise UserError(
+            f"{path} has do_rescale={settings['do_rescale']}, rescale_factor={factor}. Only 1/255 is supported"
+        )
+    if settings["do_resize"] and settings["resample"] != _BICUBIC:
+        raise UserError(f"{path} has resample={settings['resample']}. Only {_BICUBIC} (bicubic) is supported")
+    normalized = settings["do_normalize"]
     return ClipImages(
-        resize=_resize(path, given["size"]) if given["do_resize"] else None,
-        crop=_crop(path, given["crop_size"]) if given["do_center_crop"] else None,
-        mean=_three(path, given["image_mean"]) if colours else (0.0, 0.0, 0.0),
-        std=_three(path, given["image_std"]) if colours else (1.0, 1.0, 1.0),
+        resize=_resize(path, settings["size"]) if settings["do_resize"] else None,
+        crop=_crop(path, settings["crop_size"]) if settings["do_center_crop"] else None,
+        mean=_three(path, settings["image_mean"]) if normalized else (0.0, 0.0, 0.0),
+        std=_three(path, settings["image_std"]) if normalized else (1.0, 1.0, 1.0),
     )
 
 
@@ -84,12 +86,12 @@ def _find(folder: Path) -> Path:
     paths = [place / file for place in places for file in (_FILE, _WITH_TOKENIZER)]
     found = next((path for path in paths if path.is_file()), None)
     if found is None:
-        raise MissingError(f"{folder} has no {_FILE}, nor has {' or '.join(_PARTS)} in it or beside it; copy it there")
+        raise MissingError(f"{folder} has no {_FILE}, nor has {' or '.join(_PARTS)} in it or next to it. Copy it there")
     return found
 
 
 def _resize(path: Path, size: Any) -> int | tuple[int, int]:
-    if isinstance(size, int):  # of older versions: the shorter side
+    if isinstance(size, int):  # Older versions have the size of the shorter side.
         return size
     if isinstance(size, Mapping) and {key for key, value in size.items() if value is not None} == {"shortest_edge"}:
         return int(size["shortest_edge"])
@@ -103,10 +105,12 @@ def _crop(path: Path, size: Any) -> tuple[int, int]:
 def _sides(path: Path, name: str, size: Any) -> tuple[int, int]:
     if isinstance(size, Mapping) and {key for key, value in size.items() if value is not None} == {"height", "width"}:
         return int(size["height"]), int(size["width"])
-    raise UserError(f"{path} has {name} {size}; a height and a width are known, or the shortest_edge of a size")
+    raise UserError(f"{path} has {name}={size}. Supported are height and width and, for size, shortest_edge")
 
 
 def _three(path: Path, values: Any) -> tuple[float, float, float]:
     if not isinstance(values, list) or len(values) != 3 or not all(isinstance(value, int | float) for value in values):
-        raise UserError(f"{path} has a mean or a deviation of {values}; give a number for red, green and blue each")
+        raise UserError(
+            f"{path} has the mean or standard deviation {values}. Use one number for each of red, green and blue"
+        )
     return float(values[0]), float(values[1]), float(values[2])

@@ -1,4 +1,4 @@
-"""What all folders of diffusers' models have: the files, the layout of a linear map and of a convolution, settings."""
+"""Common parts of diffusers' model folders: files, layouts of linear maps and convolutions, settings."""
 
 import os
 from collections.abc import Mapping
@@ -15,67 +15,69 @@ from dit_video.weights.tensor_mapping import SHARD_BYTES, Foreign, Names
 
 STEM = "diffusion_pytorch_model"
 PICTURE = "o i h w -> 1 h w i o"
-"""the kernel of a convolution over pictures"""
+"""Layout of a 2D convolution's kernel."""
 DENSE = "o i -> i o"
-"""the kernel of a linear map"""
+"""Layout of a linear map's kernel."""
 DENSE_PICTURE = "o i 1 1 -> i o"
-"""the kernel of a linear map that is written as a convolution"""
+"""Layout of a linear map's kernel that is stored as a 1x1 convolution."""
 
 
 def document_of(folder: Path) -> dict[str, Any]:
-    """What `config.json` says.
+    """Read a folder's `config.json`.
 
     Raises:
-      MissingError: no such folder, or no such file in it.
-      UserError: a file that holds no settings.
+      MissingError: the folder or the file does not exist.
+      UserError: the file holds no JSON object.
     """
     document = read_json(folder / "config.json")
     if not isinstance(document, dict):
-        raise UserError(f"{folder / 'config.json'} holds no settings of a model; copy or download it again")
+        raise UserError(
+            f"{folder / 'config.json'} is not a JSON object with a model's settings. Copy or download it again"
+        )
     return document
 
 
 def settings(folder: Path, document: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a model's class: its defaults, and what the document says otherwise.
+    """Return the arguments of a model's class: its defaults, updated by the document.
 
     Raises:
-      UserError: an argument that has no default here, so isn't known.
+      UserError: the document has an argument that is not in `defaults`.
     """
-    given = {**defaults, **{name: value for name, value in document.items() if not name.startswith("_")}}
-    if unknown := sorted(given.keys() - defaults.keys()):
-        raise UserError(f"{folder / 'config.json'} has settings that are not known here: {', '.join(unknown)}")
-    return given
+    values = {**defaults, **{name: value for name, value in document.items() if not name.startswith("_")}}
+    if unknown := sorted(values.keys() - defaults.keys()):
+        raise UserError(f"{folder / 'config.json'} has settings that are not supported: {', '.join(unknown)}")
+    return values
 
 
 def check_fixed(folder: Path, given: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
-    """Refuse settings that aren't known here with other values.
+    """Check that settings have the only values that are supported.
 
     Raises:
-      UserError: the first of them.
+      UserError: a setting has another value; the first one is named.
     """
     for name, value in fixed.items():
         if given[name] != value:
-            raise UserError(f"{folder / 'config.json'}: {name} {given[name]} is not known here, only {value}")
+            raise UserError(f"{folder / 'config.json'}: {name}={given[name]} is not supported, only {value}")
 
 
 def both(ours: str, theirs: str, pattern: str) -> dict[str, Foreign]:
-    """Kernel and bias of a convolution or a linear map."""
+    """Return the mappings of the kernel and the bias of a convolution or a linear map."""
     return {f"{ours}/kernel": Foreign(f"{theirs}.weight", pattern), f"{ours}/bias": Foreign(f"{theirs}.bias")}
 
 
 def tensor_names(folder: Path) -> set[str]:
-    """The names of all tensors in a folder.
+    """Return the names of all tensors in a folder.
 
     Raises:
-      MissingError: no such folder, or no such file in it.
-      UserError: pickled or corrupt files.
+      MissingError: the folder or one of its files does not exist.
+      UserError: files are pickled or corrupt.
     """
     with TensorFolder(folder, stem=STEM) as tensors:
         return set(tensors.shapes)
 
 
 def read(folder: Path, names: Names, like: Any) -> dict[str, Any]:
-    """Parameters of the shapes `like`; see `read_foreign`."""
+    """Read parameters of the shapes `like`; see `read_params`."""
     return read_foreign(folder, STEM, names, like)
 
 
@@ -87,12 +89,15 @@ def write(
     *,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Weights and settings. The latents' normalisation goes by the settings, so it is left out of the weights."""
+    """Write weights and settings.
+
+    The latents' normalisation is part of the settings, so it is left out of the weights.
+    """
     weights = {name: part for name, part in params.items() if name != "normalizer"}
     write_foreign(folder, STEM, names, weights, shard_bytes=shard_bytes)
     write_json(Path(folder) / "config.json", document)
 
 
 def decimal(value: Any) -> float:
-    """The shortest decimal that gives a float32 back."""
+    """Return the shortest decimal that rounds to the same float32."""
     return float(str(np.float32(value)))

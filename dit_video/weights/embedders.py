@@ -1,4 +1,4 @@
-"""Frozen text encoders of any kind with their tokenizers, ready to embed texts."""
+"""Frozen text encoders (T5, UMT5, CLIP) with their tokenizers, ready to embed texts."""
 
 import hashlib
 import json
@@ -25,50 +25,51 @@ def load_embedder(
     dtype: str = "float32",
     cache: str | os.PathLike | None = None,
 ) -> Embedder:
-    """An encoder and its tokenizer, ready to embed texts: a T5, a UMT5, or the text tower of a CLIP.
+    """Load a text encoder and its tokenizer: a T5, a UMT5, or the text tower of a CLIP.
 
-    Of a CLIP they are the values after the last norm; a text's last vector, the end token's, is its pooled embedding.
+    A CLIP's embeddings are the values after its last norm; the last vector, of the end token, is the pooled embedding.
 
     Args:
-      folder: a model of `transformers`, a pipeline's `text_encoder`, or the pipeline's own folder. The tokenizer
-        lies in the encoder's folder, or beside it in `tokenizer` (in `tokenizer_2` for a `text_encoder_2`).
-      max_tokens: a longer text is cut, with a warning; start and end tokens are included. By default the 512 of Wan,
-        or the positions that a CLIP has, which are its most.
-      cleaned: whether texts are cleaned first, as Wan's are (`text.clean`).
-      dtype: of the matrix products and their weights, float32 or bfloat16.
-      cache: a folder for embeddings, which other embedders and processes may share.
+      folder: a model of `transformers`, a pipeline's `text_encoder`, or the pipeline's folder. The tokenizer is in the
+        encoder's folder, or next to it in `tokenizer` (in `tokenizer_2` for a `text_encoder_2`).
+      max_tokens: maximum length of a text, including start and end tokens; longer ones are cut with a warning. By
+        default Wan's 512, or the number of positions of a CLIP, which is also its maximum.
+      cleaned: clean texts first, as Wan does (`text.clean`).
+      dtype: dtype of the matrix products and their weights, float32 or bfloat16.
+      cache: folder for embeddings, which other embedders and processes may share.
 
     Raises:
-      MissingError: no encoder or no tokenizer there.
-      UserError: a folder of another model, one that can't be read, or more tokens than the model has positions for.
+      MissingError: the encoder or the tokenizer does not exist.
+      UserError: the folder has another model or can't be read, or the model has fewer than `max_tokens` positions.
     """
     folder = model_folder(folder, _PART)
     config = text_encoder_config(folder)
-    most = config.positions if isinstance(config, ClipTextConfig) else None
+    max_positions = config.positions if isinstance(config, ClipTextConfig) else None
     if max_tokens is None:
-        max_tokens = most or _WAN
-    if most is not None and max_tokens > most:
+        max_tokens = max_positions or _WAN
+    if max_positions is not None and max_tokens > max_positions:
         raise UserError(
-            f"the text encoder in {folder} has positions for {most} tokens, not for {max_tokens}; use max_tokens={most}"
+            f"max_tokens={max_tokens} is invalid: the text encoder in {folder} has {max_positions} positions. "
+            f"Use max_tokens={max_positions}"
         )
-    # The tokenizer first: it is read in a second, the weights in minutes.
+    # Errors of the tokenizer are raised first: it loads in a second, the weights in minutes.
     tokenizer = PretrainedTokenizer(_tokenizer_folder(folder), max_tokens=max_tokens, cleaned=cleaned)
     encoder: LoadedEncoder | LoadedClip[ClipTextConfig]
     if isinstance(config, ClipTextConfig):
         encoder = load_clip_text(folder, dtype=dtype)
     else:
         encoder = load_text_encoder(folder, dtype=dtype)
-    parts = [to_json(encoder.config), encoder.digest, tokenizer.identity, max_tokens]
-    identity = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    identity_parts = [to_json(encoder.config), encoder.digest, tokenizer.identity, max_tokens]
+    identity = hashlib.sha256(json.dumps(identity_parts, sort_keys=True).encode()).hexdigest()[:32]
     return Embedder(encoder.config, encoder.params, tokenizer, identity=identity, cache=cache)
 
 
 def text_encoder_config(folder: str | os.PathLike) -> T5Config | ClipTextConfig:
-    """The config of a folder's text encoder, without its weights.
+    """Read the config of a folder's text encoder, without its weights.
 
     Raises:
-      MissingError: no config there.
-      UserError: another model, or a value that isn't known.
+      MissingError: the config does not exist.
+      UserError: the model type or a setting is not supported.
     """
     folder = model_folder(folder, _PART)
     kind, _ = transformers_config(folder / "config.json", "text encoders", (*T5_KINDS, *TEXT_KINDS))
@@ -76,9 +77,9 @@ def text_encoder_config(folder: str | os.PathLike) -> T5Config | ClipTextConfig:
 
 
 def _tokenizer_folder(encoder: Path) -> Path:
-    beside = encoder.name.replace(_PART, "tokenizer") if encoder.name.startswith(_PART) else "tokenizer"
-    places = (encoder, encoder.parent / beside)
-    place = next(filter(holds_tokenizer, places), None)
-    if place is None:
-        raise MissingError(f"no {TOKENIZER_FILES} in {' or '.join(map(str, places))}; copy the model's there")
-    return place
+    sibling = encoder.name.replace(_PART, "tokenizer") if encoder.name.startswith(_PART) else "tokenizer"
+    candidates = (encoder, encoder.parent / sibling)
+    folder = next(filter(holds_tokenizer, candidates), None)
+    if folder is None:
+        raise MissingError(f"no {TOKENIZER_FILES} in {' or '.join(map(str, candidates))}. Copy the model's there")
+    return folder

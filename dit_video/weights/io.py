@@ -1,4 +1,4 @@
-"""Weights in other projects' folders, to ours and back, bit for bit; a map of `foreign` tells where they lie.
+"""Reading and writing of other projects' model folders, bit for bit, through a tensor map (`tensor_map`).
 
 A folder holds one safetensors file, or several with an index, as Hugging Face's libraries write them.
 """
@@ -28,22 +28,22 @@ def read_foreign(
     dtype: Any = np.float32,
     place: Place = on_host,
 ) -> Any:
-    """Our parameters from another project's folder, tensor by tensor.
+    """Read our parameters from another project's folder, one tensor at a time.
 
     Args:
-      folder: holds `stem.safetensors`, or `stem.safetensors.index.json` and the files that it names.
-      stem: such as `model` or `diffusion_pytorch_model`.
-      names: the model's map.
-      like: our parameters' shapes: a tree of `jax.ShapeDtypeStruct`, whose structure the result has.
-      ignored: their tensors that are of no use here; all others must be mapped.
-      dtype: floating tensors are cast to it; None keeps the file's.
-      place: reads each parameter to where it is kept, by its path: to devices, so that the host never holds a whole one
-        of all layers; by default to the host.
+      folder: folder with `stem.safetensors`, or with `stem.safetensors.index.json` and the files that it lists.
+      stem: base name of the files, such as `model` or `diffusion_pytorch_model`.
+      tensor_map: the model's map.
+      like: shapes of our parameters: a tree of `jax.ShapeDtypeStruct`, whose structure the result has.
+      ignored: names of tensors to skip; all others must be mapped.
+      dtype: dtype that floating tensors are cast to; None keeps the file's.
+      place: reads each parameter to its destination, given its path; by default to the host. With devices as
+        destination the host never holds a complete stack of layers.
 
     Raises:
-      MissingError: no such folder, or no such file in it.
-      UserError: pickled or corrupt files, tensors that are missing, unexpected or of another shape, or layers of
-        several dtypes, which nothing casts.
+      MissingError: the folder or one of its files does not exist.
+      UserError: files are pickled or corrupt, tensors are missing, unexpected or of another shape, or layers have
+        several dtypes that nothing casts.
     """
     with TensorFolder(folder, stem=stem) as tensors:
         source = FolderSource(tensors, FileMap.of(names), like, ignored=ignored)
@@ -53,16 +53,16 @@ def read_foreign(
 def read_encoder(
     tensors: TensorFolder, names: Names, like: Any, *, ignored: Collection[str], dtype: str
 ) -> tuple[Any, str]:
-    """The parameters of a frozen encoder, on the device, and a digest of their tensors as they are stored.
+    """Read a frozen encoder's parameters to the device; return them and a digest of the tensors as they are stored.
 
-    The digest is of every tensor in our order, whatever files they lie in.
+    The digest covers every tensor in our order, however they are split into files.
 
     Args:
-      tensors: the folder, open.
-      names: the model's map.
-      like: our parameters' shapes.
-      ignored: their tensors that are of no use here.
-      dtype: of what enters matrix products, kernels and embeddings; all else is float32.
+      tensors: the open folder.
+      tensor_map: the model's map.
+      like: shapes of our parameters.
+      ignored: names of tensors to skip.
+      dtype: dtype of kernels and embeddings, the inputs of matrix products; all other parameters are float32.
     """
     digest = hashlib.sha256()
     source = FolderSource(tensors, FileMap.of(names), like, ignored=ignored, digest=digest)
@@ -85,9 +85,9 @@ def write_foreign(
     shard_bytes: int = SHARD_BYTES,
     dtype: Any = None,
 ) -> None:
-    """Write our parameters as another project's folder; the inverse of `read_foreign`.
+    """Write our parameters as another project's folder; the inverse of `read_params`.
 
     Files that would be larger than `shard_bytes` are split, with an index.
     """
-    layout, source = FileMap.of(names), ParamsSource(params)
-    streaming.write(folder, stem, source, layout, params, layout.depths, dtype=dtype, shard_bytes=shard_bytes)
+    file_map, source = FileMap.of(names), ParamsSource(params)
+    streaming.write(folder, stem, source, file_map, params, file_map.depths, dtype=dtype, shard_bytes=shard_bytes)

@@ -1,14 +1,14 @@
-"""LoRA adapters as files, in and out, under the names that other programs use.
+"""LoRA adapters in files, under the names that other programs use.
 
-Three ways of naming are read, whatever the model, and written:
+Three styles of names are read, for any model, and written:
 
 - `diffusers` (PEFT): `transformer.blocks.0.attn1.to_q.lora_A.weight`, with alpha in the header or in a folder's
-  `adapter_config.json`; where there is none it is the rank;
-- `comfyui`: `diffusion_model.blocks.0.self_attn.q.lora_down.weight`, with a tensor `….alpha` of every module;
-- `kohya`: `lora_unet_blocks_0_self_attn_q.lora_down.weight`, likewise.
+  `adapter_config.json`; by default alpha is the rank;
+- `comfyui`: `diffusion_model.blocks.0.self_attn.q.lora_down.weight`, with a tensor `….alpha` for each module;
+- `kohya`: `lora_unet_blocks_0_self_attn_q.lora_down.weight`, with the same tensors.
 
-Which of our kernels a module is, the caller says (`Modules`): the last two are written with the modules' names in a
-model's own sources, the first with those in diffusers.
+The caller maps modules to our kernels (`LoraModules`): `comfyui` and `kohya` use the names of modules in a model's own
+sources, `diffusers` those in diffusers.
 """
 
 import collections
@@ -41,47 +41,49 @@ _DOTTED = ("base_model.model.", "transformer.", "diffusion_model.")
 _FLAT = ("lora_unet_", "lora_transformer_")
 _FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 _HEADER = "lora_adapter_metadata"
-"""where diffusers keeps an adapter's config, under names that begin with the component's"""
+"""Metadata key of an adapter's config in diffusers' files; its keys begin with the component's name."""
 
 
 class Module(NamedTuple):
-    """What another project's linear map is of ours."""
+    """The kernel of ours that another project's linear map corresponds to."""
 
     path: str
-    """of our kernel"""
+    """Path of our kernel."""
     layer: int | None = None
-    """of a stacked one"""
+    """Layer of a stacked kernel."""
     columns: tuple[int, int] | None = None
-    """of one that computes several of theirs: first output, and the one after the last"""
+    """Output columns, as start and end, of a kernel that computes several linear maps of theirs."""
     order: tuple[int, ...] | None = None
-    """for each of our outputs which of theirs it is, where they have another order"""
+    """Index of their output for each of ours, if they are ordered differently."""
 
 
 Modules = Mapping[str, Module]
-"""By their name; of several names of one module the first is written."""
+"""Modules by their name; if a module has several names, the first is written."""
 
 
 def own_modules(params: Mapping[str, Any]) -> dict[str, Module]:
-    """Our own names, of all kernels of linear maps: `dit.blocks.0.qkv` is layer 0 of `dit/blocks/qkv/kernel`.
+    """Return the modules of all kernels of linear maps under native names.
+
+    For example, `dit.blocks.0.qkv` is layer 0 of `dit/blocks/qkv/kernel`.
 
     Args:
       params: the model's parameters, or their shapes.
     """
-    found = {}
+    modules = {}
     for path, leaf in trees.flatten(params).items():
         module, stack = path.removesuffix("/kernel").replace("/", "."), re.search(r"(?:^|/)blocks(?=/)", path)
         if not path.endswith("/kernel"):
             continue
         if len(leaf.shape) == 2:
-            found[module] = Module(path)
+            modules[module] = Module(path)
         elif len(leaf.shape) == 3 and stack is not None:
             name = f"{module[: stack.end()]}.{{}}{module[stack.end() :]}"
-            found |= numbered({path: name}, params)
-    return found
+            modules |= numbered({path: name}, params)
+    return modules
 
 
 def numbered(names: Mapping[str, str], params: Mapping[str, Any]) -> dict[str, Module]:
-    """Modules from names such as `blocks.{}.attn1.to_q`, by the path of our kernel; `{}` is the layer's number."""
+    """Return the modules for names such as `blocks.{}.attn1.to_q` (`{}` is the layer), given by our kernels' paths."""
     shapes = {path: leaf.shape for path, leaf in trees.flatten(params).items()}
     return {
         name.format(layer): Module(path, layer if "{}" in name else None)
@@ -93,21 +95,21 @@ def numbered(names: Mapping[str, str], params: Mapping[str, Any]) -> dict[str, M
 def load_lora(
     path: str | os.PathLike, params: Mapping[str, Any], modules: Modules, *, dtype: Any = np.float32
 ) -> dict[str, Any]:
-    """The adapter of a file, for `merge_lora` and `attach_lora`.
+    """Read the adapter in a file, for `merge_lora` and `attach_lora`.
 
-    What the file leaves out is not changed. Where layers of one stack have different ranks, the smaller are filled up
+    Kernels that the file omits are not changed. If layers of a stack have different ranks, the smaller ones are padded
     with zeros; modules that are one kernel here share its rank.
 
     Args:
       path: a safetensors file, or a folder of PEFT or diffusers.
       params: the model's parameters, or their shapes.
-      modules: which of our kernels its modules are.
-      dtype: factors are cast to it; None keeps the file's.
+      modules: the kernels that the file's modules correspond to.
+      dtype: dtype that factors are cast to; None keeps the file's.
 
     Raises:
-      MissingError: no such file.
-      UserError: a pickled or corrupt file, one that is no LoRA of this model (tensors that are missing, unexpected or
-        of another shape), or one of a kind that is not known here (DoRA).
+      MissingError: the file does not exist.
+      UserError: the file is pickled or corrupt, is not a LoRA of this model (tensors are missing, unexpected or of
+        another shape), or is of an unsupported kind (DoRA).
     """
     file = _file(Path(path))
     arrays = ours.load(file, dtype=None)
@@ -134,33 +136,40 @@ def save_lora(
     style: Style = "diffusers",
     dtype: Any = None,
 ) -> None:
-    """Write an adapter; the inverse of `load_lora`. Modules that it does not change, the others' ranks, are left out.
+    """Write an adapter; the inverse of `load_lora`.
+
+    Modules that it does not change, and ranks that only other layers use, are omitted.
 
     Args:
       path: the file.
-      lora: as `load_lora` gives it.
-      modules: which of our kernels the modules are.
-      style: how tensors are named.
-      dtype: factors are cast to it; None keeps what they are.
+      lora: adapter as `load_lora` returns it.
+      modules: the modules that our kernels correspond to.
+      style: style of the tensors' names.
+      dtype: dtype that factors are cast to; None keeps theirs.
 
     Raises:
-      UserError: kernels that are no module's.
+      UserError: the adapter has kernels that correspond to no module.
     """
     leaves = {name: np.asarray(leaf) for name, leaf in trees.flatten(lora).items()}
     paths = [name[:-2] for name in leaves if name.endswith("/a")]
     known = {module.path for module in modules.values()}
-    if nameless := [name for name in paths if name not in known]:
-        raise UserError(f"{path} has no names for adapters of {ours.listing(nameless)}; give the modules that they are")
+    if unmapped := [name for name in paths if name not in known]:
+        raise UserError(
+            f"{path}: there are no names for adapters of {ours.listing(unmapped)}. Use modules= with these kernels"
+        )
     tensors: dict[str, np.ndarray] = {}
     alphas: dict[str, tuple[int, float]] = {}
     first, second = _FACTORS[style]
     for name, part in _divided(leaves, modules):
         rank = part.a.shape[1]
-        full = f"lora_unet_{name.replace('.', '_')}" if style == "kohya" else f"{_PREFIX[style]}{name}"
-        tensors |= {f"{full}.{first}.weight": _cast(part.a.T, dtype), f"{full}.{second}.weight": _cast(part.b.T, dtype)}
+        prefix = f"lora_unet_{name.replace('.', '_')}" if style == "kohya" else f"{_PREFIX[style]}{name}"
+        tensors |= {
+            f"{prefix}.{first}.weight": _cast(part.a.T, dtype),
+            f"{prefix}.{second}.weight": _cast(part.b.T, dtype),
+        }
         alphas[name] = rank, part.scale * rank
         if style != "diffusers":
-            tensors[f"{full}.alpha"] = np.asarray(part.scale * rank, np.float32)
+            tensors[f"{prefix}.alpha"] = np.asarray(part.scale * rank, np.float32)
     header = {_HEADER: _packed(alphas)} if style == "diffusers" else {}
     ours.save(path, tensors, metadata={"format": "pt", **header})
 
@@ -169,25 +178,25 @@ _PREFIX: dict[Style, str] = {"diffusers": "transformer.", "comfyui": "diffusion_
 
 
 class _Part(NamedTuple):
-    """One module of theirs."""
+    """The factors of one of their modules."""
 
     module: Module
     a: np.ndarray
-    """`[i, r]`"""
+    """First factor, `[i, r]`."""
     b: np.ndarray
-    """`[r, o]`, of its own columns"""
+    """Second factor, `[r, o]`, for the module's own columns."""
     scale: float
 
 
 class _Settings(NamedTuple):
-    """What a file says of its scales."""
+    """The scales of a file's modules."""
 
     alpha: float | None = None
     patterns: Mapping[str, float] = {}
     by_root: bool = False
 
     def scale(self, module: str, *, rank: int, alpha: float | None) -> float:
-        """Of one module, whose own alpha goes first; without any alpha it is 1."""
+        """Return the scale of one module, whose own alpha takes precedence; without any alpha it is 1."""
         if alpha is None:
             matching = [value for key, value in self.patterns.items() if re.fullmatch(rf"(.*\.)?({key})", module)]
             alpha = next(iter(matching), self.alpha)
@@ -195,76 +204,81 @@ class _Settings(NamedTuple):
 
 
 def _cast(array: np.ndarray, dtype: Any) -> np.ndarray:
-    """A factor; alphas keep their precision."""
+    """Cast a factor; alphas keep their precision."""
     return array.astype(ours.stored(array.dtype, dtype), copy=False)
 
 
 def _file(path: Path) -> Path:
-    """The file that is meant by a path."""
+    """Return the adapter's file for a path to it or to its folder."""
     return next((path / name for name in _FILES if (path / name).is_file()), path)
 
 
 def _settings(file: Path) -> _Settings:
-    """From the header, or from the config beside the file."""
+    """Read the scales from the header, or from the config next to the file."""
     text = ours.load_metadata(file).get(_HEADER)
     try:
-        given = {} if text is None else json.loads(text)
+        config = {} if text is None else json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{file} has a header that is not valid JSON ({error}); write it again") from error
-    if not isinstance(given, dict):
-        raise UserError(f"{file} has a header whose {_HEADER} is no JSON object; write it again")
-    given = {name.split(".", 1)[-1]: value for name, value in given.items()}
-    if not given and file.name == _FILES[0] and (file.parent / "adapter_config.json").is_file():
-        given = read_json(file.parent / "adapter_config.json")
-    if given.get("use_dora"):
-        raise UserError(f"{file} is a DoRA adapter; only LoRA is known here")
-    return _Settings(given.get("lora_alpha"), given.get("alpha_pattern") or {}, bool(given.get("use_rslora")))
+        raise UserError(f"{file} has a header that is not valid JSON ({error}). Write the file again") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{file} has a header whose {_HEADER} is not a JSON object. Write the file again")
+    config = {name.split(".", 1)[-1]: value for name, value in config.items()}
+    if not config and file.name == _FILES[0] and (file.parent / "adapter_config.json").is_file():
+        config = read_json(file.parent / "adapter_config.json")
+    if config.get("use_dora"):
+        raise UserError(f"{file} is a DoRA adapter, which is not supported. Use a LoRA")
+    return _Settings(config.get("lora_alpha"), config.get("alpha_pattern") or {}, bool(config.get("use_rslora")))
 
 
 def _parsed(
     file: Path, arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], modules: Modules
 ) -> dict[str, dict[str, str]]:
-    """Names of tensors by module and by `a`, `b`, `alpha`; raises for what is missing, unexpected or misshapen."""
+    """Return the names of tensors by module and by `a`, `b`, `alpha`.
+
+    Raises:
+      UserError: tensors are missing, unexpected or misshapen.
+    """
     flat = {name.replace(".", "_"): name for name in modules}
     if len(flat) != len(modules):
-        raise ValueError("two modules have one name once their dots are underscores")
-    found: dict[str, dict[str, str]] = collections.defaultdict(dict)
-    wanted: dict[str, tuple[int, ...]] = {}
+        raise ValueError("two modules have the same name after replacing dots by underscores")
+    tensor_names: dict[str, dict[str, str]] = collections.defaultdict(dict)
+    expected: dict[str, tuple[int, ...]] = {}
     for name, array in arrays.items():
         parsed = _NAME.fullmatch(name)
         module = parsed and _module(parsed["module"], modules, flat)
         if not parsed or not module:
             continue
-        downwards = parsed["part"] in ("lora_A", "lora_down")
-        kind = "alpha" if parsed["alpha"] else "a" if downwards else "b"
-        if found[module].setdefault(kind, name) != name:  # a second tensor under another prefix: unexpected
+        is_down = parsed["part"] in ("lora_A", "lora_down")
+        kind = "alpha" if parsed["alpha"] else "a" if is_down else "b"
+        if tensor_names[module].setdefault(kind, name) != name:  # A second tensor under another prefix is unexpected.
             continue
         if kind == "alpha":
-            wanted[name] = array.shape if array.size == 1 else ()
+            expected[name] = array.shape if array.size == 1 else ()
             continue
-        other = f"{parsed['module']}.{_OTHER[parsed['part']]}{parsed['rest']}"
-        rank = next(iter((array if downwards else arrays.get(other, array.T)).shape), 1)
-        place = modules[module]
-        features_in, features_out = shapes[place.path][-2:]
-        if place.columns is not None:
-            features_out = place.columns[1] - place.columns[0]
-        a, b = (name, other) if downwards else (other, name)
-        wanted |= {a: (rank, features_in), b: (features_out, rank)}
-    given = {name: tuple(array.shape) for name, array in arrays.items()}
-    if given and not wanted:
+        counterpart = f"{parsed['module']}.{_OTHER[parsed['part']]}{parsed['rest']}"
+        # The rank is that of the first factor, so that only the second is reported if they differ.
+        rank = next(iter((array if is_down else arrays.get(counterpart, array.T)).shape), 1)
+        target = modules[module]
+        features_in, features_out = shapes[target.path][-2:]
+        if target.columns is not None:
+            features_out = target.columns[1] - target.columns[0]
+        a, b = (name, counterpart) if is_down else (counterpart, name)
+        expected |= {a: (rank, features_in), b: (features_out, rank)}
+    actual = {name: tuple(array.shape) for name, array in arrays.items()}
+    if actual and not expected:
         raise UserError(
-            f"{file} holds no LoRA of this model: none of its tensors, such as {ours.listing(sorted(given)[:3])}, is "
-            "of a module of it"
+            f"{file} is not a LoRA of this model: none of its tensors, such as {ours.listing(sorted(actual)[:3])}, "
+            "belongs to one of the model's modules"
         )
-    ours.match(file, given, wanted)
-    lonely = [tensors["alpha"] for tensors in found.values() if "a" not in tensors]
-    if lonely:
-        raise UserError(f"{file} has {ours.listing(lonely)} without the factors that they are of")
-    return found
+    ours.match(file, actual, expected)
+    orphaned = [tensors["alpha"] for tensors in tensor_names.values() if "a" not in tensors]
+    if orphaned:
+        raise UserError(f"{file} has {ours.listing(orphaned)} without the factors that they scale")
+    return tensor_names
 
 
 def _module(name: str, modules: Modules, flat: Mapping[str, str]) -> str | None:
-    """The module that is meant by the front of a tensor's name."""
+    """Return the module that the front of a tensor's name stands for, or None."""
     for prefix in _FLAT:
         if name.startswith(prefix):
             return flat.get(name.removeprefix(prefix))
@@ -277,45 +291,47 @@ def _module(name: str, modules: Modules, flat: Mapping[str, str]) -> str | None:
 
 
 def _joined(shape: tuple[int, ...], parts: list[_Part]) -> dict[str, np.ndarray]:
-    """The factors of one of our kernels, from all modules that are of it."""
+    """Return the factors of one of our kernels, from all modules that correspond to it."""
     leading, (features_in, features_out) = shape[:-2], shape[-2:]
     layers: dict[int | None, list[_Part]] = collections.defaultdict(list)
     for part in parts:
         layers[part.module.layer].append(part)
-    rank = max(sum(part.a.shape[1] for part in of_layer) for of_layer in layers.values())
+    rank = max(sum(part.a.shape[1] for part in layer_parts) for layer_parts in layers.values())
     a = np.zeros((*leading, features_in, rank), parts[0].a.dtype)
     b = np.zeros((*leading, rank, features_out), parts[0].b.dtype)
     scale = np.zeros(leading)
-    for layer, of_layer in layers.items():
-        at = () if layer is None else (layer,)
-        equal = len({part.scale for part in of_layer}) == 1
-        scale[at] = of_layer[0].scale if equal else 1.0
-        used = 0
-        for part in of_layer:
-            ranks = slice(used, used := used + part.a.shape[1])
+    for layer, layer_parts in layers.items():
+        index = () if layer is None else (layer,)
+        # Modules that share a kernel occupy ranks and columns of their own. A kernel has one scale, so that different
+        # scales are multiplied into `b`.
+        same_scale = len({part.scale for part in layer_parts}) == 1
+        scale[index] = layer_parts[0].scale if same_scale else 1.0
+        rank_start = 0
+        for part in layer_parts:
+            ranks = slice(rank_start, rank_start := rank_start + part.a.shape[1])
             columns = slice(*(part.module.columns or (0, features_out)))
-            a[*at, :, ranks] = part.a
-            b[*at, ranks, columns] = part.b if equal else (part.b * part.scale).astype(part.b.dtype)
+            a[*index, :, ranks] = part.a
+            b[*index, ranks, columns] = part.b if same_scale else (part.b * part.scale).astype(part.b.dtype)
     return {"a": a, "b": b, "scale": scale}
 
 
 def _divided(leaves: Mapping[str, np.ndarray], modules: Modules) -> Iterator[tuple[str, _Part]]:
-    """The modules that an adapter changes, by name."""
+    """Yield the modules that an adapter changes, with their names; the inverse of `_join_factors`."""
     written: set[Module] = set()
     for name, module in modules.items():
         if f"{module.path}/a" not in leaves or module in written:
             continue
         written.add(module)
-        at = () if module.layer is None else (module.layer,)
-        a, b, scale = (leaves[f"{module.path}/{leaf}"][at] for leaf in ("a", "b", "scale"))
+        index = () if module.layer is None else (module.layer,)
+        a, b, scale = (leaves[f"{module.path}/{leaf}"][index] for leaf in ("a", "b", "scale"))
         if not scale:
             continue
         used = (a != 0).any(axis=0) | (b != 0).any(axis=1)
         if module.columns is not None:
-            own = b[:, slice(*module.columns)]
-            if b.any():  # what is of its neighbours says nothing of it
-                used = (own != 0).any(axis=1)
-            b = own
+            module_b = b[:, slice(*module.columns)]
+            if b.any():  # The ranks of other modules have zeros in these columns.
+                used = (module_b != 0).any(axis=1)
+            b = module_b
         if not used.any():
             continue
         b = b if module.order is None else b[:, np.argsort(module.order)]
@@ -323,14 +339,14 @@ def _divided(leaves: Mapping[str, np.ndarray], modules: Modules) -> Iterator[tup
 
 
 def _packed(alphas: Mapping[str, tuple[int, float]]) -> str:
-    """The header that diffusers hands to PEFT's `LoraConfig`: the commonest rank and alpha, and what differs."""
-    ranks, usual = [rank for rank, _ in alphas.values()], [alpha for _, alpha in alphas.values()]
-    rank, alpha = max(ranks, key=ranks.count, default=1), max(usual, key=usual.count, default=1)
+    """Return the header that diffusers passes to PEFT's `LoraConfig`: the commonest rank and alpha, and exceptions."""
+    ranks, values = [rank for rank, _ in alphas.values()], [alpha for _, alpha in alphas.values()]
+    rank, alpha = max(ranks, key=ranks.count, default=1), max(values, key=values.count, default=1)
     config = {
         "r": rank,
         "lora_alpha": alpha,
         "target_modules": sorted(alphas),
-        "rank_pattern": {name: own for name, (own, _) in alphas.items() if own != rank},
-        "alpha_pattern": {name: own for name, (_, own) in alphas.items() if own != alpha},
+        "rank_pattern": {name: entry for name, (entry, _) in alphas.items() if entry != rank},
+        "alpha_pattern": {name: entry for name, (_, entry) in alphas.items() if entry != alpha},
     }
     return json.dumps({f"transformer.{name}": value for name, value in config.items()}, sort_keys=True)

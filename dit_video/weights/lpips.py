@@ -1,4 +1,4 @@
-"""The parameters of LPIPS, from the package `lpips`."""
+"""Reader of the parameters of LPIPS, from the weights of the package `lpips`."""
 
 import os
 from pathlib import Path
@@ -23,7 +23,7 @@ _SUFFIX = ".safetensors"
 
 
 def open_lpips(path: str | os.PathLike | None) -> tuple[nnx.GraphDef | None, tuple[dict[str, Any], ...]]:
-    """The structure of `Lpips` and, in a tuple, its parameters from a file; none of both without a path.
+    """Return the graph of `Lpips` and, in a tuple, its parameters from a file; None and an empty tuple without a path.
 
     Raises:
       MissingError, UserError: as `load_lpips`.
@@ -35,37 +35,40 @@ def open_lpips(path: str | os.PathLike | None) -> tuple[nnx.GraphDef | None, tup
 
 
 def load_lpips(path: str | os.PathLike) -> dict[str, Any]:
-    """The parameters of `Lpips` from a file of the weights of `lpips.LPIPS(net="vgg")`, by that package's names.
+    """Read the parameters of `Lpips` from a file of the weights of `lpips.LPIPS(net="vgg")`, in that package's names.
 
     Where `lpips` is installed (`pip install lpips torchvision`; it downloads VGG16's weights), this makes the file:
 
         python -c "import lpips, safetensors.torch as s; s.save_file({n: v for n, v in
             lpips.LPIPS(net='vgg').state_dict().items() if 'lins.' not in n}, 'lpips.safetensors')"
 
-    (`lins` are the linear layers once more, by a second name, which safetensors refuses.)
+    (`lins` are the linear layers under a second name, which safetensors doesn't allow.)
 
     Raises:
-      MissingError: no such file.
-      UserError: a pickled or corrupt file, or tensors that are missing, unexpected or of another shape.
+      MissingError: the file does not exist.
+      UserError: the file is pickled or corrupt, or tensors are missing, unexpected or of another shape.
     """
     path = Path(path)
     if not path.is_file():
-        raise MissingError(f"no such file of LPIPS weights: {path}; where lpips is installed, make it with: {COMMAND}")
+        raise MissingError(f"no such file of LPIPS weights: {path}. Where lpips is installed, make it with: {COMMAND}")
     refuse(path)
     if path.suffix != _SUFFIX:
-        raise UserError(f"{path} is no {_SUFFIX} file; make one where lpips is installed with: {COMMAND}")
-    ignored = ("scaling_layer.shift", "scaling_layer.scale")  # constants
+        raise UserError(f"{path} is not a {_SUFFIX} file. Where lpips is installed, make one with: {COMMAND}")
+    ignored = ("scaling_layer.shift", "scaling_layer.scale")  # These are constants.
     return read_foreign(
         path.parent, path.stem, lpips_names(), param_shapes(lambda rngs: Lpips(rngs=rngs)), ignored=ignored
     )
 
 
 def lpips_names() -> dict[str, Foreign]:
-    """Where `lpips` keeps each parameter. It numbers VGG16's layers as torchvision does, activations and pools too."""
+    """Return the names of our parameters in the package `lpips`.
+
+    It numbers VGG16's layers as torchvision does, including activations and pools.
+    """
     names: dict[str, Foreign] = {}
     layer = 0
     for stage, convolutions in enumerate(STAGES):
-        layer += 1 if stage else 0  # the pool
+        layer += 1 if stage else 0  # The pool is a layer, too.
         for convolution in range(convolutions):
             ours, theirs = f"stages/{stage}/{convolution}", f"net.slice{stage + 1}.{layer}"
             names[f"{ours}/kernel"] = Foreign(f"{theirs}.weight", "o i h w -> 1 h w i o")

@@ -1,4 +1,4 @@
-"""A model in our own layout: `config.json`, and `model.safetensors` with our names and stacked layers."""
+"""The native format of a model: `config.json`, and `model.safetensors` with our parameter names and stacked layers."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -27,17 +27,17 @@ def read_part(
     stored: Callable[[str], Any] = lambda path: np.float32,
     place: Place = on_host,
 ) -> tuple[Any, dict[str, Any]]:
-    """The config and parameters of a folder, whose config file is `document`.
+    """Read the config and parameters of a folder in the native format.
 
     Args:
-      folder: of the part.
-      document: what its `config.json` says.
-      stored: the dtype that a floating parameter is cast to, by its path; None keeps the file's.
-      place: reads each parameter to where it is kept, by its path; by default to the host.
+      folder: folder of the model.
+      document: content of its `config.json`.
+      dtype_fn: returns the dtype that a floating parameter is cast to, given its path; None keeps the file's.
+      place: reads each parameter to its destination, given its path; by default to the host.
 
     Raises:
-      MissingError: files that it lacks.
-      UserError: a config of another version, or weights that do not fit.
+      MissingError: files are missing.
+      UserError: the config is of another version, or the weights do not fit it.
     """
     config = part_config(folder, document)
     shapes = param_shapes(config.make)
@@ -47,14 +47,14 @@ def read_part(
 
 
 def part_config(folder: Path, document: Mapping[str, Any]) -> Any:
-    """The config of a part.
+    """Return the config in a folder's `config.json`.
 
     Raises:
-      UserError: none, or one of another version.
+      UserError: the document has no config of a model, or one of another version.
     """
     config = config_json.from_json(document.get("config"))
     if not hasattr(config, "make"):
-        raise UserError(f"{folder / 'config.json'} holds no config of a model; convert it again")
+        raise UserError(f"{folder / 'config.json'} has no config of a model. Convert the model again")
     return config
 
 
@@ -67,15 +67,15 @@ def write_part(
     dtype: Any = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """The inverse of `read_part`, tensor by tensor.
+    """Write a folder in the native format, one tensor at a time; the inverse of `read_native`.
 
     Args:
-      folder: made if it isn't there.
-      config: the model's.
-      source: of its parameters.
-      depths: how many layers the source has of those that are stacks, if it has them one by one.
-      dtype: floating tensors are cast to it; None keeps the source's.
-      shard_bytes: what would be a larger file is split, with an index.
+      folder: destination; created if it does not exist.
+      config: config of the model.
+      source: source of its parameters.
+      depths: number of layers of each stacked parameter that the source stores layer by layer.
+      dtype: dtype that floating tensors are cast to; None keeps the source's.
+      shard_bytes: maximum size of a file; larger ones are split, with an index.
     """
     shapes = param_shapes(config.make)
     streaming.write(

@@ -1,7 +1,7 @@
-"""Nested dictionaries of arrays as one safetensors file, with names such as `blocks/attention/query/kernel`.
+"""Safetensors files of nested dictionaries of arrays, with names such as `blocks/attention/query/kernel`.
 
-Reading goes through the `safetensors` library. Writing is done here: the library orders the metadata at random, so that
-its file differs from run to run, while this one is a function of its content.
+Files are read by the `safetensors` library but written here: the library writes the metadata in random order, whereas
+these files are a function of their content.
 """
 
 import json
@@ -35,10 +35,10 @@ _DTYPES = {
     "uint8": "U8",
     "bool": "BOOL",
 }
-"""NumPy's name of a dtype and the format's (https://huggingface.co/docs/safetensors, "Format")."""
+"""Names of dtypes in safetensors files by NumPy's name (https://huggingface.co/docs/safetensors, "Format")."""
 
 NUMPY = {theirs: np.dtype(ours) for ours, theirs in _DTYPES.items()}
-"""and back"""
+"""NumPy's dtypes by their name in safetensors files."""
 
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 _SHOWN = 10
@@ -46,41 +46,44 @@ _SHOWN = 10
 
 @dataclass(frozen=True)
 class Streamed:
-    """An array to be written that is read only then, in stretches of its first axis."""
+    """An array that is read while it is written, in chunks of its first axis."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    """what is read is cast to it"""
+    """Dtype that the chunks are cast to."""
     read: Callable[[], Iterator[np.ndarray]]
+    """Returns the chunks, each read when it is reached."""
 
     @property
     def nbytes(self) -> int:
+        """Return the size of the array in bytes."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
 def save(
     path: str | os.PathLike, tree: Mapping[str, Any], *, metadata: Mapping[str, str] | None = None, dtype: Any = None
 ) -> None:
-    """Write the arrays of a nested dictionary to `path`, atomically; floating ones are cast to `dtype` if one is given.
+    """Write the arrays of a nested dictionary to a file, atomically.
 
     Args:
-      path: the file, by convention `*.safetensors`; one that exists is replaced.
-      tree: a nested dictionary of JAX or NumPy arrays, or of `Streamed` ones. Keys hold no `/`, which joins them in the
-        file.
-      metadata: free text by name, kept in the header.
-      dtype: a floating dtype such as `jnp.bfloat16`, or None to write what is given. Integers and booleans stay.
+      path: the file, by convention `*.safetensors`; an existing one is replaced.
+      tree: nested dictionary of JAX or NumPy arrays, or of `StreamedArray`s. Its keys must not contain `/`, which joins
+        them in the file.
+      metadata: text by name, kept in the header.
+      dtype: dtype that floating arrays are cast to, such as `jnp.bfloat16`; None keeps theirs. Integers and booleans
+        are never cast.
 
     Raises:
-      ValueError: two arrays get one name, or a dtype that the format lacks.
+      ValueError: two arrays get the same name, or the format lacks a dtype.
     """
     arrays = trees.flatten(tree)
     if len(arrays) != len(jax.tree.leaves(tree)):
-        raise ValueError("two arrays have one name: keys must not contain '/'")
+        raise ValueError("two arrays have the same name: keys must not contain '/'")
     dtypes = {name: stored(array.dtype, dtype) for name, array in arrays.items()}
-    for name, kept in dtypes.items():
-        if kept.name not in _DTYPES:
-            raise ValueError(f"{name} has dtype {kept.name}, which a safetensors file cannot hold here")
-    # Wide dtypes first: every array then starts at a multiple of its item size.
+    for name, array_dtype in dtypes.items():
+        if array_dtype.name not in _DTYPES:
+            raise ValueError(f"{name} has dtype {array_dtype.name}, which safetensors files don't support")
+    # Wide dtypes go first, so that every array starts at a multiple of its item size.
     order = sorted(arrays, key=lambda name: (-dtypes[name].itemsize, name))
     header: dict[str, Any] = {}
     if metadata:
@@ -97,8 +100,8 @@ def save(
         _write_header(file, header)
         for name in order:
             array = arrays[name]
-            for stretch in array.read() if isinstance(array, Streamed) else (array,):
-                values = np.asarray(jax.device_get(stretch)).astype(dtypes[name], order="C", copy=False)
+            for chunk in array.read() if isinstance(array, Streamed) else (array,):
+                values = np.asarray(jax.device_get(chunk)).astype(dtypes[name], order="C", copy=False)
                 file.write(values.reshape(-1).view(np.uint8).data)
 
 
@@ -106,13 +109,14 @@ def load(path: str | os.PathLike, *, like: Any = None, dtype: Any = np.float32) 
     """Read the arrays of a file as a nested dictionary of NumPy arrays.
 
     Args:
-      path: a safetensors file, of `save` or of any other program (names without `/` give a flat dictionary).
-      like: a tree of `jax.ShapeDtypeStruct`: its names and shapes must be the file's, and the result has its structure.
-      dtype: floating arrays are cast to it (bfloat16 to float32 is exact); None keeps what the file holds.
+      path: safetensors file of `save` or any other program; names without `/` give a flat dictionary.
+      like: tree of `jax.ShapeDtypeStruct` with the names and shapes that the file must have, and the structure of the
+        result.
+      dtype: dtype that floating arrays are cast to (bfloat16 to float32 is exact); None keeps the file's.
 
     Raises:
-      MissingError: no such file.
-      UserError: a pickled, truncated or corrupt file, or one whose tensors are not those of `like`.
+      MissingError: the file does not exist.
+      UserError: the file is pickled, truncated or corrupt, or its tensors are not those of `like`.
     """
     path = Path(path)
     refuse(path)
@@ -136,11 +140,11 @@ def load(path: str | os.PathLike, *, like: Any = None, dtype: Any = np.float32) 
 
 
 def load_metadata(path: str | os.PathLike) -> dict[str, str]:
-    """The free text of a file's header.
+    """Read the metadata in a file's header.
 
     Raises:
-      MissingError: no such file.
-      UserError: a pickled, truncated or corrupt file.
+      MissingError: the file does not exist.
+      UserError: the file is pickled, truncated or corrupt.
     """
     path = Path(path)
     refuse(path)
@@ -152,7 +156,7 @@ def load_metadata(path: str | os.PathLike) -> dict[str, str]:
 
 
 def stored(given: Any, cast: Any) -> np.dtype:
-    """The dtype after casting floating arrays to `cast`."""
+    """Return an array's dtype after casting floating arrays to `floating_dtype`; None casts none."""
     return np.dtype(given if cast is None or not jnp.issubdtype(given, jnp.floating) else cast)
 
 
@@ -164,24 +168,33 @@ def _write_header(file: BinaryIO, header: dict[str, Any]) -> None:
 
 
 def refuse(path: Path) -> None:
-    """Raise for a path that is no file, and for a pickle: reading one can run any code."""
+    """Check that a file exists and is not a pickle, as reading a pickle can run any code.
+
+    Raises:
+      MissingError: the file does not exist.
+      UserError: the file is pickled.
+    """
     if not path.is_file():
-        raise MissingError(f"no such file: {path}; give the path of a .safetensors file")
+        raise MissingError(f"no such file: {path}. Use the path of a .safetensors file")
     with path.open("rb") as file:
         start = file.read(9)
-    # A pickle of protocol 2 to 5 starts with 0x80 and its number; so does a header of, say, 640 bytes, whose ninth
-    # byte is the brace that opens its JSON.
+    # A pickle of protocol 2 to 5 starts with 0x80 and the protocol's number. So does a safetensors file whose header
+    # has, say, 640 bytes, but its ninth byte is the brace that opens the JSON.
     pickled = start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and start[8:] != b"{"
     if path.suffix.lower() in _PICKLED or pickled or start[:4] == b"PK\x03\x04":
         raise UserError(
-            f"{path} is a pickled file, which can run any code when it is read; convert it where torch is installed: "
+            f"{path} is a pickled file, which can run any code when it is read. Convert it where torch is installed: "
             'python -c "import torch, safetensors.torch as s; '
             f"s.save_file(torch.load('{path.name}', weights_only=True), '{path.stem}.safetensors')\""
         )
 
 
 def match(path: Path, given: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
-    """Raise one error that names every kind of difference."""
+    """Check that a file has the expected tensors.
+
+    Raises:
+      UserError: tensors are missing, unexpected or misshapen; one error lists all three kinds.
+    """
     missing = [name for name in wanted if name not in given]
     unexpected = sorted(given.keys() - wanted.keys())
     misshapen = [
@@ -191,19 +204,27 @@ def match(path: Path, given: dict[str, tuple[int, ...]], wanted: dict[str, tuple
     ]
     kinds = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
     if any(kinds.values()):
-        parts = [f"{len(found)} {kind} ({listing(found)})" for kind, found in kinds.items() if found]
-        raise UserError(f"{path} does not fit the model, tensors: {'; '.join(parts)}; use the config it was made with")
+        parts = [
+            f"{len(tensor_names)} {kind} ({listing(tensor_names)})"
+            for kind, tensor_names in kinds.items()
+            if tensor_names
+        ]
+        raise UserError(
+            f"{path} does not fit the model. Tensors: {'; '.join(parts)}; use the config that it was made with"
+        )
 
 
 def listing(names: list[str]) -> str:
+    """Return the first names, comma-separated, and the number of the remaining ones."""
     more = [f"… {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
     return ", ".join(names[:_SHOWN] + more)
 
 
 def unread_dtype(path: Path, error: object) -> UserError:
-    """For a dtype that NumPy lacks, or what the library raises for it."""
-    return UserError(f"{path} holds a dtype that is not read here ({error}); convert it to bfloat16 first")
+    """Return the error for a dtype that NumPy lacks."""
+    return UserError(f"{path} has a dtype that is not supported ({error}). Convert it to bfloat16 first")
 
 
 def corrupt(path: Path, error: object) -> UserError:
-    return UserError(f"{path} is not a whole safetensors file ({error}); copy or download it again")
+    """Return the error for a damaged file."""
+    return UserError(f"{path} is not a complete safetensors file ({error}). Copy or download it again")

@@ -1,4 +1,4 @@
-"""The sampling that a diffusers folder asks for: its `scheduler_config.json` as solver, process, grid, prediction."""
+"""Sampling of a diffusers folder: its `scheduler_config.json` as solver, process, time schedule and prediction."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -42,55 +42,56 @@ CONFIG = "scheduler_config.json"
 
 
 class Schedule(NamedTuple):
-    """How a model is sampled."""
+    """The sampling settings of a model."""
 
     solver: Sampler
     process: Process
-    """of a flow with the shift"""
+    """Diffusion process; for a flow including the shift."""
     grid: TimeGrid
     prediction: Prediction = Velocity()
 
 
 def load_scheduler(folder: str | os.PathLike) -> Schedule:
-    """The sampling of a folder that holds a `scheduler_config.json`.
+    """Read the sampling settings of a folder with a `scheduler_config.json`.
 
-    Steps, their times and what the model is told of them are the scheduler's own. Where DDIM's trailing steps do not
-    divide the steps of noise, each starts here where the one before ended, which diffusers' may miss by a step.
+    The steps, their times and the model times are those of diffusers' scheduler, with one exception: if DDIM's trailing
+    steps do not divide the training steps, each step starts where the previous one ended, which diffusers' may miss by
+    one.
 
     Raises:
-      MissingError: no such file.
-      UserError: another scheduler, or settings of it that are not known here.
+      MissingError: the file does not exist.
+      UserError: the scheduler or one of its settings is not supported.
     """
     path = Path(folder) / CONFIG
     document = read_json(path)
     kind = document.get("_class_name") if isinstance(document, dict) else None
     if kind not in _KINDS:
-        raise UserError(f"{path} is of a scheduler {kind}; known here: {', '.join(_KINDS)}")
+        raise UserError(f"{path} has a scheduler of class {kind}. Supported classes are {', '.join(_KINDS)}")
     fields, make = _KINDS[kind]
     settings = {name: value for name, value in document.items() if not name.startswith("_")}
     if unknown := sorted(settings.keys() - fields.keys()):
-        raise UserError(f"{path} sets {', '.join(unknown)}; of {kind} these are known here: {', '.join(fields)}")
+        raise UserError(f"{path} sets {', '.join(unknown)}. Supported settings of {kind} are {', '.join(fields)}")
     if settings.get("use_flow_sigmas"):
         fields = fields | _OF_A_FLOW
-    given = {name: settings.get(name, field.default) for name, field in fields.items()}
-    for name, value in given.items():
+    values = {name: settings.get(name, field.default) for name, field in fields.items()}
+    for name, value in values.items():
         if fields[name].known and value not in fields[name].known:
-            known = " or ".join(repr(option) for option in fields[name].known)
-            raise UserError(f"{path} sets {name}={value!r}; known here is {known}")
+            supported = " or ".join(repr(option) for option in fields[name].known)
+            raise UserError(f"{path} sets {name}={value!r}. Supported: {supported}")
         if fields[name].number and not (isinstance(value, int | float) and value > 0):
-            raise UserError(f"{path} sets {name}={value!r}; it is a positive number")
-    return make(given)
+            raise UserError(f"{path} sets {name}={value!r}. Use a positive number")
+    return make(values)
 
 
 class _Field(NamedTuple):
-    """A setting of a scheduler."""
+    """A setting of a scheduler, with its supported values."""
 
     default: Any
-    """diffusers' own"""
+    """Default of diffusers."""
     known: tuple[Any, ...] = ()
-    """values that are followed here; without any all are, or the setting has no effect"""
+    """Supported values; if empty, all values are supported, or the setting has no effect."""
     number: bool = False
-    """whether it must be a positive number"""
+    """The value must be a positive number."""
 
 
 _OFF = _Field(False, (False, None))
@@ -139,10 +140,12 @@ def _ddim(given: Mapping[str, Any]) -> Schedule:
 
 def _ddpm(given: Mapping[str, Any]) -> Schedule:
     solver = Ddpm(variance="large" if given["variance_type"] == "fixed_large" else "small")
-    found = _schedule(given, solver, _step_grid(given, told="nearest"))
+    schedule = _schedule(given, solver, _step_grid(given, told="nearest"))
     if given["variance_type"] != "learned_range":
-        return found
-    return found._replace(prediction=LearnedVariance(prediction=found.prediction, steps=given["num_train_timesteps"]))
+        return schedule
+    return schedule._replace(
+        prediction=LearnedVariance(prediction=schedule.prediction, steps=given["num_train_timesteps"])
+    )
 
 
 def _euler(given: Mapping[str, Any]) -> Schedule:
@@ -165,9 +168,12 @@ def _lcm(given: Mapping[str, Any]) -> Schedule:
 def _of_high_order(
     given: Mapping[str, Any], solver: Sampler, flow_grid: TimeGrid, *, cut: tuple[str, ...] = ("exponential",)
 ) -> Schedule:
-    """`cut` are the ratios of which the model is told the step below, not the nearest one."""
-    told = "below" if _ratios(given) in cut else "nearest"
-    grid = flow_grid if given["use_flow_sigmas"] else _step_grid(given, told=told, spare=True)
+    """Return the schedule of a high-order solver.
+
+    The model time is rounded down to a step for the sigma spacings in `floored`, to the nearest step for others.
+    """
+    rounding = "below" if _ratios(given) in cut else "nearest"
+    grid = flow_grid if given["use_flow_sigmas"] else _step_grid(given, told=rounding, spare=True)
     return _schedule(given, solver, grid)
 
 
@@ -178,8 +184,8 @@ def _dpm_multistep(given: Mapping[str, Any]) -> Schedule:
         eta=1.0 if given["algorithm_type"] == "sde-dpmsolver++" else 0.0,
         lower_order_final=given["lower_order_final"],
     )
-    cut = ("karras", "exponential") if given["beta_schedule"] == "squaredcos_cap_v2" else ("exponential",)
-    return _of_high_order(given, solver, DpmFlowGrid(training_steps=given["num_train_timesteps"]), cut=cut)
+    floored = ("karras", "exponential") if given["beta_schedule"] == "squaredcos_cap_v2" else ("exponential",)
+    return _of_high_order(given, solver, DpmFlowGrid(training_steps=given["num_train_timesteps"]), cut=floored)
 
 
 def _dpm_singlestep(given: Mapping[str, Any]) -> Schedule:
@@ -192,7 +198,9 @@ def _dpm_singlestep(given: Mapping[str, Any]) -> Schedule:
 def _unipc(given: Mapping[str, Any]) -> Schedule:
     solver = UniPc(
         order=given["solver_order"],
-        kind="bh1" if given["solver_type"] == "bh1" else "bh2",  # three names of older solvers mean `bh2` there
+        kind="bh1"
+        if given["solver_type"] == "bh1"
+        else "bh2",  # diffusers maps the names of three older solvers to `bh2`.
         lower_order_final=given["lower_order_final"],
         uncorrected=tuple(given["disable_corrector"]),
     )
@@ -213,7 +221,7 @@ _PREDICTIONS: dict[str, Prediction] = {
 
 
 def _noise_steps(*, scaled: bool = False, schedule: str = "linear", spacing: str = "leading") -> dict[str, _Field]:
-    """What all schedulers of DDPM's process set, with the defaults that differ among them."""
+    """Return the settings that all schedulers of DDPM's process share, with the defaults that differ among them."""
     first, last = (0.00085, 0.012) if scaled else (0.0001, 0.02)
     return {
         "num_train_timesteps": _Field(1000, number=True),
@@ -225,7 +233,7 @@ def _noise_steps(*, scaled: bool = False, schedule: str = "linear", spacing: str
         "timestep_spacing": _Field(spacing, ("leading", "trailing", "linspace")),
         "steps_offset": _Field(0),
         "rescale_betas_zero_snr": _OFF,
-        # Carried along in folders that were saved with another scheduler.
+        # Left over in folders that were converted from another scheduler.
         **dict.fromkeys(("clip_sample", "set_alpha_to_one", "skip_prk_steps"), _NO_EFFECT),
     }
 
@@ -270,7 +278,7 @@ _OF_A_FLOW = {
         _NO_EFFECT,
     ),
 }
-"""the same settings where flow sigmas are used"""
+"""Replacements of settings if flow sigmas are used."""
 _DDIM = {
     **_noise_steps(),
     **_CLIPPING,

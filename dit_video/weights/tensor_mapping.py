@@ -1,6 +1,6 @@
-"""Where another project's files keep a parameter: a name, and an einops pattern from its layout to ours.
+"""Mapping of our parameters to another project's tensors: a name, and an einops pattern from its layout to ours.
 
-One map of a model serves both ways, bit for bit.
+One map of a model serves reading and writing, bit for bit.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,28 +13,28 @@ SHARD_BYTES = 5_000_000_000
 
 
 class Foreign(NamedTuple):
-    """Where a parameter lies in another project's files."""
+    """The name and layout of one of our parameters in another project's files."""
 
     name: str
-    """for a stack of layers with `{}` in the place of a layer's number"""
+    """Name of the tensor; contains `{}` for the layer's number if the parameter stacks layers."""
     pattern: str = ""
-    """an einops pattern from theirs to ours, such as `o i -> i o`; empty where the layouts are the same"""
+    """Einops pattern from their layout to ours, such as `o i -> i o`; empty if the layouts are equal."""
     sizes: tuple[tuple[str, int], ...] = ()
-    """of axes that the pattern splits or joins, where the arrays don't tell"""
+    """Sizes of axes that the pattern splits or joins, if the shapes don't determine them."""
     layers: int | None = None
-    """how many layers our parameter has along its first axis, each a tensor of theirs; None: it is one tensor"""
+    """Number of layers along our parameter's first axis, each a tensor of theirs; None for a single tensor."""
 
     @property
     def names(self) -> list[str]:
-        """of their tensors, in order"""
+        """Return the names of their tensors, in the order of layers."""
         return [self.name] if self.layers is None else [self.name.format(layer) for layer in range(self.layers)]
 
     def to_ours(self, array: np.ndarray) -> np.ndarray:
-        """One of their tensors in our layout."""
+        """Return one of their tensors in our layout."""
         return rearrange(array, self.pattern, **dict(self.sizes)) if self.pattern else array
 
     def to_theirs(self, array: np.ndarray) -> np.ndarray:
-        """The inverse: of a stack, one layer."""
+        """Return our parameter, or one layer of a stack, in their layout; the inverse of `to_ours`."""
         if not self.pattern:
             return array
         theirs, ours = self.pattern.split("->")
@@ -42,18 +42,19 @@ class Foreign(NamedTuple):
 
 
 Names = Mapping[str, Foreign]
-"""By our path."""
+"""Mappings of a model's parameters, by our path."""
 
 
 def stored_as(dtype: Any, kernels: Any = None) -> Callable[[str], Any]:
-    """The dtype that a floating parameter is cast to, by its path: `dtype`, but that of linear maps' kernels `kernels`.
+    """Return a function from a parameter's path to the dtype that it is cast to.
 
-    None keeps what the file has; for `kernels` it is as for all others.
+    That is `kernel_dtype` for the kernels of linear maps if it is given, and `dtype` for all others; None keeps the
+    file's.
     """
     return lambda path: kernels if kernels is not None and path.endswith("kernel") else dtype
 
 
 def their_shape(foreign: Foreign, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """What shape their tensor must have, for a stack each of theirs."""
-    one = shape if foreign.layers is None else shape[1:]
-    return foreign.to_theirs(np.broadcast_to(np.zeros((), np.int8), one)).shape
+    """Return the shape that their tensor must have for a parameter of ours, or for each layer of a stack."""
+    layer_shape = shape if foreign.layers is None else shape[1:]
+    return foreign.to_theirs(np.broadcast_to(np.zeros((), np.int8), layer_shape)).shape

@@ -1,4 +1,4 @@
-"""T5 and UMT5 encoders from and to the folders of `transformers`, alone or within a pipeline of diffusers."""
+"""T5 and UMT5 encoders in folders of `transformers`, alone or within a pipeline of diffusers."""
 
 import os
 from collections.abc import Mapping
@@ -16,9 +16,9 @@ from dit_video.weights.io import read_encoder, write_foreign
 from dit_video.weights.tensor_mapping import SHARD_BYTES, Foreign, Names
 
 _EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")
-"""one tensor under two names: a file has either, or both"""
+"""The names of the token embedding, which a file has under either or both."""
 _IGNORED = ("decoder.", "lm_head.")
-"""a full checkpoint's other half, which nothing here is for"""
+"""Prefixes of the decoder's tensors in a full checkpoint, which are skipped."""
 _NORM = "encoder.final_layer_norm.weight"
 _PER_LAYER = {
     "norm_attention/scale": "layer.0.layer_norm.weight",
@@ -32,70 +32,70 @@ _PER_LAYER = {
     "up/kernel": "layer.1.DenseReluDense.wi_1.weight",
     "down/kernel": "layer.1.DenseReluDense.wo.weight",
 }
-"""our names below `blocks/`, and theirs below `encoder.block.<layer>.`"""
+"""Our names below `blocks/`, and theirs below `encoder.block.<layer>.`."""
 _UNGATED_UP = "layer.1.DenseReluDense.wi.weight"
 _BIASES: dict[str, Literal["each layer", "shared"]] = {"t5": "shared", "umt5": "each layer"}
-"""what tells the model types apart"""
+"""Position biases of the model types, which differ only in them."""
 T5_KINDS = tuple(_BIASES)
 
 
 class LoadedEncoder(NamedTuple):
-    """What a folder holds."""
+    """A text encoder's config and parameters, as read from a folder."""
 
     config: T5Config
     params: dict[str, Any]
     digest: str
-    """of the tensors as they are stored, whatever files they lie in"""
+    """Digest of the tensors as they are stored, however they are split into files."""
     ignored: tuple[str, ...]
-    """names of the tensors that were not read: those of the decoder, in a full checkpoint"""
+    """Names of the tensors that were not read: those of the decoder in a full checkpoint."""
 
 
 def load_text_encoder(folder: str | os.PathLike, *, dtype: str = "float32") -> LoadedEncoder:
-    """The encoder of a `T5EncoderModel`, a `UMT5EncoderModel`, or a full T5 or UMT5 with its decoder.
+    """Read the encoder of a `T5EncoderModel`, a `UMT5EncoderModel`, or a full T5 or UMT5 with its decoder.
 
-    Read tensor by tensor: host memory holds little more than one of them at a time besides the result.
-    `dtype` is that of the matrix products and of the weights that enter them; scales and position biases are float32.
+    Tensors are read one at a time, so host memory holds little more than one of them besides the result. `dtype` is
+    that of the matrix products and their weights; scales and position biases are float32.
 
     Raises:
-      MissingError: no config or weights there.
-      UserError: another model type, tensors that are not those of the config, pickles, or a damaged file.
+      MissingError: the config or the weights do not exist.
+      UserError: the model type is not supported, tensors do not fit the config, or files are pickled or damaged.
     """
     folder = model_folder(folder, "text_encoder")
     config = t5_config(folder, dtype=dtype)
     with TensorFolder(folder) as tensors:
-        names, unread = t5_names(tensors, config)
-        params, digest = read_encoder(tensors, names, param_shapes(config.make), ignored=unread, dtype=dtype)
+        names, skipped = t5_names(tensors, config)
+        params, digest = read_encoder(tensors, names, param_shapes(config.make), ignored=skipped, dtype=dtype)
         ignored = tuple(name for name in tensors.shapes if name.startswith(_IGNORED))
     return LoadedEncoder(config, params, digest, ignored)
 
 
 def t5_names(tensors: TensorFolder, config: T5Config) -> tuple[Names, set[str]]:
-    """Where a folder keeps each parameter, and its tensors that are of no use here.
+    """Return the map of a folder's tensors, and the names of the tensors to skip.
 
     Raises:
-      UserError: its embedding has two names, with different values.
+      UserError: the embedding has two names, with different values.
     """
     embedding = _embedding_name(tensors)
-    unread = {name for name in tensors.shapes if name.startswith(_IGNORED)}
-    return {**_names(config), "embedding": Foreign(embedding)}, {*unread, *_EMBEDDINGS} - {embedding}
+    decoder = {name for name in tensors.shapes if name.startswith(_IGNORED)}
+    return {**_names(config), "embedding": Foreign(embedding)}, {*decoder, *_EMBEDDINGS} - {embedding}
 
 
 def t5_written(config: T5Config) -> tuple[Names, dict[str, Any]]:
-    """Where each parameter is written to, and the settings beside them."""
+    """Return the map of the tensors to write, and the content of `config.json`."""
     return {**_names(config), "embedding": Foreign(_EMBEDDINGS[0])}, _their_config(config)
 
 
 def t5_config(folder: str | os.PathLike, *, dtype: str = "float32") -> T5Config:
-    """The config of a folder's encoder, without its weights. What the file leaves out is what `transformers` takes.
+    """Read the config of a folder's encoder, without its weights and with the defaults of `transformers`.
 
     Raises:
-      MissingError: no config there.
-      UserError: another model type, or a value that isn't known.
+      MissingError: the config does not exist.
+      UserError: the model type or a setting is not supported.
     """
     path = model_folder(folder, "text_encoder") / "config.json"
     kind, theirs = transformers_config(path, "T5 encoders", T5_KINDS)
     if theirs.feed_forward_proj not in ("gated-gelu", "relu"):
-        raise UserError(f"{path} has feed_forward_proj {theirs.feed_forward_proj!r}; gated-gelu and relu are known")
+        raise UserError(f"{path} has feed_forward_proj={theirs.feed_forward_proj!r}. Supported are gated-gelu and relu")
     return T5Config(
         vocabulary=theirs.vocab_size,
         width=theirs.d_model,
@@ -123,11 +123,11 @@ def save_text_encoder(
     """Write a folder that `transformers` loads as `T5EncoderModel` or `UMT5EncoderModel`, and `load_text_encoder` too.
 
     Args:
-      folder: made if it isn't there.
-      config: the encoder's.
+      folder: destination; created if it does not exist.
+      config: config of the encoder.
       params: its parameters.
-      dtype: of all tensors in the file; None writes them as they are.
-      shard_bytes: what would be a larger file is split, with an index.
+      dtype: dtype of all tensors in the file; None keeps theirs.
+      shard_bytes: maximum size of a file; larger ones are split, with an index.
     """
     names, document = t5_written(config)
     write_foreign(folder, "model", names, params, dtype=dtype, shard_bytes=shard_bytes)
@@ -135,7 +135,7 @@ def save_text_encoder(
 
 
 def _names(config: T5Config) -> Names:
-    """Where each parameter lies, but for the embedding."""
+    """Return the map of all parameters except the embedding."""
     names = {"norm/scale": Foreign(_NORM)}
     per_layer = dict(_PER_LAYER)
     if config.activation == "relu":
@@ -150,7 +150,7 @@ def _names(config: T5Config) -> Names:
 
 
 def _embedding_name(tensors: TensorFolder) -> str:
-    """The name that the token embedding has in a file.
+    """Return the name of the token embedding in a folder.
 
     Raises:
       UserError: it has both names, with different values.
@@ -158,7 +158,7 @@ def _embedding_name(tensors: TensorFolder) -> str:
     present = [name for name in _EMBEDDINGS if name in tensors.shapes]
     if len(present) == 2 and not np.array_equal(tensors.read(present[0]), tensors.read(present[1])):
         raise UserError(
-            f"{tensors.folder} has different values in {' and '.join(present)}, which are one tensor; remove one"
+            f"{tensors.folder} has different values in {' and '.join(present)}, which are one tensor. Remove one"
         )
     return present[0] if present else _EMBEDDINGS[0]
 

@@ -1,15 +1,16 @@
-"""The autoencoder of a laptop: 4×8×8 pixels to 16 numbers, trained on crops of real clips in half an hour on two cores.
+"""A laptop's autoencoder: 4×8×8 pixels to 16 channels, trained on crops of real clips for half an hour on two cores.
 
     python experiments/train.py experiments/configs/autoencoder.py --data CLIPS --workdir runs/autoencoder \
         --autoencoder-only --data.held-out NAME NAME
 
-It starts at the principal components of the training clips' patches, the best linear autoencoder of as many numbers,
-and learns what is beyond them; the report says by how much, clip by clip. Without `--autoencoder-only` a small denoiser
-is trained on its latents.
+It is initialized with the principal components of the training clips' patches, the best linear autoencoder with the
+same number of channels; the report compares both for every clip. Without `--autoencoder-only`, a small denoiser is
+trained on its latents.
 
-Convolutions are in bfloat16, which takes .20 s a step on a CPU that multiplies it, and .32 s in float32.
+Convolutions are in bfloat16: 0.20 s per step on a CPU with bfloat16 multiplication, against 0.32 s in float32.
 
-Measured on 17 real clips, four of other scenes held out, all at 17 frames of up to 192×256; 8,400 steps, 28.4 minutes:
+Measured on 17 real clips, four of which (of other scenes) are held out, at 17 frames of up to 192×256 pixels; 8,400
+steps, 28.4 minutes:
 
     dB                     linear  learned
     car-detection            39.5     43.1

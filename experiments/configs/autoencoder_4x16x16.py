@@ -1,19 +1,19 @@
-"""An autoencoder of 4×16×16 pixels to 48 channels, built as Wan 2.2's, a third of its size. A plan: not trained here.
+"""An autoencoder with the design of Wan 2.2's at a third of its size: 4×16×16 pixels to 48 channels. Not trained here.
 
     python experiments/train.py experiments/configs/autoencoder_4x16x16.py --data DATA --workdir runs/4x16x16
 
-on 8 accelerators of 80 GB. It starts from cells of 2×2 pixels and has a path without parameters beside each level, so
-that a step costs half as much as at 4×8×8 with nearly twice the parameters. Data, objective and discriminator are those
-of `autoencoder_4x8x8.py`.
+It is designed for 8 accelerators with 80 GB. It starts from patches of 2×2 pixels and has a parameter-free shortcut
+next to each level, so that a step costs half as much as that of `autoencoder_4x8x8.py` with nearly twice the
+parameters. Data, objective and discriminator are the same as there.
 
-Of the shapes and XLA's count of the lowered step, for one clip of 17×256×256:
+The following numbers are computed from shapes and from XLA's count for the lowered step, for one clip of 17×256×256:
 
     parameters                          235.2 M, and 5.5 M of the discriminator
-    a step without, with discriminator  26.2, 26.6 TFLOP (7.6 forward, of which 3.4 are computed twice)
-    kept for the backward pass          2.9 GB, residual blocks being computed again (17.5 without; an image 0.95, 1.7)
+    step without, with discriminator    26.2, 26.6 TFLOP (7.6 forward, of which 3.4 are computed twice)
+    kept for the backward pass          2.9 GB, recomputing residual blocks (17.5 without; an image 0.95, 1.7)
     state                               3.8 GB: parameters, their average, Adam's moments, the discriminator's
 
-200,000 steps are about 6×10^19 FLOP, twice the clips a step as there.
+200,000 steps take about 6×10^19 FLOP, with twice as many clips per step as there.
 """
 
 from dit_video.autoencoders import Adversarial, AutoencoderObjective, CausalVaeConfig, LeCam

@@ -1,19 +1,20 @@
-"""An autoencoder of Wan 2.1's size, 4×8×8 pixels to 16 channels, from raw clips. A plan: not trained here.
+"""An autoencoder of Wan 2.1's size: 4×8×8 pixels to 16 channels, trained from scratch. Not trained here.
 
     python experiments/train.py experiments/configs/autoencoder_4x8x8.py --data DATA --workdir runs/4x8x8
 
-on 8 accelerators of 80 GB, a clip each. Videos at two lengths and three aspect ratios, every fifth step images; the
-default objective, and against a discriminator in the second half. Better with LPIPS (`--autoencoder.loss.lpips 0.5
---autoencoder.loss.lpips-weights FILE`, see `dit_video.weights.load_lpips`).
+It is designed for 8 accelerators with 80 GB, with one clip on each. The data are videos of two lengths and three aspect
+ratios, and images in every fifth step. The loss is the default objective, with a discriminator in the second half of
+the training. LPIPS improves it further (`--autoencoder.loss.lpips 0.5 --autoencoder.loss.lpips-weights FILE`, see
+`dit_video.weights.load_lpips`).
 
-Of the shapes and XLA's count of the lowered step, for one clip of 17×256×256:
+The following numbers are computed from shapes and from XLA's count for the lowered step, for one clip of 17×256×256:
 
     parameters                          126.9 M, and 5.5 M of the discriminator
-    a step without, with discriminator  51.9, 52.3 TFLOP (15.1 forward, of which 6.6 are computed twice)
-    kept for the backward pass          6.5 GB, residual blocks being computed again (46.7 without; an image 0.9, 3.7)
+    step without, with discriminator    51.9, 52.3 TFLOP (15.1 forward, of which 6.6 are computed twice)
+    kept for the backward pass          6.5 GB, recomputing residual blocks (46.7 without; an image 0.9, 3.7)
     state                               2.1 GB: parameters, their average, Adam's moments, the discriminator's
 
-200,000 steps are about 6×10^19 FLOP.
+200,000 steps take about 6×10^19 FLOP.
 """
 
 from dit_video.autoencoders import Adversarial, AutoencoderObjective, CausalVaeConfig, LeCam

@@ -1,11 +1,11 @@
-"""A folder of real clips at their own aspect ratios, for a few minutes on a laptop's CPU.
+"""A folder of real clips at their own aspect ratios, trained for a few minutes on a laptop's CPU.
 
     python experiments/train.py experiments/configs/clips.py --data CLIPS --workdir runs/clips --data.held-out NAME NAME
 
-CLIPS holds videos and a `metadata.csv` (`file_name,text`); the clips named by `--data.held-out` are not trained on, but
-reconstructed and reported. Frames of up to 96×128 pixels at 8 a second, clips of up to
-17 frames, one latent for 4×8×8 pixels with 16 channels. The model is far too small, and trained far too short, for
-real scenes: this config shows that the whole chain runs on real input, and it is where to start from.
+CLIPS holds videos and a `metadata.csv` (`file_name,text`). The clips named by `--data.held-out` are not trained on, but
+reconstructed and reported. Frames have up to 96×128 pixels at 8 fps, clips up to 17 frames, and one latent of 16
+channels stands for 4×8×8 pixels. The model is far too small, and trained far too briefly, for real scenes: this config
+shows that every step works on real input, and is a starting point for others.
 """
 
 from dit_video.autoencoders import AutoencoderObjective, PatchVaeConfig

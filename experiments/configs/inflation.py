@@ -1,19 +1,20 @@
 """FLUX's image autoencoder for clips: causal temporal layers in its decoder, trained alone against flicker.
 
     python experiments/train.py experiments/configs/inflation.py --data CLIPS --workdir runs/inflation \
-        --autoencoder.start FLUX/vae
+        --autoencoder.init-from FLUX/vae
 
-FLUX is a copy of black-forest-labs/FLUX.1-schnell from Hugging Face, of which the folder `vae` is enough (`config.json`
-and `diffusion_pytorch_model.safetensors`). The encoder stays as it is, so latents are FLUX's: 16 channels for 1×8×8
-pixels, and a denoiser of FLUX's latents needs no change.
+FLUX is a copy of black-forest-labs/FLUX.1-schnell from Hugging Face, of which only the folder `vae` is needed
+(`config.json` and `diffusion_pytorch_model.safetensors`). The encoder is frozen, so the latents are FLUX's, with 16
+channels per 1×8×8 pixels, and a denoiser of FLUX's latents needs no change.
 
-CLIPS are captioned clips of 9 frames or more at 8 a second, best of 256×256 pixels or more; larger frames are resized.
+CLIPS are captioned clips of at least 9 frames at 8 fps, ideally of 256×256 pixels or more; larger frames are resized.
 
-Not trained here: neither FLUX's weights nor the hardware were at hand. The plan, by counting and from the step that XLA
-compiles for CPU: 94.8 M parameters, of which 10.9 M in temporal layers are trained; parameters, their average and the
-optimizer's moments take 0.85 GB. For a frame of 128×128 pixels a step takes 1.0 GB of activations in float32 and 0.46
-TFLOP, so about 37 GB (less in bfloat16, as below, on a GPU) and 17 TFLOP for a window of 9×256×256: one on each of
-eight devices of 80 GB. The denoiser, of 120 M parameters, is a start.
+This config has not been trained, because neither FLUX's weights nor the hardware were available. The following numbers
+are computed from shapes and from the step that XLA compiles for CPU: 94.8 M parameters, of which the 10.9 M in temporal
+layers are trained; parameters, their average and the optimizer's moments take 0.85 GB. A frame of 128×128 pixels takes
+1.0 GB of float32 activations and 0.46 TFLOP per step, so a window of 9×256×256 takes about 37 GB (less in bfloat16 on a
+GPU, as configured here) and 17 TFLOP: one window on each of eight devices with 80 GB. The denoiser, of 120 M
+parameters, is a starting point.
 """
 
 from dit_video.autoencoders import AutoencoderObjective, ImageLevels, ImageVaeConfig, InflatedConfig

@@ -1,17 +1,18 @@
-"""A MoVQ of clips: 4×8×8 pixels to one of 16,384 codes, whose decoder the codes modulate, trained against a PatchGAN.
+"""A video MoVQ: 4×8×8 pixels to one of 16,384 codes that modulate the decoder, trained against a PatchGAN.
 
     python experiments/train.py experiments/configs/movq.py --data CLIPS --workdir runs/movq --autoencoder-only
 
-CLIPS are captioned clips and images; larger frames than 256×256 pixels are resized. Codes have 8 values and length 1
-(arXiv 2110.04627), follow the latents as moving averages, and restart where they go unused for 200 steps; the log tells
-`usage`, `usage_recent`, `perplexity` and `restarts`. Without `--autoencoder-only` a denoiser of the latents before the
-codebook follows; decoding takes the nearest codes.
+CLIPS are captioned clips and images; frames larger than 256×256 pixels are resized. Codes have 8 values and unit norm
+(arXiv 2110.04627), are updated as moving averages of the latents, and restart when unused for 200 steps; the log has
+`usage`, `usage_recent`, `perplexity` and `restarts`. Without `--autoencoder-only`, a denoiser of the latents before
+quantization is trained next; decoding takes the nearest codes.
 
-Not trained here, as no such hardware was at hand. The plan, by counting and from the step that XLA compiles for CPU:
-56.6 M parameters, and 5.5 M of the discriminator; with averages and the optimizers' moments the state takes 0.97 GB. In
-float32 a window of 9×128×128 takes 6.9 GB of activations and 2.7 TFLOP a step, so a batch of 16 about 110 GB and 43
-TFLOP, an image of 256×256 less than half of a window. In bfloat16, as below, two devices of 80 GB have room to spare.
-The denoiser, of 120 M parameters, is a start.
+This config has not been trained, because no such hardware was available. The following numbers are computed from shapes
+and from the step that XLA compiles for CPU: 56.6 M parameters, and 5.5 M of the discriminator; with averages and the
+optimizers' moments the state takes 0.97 GB. In float32, a window of 9×128×128 takes 6.9 GB of activations and 2.7 TFLOP
+per step, so a batch of 16 takes about 110 GB and 43 TFLOP; an image of 256×256 takes less than half of a window. In
+bfloat16, as configured here, two devices with 80 GB are more than enough. The denoiser, of 120 M parameters, is a
+starting point.
 """
 
 from dit_video.autoencoders import Adversarial, AutoencoderObjective, CausalVaeConfig, CodebookConfig, VqConfig

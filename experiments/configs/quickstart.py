@@ -1,4 +1,4 @@
-"""Rendered shapes, from nothing to a text-to-video model on a laptop.
+"""A text-to-video model trained from scratch on rendered shapes, on a laptop.
 
 python experiments/quickstart.py
 """
@@ -17,16 +17,16 @@ from dit_video.training.optim.optimizer import OptimizerConfig
 
 CLIPS = 4000
 HELD_OUT = 24
-"""The last clips are reconstructed, not trained on."""
+"""Number of clips, the last ones, that are not trained on but reconstructed for the report."""
 
 
 def clips(*, brief: bool = False) -> int:
-    """How many clips are rendered."""
+    """Return the number of clips to render."""
     return 200 if brief else CLIPS
 
 
 def experiment(seed: int = 0, *, brief: bool = False) -> Experiment:
-    """The experiment of a seed. `brief` is a smoke test of a minute: it learns something, and not enough."""
+    """Return the experiment with a seed; `brief` makes it a smoke test of one minute that learns too little."""
     count = clips(brief=brief)
     autoencoder_steps, denoiser_steps = (60, 60) if brief else (1500, 2400)
     return Experiment(

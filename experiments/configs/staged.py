@@ -1,14 +1,14 @@
-"""Clips in four stages: images, small clips, large ones, then long ones.
+"""A training in four stages on a folder of clips: images, small clips, large clips, then long clips.
 
     python experiments/train.py experiments/configs/staged.py --data CLIPS --workdir runs/staged
 
-The recipe of the open systems in small, for the folders that `clips.py` is for. Every stage has frames, rows, a
-learning rate and a shift of times of its own; weights, optimizer state and averages are carried over. A stage that was
-interrupted is continued by the same command. Times of larger and longer clips are shifted towards noise, as more tokens
-show more of a clip through the same noise.
+This is the recipe of the open video models on a small scale, for the same folders as `clips.py`. Each stage has its own
+frame size, rows, learning rate and time shift; weights, optimizer state and averages are carried over. After an
+interruption, run the same command again to continue a stage. Times are shifted further towards noise for larger and
+longer clips, because more tokens reveal more of a clip at the same noise level.
 
-On 17 clips and two cores, beside other jobs, the autoencoder took five minutes and the four stages 19; the loss ends at
-0.20, and what was learnt by heart is recognised at once.
+On 17 clips and two cores shared with other jobs, the autoencoder took five minutes and the four stages 19; the loss
+ends at 0.20, and samples of the training clips, which the model has memorized, are recognizable.
 """
 
 from dit_video.autoencoders import AutoencoderObjective, PatchVaeConfig

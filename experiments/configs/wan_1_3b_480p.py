@@ -1,13 +1,15 @@
-"""A denoiser of Wan 2.1's 1.3B shape, trained from scratch on rows of 32,768 tokens: 81 frames at 480p are 32,760.
+"""A denoiser with the shape of Wan 2.1 1.3B, trained from scratch on rows of 32,768 tokens.
 
     python experiments/train.py experiments/configs/wan_1_3b_480p.py --data CLIPS --workdir runs/wan_1_3b_480p
     python tools/plan.py experiments/configs/wan_1_3b_480p.py --topology v5p:4x4x4
 
-Latents and embedded captions are cached first, by the autoencoder and the text encoder in WAN, a copy of
-Wan-AI/Wan2.1-T2V-1.3B-Diffusers from Hugging Face: its `vae`, `text_encoder` and `tokenizer`. A row holds one such
-clip, or up to four that are shorter or smaller, and is divided among the devices of `context`.
+A clip of 81 frames at 480p has 32,760 tokens. A row holds one such clip, or up to four that are shorter or smaller,
+and is sharded over the `context` axis of the mesh.
 
-Not trained here; made for v5p:4x4x4 and v6e:8x8.
+Latents and embedded captions are cached first, with the autoencoder and the text encoder in the folder WAN, a copy of
+Wan-AI/Wan2.1-T2V-1.3B-Diffusers from Hugging Face (`vae`, `text_encoder` and `tokenizer`).
+
+This config has not been trained. It is designed for v5p:4x4x4 and v6e:8x8.
 """
 
 from dit_video.autoencoders import CausalVaeConfig

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A training as several processes of this machine, or of hosts that no cluster manages: JAX is told who is there.
+# Train with several processes on this machine, or on hosts without a cluster manager, which JAX cannot detect.
 #
 #   experiments/launch/processes.sh 2 experiments/configs/clips.py --data CLIPS --workdir runs/clips
 #
-# On several hosts start one process on each by hand, with these three variables, and the same command:
+# On several hosts, start one process on each by hand, with these three variables and the same arguments:
 #   COORDINATOR_ADDRESS=host0:1234 NUM_PROCESSES=2 PROCESS_ID=0 python experiments/train.py …
-# A signal to this script goes to all processes. It ends with the first exit code that isn't 0.
+# A signal to this script is sent to all processes. Its exit code is the first that is not 0.
 set -euo pipefail
 if [ "$#" -lt 2 ]; then
   echo "usage: $0 COUNT CONFIG [arguments of experiments/train.py]" >&2
@@ -26,7 +26,7 @@ trap 'kill -TERM "${processes[@]}" 2>/dev/null || true' TERM INT
 result=0
 for process in "${processes[@]}"; do
   code=0
-  # A signal ends the wait, not the process.
+  # A signal interrupts `wait`, not the process, so wait again while the process is alive.
   while :; do
     code=0
     wait "$process" || code=$?

@@ -45,12 +45,12 @@ def test_the_adaptive_weight_is_a_ratio_of_norms_with_a_bound():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Adversarial(weight=0.0), "positive weight"),
-        (lambda: Adversarial(start=-1), "no negative start"),
+        (lambda: Adversarial(weight=0.0), "weight=0.0.*positive weight"),
+        (lambda: Adversarial(start=-1), "start_step=-1.*start_step >= 0"),
         (lambda: Adversarial(learning_rate=float("nan")), "positive weight and learning_rate"),
-        (lambda: Adversarial(layers=0), "each is at least 1"),
+        (lambda: Adversarial(layers=0), "layers=0.*at least 1"),
         (lambda: R1(every=0), "every >= 1"),
-        (lambda: R1(weight=-1.0), "positive weight"),
+        (lambda: R1(weight=-1.0), "weight=-1.0.*weight > 0"),
         (lambda: LeCam(decay=1.0), r"decay in \[0, 1\)"),
     ],
 )

@@ -89,7 +89,7 @@ def test_a_fixed_variance_and_none(params):
         noise = jnp.ones_like(posterior.mean)
         np.testing.assert_allclose(posterior.sample(noise) - posterior.mean, std, atol=1e-5)
         assert np.isfinite(posterior.kl()).all()
-    with pytest.raises(UserError, match=r"std -1\.0 must not be negative"):
+    with pytest.raises(UserError, match=r"std=-1\.0 .* not negative"):
         ImageVaeConfig(std=-1.0)
 
 
@@ -132,11 +132,11 @@ def test_a_config_is_written_and_read():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ImageLevels(widths=(4, 6), groups=4), "6 channels are not divisible by 4 groups"),
+        (lambda: ImageLevels(widths=(4, 6), groups=4), "6 channels .*groups=4"),
         (lambda: ImageLevels(widths=()), "one level or more"),
         (lambda: ImageLevels(widths=(4,), groups=2, blocks=0), "at least 1"),
-        (lambda: ImageLevels(widths=(4,), groups=2, attention=(1,)), r"attention at levels \(1,\) of 1"),
-        (lambda: ImageVaeConfig(channels=0), "at least 1 channel"),
+        (lambda: ImageLevels(widths=(4,), groups=2, attention=(1,)), r"attention=\(1,\) .* 0 to 0"),
+        (lambda: ImageVaeConfig(channels=0), "channels=0 .*at least 1"),
     ],
 )
 def test_configs_that_do_not_fit(make, message):

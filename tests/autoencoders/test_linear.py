@@ -71,7 +71,7 @@ def test_constant_clips_have_a_finite_scale():
 
 
 def test_more_channels_than_a_patch_has_values():
-    with pytest.raises(UserError, match=r"25 channels .* 24 values"):
+    with pytest.raises(UserError, match=r"channels=25 .* at most 24"):
         fit_linear([CLIPS], stride=STRIDE, channels=25)
-    with pytest.raises(UserError, match="no clips"):
+    with pytest.raises(UserError, match="at least one clip"):
         fit_linear([], stride=STRIDE, channels=3)

@@ -42,18 +42,18 @@ def test_a_judge_sees_both_clips():
     value, parts = judged.compare(DECODED, ORIGINAL, lambda one, other: jnp.asarray([one[0, 0, 0, 0, 0], other.max()]))
     np.testing.assert_allclose(parts["lpips"], [DECODED[0, 0, 0, 0, 0], ORIGINAL.max()])
     np.testing.assert_allclose(value, plain + 0.5 * parts["lpips"], rtol=1e-6)
-    with pytest.raises(ValueError, match="no judge"):
+    with pytest.raises(ValueError, match="pass perceptual_net"):
         judged.compare(DECODED, ORIGINAL)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kl": -1.0}, "kl -1.0 must not be negative"),
-        ({"pyramid": float("nan")}, "pyramid nan must not be negative"),
-        ({"absolute": 0.0, "pyramid": 0.0, "frequency": 0.0, "temporal": 0.0}, "compares nothing"),
-        ({"lpips": 0.5}, "give both, or neither"),
-        ({"lpips_weights": "lpips.safetensors"}, "give both, or neither"),
+        ({"kl": -1.0}, "kl=-1.0 .*not be negative"),
+        ({"pyramid": float("nan")}, "pyramid=nan .*not be negative"),
+        ({"absolute": 0.0, "pyramid": 0.0, "frequency": 0.0, "temporal": 0.0}, "compares no pixels; give one of"),
+        ({"lpips": 0.5}, "use both or neither"),
+        ({"lpips_weights": "lpips.safetensors"}, "use both or neither"),
     ],
 )
 def test_a_wrong_objective_is_refused(changes, message):

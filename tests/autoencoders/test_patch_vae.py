@@ -170,5 +170,5 @@ def test_a_clip_that_does_not_fit(model):
 
 
 def test_a_start_that_the_posterior_cannot_have():
-    with pytest.raises(UserError, match=r"start_std 0.001 is outside .* 0.0025 to 2.7"):
+    with pytest.raises(UserError, match=r"init_std=0.001 .* 0.0025 to 2.7"):
         PatchVaeConfig(start_std=0.001)

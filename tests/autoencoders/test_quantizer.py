@@ -102,7 +102,7 @@ def test_indices_and_back():
 def test_an_index_out_of_range(wrong):
     codes = book(DRAW.normal(size=(5, 3)))
     indices = np.asarray([0, wrong], np.int32).reshape(1, 1, 1, 2)
-    with pytest.raises(UserError, match=f"^a codebook of 5 codes has the indices 0 to 4, {wrong} was given; use"):
+    with pytest.raises(UserError, match=f"index {wrong} .* 0 to 4.* Use the codebook"):
         codes.look_up(indices)
     traced = jax.jit(lambda indices: codes.look_up(indices))(indices).reshape(2, 3)
     assert np.isfinite(traced[0]).all()
@@ -111,5 +111,5 @@ def test_an_index_out_of_range(wrong):
 
 @pytest.mark.parametrize(("codes", "width"), [(0, 4), (8, 0)])
 def test_a_codebook_of_nothing(codes, width):
-    with pytest.raises(UserError, match=f"a codebook of {codes} codes of {width} values"):
+    with pytest.raises(UserError, match=f"codes={codes}, width={width} .*at least 1"):
         CodebookConfig(codes=codes, width=width)

@@ -105,7 +105,7 @@ def test_frames_of_another_number():
     config, params, *_ = setting("patches")
     with pytest.raises(UserError, match=r"T=8 is not 1 \+ 2k"):
         list(encode_stream(config, params, [FRAMES[:, :8]], chunk=2))
-    with pytest.raises(UserError, match="no frames"):
+    with pytest.raises(UserError, match="at least one frame"):
         list(encode_stream(config, params, [], chunk=2))
     with pytest.raises(UserError, match="chunk=0"):
         list(decode_stream(config, params, np.zeros((1, 1, 4, 6, 3), np.float32), chunk=0))
@@ -115,13 +115,9 @@ def test_frames_and_latents_that_are_none():
     config, params, _, _ = setting("patches")
     real = FRAMES.astype(np.float32)
     for frames in (FRAMES[..., :2], FRAMES[0], real - 128, real * np.nan, real.astype(np.float64)):
-        with pytest.raises(
-            UserError, match=r"frames are \[B T H W 3\] in 0..255, .* were given; see dit_video.core.pixels"
-        ):
+        with pytest.raises(UserError, match=r"frames .* must be \[B T H W 3\] in 0..255.* Use dit_video.core.pixels"):
             list(encode_stream(config, params, iter([frames])))
-    with pytest.raises(
-        UserError, match=r"latents are \[B t h w 3\] for this autoencoder, \[1, 1, 4, 6, 4\] were given"
-    ):
+    with pytest.raises(UserError, match=r"latents \[1, 1, 4, 6, 4\] .*\[B t h w 3\]"):
         list(decode_stream(config, params, np.zeros((1, 1, 4, 6, 4), np.float32)))
 
 

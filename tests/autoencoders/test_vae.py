@@ -230,14 +230,14 @@ def test_a_config_survives_json():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"multipliers": (1, 2)}, "2 multipliers are 2 levels"),
-        ({"factors": (Grid(1, 2, 2), Grid(1, 1, 1))}, "must be 1 or 2"),
-        ({"factors": (Grid(1, 2, 2), Grid(4, 2, 2))}, "must be 1 or 2"),
-        ({"factors": (Grid(1, 2, 2), Grid(2, 2, 1))}, "equal in height and width"),
+        ({"multipliers": (1, 2)}, "2 factors .* 2 multipliers.*, 1$"),
+        ({"factors": (Grid(1, 2, 2), Grid(1, 1, 1))}, "use 1 or 2"),
+        ({"factors": (Grid(1, 2, 2), Grid(4, 2, 2))}, "use 1 or 2"),
+        ({"factors": (Grid(1, 2, 2), Grid(2, 2, 1))}, "the same in height and width"),
         ({"channels": 0}, "at least 1"),
-        ({"std": -0.1}, "must not be negative"),
+        ({"std": -0.1}, "std=-0.1 .*not negative"),
         ({"shortcuts": True, "multipliers": (1, 2, 3)}, "does not divide"),
-        ({"width": 3, "multipliers": (1, 2, 1)}, "must be even"),
+        ({"width": 3, "multipliers": (1, 2, 1)}, "even widths"),
     ],
 )
 def test_bad_configs(options, message):
@@ -259,7 +259,7 @@ def test_clips_that_do_not_fit(shape, message):
 
 
 def test_pixels_of_other_channels():
-    with pytest.raises(UserError, match="pixels have 3 channels, red, green and blue; 4 were given"):
+    with pytest.raises(UserError, match=r"4 channels.* use 3"):
         placed(jnp.zeros((1, 1, 8, 8, 4)), PLAIN.stride, None, None)
 
 

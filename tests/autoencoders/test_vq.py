@@ -83,7 +83,7 @@ def test_indices_stand_for_the_latents(name):
 def test_an_index_out_of_range():
     config, params, _, _, _ = setting("video")
     model = nnx.merge(graph_of(config.make), params)
-    with pytest.raises(UserError, match="a codebook of 32 codes has the indices 0 to 31, 32 was given"):
+    with pytest.raises(UserError, match=r"index 32 .* 0 to 31.* Use the codebook"):
         model.decode_indices(np.full((1, 1, 2, 3), 32))
 
 
@@ -150,11 +150,11 @@ def test_a_config_survives_json():
 
 
 def test_networks_that_do_not_fit():
-    with pytest.raises(UserError, match=r"codes have no variance, the network was given std=0\.1"):
+    with pytest.raises(UserError, match=r"network.std=0\.1 .*Use None"):
         VqConfig(network=CausalVaeConfig(std=0.1))
-    with pytest.raises(UserError, match="the network was given std=0"):
+    with pytest.raises(UserError, match=r"network.std=0\.0 .*Use None"):
         VqConfig(network=ImageVaeConfig(std=0.0))
-    with pytest.raises(UserError, match="linear maps lie beside the codebook"):
+    with pytest.raises(UserError, match=r"use_quant_conv=False.*Use True for both"):
         VqConfig(network=ImageVaeConfig.flux())
 
 

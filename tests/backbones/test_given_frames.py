@@ -27,15 +27,15 @@ def test_what_fits():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"known": None}, "takes given latents: say what is known"),
-        ({"known": None, "dit": replace(ANIMATING, given_channels=0)}, "say how often that is known"),
-        ({"image_encoder": None}, "name its folder with image_encoder"),
+        ({"known": None}, "known=None; set known="),
+        ({"known": None, "dit": replace(ANIMATING, given_channels=0)}, "known=None; set how often"),
+        ({"image_encoder": None}, "set image_encoder to its folder"),
         ({"dit": replace(ANIMATING, image_positions=20)}, "a first and a last frame"),
-        ({"cached": False}, "lie beside cached latents"),
-        ({"cached": False, "known": KnownFrames()}, "tokens lie beside cached latents"),
-        ({"dit": replace(ANIMATING, given_channels=5)}, "takes 8 given channels, a mask of 4 and the latents' 4"),
+        ({"cached": False}, "needs? cached latents; set data cache_latents=True"),
+        ({"cached": False, "known": KnownFrames()}, "tokens need cached latents; set data cache_latents=True"),
+        ({"dit": replace(ANIMATING, given_channels=5)}, "given_channels=5 is invalid: .* must be 8, a mask of 4"),
         ({"dit": replace(ANIMATING, image_width=None)}, "leave out image_encoder"),
-        ({"dit": DIT, "image_encoder": None, "known": KnownFrames()}, "can't be told which frames are known"),
+        ({"dit": DIT, "image_encoder": None, "known": KnownFrames()}, "no input for known frames; leave out known"),
     ],
 )
 def test_what_does_not(changes, message):

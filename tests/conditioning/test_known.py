@@ -34,5 +34,5 @@ def test_beside_noisy_tokens_are_the_mask_and_clean_latents():
 
 @pytest.mark.parametrize("chance", [-0.1, 1.5, float("nan")])
 def test_a_chance_that_is_none(chance):
-    with pytest.raises(UserError, match="must lie in"):
+    with pytest.raises(UserError, match="is invalid: a probability must lie in"):
         KnownFrames(chance=chance)

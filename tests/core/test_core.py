@@ -243,17 +243,17 @@ def test_what_is_no_config_is_not_written():
         ({"type": "dit_videos.evil:Config"}, "outside dit_video"),
         ({"type": "dit_video.tokens.packing:Missing"}, "does not exist in this version"),
         ({"type": "dit_video.nowhere:Config"}, "does not exist in this version"),
-        ({"type": "dit_video.tokens.packing:pack"}, "is not a config"),
-        ({"type": "dit_video.tokens.packing:Rows"}, "is not a config"),
-        ({"type": "dit_video.core.files:os.system"}, "is not a config"),
-        ({"type": "dit_video.tokens.packing:RowShape", "tokens": 1, "text": 1}, "needs the field segments"),
+        ({"type": "dit_video.tokens.packing:pack"}, "is not a dataclass"),
+        ({"type": "dit_video.tokens.packing:Rows"}, "is not a dataclass"),
+        ({"type": "dit_video.core.files:os.system"}, "is not a dataclass"),
+        ({"type": "dit_video.tokens.packing:RowShape", "tokens": 1, "text": 1}, "lacks the field segments"),
         (
             {"type": "dit_video.tokens.packing:RowShape", "tokens": 1, "text": 1, "segments": 1, "heads": 2},
-            "has no field heads: the config is of another version",
+            "has no field heads; use the version",
         ),
         (
             {"type": "dit_video.tokens.packing:RowShape", "tokens": "1", "text": 1, "segments": 1},
-            "tokens of RowShape must be of type int, the config gives '1'",
+            "tokens='1' of .* must be of type int",
         ),
         (
             {"type": "dit_video.tokens.packing:RowShape", "tokens": True, "text": 1, "segments": 1},

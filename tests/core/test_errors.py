@@ -52,7 +52,7 @@ def test_a_run_that_was_stopped_ends_with_the_code_that_was_asked_for(capsys, mo
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == code
-    message = "stopped: training, by SIGTERM after step 7, which is saved; the same command goes on from there"
+    message = "stopped: training, by SIGTERM after step 7, which is saved; the same command continues from there"
     assert capsys.readouterr().err.strip() == message
 
 
@@ -77,7 +77,7 @@ def test_a_ctrl_c_that_falls_into_a_finalizer_still_stops_the_script(capsys):
     assert ended.value.code == 130
     assert not waited
     assert sys.unraisablehook is before
-    assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted: started again, the same command")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted: the same command continues")
 
 
 @pytest.mark.usefixtures("interruptible")

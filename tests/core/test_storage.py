@@ -284,7 +284,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     def none(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    with Journal(tmp_path / "work", ()), pytest.raises(UserError, match="another process is filling"):
+    with Journal(tmp_path / "work", ()), pytest.raises(UserError, match="another process is writing"):
         Journal(tmp_path / "work", ())
     monkeypatch.setattr(fcntl, "flock", none)
     with pytest.raises(UserError, match=r"work cannot be locked \(No locks available\); name a destination on"):

@@ -151,7 +151,7 @@ def test_the_summary_counts_sizes_and_costs(source):
     assert summary["cost"] == "28672 * tokens of the row + 128 * pairs in attention"
     assert batches.summary(devices=3)["imbalance"] is None
     assert summary["left_out"] == 0
-    assert "0 left out" in str(batches)
+    assert "0 examples dropped" in str(batches)
     assert summary["sources"] is None
     within = Reading(batch=4, seed=0, balance=balance, pairs=lambda grid: grid.t * (grid.h * grid.w) ** 2)
     frames = packed_batches(source, texts_of(source), patch=PATCH, shape=SHAPE, reading=within)

@@ -201,15 +201,15 @@ def test_samples_of_a_batch_do_not_matter_to_each_other(guidance):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Guidance(scale=-1.0), "scales of guidance are numbers from 0 on, 1 being none; got -1"),
-        (lambda: Guidance(scale=(2.0, float("nan"))), "got 2.0, nan"),
-        (lambda: Guidance(image=float("inf")), "got 2.0, inf"),
-        (lambda: Guidance(interval=(0.7, 0.3)), r"two rising times in \[0, 1\], not \(0.7, 0.3\)"),
-        (lambda: Guidance(interval=(0.0, 1.5)), "two rising times"),
-        (lambda: Guidance(rescale=1.5), r"rescale=1.5 of guidance must lie in \[0, 1\]"),
-        (lambda: Projected(largest=0.0), "largest=0.0 of projected guidance must be positive"),
-        (lambda: Projected(parallel=float("inf")), "parallel=inf .* must be a number"),
-        (lambda: guided(apart(*ALL), Guidance(projected=Projected()).strength()), "say of which process"),
+        (lambda: Guidance(scale=-1.0), "guidance scales -1.0 are invalid"),
+        (lambda: Guidance(scale=(2.0, float("nan"))), "guidance scales 2.0, nan are invalid"),
+        (lambda: Guidance(image=float("inf")), "guidance scales 2.0, inf are invalid"),
+        (lambda: Guidance(interval=(0.7, 0.3)), r"interval=\(0.7, 0.3\) is invalid"),
+        (lambda: Guidance(interval=(0.0, 1.5)), "Use two rising times"),
+        (lambda: Guidance(rescale=1.5), r"rescale=1.5 is invalid: it must lie in \[0, 1\]"),
+        (lambda: Projected(largest=0.0), "max_rms=0.0 is invalid"),
+        (lambda: Projected(parallel=float("inf")), "parallel_weight=inf is invalid"),
+        (lambda: guided(apart(*ALL), Guidance(projected=Projected()).strength()), "Use process="),
     ],
 )
 def test_guidance_that_there_is_not(make, message):

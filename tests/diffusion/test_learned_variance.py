@@ -170,9 +170,9 @@ def test_a_class_transformer_is_trained_and_sampled_with_its_variance():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: LearnedVariance(prediction=LearnedVariance()), "not beside another learned variance"),
-        (lambda: LearnedVariance(steps=1), "2 steps or more"),
-        (lambda: LearnedVariance(share=-0.1), "share of 0 or more"),
+        (lambda: LearnedVariance(prediction=LearnedVariance()), "must not be beside another learned variance"),
+        (lambda: LearnedVariance(steps=1), "steps=1, .* 2 steps or more"),
+        (lambda: LearnedVariance(share=-0.1), "bound_weight=-0.1 .* bound_weight of 0 or more"),
     ],
 )
 def test_what_makes_no_sense_is_refused(make, message):

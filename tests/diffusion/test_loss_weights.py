@@ -124,8 +124,8 @@ def test_the_loss_is_weighted_by_the_time_of_its_token():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: MinSnr(gamma=0.0), "must be positive; the paper's is 5"),
-        (lambda: EdmWeight(data_std=-1.0), "must be positive; of normalised latents"),
+        (lambda: MinSnr(gamma=0.0), "gamma=0.0 is invalid.* Use 5"),
+        (lambda: EdmWeight(data_std=-1.0), "data_std=-1.0 is invalid.* Use 1 for normalised latents"),
         (lambda: SigmoidWeight(bias=float("inf")), "must be a finite number"),
     ],
 )

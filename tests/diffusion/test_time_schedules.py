@@ -83,28 +83,28 @@ def test_a_grid_is_written_and_read(grid):
     "grid", [Even(), Shifted(shift=2.0), Given(times=(1.0, 0.0)), Karras(), Exponential(), StepGrid(), LcmGrid()]
 )
 def test_less_than_one_step(grid):
-    with pytest.raises(UserError, match=r"at least 1 step, not 0|make 1 steps, 0 are asked for"):
+    with pytest.raises(UserError, match=r"at least 1 step, not 0|steps=0 is invalid: .* Use steps=1"):
         grid(DDPM, 0)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: StepGrid()(FLOW, 4), "RectifiedFlow has none of; use Even, Shifted, Karras or Given"),
-        (lambda: LcmGrid()(EDM, 4), "Edm has none of"),
-        (lambda: LcmGrid()(DDPM, 51), "51 steps of sampling, 50 of distillation and 1000 of noise must rise"),
-        (lambda: StepGrid()(DDPM, 1001), "1001 steps of sampling are more"),
-        (lambda: StepGrid(spacing="leading", offset=1)(DDPM, 1000), "start beyond the last of 1000"),
-        (lambda: StepGrid(offset=-1), "an offset of steps is a whole number from 0 on"),
-        (lambda: Karras()(FLOW, 4), "infinite; give `most`"),
+        (lambda: StepGrid()(FLOW, 4), "RectifiedFlow has none. Use UniformTimes, ShiftedTimes, KarrasTimes or"),
+        (lambda: LcmGrid()(EDM, 4), "Edm has none"),
+        (lambda: LcmGrid()(DDPM, 51), "steps=51, distillation_steps=50 .* 1000 noise .* Use steps=50"),
+        (lambda: StepGrid()(DDPM, 1001), "steps=1001 is invalid.* Use steps=1000"),
+        (lambda: StepGrid(spacing="leading", offset=1)(DDPM, 1000), "steps_offset=1 .* beyond the last of 1000"),
+        (lambda: StepGrid(offset=-1), "steps_offset=-1 is invalid"),
+        (lambda: Karras()(FLOW, 4), "is infinite. Use a finite max_ratio"),
         (lambda: Karras(most=1.0)(FLOW, 4), "sampling starts from noise"),
-        (lambda: Karras(most=81.0)(EDM, 4), "ratio to the data in Edm is 80, not 81"),
-        (lambda: Karras(most=40.0)(EDM, 4), "ratio to the data in Edm is 80, not 40"),
-        (lambda: Exponential(least=0.0), "rise from above 0"),
-        (lambda: Shifted(shift=0.0), "shift 0.0 must be positive"),
-        (lambda: Given(times=(0.5, 0.5)), "times fall"),
-        (lambda: Given(times=(1.2, 0.5)), "times fall"),
-        (lambda: Given(times=(1.0, 0.5))(FLOW, 2), "make 1 steps, 2 are asked for"),
+        (lambda: Karras(most=81.0)(EDM, 4), "max_ratio=81 .* ratio to the data in Edm is 80"),
+        (lambda: Karras(most=40.0)(EDM, 4), "max_ratio=40 .* ratio to the data in Edm is 80"),
+        (lambda: Exponential(least=0.0), "min_ratio=0.0.* must be positive"),
+        (lambda: Shifted(shift=0.0), "shift=0.0 is invalid"),
+        (lambda: Given(times=(0.5, 0.5)), r"times=\(0.5, 0.5\) is invalid"),
+        (lambda: Given(times=(1.2, 0.5)), r"times=\(1.2, 0.5\) is invalid"),
+        (lambda: Given(times=(1.0, 0.5))(FLOW, 2), "steps=2 is invalid: .* Use steps=1"),
     ],
 )
 def test_what_makes_no_sense_is_refused(make, message):

@@ -249,12 +249,12 @@ FITS = {"rows": 4, "tokens": 64}
 @pytest.mark.parametrize(
     ("fields", "batch", "way", "message"),
     [
-        ({}, {"rows": 3}, "ring", "a batch has 3 rows, which data x fsdp=2 .* do not divide; .* of 1, 3, or 4 rows"),
+        ({}, {"rows": 3}, "ring", "a batch has 3 rows, which data x fsdp=2 .* do not divide. .* of 1, 3, or 4 rows"),
         ({"heads": 6, "width": 96}, {}, "ring", "6 heads, which tensor=4 .* of 1, 2, 3, 6, or 8 heads"),
         ({"mlp_ratio": 0.65625}, {}, "ring", "42 hidden values, which tensor=4"),
         ({}, {"tokens": 66}, "ring", "66 tokens, which context=4 .* or 68 tokens"),
-        ({}, {}, "ulysses", "context=4 devices some of 2 heads.*use context=1 or 2, or .*'ring'"),
-        ({"attention": "splash"}, {}, "ring", "not by splash; set the denoiser's attention='chunked'"),
+        ({}, {}, "ulysses", "context=4 devices some of 2 heads.*Use context=1 or 2, or .*'ring'"),
+        ({"attention": "splash"}, {}, "ring", "attention='splash' is invalid: .* attention='chunked'"),
     ],
 )
 def test_what_does_not_fit_a_mesh_is_named_with_what_would(fields, batch, way, message):

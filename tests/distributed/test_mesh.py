@@ -33,12 +33,12 @@ def test_the_free_axis_takes_what_is_left(config, count, sizes):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (MeshConfig(fsdp=3), "fsdp=3 does not divide the 8 devices; use fsdp=1 or 2 or 4 or 8"),
+        (MeshConfig(fsdp=3), r"fsdp=3 does not divide the 8 devices\. Use fsdp=1 or 2 or 4 or 8"),
         (
             MeshConfig(fsdp=4, context=4),
-            "context=4 does not divide the 2 of 8 devices that are left for it; use context=1 or 2",
+            r"context=4 does not divide the 2 of 8 devices that are left for it\. Use context=1 or 2",
         ),
-        (MeshConfig(data=2, fsdp=2), "uses 4 of 8 devices; use data=4, or -1"),
+        (MeshConfig(data=2, fsdp=2), r"uses 4 of 8 devices\. Use data=4, or -1"),
         (MeshConfig(data=16), "data=16 does not divide the 8 devices"),
     ],
 )
@@ -48,9 +48,9 @@ def test_a_mesh_that_does_not_fit_says_what_would(config, message):
 
 
 def test_sizes_are_checked_where_they_are_given():
-    with pytest.raises(UserError, match="tensor=0 was given"):
+    with pytest.raises(UserError, match="tensor=0 is invalid"):
         MeshConfig(tensor=0)
-    with pytest.raises(UserError, match="only one mesh axis can be -1, data and fsdp are"):
+    with pytest.raises(UserError, match="data=-1, fsdp=-1 is invalid: only one"):
         MeshConfig(fsdp=-1)
 
 
@@ -95,16 +95,16 @@ def test_slices_lie_along_the_outer_part_of_the_outermost_axes(config, along):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (MeshConfig(data=4, fsdp=4, slices=Slices(data=2)), r"data=2 x .* are 2, there are 4; use data=4"),
+        (MeshConfig(data=4, fsdp=4, slices=Slices(data=2)), r"data=2 x .* are 2, there are 4\. Use data=4"),
         (MeshConfig(data=2, fsdp=8, slices=Slices(data=4)), r"4 slices do not divide data=2 .* multiple of 4"),
     ],
 )
 def test_slices_that_do_not_lie_along_a_mesh_say_what_would(config, message):
     with pytest.raises(UserError, match=message):
         hybrid(config, CHIPS)
-    with pytest.raises(UserError, match="data=0 was given"):
+    with pytest.raises(UserError, match="data=0 is invalid"):
         Slices(data=0)
     odd = [Chip(number, number // 3) for number in range(9)]
-    with pytest.raises(UserError, match="9 devices are no whole number for each of 2 slices"):
+    with pytest.raises(UserError, match=r"9 devices are invalid: .* each of 2 slices"):
         hybrid(MeshConfig(data=1, fsdp=9), [Chip(n, n % 2) for n in range(9)])
     assert hybrid(MeshConfig(fsdp=3), odd).shape == (3, 3, 1, 1)

@@ -135,5 +135,5 @@ def test_rules_that_cannot_apply_say_so():
     leaf = {"bias": jax.ShapeDtypeStruct((8,), np.float32)}
     with pytest.raises(UserError, match="names model; the mesh has data, fsdp, tensor, context"):
         shardings(leaf, mesh, ShardingRules(rules=(("bias", ("model",)),)))
-    with pytest.raises(UserError, match=r"has 2 axes, bias has 1; put a rule for bias before it"):
+    with pytest.raises(UserError, match=r"has 2 axes, bias has 1\. Put a rule for bias before it"):
         shardings(leaf, mesh, ShardingRules(rules=(("bias", (None, "fsdp")),)))

@@ -76,7 +76,7 @@ def test_a_clip_in_its_folder(tmp_path):
     check_width(config)
     encoder = FrozenEncoder(config)
     np.testing.assert_array_equal(encoder("red ball"), load_embedder(tmp_path)("red ball"))
-    with pytest.raises(UserError, match="has positions for 12 tokens, not for 512; use max_tokens=12"):
+    with pytest.raises(UserError, match=r"max_tokens=512 .* has 12 positions.* max_tokens=12"):
         FrozenEncoder(dataclasses.replace(config, max_tokens=512))("red ball")
 
 
@@ -95,5 +95,5 @@ def test_a_trained_encoder_has_a_tokenizer_and_no_folder(tmp_path):
     trained = ByteEncoderConfig(width=8, heads=2, max_tokens=8)
     assert isinstance(open_tokenizer(trained, kept=tmp_path / "text_encoder.json"), ByteTokenizer)
     assert not (tmp_path / "text_encoder.json").exists()
-    with pytest.raises(UserError, match="was trained with the denoiser, it lies in no folder; leave /there away"):
+    with pytest.raises(UserError, match="was trained with the denoiser; leave out text_encoder=/there"):
         moved(trained, "/there")

@@ -271,7 +271,7 @@ def test_a_pipeline_alone_is_sampled_without_reconstructions(tiny_pipeline, tmp_
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"seed": -1}, "a seed is a whole number"), ({"seed": 0, "sampler": "plms"}, "unknown sampler 'plms'")],
+    [({"seed": -1}, "seed=-1 is invalid"), ({"seed": 0, "sampler": "plms"}, "unknown sampler 'plms'")],
 )
 def test_wrong_arguments_end_an_evaluation_before_it_begins(tiny_pipeline, tmp_path, arguments, message):
     with pytest.raises(UserError, match=message):

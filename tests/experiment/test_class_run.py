@@ -59,7 +59,7 @@ def test_classes_are_learned_and_sampled_by_name(tiny, tiny_run, names, tmp_path
 
 def test_captions_that_are_no_classes_are_refused(tiny, tiny_run, names, tmp_path):
     run = begun(tmp_path / "run", experiment(tiny, ("a dog", *names[1:])), tiny_run)
-    with pytest.raises(UserError, match=f"no class is called {names[0]!r}"):
+    with pytest.raises(UserError, match=f"{names[0]!r} is no class"):
         run.export()
     denoiser = dataclasses.replace(tiny.EXPERIMENT.denoiser, text=ClassNamesConfig(classes=3))
     with pytest.raises(UserError, match="captions are of 3 classes, the denoiser's labels of 0"):

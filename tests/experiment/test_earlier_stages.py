@@ -162,7 +162,7 @@ def test_a_lost_end_of_a_stage_is_told(uninterrupted, tmp_path, staged):
     run = dataclasses.replace(uninterrupted[0], folder=folder, experiment=moved)
     with (
         pytest.warns(UserWarning, match="cannot be read"),
-        pytest.raises(UserError, match="of step 10, before this stage, which begins at 11"),
+        pytest.raises(UserError, match="has step 10, but this stage begins at step 11"),
     ):
         run.train_denoiser()
 
@@ -172,15 +172,19 @@ def test_stages_that_do_not_fit(staged, tiny):
         with pytest.raises(UserError, match=match):
             dataclasses.replace(staged, earlier=stages)
 
-    refused("'a/b' is not", dataclasses.replace(SMALL, name="a/b"))
-    refused("no other's", SMALL, SMALL)
-    refused("stage small: a clip of .* tokens", dataclasses.replace(SMALL, data=Data(max_pixels=256, max_frames=65)))
+    refused("name='a/b' is invalid", dataclasses.replace(SMALL, name="a/b"))
+    refused("name='small' is invalid", SMALL, SMALL)
     refused(
-        "holds for all stages", dataclasses.replace(SMALL, data=Data(max_pixels=256, max_frames=5, held_out=("a",)))
+        "stage small: rows.tokens=.* is invalid: a clip of",
+        dataclasses.replace(SMALL, data=Data(max_pixels=256, max_frames=65)),
+    )
+    refused(
+        "stage small: held_out and weights apply to all stages",
+        dataclasses.replace(SMALL, data=Data(max_pixels=256, max_frames=5, held_out=("a",))),
     )
     adamw = dataclasses.replace(staged.denoiser.optimizer, kind="adamw")
-    refused("kind='adamw', the last stage 'muon'", dataclasses.replace(SMALL, optimizer=adamw))
-    refused("stage small: denoiser steps must be at least 1", dataclasses.replace(SMALL, steps=0))
+    refused("kind='adamw' is invalid: the last one has 'muon'", dataclasses.replace(SMALL, optimizer=adamw))
+    refused("stage small: denoiser.steps=0 is invalid", dataclasses.replace(SMALL, steps=0))
 
 
 def test_all_stages_have_one_state(staged):

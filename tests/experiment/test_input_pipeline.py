@@ -22,7 +22,7 @@ from support.stand_ins import tokenize
     [
         (
             {"buckets": BucketConfig(memory=Memory(fixed=1, per_token=10), budget=12)},
-            "takes .* bytes, the budget is 12",
+            "takes .* bytes, but the budget is 12",
         ),
         ({"batch": 3}, "a batch of 3 rows does not divide among 2 devices"),
     ],

@@ -121,7 +121,7 @@ def test_other_weights_than_those_that_were_adapted_are_refused(tiny, tiny_run, 
 
 
 def test_a_start_that_cannot_be(tiny, tiny_run, tmp_path):
-    with pytest.raises(UserError, match="name their folder as the denoiser's start"):
+    with pytest.raises(UserError, match=r"Set denoiser.init_from to their folder"):
         adapting(tiny, tiny_run, tmp_path / "a", start=None)
     with pytest.raises(MissingError, match="no such file"):
         adapting(tiny, tiny_run, tmp_path / "b", start=str(tmp_path / "nowhere"))._trained_denoiser()

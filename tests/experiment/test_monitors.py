@@ -120,7 +120,7 @@ def test_each_average_can_be_sampled_from(watched):
         dit_video.load(folder, ema=0.99)
     with pytest.raises(UserError, match="give ema or sigma_rel"):
         dit_video.load(folder, ema=0.9, sigma_rel=0.1)
-    with pytest.raises(UserError, match="is no run"):
+    with pytest.raises(UserError, match=r"is not a run and .*; leave out ema"):
         dit_video.load(folder / "pipeline", ema=0.9)
 
 

@@ -189,7 +189,7 @@ def test_latents_of_another_autoencoder_are_refused(copy):
     weights = load_weights(path)
     weights["decoder_out"]["bias"] = weights["decoder_out"]["bias"] + 1
     trainers.save_weights(path, weights)
-    with pytest.raises(UserError, match="encode the clips again"):
+    with pytest.raises(UserError, match="Encode the clips again"):
         Run.open(copy).encode_latents()
 
 
@@ -263,8 +263,8 @@ def test_what_cannot_be_decoded_is_set_aside_and_counted_and_the_run_goes_on(tin
     started = Run.create(tmp_path / "run", tiny.EXPERIMENT)
     started.take(clips)
     said = capsys.readouterr().err
-    assert f"2 files cannot be decoded and are set aside, such as clips/{damaged.name}: " in said
-    assert "1 files are no clips that the source lists, and are left out" in said
+    assert f"2 files cannot be decoded and are skipped, such as clips/{damaged.name}: " in said
+    assert "1 files are not listed as clips by the source and are skipped" in said
     assert len(started.clips) == tiny.COUNT - 2
     assert len(json.loads((tmp_path / "run" / "data" / "report.json").read_text())["quarantined"]) == 2
     assert len(started.encode_latents()) == tiny.COUNT - 2 - tiny.HELD_OUT
@@ -321,7 +321,7 @@ def test_clips_without_room_for_any_window_are_told(two_windows, capsys):
     two_windows.autoencoder.windows(stretches, 0, "autoencoder").close()
     images = sum(info.frames == 1 for info in two_windows.training_clips.infos)
     assert images
-    assert f"{images} clips have no room for a window" in capsys.readouterr().err
+    assert f"{images} clips are smaller than a window" in capsys.readouterr().err
 
 
 def test_data_sets_are_mixed_by_weight(tiny, tiny_run, tiny_clips, tmp_path):
@@ -403,7 +403,7 @@ def test_a_checkpoint_is_not_continued_on_other_data(tiny, tiny_run, tmp_path):
     index = json.loads((copy / "latents" / "latents.json").read_text())
     index["examples"]["captions"][0] = [index["examples"]["captions"][0][0][::-1]]
     (copy / "latents" / "latents.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="are not those of its checkpoint at step"):
+    with pytest.raises(UserError, match="differ from those of its checkpoint at step"):
         Run.open(copy).train_denoiser()
 
 

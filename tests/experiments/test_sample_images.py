@@ -44,4 +44,4 @@ def test_images_that_do_not_go(script, tmp_path, pictures):
         SAMPLE, tmp_path / "wan", "--prompts", tmp_path / "prompts.json", "--image", pictures[0], "--out", tmp_path
     )
     assert done.code == 2
-    assert "--image and --last-image go with --prompt" in " ".join(done.err.split())
+    assert "--image and --last-image need --prompt; drop them" in " ".join(done.err.split())

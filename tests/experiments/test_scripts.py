@@ -62,7 +62,7 @@ def test_sample_writes_a_file(process, tiny_run, tmp_path):
         "experiments/sample.py", tiny_run, "--prompt", PROMPT, "--size", "5x16x16", "--seed", 3, "--out", out
     )
     assert ended.code == 0, ended.err
-    assert re.fullmatch(rf"{re.escape(str(out))}: 5 frames of 16x16, made in \d+\.\d s with loading\n", ended.out)
+    assert re.fullmatch(rf"{re.escape(str(out))}: 5 frames of 16x16, \d+\.\d s including loading\n", ended.out)
     assert "Traceback" not in ended.err
     assert decode(out).frames.shape == (5, 16, 16, 3)
 
@@ -95,18 +95,18 @@ def test_sample_in_other_formats(script, tiny_run, tmp_path, suffix):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompt", PROMPT, "--size", "17x32"], "a size is frames x height x width such as 17x32x48, not '17x32'"),
-        (["--prompt", PROMPT, "--size", "big"], "not 'big'"),
+        (["--prompt", PROMPT, "--size", "17x32"], "--size 17x32 is invalid: use FRAMESxHEIGHTxWIDTH"),
+        (["--prompt", PROMPT, "--size", "big"], "--size big is invalid: use FRAMESxHEIGHTxWIDTH"),
         (["--prompt", PROMPT, "--size", "8x16x16"], "T=8 is not 1 + 4k for temporal stride 4; use 5 or 9"),
         (["--prompt", PROMPT, "--size", "5x16x24"], "width 24 is not divisible by 16"),
         (["--prompt", PROMPT, "--sampler", "plms"], "unknown sampler 'plms'; use one of ddim, ddpm"),
         (["--prompt", PROMPT, "--steps", "0"], "at least 1 step"),
-        (["--prompt", PROMPT, "--rescale", "2"], "rescale=2.0 of guidance must lie in [0, 1]"),
-        (["--prompt", PROMPT, "--interval", "0.8", "0.2"], "the interval of guidance is two rising times"),
-        (["--prompt", PROMPT, "--prompts", "list.json"], "give either --prompt TEXT or --prompts FILE"),
-        ([], "give either --prompt TEXT or --prompts FILE"),
+        (["--prompt", PROMPT, "--rescale", "2"], "rescale=2.0 is invalid: it must lie in [0, 1]"),
+        (["--prompt", PROMPT, "--interval", "0.8", "0.2"], "interval=(0.8, 0.2) is invalid"),
+        (["--prompt", PROMPT, "--prompts", "list.json"], "use --prompt TEXT or --prompts FILE"),
+        ([], "use --prompt TEXT or --prompts FILE"),
         (["--prompts", "nowhere.json"], "no such file: nowhere.json"),
-        (["--prompts", "nowhere.json", "--size", "5x16x16"], "go with --prompt"),
+        (["--prompts", "nowhere.json", "--size", "5x16x16"], "need --prompt; drop them"),
     ],
 )
 def test_sample_says_what_is_wrong(script, tiny_run, tmp_path, arguments, message):
@@ -116,7 +116,7 @@ def test_sample_says_what_is_wrong(script, tiny_run, tmp_path, arguments, messag
 
 def test_sample_refuses_an_unknown_format_before_it_samples(script, tiny_run, tmp_path):
     ended = script("experiments/sample.py", tiny_run, "--prompt", PROMPT, "--out", tmp_path / "clip.avi")
-    assert_one_line(ended, "has no suffix of a known format; use one of .mp4")
+    assert_one_line(ended, "clip.avi has no known suffix; use one of .mp4")
 
 
 def test_no_such_run(process, tmp_path):
@@ -142,7 +142,7 @@ def test_evaluate_a_run(script, copy, few_samples):
     for name in ("colour", "shape", "direction"):
         assert f"{name}: {metrics['prompt_following']['all'][name]['rate']:.1%}" in ended.out
     assert "reconstruction of held-out clips: " in ended.out
-    assert f"look at {copy / 'report.html'}" in ended.out
+    assert f"report: {copy / 'report.html'}" in ended.out
     page = (copy / "report.html").read_text(encoding="utf-8")
     assert "1 steps of heun" in page
     assert f"sample.py {copy} --prompt" in page
@@ -236,15 +236,15 @@ def test_train_refuses_configs_that_are_none(script, tmp_path):
     def start(*arguments):
         return script("experiments/train.py", *arguments, "--data", tmp_path, "--workdir", tmp_path / "run")
 
-    assert_one_line(start(), "name a config first")
-    assert_one_line(start(tmp_path / "nowhere.py"), "no such config")
+    assert_one_line(start(), "must be a config; use train.py")
+    assert_one_line(start(tmp_path / "nowhere.py"), "nowhere.py does not exist; use")
     (tmp_path / "other.py").write_text("EXPERIMENT = 3")
     assert_one_line(start(tmp_path / "other.py"), "defines no EXPERIMENT")
     (tmp_path / "config.yaml").write_text("a: 1")
     assert_one_line(start(tmp_path / "config.yaml"), "is not a Python file")
     disagreeing = (ROOT / TINY).read_text().replace("context_width=16", "context_width=8")
     (tmp_path / "disagreeing.py").write_text(disagreeing)
-    assert_one_line(start(tmp_path / "disagreeing.py"), "set dit context_width=16")
+    assert_one_line(start(tmp_path / "disagreeing.py"), "Use dit.context_width=16")
     assert_one_line(start(ROOT / TINY, "--data.max-frames", 8), "T=8 is not 1 + 4k")
 
 
@@ -285,7 +285,7 @@ def test_quickstart_goes_from_nothing_to_a_report_and_again(script, tiny_quickst
         path.name for path in work.iterdir()
     }
     assert "prompt following: colour" in first.out
-    assert f"minutes; look at {work / 'report.html'}" in first.out
+    assert f"minutes; report: {work / 'report.html'}" in first.out
     assert "whole run" in (work / "report.html").read_text(encoding="utf-8")
     assert "rendering clips 24/24" in first.err
     assert "sampling 3/3" in first.err
@@ -298,7 +298,9 @@ def test_quickstart_goes_from_nothing_to_a_report_and_again(script, tiny_quickst
     assert (work / "timing.json").read_bytes() == minutes
     assert (work / "samples" / "prompts.json").read_bytes() == samples
     assert_one_line(script("experiments/quickstart.py", "--workdir", work, "--seed", 1), "another config")
-    assert_one_line(script("experiments/quickstart.py", "--workdir", tmp_path / "x", "--seed", "-1"), "a seed is")
+    assert_one_line(
+        script("experiments/quickstart.py", "--workdir", tmp_path / "x", "--seed", "-1"), "seed=-1 is invalid"
+    )
 
 
 def test_the_minutes_of_a_run_of_several_starts_are_not_known(script, tiny_quickstart, tiny, tmp_path):
@@ -382,7 +384,7 @@ def test_a_brief_quickstart_survives_ctrl_c(tmp_path):
     # So short a training saves its end alone: this one is interrupted between the two trainings, or in the second.
     code, err = interrupted(command, tmp_path / "run", "autoencoder", step=1, environment=environment)
     if code == 130:
-        assert "interrupted: started again, the same command does what is left" in err
+        assert "interrupted: the same command continues with the remaining work" in err
     else:
         assert_saved(code, err)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)

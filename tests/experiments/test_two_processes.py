@@ -41,8 +41,8 @@ def test_two_processes_train_and_report_what_one_does(tiny_clips, tiny_run, tmp_
             process.kill()
     said = [(tmp_path / f"{index}.txt").read_text() for index in range(2)]
     assert codes == [0, 0], "\n".join(said)
-    assert "look at" in said[0]
-    assert "look at" not in said[1]
+    assert "report: " in said[0]
+    assert "report: " not in said[1]
     assert len(list(run.glob("denoiser/wandb/offline-run-*"))) == logged  # the first process alone
     assert (run / "report.html").is_file()
     assert (run / "pipeline").is_dir()

@@ -78,9 +78,12 @@ def _edited(folder, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"_class_name": "AutoencoderTiny"}, "class AutoencoderTiny; known here: AutoencoderKLWan, AutoencoderKL"),
+        (
+            {"_class_name": "AutoencoderTiny"},
+            r"class AutoencoderTiny\. Supported classes are AutoencoderKLWan, AutoencoderKL",
+        ),
         ({"attn_scales": [0.5]}, "attn_scales"),
-        ({"use_more": 1}, "not known here: use_more"),
+        ({"use_more": 1}, "not supported: use_more"),
         ({"latents_mean": [0.0]}, "latents_mean has 1 values for 4 channels"),
     ],
 )

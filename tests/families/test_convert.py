@@ -125,7 +125,7 @@ def test_text_encoders(tmp_path, position_bias):
     convert(tmp_path / "own", tmp_path / "again", to="diffusers")
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "t5" / name).read_bytes()
-    with pytest.raises(UserError, match="text encoders are written for transformers"):
+    with pytest.raises(UserError, match=r"text encoders .* Use diffusers"):
         convert(tmp_path / "t5", tmp_path / "authors", to="authors")
 
 
@@ -162,14 +162,14 @@ def test_names_of_adapters(tmp_path):
     shapes = {"dit": param_shapes(WAN.make)}
     assert_same_params(load_lora(paths[2], shapes, own_modules(shapes))["dit"], lora)
     save_denoiser(tmp_path / "sit", SIT, rough_params(SIT.make), layout="authors")
-    with pytest.raises(UserError, match="holds no Wan"):
+    with pytest.raises(UserError, match=r"is not a Wan model.*WanTransformer3DModel"):
         convert_lora(paths[0], tmp_path / "none.safetensors", tmp_path / "sit", to="authors")
 
 
 def test_what_is_not_known_lists_what_is(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
     for kind in ("WanTransformer3DModel", "DiTTransformer2DModel", "AutoencoderKLWan", "VQModel", "umt5", "SiT"):
-        with pytest.raises(UserError, match=f"class FluxTransformer2DModel; known here: .*{kind}"):
+        with pytest.raises(UserError, match=rf"class FluxTransformer2DModel\. Supported classes are .*{kind}"):
             convert(tmp_path, tmp_path / "out", to="authors")
     with pytest.raises(MissingError, match=r"config\.json"):
         convert(tmp_path / "nowhere", tmp_path / "out", to="authors")

@@ -118,8 +118,8 @@ def test_kernels_keep_their_dtype():
 @pytest.mark.parametrize(
     ("targets", "words"),
     [
-        (("blokcs/kernel",), "'blokcs/kernel' is no parameter's path; close are .*blocks/kernel"),
-        (("blocks",), r"blocks/bias \[3, 6\] is not the kernel of a linear map"),
+        (("blokcs/kernel",), "'blokcs/kernel' .*blocks/kernel"),
+        (("blocks",), r"blocks/bias \[3, 6\] .* use targets that end in kernel\$"),
     ],
 )
 def test_targets_that_cannot_be(targets, words):
@@ -130,10 +130,10 @@ def test_targets_that_cannot_be(targets, words):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"rank": 0}, "rank from 1 on and a positive alpha; got rank=0"),
+        ({"rank": 0}, "rank=0, .* rank of at least 1"),
         ({"alpha": 0.0}, "positive alpha"),
         ({"targets": ()}, "needs the paths of kernels"),
-        ({"targets": ("(",)}, "is no regular expression"),
+        ({"targets": ("(",)}, r"'\(' is not a valid regular expression"),
     ],
 )
 def test_configs_that_cannot_be(changes, words):
@@ -144,10 +144,10 @@ def test_configs_that_cannot_be(changes, words):
 @pytest.mark.parametrize("change", [merge_lora, attach_lora])
 def test_an_adapter_of_another_model(change):
     lora = adapter(7)
-    with pytest.raises(UserError, match=r"lacks kernels of the adapter: embed/kernel$"):
+    with pytest.raises(UserError, match=r"embed/kernel; use an adapter of this model"):
         change({"blocks": PARAMS["blocks"]}, lora)
     wide = {**PARAMS, "embed": {"kernel": jnp.zeros((4, 8)), "bias": jnp.zeros(8)}}
-    with pytest.raises(UserError, match=r"factors of embed/kernel are \[4, 2\] and \[2, 6\], its kernel is \[4, 8\]"):
+    with pytest.raises(UserError, match=r"embed/kernel .*\[4, 2\] and \[2, 6\].* \[4, 8\]; use an adapter"):
         change(wide, lora)
 
 

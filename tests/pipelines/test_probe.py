@@ -58,5 +58,5 @@ def test_what_it_cannot_take_apart(tiny_pipeline):
     config = dataclasses.replace(tiny_pipeline.config, boundary=0.5)
     params = tiny_pipeline.denoiser_params
     two = Pipeline(config, autoencoder=tiny_pipeline.codec.params, denoiser=params | {"low_noise": params["dit"]})
-    with pytest.raises(UserError, match="one model"):
+    with pytest.raises(UserError, match=r"two experts .*; use a text-to-video model with one denoiser"):
         ClipDenoiser(two, PROMPTS)

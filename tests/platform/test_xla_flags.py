@@ -1,4 +1,4 @@
-"""What XLA is told before JAX first computes."""
+"""XLA flags are set before JAX first computes."""
 
 import os
 import subprocess

@@ -118,9 +118,9 @@ def test_what_cannot_be_distilled(tiny, tiny_run, tmp_path):
         distilling(tmp_path / "nowhere")
     make = functools.partial(dataclasses.replace, tiny.EXPERIMENT.denoiser, distillation=ConsistencyDistillation())
     for denoiser, message in (
-        (make(), "name its folder"),
-        (make(start=str(tiny_run), lora=LoraConfig(rank=2)), "leave out lora"),
-        (make(start=str(tiny_run), trained="temporal"), "leave out lora and trained"),
+        (make(), "Set denoiser.init_from"),
+        (make(start=str(tiny_run), lora=LoraConfig(rank=2)), "Leave out lora and train_mode"),
+        (make(start=str(tiny_run), trained="temporal"), "Leave out lora and train_mode"),
     ):
         with pytest.raises(UserError, match=message):
             dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser)

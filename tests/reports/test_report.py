@@ -54,7 +54,7 @@ def test_a_full_report_shows_everything(tmp_path):
         "31.2",
         "0.960",
         "0.91",
-        "never seen",
+        "not in training",
         'a <red> circle"',
         "192",
     ]
@@ -69,7 +69,7 @@ def test_a_full_report_shows_everything(tmp_path):
     ]
     assert {a["href"] for a in page.of("a")} == {f"#{a['id']}" for a in page.of("section")}
     assert len(page.of("li", **{"class": "yes"})) == 2
-    assert [a["aria-label"] for a in page.of("li", **{"class": "no"})] == ["shape: not as asked"]
+    assert [a["aria-label"] for a in page.of("li", **{"class": "no"})] == ["shape: not as prompted"]
 
 
 def test_every_clip_is_inside_without_loss(tmp_path):
@@ -169,7 +169,7 @@ def test_many_tiny_clips_stay_small(tmp_path):
 
 
 def test_parts_that_do_not_fit():
-    with pytest.raises(UserError, match="has its original's size"):
+    with pytest.raises(UserError, match=r"shape \(4, .*original's, \(3, .*; compare clips before resizing"):
         Reconstruction(original=clip(3), decoded=clip(4), psnr=1.0)
     with pytest.raises(UserError, match="has 2 steps and 1 values"):
         Curve(name="loss", steps=(1, 2), values=(1.0,))

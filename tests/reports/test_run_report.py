@@ -63,17 +63,17 @@ def test_the_report_of_a_run_shows_all_of_it(tiny, tiny_run, tiny_pipeline, meas
         minutes=3.25,
     )
     text = page(tmp_path / "report.html")
-    assert "5 steps of heun, guidance 1.5, one sample a prompt, none selected" in text
-    assert "colour as asked" in text
+    assert "5 steps of heun, guidance 1.5, one sample per prompt, not selected" in text
+    assert "colour as prompted" in text
     assert "100.0%" in text
     assert "3.2 min" in text
     assert "100.0 dB" in text
     assert "∞" in text
-    for heading in ("Samples", "Reconstructions", "Training", "Metrics", "Sample more", "Config"):
+    for heading in ("Samples", "Reconstructions", "Training", "Metrics", "Generate more samples", "Config"):
         assert f">{heading}" in text
     assert "Autoencoder" in text
     assert "Denoiser" in text
-    assert text.count("never seen</span>") == 1
+    assert text.count("not in training</span>") == 1
     assert "seed 41" in text
     assert f"sample.py {tiny_run} --prompt" in text.replace("&#x27;", "'").replace("&quot;", '"')
     assert "dit_video.experiment:Experiment" in text
@@ -99,8 +99,8 @@ def test_nobody_judges_captions(tiny_run, tiny_pipeline, measured, tmp_path):
     report_run(tmp_path / "report.html", pipeline, captions, title="Captions", source=tiny_run)
     text = page(tmp_path / "report.html")
     assert "a dog, which is no shape" in text
-    assert text.count("never seen</span>") == 1
-    assert "as asked" not in text
+    assert text.count("not in training</span>") == 1
+    assert "as prompted" not in text
     assert 'class="verdict"' not in text
 
 

@@ -156,5 +156,5 @@ def test_a_cache_that_cannot_be_written(make, tmp_path):
 def test_a_tokenizer_of_another_encoder(tokenizer):
 
     small = dataclasses.replace(CONFIG, vocabulary=10)
-    with pytest.raises(UserError, match=r"ids reach \d+, the encoder has 10 embeddings"):
+    with pytest.raises(UserError, match=r"ids reach \d+, but the encoder has 10 embeddings"):
         Embedder(small, rough_params(small.make), tokenizer, identity="x")

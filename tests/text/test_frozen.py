@@ -34,5 +34,5 @@ def test_it_comes_back_from_json():
 
 @pytest.mark.parametrize("wrong", [{"folder": ""}, {"width": 0}, {"max_tokens": 0}])
 def test_refusals(wrong):
-    with pytest.raises(UserError, match="needs a folder, and a width and max_tokens of at least 1"):
+    with pytest.raises(UserError, match="use a folder, and a width and max_tokens of at least 1"):
         FrozenTextConfig(**{"folder": "f", "width": 8, "max_tokens": 4} | wrong)

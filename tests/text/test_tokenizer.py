@@ -66,7 +66,7 @@ def test_absent_and_damaged_files(folder, tmp_path):
     assert holds_tokenizer(folder)
     assert not holds_tokenizer(tmp_path)
     with pytest.raises(
-        MissingError, match=r"holds no tokenizer \(tokenizer.json, spiece.model, or vocab.json and merges.txt\)"
+        MissingError, match=r"no tokenizer in .* \(tokenizer.json, spiece.model, or vocab.json and merges.txt\)"
     ):
         PretrainedTokenizer(tmp_path, max_tokens=8)
     for name, content in (("tokenizer.json", "{"), ("spiece.model", "nothing")):
@@ -74,16 +74,16 @@ def test_absent_and_damaged_files(folder, tmp_path):
         bad.mkdir()
         (bad / name).write_text(content)
         (bad / "tokenizer_config.json").write_text((folder / "tokenizer_config.json").read_text())
-        with pytest.raises(UserError, match=r"can't be read|pip install sentencepiece") as caught:
+        with pytest.raises(UserError, match=r"can't read the tokenizer|pip install sentencepiece") as caught:
             PretrainedTokenizer(bad, max_tokens=8)
         assert "\n" not in str(caught.value)
     whole = json.loads((folder / "tokenizer.json").read_text())
     endless = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
     (tmp_path / "tokenizer.json").write_text(json.dumps(whole | {"post_processor": None}))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(endless))
-    with pytest.raises(UserError, match="puts no end token after a text"):
+    with pytest.raises(UserError, match="adds no end token"):
         PretrainedTokenizer(tmp_path, max_tokens=8)
-    with pytest.raises(UserError, match="max_tokens 1 leaves no room"):
+    with pytest.raises(UserError, match=r"max_tokens=1 .*2 or more"):
         PretrainedTokenizer(folder, max_tokens=1)
 
 
@@ -123,7 +123,7 @@ def test_vocabulary_and_merges_in_two_files(tmp_path):
     assert tokenizer("Red  ab").tolist() == [start, words[0][1], 0, 27, end]  # "a", and "b" as the last letter
     (tmp_path / "merges.txt").unlink()
     assert not holds_tokenizer(tmp_path)
-    with pytest.raises(MissingError, match="holds no tokenizer"):
+    with pytest.raises(MissingError, match="no tokenizer in"):
         PretrainedTokenizer(tmp_path, max_tokens=12)
 
 

@@ -68,7 +68,7 @@ def test_embeddings_lie_where_token_ids_do():
     for name in ("tokens", "segments", "text_segments", "examples", "valid"):
         np.testing.assert_array_equal(getattr(row, name), getattr(ids, name))
     assert empty_row(SHAPE, width=WIDTH, text_width=5).text.shape == (10, 5)
-    with pytest.raises(UserError, match="room for 7 text, 8 were given"):
+    with pytest.raises(UserError, match=r"room for 7 text, .* 8; raise the row's text"):
         pack(embedded, RowShape(tokens=20, text=7, segments=3), width=WIDTH, text_width=5)
 
 
@@ -92,9 +92,9 @@ def test_unpack_inverts_pack(sizes):
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        (RowShape(tokens=13, text=10, segments=3), r"room for 13 tokens, 14 were given; raise the row's tokens"),
-        (RowShape(tokens=20, text=7, segments=3), r"room for 7 text, 8 were given"),
-        (RowShape(tokens=20, text=10, segments=1), r"room for 1 segments, 2 were given"),
+        (RowShape(tokens=13, text=10, segments=3), r"room for 13 tokens, .* 14; raise the row's tokens"),
+        (RowShape(tokens=20, text=7, segments=3), r"room for 7 text, .* 8; raise the row's text"),
+        (RowShape(tokens=20, text=10, segments=1), r"room for 1 segments, .* 2; raise the row's segments"),
     ],
 )
 def test_items_that_do_not_fit(shape, message):

@@ -259,20 +259,20 @@ def test_settings_can_be_changed_by_name(benchmark, quickstart):
     assert sum(wide.denoiser.dit.rotary.split) == 128
     assert benchmark.BUILT_IN.denoiser.dit.width != 512
     assert benchmark.changed(quickstart, "denoiser.dit.patch", (1, 1, 1)).denoiser.dit.patch.volume == 1
-    with pytest.raises(UserError, match="there is no 'depth' to set; use one of channels"):
+    with pytest.raises(UserError, match="'depth' does not exist; use one of channels"):
         benchmark.changed(benchmark.BUILT_IN, "denoiser.dit.depth", 3)
-    with pytest.raises(UserError, match="there is no 'w' to set"):
+    with pytest.raises(UserError, match="'w' does not exist; use one of"):
         benchmark.changed(benchmark.BUILT_IN, "denoiser.batch.w", 3)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["sampler"], "there is no part 'sampler'; use denoiser, autoencoder, data"),
-        (["--config", "nowhere.py"], "no such config: nowhere.py"),
+        (["sampler"], "part 'sampler' does not exist; use denoiser, autoencoder, data"),
+        (["--config", "nowhere.py"], "nowhere.py does not exist; use"),
         (["--config", ROOT / "tests" / "conftest.py"], "defines no EXPERIMENT"),
         (["--steps", "0"], "must be at least 1"),
-        (["--set", "denoiser.dit.depth=3"], "there is no 'depth' to set"),
+        (["--set", "denoiser.dit.depth=3"], "'depth' does not exist; use one of"),
         (["--set", "denoiser.dit.heads=7"], "must be divisible by its 7 heads"),
     ],
 )

@@ -23,7 +23,7 @@ def test_pipelines_there_and_back(tmp_path, script):
     write_wan(tmp_path / "wan", **TWO)
     refused = script(TOOL, tmp_path / "wan", tmp_path / "none", "--to", "authors")
     assert refused.code == 2
-    assert "one by one: text_encoder, transformer, transformer_2, vae" in refused.err.replace("\n", " ")
+    assert "convert each part: text_encoder, transformer, transformer_2, vae" in refused.err.replace("\n", " ")
     done = script(TOOL, tmp_path / "wan", tmp_path / "own", "--to", "dit_video")
     assert done.code == 0, done.err
     assert dit_video.load(tmp_path / "own").config.dit == DIT
@@ -40,4 +40,4 @@ def test_another_class(tmp_path, script):
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
     done = script(TOOL, tmp_path, tmp_path / "out", "--to", "diffusers")
     assert done.code == 2
-    assert "known here: WanTransformer3DModel" in done.err.replace("\n", " ")
+    assert "Supported classes are WanTransformer3DModel" in done.err.replace("\n", " ")

@@ -90,7 +90,7 @@ def test_data_and_latents_at_an_address(tiny, tiny_run, tiny_clips, memory, tmp_
 
 def test_refusals(tiny_run, tmp_path, script):
     for arguments, message in (
-        ((tiny_run, tiny_run / "data", tmp_path / "l", "--shard", 1), "given together"),
+        ((tiny_run, tiny_run / "data", tmp_path / "l", "--shard", 1), "use both, or neither"),
         ((tiny_run, tiny_run / "data", tmp_path / "l", "--shard", 2, "--shards", 2), "shard=2 must be one of 0 to 1"),
         ((tiny_run, tmp_path / "no", tmp_path / "l"), "no such data set"),
         ((tmp_path / "no", tiny_run / "data", tmp_path / "l"), "no such file"),

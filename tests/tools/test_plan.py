@@ -30,14 +30,14 @@ def test_a_search(script):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("tests/experiments/none.py", "--topology", "h100:8"), "no such config"),
-        ((CONFIG, "--topology", "v9:8"), "known are v4, v5e, v5p, v6e, v7x, a100, h100, h200, b200"),
+        (("tests/experiments/none.py", "--topology", "h100:8"), "none.py does not exist; use"),
+        ((CONFIG, "--topology", "v9:8"), "Use one of v4, v5e, v5p, v6e, v7x, a100, h100, h200, b200"),
         ((CONFIG, "--topology", "v5e:4x4x4"), "write v5e:4x4"),
         ((CONFIG, "--topology", "h100:8", "--mesh", "fsdp=3"), "fsdp=3 does not divide the 8 devices"),
-        ((CONFIG, "--topology", "h100:8", "--mesh", "pipeline=2"), "no axis of a mesh"),
+        ((CONFIG, "--topology", "h100:8", "--mesh", "pipeline=2"), "pipeline=2 is invalid: it must be AXIS=SIZE"),
         ((CONFIG, "--topology", "h100:8", "--steps", "0"), "at least 1"),
-        ((CONFIG, "--topology", "h100:8", "--suggest", "--mesh", "fsdp=2"), "leave out --mesh"),
-        ((CONFIG, "--topology", "h100:8", "--set", "denoiser.dit.depth=2"), "no 'depth' to set"),
+        ((CONFIG, "--topology", "h100:8", "--suggest", "--mesh", "fsdp=2"), "drop one of them"),
+        ((CONFIG, "--topology", "h100:8", "--set", "denoiser.dit.depth=2"), "'depth' does not exist; use one of"),
     ],
 )
 def test_bad_input(script, arguments, says):

@@ -156,9 +156,9 @@ def test_each_rule_keeps_its_checkpoints(tmp_path, keep, stay):
 
 
 def test_what_cannot_be_kept():
-    with pytest.raises(UserError, match="keep newest is at least 1, not 0"):
+    with pytest.raises(UserError, match=r"keep.newest=0 is invalid: it must be at least 1"):
         Keep(newest=0)
-    with pytest.raises(UserError, match="keep every is at least 1, not 0"):
+    with pytest.raises(UserError, match=r"keep.every=0 is invalid: it must be at least 1"):
         Keep(every=0)
 
 
@@ -177,7 +177,7 @@ def test_a_checkpoint_says_what_made_it(tmp_path):
 def test_a_step_is_not_saved_over_its_future(tmp_path):
     saved(tmp_path, (5, 10))
     for step in (7, 10):
-        with pytest.raises(UserError, match=rf"holds step 10, so step {step} cannot follow it"):
+        with pytest.raises(UserError, match=rf"cannot save step {step} to .* Continue from step 10"):
             Checkpoints(tmp_path).save(step, example(), {})
     assert Checkpoints(tmp_path).latest() == 10
     with pytest.raises(TypeError):
@@ -185,10 +185,10 @@ def test_a_step_is_not_saved_over_its_future(tmp_path):
 
 
 def test_missing_checkpoints(tmp_path):
-    with pytest.raises(MissingError, match=r"no checkpoint in .*; train first"):
+    with pytest.raises(MissingError, match=r"no checkpoint in .* Train first"):
         Checkpoints(tmp_path / "none").restore(like(example()))
     saved(tmp_path, (5, 10))
-    with pytest.raises(MissingError, match=r"no checkpoint of step 7 in .*; it has step 5 and 10"):
+    with pytest.raises(MissingError, match=r"no checkpoint of step 7 in .* steps: 5, 10"):
         Checkpoints(tmp_path).restore(like(example()), step=7)
 
 
@@ -203,9 +203,9 @@ def test_another_config_is_named_by_its_first_difference(tmp_path):
         checkpoints.restore(like(example(width=6)))
     lacking = State(state.step, {**state.params, "new": jnp.ones(2)}, state.opt_state, state.extra)
     mine = {"dit": {"width": 6}, "steps": 4, "name": "b"}
-    with pytest.raises(UserError, match=r"differences\); of the config, dit.width is 5 there and 6 here, name is"):
+    with pytest.raises(UserError, match=r"differences\); config: dit.width is 5 there and 6 here, name is"):
         checkpoints.restore(like(example(width=6)), config=mine)
-    with pytest.raises(UserError, match=r"it lacks params/new; use"):
+    with pytest.raises(UserError, match=r"it lacks params/new\. Use"):
         checkpoints.restore(like(lacking))
     with pytest.raises(UserError, match="it has extra/counts, which this run does not"):
         checkpoints.restore(like(State(state.step, state.params, state.opt_state, {})))
@@ -218,7 +218,7 @@ def test_another_format_is_refused(tmp_path):
     saved(tmp_path, (1,))
     path = tmp_path / "1" / "meta" / "metadata"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
-    with pytest.raises(UserError, match="checkpoint format 99, this version reads 1"):
+    with pytest.raises(UserError, match="checkpoint format 99, but this version reads 1"):
         Checkpoints(tmp_path).restore(like(example()))
 
 
@@ -258,7 +258,7 @@ def test_a_flipped_bit_is_noticed(tmp_path, collected):
     data = bytearray(largest.read_bytes())
     data[len(data) // 2] ^= 1
     largest.write_bytes(data)
-    with pytest.raises(UserError, match=r"any checkpoint in .* cannot be read"):
+    with pytest.raises(UserError, match=r"cannot read any checkpoint in "):
         Checkpoints(tmp_path).restore(like(state))
 
 
@@ -269,7 +269,7 @@ def test_training_goes_on_from_the_newest_good_one(tmp_path, collected):
     (tmp_path / "3.orbax-checkpoint-tmp").mkdir()
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.latest() == 2
-    with pytest.raises(UserError, match=r"step 2 in .* cannot be read"):
+    with pytest.raises(UserError, match=r"cannot read step 2 in "):
         checkpoints.restore(like(example()), step=2)
     with pytest.warns(UserWarning, match=r"checkpoint 2 in .* cannot be read .*; continuing from step 1"):
         state, meta = checkpoints.restore(like(example()))
@@ -366,8 +366,8 @@ def test_a_full_disk_leaves_the_old_checkpoints(tmp_path):
         timeout=HANG,
     )
     assert process.returncode == 0, process.stderr
-    assert f"told: the checkpoint of step 2 cannot be written to {tmp_path} (" in process.stdout
-    assert "those before it are intact" in process.stdout
+    assert f"told: cannot write the checkpoint of step 2 to {tmp_path} (" in process.stdout
+    assert "Those before it are intact" in process.stdout
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.latest() == 1
     want = jnp.asarray(np.random.default_rng(0).normal(size=200_000))
@@ -380,7 +380,7 @@ def test_a_full_disk_leaves_the_old_checkpoints(tmp_path):
 
 def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    message = r"step 1 cannot be written to .*file/run \(NotADirectoryError: .*; those before it are intact"
+    message = r"cannot write the checkpoint of step 1 to .*file/run \(NotADirectoryError: .* Those before it are intact"
     with pytest.raises(UserError, match=message):
         Checkpoints(tmp_path / "file" / "run").save(1, {"x": jnp.ones(2)}, {})
 
@@ -393,5 +393,5 @@ def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
 
 
 def test_an_address_that_nothing_here_opens():
-    with pytest.raises(UserError, match=r"nowhere://bucket/run cannot be opened \(.*; install what reads"):
+    with pytest.raises(UserError, match=r"cannot open nowhere://bucket/run \(.* Install the package"):
         Checkpoints("nowhere://bucket/run")

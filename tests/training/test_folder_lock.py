@@ -70,7 +70,7 @@ def test_without_locks_it_goes_on_with_a_warning(tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(UserError, match=r"file/run cannot be written \(Not a directory\); name a folder"),
+        pytest.raises(UserError, match=r"file/run cannot be written \(Not a directory\). Use a writable folder"),
         locked(tmp_path / "file" / "run"),
     ):
         pass

@@ -219,11 +219,11 @@ def test_gradients_that_are_not_finite_are_found_before_saving(tmp_path):
 
 def test_bad_starts(tmp_path):
     train(tmp_path, LoopConfig(steps=6))
-    with pytest.raises(UserError, match="the run is at step 6, beyond steps=5"):
+    with pytest.raises(UserError, match="steps=5 is invalid: the run is already at step 6"):
         train(tmp_path, LoopConfig(steps=5))
-    with pytest.raises(UserError, match="starts at step 0, its folder holds a checkpoint of step 6"):
+    with pytest.raises(UserError, match="starts at step 0, but its folder has a checkpoint of step 6"):
         run(step, start(), batches, config=LoopConfig(steps=9), checkpoints=Checkpoints(tmp_path / "checkpoints"))
-    with pytest.raises(UserError, match="log_every is at least 1, not 0"):
+    with pytest.raises(UserError, match="log_every=0 is invalid: it must be at least 1"):
         LoopConfig(steps=1, log_every=0)
 
 
@@ -232,7 +232,7 @@ def test_data_that_end_early(tmp_path):
         for _, batch in zip(range(3 - done), batches(done), strict=False):
             yield batch
 
-    with pytest.raises(UserError, match="the data end after step 3; repeat them, or train for 3 steps"):
+    with pytest.raises(UserError, match=r"data ended after step 3. Repeat them, or train for 3 steps"):
         train(tmp_path, LoopConfig(steps=5, log_every=2), data=few)
 
 
@@ -241,7 +241,7 @@ def test_a_step_that_does_not_count_is_found(tmp_path):
         new, metrics = plain_step(state, batch)
         return State(state.step, new.params, new.opt_state), metrics
 
-    with pytest.raises(ValueError, match=r"after 2 steps state.step is 0"):
+    with pytest.raises(ValueError, match=r"state.step=0 is wrong after 2 steps"):
         run(forgets, start(), batches, config=LoopConfig(steps=2))
 
 
@@ -396,5 +396,5 @@ def test_a_run_that_hangs_after_a_signal_ends_in_time(tmp_path):
     process = child(code, str(tmp_path))
     output, _ = process.communicate(timeout=HANG)
     assert process.returncode == 75, output
-    assert "error: the state was not saved within 0.5 s after SIGTERM; what was saved before is whole" in output
+    assert "error: the state was not saved within 0.5 s after SIGTERM. Earlier checkpoints are intact" in output
     assert Checkpoints(tmp_path / "checkpoints").latest() == 5

@@ -123,7 +123,7 @@ def test_resizes_without_aliasing():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"frames": 13}, "has 12 frames from 0 s on, 13 were asked for"),
+        ({"frames": 13}, "has 12 frames from 0 s on, but 13 were requested"),
         ({"size": Grid(13, 8, 8)}, "has 12 frames"),
         ({"size": Grid(4, 0, 8)}, "at least 1"),
         ({"frames": 0}, "at least 1"),
@@ -132,7 +132,7 @@ def test_resizes_without_aliasing():
         ({"start": 99.0}, "ends before 99 s"),
         ({"start": -1.0}, "start"),
         ({"fps": 0.0}, "fps"),
-        ({"start": 1.0, "frames": 3}, "has 2 frames from 1 s on, 3 were asked for"),
+        ({"start": 1.0, "frames": 3}, "has 2 frames from 1 s on, but 3 were requested"),
     ],
 )
 def test_impossible_requests(arguments, message):
@@ -180,7 +180,7 @@ def test_sound_alone_is_no_video():
         sound.sample_rate = 8000
         output.mux(stream.encode(sound))
         output.mux(stream.encode(None))
-    with pytest.raises(DecodeError, match="no video stream"):
+    with pytest.raises(DecodeError, match="no readable video stream"):
         decode(buffer.getvalue())
 
 

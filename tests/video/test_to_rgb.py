@@ -143,7 +143,7 @@ def test_colours_that_ffmpeg_cannot_convert(write_video, textured):
     for matrix in (8, 10, 14):  # YCgCo, constant-luminance BT.2020, ICtCp
         content = write_video(textured(1, 32, 32), pixel_format="yuv444p", colorspace=matrix)
         for read in (probe, decode):
-            with pytest.raises(DecodeError, match=r"convert it to BT\.709"):
+            with pytest.raises(DecodeError, match=r"convert the file to BT\.709"):
                 read(content)
 
 

@@ -98,7 +98,7 @@ def test_the_same_file_gives_the_same_bytes(write_video, textured):
 
 def test_what_cannot_be_written(write_video, textured):
     content = write_video(textured(4, 64, 64), **LOSSLESS, pixel_format="yuv420p")
-    with pytest.raises(UserError, match="needs an even height and width, 33x64"):
+    with pytest.raises(UserError, match=r"33x64 .*even height and width"):
         transcode(content, height=33, width=64, average=10, crf=18)
     with pytest.raises(DecodeError):
         transcode(content[: len(content) // 2], height=32, width=32, average=10, crf=18)

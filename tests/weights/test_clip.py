@@ -156,19 +156,21 @@ def test_one_error_names_all_kinds_of_difference(copied):
 
 def test_folders_of_other_classes(copied, tmp_path):
     write_clip(tmp_path / "vision", VISION)
-    listed = r"known here are CLIPModel \('clip'\), CLIPTextModel \('clip_text_model'\), CLIPTextModelWithProjection"
-    with pytest.raises(UserError, match=f"class CLIPVisionModelWithProjection .*; those {listed}"):
+    listed = r"Supported are CLIPModel \('clip'\), CLIPTextModel \('clip_text_model'\), CLIPTextModelWithProjection"
+    with pytest.raises(UserError, match=f"class CLIPVisionModelWithProjection .*{listed}"):
         load_clip_text(tmp_path / "vision")
-    with pytest.raises(UserError, match=r"known here are CLIPModel \('clip'\)$"):
+    with pytest.raises(UserError, match=r"Supported are CLIPModel \('clip'\)$"):
         load_clip(tmp_path / "vision")
     write_encoder(tmp_path / "t5")
-    with pytest.raises(UserError, match="'umt5'; the CLIP models known are clip, clip_text_model, clip_vision_model"):
+    with pytest.raises(
+        UserError, match=r"model_type='umt5'\. Supported CLIP models are clip, clip_text_model, clip_vision_model"
+    ):
         load_clip(tmp_path / "t5")
     change_json(copied / "config.json", architectures=["CLIPForImageClassification"])
-    with pytest.raises(UserError, match="is of the class CLIPForImageClassification and model_type 'clip'"):
+    with pytest.raises(UserError, match="class CLIPForImageClassification and model_type='clip'"):
         load_clip_vision(copied)
     change_json(copied / "config.json", architectures=None)
-    with pytest.raises(UserError, match="is of the class None"):
+    with pytest.raises(UserError, match="class None"):
         load_clip(copied)
     with pytest.raises(MissingError, match=r"no such file: .*config.json"):
         load_clip(tmp_path)
@@ -177,13 +179,13 @@ def test_folders_of_other_classes(copied, tmp_path):
 @pytest.mark.parametrize(
     ("config", "change", "message"),
     [
-        (TEXT, {"hidden_act": "relu"}, "hidden_act 'relu'; quick_gelu and gelu are known"),
-        (TEXT, {"eos_token_id": [1, 2]}, r"eos_token_id \[1, 2\], texts are pooled at one id"),
-        (TEXT, {"num_attention_heads": 3}, "no config of a clip_text_model model"),
-        (TEXT, {"hidden_size": "wide"}, "no config of a clip_text_model model"),
-        (VISION, {"num_channels": 4}, "num_channels 4; images are red, green and blue"),
-        (VISION, {"image_size": [12, 16]}, r"image_size \[12, 16\]; images and patches are squares"),
-        (VISION, {"patch_size": 5}, "not whole patches of 5"),
+        (TEXT, {"hidden_act": "relu"}, r"hidden_act='relu'\. Supported are quick_gelu and gelu"),
+        (TEXT, {"eos_token_id": [1, 2]}, r"eos_token_id=\[1, 2\], .*single token id"),
+        (TEXT, {"num_attention_heads": 3}, "not a valid config of a clip_text_model model"),
+        (TEXT, {"hidden_size": "wide"}, "not a valid config of a clip_text_model model"),
+        (VISION, {"num_channels": 4}, r"num_channels=4\. Only .*num_channels=3"),
+        (VISION, {"image_size": [12, 16]}, r"image_size=\[12, 16\]\. Only squares"),
+        (VISION, {"patch_size": 5}, "patch=5"),
     ],
 )
 def test_settings_that_are_not_known(tmp_path, config, change, message):

@@ -56,16 +56,19 @@ def test_without_scaled_colours(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_processor_type": "SiglipImageProcessor"}, "SiglipImageProcessor; those known here are CLIPImagePro"),
-        ({"image_processor_type": None}, "class None; those known"),
-        ({"resample": 2}, r"resample 2; only 3 \(bicubic\)"),
-        ({"do_rescale": False}, "do_rescale False"),
-        ({"rescale_factor": 1 / 127.5}, "rescale_factor 0.0078"),
-        ({"size": {"longest_edge": 30}}, "size {'longest_edge': 30}; a height and a width"),
-        ({"size": {"shortest_edge": 30, "longest_edge": 50}}, "a height and a width are known, or the shortest_edge"),
+        (
+            {"image_processor_type": "SiglipImageProcessor"},
+            r"SiglipImageProcessor\. Supported classes are CLIPImagePro",
+        ),
+        ({"image_processor_type": None}, r"class None\. Supported"),
+        ({"resample": 2}, r"resample=2\. Only 3 \(bicubic\)"),
+        ({"do_rescale": False}, "do_rescale=False"),
+        ({"rescale_factor": 1 / 127.5}, "rescale_factor=0.0078"),
+        ({"size": {"longest_edge": 30}}, r"size={'longest_edge': 30}\. Supported are height and width"),
+        ({"size": {"shortest_edge": 30, "longest_edge": 50}}, "height and width and, for size, shortest_edge"),
         ({"crop_size": {"shortest_edge": 30}}, "crop_size"),
-        ({"image_mean": [0.5]}, r"a mean or a deviation of \[0.5\]"),
-        ({"image_std": [0.5, 0, 0.5]}, "must be above 0"),
+        ({"image_mean": [0.5]}, r"standard deviation \[0.5\]"),
+        ({"image_std": [0.5, 0, 0.5]}, "use values above 0"),
     ],
 )
 def test_settings_that_are_not_known(tmp_path, change, message):

@@ -99,14 +99,14 @@ def test_embeddings_of_a_clip_end_with_the_pooled_one(clip):
 
 def test_a_clip_reads_no_more_than_it_has_positions_for(clip):
     assert load_embedder(clip, max_tokens=8).max_tokens == 8
-    with pytest.raises(UserError, match="has positions for 12 tokens, not for 77; use max_tokens=12"):
+    with pytest.raises(UserError, match=r"max_tokens=77 .* has 12 positions.* max_tokens=12"):
         load_embedder(clip, max_tokens=77)
 
 
 def test_the_second_of_two_encoders_has_the_second_tokenizer(clip, tmp_path):
     save_clip(tmp_path / "text_encoder_2", tiny_clip.TEXT, load_clip_text(clip).params)
     write_tokenizer(tmp_path / "tokenizer")
-    with pytest.raises(MissingError, match=r"in .*text_encoder_2 or .*tokenizer_2; copy"):
+    with pytest.raises(MissingError, match=r"in .*text_encoder_2 or .*tokenizer_2\. Copy"):
         load_embedder(tmp_path / "text_encoder_2")
     tiny_clip.write_tokenizer(tmp_path / "tokenizer_2")
     assert load_embedder(tmp_path / "text_encoder_2").identity == load_embedder(clip).identity
@@ -117,5 +117,5 @@ def test_the_config_says_which_encoder_it_is(model, clip, tmp_path):
     assert text_encoder_config(clip) == tiny_clip.TEXT
     write_encoder(tmp_path)
     change_json(tmp_path / "config.json", model_type="bert")
-    with pytest.raises(UserError, match="'bert'; the text encoders known are t5, umt5, clip, clip_text_model"):
+    with pytest.raises(UserError, match=r"'bert'\. Supported text encoders are t5, umt5, clip, clip_text_model"):
         load_embedder(tmp_path)

@@ -87,7 +87,7 @@ def test_damaged_and_pickled_shards(tmp_path):
     write_shards(tmp_path)
     shard = tmp_path / "model-00002-of-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-4])
-    with pytest.raises(UserError, match=r"00002-of-00002.safetensors is not a whole safetensors file"):
+    with pytest.raises(UserError, match=r"00002-of-00002.safetensors is not a complete safetensors file"):
         TensorFolder(tmp_path)
     shard.write_bytes(b"\x80\x02}q\x00.")
     with pytest.raises(UserError, match="is a pickled file"):

@@ -59,7 +59,7 @@ def test_files_that_are_none_are_refused_with_the_command(tmp_path):
     with pytest.raises(UserError, match="pickled file"):
         load_lpips(tmp_path / "vgg.pth")
     (tmp_path / "vgg.bytes").write_bytes(b"something")
-    with pytest.raises(UserError, match=r"is no \.safetensors file"):
+    with pytest.raises(UserError, match=r"is not a \.safetensors file"):
         load_lpips(tmp_path / "vgg.bytes")
 
 

@@ -64,16 +64,19 @@ def test_flow_matching(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"_class_name": "PNDMScheduler"}, "PNDMScheduler; known here: UniPCMultistepScheduler, FlowMatchEuler"),
-        ({"warp": 2}, "sets warp; of UniPCMultistepScheduler these are known here: num_train_timesteps, beta_start"),
-        ({"prediction_type": "epsilon"}, "prediction_type='epsilon'; known here is 'flow_prediction'"),
-        ({"use_flow_sigmas": False}, "prediction_type='flow_prediction'; known here is 'epsilon' or 'sample' or 'v_p"),
+        (
+            {"_class_name": "PNDMScheduler"},
+            "PNDMScheduler. Supported classes are UniPCMultistepScheduler, FlowMatchEuler",
+        ),
+        ({"warp": 2}, "sets warp. Supported settings of UniPCMultistepScheduler are num_train_timesteps, beta_start"),
+        ({"prediction_type": "epsilon"}, "prediction_type='epsilon'. Supported: 'flow_prediction'"),
+        ({"use_flow_sigmas": False}, "prediction_type='flow_prediction'. Supported: 'epsilon' or 'sample' or 'v_p"),
         ({"use_karras_sigmas": True}, "use_karras_sigmas=True"),
-        ({"solver_order": 4}, "solver_order=4; known here is 1 or 2 or 3"),
+        ({"solver_order": 4}, "solver_order=4. Supported: 1 or 2 or 3"),
         ({"final_sigmas_type": "sigma_min"}, "final_sigmas_type='sigma_min'"),
         ({"predict_x0": False}, "predict_x0=False"),
-        ({"flow_shift": "wide"}, "flow_shift='wide'; it is a positive number"),
-        ({"flow_shift": 0}, "flow_shift=0; it is a positive number"),
+        ({"flow_shift": "wide"}, "flow_shift='wide'. Use a positive number"),
+        ({"flow_shift": 0}, "flow_shift=0. Use a positive number"),
     ],
 )
 def test_what_is_not_known(tmp_path, changes, words):
@@ -155,7 +158,7 @@ def test_a_flow_for_dpm_solver(tmp_path):
 
 
 def test_clipping_is_not_known(tmp_path):
-    with pytest.raises(UserError, match="clip_sample=True; known here is False"):
+    with pytest.raises(UserError, match=r"clip_sample=True\. Supported: False"):
         load(tmp_path, {"_class_name": "DDIMScheduler"})
 
 

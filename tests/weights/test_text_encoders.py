@@ -155,11 +155,11 @@ def test_one_error_names_all_kinds_of_difference(copied):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "clip_text_model"}, "model_type 'clip_text_model'; the T5 encoders known are t5, umt5"),
-        ({"model_type": None}, "model_type None"),
-        ({"feed_forward_proj": "gated-silu"}, "feed_forward_proj 'gated-silu'; gated-gelu and relu are known"),
-        ({"feed_forward_proj": "a-b-c"}, "is no config of a umt5 model"),
-        ({"d_model": "wide"}, "is no config of a umt5 model"),
+        ({"model_type": "clip_text_model"}, r"model_type='clip_text_model'\. Supported T5 encoders are t5, umt5"),
+        ({"model_type": None}, "model_type=None"),
+        ({"feed_forward_proj": "gated-silu"}, r"feed_forward_proj='gated-silu'\. Supported are gated-gelu and relu"),
+        ({"feed_forward_proj": "a-b-c"}, "is not a valid config of a umt5 model"),
+        ({"d_model": "wide"}, "is not a valid config of a umt5 model"),
         ({"num_heads": 0}, "at least 1, not heads 0"),
     ],
 )

@@ -1,1 +1,1 @@
-"""What `tools/benchmark.py` measures: settings, training steps, data."""
+"""The parts of `tools/benchmark.py`."""

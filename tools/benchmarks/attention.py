@@ -1,8 +1,8 @@
-"""Attention over packed rows: the chunked backend beside dense ones over the same row, in one process, in turn.
+"""Speed of attention over packed rows: the chunked backend against dense ones on the same row, interleaved.
 
-A dense attention takes the same time whatever the row holds. One that skips foreign blocks should take the share
-`sum(n_i²) / N²` of it, for clips of `n_i` tokens in a row of `N`; `times_share` is how many times that share it takes.
-Times are those of `turns`.
+Dense attention takes the same time for any content of the row. Attention that skips blocks of other segments should
+take the share `sum(n_i²) / N²` of it, for clips of `n_i` tokens in a row of `N`; `times_share` is the ratio of the
+measured share to this one. Times are medians from `timer`.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,20 +20,20 @@ Peer = Callable[[Sequence[np.ndarray], bool], Callable[[], Any]]
 HEADS, WIDTH = 2, 64
 SEGMENTS = 16
 MIXED = (26, 8, 13, 3, 20, 1, 10, 6, 5, 2, 4, 2)
-"""of a hundredth of a row: long and short clips, and images"""
+"""Lengths of long and short clips and images, in percent of a row."""
 
 
 def measure(tokens: int, rounds: int, peer: Peer | None = None) -> dict[str, Any]:
-    """Forward, and forward and backward, of rows of `tokens`: equal segments, a mixed histogram, and dense.
+    """Measure forward, and forward with backward, on rows of `tokens`: equal and mixed segments, and dense.
 
-    `peer` makes a call of another project's dense attention from heads-first arrays, and whether to go backward.
+    `peer` makes a call of another project's dense attention from heads-first arrays and whether to run backward.
     """
     draw = rng.host(0, "benchmark attention")
     q, k, v = (draw.normal(size=(1, tokens, HEADS, WIDTH)).astype(np.float32) for _ in range(3))
     equal = np.arange(tokens) * SEGMENTS // tokens + 1
     mixed = _segments(tokens)
     figures: dict[str, Any] = {"tokens": tokens, "heads": HEADS, "head width": WIDTH, "rounds": rounds}
-    for what, make in (("forward", _forward), ("training", _training)):
+    for mode, make in (("forward", _forward), ("training", _training)):
         chunked = make_attention("chunked")
         calls = {
             f"{SEGMENTS} equal segments": _ours(make, chunked, (q, k, v), equal),
@@ -43,19 +43,19 @@ def measure(tokens: int, rounds: int, peer: Peer | None = None) -> dict[str, Any
             "jax.nn.dot_product_attention": _ours(make, _of_jax, (q, k, v), np.ones(tokens)),
         }
         if peer is not None:
-            calls["torch"] = peer([np.moveaxis(x, 2, 1) for x in (q, k, v)], what == "training")
+            calls["torch"] = peer([np.moveaxis(x, 2, 1) for x in (q, k, v)], mode == "training")
         seconds = in_turn(calls, rounds)
         fastest = min(value for name, value in seconds.items() if "segment" not in name)
-        figures[what] = {"seconds": {name: round(value, 4) for name, value in seconds.items()}} | {
-            name: {"share": round(share, 4), "of_dense": round(took, 4), "times_share": round(took / share, 3)}
+        figures[mode] = {"seconds": {name: round(value, 4) for name, value in seconds.items()}} | {
+            name: {"share": round(share, 4), "of_dense": round(ratio, 4), "times_share": round(ratio / share, 3)}
             for name, ids in ((f"{SEGMENTS} equal segments", equal), ("mixed segments", mixed))
-            for share, took in [(_share(ids), seconds[name] / fastest)]
+            for share, ratio in [(_share(ids), seconds[name] / fastest)]
         }
     return figures
 
 
 def _segments(tokens: int) -> np.ndarray:
-    """A row of clips of mixed lengths, cut at places that are multiples of nothing."""
+    """Return the segment ids of a row of clips of mixed lengths, whose bounds are not aligned to blocks."""
     ends = np.cumsum(MIXED) * tokens // sum(MIXED)
     return np.searchsorted(ends, np.arange(tokens), side="right") + 1
 
@@ -82,6 +82,6 @@ def _training(attention: Attention) -> Callable[..., Any]:
 
 
 def _of_jax(q: jax.Array, k: jax.Array, v: jax.Array, at: Tokens) -> jax.Array:
-    """Of one segment, so no mask is needed: the fastest that it can be."""
+    """Call JAX's attention without a mask, at its fastest, which is exact for a row of one segment."""
     del at
     return jax.nn.dot_product_attention(q, k, v)

@@ -1,6 +1,6 @@
-"""How fast data come: decoding, ingest, the two loaders beside the steps that they feed, and the memory that they hold.
+"""Speed of data loading: decoding, ingest and the loaders against the steps they feed, and the loader's memory.
 
-Two things that are compared are run in turn, A B B A …, and the better time of each counts.
+Two things that are compared run alternately, A B B A …, and the better time of each counts.
 """
 
 import contextlib
@@ -33,24 +33,27 @@ from dit_video.training.hooks.logging import MetricsLog, read
 from dit_video.video import decode
 
 _RENDERED = (Grid(33, 240, 320), Grid(33, 320, 240), Grid(17, 360, 640))
-"""Sizes of the clips that are rendered where none are given."""
+"""Sizes of the rendered clips, if no folder of clips is set."""
 
 
 @contextlib.contextmanager
 def clips_of(folder: Path | None, count: int) -> Iterator[Path]:
-    """The given clips, or rendered ones."""
+    """Yield `folder`, or a temporary folder of `count` rendered clips if it is None."""
     if folder is not None:
         yield folder
         return
-    with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as made:
-        yield shapes.write_folder(Path(made) / "clips", count=count, seed=0, sizes=_RENDERED)
+    with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as temporary:
+        yield shapes.write_folder(Path(temporary) / "clips", count=count, seed=0, sizes=_RENDERED)
 
 
 def measure_latents(setting: Setting, trained: Trained, number: int) -> tuple[dict[str, Any], Trained]:
-    """An epoch of cached latents through the real loader and the real loop, with a denoiser's compiled step."""
+    """Measure an epoch of cached latents through the real loader and loop, with a denoiser's compiled step."""
     config, examples = setting.denoiser, enumerate(make_examples(setting, number))
     with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as folder, compilations() as compiled:
-        encoded = (LatentExample(str(index), one.caption, values_of(setting, index, one)) for index, one in examples)
+        encoded = (
+            LatentExample(str(index), example.caption, values_of(setting, index, example))
+            for index, example in examples
+        )
         write_latents(Path(folder) / "latents", encoded, identity="benchmark")
         source = LatentSource(Path(folder) / "latents")
         reading = Reading(batch=config.batch, seed=0)
@@ -59,7 +62,7 @@ def measure_latents(setting: Setting, trained: Trained, number: int) -> tuple[di
         epoch = -(-batches.rows_per_epoch // config.batch)
         last = int(trained.state.step) + epoch
         log = MetricsLog(Path(folder) / "metrics.jsonl")
-        total: list[int] = []
+        compile_counts: list[int] = []
         with contextlib.closing(batches):
             state = loop.run(
                 trained.step,
@@ -68,7 +71,7 @@ def measure_latents(setting: Setting, trained: Trained, number: int) -> tuple[di
                 config=loop.LoopConfig(steps=last, log_every=last, save_every=last),
                 log=log,
                 title="an epoch",
-                on_step=lambda _done, _state: total.append(compiled()),
+                on_step=lambda _done, _state: compile_counts.append(compiled()),
             )
         entry = read(log.path)[-1]
     figures = {
@@ -77,30 +80,30 @@ def measure_latents(setting: Setting, trained: Trained, number: int) -> tuple[di
         "step_ms": round(1000 * entry["step_seconds"], 3),
         "waiting_share": round(entry["data_wait"], 4),
         "padding_share": round(batches.padding, 4),
-        "compilations": total[-1],
+        "compilations": compile_counts[-1],
         "peak_memory": peak_memory(),
     }
     return figures, trained._replace(state=state)
 
 
 def measure_videos(setting: Setting, trained: Trained, clips: Path, steps: int) -> dict[str, Any]:
-    """The autoencoder's training from video files that are decoded beside it: kept where memory allows it, or not."""
+    """Measure the autoencoder's training from video files, with decoded frames cached in memory or not."""
     window = setting.autoencoder.windows[0]
     limits = SizeLimits(
         max_pixels=max(setting.data.max_pixels, window.size.h * window.size.w),
         max_frames=max(setting.data.max_frames, window.size.t),
         multiple=setting.autoencoder.model.stride,
     )
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as folder:
         ingest(clips, Path(folder) / "data")
         source = ClipSource(Path(folder) / "data")
         state = trained.state
         for name, cache_bytes in (("kept", CACHE_BYTES), ("decoded at every use", 0)):
-            stretches = Stretches(source, limits, cache_bytes=cache_bytes)
+            clip_crops = Stretches(source, limits, cache_bytes=cache_bytes)
             first = int(state.step)
             log = MetricsLog(Path(folder) / f"{name}.jsonl")
-            with contextlib.closing(WindowBatches(stretches, [window], seed=0)) as batches:
+            with contextlib.closing(WindowBatches(clip_crops, [window], seed=0)) as batches:
                 state = loop.run(
                     trained.step,
                     state,
@@ -109,12 +112,12 @@ def measure_videos(setting: Setting, trained: Trained, clips: Path, steps: int) 
                     log=log,
                     title=f"training from videos, {name}",
                 )
-            entry = read(log.path)[-1]  # of the second half: the first one fills the cache
-            found[name] = {
+            entry = read(log.path)[-1]  # the second half, as the first one fills the cache
+            figures[name] = {
                 "step_ms": round(1000 * entry["step_seconds"], 3),
                 "waiting_share": round(entry["data_wait"], 4),
             }
-    return {"clips": len(source), "steps": steps, "threads": THREADS, **found}
+    return {"clips": len(source), "steps": steps, "threads": THREADS, **figures}
 
 
 def _placed(trained: Trained, batches: Iterator[Any], _start: int) -> Iterator[Any]:
@@ -122,9 +125,9 @@ def _placed(trained: Trained, batches: Iterator[Any], _start: int) -> Iterator[A
 
 
 def measure_decoding(setting: Setting, clips: Path, rounds: int) -> dict[str, Any]:
-    """Decoding to the training size on one core, against a bare loop of PyAV's over the same files.
+    """Measure decoding to the training size on one core, against a bare PyAV loop over the same files.
 
-    Frames are counted as the files hold them, so that sampling at a lower rate shows what it saves.
+    All frames in the files count, so that the rate shows the savings of sampling at a lower frame rate.
     """
     names = [clip.path for clip in list_clips(clips).clips if clip.offset is None]
     with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as folder:
@@ -161,7 +164,7 @@ def measure_decoding(setting: Setting, clips: Path, rounds: int) -> dict[str, An
 
 
 def measure_ingest(clips: Path, rounds: int, *, least: int = 200) -> dict[str, Any]:
-    """Clips a second with one process that decodes, and with two; few clips are taken several times over."""
+    """Measure ingested clips per second with one and with two decoding processes; few clips are repeated."""
     listed = [clip for clip in list_clips(clips).clips if clip.offset is None]
     with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as folder:
         source, numbers = Path(folder) / "source", itertools.count()
@@ -182,10 +185,13 @@ def measure_ingest(clips: Path, rounds: int, *, least: int = 200) -> dict[str, A
 
 
 def measure_memory(setting: Setting, number: int, batches: int) -> dict[str, Any]:
-    """What the loader holds after a tenth of the batches, and at the end."""
+    """Measure the resident memory after a tenth of the batches and at the end."""
     config, examples = setting.denoiser, enumerate(make_examples(setting, number))
     with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as folder:
-        encoded = (LatentExample(str(index), one.caption, values_of(setting, index, one)) for index, one in examples)
+        encoded = (
+            LatentExample(str(index), example.caption, values_of(setting, index, example))
+            for index, example in examples
+        )
         write_latents(Path(folder) / "latents", encoded, identity="benchmark")
         source = LatentSource(Path(folder) / "latents")
         loader = packed_batches(
@@ -195,17 +201,17 @@ def measure_memory(setting: Setting, number: int, batches: int) -> dict[str, Any
             shape=config.rows,
             reading=Reading(batch=config.batch, seed=0),
         )
-        held = {}
+        memory = {}
         with contextlib.closing(loader):
             for done in range(1, batches + 1):
                 next(loader)
                 if done in (max(1, batches // 10), batches):
-                    held[done] = resident()
-    return {"batches": batches, "bytes": {str(done): size for done, size in held.items()}}
+                    memory[done] = resident()
+    return {"batches": batches, "bytes": {str(done): size for done, size in memory.items()}}
 
 
 def resident() -> int:
-    """Bytes of this process that lie in memory now; 0 where the system does not say."""
+    """Return the resident memory of this process in bytes, or 0 if the system does not report it."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
@@ -215,7 +221,7 @@ def resident() -> int:
 
 @contextlib.contextmanager
 def one_core() -> Iterator[None]:
-    """Keep this thread, and those that it starts, on one core, where the system has a way to."""
+    """Pin this thread, and those that it starts, to one core if the system supports it."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
@@ -230,11 +236,11 @@ def one_core() -> Iterator[None]:
 def in_turn(
     runs: Mapping[str, Callable[[], None]], rounds: int, *, clock: Callable[[], float] = time.process_time
 ) -> dict[str, float]:
-    """The least seconds of each: by default of processor time, which other programs on the core do not lengthen."""
+    """Return the minimum seconds of each, by default of CPU time, which other programs on the core do not affect."""
     best: dict[str, float] = {}
     for number in range(rounds):
         for name in runs if number % 2 == 0 else reversed(runs):
-            began = clock()
+            start_time = clock()
             runs[name]()
-            best[name] = min(best.get(name, float("inf")), clock() - began)
+            best[name] = min(best.get(name, float("inf")), clock() - start_time)
     return best

@@ -1,4 +1,4 @@
-"""Training the denoiser from video files, which are decoded and encoded beside it: as packed rows, and in buckets."""
+"""Speed of training the denoiser from video files that are decoded and encoded on the fly, as rows and in buckets."""
 
 import contextlib
 import functools
@@ -29,70 +29,70 @@ from dit_video.training import loop
 from dit_video.training.hooks.logging import MetricsLog, read
 
 _BUCKETS = 2
-"""Sizes, each of which compiles a step of its own."""
+"""Number of bucket sizes, each of which compiles its own step."""
 
 
 class Timed:
-    """An encoder, and the seconds that it took."""
+    """An encoder that adds up the seconds it takes."""
 
     def __init__(self, encode: Encode):
         self._encode, self.seconds = encode, 0.0
 
     def __call__(self, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         latents = self._encode(clips)
-        self.seconds += time.perf_counter() - began
+        self.seconds += time.perf_counter() - start_time
         return latents
 
 
 def zeros(model: AutoencoderConfig, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """In place of latents: what is left is reading, decoding, resizing and packing."""
+    """Return zeros instead of latents, which leaves the cost of reading, decoding, resizing and packing."""
     grids = [latent_grid(Grid(*clip.shape[:3]), model.stride) for clip in clips]
     return [np.zeros((*grid, model.channels), np.float32) for grid in grids]
 
 
 def measure_live(setting: Setting, trained: Trained, clips: Path, steps: int) -> dict[str, Any]:
-    """How long steps take, what part of that they wait, and how much of the time the encoder is at work.
+    """Measure the time of steps, the share of it spent waiting for data, and the share the encoder is busy.
 
-    `encoded` is training as it is. `given` are the same clips with zeros for latents, which cost nothing: what steps
-    wait then, they wait for data. The autoencoder is an untrained one, which costs the same. `bytes` is all that the
-    process holds in the end.
+    `encoded` is training as usual. `given` replaces latents by zeros, which cost nothing, so that the remaining wait is
+    for reading and decoding. The autoencoder is untrained, which does not change its cost. `bytes` is the resident
+    memory of the process at the end.
     """
     data = replace(setting.data, cache_latents=False, weights=(), stretches=1, resolutions=(), flips=False)
     rows = replace(setting, data=data, denoiser=replace(setting.denoiser, buckets=None))
-    # As many tokens a step as the rows have.
+    # As many tokens per step as the rows have, so that both layouts are comparable.
     config = BucketConfig(
         memory=Memory(fixed=0, per_token=1),
         budget=setting.denoiser.rows.tokens * setting.denoiser.batch / input_pipeline.parts(rows),
         count=_BUCKETS,
     )
     buckets = replace(rows, denoiser=replace(rows.denoiser, buckets=config))
-    model, found = setting.autoencoder.model, {}
+    model, figures = setting.autoencoder.model, {}
     params = init_params(model.make, rng.key(0, "benchmark"))
     with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as folder:
         ingest(clips, Path(folder) / "data")
         source = ClipSource(Path(folder) / "data")
         for name, experiment in (("rows", rows), ("buckets", buckets)):
-            found[name] = {}
-            for how, encode in (
+            figures[name] = {}
+            for mode, encode in (
                 ("encoded", input_pipeline.live_encoder(experiment, params, source)),
                 ("given", functools.partial(zeros, model)),
             ):
-                found[name][how], trained = _train(experiment, trained, source, Timed(encode), steps)
-    return {"clips": len(source), "steps": steps, **found}
+                figures[name][mode], trained = _train(experiment, trained, source, Timed(encode), steps)
+    return {"clips": len(source), "steps": steps, **figures}
 
 
 def _train(
     experiment: Setting, trained: Trained, source: ClipSource, encode: Timed, steps: int
 ) -> tuple[dict[str, Any], Trained]:
-    """Twice the steps: in the first half what is new is compiled, the second one is measured."""
-    first, spent = int(trained.state.step), [0.0]
+    """Train for twice the steps; new programs are compiled in the first half, and the second half is measured."""
+    first, warmup_seconds = int(trained.state.step), [0.0]
     texts = TokenizedTexts([info.captions for info in source.infos], experiment.denoiser.text.tokenizer())
     batches = input_pipeline.live(experiment, source, texts, encode)(0)
 
-    def note(done: int, _state: Any) -> None:
+    def record_warmup(done: int, _state: Any) -> None:
         if done == first + steps:
-            spent[0] = encode.seconds
+            warmup_seconds[0] = encode.seconds
 
     with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as folder, contextlib.closing(batches):
         log = MetricsLog(Path(folder) / "metrics.jsonl")
@@ -103,13 +103,13 @@ def _train(
             config=loop.LoopConfig(steps=first + 2 * steps, log_every=steps, save_every=1 << 30),
             log=log,
             title="training from video files",
-            on_step=note,
+            on_step=record_warmup,
         )
-        held, entry = resident(), read(log.path)[-1]
+        memory, entry = resident(), read(log.path)[-1]
     figures = {
         "step_ms": round(1000 * entry["step_seconds"], 3),
         "waiting_share": round(entry["data_wait"], 4),
-        "encoding_share": round((encode.seconds - spent[0]) / (steps * entry["step_seconds"]), 4),
-        "bytes": held,
+        "encoding_share": round((encode.seconds - warmup_seconds[0]) / (steps * entry["step_seconds"]), 4),
+        "bytes": memory,
     }
     return figures, trained._replace(state=state)

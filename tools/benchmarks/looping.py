@@ -1,4 +1,4 @@
-"""What the training loop costs beside its step: its own work, saving in the background, starting and starting again."""
+"""Overhead of the training loop: its own work, saving in the background, starting and restarting."""
 
 import itertools
 import os
@@ -25,27 +25,27 @@ from dit_video.training.loop import LoopConfig, run
 from dit_video.training.state import with_step
 
 _WARM = 3
-"""steps before those that are timed, of every stretch"""
+"""Number of untimed steps at the start of every measurement."""
 _EVERY = 500
-"""steps between two saves, where the config doesn't say"""
+"""Number of steps between two saves, if the config does not set it."""
 _SAVED = 6
-"""steps after the first one, by when a checkpoint is whole"""
+"""Number of steps after the first one until a checkpoint is complete."""
 _WORKER = Path(__file__).with_name("restarting.py")
 
 
 def measure(setting: Setting, steps: int, number: int, rounds: int, command: Sequence[str] = ()) -> dict[str, Any]:
-    """All of it, with the denoiser of a setting on random latents.
+    """Measure everything, with the denoiser of a setting on random latents.
 
     Args:
-      setting: what is trained.
-      steps: that are timed in every stretch; a save is made after as many.
-      number: of examples.
-      rounds: of stretches that are compared in turn.
-      command: says the same setting to the worker whose starts are timed.
+      setting: the setting to train.
+      steps: number of timed steps of every measurement, and of steps between two saves.
+      number: number of examples.
+      rounds: number of rounds of interleaved measurements.
+      command: command-line arguments that select the same setting in the worker whose starts are timed.
     """
     trained = trainable(setting, *denoiser_parts(setting))
     batches = list(itertools.islice(Packed(setting, number), 8))
-    found: dict[str, Any] = {"steps": steps, "rounds": rounds}
+    figures: dict[str, Any] = {"steps": steps, "rounds": rounds}
     with tempfile.TemporaryDirectory() as folder:
         kinds = {
             "bare": lambda trained: _bare(trained, batches, steps),
@@ -53,29 +53,31 @@ def measure(setting: Setting, steps: int, number: int, rounds: int, command: Seq
             "saving": lambda trained: _looped(trained, batches, steps, Path(folder), save=True),
         }
         seconds, trained = _in_turn(kinds, trained, rounds)
-    every = getattr(setting, "save_every", _EVERY)
-    of_the_loop = statistics.median(
+    save_every = getattr(setting, "save_every", _EVERY)
+    loop_overhead = statistics.median(
         looped / bare - 1 for bare, looped in zip(seconds["bare"], seconds["loop"], strict=True)
     )
-    of_a_save = steps * statistics.median(
+    save_seconds = steps * statistics.median(
         saving - looped for looped, saving in zip(seconds["loop"], seconds["saving"], strict=True)
     )
     looped = statistics.median(seconds["loop"])
-    found |= {
+    figures |= {
         "step_ms": round(1000 * statistics.median(seconds["bare"]), 3),
         "loop_step_ms": round(1000 * looped, 3),
-        "loop_overhead": round(of_the_loop, 4),
-        "save_seconds": round(of_a_save, 4),
-        "save_overhead": {f"every {n} steps": round(of_a_save / n / looped, 4) for n in sorted({steps, every})},
+        "loop_overhead": round(loop_overhead, 4),
+        "save_seconds": round(save_seconds, 4),
+        "save_overhead": {f"every {n} steps": round(save_seconds / n / looped, 4) for n in sorted({steps, save_every})},
     }
-    return found | measure_starts(command)
+    return figures | measure_starts(command)
 
 
 def _in_turn(
     kinds: dict[str, Callable[[Trained], tuple[float, Trained]]], trained: Trained, rounds: int
 ) -> tuple[dict[str, list[float]], Trained]:
-    """Seconds a step of every kind in every round, in an order that alternates. What else the machine does falls on all
-    of a round, so what is compared is compared in each."""
+    """Return the seconds per step of every kind in every round, in alternating order.
+
+    Other load on the machine affects all kinds of a round alike, so kinds are compared within each round.
+    """
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     for number in range(rounds):
         for kind in list(kinds)[:: -1 if number % 2 else 1]:
@@ -85,27 +87,27 @@ def _in_turn(
 
 
 def _bare(trained: Trained, batches: list[Any], steps: int) -> tuple[float, Trained]:
-    """The step and the transfer of its batch, two steps ahead as in the loop."""
+    """Time the step and the transfer of its batch, at most two steps ahead as in the loop."""
     step, state, place = trained.step, trained.state, trained.place
     pending: list[Any] = []
-    began = 0.0
+    start_time = 0.0
     for number in range(_WARM + steps):
         if number == _WARM:
             jax.block_until_ready(state)
-            began = time.perf_counter()
+            start_time = time.perf_counter()
         state, metrics = step(state, place(batches[number % len(batches)]))
         pending.append(metrics["loss"])
         if len(pending) > 2:
             jax.block_until_ready(pending[-3])
     jax.block_until_ready(state)
-    return (time.perf_counter() - began) / steps, trained._replace(state=state)
+    return (time.perf_counter() - start_time) / steps, trained._replace(state=state)
 
 
 def _looped(trained: Trained, batches: list[Any], steps: int, folder: Path, *, save: bool) -> tuple[float, Trained]:
-    """The loop with its log; with `save` a save lies in the middle of the time, and one before it, which compiles."""
-    place = folder / "run"
-    shutil.rmtree(place, ignore_errors=True)
-    checkpoints = Checkpoints(place / "checkpoints") if save else None
+    """Time the loop with its log; with `save`, one save is within the timed steps and one before, which compiles."""
+    run_folder = folder / "run"
+    shutil.rmtree(run_folder, ignore_errors=True)
+    checkpoints = Checkpoints(run_folder / "checkpoints") if save else None
     first = steps + steps // 2 if save else _WARM
     last, marks = first + steps, dict[int, float]()
 
@@ -126,35 +128,35 @@ def _looped(trained: Trained, batches: list[Any], steps: int, folder: Path, *, s
         endless,
         config=LoopConfig(steps=last + 1, log_every=20, save_every=steps if save else last + 1),
         checkpoints=checkpoints,
-        log=MetricsLog(place / "metrics.jsonl"),
+        log=MetricsLog(run_folder / "metrics.jsonl"),
         on_step=mark,
     )
     return (marks[last] - marks[first]) / steps, trained._replace(state=state)
 
 
 def measure_starts(command: Sequence[str]) -> dict[str, Any]:
-    """Seconds from a process's start to the end of its first step: of a new run, and of one that was killed.
+    """Measure the seconds from a process's start to the end of its first step, of a new run and of a killed one.
 
-    The first one compiles; what it compiled is kept for the second, which restores a checkpoint.
+    The first process compiles; the second one uses the kept programs and restores a checkpoint.
 
     Args:
-      command: says the setting, as arguments of the worker.
+      command: command-line arguments of the worker that select the setting.
     """
     with tempfile.TemporaryDirectory() as folder:
         start, _ = _until_step(folder, command, more=_SAVED)
-        again, at = _until_step(folder, command, more=0)
+        restart, step = _until_step(folder, command, more=0)
     return {
         "start_to_first_step_seconds": start,
-        "restart_to_first_step_seconds": again,
-        "restarted_after_step": at - 1,
+        "restart_to_first_step_seconds": restart,
+        "restarted_after_step": step - 1,
     }
 
 
 def _until_step(folder: str, command: Sequence[str], *, more: int) -> tuple[float, int]:
-    """Seconds to the first step, and its number; the process is killed after `more` further ones."""
-    # Programs that were kept before would make the first start another one's second.
+    """Return the seconds to the first step and its number; the process is killed after `more` further steps."""
+    # With programs kept by an earlier process, the first start would not compile.
     inherited = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, str(_WORKER), folder, *command],
         stdout=subprocess.PIPE,
@@ -166,11 +168,11 @@ def _until_step(folder: str, command: Sequence[str], *, more: int) -> tuple[floa
         steps = []
         for line in process.stdout:
             if line.startswith("step "):
-                steps.append((time.perf_counter() - began, int(line.split()[1])))
+                steps.append((time.perf_counter() - start_time, int(line.split()[1])))
             if len(steps) > more:
                 break
         else:
-            raise UserError("the run that was to be timed ended by itself; its error is above")
+            raise UserError("the timed run failed before it was killed; see its error above")
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()

@@ -1,8 +1,8 @@
-"""Model FLOPs utilisation of training on packed rows: what the model needs, against what the device could do.
+"""Model FLOPs utilization of training on packed rows: the FLOPs that the model needs, against the peak of the device.
 
-A segment's tokens attend to each other, so attention counts as the sum of `n_i²`; padding and what is computed again in
-the backward pass count for nothing. `python tools/benchmark.py mfu` measures 1.6 billion parameters on one row of 32k
-tokens in bfloat16, which wants a GPU; `--small` tries the same on anything.
+The tokens of a segment attend to each other only, so attention counts as the sum of `n_i²`. Padding and recomputation
+in the backward pass do not count. `python tools/benchmark.py mfu` measures 1.6 billion parameters on one row of 32k
+tokens in bfloat16, which needs a GPU; `--small` runs on any device.
 """
 
 import statistics
@@ -28,14 +28,14 @@ from dit_video.tokens import Grid, coordinates
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A model and the row that it is trained on."""
+    """Shape of a model and of the row it is trained on."""
 
     width: int = 2048
     layers: int = 24
     heads: int = 16
     row: int = 32_768
     text: int = 96
-    """tokens of each clip's text"""
+    """Number of text tokens of each clip."""
     text_width: int = 4096
     clips: tuple[Grid, ...] = (
         Grid(13, 20, 32),
@@ -49,7 +49,7 @@ class Shape:
         Grid(1, 32, 32),
         Grid(1, 16, 16),
     )
-    """in tokens: videos of up to 13 latent frames and images, which leave 0.6 % of the row empty"""
+    """Token grids of videos of up to 13 latent frames and of images, which leave 0.6 % of the row empty."""
 
     def config(self, attention: Backend) -> DitConfig:
         return DitConfig(
@@ -70,31 +70,31 @@ SMALL = Shape(
 
 
 def measure(shape: Shape, steps: int, attention: Backend, peak: float | None = None) -> dict[str, Any]:
-    """Seconds of a training step, and which share of the device's peak that uses (None where the peak isn't known)."""
+    """Measure the seconds of a training step and its share of the device's peak (None if the peak is unknown)."""
     config = shape.config(attention)
     graph = graph_of(config.make)
     inputs = jax.device_put(_inputs(shape, config))
 
-    def error(params: Any, inputs: dict[str, Any], target: jax.Array) -> jax.Array:
+    def loss_fn(params: Any, inputs: dict[str, Any], target: jax.Array) -> jax.Array:
         prediction = nnx.merge(graph, params)(**inputs)
         return jnp.where(inputs["segments"][..., None] > 0, jnp.square(prediction - target), 0).mean()
 
     params = jax.jit(lambda key: init_params(config.make, key))(rng.key(0, "benchmark mfu"))
     parameters = count(params)
-    target, step = jnp.ones_like(inputs["noisy"]), step_of(error)
-    held = start(params)
+    target, step = jnp.ones_like(inputs["noisy"]), step_of(loss_fn)
+    state = start(params)
     del params
-    taken = []
+    durations = []
     with compilations() as compiled:
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         for _ in range(steps + 2):
-            *held, loss = step(*held, inputs, target)
-            jax.block_until_ready((held, loss))
+            *state, loss = step(*state, inputs, target)
+            jax.block_until_ready((state, loss))
             now = time.perf_counter()
-            taken.append(now - began)
-            began = now
+            durations.append(now - start_time)
+            start_time = now
         programs = compiled()
-    seconds = statistics.median(taken[2:])
+    seconds = statistics.median(durations[2:])
     clips = [clip.volume for clip in shape.clips]
     texts = [shape.text] * len(clips)
     flops = training_flops(config, clips, texts)
@@ -108,7 +108,7 @@ def measure(shape: Shape, steps: int, attention: Backend, peak: float | None = N
         "flops": flops,
         "steps": steps,
         "step_seconds": round(seconds, 4),
-        "first_step_seconds": round(taken[0], 2),
+        "first_step_seconds": round(durations[0], 2),
         "compilations": programs,
         "tflops_per_second": round(flops / seconds / 1e12, 3),
         "peak_tflops_per_second": None if peak is None else peak / 1e12,
@@ -119,17 +119,17 @@ def measure(shape: Shape, steps: int, attention: Backend, peak: float | None = N
 
 
 def _inputs(shape: Shape, config: DitConfig) -> dict[str, Any]:
-    """One row, as the model takes it."""
+    """Return the model's inputs for one row."""
     draw = rng.host(0, "benchmark mfu")
     number, used = len(shape.clips), sum(clip.volume for clip in shape.clips)
-    segments, places = np.zeros((1, shape.row), np.int32), np.zeros((1, shape.row, 3), np.float32)
+    segments, positions = np.zeros((1, shape.row), np.int32), np.zeros((1, shape.row, 3), np.float32)
     segments[0, :used] = np.repeat(np.arange(number) + 1, [clip.volume for clip in shape.clips])
-    places[0, :used] = np.concatenate([coordinates(clip) for clip in shape.clips])
+    positions[0, :used] = np.concatenate([coordinates(clip) for clip in shape.clips])
     return {
         "noisy": draw.normal(size=(1, shape.row, config.token_width)).astype(np.float32),
         "time": np.linspace(0.05, 0.95, number, dtype=np.float32)[None],
         "segments": segments,
-        "coordinates": places,
+        "coordinates": positions,
         "context": draw.normal(size=(1, number * shape.text, shape.text_width)).astype(np.float32),
         "context_segments": np.repeat(np.arange(number) + 1, shape.text)[None].astype(np.int32),
     }

@@ -1,7 +1,7 @@
-"""A transformer like Wan's, forward and in training, beside diffusers' on the same weights and inputs.
+"""Speed of a transformer like Wan's, forward and in training, against diffusers' on the same weights and inputs.
 
-All of them run in one process, in turn, in float32, on as many threads as there are cores; the ratio is that of the
-medians, to the faster form of the peer.
+All models run in one process, interleaved, in float32, with as many threads as there are cores. The ratio is that of
+the medians, against the faster form of the peer.
 """
 
 import sys
@@ -31,15 +31,15 @@ TIME = 0.6
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A model and what it is given: by default 5 latent frames of 24 × 52, which are 1,560 tokens."""
+    """Shape of a model and of its inputs; the default has 5 latent frames of 24 × 52, which are 1,560 tokens."""
 
     width: int = 384
     hidden_width: int = 2240
-    """in the proportion of Wan 2.1 T2V 1.3B"""
+    """Hidden width of the MLP, in the same proportion as in Wan 2.1 T2V 1.3B."""
     layers: int = 6
     heads: int = 6
     grid: Grid = Grid(5, 12, 26)
-    """of tokens"""
+    """Grid of tokens."""
     text: int = 64
     text_width: int = 4096
 
@@ -55,22 +55,22 @@ class Shape:
 
 
 SMALL = Shape(width=16, hidden_width=24, layers=2, heads=2, grid=Grid(2, 3, 4), text=4, text_width=8)
-"""to try the command with"""
+"""Tiny shape, to try the command."""
 
 
 class Inputs(NamedTuple):
-    """Of a batch of one clip."""
+    """Inputs of a batch of one clip."""
 
     latents: np.ndarray
-    """[t h w c]"""
+    """Noisy latents `[t h w c]`."""
     text: np.ndarray
-    """[s E]"""
+    """Text embeddings `[s E]`."""
     target: np.ndarray
-    """[t h w c], what the prediction is trained towards"""
+    """Target of the prediction `[t h w c]`."""
 
 
 class Calls(NamedTuple):
-    """One model in one form: its prediction `[t h w c]`, and a training step that returns the loss before it."""
+    """Functions of one model in one form: prediction `[t h w c]` and a training step, which returns its loss."""
 
     forward: Callable[[], Any]
     step: Callable[[], Any]
@@ -78,18 +78,18 @@ class Calls(NamedTuple):
 
 
 Peer = Callable[[Path, Inputs], dict[str, Calls]]
-"""Forms of another project's model, from a folder of weights in the layout of diffusers."""
+"""Function that makes forms of another project's model from a folder of weights in the diffusers layout."""
 
 
 def measure(shape: Shape, rounds: int, peer: Peer | None = None) -> dict[str, Any]:
-    """Seconds of a forward pass and of a training step (forward, backward, AdamW), and how far predictions differ."""
+    """Measure seconds of a forward pass and a training step (forward, backward, AdamW), and errors to the peer."""
     config = shape.config()
     params = _weights(config)
     inputs = _inputs(shape)
     calls = {"ours": ours(config, params, shape, inputs)}
     if peer is not None:
         with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as folder:
-            # The length that texts are padded to is no part of the weights; theirs takes what it is given.
+            # The padded text length is not part of the weights, and diffusers' model accepts any length.
             save_denoiser(folder, replace(config, text_length=512), jax.device_get(params))
             calls |= peer(Path(folder), inputs)
     expected = calls["ours"].predicted()
@@ -115,13 +115,13 @@ def measure(shape: Shape, rounds: int, peer: Peer | None = None) -> dict[str, An
 def _compared(calls: dict[str, Callable[[], Any]], rounds: int, what: str) -> dict[str, Any]:
     seconds = in_turn(calls, rounds)
     print(f"{what}: " + ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in seconds.items()), file=sys.stderr)
-    found: dict[str, Any] = {"seconds": {name: round(value, 4) for name, value in seconds.items()}}
+    figures: dict[str, Any] = {"seconds": {name: round(value, 4) for name, value in seconds.items()}}
     others = [value for name, value in seconds.items() if name != "ours"]
-    return found | ({"ratio": round(seconds["ours"] / min(others), 3)} if others else {})
+    return figures | ({"ratio": round(seconds["ours"] / min(others), 3)} if others else {})
 
 
 def _weights(config: WanDitConfig) -> dict[str, Any]:
-    """Random ones without zeros: a head of zeros would predict zeros whatever comes before it."""
+    """Return random weights; a zero-initialized head would hide all differences before it."""
     params = init_params(config.make, rng.key(0, "benchmark model"))
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(rng.key(0, "benchmark weights"), len(leaves))
@@ -139,33 +139,35 @@ def _inputs(shape: Shape) -> Inputs:
 
 
 def ours(config: WanDitConfig, params: dict[str, Any], shape: Shape, inputs: Inputs) -> Calls:
-    """From latents to latents, as one segment that fills its row; the state of training is donated."""
+    """Make the functions of our model, on one segment that fills its row; the training state is donated."""
     predict = _prediction(config, shape)
-    given = jax.device_put(_given(shape, inputs))
+    model_inputs = jax.device_put(_given(shape, inputs))
     target = jax.device_put(inputs.target)
 
-    def error(params: Any, target: jax.Array, given: Any) -> jax.Array:
-        return jnp.square(predict(params, *given) - target).mean()
+    def loss_fn(params: Any, target: jax.Array, model_inputs: Any) -> jax.Array:
+        return jnp.square(predict(params, *model_inputs) - target).mean()
 
-    forward, train = jax.jit(predict), step_of(error)
-    held: list[Any] = []
+    forward, train = jax.jit(predict), step_of(loss_fn)
+    state: list[Any] = []
 
-    def trained() -> float:
-        if not held:
-            held.extend(start(params))
-        *held[:], loss = train(*held, target, given)
-        jax.block_until_ready(held)
+    def step() -> float:
+        if not state:
+            state.extend(start(params))
+        *state[:], loss = train(*state, target, model_inputs)
+        jax.block_until_ready(state)
         return float(loss)
 
     return Calls(
-        lambda: jax.block_until_ready(forward(params, *given)), trained, lambda: np.asarray(forward(params, *given))
+        lambda: jax.block_until_ready(forward(params, *model_inputs)),
+        step,
+        lambda: np.asarray(forward(params, *model_inputs)),
     )
 
 
 def measure_compilation(shape: Shape, layers: Sequence[int] = (6, 48)) -> dict[str, Any]:
-    """Seconds in which a training step is traced and compiled, by depth, in the form that accelerators use: a scan.
+    """Measure the seconds to trace and compile a training step, by depth, with a scan over layers.
 
-    It is the form of `remat="full"` on every platform, so this can be measured without one.
+    Accelerators always scan; `remat="full"` scans on every platform, so no accelerator is needed here.
     """
     seconds = {}
     for depth in layers:
@@ -173,16 +175,16 @@ def measure_compilation(shape: Shape, layers: Sequence[int] = (6, 48)) -> dict[s
         config = replace(deep.config(), remat="full")
         predict = _prediction(config, deep)
 
-        def error(params: Any, target: jax.Array, given: Any, predict: Any = predict) -> jax.Array:
-            return jnp.square(predict(params, *given) - target).mean()
+        def loss_fn(params: Any, target: jax.Array, model_inputs: Any, predict: Any = predict) -> jax.Array:
+            return jnp.square(predict(params, *model_inputs) - target).mean()
 
         params = param_shapes(config.make)
         state = jax.eval_shape(start, params)
         inputs = _inputs(deep)
         jax.clear_caches()
-        began = time.perf_counter()
-        step_of(error).lower(*state, inputs.target, _given(deep, inputs)).compile()
-        seconds[depth] = time.perf_counter() - began
+        start_time = time.perf_counter()
+        step_of(loss_fn).lower(*state, inputs.target, _given(deep, inputs)).compile()
+        seconds[depth] = time.perf_counter() - start_time
         print(f"{depth} layers compile in {seconds[depth]:.1f} s", file=sys.stderr)
     return {
         "seconds": {f"{depth} layers": round(value, 2) for depth, value in seconds.items()},
@@ -193,12 +195,12 @@ def measure_compilation(shape: Shape, layers: Sequence[int] = (6, 48)) -> dict[s
 def _prediction(config: WanDitConfig, shape: Shape) -> Callable[..., jax.Array]:
     graph = graph_of(config.make)
 
-    def predict(params, latents, text, at, segments, places, text_segments):
+    def predict(params, latents, text, time, segments, positions, text_segments):
         prediction = nnx.merge(graph, params)(
             patchify(latents[None], config.patch),
-            at,
+            time,
             segments=segments,
-            coordinates=places,
+            coordinates=positions,
             context=text,
             context_segments=text_segments,
         )

@@ -1,7 +1,7 @@
-"""Autoencoders beside diffusers' `AutoencoderKLWan` on the same weights and inputs, in one process, in turn;
-and torch's attention, for the benchmark of ours.
+"""Speed of autoencoders against diffusers' `AutoencoderKLWan` on the same weights and inputs, and torch's attention.
 
-torch takes as many threads as there are cores; the ratio is that of the medians.
+Both autoencoders run in one process, interleaved. torch uses as many threads as there are cores. The ratio is that of
+the medians.
 """
 
 import functools
@@ -26,12 +26,12 @@ from dit_video.nn import graph_of
 
 CLIP, TRAINED = (1, 17, 128, 128, 3), (2, 9, 64, 64, 3)
 WIDTHS = (32, 96)
-"""Channels of the first level: a laptop's model, and Wan 2.1's."""
+"""Channels of the first level, of a laptop's model and of Wan 2.1."""
 _RATE = 1e-4
 
 
 def measure_against_diffusers(rounds: int) -> dict[str, Any]:
-    """Encode, decode and a training step, by the width of the model."""
+    """Measure encoding, decoding and a training step, by the width of the model."""
     torch.set_num_threads(cores())
     return {
         "torch": torch.__version__,
@@ -42,7 +42,7 @@ def measure_against_diffusers(rounds: int) -> dict[str, Any]:
 
 
 def torch_attention(heads_first: Sequence[np.ndarray], backward: bool) -> Callable[[], Any]:
-    """torch's attention without a mask, on as many threads as there are cores."""
+    """Return a function that calls torch's attention without a mask, with as many threads as there are cores."""
     torch.set_num_threads(cores())
     tensors = [torch.from_numpy(np.ascontiguousarray(x)).requires_grad_(backward) for x in heads_first]
 
@@ -96,25 +96,25 @@ def _of_width(width: int, rounds: int) -> dict[str, Any]:
 
 
 def _our_step(graph: nnx.GraphDef, params: Any) -> Callable[[], None]:
-    """Forward, backward and AdamW of the mean squared error; parameters and state are donated."""
-    trained = {name: part for name, part in params.items() if name != "normalizer"}
+    """Return a step of forward, backward and AdamW on the mean squared error; parameters and state are donated."""
+    trainable = {name: part for name, part in params.items() if name != "normalizer"}
     optimizer = optax.adamw(_RATE)
     clip = jnp.asarray(np.random.default_rng(1).uniform(-1, 1, TRAINED), jnp.float32)
 
-    def error(trained: Any) -> jax.Array:
-        model = nnx.merge(graph, trained | {"normalizer": params["normalizer"]})
+    def loss_fn(trainable: Any) -> jax.Array:
+        model = nnx.merge(graph, trainable | {"normalizer": params["normalizer"]})
         return jnp.square(model.reconstruct(model.posterior(clip).mean) - clip).mean()
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(trained: Any, state: Any) -> tuple[Any, Any]:
-        updates, state = optimizer.update(jax.grad(error)(trained), state, trained)
-        return optax.apply_updates(trained, updates), state
+    def step(trainable: Any, state: Any) -> tuple[Any, Any]:
+        updates, state = optimizer.update(jax.grad(loss_fn)(trainable), state, trainable)
+        return optax.apply_updates(trainable, updates), state
 
-    held = [jax.tree.map(jnp.copy, trained), jax.jit(optimizer.init)(trained)]
+    buffers = [jax.tree.map(jnp.copy, trainable), jax.jit(optimizer.init)(trainable)]
 
     def call() -> None:
-        held[:] = step(*held)
-        jax.block_until_ready(held)
+        buffers[:] = step(*buffers)
+        jax.block_until_ready(buffers)
 
     return call
 
@@ -134,7 +134,7 @@ def _their_step(model: AutoencoderKLWan) -> Callable[[], None]:
 
 
 def _beside(what: str, ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int) -> dict[str, Any]:
-    """Seconds of both; a line of them on stderr."""
+    """Measure the seconds of both, and print them to stderr."""
     seconds = in_turn({"ours": ours, "diffusers": theirs}, rounds)
     print(f"{what}: {seconds['ours']:.3f} s, diffusers {seconds['diffusers']:.3f} s", file=sys.stderr, flush=True)
     return {

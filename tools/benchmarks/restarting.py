@@ -1,6 +1,6 @@
-"""A run of a benchmark's denoiser that says when a step is done: what `looping` starts, kills and starts again.
+"""A training of a benchmark's denoiser that prints its steps; `train_loop` starts, kills and restarts it.
 
-python tools/benchmarks/restarting.py FOLDER [--config FILE] [--set NAME=VALUE …]
+python tools/benchmarks/restart_worker.py FOLDER [--config FILE] [--set NAME=VALUE …]
 """
 
 import argparse
@@ -21,7 +21,7 @@ _STEPS, _SAVE_EVERY, _EXAMPLES = 10_000, 2, 200
 
 
 class _Batches:
-    """The rows of a setting, from a step on."""
+    """Iterator of the rows of a setting, from a step on."""
 
     hash = "benchmark"
 
@@ -48,7 +48,7 @@ def main() -> None:
     setting = chosen_setting(arguments.config, arguments.set)
     init, loss, optimizer = denoiser_parts(setting)
 
-    def say(done: int, _state: Any) -> dict[str, float]:
+    def print_step(done: int, _state: Any) -> dict[str, float]:
         print(f"step {done}", flush=True)
         return {}
 
@@ -62,7 +62,7 @@ def main() -> None:
         ema_decay=0.999,
         config=loop.LoopConfig(steps=_STEPS, save_every=_SAVE_EVERY),
         mesh=make_mesh(setting.mesh),
-        periodic=(loop.Periodic(every=1, call=say),),
+        periodic=(loop.Periodic(every=1, call=print_step),),
     ).run(lambda start: _Batches(setting, start))
 
 

@@ -1,10 +1,10 @@
-"""Sampling beside the forward passes that it is made of.
+"""Speed of sampling against the forward passes that it consists of.
 
-`steps`: N steps beside N calls of the jitted forward. `guidance`: with both branches evaluated at once, beside one
-after the other: of clips that fill a row each, and of one clip in a row with room for both branches. Times are medians
-of rounds that run all of them in turn. `compilations` counts what is compiled for other prompts, seeds, scales and
-numbers of steps, which should be nothing. `first result` is the time of a process that loads the shipped pipeline and
-samples one clip, where no program was kept, and where the one before it kept them.
+`steps` compares N sampling steps with N calls of the jitted forward pass. `guidance` compares evaluating both branches
+at once with one after the other, for clips that fill a row each and for one clip in a row with room for both branches.
+Times are medians over interleaved rounds. `compilations` counts the programs that are compiled for other prompts,
+seeds, scales and numbers of steps, which should be 0. `first result` is the time of a process that loads the shipped
+pipeline and samples one clip: without keeping programs, while keeping them, and with kept programs.
 """
 
 import json
@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A model with random parameters, and the clips that are sampled: each fills a row."""
+    """Shape of a model with random parameters and of the sampled clips, each of which fills a row."""
 
     width: int = 384
     layers: int = 6
@@ -48,18 +48,18 @@ class Shape:
     channels: int = 16
     text: int = 64
     clips: int = 2
-    """that are sampled at once"""
+    """Number of clips that are sampled at once."""
     steps: int = 8
 
 
 QUICKSTART = Shape(width=176, layers=4, heads=4, latents=Grid(5, 12, 8), channels=8, clips=8, steps=32)
-"""of the sizes of the shipped model, with rows of 120 tokens"""
+"""Shape of the shipped model, with rows of 120 tokens."""
 SMALL = Shape(width=16, layers=1, heads=2, latents=Grid(1, 4, 4), channels=2, text=16, clips=2, steps=3)
-"""to try the command with"""
+"""Tiny shape, to try the command."""
 
 
 class Model:
-    """A denoiser, and requests for it."""
+    """A denoiser with random parameters, and its sampling requests."""
 
     def __init__(self, shape: Shape):
         self.shape, self.rows = shape, shape.clips
@@ -92,11 +92,11 @@ class Model:
         return token_grid(self.shape.latents, self._config.patch).volume
 
     def sample(self, sampling: Sampling, *, seed: int = 0, prompt: str = "a red circle") -> Any:
-        """As many clips as there are rows."""
+        """Sample as many clips as there are rows."""
         return self._sample(sampling, self.row, self.rows, seed, prompt)
 
     def sample_one(self, sampling: Sampling) -> Any:
-        """One clip, in a row with room for two."""
+        """Sample one clip in a row with room for two."""
         return self._sample(sampling, replace(self.row, tokens=2 * self.row.tokens), 1, 0, "a red circle")
 
     def _sample(self, sampling: Sampling, row: RowShape, rows: int, seed: int, prompt: str) -> Any:
@@ -105,13 +105,13 @@ class Model:
         return sample_latents(self.denoiser, requests, sampling=sampling, shape=row, rows=rows)
 
     def forward(self) -> Callable[[], Any]:
-        """One call of the model on those rows, its text encoder left out as it runs once a sample."""
+        """Return a function that calls the denoiser on those rows. The text encoder, which runs once, is excluded."""
         shape, graph = self.shape, self.denoiser.dit
         noise = initial_noise(0, shape.latents, shape.channels)
         text = byte_tokens(self._text, "a red circle 0")
-        places = coordinates(token_grid(shape.latents, self._config.patch))
-        item = Item(patchify(noise, self._config.patch), places, text, 0)
-        packed = [pack([item], self.row, width=item.tokens.shape[1])] * self.rows
+        positions = coordinates(token_grid(shape.latents, self._config.patch))
+        example = Item(patchify(noise, self._config.patch), positions, text, 0)
+        packed = [pack([example], self.row, width=example.tokens.shape[1])] * self.rows
         rows = jax.device_put(Rows(*map(np.stack, zip(*packed, strict=True))))
         context = nnx.merge(self.denoiser.text, self.denoiser.params["text"])(rows.text, rows.text_segments)
 
@@ -132,7 +132,7 @@ class Model:
 
 
 def measure(shape: Shape, rounds: int) -> dict[str, Any]:
-    """Of one model."""
+    """Measure sampling with one model."""
     model = Model(shape)
     once = Sampling(steps=shape.steps, guidance=1.0)
     forward = model.forward()
@@ -141,20 +141,20 @@ def measure(shape: Shape, rounds: int) -> dict[str, Any]:
         for _ in range(shape.steps):
             forward()
 
-    together = Sampling(steps=shape.steps, guidance=2.0)
-    apart = replace(together, branches="apart")
+    batched = Sampling(steps=shape.steps, guidance=2.0)
+    sequential = replace(batched, branches="apart")
     seconds = in_turn(
         {
             "forwards": forwards,
             "steps": lambda: model.sample(once),
-            "together": lambda: model.sample(together),
-            "apart": lambda: model.sample(apart),
-            "one clip, together": lambda: model.sample_one(together),
-            "one clip, apart": lambda: model.sample_one(apart),
+            "together": lambda: model.sample(batched),
+            "apart": lambda: model.sample(sequential),
+            "one clip, together": lambda: model.sample_one(batched),
+            "one clip, apart": lambda: model.sample_one(sequential),
         },
         rounds,
     )
-    found = {
+    figures = {
         "clips": shape.clips,
         "tokens": model.tokens,
         "width": shape.width,
@@ -164,18 +164,18 @@ def measure(shape: Shape, rounds: int) -> dict[str, Any]:
         "steps_of_forwards": round(seconds["steps"] / seconds["forwards"], 3),
         "together_of_apart": round(seconds["together"] / seconds["apart"], 3),
         "one_clip_together_of_apart": round(seconds["one clip, together"] / seconds["one clip, apart"], 3),
-        "compilations": compiled(model, together),
+        "compilations": compiled(model, batched),
     }
     print(
-        f"{shape.steps} steps {found['steps_of_forwards']} of the forwards; guidance at once "
-        f"{found['together_of_apart']} of two passes, of one clip {found['one_clip_together_of_apart']}",
+        f"{shape.steps} steps take {figures['steps_of_forwards']} of the forward passes; batched guidance takes "
+        f"{figures['together_of_apart']} of two passes, for one clip {figures['one_clip_together_of_apart']}",
         file=sys.stderr,
     )
-    return found
+    return figures
 
 
 def compiled(model: Model, sampling: Sampling) -> int:
-    """Programs for other prompts, seeds, scales and numbers of steps, once one of each was sampled."""
+    """Count the programs compiled for other prompts, seeds, scales and numbers of steps after a first sample."""
     model.sample(sampling)
     with compilations() as count:
         model.sample(sampling, seed=3)
@@ -200,7 +200,7 @@ print(time.perf_counter() - began)
 
 
 def first_result(run: Path) -> dict[str, Any]:
-    """Seconds from the start of a process to its first clip: importing, loading, compiling, sampling, decoding."""
+    """Measure the seconds from a process's start to its first clip: import, load, compile, sample and decode."""
     with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as folder:
         environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
         environment |= {"XDG_CACHE_HOME": folder, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
@@ -212,6 +212,6 @@ def first_result(run: Path) -> dict[str, Any]:
                 raise RuntimeError(done.stderr)
             return round(float(json.loads(done.stdout.strip().splitlines()[-1])), 2)
 
-        found = {"without": start(""), "keeping": start("keep"), "kept": start("keep")}
-    print(f"first result: {found}", file=sys.stderr)
-    return found
+        seconds = {"without": start(""), "keeping": start("keep"), "kept": start("keep")}
+    print(f"first result: {seconds}", file=sys.stderr)
+    return seconds

@@ -1,4 +1,4 @@
-"""The models that are measured, and the clips that they are given."""
+"""The models and the synthetic examples of the benchmarks."""
 
 import ast
 import itertools
@@ -28,7 +28,7 @@ _WORDS = (
     (" moving left", " moving right", " moving up", " moving down"),
 )
 CONFIG = Path(__file__).resolve().parents[2] / "experiments" / "configs" / "quickstart.py"
-# What is measured where the config's imports are not installed: about its models.
+# Models of about the same size, for when the imports of the quickstart's config are not installed.
 BUILT_IN = SimpleNamespace(
     name="built in",
     data=SimpleNamespace(max_pixels=32 * 48, max_frames=17),
@@ -51,11 +51,11 @@ BUILT_IN = SimpleNamespace(
     mesh=MeshConfig(),
 )
 Setting = Any
-"""`BUILT_IN`, or an `Experiment`."""
+"""An `Experiment`, or `BUILT_IN`, which has the fields that the benchmarks use."""
 
 
 def default_setting() -> Setting:
-    """The quickstart's experiment, or `BUILT_IN`."""
+    """Load the quickstart's experiment, or return `BUILT_IN` if its imports are not installed."""
     try:
         return runpy.run_path(str(CONFIG))["EXPERIMENT"]
     except ModuleNotFoundError:
@@ -63,29 +63,30 @@ def default_setting() -> Setting:
 
 
 def read_setting(path: Path) -> Setting:
-    """The `EXPERIMENT` of a config file.
+    """Read the `EXPERIMENT` of a config file.
 
     Raises:
-      MissingError: no such file.
-      UserError: a file without an experiment, or one that imports what is not installed.
+      MissingError: if the file does not exist.
+      UserError: if the file defines no experiment, or imports a package that is not installed.
     """
     if not path.is_file():
-        raise MissingError(f"no such config: {path}; name a file such as experiments/configs/clips.py")
+        raise MissingError(f"config {path} does not exist; use a file such as experiments/configs/clips.py")
     try:
         experiment = runpy.run_path(str(path)).get("EXPERIMENT")
     except ModuleNotFoundError as error:
-        raise UserError(f"{path} needs {error.name}, which is not installed; leave out --config") from error
+        raise UserError(f"{path} needs {error.name}, which is not installed; install it, or drop --config") from error
     if experiment is None:
         raise UserError(f"{path} defines no EXPERIMENT; assign it an Experiment(...)")
     return experiment
 
 
 def chosen_setting(config: Path | None, changes: Sequence[str]) -> Setting:
-    """That of a config file, or the default one, with fields changed: `NAME=VALUE`.
+    """Read a setting from a config file, or the default one, and apply changes of the form `NAME=VALUE`.
 
     Raises:
-      MissingError: no such file.
-      UserError: a file without an experiment, one that imports what is not installed, or no such field.
+      MissingError: if the file does not exist.
+      UserError: if the file defines no experiment or imports a package that is not installed, or if a field does not
+        exist.
     """
     setting = default_setting() if config is None else read_setting(config)
     for assignment in changes:
@@ -99,70 +100,71 @@ def chosen_setting(config: Path | None, changes: Sequence[str]) -> Setting:
 
 
 def changed(value: Any, path: str, new: Any) -> Any:
-    """A nested config with one field changed: `changed(setting, "denoiser.dit.width", 1024)`.
+    """Return a nested config with one field replaced: `replace_field(setting, "denoiser.dit.width", 1024)`.
 
     Raises:
-      UserError: no such field.
+      UserError: if the field does not exist.
     """
     name, _, rest = path.partition(".")
-    fields = {one: getattr(value, one) for one in getattr(value, "__dict__", {})}
+    fields = {field: getattr(value, field) for field in getattr(value, "__dict__", {})}
     if name not in fields:
-        raise UserError(f"there is no {name!r} to set; use one of {', '.join(fields)}")
+        raise UserError(f"field {name!r} does not exist; use one of {', '.join(fields)}")
     old = fields[name]
     new = changed(old, rest, new) if rest else Grid(*new) if isinstance(old, Grid) else new
-    follows = {"rotary": "even"} if isinstance(value, DitConfig) and name in ("width", "heads") else {}
-    return type(value)(**fields | {name: new} | follows)
+    # Another width or number of heads needs another split of the rotary channels.
+    dependent = {"rotary": "even"} if isinstance(value, DitConfig) and name in ("width", "heads") else {}
+    return type(value)(**fields | {name: new} | dependent)
 
 
 class Example(NamedTuple):
-    """A clip as the denoiser's training sees it, but for its values."""
+    """A synthetic training example of the denoiser: a latent grid and a caption."""
 
     latents: Grid
     caption: str
 
 
 def clip_sizes(setting: Setting) -> list[Grid]:
-    """Sizes within the limits: an image, half the length and all of it, each square, wide and high."""
+    """Return sizes within the limits: an image, half the length and the full length, each square, wide and high."""
     stride, patch = setting.autoencoder.model.stride, setting.denoiser.dit.patch
     step_h, step_w = stride.h * patch.h, stride.w * patch.w
     longest = (setting.data.max_frames - 1) // stride.t
     sizes = []
     for chunks, ratio in itertools.product((0, (longest + 1) // 2, longest), (1.0, 1.5, 1 / 1.5)):
         height = max(1, math.floor(math.sqrt(setting.data.max_pixels / ratio) / step_h)) * step_h
-        most = max(1, setting.data.max_pixels // height // step_w)
-        width = min(most, max(1, round(height * ratio / step_w))) * step_w
+        max_width = max(1, setting.data.max_pixels // height // step_w)
+        width = min(max_width, max(1, round(height * ratio / step_w))) * step_w
         sizes.append(Grid(1 + chunks * stride.t, height, width))
     return sizes
 
 
 def make_examples(setting: Setting, number: int) -> list[Example]:
-    """Examples of mixed sizes and captions, 15 % of them images, as in the quickstart's data."""
+    """Make examples of mixed sizes and captions, 15 % of them images, as in the quickstart's data."""
     generator = rng.host(0, "benchmark")
     grids = [latent_grid(size, setting.autoencoder.model.stride) for size in clip_sizes(setting)]
     images, videos = [grid for grid in grids if grid.t == 1], [grid for grid in grids if grid.t > 1]
     examples = []
     for _ in range(number):
         image = generator.random() < 0.15 or not videos
-        among = images if image else videos
+        candidates = images if image else videos
         caption = [part[int(generator.integers(len(part)))] for part in (*_WORDS[:2], ("",) if image else _WORDS[2])]
-        examples.append(Example(among[int(generator.integers(len(among)))], "a {} {}{}".format(*caption)))
+        examples.append(Example(candidates[int(generator.integers(len(candidates)))], "a {} {}{}".format(*caption)))
     return examples
 
 
 def values_of(setting: Setting, index: int, example: Example) -> np.ndarray:
-    """An example's latents."""
+    """Return random latents of an example."""
     shape = (*example.latents, setting.denoiser.dit.channels)
     return rng.host(0, "benchmark latents", index).standard_normal(shape, np.float32)
 
 
 def byte_tokens(config: ByteEncoderConfig, caption: str) -> np.ndarray:
-    """As the text encoder's tokenizer does it, without `transformers`."""
+    """Tokenize a caption like the byte encoder's tokenizer, without `transformers`."""
     tokens = [*(byte + 3 for byte in caption.encode()[: config.max_tokens - 1]), 1]
     return np.asarray(tokens + [0] * (-len(tokens) % config.patch), np.int32)
 
 
 class Packed:
-    """Batches of rows from examples in memory, endless."""
+    """Endless batches of packed rows, from examples in memory."""
 
     def __init__(self, setting: Setting, number: int):
         self._setting, self._examples = setting, make_examples(setting, number)
@@ -180,10 +182,10 @@ class Packed:
 
     def _row(self, number: int) -> Rows:
         patch = self._config.dit.patch
-        items = []
+        examples = []
         for index, rank in zip(*self._stream.row(number), strict=True):
             example = self._examples[index]
             tokens = patchify(values_of(self._setting, int(index), example), patch)
-            at = coordinates(token_grid(example.latents, patch))
-            items.append(Item(tokens, at, byte_tokens(self._config.text, example.caption), rank))
-        return pack(items, self._config.rows, width=self._config.dit.token_width)
+            positions = coordinates(token_grid(example.latents, patch))
+            examples.append(Item(tokens, positions, byte_tokens(self._config.text, example.caption), rank))
+        return pack(examples, self._config.rows, width=self._config.dit.token_width)

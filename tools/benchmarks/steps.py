@@ -1,4 +1,4 @@
-"""How long a training step takes, on random latents and pixels."""
+"""Speed of training steps on random latents and pixels."""
 
 import contextlib
 import functools
@@ -25,12 +25,12 @@ from dit_video.training.step import Loss, Step, make_step
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 _HORIZON = 100_000
-"""Steps that learning rates are planned for; a schedule costs the same for any number."""
+"""Number of steps of the learning rate schedule, which does not affect its cost."""
 
 
 @contextlib.contextmanager
 def compilations() -> Iterator[Callable[[], int]]:
-    """How many programs XLA has compiled since the block was entered."""
+    """Yield a function that counts the programs XLA has compiled since the block was entered."""
     compiled = 0
 
     def listen(event: str, _seconds: float, **_: Any) -> None:
@@ -45,7 +45,7 @@ def compilations() -> Iterator[Callable[[], int]]:
 
 
 class Trained(NamedTuple):
-    """A step, the state after the last one, and how to lay out a batch."""
+    """A training step, its latest state and the function that places a batch on devices."""
 
     step: Step
     state: TrainState
@@ -53,7 +53,7 @@ class Trained(NamedTuple):
 
 
 def trainable(setting: Setting, init: Callable, loss: Loss, config: OptimizerConfig) -> Trained:
-    """A model on the mesh, before its first step."""
+    """Initialize a model on the mesh."""
     mesh = make_mesh(setting.mesh)
     optimizer = make_optimizer(config, steps=_HORIZON + config.warmup)
     layout = functools.partial(shardings, mesh=mesh)
@@ -63,23 +63,23 @@ def trainable(setting: Setting, init: Callable, loss: Loss, config: OptimizerCon
 
 
 def time_steps(trained: Trained, batches: Sequence[Any], steps: int) -> tuple[dict[str, Any], Trained]:
-    """Compile, warm up, and time `steps` steps on batches that lie on the device already."""
+    """Compile, warm up and time `steps` steps on batches that are on the device already."""
     step, state = trained.step, trained.state
     placed = [trained.place(batch) for batch in batches]
     jax.block_until_ready(placed)
     with compilations() as compiled:
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         state, metrics = step(state, placed[0])
         jax.block_until_ready(metrics)
-        first = time.perf_counter() - began
+        first = time.perf_counter() - start_time
         for batch in placed[1:3]:
             state, metrics = step(state, batch)
         jax.block_until_ready((state, metrics))
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         for number in range(steps):
             state, metrics = step(state, placed[number % len(placed)])
         jax.block_until_ready((state, metrics))
-        seconds = (time.perf_counter() - began) / steps
+        seconds = (time.perf_counter() - start_time) / steps
         total = compiled()
     figures = {
         "parameters": count(state.params),
@@ -93,7 +93,7 @@ def time_steps(trained: Trained, batches: Sequence[Any], steps: int) -> tuple[di
 
 
 def denoiser_parts(setting: Setting) -> tuple[Callable, DenoiserLoss, OptimizerConfig]:
-    """The parameters of a key, the loss and the optimizer of the denoiser with its text encoder."""
+    """Return the init function, the loss and the optimizer config of the denoiser with its text encoder."""
     config = setting.denoiser
     loss = DenoiserLoss(
         dit=graph_of(config.dit.make),
@@ -112,11 +112,11 @@ def denoiser_parts(setting: Setting) -> tuple[Callable, DenoiserLoss, OptimizerC
 
 
 def measure_denoiser(setting: Setting, steps: int, number: int) -> tuple[dict[str, Any], Trained]:
-    """The packed training step of the denoiser with its text encoder."""
+    """Measure the packed training step of the denoiser with its text encoder."""
     config = setting.denoiser
     packed = Packed(setting, number)
     batches = list(itertools.islice(packed, 8))
-    figures, trained = time_steps(trainable(setting, *denoiser_parts(setting)), batches, steps)
+    figures, setup = time_steps(trainable(setting, *denoiser_parts(setting)), batches, steps)
     tokens = config.batch * config.rows.tokens
     real = float(np.mean([(batch.segments > 0).sum(axis=(0, 1)) for batch in batches]))
     figures |= {
@@ -127,17 +127,17 @@ def measure_denoiser(setting: Setting, steps: int, number: int) -> tuple[dict[st
         "padding_share": round(packed.padding, 4),
         "peak_memory": peak_memory(),
     }
-    return figures, trained
+    return figures, setup
 
 
 def measure_autoencoder(setting: Setting, steps: int) -> tuple[dict[str, Any], Trained]:
-    """The autoencoder's training step on windows of pixels; its tokens are latent positions."""
+    """Measure the autoencoder's training step on windows of pixels; its tokens are latent positions."""
     config, model, window = setting.autoencoder, setting.autoencoder.model, setting.autoencoder.windows[0]
     loss = AutoencoderLoss(graph=graph_of(model.make), objective=config.loss, seed=0)
-    trained = trainable(setting, functools.partial(init_params, model.make), loss, config.optimizer)
+    setup = trainable(setting, functools.partial(init_params, model.make), loss, config.optimizer)
     generator = rng.host(0, "benchmark windows")
     batches = [generator.integers(0, 256, (window.batch, *window.size, 3), dtype=np.uint8) for _ in range(2)]
-    figures, trained = time_steps(trained, batches, steps)
+    figures, setup = time_steps(setup, batches, steps)
     latents = latent_grid(window.size, model.stride)
     figures |= {
         "windows": f"{window.batch} of {'x'.join(map(str, window.size))}",
@@ -145,15 +145,15 @@ def measure_autoencoder(setting: Setting, steps: int) -> tuple[dict[str, Any], T
         "pixels_per_second": round(1000 * window.batch * window.size.volume / figures["step_ms"]),
         "peak_memory": peak_memory(),
     }
-    return figures, trained
+    return figures, setup
 
 
 def peak_memory() -> dict[str, Any]:
-    """Bytes at the most until now: of the first device where it says so, else of this process."""
+    """Return the peak memory in bytes, of the first device if it reports that, else of this process."""
     statistics = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in statistics:
         return {"of": "device", "bytes": int(statistics["peak_bytes_in_use"])}
-    import resource  # Linux and macOS
+    import resource  # not available on Windows
 
     unit = 1 if sys.platform == "darwin" else 1024
     return {"of": "process", "bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}

@@ -1,4 +1,4 @@
-"""What blended tiles change of the frames that a trained autoencoder decodes, by their overlap."""
+"""Errors of tiled decoding with a trained autoencoder, by the overlap of the tiles."""
 
 import tempfile
 from pathlib import Path
@@ -17,34 +17,34 @@ from dit_video.experiment.run import Run
 from dit_video.tokens import Grid
 
 _TILE = 8
-"""Latent positions of a tile's side."""
+"""Side length of a tile, in latent positions."""
 _OVERLAPS = (0, 1, 2, 3)
-"""Latent positions."""
+"""Overlaps of the tiles, in latent positions."""
 _CHUNKS = 4
-"""Latent frames after a clip's first."""
+"""Number of latent frames after a clip's first."""
 _PIXELS = 192 * 256
 _RENDERED = 4
-"""Clips, where none are given."""
+"""Number of rendered clips, if no folder of clips is set."""
 
 
 def measure(run: Path, clips: Path | None) -> dict[str, Any]:
-    """Largest and mean difference of tiled frames from whole ones, in steps of 0..255, over all clips.
+    """Measure the largest and mean difference of tiled decoding from decoding at once, in steps of 0..255.
 
-    Clips are taken from their start, at the largest size of at most 192×256 pixels that keeps their shape.
+    Clips are read from their start, at the largest size of at most 192×256 pixels with their aspect ratio.
 
     Args:
-      run: a run's folder, or a pipeline's.
-      clips: a folder of clips; rendered ones if None.
+      run: folder of a run or of a pipeline.
+      clips: folder of clips; rendered ones if None.
     """
-    alone = (run / "autoencoder" / "weights.safetensors").is_file()  # of a run, whether the denoiser is trained or not
-    codec = Run.open(run).codec() if alone else dit_video.load(run).codec
+    is_run = (run / "autoencoder" / "weights.safetensors").is_file()  # a run, even if its denoiser is not trained yet
+    codec = Run.open(run).codec() if is_run else dit_video.load(run).codec
     stride = codec.config.stride
     limits = SizeLimits(
         max_pixels=_PIXELS, max_frames=1 + _CHUNKS * stride.t, multiple=Grid(stride.t, stride.h, stride.w)
     )
-    with clips_of(clips, _RENDERED) as folder, tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as made:
-        ingest(folder, Path(made) / "data")
-        source = ClipSource(Path(made) / "data")
+    with clips_of(clips, _RENDERED) as folder, tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as temporary:
+        ingest(folder, Path(temporary) / "data")
+        source = ClipSource(Path(temporary) / "data")
         latents = [codec.encode(read_fitted(source, index, limits))[None] for index in range(len(source))]
         sizes = {fit(info, limits)[1:] for info in source.infos}
     return {
@@ -59,9 +59,9 @@ def measure(run: Path, clips: Path | None) -> dict[str, Any]:
 def _errors(codec: Codec, latents: list[np.ndarray], overlap: int) -> dict[str, float]:
     stride = codec.config.stride
     tiles = Tiles(height=_TILE * stride.h, width=_TILE * stride.w, overlap=overlap * stride.h)
-    found = [tiling_error(codec.config, codec.params, values, tiles) for values in latents]
-    steps = 127.5  # of 0..255, in a pixel's unit of [-1, 1]
+    errors = [tiling_error(codec.config, codec.params, values, tiles) for values in latents]
+    steps = 127.5  # steps of 0..255 per unit of pixels in [-1, 1]
     return {
-        "largest": round(steps * max(error.largest for error in found), 1),
-        "mean": round(steps * float(np.mean([error.mean for error in found])), 4),
+        "largest": round(steps * max(error.largest for error in errors), 1),
+        "mean": round(steps * float(np.mean([error.mean for error in errors])), 4),
     }

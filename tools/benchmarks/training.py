@@ -1,4 +1,4 @@
-"""A training step of nothing but forward, backward and AdamW."""
+"""A minimal training step: forward, backward and AdamW."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,12 +11,12 @@ _OPTIMIZER = optax.adamw(RATE, weight_decay=DECAY)
 
 
 def start(params: Any) -> tuple[Any, Any]:
-    """What `step_of` takes first: parameters of its own, and the optimizer's state."""
+    """Return a copy of the parameters and the optimizer's state, the first arguments of a training step."""
     return jax.jit(lambda params: (jax.tree.map(jax.numpy.copy, params), _OPTIMIZER.init(params)))(params)
 
 
 def step_of(error: Callable[..., jax.Array]) -> Callable[..., tuple[Any, Any, jax.Array]]:
-    """`params, state, error = step(params, state, *given)`, jitted; parameters and state are donated."""
+    """Make a jitted `params, state, loss = step(params, state, *inputs)`; parameters and state are donated."""
 
     def step(params: Any, state: Any, *given: Any) -> tuple[Any, Any, jax.Array]:
         loss, gradients = jax.value_and_grad(error)(params, *given)

@@ -1,4 +1,4 @@
-"""Seconds of several things, one after the other and again."""
+"""Median seconds of several functions, called alternately."""
 
 import statistics
 import time
@@ -7,16 +7,16 @@ from typing import Any
 
 
 def in_turn(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of every call, over rounds that run all of them, in an order that alternates.
+    """Return the median seconds of every function, over rounds that call all of them in alternating order.
 
-    In every round each is called once before the call that counts: caches, and memory that went back to the system
-    meanwhile, are then as they are in a training run, where a step follows a step like it.
+    In every round each function is called once before the call that counts, so that caches and memory are as in a
+    training run, where a step follows another step of the same kind.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds):
         for name in list(calls)[:: -1 if number % 2 else 1]:
             calls[name]()
-            began = time.perf_counter()
+            start_time = time.perf_counter()
             calls[name]()
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(time.perf_counter() - start_time)
     return {name: statistics.median(values) for name, values in seconds.items()}

@@ -15,13 +15,13 @@ from benchmarks.training import DECAY, RATE
 
 
 def forms(folder: Path, inputs: Inputs) -> dict[str, Calls]:
-    """The model eager, and under `torch.compile` where that works, each with weights of its own."""
+    """Make the eager model and, if it works, the one under `torch.compile`, each with its own weights."""
     torch.set_num_threads(cores())
     calls = {"diffusers": _calls(_read(folder), lambda model: model, inputs)}
     try:
         compiled = _calls(_read(folder), torch.compile, inputs)
         compiled.forward()
-    except Exception as error:  # whatever a compiler that is missing or too old leads to
+    except Exception as error:  # a missing or outdated compiler can raise anything
         print(f"torch.compile: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
         return calls
     return calls | {"diffusers, compiled": compiled}
@@ -32,7 +32,7 @@ def _read(folder: Path) -> WanTransformer3DModel:
 
 
 def _calls(model: WanTransformer3DModel, form: Callable[..., Any], inputs: Inputs) -> Calls:
-    called = form(model.eval())  # it has no dropout
+    called = form(model.eval())  # eval mode changes nothing, as the model has no dropout
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=DECAY, fused=True)
     latents, target = (_channels_first(array) for array in (inputs.latents, inputs.target))
     text, time = torch.from_numpy(inputs.text)[None], torch.full((1,), 1000 * TIME)

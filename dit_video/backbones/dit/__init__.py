@@ -1,4 +1,4 @@
-"""Denoisers."""
+"""Diffusion transformers over packed rows, their configs, and their cost."""
 
 from dit_video.backbones.dit.attention_maps import attention_maps
 from dit_video.backbones.dit.conditioning import (

@@ -1,4 +1,4 @@
-"""Where a denoiser's tokens look."""
+"""Attention maps: the self-attention weights of a denoiser's layers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -28,39 +28,42 @@ def attention_maps(
     context_segments: Int[Array, "B S"] | None,
     given: Given = Given(),
 ) -> Float32[np.ndarray, "L B K Q M"]:
-    """The self-attention weights of some tokens in every layer, in the order in which the layers run.
+    """Compute the self-attention weights of some tokens in every layer, in the order in which the layers run.
 
-    Keys (M) are the row's tokens, then registers and a joint context where the model has them. The model computes as it
-    always does: whatever its backend, the weights are computed once more beside it, so that memory grows with the
-    number of queries alone.
+    Keys (M) are the row's tokens, then registers and the joint context if the model has them. The model runs with its
+    usual backend; the weights are computed separately, so memory grows with the number of queries only.
 
     Args:
-      dit: the model.
-      noisy: its input, as are `time`, `segments`, `coordinates`, `context`, `context_segments` and `given`.
+      dit: denoiser to inspect.
+      noisy: noisy tokens, its input.
       time: diffusion time, one value per segment.
-      queries: numbers of the tokens (Q) that look.
-      segments: of each token.
-      coordinates: of each token.
-      context: of each row.
-      context_segments: of each token of the context.
-      given: what else the model is given.
+      queries: indices in the row of the Q tokens whose weights are returned.
+      segments: segment id of each token.
+      coordinates: coordinates of each token.
+      context: context tokens of each row.
+      context_segments: segment id of each context token.
+      given: further inputs of the model.
 
     Raises:
-      UserError: no queries, or a number that no token of a row has.
+      UserError: no queries, or an index outside the row.
     """
-    if not queries or not all(0 <= number < noisy.shape[1] for number in queries):
-        raise UserError(f"queries {list(queries)} must name tokens of a row, which are 0 to {noisy.shape[1] - 1}")
-    found: list[Float32[np.ndarray, "B K Q M"]] = []
-    watched = nnx.merge(*nnx.split(dit))  # with the same parameters; `dit` stays as it is
+    if not queries or not all(0 <= query < noisy.shape[1] for query in queries):
+        raise UserError(
+            f"queries={list(queries)} is invalid; give one or more token indices from 0 to {noisy.shape[1] - 1}"
+        )
+    weights: list[Float32[np.ndarray, "B K Q M"]] = []
+    model = nnx.merge(*nnx.split(dit))  # a copy with the same parameters, so that `dit` is not changed
 
-    def recorded(pattern: Pattern) -> Recorded:
-        return Recorded(attention=dit.attention(pattern), pattern=pattern, queries=tuple(queries), record=found.append)
+    def record_attention(pattern: Pattern) -> Recorded:
+        return Recorded(
+            attention=dit.attention(pattern), pattern=pattern, queries=tuple(queries), record=weights.append
+        )
 
-    watched.attention = recorded
+    model.attention = record_attention
     row: dict[str, Any] = {"context": context, "context_segments": context_segments}
-    predicted = watched(
+    prediction = model(
         noisy, time, segments=jnp.asarray(segments), coordinates=jnp.asarray(coordinates), given=given, **row
     )
-    jax.block_until_ready(predicted)
-    jax.effects_barrier()
-    return np.stack(found)
+    jax.block_until_ready(prediction)
+    jax.effects_barrier()  # the weights arrive by callbacks, which may be later than the prediction
+    return np.stack(weights)

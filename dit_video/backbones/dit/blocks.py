@@ -1,6 +1,6 @@
-"""The transformer's blocks: attention and an MLP, shifted, scaled and gated by what conditions them.
+"""Transformer blocks: attention and an MLP, with shift, scale and gate from the conditioning.
 
-Streams of tokens are in float32 between blocks; only matrix products are in the config's dtype.
+The residual stream is float32; only matrix products are in the config's dtype.
 """
 
 from typing import ClassVar, NamedTuple
@@ -17,18 +17,18 @@ from dit_video.tokens import rotate, to_tokens
 
 
 class Row(NamedTuple):
-    """What all blocks are told of a row of tokens."""
+    """Inputs that all blocks share, besides the tokens."""
 
     segments: Int[Array, "B N"]
     at: Tokens
-    """of self-attention, with a joint context's tokens behind the row's own"""
+    """Metadata for self-attention; the tokens of a joint context follow those of the row."""
     angles: Float[Array, "B N half"] | None
     places: Float[Array, "B T 3"] | None = None
-    """coordinates for a relative bias, of as many tokens as `at`"""
+    """Coordinates for a relative bias, of all tokens in self-attention."""
 
 
 def make_block(config: DitConfig, *, rngs: nnx.Rngs) -> nnx.Module:
-    """The kind of block that the config's context asks for."""
+    """Build the kind of block that fits the config's context."""
     if isinstance(config.context, JointAttention):
         return JointBlock(config, rngs=rngs)
     return Block(config, rngs=rngs)
@@ -37,17 +37,17 @@ def make_block(config: DitConfig, *, rngs: nnx.Rngs) -> nnx.Module:
 def spread(
     values: Float[Array, "B M *rest"], segments: Int[Array, "B N"], *, per_token: bool
 ) -> Float[Array, "B N *rest"]:
-    """Every token's value, of one value per segment or of one per token already."""
+    """Return every token's value from values per segment, or per token already."""
     return values if per_token else to_tokens(values, segments)
 
 
 class Stream(nnx.Module):
-    """What a block has for one kind of tokens: modulation, the way into attention's heads and out of them, an MLP."""
+    """Layers of a block for one kind of tokens: modulation, attention's input and output projections, and an MLP."""
 
     end: ClassVar[Init] = "xavier"
-    """how what is added to the stream begins"""
+    """Initialisation of the layers whose output is added to the residual stream."""
     fused: Fused | None = None
-    """where the weights of queries, keys and values lie, on several devices"""
+    """Sharding constraint on the fused weights of queries, keys and values, on several devices."""
 
     def __init__(self, config: DitConfig, *, per_token: bool, rngs: nnx.Rngs):
         self._add_modulation(config, per_token, rngs)
@@ -56,9 +56,9 @@ class Stream(nnx.Module):
 
     def _add_modulation(self, config: DitConfig, per_token: bool, rngs: nnx.Rngs) -> None:
         self.heads, self.per_token = config.heads, per_token
-        width, own = config.width, config.modulation == "own"
-        self.own = Linear(width, 6 * width, init="zero", rngs=rngs) if own else None
-        self.table = None if own else nnx.Param(jnp.zeros((6, width), jnp.float32))
+        width, per_block = config.width, config.modulation == "own"
+        self.own = Linear(width, 6 * width, init="zero", rngs=rngs) if per_block else None
+        self.table = None if per_block else nnx.Param(jnp.zeros((6, width), jnp.float32))
 
     def _add_attention(self, config: DitConfig, rngs: nnx.Rngs) -> None:
         width, dtype = config.width, jnp.dtype(config.dtype)
@@ -77,9 +77,9 @@ class Stream(nnx.Module):
     def parts(
         self, modulation: Float[Array, "B M 6 D"] | Float[Array, "B M D"], segments: Int[Array, "B N"]
     ) -> tuple[Float[Array, "B N D"], ...]:
-        """Shift, scale and gate of attention, then those of the MLP.
+        """Return shift, scale and gate of attention, then those of the MLP.
 
-        `modulation` is the shared one, of segments or of tokens, or the condition that this stream projects for itself.
+        `modulation` is the shared one, per segment or per token, or the condition, which this stream then projects.
         """
         if self.own is None:
             assert self.table is not None
@@ -91,7 +91,7 @@ class Stream(nnx.Module):
     def project(
         self, x: Float[Array, "B N D"], angles: Float[Array, "B N half"] | None
     ) -> tuple[Float[Array, "B N K d"], Float[Array, "B N K d"], Float[Array, "B N K d"]]:
-        """Queries, keys and values; without angles queries and keys aren't turned."""
+        """Return queries, keys and values; queries and keys are not rotated if `angles` is None."""
         qkv = self.qkv.parts(x, 3, self.fused)
         q = into_heads(qkv[:, :, 0], self.query_norm, self.heads)
         k = into_heads(qkv[:, :, 1], self.key_norm, self.heads)
@@ -100,13 +100,13 @@ class Stream(nnx.Module):
         return q, k, into_heads(qkv[:, :, 2], None, self.heads)
 
     def leave(self, mixed: Float[Array, "B N K d"]) -> Float[Array, "B N D"]:
-        """What attention adds to the stream."""
+        """Project attention's output, to be added to the residual stream."""
         return self.out(mixed.reshape(*mixed.shape[:2], -1)).astype(jnp.float32)
 
     def mlp(
         self, x: Float[Array, "B N D"], shift: Float[Array, "B N D"], scale: Float[Array, "B N D"]
     ) -> Float[Array, "B N D"]:
-        """Modulation, linear, tanh-gelu, linear; or SwiGLU, `down(silu(gate(x)) * up(x))` (arXiv 2002.05202)."""
+        """Apply modulation, linear, tanh-GELU, linear; or SwiGLU, `down(silu(gate(x)) * up(x))` (arXiv 2002.05202)."""
         x = modulate(x, shift, scale, eps=self.mlp_norm_eps)
         up = self.up(x)
         hidden = gelu(up) if self.gate is None else nnx.silu(self.gate(x)) * up
@@ -114,11 +114,11 @@ class Stream(nnx.Module):
 
 
 class Block(Stream):
-    """Self-attention among a segment's tokens, cross-attention to its context where there is one, and an MLP."""
+    """A block with self-attention within segments, cross-attention to the context if there is one, and an MLP."""
 
     def __init__(self, config: DitConfig, *, rngs: nnx.Rngs):
         self.parallel = config.order == "parallel"
-        # A seed's parameters are drawn in this order.
+        # The order of these calls decides which random numbers each parameter gets.
         self._add_modulation(config, config.time == "token", rngs)
         self._add_attention(config, rngs)
         self.crosses = isinstance(config.context, CrossAttention)
@@ -146,8 +146,8 @@ class Block(Stream):
         q, k, v = self.project(modulate(x, shift, scale), row.angles)
         x = x + gate * self.leave(attention(q, k, v, _biased(row, self.relative)))
         if self.crosses:
-            seen = layer_norm(start if self.parallel else x)
-            x = x + self._cross_attention(seen, row.segments, context, context_segments)
+            cross_input = layer_norm(start if self.parallel else x)
+            x = x + self._cross_attention(cross_input, row.segments, context, context_segments)
         return x + mlp_gate * self.mlp(start if self.parallel else x, mlp_shift, mlp_scale)
 
     def _cross_attention(self, x, segments, context, context_segments):
@@ -160,10 +160,10 @@ class Block(Stream):
 
 
 class TemporalBlock(Stream):
-    """Attention over the frames at one place, and an MLP; the identity until it is trained.
+    """A block with attention over the frames at one position, and an MLP; it is the identity until it is trained.
 
-    What it adds comes from maps that start at zero; so gates count from 1, or both would be zero in a fresh model and
-    neither would learn.
+    Its output layers start at zero, so gates are `1 + gate`: if both were zero in a new model, neither would get a
+    gradient.
     """
 
     end: ClassVar[Init] = "zero"
@@ -185,7 +185,7 @@ class TemporalBlock(Stream):
 
 
 class JointBlock(nnx.Module):
-    """Two streams whose tokens attend to those of both: the video's, and the context's behind them in `x`."""
+    """A block with two streams and joint attention; in `x` the context's tokens follow those of the video."""
 
     def __init__(self, config: DitConfig, *, rngs: nnx.Rngs):
         self.parallel = config.order == "parallel"
@@ -210,23 +210,25 @@ class JointBlock(nnx.Module):
             self.context.parts(context_modulation, context_segments),
         ]
         heads = [
-            stream.project(modulate(start, shift, scale), at)
-            for stream, start, (shift, scale, *_), at in zip(streams, starts, parts, (row.angles, None), strict=True)
+            stream.project(modulate(start, shift, scale), angles)
+            for stream, start, (shift, scale, *_), angles in zip(
+                streams, starts, parts, (row.angles, None), strict=True
+            )
         ]
-        q, k, v = (jnp.concatenate(both, axis=1) for both in zip(*heads, strict=True))
+        q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(*heads, strict=True))
         mixed = attention(q, k, v, _biased(row, self.relative))
         ends = []
         for stream, start, (_, _, gate, mlp_shift, mlp_scale, mlp_gate), part in zip(
             streams, starts, parts, (mixed[:, :length], mixed[:, length:]), strict=True
         ):
-            attended = start + gate * stream.leave(part)
-            seen = start if self.parallel else attended
-            ends.append(attended + mlp_gate * stream.mlp(seen, mlp_shift, mlp_scale))
+            residual = start + gate * stream.leave(part)
+            mlp_input = start if self.parallel else residual
+            ends.append(residual + mlp_gate * stream.mlp(mlp_input, mlp_shift, mlp_scale))
         return jnp.concatenate(ends, axis=1)
 
 
 def into_heads(x: Float[Array, "B N D"], norm: RmsNorm | None, heads: int) -> Float[Array, "B N {heads} d"]:
-    """A width divided into heads; a norm as wide as all of them goes before, one as wide as a head after."""
+    """Split the width into heads; a norm of the full width is applied before the split, one of a head's width after."""
     if norm is not None and norm.scale.shape[-1] == x.shape[-1]:
         x, norm = norm(x), None
     x = x.reshape(*x.shape[:2], heads, -1)

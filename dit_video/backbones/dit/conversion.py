@@ -1,4 +1,4 @@
-"""Denoisers made of trained ones, which have more to learn and predict as before until they do."""
+"""Model surgery: extensions of trained denoisers that leave the predictions unchanged until they are trained."""
 
 import dataclasses
 from typing import Any, TypeVar
@@ -19,51 +19,53 @@ Config = TypeVar("Config", DitConfig, WanDitConfig)
 def image_to_video(
     config: DitConfig, params: dict[str, Any], temporal: Temporal, key: Array
 ) -> tuple[DitConfig, dict[str, Any]]:
-    """A video model that predicts of every frame what the image model does, until it is trained.
+    """Extend an image model to a video model, which predicts every frame as the image model does until it is trained.
 
-    Spatial layers see one frame each and take it for an image; of time only the temporal layers know. To train these
-    alone, as Kandinsky Video does (arXiv 2311.13073, section 3.2), say `trainable=("temporal",)` to the optimizer.
+    Spatial layers process each frame as an image; only the temporal layers depend on time. To train these alone, as in
+    Kandinsky Video (arXiv 2311.13073, section 3.2), set the optimizer's `trainable=("temporal",)`.
 
     Args:
-      config: of an image model.
-      params: its parameters, which the result shares.
-      temporal: where the temporal layers are.
-      key: for them.
+      config: config of an image model.
+      params: parameters of that model, which the result shares.
+      temporal: config of the temporal layers.
+      key: random key for the parameters of the temporal layers.
 
     Raises:
-      UserError: a model that has temporal layers, another pattern than `Full` or `SpaceOnly`, registers or joint
-        attention; or parameters of another one.
+      UserError: a model with temporal layers, a pattern other than `Full` or `SpaceOnly`, registers or joint attention;
+        or parameters of another model.
     """
     if config.temporal is not None or config.pattern not in (Full(), SpaceOnly()):
         raise UserError(
-            f"a model with the pattern {config.pattern} and temporal={config.temporal} is no image model: "
-            "begin with one whose pattern is Full() or SpaceOnly(), without temporal layers"
+            f"a model with pattern={config.pattern} and temporal={config.temporal} is not an image model; "
+            "use one with pattern Full() or SpaceOnly(), and without temporal layers"
         )
     grown = dataclasses.replace(config, pattern=SpaceOnly(), temporal=temporal)
     return grown, completed_params(grown.make, checked_params(config.make, params), key)
 
 
 def with_given(config: Config, params: dict[str, Any], channels: int) -> tuple[Config, dict[str, Any]]:
-    """A model that is given `channels` channels of clean latents and masks, and does not heed the new ones yet.
+    """Extend a model to `channels` channels of clean latents and masks, with zero weights for the new ones.
 
-    So a text-to-video model becomes one that animates images: 4 mask channels and 16 latent ones in Wan's.
+    This turns a text-to-video model into an image-to-video model; Wan's have 4 mask channels and 16 latent channels.
 
     Raises:
-      UserError: no more channels than there are, or parameters of another model.
+      UserError: the model has this many channels already, or the parameters are those of another model.
     """
     if channels <= config.given_channels:
-        raise UserError(f"the model is given {config.given_channels} channels already; {channels} are not more")
+        raise UserError(
+            f"{channels} channels do not extend a model that has {config.given_channels} already; give more channels"
+        )
     grown = dataclasses.replace(config, given_channels=channels)
-    leaves, places = checked_params(config.make, params), config.patch.volume
+    leaves, patch_volume = checked_params(config.make, params), config.patch.volume
     if isinstance(config, WanDitConfig):
-        leaves["embed/kernel"] = _widened(leaves["embed/kernel"], places, config.channels + channels)
+        leaves["embed/kernel"] = _widened(leaves["embed/kernel"], patch_volume, config.channels + channels)
     else:
         old = leaves.get("given/kernel", jnp.zeros((0, config.width), jnp.float32))
-        leaves["given/kernel"] = _widened(old, places, channels)
+        leaves["given/kernel"] = _widened(old, patch_volume, channels)
     return grown, unflatten(leaves)
 
 
 def _widened(kernel: Float[Array, "i D"], places: int, channels: int) -> Float[Array, "o D"]:
-    """With zeros for the new channels, which lie behind the old ones at each place of a patch."""
-    by_place = jnp.reshape(kernel, (places, -1, kernel.shape[1]))
-    return jnp.pad(by_place, ((0, 0), (0, channels - by_place.shape[1]), (0, 0))).reshape(-1, kernel.shape[1])
+    """Add zero weights for new channels, which follow the old ones at each position in a patch."""
+    by_position = jnp.reshape(kernel, (places, -1, kernel.shape[1]))
+    return jnp.pad(by_position, ((0, 0), (0, channels - by_position.shape[1]), (0, 0))).reshape(-1, kernel.shape[1])

@@ -1,7 +1,7 @@
-"""The spacetime diffusion transformer over packed rows.
+"""Spacetime diffusion transformer over packed rows.
 
-Blocks as in DiT (arXiv 2212.09748) with text by cross-attention as in PixArt (arXiv 2310.00426), if the config says
-nothing else; the modulation is projected once and shared, each block adding its own table, as in Wan 2.1.
+By default the blocks are those of DiT (arXiv 2212.09748) with cross-attention to text as in PixArt (arXiv 2310.00426),
+and the modulation is projected once and shared, each block adding its own table, as in Wan 2.1.
 """
 
 from collections.abc import Callable
@@ -21,11 +21,11 @@ from dit_video.nn.attention import NOWHERE, Chosen, Full, Pattern, TimeOnly, gri
 from dit_video.tokens import Rotary3d, rotary_angles, segment_mean, to_tokens
 
 _TIME = np.asarray([1, 0, 0], np.float32)
-"""what of coordinates (t, h, w) is time"""
+"""Mask of the time axis in coordinates (t, h, w)."""
 
 
 class _Sequence(NamedTuple):
-    """A row's tokens, with the registers of every segment behind them."""
+    """Embedded tokens of packed rows, followed by the registers of every segment."""
 
     x: Float[Array, "B N D"]
     segments: Int[Array, "B N"]
@@ -34,7 +34,7 @@ class _Sequence(NamedTuple):
 
 
 class Dit(nnx.Module):
-    """`prediction = dit(noisy, time, ...)` on packed rows."""
+    """A diffusion transformer `prediction = dit(noisy, time, ...)` on packed rows."""
 
     def __init__(self, config: DitConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -55,7 +55,7 @@ class Dit(nnx.Module):
         self.head = Linear(width, config.head_width, init="zero", rngs=rngs)
         normal = nnx.initializers.normal(0.02)
         if config.given_channels:
-            # From zero: a model that is given more than it was trained with begins as it was.
+            # Zero weights, so that a trained model that is extended by this input predicts as before.
             self.given = Linear(config.given_width, width, bias=False, init="zero", dtype=dtype, rngs=rngs)
         if config.registers:
             self.registers = nnx.Param(normal(rngs.params(), (config.registers, width), jnp.float32))
@@ -63,8 +63,8 @@ class Dit(nnx.Module):
             self.labels = nnx.Param(normal(rngs.params(), (config.labels.classes + 1, width), jnp.float32))
         if config.temporal is not None:
             self.temporal_position = EndDistances().make(width, init="zero", dtype=dtype, rngs=rngs)
-            number = config.layers // config.temporal.every * config.temporal.layers
-            self.temporal_blocks = make_stack(lambda r: TemporalBlock(config, rngs=r), number, rngs=rngs)
+            temporal_layers = config.layers // config.temporal.every * config.temporal.layers
+            self.temporal_blocks = make_stack(lambda r: TemporalBlock(config, rngs=r), temporal_layers, rngs=rngs)
 
     def __call__(
         self,
@@ -79,45 +79,45 @@ class Dit(nnx.Module):
     ) -> Float[Array, "B N prediction"]:
         """Predict from noisy tokens at one diffusion time per segment (0 = data, 1 = noise).
 
-        A prediction is as wide as a token, or twice with its variance: `[prediction, variance]` at each place of a
-        patch.
+        The prediction is as wide as a token, or twice as wide with a learned variance: `[prediction, variance]` at each
+        position in a patch.
 
         Raises:
-          UserError: something is given that the config does not ask for, or the other way round.
+          UserError: an input that the config requires is missing, or one that it does not use is present.
         """
         given.check(*self._wanted())
-        steady = self._steady((time.shape[0], time.shape[1]), context, context_segments, given.labels)
-        of_segments = of_tokens = nnx.silu(self._time(time) + steady)
+        static = self._steady((time.shape[0], time.shape[1]), context, context_segments, given.labels)
+        segment_condition = token_condition = nnx.silu(self._time(time) + static)
         row = self._sequence(noisy, time, segments, coordinates, given)
         if row.token_time is not None:
-            of_tokens = nnx.silu(self._time(row.token_time) + to_tokens(steady, row.segments))
-        x = self._through_blocks(row, noisy.shape[1], of_segments, of_tokens, context, context_segments)
-        shift_scale = self.head_modulation(of_tokens)
+            token_condition = nnx.silu(self._time(row.token_time) + to_tokens(static, row.segments))
+        x = self._through_blocks(row, noisy.shape[1], segment_condition, token_condition, context, context_segments)
+        shift_scale = self.head_modulation(token_condition)
         if row.token_time is None:
             shift_scale = to_tokens(shift_scale, segments)
         shift, scale = jnp.split(shift_scale[:, : noisy.shape[1]], 2, axis=-1)
         return self._predicted(self.head(modulate(x[:, : noisy.shape[1]], shift, scale)))
 
     def _predicted(self, head: Float[Array, "B N o"]) -> Float[Array, "B N prediction"]:
-        """What is given of the head's values, with their sign."""
+        """Drop the variance from the head's output and negate it, if the config says so."""
         config = self.config
         if config.variance == "dropped":
-            places = head.reshape(*head.shape[:2], config.patch.volume, -1)
-            head = places[..., : config.channels].reshape(*head.shape[:2], -1)
+            by_position = head.reshape(*head.shape[:2], config.patch.volume, -1)
+            head = by_position[..., : config.channels].reshape(*head.shape[:2], -1)
         return -head if config.time_embedding.reversed else head
 
     def _wanted(self) -> list[str]:
         config = self.config
-        wanted = {
+        required = {
             "token_time": config.time == "token",
             "latents": config.given_channels > 0,
             "labels": config.labels is not None,
         }
-        return [name for name, needed in wanted.items() if needed]
+        return [name for name, is_required in required.items() if is_required]
 
     def _time(self, time: Float[Array, "*batch"]) -> Float[Array, "*batch D"]:
-        of = self.config.time_embedding
-        return self.time_out(nnx.silu(self.time_in(sinusoidal(of.told(time), 256, period=of.period))))
+        embedding = self.config.time_embedding
+        return self.time_out(nnx.silu(self.time_in(sinusoidal(embedding.told(time), 256, period=embedding.period))))
 
     def _steady(
         self,
@@ -126,18 +126,18 @@ class Dit(nnx.Module):
         context_segments: Int[Array, "B S"] | None,
         labels: Int[Array, "B G"] | None,
     ) -> Float[Array, "B G D"]:
-        """What modulates a segment whatever the time: the mean of its context, and its class.
+        """Embed the part of a segment's condition that does not depend on time: the mean of its context, and its class.
 
-        `shape` is (B, G). A class that there isn't gives NaN.
+        `shape` is (B, G). An unknown class gives NaN.
         """
-        steady: Array = jnp.zeros((*shape, self.config.width), jnp.float32)
+        condition: Array = jnp.zeros((*shape, self.config.width), jnp.float32)
         if self.config.context.pooled:
             assert context is not None
             assert context_segments is not None
-            steady = self.context_pooled(segment_mean(context.astype(jnp.float32), context_segments, count=shape[1]))
+            condition = self.context_pooled(segment_mean(context.astype(jnp.float32), context_segments, count=shape[1]))
         if labels is not None:
-            steady = steady + self.labels[...].at[labels].get(mode="fill", fill_value=jnp.nan)
-        return steady
+            condition = condition + self.labels[...].at[labels].get(mode="fill", fill_value=jnp.nan)
+        return condition
 
     def _sequence(
         self,
@@ -153,29 +153,29 @@ class Dit(nnx.Module):
             x = x + self.given(given.latents)
         count = time.shape[1]
         if config.temporal is not None:
-            # What is not temporal takes every frame for an image.
-            of_time = EndDistances().features(coordinates * _TIME, segments, count=count, width=config.width)
-            x = x + self.temporal_position(of_time)
+            # Time has an embedding of its own, so that all other parts process every frame as an image.
+            time_features = EndDistances().features(coordinates * _TIME, segments, count=count, width=config.width)
+            x = x + self.temporal_position(time_features)
         if config.added_position is not None:
-            at = coordinates if config.temporal is None else coordinates * (1 - _TIME)
-            features = config.added_position.features(at, segments, count=count, width=config.width)
+            embedded = coordinates if config.temporal is None else coordinates * (1 - _TIME)
+            features = config.added_position.features(embedded, segments, count=count, width=config.width)
             x = x + (features if self.position is None else self.position(features))
         row = _Sequence(x.astype(jnp.float32), segments, coordinates, given.token_time)
         return self._with_registers(row, time) if config.registers else row
 
     def _with_registers(self, row: _Sequence, time: Float[Array, "B G"]) -> _Sequence:
-        """Those of every segment, at its time and turned by no position."""
+        """Append the registers of every segment, at its time and with coordinates of zero, which rotate nothing."""
         rows, count = time.shape
         ids = jnp.repeat(jnp.arange(1, count + 1, dtype=row.segments.dtype), self.config.registers)
         ids = jnp.tile(ids, (rows, 1))
-        nowhere = jnp.zeros((*ids.shape, 3), row.coordinates.dtype)
+        zeros = jnp.zeros((*ids.shape, 3), row.coordinates.dtype)
         token_time = row.token_time
         if token_time is not None:
             token_time = jnp.concatenate([token_time, to_tokens(time, ids)], axis=1)
         return _Sequence(
             jnp.concatenate([row.x, jnp.tile(self.registers[...], (rows, count, 1))], axis=1),
             jnp.concatenate([row.segments, ids], axis=1),
-            jnp.concatenate([row.coordinates, nowhere], axis=1),
+            jnp.concatenate([row.coordinates, zeros], axis=1),
             token_time,
         )
 
@@ -188,54 +188,55 @@ class Dit(nnx.Module):
         context: Float[Array, "B S E"] | None,
         context_segments: Int[Array, "B S"] | None,
     ) -> Float[Array, "B T D"]:
-        """All tokens after the last block, those of a joint context at the end; the first `length` have a place."""
+        """Apply all blocks to the row's tokens, of which the first `length` have a position, and to a joint context."""
         config = self.config
         modulation = self._modulation(of_tokens)
-        x, third = row.x, None
+        # Blocks take the embedded context, or, if it is part of the sequence, the modulation of its tokens.
+        x, context_input = row.x, None
         if isinstance(config.context, CrossAttention | JointAttention):
             assert context is not None
             assert context_segments is not None
-            third = self.context_in(context)
+            context_input = self.context_in(context)
             if isinstance(config.context, JointAttention):
-                x = jnp.concatenate([x, third.astype(jnp.float32)], axis=1)
-                third = self._modulation(of_segments)
-        told = self._told(row, length, context_segments if isinstance(config.context, JointAttention) else None)
+                x = jnp.concatenate([x, context_input.astype(jnp.float32)], axis=1)
+                context_input = self._modulation(of_segments)
+        metadata = self._told(row, length, context_segments if isinstance(config.context, JointAttention) else None)
         attentions = [self.attention(pattern) for pattern in config.layer_patterns]
-        turns = [(modulation, told, third, context_segments, attention) for attention in attentions]
+        spatial = [(modulation, metadata, context_input, context_segments, attention) for attention in attentions]
         if config.temporal is None:
-            return apply_groups(x, [Turns(self.blocks, turns)], remat=config.remat)
-        over_time = told._replace(angles=rotary_angles(row.coordinates, config.time_rotary))
-        temporal = (modulation, over_time, self.attention(TimeOnly()))
-        stacks = [
-            Turns(self.blocks, turns * config.temporal.every),
+            return apply_groups(x, [Turns(self.blocks, spatial)], remat=config.remat)
+        temporal_metadata = metadata._replace(angles=rotary_angles(row.coordinates, config.time_rotary))
+        temporal = (modulation, temporal_metadata, self.attention(TimeOnly()))
+        groups = [
+            Turns(self.blocks, spatial * config.temporal.every),
             Turns(self.temporal_blocks, [temporal] * config.temporal.layers),
         ]
-        return apply_groups(x, stacks, remat=config.remat)
+        return apply_groups(x, groups, remat=config.remat)
 
     def _told(self, row: _Sequence, length: int, joint_segments: Int[Array, "B S"] | None) -> Row:
-        """Where tokens lie, in the forms that blocks read: found once for all of them."""
+        """Return the metadata that all blocks share: segments, grid indices, rotary angles and bias coordinates."""
         config = self.config
         coordinates = row.coordinates if config.temporal is None else row.coordinates * (1 - _TIME)
         segments = row.segments
         if joint_segments is not None:
             segments = jnp.concatenate([segments, joint_segments], axis=1)
 
-        def padded(of_placed: Array, fill: float | int) -> Array:
-            """With what stands for the place of registers and of a joint context."""
-            return jnp.pad(of_placed, ((0, 0), (0, segments.shape[1] - length), (0, 0)), constant_values=fill)
+        def pad(positions: Array, fill: float | int) -> Array:
+            """Pad with the fill value for tokens without a position: registers and a joint context."""
+            return jnp.pad(positions, ((0, 0), (0, segments.shape[1] - length), (0, 0)), constant_values=fill)
 
         indices = None
         if config.layer_patterns != (Full(),):
-            indices = padded(grid_indices(row.coordinates[:, :length], row.segments[:, :length]), NOWHERE)
+            indices = pad(grid_indices(row.coordinates[:, :length], row.segments[:, :length]), NOWHERE)
         return Row(
             row.segments,
             Tokens.among(segments, indices),
             rotary_angles(coordinates, config.rotary) if isinstance(config.rotary, Rotary3d) else None,
-            None if config.relative_bias is None else padded(coordinates[:, :length], jnp.inf),
+            None if config.relative_bias is None else pad(coordinates[:, :length], jnp.inf),
         )
 
     def _modulation(self, condition: Float[Array, "B M D"]) -> Float[Array, "B M 6 D"] | Float[Array, "B M D"]:
-        """The shared one; or the condition, which each block projects for itself."""
+        """Return the shared modulation, or the condition if each block projects it itself."""
         if self.config.modulation == "own":
             return condition
         return self.modulation(condition).reshape(*condition.shape[:2], 6, -1)

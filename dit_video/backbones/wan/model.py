@@ -1,8 +1,8 @@
 """Wan's transformer (arXiv 2503.20314; Wan 2.1 and 2.2) over packed rows.
 
-What it has of its own: queries and keys are normalised over the full width; the time is projected once for all blocks,
-and the head's table is added to the time before that projection; the norm before the ungated cross-attention is
-learned; a text is padded with zeros to a fixed length, and the padding is attended to.
+It differs from `Dit` as follows: queries and keys are normalised over the full width; the time is projected once for
+all blocks, and the head's table is added to the time before that projection; the norm before the ungated
+cross-attention is learned; text is padded with zeros to a fixed length, and the padding is attended to.
 """
 
 from collections.abc import Callable
@@ -40,67 +40,69 @@ from dit_video.tokens import Grid, Rotary3d, positions, rotary_angles, rotate, t
 
 @dataclass(frozen=True, kw_only=True)
 class WanDitConfig:
-    """The shape of one of Wan's transformers; the defaults are those of Wan 2.1 T2V 1.3B.
+    """Configuration of Wan's transformer; the defaults are those of Wan 2.1 T2V 1.3B.
 
     Raises:
-      UserError: heads that do not divide the width into even parts, a text length below 1, positions of image tokens
-        without image tokens, or patterns that do not divide the layers or that the attention backend cannot do.
+      UserError: heads that do not divide the width into even parts, a text length below 1, image positions without an
+        image width, or patterns that do not divide the layers or that the attention backend does not support.
     """
 
     channels: int = 16
-    """latent channels"""
+    """Number of latent channels."""
     given_channels: int = 0
-    """of the clean latents and masks beside the noisy latents (`Given.latents`): 20 in those that animate an image"""
+    """Number of channels of clean latents and masks (`Given.latents`); 20 in image-to-video models."""
     context_width: int = 4096
-    """of the text encoder (E)"""
+    """Width of the text encoder's output (E)."""
     text_length: int = 512
-    """to which a text is padded with zeros"""
+    """Number of tokens to which a text is padded with zeros."""
     image_width: int | None = None
-    """of the image encoder (F), in the models that attend to an image's tokens (`Given.image`)"""
+    """Width of the image encoder's output (F); None for models without image tokens (`Given.image`)."""
     image_positions: int | None = None
-    """how many image tokens have learned positions: those of the first and the last frame together"""
+    """Number of learned positions of image tokens, those of the first and the last frame together."""
     patch: Grid = Grid(1, 2, 2)
     width: int = 1536
     hidden_width: int = 8960
-    """of the MLP"""
+    """Hidden width of the MLP."""
     layers: int = 30
     heads: int = 12
     time_width: int = 256
-    """of the sines and cosines of the time"""
+    """Number of sines and cosines of the time."""
     time: Literal["segment", "token"] = "segment"
-    """`token` in TI2V-5B, whose first latent frame is at time 0 where it is known (`Given.token_time`)"""
+    """Diffusion time per segment, or per token as in TI2V-5B, whose first latent frame can be known and at time 0."""
     pattern: PatternChoice | tuple[PatternChoice, ...] = Full()
-    """what self-attention sees of the clip, or what the layers in turn see"""
+    """Pattern of self-attention, or several that the layers use in turn."""
     clock: ClassVar[Literal["tokens"]] = "tokens"
-    """what coordinates count along time"""
+    """Unit of the time coordinate."""
     attention: Backend = "auto"
     dtype: str = "float32"
-    """of the matrix products; norms, modulation and the residual stream are float32"""
+    """Dtype of the matrix products; norms, modulation and the residual stream are float32."""
     remat: Remat = "none"
 
     def __post_init__(self):
         if self.heads < 1 or self.width % self.heads or self.width // self.heads % 2:
-            raise UserError(f"width {self.width} must be divisible by its {self.heads} heads, each an even part")
+            raise UserError(
+                f"width {self.width} must be divisible by its {self.heads} heads into parts of even width; change one"
+            )
         if self.text_length < 1:
-            raise UserError(f"texts are padded to 1 token or more, not {self.text_length}")
+            raise UserError(f"text_length={self.text_length} is invalid; use at least 1 token")
         if self.image_positions is not None and self.image_width is None:
-            raise UserError(f"{self.image_positions} positions of image tokens need an image_width")
+            raise UserError(f"image_positions={self.image_positions} needs image tokens; set image_width")
         check_patterns(self.patterns, self.layers)
         check_attention(self.attention, *self.patterns)
 
     @property
     def patterns(self) -> tuple[PatternChoice, ...]:
-        """Of the layers in turn."""
+        """Return the patterns that the layers use in turn."""
         return self.pattern if isinstance(self.pattern, tuple) else (self.pattern,)
 
     @property
     def token_width(self) -> int:
-        """Values of one token (p)."""
+        """Return the number of values of one token (p)."""
         return self.patch.volume * self.channels
 
     @property
     def given_width(self) -> int:
-        """Values of the clean latents and masks of one token (g)."""
+        """Return the number of values of the clean latents and masks of one token (g)."""
         return self.patch.volume * self.given_channels
 
     @property
@@ -109,11 +111,11 @@ class WanDitConfig:
 
     @property
     def matrices(self) -> float:
-        """A layer's products for each video token, in units of width²: what its cost is counted by."""
+        """Return the weights of attention and MLP in a layer that act on each video token, in units of width²."""
         return 6 + 2 * self.hidden_width / self.width
 
     def pairs(self, grid: Grid) -> float:
-        """Pairs of a clip's tokens that attend to each other: all."""
+        """Return the number of token pairs in a clip."""
         return float(grid.volume**2)
 
     def make(self, rngs: nnx.Rngs) -> "WanDit":
@@ -121,28 +123,28 @@ class WanDitConfig:
 
     @classmethod
     def t2v_1_3b(cls, **fields: Any) -> "WanDitConfig":
-        """Wan 2.1 T2V 1.3B."""
+        """Return the config of Wan 2.1 T2V 1.3B."""
         return cls(**fields)
 
     @classmethod
     def t2v_14b(cls, **fields: Any) -> "WanDitConfig":
-        """Wan 2.1 T2V 14B, and both experts of Wan 2.2 T2V A14B."""
+        """Return the config of Wan 2.1 T2V 14B, and of both experts of Wan 2.2 T2V A14B."""
         return cls(**{"width": 5120, "hidden_width": 13824, "layers": 40, "heads": 40} | fields)
 
     @classmethod
     def i2v_14b(cls, **fields: Any) -> "WanDitConfig":
-        """Wan 2.1 I2V 14B; both experts of Wan 2.2 I2V A14B with `image_width=None`."""
+        """Return the config of Wan 2.1 I2V 14B; with `image_width=None` that of both experts of Wan 2.2 I2V A14B."""
         return cls.t2v_14b(**{"given_channels": 20, "image_width": 1280} | fields)
 
     @classmethod
     def ti2v_5b(cls, **fields: Any) -> "WanDitConfig":
-        """Wan 2.2 TI2V 5B."""
+        """Return the config of Wan 2.2 TI2V 5B."""
         shape = {"channels": 48, "width": 3072, "hidden_width": 14336, "layers": 30, "heads": 24}
         return cls(**shape | {"time": "token"} | fields)
 
 
 class WanDit(nnx.Module):
-    """`prediction = dit(noisy, time, ...)` on packed rows; its velocity points from data to noise."""
+    """Wan's transformer `prediction = dit(noisy, time, ...)` on packed rows; its velocity points from data to noise."""
 
     def __init__(self, config: WanDitConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -172,31 +174,32 @@ class WanDit(nnx.Module):
     ) -> Float[Array, "B N p"]:
         """Predict from noisy tokens at one diffusion time per segment (0 = data, 1 = noise).
 
-        A segment whose text is longer than the config's `text_length` gets NaN: tokenizers cut texts, and say so.
+        A segment whose text is longer than the config's `text_length` gets NaN; truncation is left to the tokenizer,
+        which can warn about it.
 
         Raises:
-          UserError: something is given that the config does not ask for, or the other way round.
+          UserError: an input that the config requires is missing, or one that it does not use is present.
         """
         given.check(*self._wanted())
-        at = time if given.token_time is None else given.token_time
-        embedded = self.time_out(nnx.silu(self.time_in(sinusoidal(TIME_SCALE * at, self.config.time_width))))
-        modulation = self.modulation(nnx.silu(embedded)).reshape(*at.shape, 6, -1)
+        input_time = time if given.token_time is None else given.token_time
+        embedded = self.time_out(nnx.silu(self.time_in(sinusoidal(TIME_SCALE * input_time, self.config.time_width))))
+        modulation = self.modulation(nnx.silu(embedded)).reshape(*input_time.shape, 6, -1)
         head = embedded[:, :, None] + self.head_table[...]
         if given.token_time is None:
             head = to_tokens(head, segments)
         text, fits = self._text(context, context_segments, count=time.shape[1])
         image = None
         if self.image is not None:
-            assert given.image is not None  # as checked
+            assert given.image is not None  # by `given.check`
             assert given.image_segments is not None
             image = (self.image(given.image, given.image_segments), given.image_segments)
         patterns = self.config.patterns
         indices = None if patterns == (Full(),) else grid_indices(coordinates, segments)
-        row = Row(segments, Tokens.among(segments, indices), rotary_angles(coordinates, self.config.rotary))
+        metadata = Row(segments, Tokens.among(segments, indices), rotary_angles(coordinates, self.config.rotary))
         attentions = [self.attention(pattern) for pattern in patterns]
         x = apply_groups(
             self.embed(self._beside(noisy, given.latents)).astype(jnp.float32),
-            [Turns(self.blocks, [(modulation, row, text, image, attention) for attention in attentions])],
+            [Turns(self.blocks, [(modulation, metadata, text, image, attention) for attention in attentions])],
             remat=self.config.remat,
         )
         prediction = self.head(modulate(x, head[:, :, 0], head[:, :, 1]))
@@ -211,66 +214,67 @@ class WanDit(nnx.Module):
         ]
 
     def _beside(self, noisy: Float[Array, "B N p"], given: Float[Array, "B N g"] | None) -> Float[Array, "B N _"]:
-        """The channels of noisy and given latents side by side at each place of a patch."""
+        """Concatenate the channels of noisy and clean latents at each position in a patch."""
         if given is None:
             return noisy
-        places = (*noisy.shape[:2], self.config.patch.volume, -1)
-        both = jnp.concatenate([noisy.reshape(places), given.reshape(places)], axis=-1)
+        shape = (*noisy.shape[:2], self.config.patch.volume, -1)
+        both = jnp.concatenate([noisy.reshape(shape), given.reshape(shape)], axis=-1)
         return both.reshape(*noisy.shape[:2], -1)
 
     def _text(
         self, context: Float[Array, "B S E"], segments: Int[Array, "B S"], *, count: int
     ) -> tuple["PaddedText", Bool[Array, "B {count}"]]:
-        """The embedded tokens, where each segment's padded text finds them, and whether it is long enough for them.
+        """Embed the text; also return for each segment whether its text fits into `text_length` tokens.
 
-        All padding is one token, of zeros: it is projected once, and read many times.
+        Padding is a single token of zeros, which is projected once and then read for every position without a token.
         """
         rows, tokens = segments.shape
         length = self.config.text_length
         zeros = jnp.zeros((rows, 1, context.shape[2]), context.dtype)
         values = self.text_in(jnp.concatenate([context, zeros], axis=1))
         values = self.text_out(gelu(values))
-        place = positions(segments)
-        kept = (segments > 0) & (place < length)
-        slots = jnp.where(kept, (segments - 1) * length + place, count * length)  # the last: none, and left out
+        offset = positions(segments)
+        is_kept = (segments > 0) & (offset < length)
+        # Tokens that are not kept get a slot beyond the end, which `mode="drop"` ignores; empty slots read padding.
+        slots = jnp.where(is_kept, (segments - 1) * length + offset, count * length)
         sources = (
             jnp.full((rows, count * length), tokens)
             .at[jnp.arange(rows)[:, None], slots]
             .set(jnp.arange(tokens), mode="drop")
         )
-        longer = (segments[..., None] == jnp.arange(1, count + 1)) & (place >= length)[..., None]
-        of = jnp.tile(jnp.repeat(jnp.arange(1, count + 1), length), (rows, 1))
-        return (values, sources, of), ~longer.any(axis=1)
+        exceeds = (segments[..., None] == jnp.arange(1, count + 1)) & (offset >= length)[..., None]
+        slot_segments = jnp.tile(jnp.repeat(jnp.arange(1, count + 1), length), (rows, 1))
+        return (values, sources, slot_segments), ~exceeds.any(axis=1)
 
 
 PaddedText = tuple[Float[Array, "B _ D"], Int[Array, "B M"], Int[Array, "B M"]]
-"""Embedded tokens with one of padding at the end; for each place of the padded texts its token and its segment."""
+"""Embedded tokens followed by one of padding; for each slot of the padded texts the index of its token; its segment."""
 
 
 class ImageTokens(nnx.Module):
-    """An image encoder's tokens taken to the model's width: norm, linear, gelu, linear, norm."""
+    """Projection of an image encoder's tokens to the model's width: norm, linear, GELU, linear, norm."""
 
     def __init__(self, config: WanDitConfig, *, rngs: nnx.Rngs):
         assert config.image_width is not None
-        given, width, dtype = config.image_width, config.width, jnp.dtype(config.dtype)
-        entries = config.image_positions
-        self.positions = None if entries is None else nnx.Param(jnp.zeros((entries, given), jnp.float32))
-        self.norm_in, self.norm_out = LayerNorm(given, eps=1e-5), LayerNorm(width, eps=1e-5)
-        self.up = Linear(given, given, dtype=dtype, rngs=rngs)
-        self.down = Linear(given, width, dtype=dtype, rngs=rngs)
+        image_width, width, dtype = config.image_width, config.width, jnp.dtype(config.dtype)
+        count = config.image_positions
+        self.positions = None if count is None else nnx.Param(jnp.zeros((count, image_width), jnp.float32))
+        self.norm_in, self.norm_out = LayerNorm(image_width, eps=1e-5), LayerNorm(width, eps=1e-5)
+        self.up = Linear(image_width, image_width, dtype=dtype, rngs=rngs)
+        self.down = Linear(image_width, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, tokens: Float[Array, "B I F"], segments: Int[Array, "B I"]) -> Float[Array, "B I D"]:
         if self.positions is not None:
-            # More tokens than there are positions give NaN; padding may be longer.
-            at = jnp.where(segments > 0, positions(segments), 0)
-            tokens = tokens + self.positions[...].at[at].get(mode="fill", fill_value=jnp.nan)
+            # Tokens beyond the learned positions give NaN, but padding, which may be longer, must not.
+            index = jnp.where(segments > 0, positions(segments), 0)
+            tokens = tokens + self.positions[...].at[index].get(mode="fill", fill_value=jnp.nan)
         return self.norm_out(self.down(jax.nn.gelu(self.up(self.norm_in(tokens)), approximate=False)))
 
 
 class WanBlock(nnx.Module):
-    """Self-attention, cross-attention to the text and, in a sum with it, to an image's tokens, and a tanh-gelu MLP.
+    """A block with self-attention, the sum of cross-attention to text and to image tokens, and a tanh-GELU MLP.
 
-    Pairs of channels (j, j + d/2) are turned by rotary positions: in Wan's files they are neighbours.
+    Rotary embedding rotates the channel pairs (j, j + d/2); in Wan's files the channels of a pair are neighbours.
     """
 
     def __init__(self, config: WanDitConfig, *, rngs: nnx.Rngs):
@@ -320,11 +324,11 @@ class WanBlock(nnx.Module):
 
     def _cross_attention(self, x, segments, text, image):
         q = into_heads(self.cross_query(x), self.cross_query_norm, self.heads)
-        values, sources, of = text
+        values, sources, text_segments = text
         k = into_heads(self.cross_key(values), self.cross_key_norm, self.heads)
         v = into_heads(self.cross_value(values), None, self.heads)
-        k, v = (jax.vmap(lambda row, at: row[at])(each, sources) for each in (k, v))
-        mixed = self.cross(q, k, v, Tokens(segments, of))
+        k, v = (jax.vmap(lambda row, index: row[index])(projected, sources) for projected in (k, v))
+        mixed = self.cross(q, k, v, Tokens(segments, text_segments))
         if self.sees_image:
             tokens, image_segments = image
             k = into_heads(self.image_key(tokens), self.image_key_norm, self.heads)

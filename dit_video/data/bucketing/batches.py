@@ -1,4 +1,4 @@
-"""Batches of one size each from video files: the alternative to packed rows."""
+"""Loader of batches of one size each from video files, as the alternative to packed rows."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -22,37 +22,37 @@ from dit_video.video import decode
 
 @dataclass(frozen=True, kw_only=True)
 class BucketConfig:
-    """How sizes and batches are chosen; see `plan_buckets`.
+    """Configuration of the choice of sizes and batches, see `plan_buckets`.
 
     Raises:
-      UserError: less than one bucket, or a budget that the fixed part of the memory uses up.
+      UserError: there is no bucket, or the budget does not exceed the fixed part of the memory.
     """
 
     memory: Memory
     budget: float | int
-    """bytes of a device"""
+    """Memory of a device, in bytes."""
     count: int = 8
-    """sizes, at most: each is a program to be compiled"""
+    """Maximum number of buckets: a program is compiled for each."""
     most: int | None = None
-    """examples of a batch; None for as many as fit"""
+    """Maximum number of examples per batch; None for as many as fit."""
 
     def __post_init__(self):
         if self.count < 1 or self.budget <= self.memory.fixed:
             raise UserError(
-                f"buckets need count={self.count} of at least 1, and a budget above the fixed {self.memory.fixed:g} "
-                f"bytes, not {self.budget:g}"
+                f"count={self.count}, budget={self.budget:g} is invalid: count must be at least 1, and the budget "
+                f"above the fixed {self.memory.fixed:g} bytes"
             )
 
 
 class BucketBatches(Batches):
-    """An endless iterator over this host's share of the batches. A batch has one clip a row, without padding."""
+    """An endless iterator over this host's share of the batches, with one clip per row and no padding."""
 
     def __init__(self, batches: Iterator[Rows], close: Callable[[], None], buckets: Buckets, plan: str):
         super().__init__(batches, close)
         self.hash, self._buckets = plan, buckets
 
     def summary(self, *, devices: int) -> dict[str, Any]:
-        """The buckets, as JSON: what each holds, keeps and shows, and that nothing is dropped."""
+        """Return the buckets as JSON values: their sizes, numbers of examples, and what resizing and cropping keeps."""
         buckets = self._buckets
         return {
             "plan": self.hash,
@@ -82,50 +82,49 @@ def bucket_batches(
     reading: Reading,
     intervals: Sequence[float] | None = None,
 ) -> BucketBatches:
-    """Batches of clips that are resized to cover their bucket's size, cropped to it, and encoded on the way.
+    """Return batches of clips that are resized to cover their bucket's size, cropped to it, and encoded online.
 
-    Which part is shown, and when it begins, is a function of (seed, running number). A clip that turns out to be
-    damaged keeps its place and does not count.
+    The crop in space and time is a function of (seed, running number). A damaged clip keeps its row and does not count.
 
     Args:
       source: the clips.
-      texts: their captions.
-      encode: clips to latents.
-      buckets: `plan_buckets` of the clips' sizes; its batches are over all hosts, and `reading.batch` is not used.
-      latent_grid: the size of a clip's latents.
-      channels: of the latents.
-      limits: of which the rate counts.
-      patch: of the denoiser, in latents.
-      text: text tokens that a row has room for.
-      reading: which batches.
-      intervals: as for `packed_batches`.
+      captions: captions of the same clips.
+      encode: function from clips to their latents.
+      buckets: result of `plan_buckets`; its batches are over all hosts, and `config.batch` is not used.
+      latent_grid: function from the size of a clip to that of its latents.
+      channels: channels of the latents.
+      limits: limits of the training sizes, of which only `fps` is used.
+      patch: patch size of the denoiser, in latents.
+      max_text: text tokens that a row has room for.
+      config: configuration of the loader.
+      token_dt: see `load_packed_batches`.
 
     Raises:
-      UserError: a caption longer than `text`.
+      UserError: a caption is longer than `max_text`.
     """
     longest, index = max((max(lengths), -number) for number, lengths in enumerate(texts.lengths))
     if longest > text:
         raise UserError(
-            f"{source.infos[-index].name} has {longest} text tokens, a row has room for {text}; "
+            f"{source.infos[-index].name} has {longest} text tokens, but a row has room for {text}; "
             "raise the row's text or shorten its caption"
         )
     stream = BucketStream(buckets, seed=reading.seed)
     clips = _Clips(source, stream, limits, reading)
 
     def batch(clips: list[_Decoded]) -> Rows:
-        # Texts are read here, as they need not be picklable: those that decode may be other processes.
+        # Captions are read here and not where clips are decoded, as they need not be picklable to worker processes.
         drawn = [_drawn(texts, source.infos, clip, seed=reading.seed) for clip in clips]
-        frames = [None if words is None else clip.frames for clip, words in zip(clips, drawn, strict=True)]
-        latents = iter(encode([one for one in frames if one is not None]))
-        tokens = [None if one is None else patchify(next(latents), patch) for one in frames]
+        frames = [None if caption is None else clip.frames for clip, caption in zip(clips, drawn, strict=True)]
+        latents = iter(encode([clip_frames for clip_frames in frames if clip_frames is not None]))
+        tokens = [None if clip_frames is None else patchify(next(latents), patch) for clip_frames in frames]
         grid, width = token_grid(latent_grid(clips[0].size), patch), patch.volume * channels
         shape = RowShape(tokens=grid.volume, text=text, segments=1)
         rows = []
-        for clip, values, words in zip(clips, tokens, drawn, strict=True):
+        for clip, values, caption in zip(clips, tokens, drawn, strict=True):
             item = Item(
                 np.zeros((grid.volume, width), np.float32) if values is None else values,
                 coordinates(grid, step=(1.0 if intervals is None else intervals[clip.example], 1.0, 1.0)),
-                texts.empty if words is None else words,
+                texts.empty if caption is None else caption,
                 clip.rank,
             )
             row = pack([item], shape, width=width, text_width=texts.width)
@@ -142,18 +141,18 @@ def bucket_batches(
 
 
 class _Decoded(NamedTuple):
-    """A clip at its bucket's size, not encoded yet."""
+    """A clip at the size of its bucket, not encoded yet."""
 
     size: Grid
     frames: UInt8[np.ndarray, "T H W 3"] | None
-    """None where it turned out to be damaged"""
+    """Frames of the clip; None if it is damaged."""
     example: int
     rank: int
-    """its running number"""
+    """Running number of the example in the stream."""
 
 
 class _Clips(Pieces):
-    """The clips of this host's batches, by step."""
+    """A decoder of the clips of this host's batches."""
 
     def __init__(self, source: ClipSource, stream: BucketStream, limits: SizeLimits, reading: Reading):
         self._source, self._stream, self._limits, self._reading = source, stream, limits, reading
@@ -180,17 +179,17 @@ class _Clips(Pieces):
         except DecodeError as error:
             set_aside(info.name, error)
             return None
-        # A copy: the whole frames are not kept.
+        # Copy the crop, so that the memory of the whole frames is freed.
         return np.ascontiguousarray(frames[:, top : top + size.h, left : left + size.w])
 
 
 def covering(info: ClipInfo, size: Grid) -> tuple[int, int]:
-    """The least height and width of the clip's own shape that cover a size."""
+    """Return the smallest height and width of the clip's own aspect ratio that cover a size."""
     scale = max(size.h / info.height, size.w / info.width)
     return max(size.h, round(info.height * scale)), max(size.w, round(info.width * scale))
 
 
 def _drawn(texts: Texts, infos: Sequence[ClipInfo], clip: _Decoded, *, seed: int) -> Text | None:
-    """One of the clip's captions; None where it is damaged."""
+    """Read a random caption of the clip; None if its record is damaged."""
     caption = rng.host(seed, "caption", clip.rank).integers(len(texts.lengths[clip.example]))
     return read_text(texts, clip.example, int(caption), infos[clip.example].name)

@@ -1,12 +1,12 @@
-"""Buckets: batches of one size each, as the alternative to packed rows.
+"""Bucketing: batches of one size each, as the alternative to packed rows.
 
-A few sizes are chosen from those of the data, and every example is shrunk to one of them: the bucket that keeps most of
-it, none of whose axes is longer than the example's own. It is resized to cover the bucket and what stands out is
-cropped (in time, cut). Each bucket has as many examples a batch as fit into a memory budget, so that no size runs out
-of memory and large sizes don't force small batches on small ones.
+A few sizes are chosen from those of the data, and every example is assigned to one of them: to the bucket that keeps
+most of it, among those that are not longer than the example along any axis. The example is resized to cover the bucket,
+and cropped to it in space and time. Each bucket has as many examples per batch as fit into a memory budget, so that no
+size runs out of memory and large sizes do not force small batches on small ones.
 
-Each bucket's examples are gone through in a random order, then in another; a batch that the first doesn't fill goes on
-with the second. Nothing is dropped, and no data set is too small for a batch.
+The examples of a bucket are read in one random order after another; a batch that one order does not fill continues with
+the next. No example is dropped, and no data set is too small for a batch.
 """
 
 import functools
@@ -23,72 +23,72 @@ from dit_video.core.errors import UserError
 from dit_video.tokens import Grid
 
 VALUES = 16
-"""Lengths along each axis that a bucket may have at first: quantiles, where the data have more."""
+"""Maximum number of candidate lengths along each axis: quantiles, if the data have more lengths."""
 SWAPS = 3
-"""Rounds in which every bucket is tried against all sizes again."""
+"""Maximum number of rounds in which every bucket is compared with all candidate sizes again."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """What a device needs for a batch: `fixed + batch * (per_token * n + per_pair * n**2)` bytes, n tokens an example.
+    """A model of a device's memory: `fixed + batch * (per_token * n + per_pair * n**2)` bytes for n tokens per example.
 
     Raises:
-      UserError: negative bytes, or none for a token.
+      UserError: a value is negative, or `per_token` is not positive.
     """
 
     fixed: float | int
-    """parameters, optimizer state, gradients"""
+    """Bytes of parameters, optimizer state and gradients."""
     per_token: float | int
-    """activations"""
+    """Bytes of activations per token."""
     per_pair: float | int = 0
-    """of attention that keeps its scores; 0 for one that doesn't"""
+    """Bytes per pair of tokens, for attention that stores its scores; 0 for attention that does not."""
 
     def __post_init__(self):
         if not (self.fixed >= 0 and self.per_token > 0 and self.per_pair >= 0):
             raise UserError(
-                f"bytes must not be negative, and per_token positive: fixed={self.fixed}, per_token={self.per_token}, "
-                f"per_pair={self.per_pair}"
+                f"fixed={self.fixed}, per_token={self.per_token}, per_pair={self.per_pair} is invalid: bytes must not "
+                "be negative, and per_token positive"
             )
 
     def batch(self, tokens: int, budget: float | int) -> int:
-        """The most examples of this many tokens that fit."""
+        """Return the maximum number of examples of `tokens` tokens that fit into `budget` bytes."""
         return max(0, math.floor((budget - self.fixed) / self.example(tokens)))
 
     def example(self, tokens: int) -> float | int:
-        """Bytes that one more example takes."""
+        """Return the bytes that each further example of `tokens` tokens takes."""
         return self.per_token * tokens + self.per_pair * tokens**2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bucket:
-    """One size, and what is in it."""
+    """A size, and the examples that are assigned to it."""
 
     size: Grid
     batch: int
-    """examples of a step, over all devices"""
+    """Examples per step, over all devices."""
     examples: int
     share: float
-    """of all examples"""
+    """Share of the bucket's examples in all examples."""
     kept: float
-    """of its examples' tokens, those that are left after shrinking"""
+    """Share of the tokens of the bucket's examples that remains after resizing and cropping."""
     shown: float
-    """of its examples' frames, the mean part that is not cropped"""
+    """Mean share of the frame area of the bucket's examples that is not cropped."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Buckets:
-    """Every example has one bucket."""
+    """A set of buckets, to one of which every example is assigned."""
 
     buckets: tuple[Bucket, ...]
     of: Int[np.ndarray, " n"]
-    """the bucket of every example"""
+    """Index of the bucket of every example."""
     kept: float
-    """share of all tokens that is left after shrinking"""
+    """Share of all tokens that remains after resizing and cropping."""
     shown: float
-    """mean part of a frame that is not cropped"""
+    """Mean share of the frame area that is not cropped."""
 
     def report(self) -> str:
-        """A line a bucket."""
+        """Return a table with one line per bucket."""
         lines = [f"{'size':>14} {'batch':>6} {'examples':>9} {'share':>7} {'tokens kept':>12} {'frame shown':>12}"]
         for b in self.buckets:
             size = "{}x{}x{}".format(*b.size)
@@ -107,39 +107,46 @@ def plan_buckets(
     most: int | None = None,
     tokens: Callable[[Grid], int] = lambda size: size.volume,
 ) -> Buckets:
-    """Choose sizes that keep most of the data, and their batches.
+    """Choose sizes that keep most of the data, and their batch sizes.
 
-    What is kept of an example is the bucket's tokens times the part of the frame that is shown. The first size is the
-    largest that holds every example; others are added greedily by what they gain (which reaches at least 1 - 1/e of the
-    best possible gain), then exchanged one by one as long as that helps.
+    The value of a bucket for an example is the bucket's tokens times the share of the frame that is not cropped. The
+    first size is the largest that every example covers; others are added greedily by their gain (which reaches at least
+    1 - 1/e of the best possible gain), then replaced one by one as long as that helps.
 
     Args:
       sizes: frames, height and width of every example, all of them valid lengths along their axis.
-      memory: what a batch takes on a device.
-      budget: bytes of a device.
-      count: of buckets, at most: each is a program to be compiled.
-      devices: a batch is a multiple of this. No example comes twice in a batch as long as the bucket has as many.
-      most: examples of a batch; None for as many as fit.
-      tokens: of a size.
+      memory: memory model of a batch on a device.
+      budget: memory of a device, in bytes.
+      count: maximum number of buckets: a program is compiled for each.
+      devices: number of devices; batch sizes are multiples of it. No example occurs twice in a batch as long as the
+        bucket has enough examples.
+      max_batch: maximum number of examples per batch; None for as many as fit.
+      count_tokens: function from a size to its number of tokens.
 
     Raises:
-      UserError: no examples, no bucket, or a size of which not one example fits into the budget.
+      UserError: there are no examples or buckets, or a single example of some size does not fit into the budget.
     """
     sizes = np.asarray(sizes, np.int64)
     if not len(sizes) or sizes.min() < 1:
-        raise UserError(f"buckets need examples with at least one frame and pixel, {len(sizes)} were given")
+        raise UserError(
+            f"sizes are invalid, {len(sizes)} were given: buckets need examples with at least one frame and pixel"
+        )
     if count < 1 or devices < 1 or (most is not None and most < devices):
-        raise UserError(f"count={count}, devices={devices} must be at least 1, most={most} at least devices or None")
+        raise UserError(
+            f"count={count}, devices={devices}, max_batch={most} is invalid: the first two must be at least 1, "
+            "max_batch at least as large as devices. Use None for no maximum."
+        )
     distinct, inverse, weights = np.unique(sizes, axis=0, return_inverse=True, return_counts=True)
     inverse = inverse.reshape(-1)
     chosen = _choose(distinct, weights, tokens, count)
     assigned = _best(chosen, distinct, tokens)
-    # As large as its members allow: candidates were a selection.
+    # Candidates were a selection of lengths, so a bucket can grow to the smallest lengths of its members. Then some
+    # examples may prefer another bucket, so all are assigned again, and unused buckets are removed.
     chosen = np.stack([distinct[assigned == index].min(axis=0) for index in np.unique(assigned)])
     assigned = _best(chosen, distinct, tokens)
     used = np.unique(assigned)
     chosen, assigned = chosen[used], np.searchsorted(used, assigned)
-    kept, whole = _tokens(chosen, tokens)[assigned] * weights, _tokens(distinct, tokens) * weights
+    kept, total = _tokens(chosen, tokens)[assigned] * weights, _tokens(distinct, tokens) * weights
     shown = _shown(chosen[assigned], distinct) * weights
     buckets = []
     for index, size in enumerate(Grid(*row) for row in chosen.tolist()):
@@ -151,30 +158,30 @@ def plan_buckets(
                 batch=_batch(size, tokens(size), memory, budget, examples, devices, most),
                 examples=examples,
                 share=examples / len(sizes),
-                kept=float(kept[members].sum() / whole[members].sum()),
+                kept=float(kept[members].sum() / total[members].sum()),
                 shown=float(shown[members].sum() / examples),
             )
         )
     return Buckets(
         buckets=tuple(buckets),
         of=assigned[inverse],
-        kept=float(kept.sum() / whole.sum()),
+        kept=float(kept.sum() / total.sum()),
         shown=float(shown.sum() / len(sizes)),
     )
 
 
 class BucketStream:
-    """The endless sequence of batches, by step: a function of (buckets, seed, step).
+    """An endless sequence of batches by step: a function of (buckets, seed, step).
 
-    An epoch has the steps that its examples fill; a bucket's last, incomplete batch is filled up by its next epoch, and
-    counts as a step of that one.
+    An epoch has the steps that its examples fill. The last, incomplete batch of a bucket is filled up with examples of
+    the next epoch, and belongs to that epoch.
     """
 
     def __init__(self, buckets: Buckets, *, seed: int):
         self.buckets, self._seed = buckets, seed
         self._members = [np.flatnonzero(buckets.of == index) for index in range(len(buckets.buckets))]
         self._batches = [bucket.batch for bucket in buckets.buckets]
-        # The last permutation that was used, of the steps (-1) and of each bucket: (its number, itself).
+        # The most recent permutation of the steps (key -1) and of each bucket, with its number.
         self._recent: dict[int, tuple[int, np.ndarray]] = {}
 
     def __getstate__(self) -> dict:
@@ -182,23 +189,24 @@ class BucketStream:
 
     @property
     def steps_per_epoch(self) -> float:
-        """On average."""
+        """Return the average number of steps per epoch."""
         return sum(len(members) / batch for members, batch in zip(self._members, self._batches, strict=True))
 
     def batch(
         self, step: int, *, host: int = 0, hosts: int = 1
     ) -> tuple[Grid, Int[np.ndarray, " b"], UInt32[np.ndarray, " b"]]:
-        """A host's part of a batch: its size, the examples, and their running numbers over the stream, modulo 2**32.
+        """Return a host's share of a batch: the size, the examples, and their running numbers modulo 2**32.
 
         Raises:
-          UserError: hosts that do not divide the batch.
+          UserError: the batch does not divide among the hosts.
         """
         bucket, number, before = self._at(step)
         size = self._batches[bucket]
         if not 0 <= host < hosts or size % hosts:
             raise UserError(
-                f"host={host} of {hosts}: the bucket of {'{}x{}x{}'.format(*self.buckets.buckets[bucket].size)} has "
-                f"{size} examples a batch; plan the buckets with devices={hosts} or a multiple"
+                f"host={host}, hosts={hosts} is invalid: the bucket of "
+                f"{'{}x{}x{}'.format(*self.buckets.buckets[bucket].size)} has {size} examples per batch; "
+                f"plan the buckets with devices={hosts} or a multiple"
             )
         share = size // hosts
         examples = self._stretch(bucket, number * size + host * share, share)
@@ -207,12 +215,13 @@ class BucketStream:
 
     @functools.cached_property
     def hash(self) -> str:
-        """Equal for streams that give equal batches."""
+        """Return a hash that is equal for streams that yield equal batches."""
         constants = ([(bucket.size, bucket.batch) for bucket in self.buckets.buckets], self._seed)
         return hashlib.sha256(self.buckets.of.astype("<i8").tobytes() + repr(constants).encode()).hexdigest()[:16]
 
     def _at(self, step: int) -> tuple[int, int, int]:
-        """The bucket of a step, the number of its batch among the bucket's, and the examples of all steps before."""
+        """Return the bucket of a step, the number of its batch in the bucket, and the examples of all earlier steps."""
+        # Epochs differ by a few steps from the mean: begin with an estimate, and correct it.
         epoch = int(step / self.steps_per_epoch)
         while sum(self._done(epoch)) > step:
             epoch -= 1
@@ -226,7 +235,7 @@ class BucketStream:
         return bucket, int(counts[bucket]), int(sum(c * b for c, b in zip(counts.tolist(), self._batches, strict=True)))
 
     def _done(self, epoch: int) -> list[int]:
-        """Batches of each bucket before an epoch: those that are full by then."""
+        """Return the number of batches of each bucket before an epoch: those that the examples up to then fill."""
         return [epoch * len(members) // size for members, size in zip(self._members, self._batches, strict=True)]
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -254,28 +263,28 @@ class BucketStream:
 def _batch(
     size: Grid, tokens: int, memory: Memory, budget: float | int, examples: int, devices: int, most: int | None
 ) -> int:
-    """Over all devices: what fits, but no more than the bucket has."""
-    a_device = memory.batch(tokens, budget)
-    if a_device < 1:
+    """Return the batch size over all devices: as many examples as fit, but no more than the bucket has."""
+    per_device = memory.batch(tokens, budget)
+    if per_device < 1:
         needs = memory.fixed + memory.example(tokens)
         raise UserError(
-            f"one example of {'x'.join(map(str, size))} ({tokens} tokens) takes {needs:.3g} bytes, the budget is "
-            f"{budget:.3g}; use smaller clips, more devices for each example, or a larger budget"
+            f"one example of {'x'.join(map(str, size))} ({tokens} tokens) takes {needs:.3g} bytes, but the budget is "
+            f"{budget:.3g}. Use smaller clips, more devices per example, or a larger budget."
         )
-    enough = max(1, examples // devices)
+    limit = max(1, examples // devices)
     if most is not None:
-        enough = min(enough, most // devices)
-    return devices * min(a_device, enough)
+        limit = min(limit, most // devices)
+    return devices * min(per_device, limit)
 
 
 def _choose(
     sizes: np.ndarray, weights: np.ndarray, tokens: Callable[[Grid], int], count: int
 ) -> Int[np.ndarray, "k 3"]:
-    """Bucket sizes among all combinations of the data's lengths; together they hold every size."""
+    """Choose bucket sizes among all combinations of the data's lengths, so that every example covers one of them."""
     axes = [_lengths(sizes[:, axis], weights) for axis in range(3)]
     candidates = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
     value = _kept(candidates, sizes, tokens) * weights
-    # The smallest length along each axis: it holds all.
+    # Begin with the smallest length along each axis, the only size that every example is sure to cover.
     chosen = [int(np.flatnonzero((candidates == sizes.min(axis=0)).all(axis=1))[0])]
     current = value[chosen[0]]
     while len(chosen) < count:
@@ -287,13 +296,13 @@ def _choose(
         current = np.maximum(current, value[best])
     for _ in range(SWAPS):
         before = list(chosen)
-        for place in range(len(chosen)):
-            others = value[[*chosen[:place], *chosen[place + 1 :]]].max(axis=0, initial=-np.inf)
-            together = np.maximum(value, others)
-            totals = together.sum(axis=1)  # -inf where a size would have no bucket
+        for slot in range(len(chosen)):
+            others = value[[*chosen[:slot], *chosen[slot + 1 :]]].max(axis=0, initial=-np.inf)
+            combined = np.maximum(value, others)
+            totals = combined.sum(axis=1)  # -inf where some example would have no bucket
             best = int(np.argmax(totals))
-            if totals[best] > totals[chosen[place]] * (1 + 1e-12):
-                chosen[place] = best
+            if totals[best] > totals[chosen[slot]] * (1 + 1e-12):
+                chosen[slot] = best
         if chosen == before:
             break
     return candidates[chosen]
@@ -309,7 +318,7 @@ def _lengths(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def _kept(buckets: np.ndarray, sizes: np.ndarray, tokens: Callable[[Grid], int]) -> Float[np.ndarray, "k n"]:
-    """Tokens kept times the part of the frame shown; -inf for a bucket that is longer along any axis."""
+    """Return the tokens of each bucket times the uncropped share of each example's frame; -inf if it is not covered."""
     fits = np.ones((len(buckets), len(sizes)), bool)
     for axis in range(3):
         fits &= buckets[:, None, axis] <= sizes[:, axis]
@@ -322,9 +331,9 @@ def _best(buckets: np.ndarray, sizes: np.ndarray, tokens: Callable[[Grid], int])
 
 
 def _shown(buckets: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """The part of a frame that is left where it is resized to cover the bucket and cropped to it."""
-    tall = buckets[..., 1] * sizes[..., 2] / (sizes[..., 1] * buckets[..., 2])  # ratio of the aspect ratios
-    return np.minimum(tall, 1 / tall)
+    """Return the share of a frame that remains after it is resized to cover the bucket and cropped to it."""
+    ratio = buckets[..., 1] * sizes[..., 2] / (sizes[..., 1] * buckets[..., 2])  # quotient of the aspect ratios
+    return np.minimum(ratio, 1 / ratio)
 
 
 def _tokens(sizes: np.ndarray, tokens: Callable[[Grid], int]) -> np.ndarray:

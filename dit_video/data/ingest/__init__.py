@@ -1,4 +1,4 @@
-"""A source of clips becomes a data set: listing (its formats are in a table there), screening, engine."""
+"""Ingest of a source of clips into a data set: listing (its docstring has a table of formats), screening, engine."""
 
 from dit_video.data.ingest.engine import IngestConfig, ingest
 from dit_video.data.ingest.formats import MEDIA, Format, Listed, Listing, list_clips

@@ -1,10 +1,10 @@
-"""Clips inspected by a pipeline of Apache Beam, on as many machines as its runner has; needs the `[beam]` extra.
+"""Inspection of clips by a pipeline of Apache Beam, on as many machines as its runner has; needs the extra `[beam]`.
 
-The machines must see the clips by the paths that they are listed with, and the folder of work: a shared file system.
-Decoders run in processes of their own there too, so that a clip that crashes one is quarantined.
+The machines must see the clips and the work folder by the same paths: a shared file system. Decoders run in separate
+processes there too, so that a clip that crashes a decoder is quarantined.
 
-A worker writes every verdict into a part of the journal there, as soon as it is known. So a pipeline that is killed
-loses no more than what was being decoded.
+A worker writes every verdict into its part of the journal immediately, so that a pipeline that is killed loses only
+the clips that were being decoded.
 """
 
 import json
@@ -22,7 +22,7 @@ from dit_video.data.records.cluster import NOTE, Beam, note_errors, pipeline_err
 
 
 class _Inspect(beam.DoFn):
-    """Takes lines of JSON, a clip each, and gives nothing: the verdicts are in the worker's part of the journal."""
+    """A `DoFn` that takes clips as lines of JSON and writes verdicts into the worker's part of the journal."""
 
     def __init__(self, folder: Path, settings: str, note: Path, config: InspectionConfig, time_limit: float | int):
         self._folder, self._settings, self._note = folder, settings, note
@@ -38,8 +38,8 @@ class _Inspect(beam.DoFn):
     def process(self, line: str) -> None:
         assert self._workers is not None
         assert self._part is not None
-        name, captions, *place = json.loads(line)
-        clip = Listed(name, tuple(captions), *place)
+        name, captions, *location = json.loads(line)
+        clip = Listed(name, tuple(captions), *location)
         with note_errors(self._note):
             for _, verdict in self._workers.inspect([(0, clip)]):
                 self._part.put(clip, verdict)
@@ -59,32 +59,32 @@ class _Inspect(beam.DoFn):
 def inspect(
     clips: Sequence[Task], journal: Journal, how: Beam, config: InspectionConfig, time_limit: float | int
 ) -> Iterator[tuple[int, Inspected]]:
-    """(number, verdict) of numbered clips, when the whole pipeline is done.
+    """Yield (number, verdict) of numbered clips once the whole pipeline is done.
 
     Args:
-      clips: what to inspect.
-      journal: of the run; holds none of them.
-      how: the runner.
-      config: what is done with a clip.
+      clips: clips to inspect.
+      journal: journal of the run, which has no verdict on any of the clips.
+      beam_config: runner and its options.
+      config: configuration of the inspection.
       time_limit: see `Workers`.
 
     Raises:
-      UserError: the pipeline failed; what its workers noted of it, or else what Beam says.
+      UserError: the pipeline failed; the message is the one that its workers noted, or else Beam's.
       OSError: a worker cannot write into the journal's folder.
     """
     folder = journal.folder
-    listed, note = folder / "clips.jsonl", folder / NOTE
-    listed.write_text("".join(json.dumps(clip) + "\n" for _, clip in clips), encoding="utf-8")
+    clip_list, note = folder / "clips.jsonl", folder / NOTE
+    clip_list.write_text("".join(json.dumps(clip) + "\n" for _, clip in clips), encoding="utf-8")
     with pipeline_errors(note), beam.Pipeline(runner=how.runner, options=how.options) as pipeline:
         _ = (
             pipeline
-            | "List" >> beam.io.ReadFromText(str(listed))
+            | "List" >> beam.io.ReadFromText(str(clip_list))
             | "Spread" >> beam.Reshuffle()
             | "Inspect" >> beam.ParDo(_Inspect(folder, journal.settings, note, config, time_limit))
         )
     verdicts = read_parts(folder, journal.settings, (clip for _, clip in clips))
     for (number, _), verdict in zip(clips, verdicts, strict=True):
-        # A shared disk may show a worker's last lines late: such a clip is tried again, as a lost one.
+        # A shared disk may show a worker's last lines late: such a clip is inspected again, as after a lost process.
         yield number, verdict or Inspected("its worker left no verdict", passing=True)
     shutil.rmtree(folder / PARTS)
-    listed.unlink()
+    clip_list.unlink()

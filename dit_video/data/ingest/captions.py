@@ -1,4 +1,4 @@
-"""What the captions of a data set are like."""
+"""Statistics of the captions of a data set."""
 
 import collections
 import re
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 
 MOST = 20
-"""How many of the most frequent words and captions are listed."""
+"""Number of the most frequent words and captions that are listed."""
 SHOWN = 200
-"""Characters of a repeated caption that are listed; the rest is cut, and an ellipsis says so."""
+"""Number of characters of a repeated caption that are listed; the rest is replaced by an ellipsis."""
 _WORD = re.compile(r"\w+(?:['’-]\w+)*")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantiles:
-    """Of whole numbers, each one of them: the least that this share of them doesn't exceed."""
+    """Quantiles of integers; each is the smallest value that is not exceeded by this share of the values."""
 
     least: int
     q10: int
@@ -28,45 +28,45 @@ class Quantiles:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionStatistics:
-    """Captions counted; `dataclasses.asdict` makes JSON of it. Listings are by count, then by the alphabet."""
+    """Counts of captions, converted to JSON by `dataclasses.asdict`; lists are sorted by count, then alphabetically."""
 
     clips: int
     captions: int
     uncaptioned: int
-    """Clips without a caption that says something."""
+    """Number of clips without a caption that is not blank."""
     per_clip: tuple[tuple[int, int], ...]
-    """(number of captions, clips with that many)"""
+    """Pairs of (number of captions, number of clips with that many)."""
     words: Quantiles | None
-    """in a caption: runs of letters and digits, with apostrophes and hyphens inside of them; None without captions"""
+    """Words per caption: runs of letters and digits, with apostrophes and hyphens inside; None without captions."""
     characters: Quantiles | None
-    """in a caption; None without captions"""
+    """Characters per caption; None without captions."""
     vocabulary: int
-    """How many words there are, without regard to case."""
+    """Number of distinct words, ignoring case."""
     frequent_words: tuple[tuple[str, int], ...]
-    """The twenty most frequent, case-folded, with their counts."""
+    """The twenty most frequent words, case-folded, with their counts."""
     distinct: int
-    """How many captions there are, each counted once."""
+    """Number of distinct captions."""
     repeated: tuple[tuple[str, int], ...]
-    """The twenty most frequent of the captions that occur more than once, with their counts; cut to 200 characters."""
+    """The twenty most frequent captions that occur more than once, cut to 200 characters, with their counts."""
 
 
 def caption_statistics(captions: Sequence[tuple[str, ...]]) -> CaptionStatistics:
-    """Count the captions of every clip. Captions of white space alone count as none.
+    """Return statistics of the captions of all clips; blank captions do not count.
 
     Args:
-      captions: of every clip, any number.
+      captions: captions of every clip, any number.
     """
-    said = [tuple(text for text in texts if text.strip()) for texts in captions]
-    texts = [text for clip in said for text in clip]
+    non_blank = [tuple(text for text in texts if text.strip()) for texts in captions]
+    texts = [text for clip in non_blank for text in clip]
     words = [_WORD.findall(text.casefold()) for text in texts]
-    vocabulary = collections.Counter(word for found in words for word in found)
+    vocabulary = collections.Counter(word for caption_words in words for word in caption_words)
     repeats = collections.Counter(texts)
     return CaptionStatistics(
         clips=len(captions),
         captions=len(texts),
-        uncaptioned=sum(not clip for clip in said),
-        per_clip=tuple(sorted(collections.Counter(len(clip) for clip in said).items())),
-        words=_quantiles([len(found) for found in words]),
+        uncaptioned=sum(not clip for clip in non_blank),
+        per_clip=tuple(sorted(collections.Counter(len(clip) for clip in non_blank).items())),
+        words=_quantiles([len(caption_words) for caption_words in words]),
         characters=_quantiles([len(text) for text in texts]),
         vocabulary=len(vocabulary),
         frequent_words=tuple(_most(vocabulary.items())),
@@ -85,5 +85,5 @@ def _most(counts: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
 def _quantiles(values: list[int]) -> Quantiles | None:
     if not values:
         return None
-    least, q10, median, q90, most = np.quantile(values, [0, 0.1, 0.5, 0.9, 1], method="inverted_cdf").tolist()
-    return Quantiles(least=least, q10=q10, median=median, q90=q90, most=most, mean=sum(values) / len(values))
+    smallest, q10, median, q90, largest = np.quantile(values, [0, 0.1, 0.5, 0.9, 1], method="inverted_cdf").tolist()
+    return Quantiles(least=smallest, q10=q10, median=median, q90=q90, most=largest, mean=sum(values) / len(values))

@@ -1,4 +1,4 @@
-"""Near-duplicates among many clips, by perceptual hashes."""
+"""Detection of near-duplicates among many clips by perceptual hashes."""
 
 import itertools
 from array import array
@@ -11,50 +11,53 @@ from jaxtyping import Int64, UInt64
 from dit_video.core.errors import UserError
 
 BITS = 64
+"""Bits of a perceptual hash."""
 BANDED = 8
-"""Bits. Up to here bands pick out less than a tenth of the clips; beyond it all kept ones are compared."""
+"""Maximum distance in bits for which bands are used: up to here they select less than a tenth of the clips."""
 
 
 def drop_duplicates(hashes: Sequence[tuple[int, ...] | None], *, distance: int) -> list[int | None]:
-    """Which clips show what an earlier one shows.
+    """Return for every clip the first kept clip that it duplicates.
 
-    Two clips are near-duplicates where each hash of one differs from the other's hash at the same place in at most
-    `distance` of 64 bits. In the order given, a clip that is a near-duplicate of one that was kept is dropped; the rest
-    are kept. So no two kept ones are near-duplicates, and every dropped one is a near-duplicate of a kept one.
+    Two clips are near-duplicates if each hash of one differs from the hash of the other at the same position in at most
+    `distance` of 64 bits. Clips are visited in order; a near-duplicate of a kept clip is dropped, all others are kept.
+    So no two kept clips are near-duplicates, and every dropped clip is a near-duplicate of a kept one.
 
-    Exact, and faster than all pairs up to a distance of 8: of d + 1 bands of 64 bits that differ in d places one at
-    least is the same, so only clips that share a band of their first hash are compared (Manku et al., "Detecting
-    near-duplicates for web crawling", WWW 2007).
+    The result is exact, and up to a distance of 8 faster than comparing all pairs: if 64 bits are split into d + 1
+    bands, hashes that differ in d bits agree in at least one band, so only clips that share a band of their first hash
+    are compared (Manku et al., "Detecting near-duplicates for web crawling", WWW 2007).
 
     Args:
-      hashes: of every clip; None, and a clip with another number of hashes, is like no other.
-      distance: bits, 0 to 64.
+      hashes: hashes of every clip; None, or another number of hashes, matches no other clip.
+      distance: maximum number of differing bits, 0 to 64.
 
     Returns:
-      For every clip the number of the first kept one that it duplicates, None where it is kept.
+      For every clip the number of the first kept clip that it duplicates, or None if it is kept.
 
     Raises:
-      UserError: a distance outside 0 to 64.
+      UserError: the distance is outside 0 to 64.
     """
     if not 0 <= distance <= BITS:
-        raise UserError(f"distance={distance} is a number of differing bits; use 0 to {BITS}, 4 is usual")
-    kept: dict[int, _Kept] = {}
-    found: list[int | None] = []
+        raise UserError(
+            f"distance={distance} is invalid: it is a number of differing bits. Use 0 to {BITS}, typically 4"
+        )
+    tables: dict[int, _Kept] = {}
+    originals: list[int | None] = []
     for number, bits in enumerate(hashes):
         if not bits:
-            found.append(None)
+            originals.append(None)
             continue
-        table = kept.setdefault(len(bits), _Kept(len(bits), distance))
-        wanted = np.array(bits, np.uint64)
-        first = table.first_near(wanted)
-        found.append(first)
-        if first is None:
-            table.add(number, wanted)
-    return found
+        table = tables.setdefault(len(bits), _Kept(len(bits), distance))
+        hash_bits = np.array(bits, np.uint64)
+        original = table.first_near(hash_bits)
+        originals.append(original)
+        if original is None:
+            table.add(number, hash_bits)
+    return originals
 
 
 class _Kept:
-    """Clips of one number of hashes that were kept, by the bands of their first hash."""
+    """The hashes of kept clips with one number of hashes, indexed by the bands of the first hash."""
 
     def __init__(self, length: int, distance: int):
         self._distance, self._count = distance, 0
@@ -74,11 +77,11 @@ class _Kept:
         self._count += 1
 
     def first_near(self, bits: UInt64[np.ndarray, " L"]) -> int | None:
-        """The number of the first one within the distance."""
-        places = self._candidates(int(bits[0]))
-        for at, wanted in enumerate(bits):
-            places = places[np.bitwise_count(self._hashes[at, places] ^ wanted) <= self._distance]
-        return int(self._numbers[places.min()]) if len(places) else None
+        """Return the number of the first clip within the distance, or None."""
+        columns = self._candidates(int(bits[0]))
+        for index, hash_bits in enumerate(bits):
+            columns = columns[np.bitwise_count(self._hashes[index, columns] ^ hash_bits) <= self._distance]
+        return int(self._numbers[columns.min()]) if len(columns) else None
 
     def _candidates(self, bits: int) -> Int64[np.ndarray, " n"]:
         if not self._bands:

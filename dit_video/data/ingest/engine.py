@@ -1,19 +1,19 @@
-"""A source of clips becomes a data set of random access.
+"""Ingest of a source of clips into a data set of random access.
 
-The clips' encoded bytes are kept as they are, beside the facts that planning needs, so that nothing is lost and a later
-run can choose other sizes; where that is asked for, what is over a limit is stored anew. Two passes: the first reads,
-decodes and screens every file, in several processes, and keeps the facts alone, beside files that it stored anew; the
-second copies the bytes of what is used into the data set, one file at a time. Between them stands what needs all facts:
-duplicates, and the numbers of records. So the result doesn't depend on who was ready first.
+The clips' encoded bytes are kept unchanged, with the facts that planning needs, so that a later run can choose other
+sizes; files over a limit are re-encoded on request. The first pass reads, decodes and screens every file in several
+processes, and keeps only the facts and re-encoded files; the second copies the bytes of the used files into the data
+set, one file at a time. Steps that need all facts are in between (duplicates, numbers of records), so the result does
+not depend on the order in which processes finish.
 
-All work is done in `DESTINATION.ingest`, beside the destination: a journal of the first pass and the files that it
-stored, which outlive a killed run, and the second pass's files, which become the destination by one rename.
+All work is done in `DESTINATION.ingest`, next to the destination. It holds the journal of the first pass and the
+re-encoded files, which survive a killed run, and the files of the second pass, which one rename publishes.
 
-A clip may fail for a reason that is not its own: a file that cannot be read or is being written, a disk's error, too
-little memory, too little time. It is tried once more in the run, at its end, with no other beside it. If it fails again
-it is quarantined like a broken one, so that one file does not hold up a million, but counted apart (the report's
-`passing`) and not in the journal, which then stays: `retry` inspects those clips alone, and where one of them can now
-be used makes the data set anew. It isn't done unasked, as a data set that trainings read must not change under them.
+A clip may fail for a transient reason: a file that cannot be read or is being written, a disk error, too little memory
+or time. It is inspected once more at the end of the run, alone. If it fails again it is quarantined like a broken file,
+but counted separately in the report and not stored in the journal, which is then kept: `retry` inspects those clips
+alone, and rebuilds the data set if one of them can now be used. That requires an explicit request, as a data set must
+not change while trainings read it.
 """
 
 import dataclasses
@@ -49,47 +49,43 @@ from dit_video.data.records.cluster import Beam
 from dit_video.data.records.reference import ChangedError
 
 WORK = ".ingest"
-"""Ends the name of the folder beside the destination."""
+"""Suffix of the name of the work folder next to the destination."""
 _ANEW = "reencoded"
-"""The folder inside of it that holds files that were stored anew."""
+"""Folder of re-encoded files in the work folder."""
 
 _COPIED = re.compile(
     rf"(clips-.*\.array_record-.*|dataset_info\.json|features\.json|{re.escape(REPORT)}|REPORT\.html)$"
 )
-"""What a copy to a bucket has while it has no index: before it is whole, or when a whole one is being replaced."""
+"""Files that a copy to a bucket has while it has no index: before it is complete, or while a complete one is
+replaced."""
 
 Progress = Callable[[int, int], None]
-"""Called with (done, total)."""
+"""A function that is called with (done, total)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IngestConfig:
-    """What is taken, and what for.
-
-    Raises:
-      UserError: a time limit that isn't positive.
-    """
+    """Configuration of an ingest; raises `UserError` if the time limit is not positive."""
 
     format: Format | Literal["auto"] = "auto"
-    """how the source is read; "auto" finds out"""
+    """Format of the source; "auto" detects it."""
     ucf101_split: Literal[1, 2, 3] = 1
-    """which of UCF-101's three pairs of train and test lists"""
+    """Number of UCF-101's pair of train and test lists."""
     screening: ScreeningConfig = dataclasses.field(default_factory=ScreeningConfig)
-    """the steps, all off by default"""
+    """Steps of the screening; all are disabled by default."""
     reencode: Reencode = dataclasses.field(default_factory=Reencode)
-    """which files are stored anew; none by default"""
+    """Limits above which files are re-encoded; none by default."""
     time_limit: float | int = 120.0
-    """Seconds that a file may take to be inspected, and ten times as much more for every gigabyte of it; three times as
-    long where files are stored anew. One that takes longer, in a second try too, is quarantined for a reason that may
-    pass: `retry` may give it more time."""
+    """Seconds that the inspection of a file may take, plus ten times as much per gigabyte; three times as long if
+    files are re-encoded. Exceeding it twice is a transient reason, so `retry` may give the file more time."""
 
     def __post_init__(self) -> None:
         if not 0 < self.time_limit < float("inf"):
-            raise UserError(f"time_limit is a positive number of seconds, {self.time_limit} was given")
+            raise UserError(f"time_limit={self.time_limit} is invalid: use a positive number of seconds")
 
     @property
     def patience(self) -> float | int:
-        """Seconds that a file of few bytes may take."""
+        """Return the seconds that a small file may take."""
         return self.time_limit * (3 if self.reencode.asked else 1)
 
 
@@ -105,55 +101,55 @@ def ingest(
 ) -> IngestReport:
     """Read every clip of `source`, and write the data set, its index and `report.json` into the folder `destination`.
 
-    The same source gives the same bytes, however many processes work, and however often they were interrupted. Clips
-    that can't be decoded are set aside and counted. A destination that already holds this data set (same names, sizes,
-    captions and settings) is reused. A run that was killed continues where it was.
+    The same source gives the same bytes, whatever the number of processes and interruptions. Clips that cannot be
+    decoded are quarantined and counted. A destination that already holds this data set (same names, sizes, captions
+    and settings) is reused. A run that was killed continues where it stopped.
 
     Args:
       source: the clips, in any format that `list_clips` reads.
-      destination: the folder to be made; whole or absent. At an address (`gs://…`) too: it is made in a local folder of
-        temporary files, as ArrayRecord writes no others, and copied, the index last, without which it cannot be read.
-      config: what is taken.
-      progress: called with (done, total) clips that are inspected, and from 0 again with those that are written.
-      workers: how many processes inspect clips, at most; by default one for every core. With Beam, ignored.
+      destination: folder to create; it is complete or absent. An address (`gs://…`) receives a copy of a data set built
+        in a local folder, as ArrayRecord writes no others; its index is copied last.
+      config: configuration of the ingest.
+      progress: called with (done, total) for inspected clips, and from 0 again for written ones.
+      workers: maximum number of processes that inspect clips; by default one per core. Ignored with Beam.
       beam: inspect and write in a pipeline of Apache Beam, on machines that share the disk of source and destination.
-      retry: if the destination holds the data set but for clips that failed for a reason that may pass, try those
-        again; the data set is replaced if one of them can be used now.
+      retry: inspect clips of an existing data set again that failed for a transient reason, and replace the data set if
+        one of them can be used now.
 
     Raises:
-      MissingError: no such source.
-      UserError: no clips, or none that can be used; a source with mistakes, see `list_clips`; a destination that holds
-        something else, or that cannot be written; a clip that changes meanwhile.
+      MissingError: the source does not exist.
+      UserError: no clip is usable; the source has mistakes (see `list_clips`); the destination holds something else, or
+        cannot be written; a clip changes during the run.
     """
     if workers is not None and workers < 1:
-        raise UserError(f"workers={workers} is a number of processes; use 1 or more, or leave it out")
+        raise UserError(f"workers={workers} is invalid: use 1 or more processes, or omit it")
     destination = place(destination)
     if isinstance(destination, Path):
         destination = destination.resolve()  # a link to a large disk, or `.`
     if beam is not None:
         _check_for_beam(destination)
     listing = list_clips(source, format=config.format, ucf101_split=config.ucf101_split)
-    if beam is not None:  # whose workers run in folders of their own
+    if beam is not None:  # its workers have other current folders
         listing = _absolute(listing)
     fingerprint = _fingerprint(listing, config)
-    before = IngestReport.read(destination) if _holds(destination, fingerprint, source) else None
-    if before is not None and not (retry and before.passing):
-        return dataclasses.replace(before, reused=True)
+    old_report = IngestReport.read(destination) if _holds(destination, fingerprint, source) else None
+    if old_report is not None and not (retry and old_report.passing):
+        return dataclasses.replace(old_report, reused=True)
     work = _work(destination)
     try:
         with Journal(work, (config.screening, config.reencode)) as journal:
             verdicts = _inspect_all(listing.clips, config, journal, progress, workers or cores(), beam)
-            chosen = select(listing.clips, verdicts, config.screening)
-            if not chosen.infos:
+            selection = select(listing.clips, verdicts, config.screening)
+            if not selection.infos:
                 shutil.rmtree(work)
-                raise UserError(_nothing(source, listing, verdicts, chosen))
+                raise UserError(_nothing(source, listing, verdicts, selection))
             passing = sum(verdict.passing for verdict in verdicts)
-            if before is not None and passing >= len(before.passing):
-                return dataclasses.replace(before, reused=True)
+            if old_report is not None and passing >= len(old_report.passing):
+                return dataclasses.replace(old_report, reused=True)
             try:
-                _write(work / "data", listing, verdicts, chosen, config, fingerprint, progress, beam)
-                # Hours may have passed: what somebody else has put there by now is not replaced.
-                if _holds(place(destination), fingerprint, source) and before is None:
+                _write(work / "data", listing, verdicts, selection, config, fingerprint, progress, beam)
+                # Hours may have passed: a data set that another process wrote meanwhile is not replaced.
+                if _holds(place(destination), fingerprint, source) and old_report is None:
                     report = dataclasses.replace(IngestReport.read(destination), reused=True)
                 else:
                     report = _put(work / "data", destination)
@@ -165,20 +161,20 @@ def ingest(
             if not passing:
                 shutil.rmtree(work)
     except BrokenPipeError:
-        raise  # of the progress bar
+        raise  # from the progress bar, not from the destination
     except OSError as error:
-        fix = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "make it writable"
+        fix = "free disk space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "make it writable"
         raise UserError(
-            f"{destination} cannot be written ({error.strerror or error}); {fix} and start the command again"
+            f"{destination} cannot be written ({error.strerror or error}); {fix} and run the command again"
         ) from error
     return report
 
 
 def _check_for_beam(destination: Place) -> None:
     if not isinstance(destination, Path):
-        raise UserError(f"{destination} is a bucket; with Beam name a folder on a disk that all its machines share")
+        raise UserError(f"{destination} is a bucket; with Beam use a folder on a disk that all its machines share")
     if set("*?[") & set(os.fspath(destination)):
-        raise UserError(f"{destination} has one of * ? [ in it, which Beam takes for a pattern; name another folder")
+        raise UserError(f"{destination} contains one of * ? [, which Beam takes for a pattern; use another folder")
 
 
 def _absolute(listing: Listing) -> Listing:
@@ -190,22 +186,22 @@ def _absolute(listing: Listing) -> Listing:
 
 
 def _put(made: Path, destination: Place) -> IngestReport:
-    """Have the destination be what was made, in place of an older one; its report."""
+    """Move the new data set to the destination, replacing an older one, and return its report."""
     report = IngestReport.read(made)
     if not isinstance(destination, Path):
         publish(made, destination, INDEX)
         return report
     old = made.with_name("old")
-    shutil.rmtree(old, ignore_errors=True)  # of a run that was killed here: the journal had all to make it again
+    shutil.rmtree(old, ignore_errors=True)  # left by a run that was killed here; the journal has all to rebuild it
     if destination.is_dir() and any(destination.iterdir()):
         destination.rename(old)
-    made.rename(destination)  # an empty folder there is replaced
+    made.rename(destination)  # replaces an empty folder
     shutil.rmtree(old, ignore_errors=True)
     return report
 
 
 def _work(destination: Place) -> Path:
-    """The folder of work: beside the destination, so that a rename finishes it; for a bucket among temporary files."""
+    """Return the work folder: next to the destination, so that a rename suffices; for a bucket a temporary folder."""
     if isinstance(destination, Path):
         return destination.with_name(destination.name + WORK)
     name = hashlib.sha256(str(destination).encode()).hexdigest()[:16]
@@ -213,31 +209,31 @@ def _work(destination: Place) -> Path:
 
 
 def _fingerprint(listing: Listing, config: IngestConfig) -> str:
-    """Of names, captions, sizes, splits and screening; not of where the source lies, or how long a clip may take."""
+    """Return a hash of names, captions, sizes, splits and settings, but not of the source's path or the time limit."""
     facts = [(clip.name, clip.captions, clip.size, clip.split) for clip in listing.clips]
     settings = [config_json.to_json(config.screening)]
     if config.reencode.asked:
         settings.append(config_json.to_json(config.reencode))
-    known = json.dumps([facts, *settings], ensure_ascii=True)
-    return hashlib.sha256(known.encode()).hexdigest()
+    document = json.dumps([facts, *settings], ensure_ascii=True)
+    return hashlib.sha256(document.encode()).hexdigest()
 
 
 def _holds(destination: Place, fingerprint: str, source: str | os.PathLike) -> bool:
-    """Whether the data set is there already."""
+    """Return whether the destination holds the data set already; raise if it holds something else."""
     if not destination.exists():
         return False
     if not destination.is_dir():
-        raise UserError(f"{destination} is a file; name a folder that does not exist")
+        raise UserError(f"{destination} is a file; use a folder that does not exist")
     if not any(destination.iterdir()):
         return False
     if not isinstance(destination, Path) and all(_COPIED.match(path.name) for path in destination.iterdir()):
-        return False  # a copy to a bucket that was not finished
+        return False  # an incomplete copy to a bucket
     if not (destination / INDEX).is_file():
-        raise UserError(f"{destination} exists and is not an ingested data set; name a folder that does not exist")
+        raise UserError(f"{destination} exists and is not an ingested data set; use a folder that does not exist")
     if read_document(destination / INDEX).get("fingerprint") != fingerprint:
         raise UserError(
             f"{destination} holds another data set than {source} (names, sizes, captions or settings differ); "
-            "name another folder, or remove it"
+            "use another folder, or remove it"
         )
     return True
 
@@ -250,50 +246,50 @@ def _inspect_all(
     workers: int,
     how: Beam | None,
 ) -> list[Inspected]:
-    """The verdict of every clip: from the journal, or else found out and written down there."""
+    """Return the verdict on every clip, from the journal or by inspection, whose verdicts are added to the journal."""
     folder = journal.folder / _ANEW
     verdicts = {
-        number: known
+        number: verdict
         for number, clip in enumerate(clips)
-        if (known := journal.get(clip)) is not None and (known.stored is None or known.stored.lies_in(folder))
+        if (verdict := journal.get(clip)) is not None and (verdict.stored is None or verdict.stored.lies_in(folder))
     }
-    left = [(number, clip) for number, clip in enumerate(clips) if number not in verdicts]
+    remaining = [(number, clip) for number, clip in enumerate(clips) if number not in verdicts]
     if progress is not None:
         progress(len(verdicts), len(clips))
-    steps = InspectionConfig(screening=config.screening, reencode=config.reencode, folder=str(folder))
+    inspection = InspectionConfig(screening=config.screening, reencode=config.reencode, folder=str(folder))
 
-    def keep(number: int, verdict: Inspected) -> None:
+    def store(number: int, verdict: Inspected) -> None:
         journal.put(clips[number], verdict)
         verdicts[number] = verdict
         if progress is not None:
             progress(len(verdicts), len(clips))
 
-    again = []
-    with Workers(worth(left, workers), steps, config.patience) as processes:
-        if how is None or not left:
-            found = processes.inspect(left)
+    retried = []
+    with Workers(worth(remaining, workers), inspection, config.patience) as processes:
+        if how is None or not remaining:
+            results = processes.inspect(remaining)
         else:
             from dit_video.data.ingest import beam
 
-            found = beam.inspect(left, journal, how, steps, config.patience)
-        for number, verdict in found:
+            results = beam.inspect(remaining, journal, how, inspection, config.patience)
+        for number, verdict in results:
             if verdict.passing:
-                again.append((number, clips[number]))
+                retried.append((number, clips[number]))
             else:
-                keep(number, verdict)
-        for number, verdict in processes.inspect_again(again):
-            keep(number, verdict)
+                store(number, verdict)
+        for number, verdict in processes.inspect_again(retried):
+            store(number, verdict)
     return [verdicts[number] for number in range(len(clips))]
 
 
 def _nothing(source: str | os.PathLike, listing: Listing, verdicts: Sequence[Inspected], chosen: Selection) -> str:
-    bad = [(clip.name, verdict) for clip, verdict in zip(listing.clips, verdicts, strict=True) if verdict.reason]
-    if bad:
-        name, (reason, *_) = bad[0]
-        fix = "mend that and start the command again" if bad[0][1].passing else "use files that a video player opens"
+    failed = [(clip.name, verdict) for clip, verdict in zip(listing.clips, verdicts, strict=True) if verdict.reason]
+    if failed:
+        name, (reason, *_) = failed[0]
+        fix = "fix that and run the command again" if failed[0][1].passing else "use files that a video player opens"
     else:
         name, reason = chosen.dropped[0]
-        fix = "ask for less"
+        fix = "relax the limits of the screening"
     return f"none of the {len(listing.clips)} clips in {source} can be used (first: {name}: {reason}); {fix}"
 
 
@@ -307,18 +303,17 @@ def _write(
     progress: Progress | None,
     beam: Beam | None,
 ) -> None:
-    """The data set's files."""
-    shutil.rmtree(folder, ignore_errors=True)  # what a killed run had of it
+    shutil.rmtree(folder, ignore_errors=True)  # left by a killed run
     shutil.rmtree(folder.with_name(folder.name + ".tfds"), ignore_errors=True)
     used = [(listing.clips[number], verdicts[number]) for number in chosen.in_order]
     references = [_reference(clip, verdict, folder.with_name(_ANEW)) for clip, verdict in used]
     sizes = [reference.size for reference in references]
-    anew = [clip.size for clip, verdict in used if verdict.stored is not None]
-    clips_of: dict[int, list[ClipInfo]] = {}
+    reencoded_sizes = [clip.size for clip, verdict in used if verdict.stored is not None]
+    infos_by_record: dict[int, list[ClipInfo]] = {}
     for info in chosen.infos:
-        clips_of.setdefault(info.record, []).append(info)
+        infos_by_record.setdefault(info.record, []).append(info)
     records = (
-        _record(*pair, reference, clips_of[number])
+        _record(*pair, reference, infos_by_record[number])
         for number, (pair, reference) in enumerate(zip(used, references, strict=True))
     )
     builder.write_clips(
@@ -336,8 +331,8 @@ def _write(
         files=len(listing.clips) + len(listing.rejected),
         usable_files=len(sizes),
         bytes=sum(sizes),
-        reencoded=len(anew),
-        reencoded_from=sum(anew),
+        reencoded=len(reencoded_sizes),
+        reencoded_from=sum(reencoded_sizes),
         reencoded_to=sum(verdict.stored.size for _, verdict in used if verdict.stored is not None),
         quarantined=tuple(
             (clip.name, verdict.reason) for clip, verdict in zip(listing.clips, verdicts, strict=True) if verdict.reason
@@ -357,7 +352,7 @@ def _write(
 
 
 def _features() -> dict[str, Any]:
-    """Of a record: a file's bytes, and what is known of the clips in it."""
+    """Return the features of a record: the bytes of a file, and the facts of its clips."""
     return {
         "clip": builder.content(),
         "name": tfds.features.Text(),
@@ -369,14 +364,14 @@ def _features() -> dict[str, Any]:
         "seconds": np.float32,
         "codec": tfds.features.Text(),
         "shots": tfds.features.Sequence({"start": np.float32, "frames": np.int32, "seconds": np.float32}),
-        # Of the file as it came, which `clip` is not where it was stored anew.
+        # Size and hash of the original file, which differ from those of `clip` if it was re-encoded.
         "source_bytes": np.int64,
         "source_sha256": tfds.features.Text(),
     }
 
 
 def _reference(clip: Listed, verdict: Inspected, anew: Path) -> builder.Reference:
-    """Where a record's bytes lie: in the source, or in the folder of files that were stored anew."""
+    """Return the location of a record's bytes: in the source, or in the folder of re-encoded files."""
     if verdict.stored is None:
         return builder.Reference(clip.path, clip.offset, clip.size, verdict.sha256)
     name, size, sha256 = verdict.stored
@@ -386,7 +381,7 @@ def _reference(clip: Listed, verdict: Inspected, anew: Path) -> builder.Referenc
 def _record(
     clip: Listed, verdict: Inspected, reference: builder.Reference, infos: Sequence[ClipInfo]
 ) -> dict[str, Any]:
-    """A record with the place of its bytes. Its facts are of the clips that are used of it, together."""
+    """Return a record with the location of its bytes; its facts are those of all its used clips together."""
     first, last = infos[0], infos[-1]
     return {
         "clip": reference,

@@ -1,4 +1,4 @@
-"""What is found out about one clip, by reading all of it. Runs in a process that may be lost."""
+"""Inspection of one clip by reading all of it; runs in a process that may be lost."""
 
 import dataclasses
 import errno
@@ -17,44 +17,48 @@ from dit_video.data.records import builder
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InspectionConfig:
-    """What is done with every clip."""
+    """Configuration of the inspection of every clip."""
 
     screening: ScreeningConfig = dataclasses.field(default_factory=ScreeningConfig)
+    """Steps of the screening."""
     reencode: Reencode = dataclasses.field(default_factory=Reencode)
+    """Limits above which files are re-encoded."""
     folder: str = ""
-    """where files that are stored anew are written"""
+    """Folder of re-encoded files."""
 
 
 class Inspected(NamedTuple):
-    """A clip's verdict and facts."""
+    """Verdict on a clip, and its facts."""
 
     reason: str = ""
-    """Why it is quarantined; empty where it is not."""
+    """Reason why the clip is quarantined; empty if it is not."""
     sha256: str = ""
-    """of its bytes, as they came"""
+    """SHA-256 of the clip's original bytes, in hexadecimal."""
     shots: tuple[Shot, ...] = ()
+    """Shots that are kept, as in the file that is stored."""
     dropped: tuple[tuple[str, str], ...] = ()
-    """(name, reason) of shots that the screening leaves out"""
+    """Name and reason of each shot that the screening dropped."""
     stored: Stored | None = None
-    """The file that is used in its place; `shots` are of that."""
+    """Re-encoded file that replaces the original; None if the original is used."""
     passing: bool = False
-    """Whether the reason may pass, as it is not the clip's own fault: a file that could not be read or was being
-    written, too little memory, too little time. Such a clip is tried again, and its verdict is not kept."""
+    """True if the reason is transient rather than the clip's own fault: a file that could not be read or was being
+    written, too little memory, too little time. Such a clip is inspected again, and its verdict is not stored in
+    the journal."""
     modified: int = -1
-    """When its file was last changed, as of the bytes that were read: `st_mtime_ns`; -1 where it could not be asked."""
+    """Modification time (`st_mtime_ns`) of the file whose bytes were read; -1 if unknown."""
 
     @property
     def codec(self) -> str:
-        """Empty where no shot is left to say it."""
+        """Return the codec; empty if no shot is kept."""
         return self.shots[0].codec if self.shots else ""
 
     def to_json(self) -> dict[str, Any]:
-        """For the journal and between processes."""
+        """Return a JSON value for the journal, and for exchange between processes."""
         return {**self._asdict(), "shots": [dataclasses.asdict(shot) for shot in self.shots]}
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> "Inspected":
-        """What `to_json` wrote."""
+        """Return the verdict that `to_json` wrote."""
         dropped = tuple((name, reason) for name, reason in value["dropped"])
         stored = None if value["stored"] is None else Stored(*value["stored"])
         changed = {"shots": tuple(map(_shot, value["shots"])), "dropped": dropped, "stored": stored}
@@ -73,13 +77,13 @@ def _shot(fields: dict[str, Any]) -> Shot:
 
 
 def inspect(clip: Listed, config: InspectionConfig) -> Inspected:
-    """Read, decode and screen a clip, and store it anew where that is asked for. What it cannot be used for is its
-    verdict, whatever goes wrong in a decoder or encoder.
+    """Read, decode and screen a clip, and re-encode it if the config says so; every failure becomes its verdict.
 
-    The verdict is of the bytes that lay in the file at its `modified`: a file that changes while it is read has none.
+    The verdict is for the bytes that the file had at its `modified` time; a file that changes while it is read has no
+    valid verdict.
 
     Raises:
-      UserError: the screening itself cannot work, for any clip, or the disk is full.
+      UserError: the screening cannot work for any clip, or the disk is full.
     """
     try:
         modified = os.stat(clip.path).st_mtime_ns
@@ -87,7 +91,7 @@ def inspect(clip: Listed, config: InspectionConfig) -> Inspected:
             too_large = f"{clip.size / 2**30:.1f} GiB in one file, 2 GiB is the limit; cut it into clips"
             return Inspected(too_large, modified=modified)
         encoded = clip.read()
-        changed = os.stat(clip.path).st_mtime_ns != modified
+        has_changed = os.stat(clip.path).st_mtime_ns != modified
     except OSError as error:
         return Inspected(f"cannot be read ({error.strerror or error})", passing=True)
     except MemoryError:
@@ -95,37 +99,39 @@ def inspect(clip: Listed, config: InspectionConfig) -> Inspected:
     if len(encoded) != clip.size:
         size = f"changed from {clip.size} to {len(encoded)} bytes since it was listed; leave it alone"
         return Inspected(size, passing=True)
-    if changed:
+    if has_changed:
         return Inspected("changed while it was read; leave it alone", passing=True)
     return _screened(encoded, clip.name, config)._replace(modified=modified)
 
 
 def _screened(encoded: bytes, name: str, config: InspectionConfig) -> Inspected:
-    work = "decode"
+    operation = "decode"
     try:
         screened = screen(encoded, name, config.screening)
         verdict = Inspected("", hashlib.sha256(encoded).hexdigest(), screened.shots, screened.dropped)
-        work = "re-encode"
+        operation = "re-encode"
         return _stored_anew(encoded, screened, verdict, config)
     except DecodeError as error:
         return Inspected(str(error), passing=_lacks_memory(error.__cause__))
     except UserError:
         raise
-    except Exception as error:  # a decoder's: clips that no rule foresaw must not end the run
+    except Exception as error:  # from a decoder or encoder: an unforeseen kind of clip must not end the run
         if _lacks_memory(error):
-            return Inspected(f"needs more memory to {work} than there is", passing=True)
+            return Inspected(f"needs more memory to {operation} than there is", passing=True)
         message = " ".join(str(error).split())
-        return Inspected(f"cannot be {work}d ({type(error).__name__}: {message})")
+        return Inspected(f"cannot be {operation}d ({type(error).__name__}: {message})")
 
 
 def _stored_anew(encoded: bytes, screened: Screened, verdict: Inspected, config: InspectionConfig) -> Inspected:
-    """The verdict on what is stored in the clip's place, if anything is."""
+    """Return the verdict on the re-encoded file, or `verdict` if the clip is not re-encoded."""
     if not screened.shots or not config.reencode.asked:
         return verdict
-    found = reencode(encoded, screened.facts, screened.shots, config.reencode, Path(config.folder))
-    if found is None:
+    reencoded = reencode(encoded, screened.facts, screened.shots, config.reencode, Path(config.folder))
+    if reencoded is None:
         return verdict
-    return verdict._replace(shots=found.shots, dropped=(*verdict.dropped, *found.dropped), stored=found.stored)
+    return verdict._replace(
+        shots=reencoded.shots, dropped=(*verdict.dropped, *reencoded.dropped), stored=reencoded.stored
+    )
 
 
 def _lacks_memory(error: BaseException | None) -> bool:

@@ -1,10 +1,11 @@
-"""What is known of inspected clips, kept beside the destination while a data set is being made.
+"""Journal of verdicts on inspected clips, kept next to the destination while a data set is being built.
 
-A run that is killed continues where it was: a line is written for every clip, and whole lines outlive the process.
-Workers on other machines have a part of the journal each, as no file is written by two of them.
+A run that is killed continues where it stopped: one line is written per clip, and complete lines survive the process.
+Each worker on another machine has its own part of the journal, so that no file has two writers.
 
-A verdict is kept with the time at which its file was changed before it was read, and found again as long as that holds:
-it is always one of the bytes that lie there. Reasons that may pass are not kept, so that a later run tries again.
+A verdict is stored with the modification time that its file had before it was read, and reused while that time is
+unchanged: it always belongs to the bytes that are there. Transient reasons are not stored, so that a later run tries
+again.
 """
 
 import fcntl
@@ -25,28 +26,28 @@ from dit_video.data.ingest.inspection import Inspected
 
 FILE = "journal.jsonl"
 PARTS = "parts"
-"""The folder of the workers' parts."""
+"""Folder of the workers' parts."""
 _VERSION = 2
 
 
 class Journal:
-    """The verdicts of a folder's journal; a context manager that holds its lock.
+    """Verdicts stored in a folder; a context manager that holds the folder's lock.
 
-    A verdict is found again for a clip of the same name, place in its file, size and time of change, under the same
-    settings and decoder.
+    A verdict is reused for a clip with the same name, offset in its file, size and modification time, under the same
+    settings and version of the decoder.
 
     Args:
-      folder: holds the journal; made where it isn't there.
-      settings: dataclasses and scalars; all that a kept verdict depends on, beside the clip.
+      folder: folder of the journal; created if it does not exist.
+      settings: dataclasses and scalars, everything that a verdict depends on besides the clip.
 
     Raises:
-      UserError: another process has the journal, or the file system has no locks.
+      UserError: another process holds the journal, or the file system has no locks.
     """
 
     def __init__(self, folder: Path, settings: Any):
-        known = json.dumps([_VERSION, av.__version__, config_json.to_json(settings)], sort_keys=True)
-        self.settings = hashlib.sha256(known.encode()).hexdigest()[:16]
-        """What stands for them in a line."""
+        identity = json.dumps([_VERSION, av.__version__, config_json.to_json(settings)], sort_keys=True)
+        self.settings = hashlib.sha256(identity.encode()).hexdigest()[:16]
+        """Hash of the settings, part of the key of every line."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self._file = (folder / FILE).open("a+b")
@@ -56,10 +57,10 @@ class Journal:
             self._file.close()
             if isinstance(error, BlockingIOError):
                 raise UserError(
-                    f"another process is filling {folder}; wait for it, or name another destination"
+                    f"another process is writing {folder}; wait for it, or use another destination"
                 ) from error
             raise UserError(
-                f"{folder} cannot be locked ({error.strerror}); name a destination on a file system with locks"
+                f"{folder} cannot be locked ({error.strerror}); use a destination on a file system that supports locks"
             ) from error
         self._known = self._read()
         self._take_over()
@@ -71,7 +72,7 @@ class Journal:
         self._file.close()
 
     def get(self, clip: Listed) -> Inspected | None:
-        """A clip's verdict, if it is known of the bytes that lie there now."""
+        """Return a clip's verdict if it belongs to the bytes that are there now, else None."""
         verdict = self._known.get(_key(self.settings, clip))
         try:
             return verdict if verdict and verdict.modified == os.stat(clip.path).st_mtime_ns else None
@@ -79,12 +80,12 @@ class Journal:
             return None
 
     def put(self, clip: Listed, inspected: Inspected) -> None:
-        """Write a verdict down, unless its reason may pass."""
+        """Store a verdict, unless its reason is transient."""
         if not inspected.passing:
             self._write(_line(self.settings, clip, inspected))
 
     def forget(self, clips: Iterable[Listed]) -> None:
-        """Have clips inspected again: what was known of them does not hold, whatever the time of change says."""
+        """Mark clips as not inspected, because their verdicts are wrong although the modification time is unchanged."""
         for clip in clips:
             self._write(_line(self.settings, clip, None))
 
@@ -93,30 +94,30 @@ class Journal:
         self._file.flush()
 
     def _read(self) -> dict[str, Inspected]:
-        """The whole lines. What a killed process left of a last one is cut off."""
+        """Read all complete lines, and truncate an incomplete last line that a killed process left."""
         self._file.seek(0)
-        known, end = _parse(self._file)
+        verdicts, end = _parse(self._file)
         self._file.truncate(end)
-        return {key: verdict for key, verdict in known.items() if verdict is not None}
+        return {key: verdict for key, verdict in verdicts.items() if verdict is not None}
 
     def _take_over(self) -> None:
-        """What workers wrote for a run that was killed."""
+        """Merge and remove the parts that the workers of a killed run wrote."""
         for path in _parts(self.folder):
             with path.open("rb") as file:
                 for line in file:
-                    known, _ = _parse([line])
-                    kept = {key: verdict for key, verdict in known.items() if verdict and not verdict.passing}
-                    if kept:
+                    verdicts, _ = _parse([line])
+                    permanent = {key: verdict for key, verdict in verdicts.items() if verdict and not verdict.passing}
+                    if permanent:
                         self._write(line)
-                        self._known.update(kept)
+                        self._known.update(permanent)
             path.unlink()
 
 
 class Part:
-    """A journal file of one worker, in the folder of the run's journal.
+    """Journal file of one worker, in the folder of the run's journal.
 
     Args:
-      folder: the journal's; on a disk that all workers share.
+      folder: folder of the journal, on a disk that all workers share.
       settings: `Journal.settings`.
     """
 
@@ -126,12 +127,12 @@ class Part:
         self._file = (folder / PARTS / f"{uuid.uuid4().hex}.jsonl").open("ab")
 
     def put(self, clip: Listed, inspected: Inspected) -> None:
-        """Write a verdict down: it outlives this process, though not yet this machine."""
+        """Store a verdict such that it survives this process, though not yet a crash of this machine."""
         self._file.write(_line(self._settings, clip, inspected))
         self._file.flush()
 
     def sync(self) -> None:
-        """Have all of it on the shared disk."""
+        """Flush all verdicts to the shared disk."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -139,12 +140,12 @@ class Part:
 
 
 def read_parts(folder: Path, settings: str, clips: Iterable[Listed]) -> list[Inspected | None]:
-    """The verdicts that workers wrote down, also those whose reason may pass; None where there is none."""
-    found: dict[str, Inspected | None] = {}
+    """Return the verdicts that workers stored, transient ones too; None for a clip without one."""
+    verdicts: dict[str, Inspected | None] = {}
     for path in _parts(folder):
         with path.open("rb") as file:
-            found.update(_parse(file)[0])
-    return [found.get(_key(settings, clip)) for clip in clips]
+            verdicts.update(_parse(file)[0])
+    return [verdicts.get(_key(settings, clip)) for clip in clips]
 
 
 def _parts(folder: Path) -> list[Path]:
@@ -156,13 +157,13 @@ def _key(settings: str, clip: Listed) -> str:
 
 
 def _line(settings: str, clip: Listed, inspected: Inspected | None) -> bytes:
-    known = None if inspected is None else inspected.to_json()
-    return json.dumps({"clip": _key(settings, clip), "inspected": known}).encode() + b"\n"
+    value = None if inspected is None else inspected.to_json()
+    return json.dumps({"clip": _key(settings, clip), "inspected": value}).encode() + b"\n"
 
 
 def _parse(lines: Iterable[bytes] | BinaryIO) -> tuple[dict[str, Inspected | None], int]:
-    """What whole lines say, the last one of each clip, and how many bytes they have. None is forgotten."""
-    known: dict[str, Inspected | None] = {}
+    """Return the last verdict on each clip in complete lines (None: forgotten), and the byte count of these lines."""
+    verdicts: dict[str, Inspected | None] = {}
     end = 0
     for line in lines:
         if not line.endswith(b"\n"):
@@ -171,7 +172,7 @@ def _parse(lines: Iterable[bytes] | BinaryIO) -> tuple[dict[str, Inspected | Non
         try:
             entry = json.loads(line)
             key, value = entry["clip"], entry["inspected"]
-            known[key] = None if value is None else Inspected.from_json(value)
+            verdicts[key] = None if value is None else Inspected.from_json(value)
         except (ValueError, KeyError, TypeError):
-            continue  # damaged, or of another version: inspected again
-    return known, end
+            continue  # damaged, or written by another version: the clip is inspected again
+    return verdicts, end

@@ -1,4 +1,4 @@
-"""The optional steps of ingest: split a file into shots, measure them, drop what a limit excludes and say why."""
+"""Optional screening steps of ingest: split a file into shots, measure them, and drop those outside the limits."""
 
 import bisect
 import dataclasses
@@ -21,51 +21,56 @@ from dit_video.video.reader import IMAGE_CODECS
 Number = float | int
 
 SHORTEST_SHOT = 0.2
-"""Seconds: what is this long is shown at one of the times at which measures are taken."""
+"""Minimum length of a shot in seconds; every shot of this length is shown at one of the times that are sampled."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScreeningConfig:
-    """Which steps are taken, and their limits; None is a step not taken. A value at a limit is kept.
+    """Steps of the screening and their limits; None disables a step, and a value at a limit is kept.
 
     A limit that nothing exceeds (`min_motion=0`, `max_letterbox=1`) measures without dropping. Images, which have no
-    length, are exempt from the limits on duration, motion and frozen time. How values are measured is said in
-    `dit_video.data.ingest.samples` and `measures`.
+    length, are exempt from the limits on duration, motion and frozen time. `dit_video.data.ingest.samples` and
+    `measures` define the measures.
 
     Raises:
-      UserError: a limit out of its range, or above its opposite.
+      UserError: a limit is out of range, or a minimum is above its maximum.
     """
 
     shots: Detector | None = None
-    """Split files where a shot begins, by PySceneDetect's detector of this name (needs the extra `ingest`)."""
+    """PySceneDetect detector by which files are split at shot boundaries (needs the extra `ingest`)."""
     shot_threshold: Number | None = None
-    """of that detector; by default PySceneDetect's: 27 levels of 255 for "content", a ratio of 3 for "adaptive"."""
+    """Threshold of the detector; by default PySceneDetect's: 27 levels of 255 for "content", a ratio of 3 for
+    "adaptive"."""
     min_shot: Number = 0.5
-    """seconds: shorter shots are dropped, fades and flashes among them; 0.2 at least"""
+    """Minimum length of a shot in seconds, at least 0.2; shorter shots are dropped, fades and flashes among them."""
     min_seconds: Number | None = None
-    """a clip's duration: the time of the last frame after the first, and one frame more at the clip's rate; to the
-    millisecond, as containers round"""
+    """Minimum duration of a clip: the time between its first and last frame plus one frame at the clip's rate, to the
+    millisecond, as containers round."""
     max_seconds: Number | None = None
+    """Maximum duration of a clip in seconds."""
     min_size: int | None = None
-    """pixels of the shorter side, as shown"""
+    """Minimum length of the shorter side in pixels, as shown."""
     max_size: int | None = None
+    """Maximum length of the shorter side in pixels, as shown."""
     min_motion: Number | None = None
-    """levels of 255 by which luma changes in a second, on average: 14 to 36 where one person signs, 60 to 105 where the
-    camera moves"""
+    """Minimum average change of luma, in levels of 255 per second: 14 to 36 for one person signing, 60 to 105 for a
+    moving camera."""
     max_motion: Number | None = None
+    """Maximum average change of luma, in levels of 255 per second."""
     max_black: Number | None = None
-    """share of time, 0 to 1, in which the picture is black"""
+    """Maximum share of time, 0 to 1, in which the frame is black."""
     max_frozen: Number | None = None
-    """share of time, 0 to 1, in which the picture stands still for a second or longer, or throughout"""
+    """Maximum share of time, 0 to 1, in which the frame stands still for a second or longer, or throughout."""
     max_letterbox: Number | None = None
-    """share of the area, 0 to 1, that black bars cover; nothing is cropped: a shot's `letterbox` says where"""
+    """Maximum share of the area, 0 to 1, that black bars cover. Nothing is cropped; a shot's `letterbox` holds
+    the bars."""
     min_sharpness: Number | None = None
-    """variance of the Laplacian (levels²) of luma at 256 pixels of the longer side: 60 to 800 in 21 sharp clips, 4 to
-    40 in copies of eight that had been shrunk to 96×64 pixels"""
+    """Minimum variance of the Laplacian (levels²) of luma at 256 pixels of the longer side: 60 to 800 in 21 sharp
+    clips, 4 to 40 in copies of eight clips that had been shrunk to 96×64 pixels."""
     duplicates: int | None = None
-    """bits of 64, 0 to 64, in which the hashes of near-duplicates differ at most. `screen` gives the hashes,
-    `drop_duplicates` compares them. 4 is a start: re-encoded, shrunk and brightened copies of eight clips differed by 0
-    to 6, by 2 mostly, and so did two takes of one person before the same wall."""
+    """Maximum number of bits of 64 in which the hashes of near-duplicates differ. `screen` computes the hashes, and
+    `drop_duplicates` compares them. Start with 4: re-encoded, shrunk and brightened copies of eight clips differed
+    by 0 to 6, mostly by 2, and so did two takes of one person in front of the same wall."""
 
     def __post_init__(self):
         for name in ("max_black", "max_frozen", "max_letterbox"):
@@ -76,66 +81,74 @@ class ScreeningConfig:
         self._check("min_shot", SHORTEST_SHOT, float("inf"), "a number of seconds")
         self._check("shot_threshold", 0, float("inf"), "a number")
         if self.shot_threshold is not None and self.shots is None:
-            raise UserError(f"shot_threshold={self.shot_threshold} is of a shot detector; set shots to one")
+            raise UserError(f"shot_threshold={self.shot_threshold} needs a shot detector; set shots to one")
         for name in ("seconds", "size", "motion"):
-            least, most = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
-            if least is not None and most is not None and least > most:
-                raise UserError(f"min_{name}={least} is above max_{name}={most}, which leaves nothing; lower it")
+            minimum, maximum = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
+            if minimum is not None and maximum is not None and minimum > maximum:
+                raise UserError(
+                    f"min_{name}={minimum} is above max_{name}={maximum}, so no clip would be kept; lower it"
+                )
 
     def _check(self, name: str, least: Number, most: Number, kind: str) -> None:
         value = getattr(self, name)
         if value is not None and not least <= value <= most:
-            raise UserError(f"{name}={value} is {kind} from {least:g} to {most:g}; use None to leave the step out")
+            raise UserError(
+                f"{name}={value} is invalid: it must be {kind} from {least:g} to {most:g}. Use None to disable the step"
+            )
 
     @property
     def measures_motion(self) -> bool:
+        """Return whether motion is measured."""
         return self.min_motion is not None or self.max_motion is not None
 
     @property
     def looks_at_frames(self) -> bool:
-        """Whether a file's facts are not enough."""
+        """Return whether frames must be decoded, as the file's facts are not enough."""
         others = (self.shots, self.max_black, self.max_frozen, self.max_letterbox, self.min_sharpness, self.duplicates)
         return self.measures_motion or any(value is not None for value in others)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shot:
-    """A file, or a part of it without a cut. What was not asked for is None."""
+    """A file, or a part of it without a cut; measures that were not requested are None."""
 
     name: str
-    """The file's, followed by `#0`, `#1`, … where it has several shots."""
+    """Name of the file, followed by `#0`, `#1`, … if it has several shots."""
     start: float
-    """seconds after the file's first frame"""
+    """Time of the first frame in seconds after the file's first frame."""
     frames: int
+    """Number of frames."""
     fps: float
-    """on average"""
+    """Average frame rate."""
     seconds: float
-    """of the last frame after the first"""
+    """Time between the first and the last frame."""
     height: int
-    """as shown"""
+    """Height in pixels, as shown."""
     width: int
+    """Width in pixels, as shown."""
     codec: str
+    """Name of the video codec."""
     motion: float | None = None
-    """levels of 255 a second"""
+    """Average change of luma in levels of 255 per second."""
     black: float | None = None
-    """share of time"""
+    """Share of time in which the frame is black."""
     frozen: float | None = None
-    """share of time"""
+    """Share of time in which the frame stands still."""
     sharpness: float | None = None
-    """levels²"""
+    """Variance of the Laplacian in levels²."""
     letterbox: Borders | None = None
-    """pixels, as shown"""
+    """Black bars in pixels, as shown."""
     hash: tuple[int, ...] | None = None
-    """Four of 64 bits, for `drop_duplicates`; None also where no picture has texture."""
+    """Four hashes of 64 bits for `drop_duplicates`; None also if no frame has texture."""
 
     @property
     def duration(self) -> float:
-        """Seconds, with the time that the last frame is shown."""
+        """Return the seconds for which the shot is shown, including its last frame."""
         return self.seconds + 1 / self.fps
 
 
 class Screened(NamedTuple):
-    """What became of a file: its shots that are kept, (name, reason) of those that are not, and the facts of it all."""
+    """Shots of a file that are kept, (name, reason) of those that are dropped, and the facts of the file."""
 
     shots: tuple[Shot, ...]
     dropped: tuple[tuple[str, str], ...]
@@ -143,39 +156,39 @@ class Screened(NamedTuple):
 
 
 def screen(encoded: bytes, name: str, config: ScreeningConfig) -> Screened:
-    """Take the steps of `config` with one file, decoding it once. Every shot of it is either kept or dropped.
+    """Apply the steps of `config` to one file, decoding it once; every shot is either kept or dropped.
 
-    Memory doesn't grow with the file's length but for its timestamps and eight rows of numbers a second.
+    Memory grows with the file's length only by its timestamps and eight rows of numbers per second.
 
     Args:
-      encoded: the file's bytes.
-      name: what its clips are called.
-      config: the steps.
+      encoded: bytes of the file.
+      name: name of the file, from which the names of its shots are made.
+      config: steps and their limits.
 
     Raises:
-      DecodeError: not a readable video or image, or damaged.
-      UserError: shots are asked for, and PySceneDetect isn't installed.
+      DecodeError: the file is damaged, or is not a readable video or image.
+      UserError: `config.shots` is set, and PySceneDetect is not installed.
     """
     if config.looks_at_frames:
-        watcher = _Watcher(encoded, config)
-        facts, judged = watcher.facts, list(_judged_shots(name, watcher, config))
+        analyzer = _Watcher(encoded, config)
+        facts, judged_shots = analyzer.facts, list(_judged_shots(name, analyzer, config))
     else:
         facts = probe(encoded)
-        whole = _whole(name, facts)
-        judged = [(whole, _reason(whole, config))]
+        shot = _whole(name, facts)
+        judged_shots = [(shot, _reason(shot, config))]
     return Screened(
-        shots=tuple(shot for shot, reason in judged if reason is None),
-        dropped=tuple((shot.name, reason) for shot, reason in judged if reason is not None),
+        shots=tuple(shot for shot, reason in judged_shots if reason is None),
+        dropped=tuple((shot.name, reason) for shot, reason in judged_shots if reason is not None),
         facts=facts,
     )
 
 
 class _Watcher:
-    """All that is learnt of a file while its frames pass by."""
+    """Frame times, cuts and samples of a file, collected in one pass over its frames."""
 
     def __init__(self, encoded: bytes, config: ScreeningConfig):
         self.times = array("d")
-        """Of every frame; a frame that claims to be before its predecessor is taken to be shown with it."""
+        """Time of every frame in seconds; a frame with a time before its predecessor's gets the predecessor's time."""
         self._pictures = Pictures(f"video of {len(encoded)} bytes")
         self._cuts = None if config.shots is None else Cuts(config.shots, config.shot_threshold)
         self._sampler = Sampler(self._pictures, letterbox=config.max_letterbox is not None)
@@ -193,7 +206,7 @@ class _Watcher:
         self._sampler.see(number, self.times[number], frame, thumbnail)
 
     def time(self, number: int) -> float:
-        """When a frame is shown; the one after the last where the last is shown for a frame's time."""
+        """Return the time of a frame; for the number after the last frame, the end of the last frame."""
         return self.times[number] if number < self.facts.frames else self.times[-1] + 1 / self.facts.fps
 
     @functools.cached_property
@@ -202,15 +215,15 @@ class _Watcher:
 
 
 def _judged_shots(name: str, watcher: _Watcher, config: ScreeningConfig) -> Iterator[tuple[Shot, str | None]]:
-    """Each with the reason why it is dropped, if it is."""
+    """Yield the shots, each with the reason why it is dropped, or None."""
     if len(watcher.spans) == 1:
-        whole = _measured(_whole(name, watcher.facts), watcher.samples, config)
-        yield whole, _reason(whole, config)
+        shot = _measured(_whole(name, watcher.facts), watcher.samples, config)
+        yield shot, _reason(shot, config)
         return
     for number, span in enumerate(watcher.spans):
         shot = _part(f"{name}#{number}", watcher, span)
-        shown = watcher.time(span.stop) - watcher.time(span.first)
-        if (length := min(shown, shot.duration)) < config.min_shot - TOLERANCE:
+        shown_seconds = watcher.time(span.stop) - watcher.time(span.first)
+        if (length := min(shown_seconds, shot.duration)) < config.min_shot - TOLERANCE:
             yield shot, f"shot of {length:.4g} s is below {config.min_shot:g} s"
             continue
         first = bisect.bisect_left(watcher.samples, span.first, key=lambda sample: sample.frame)
@@ -224,7 +237,7 @@ def _whole(name: str, facts: Facts) -> Shot:
 
 
 def _part(name: str, watcher: _Watcher, span: Span) -> Shot:
-    """Some of a file's frames."""
+    """Return the shot of a part of the file's frames."""
     facts, start, frames = watcher.facts, watcher.times[span.first], span.stop - span.first
     seconds = watcher.times[span.stop - 1] - start
     fps = average_rate(frames, seconds, facts.fps)
@@ -244,22 +257,22 @@ def _measured(shot: Shot, taken: Sequence[Sample], config: ScreeningConfig) -> S
 
 
 def _reason(shot: Shot, config: ScreeningConfig) -> str | None:
-    """The first rule that excludes a shot, with its value and its limit; None where it is kept."""
-    still = shot.frames == 1 and shot.codec in IMAGE_CODECS
-    area = None if shot.letterbox is None else shot.letterbox.share(shot.height, shot.width)
+    """Return the first rule that excludes a shot, with its value and its limit; None if the shot is kept."""
+    is_image = shot.frames == 1 and shot.codec in IMAGE_CODECS
+    letterbox_area = None if shot.letterbox is None else shot.letterbox.share(shot.height, shot.width)
     rules: list[tuple[str, Number | None, str, Number | None, Number | None]] = [
         ("size", min(shot.height, shot.width), "px", config.min_size, config.max_size),
-        ("duration", None if still else shot.duration, "s", config.min_seconds, config.max_seconds),
+        ("duration", None if is_image else shot.duration, "s", config.min_seconds, config.max_seconds),
         ("black", shot.black, "of the time", None, config.max_black),
-        ("frozen", None if still else shot.frozen, "of the time", None, config.max_frozen),
-        ("motion", None if still else shot.motion, "levels/s", config.min_motion, config.max_motion),
-        ("letterbox", area, "of the picture", None, config.max_letterbox),
+        ("frozen", None if is_image else shot.frozen, "of the time", None, config.max_frozen),
+        ("motion", None if is_image else shot.motion, "levels/s", config.min_motion, config.max_motion),
+        ("letterbox", letterbox_area, "of the picture", None, config.max_letterbox),
         ("sharpness", shot.sharpness, "levels²", config.min_sharpness, None),
     ]
-    for rule, value, unit, least, most in rules:
-        slack = TOLERANCE if unit == "s" else 0
-        if value is not None and least is not None and value < least - slack:
-            return f"{rule} {value:.4g} {unit} is below {least:g}"
-        if value is not None and most is not None and value > most + slack:
-            return f"{rule} {value:.4g} {unit} is above {most:g}"
+    for rule, value, unit, minimum, maximum in rules:
+        tolerance = TOLERANCE if unit == "s" else 0
+        if value is not None and minimum is not None and value < minimum - tolerance:
+            return f"{rule} {value:.4g} {unit} is below {minimum:g}"
+        if value is not None and maximum is not None and value > maximum + tolerance:
+            return f"{rule} {value:.4g} {unit} is above {maximum:g}"
     return None

@@ -1,4 +1,4 @@
-"""What became of every clip of a source, and what the data set is like: `report.json`."""
+"""Report of an ingest, `report.json`: the outcome for every clip of a source, and statistics of the data set."""
 
 import collections
 import dataclasses
@@ -17,89 +17,95 @@ from dit_video.data.ingest.captions import caption_statistics
 REPORT = "report.json"
 
 Reasons = tuple[tuple[str, str], ...]
-"""(name, reason)"""
+"""Pairs of (name, reason)."""
 
 _DURATIONS = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600)
-"""Seconds; where the bins of lengths end."""
+"""Upper edges of the bins of lengths, in seconds."""
 _SHAPES = ((0.5, "1:2 and narrower"), (0.9, "upright"), (1.1, "square"), (1.6, "4:3 to 8:5"), (2.0, "16:9"))
-"""Width over height; where the bins end."""
+"""Upper edges of the bins of width over height, with their names."""
 _NUMBER = re.compile(r"(?<![A-Z][.-])(?<!\d)\d+(?:[.,]\d+)*(?:e[+-]?\d+)?")
-"""but those of H.264 and UTF-8"""
+"""Numbers in a reason, except those in words such as H.264 and UTF-8."""
 _QUOTED = re.compile(r"""(?<!\w)(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")(?!\w)""")
 """A name or another word of the input, as `repr` writes it; not the apostrophes of "doesn't … can't"."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class IngestReport:
-    """What became of the clips of a source. Files are counted, which may hold several clips (shots)."""
+    """Outcome of an ingest. Counts of files differ from counts of clips, as a file may hold several clips (shots)."""
 
     files: int = 0
-    """entries of the source: those that are used, quarantined, dropped and rejected, together"""
+    """Number of entries of the source: used, quarantined, dropped and rejected ones together."""
     usable_files: int = 0
+    """Number of files that are used."""
     usable: int
-    """clips in the data set"""
+    """Number of clips in the data set."""
     frames: int
-    """of the usable clips, in total"""
+    """Total number of frames of the usable clips."""
     seconds: float = 0.0
-    """of the usable clips, in total: every frame is shown until the next one, the last one as long as an average one"""
+    """Total duration of the usable clips: each frame is shown until the next one, the last one for an average
+    frame's time."""
     bytes: int = 0
-    """of the usable files, as they are stored"""
+    """Total size of the usable files, as they are stored."""
     reencoded: int = 0
-    """How many of the usable files were stored anew, on request."""
+    """Number of usable files that were re-encoded on request."""
     reencoded_from: int = 0
-    """bytes of these as they came"""
+    """Total original size of the re-encoded files in bytes."""
     reencoded_to: int = 0
-    """bytes of these as they are stored"""
+    """Total stored size of the re-encoded files in bytes."""
     uncaptioned: int
-    """How many of the usable have no caption; they train the unconditional model alone."""
+    """Number of usable clips without a caption, which train the unconditional model alone."""
     quarantined: Reasons = ()
-    """Files that could not be read or decoded and were set aside."""
+    """Files that could not be read or decoded, with reasons."""
     passing: tuple[str, ...] = ()
-    """The names of those of them whose reason may pass: not the file's fault, but the moment's or the machine's."""
+    """Names of quarantined files whose reason is transient: not the file's fault, but the moment's or the machine's."""
     dropped: Reasons = ()
-    """Clips that the screening left out."""
+    """Clips that the screening dropped, with reasons."""
     dropped_files: tuple[str, ...] = ()
-    """Files of which it left nothing."""
+    """Files of which the screening kept no clip."""
     rejected: Reasons = ()
-    """Entries of the source that cannot be clips, such as a tar's entry outside of it, or a row of a list (by its line)
-    that is not well formed."""
+    """Entries of the source that cannot be clips, such as a tar's entry outside of it, or a malformed row of a list
+    (by its line), with reasons."""
     unlisted: tuple[str, ...] = ()
-    """Files that the source's list doesn't name, or without a list are neither clips nor captions; they were left out,
-    and are not among `files`."""
+    """Files that the source's list does not name, or that without a list are neither clips nor captions. They are
+    left out, and are not counted in `files`."""
     format: str = "folder"
-    """how the source was read"""
+    """Format in which the source was read."""
     splits: Mapping[str, int] = field(default_factory=dict)
-    """clips of each"""
+    """Number of clips of each split."""
     reasons: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """How many files or clips were quarantined, dropped and rejected for each kind of reason (numbers and names left
-    out)."""
+    """Number of files or clips that were quarantined, dropped and rejected for each kind of reason (numbers and names
+    removed)."""
     histograms: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """Of the usable clips: sizes, shapes, lengths, frames, rates; of the usable files: codecs."""
+    """Histograms of the usable clips (sizes, shapes, lengths, frames, rates) and of the usable files (codecs)."""
     captions: Mapping[str, Any] = field(default_factory=dict)
-    """`CaptionStatistics` of the usable clips"""
+    """`CaptionStatistics` of the usable clips."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """the screening's"""
+    """Configuration of the screening, and of the re-encoding if any."""
     reused: bool = False
-    """True where the destination already held this data set."""
+    """True if the destination already held this data set."""
 
     def check(self) -> "IngestReport":
-        """Itself, if the counts add up: nothing is lost in silence."""
+        """Return the report itself if its counts add up, so that no clip is lost silently.
+
+        Raises:
+          AssertionError: the counts do not add up.
+        """
         counted = self.usable_files + len(self.quarantined) + len(self.dropped_files) + len(self.rejected)
         if counted != self.files or sum(self.splits.values()) != self.usable:
             raise AssertionError(f"{self.files} files came in, and {counted} are accounted for")
         return self
 
     def write(self, folder: Path) -> None:
-        """As `report.json`; the same report gives the same bytes."""
+        """Write `report.json`; the same report gives the same bytes."""
         document = dataclasses.asdict(self)
         document.pop("reused")
         write_json(folder / REPORT, document)
 
     @staticmethod
     def read(folder: Place) -> "IngestReport":
-        """What `write` wrote."""
-        known = {field.name for field in dataclasses.fields(IngestReport)}
-        fields = {name: value for name, value in read_document(folder / REPORT).items() if name in known}
+        """Return the report that `write` wrote."""
+        field_names = {field.name for field in dataclasses.fields(IngestReport)}
+        fields = {name: value for name, value in read_document(folder / REPORT).items() if name in field_names}
         for name in ("quarantined", "dropped", "rejected"):
             fields[name] = tuple((clip, reason) for clip, reason in fields.get(name, ()))
         for name in ("passing", "dropped_files", "unlisted"):
@@ -108,12 +114,12 @@ class IngestReport:
 
 
 def summarise(infos: Sequence[ClipInfo], codecs: Iterable[str], **given: Any) -> IngestReport:
-    """The report of a data set.
+    """Return the report of a data set.
 
     Args:
-      infos: its clips.
-      codecs: of its files.
-      given: what else the report says; see `IngestReport`.
+      infos: clips of the data set.
+      codecs: codecs of its files.
+      fields: all other fields of `IngestReport`.
     """
     reasons = {kind: _kinds(given[kind]) for kind in ("quarantined", "dropped", "rejected") if given[kind]}
     return IngestReport(
@@ -137,24 +143,24 @@ def summarise(infos: Sequence[ClipInfo], codecs: Iterable[str], **given: Any) ->
 
 
 def duration(info: ClipInfo) -> float:
-    """Seconds for which a clip is shown, its last frame as long as an average one."""
+    """Return the seconds for which a clip is shown, its last frame for an average frame's time."""
     return info.seconds + (1 / info.fps if info.frames > 1 else 0.0)
 
 
 def _counted(values: Iterable[str]) -> dict[str, int]:
-    """By count, then by name."""
+    """Return the counts of values, sorted by count, then by name."""
     return dict(sorted(collections.Counter(values).items(), key=lambda entry: (-entry[1], entry[0])))
 
 
 def _binned(values: Iterable[float | int], bin: Callable[[float | int], str], names: Sequence[str]) -> dict[str, int]:
-    """In the order of the bins, without the empty ones at the ends."""
+    """Return the counts of bins in their order, without empty bins at the ends."""
     counts = collections.Counter(map(bin, values))
-    held = [index for index, name in enumerate(names) if counts[name]]
-    return {name: counts[name] for name in names[held[0] : held[-1] + 1]} if held else {}
+    occupied = [index for index, name in enumerate(names) if counts[name]]
+    return {name: counts[name] for name in names[occupied[0] : occupied[-1] + 1]} if occupied else {}
 
 
 def _lengths() -> list[str]:
-    """'< 1 s', '1–2 s', …, '≥ 3600 s'."""
+    """Return the names of the bins: '< 1 s', '1–2 s', …, '≥ 3600 s'."""
     between = [f"{low}–{high} s" for low, high in itertools.pairwise(_DURATIONS)]
     return [f"< {_DURATIONS[0]} s", *between, f"≥ {_DURATIONS[-1]} s"]
 
@@ -164,7 +170,7 @@ def _length(seconds: float | int) -> str:
 
 
 def _frame_counts() -> list[str]:
-    """'1', '2', '3–4', '5–8', …: powers of two."""
+    """Return the names of the bins, powers of two: '1', '2', '3–4', '5–8', …."""
     return ["1", "2", *(f"{2**power + 1}–{2 ** (power + 1)}" for power in range(1, 32))]
 
 
@@ -181,5 +187,5 @@ def _shape(ratio: float | int) -> str:
 
 
 def _kinds(pairs: Reasons) -> dict[str, int]:
-    """Reasons that differ in numbers, and in what is in quotes, alone are of one kind."""
+    """Return the counts of reasons; those that differ only in numbers and quoted words are of one kind."""
     return _counted(_NUMBER.sub("N", _QUOTED.sub("'…'", reason)) for _, reason in pairs)

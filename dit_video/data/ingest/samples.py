@@ -1,4 +1,4 @@
-"""A few pictures a second of a clip, and what they say of it together."""
+"""Measures of a clip, taken on a few frames a second."""
 
 import math
 from collections.abc import Sequence
@@ -14,36 +14,40 @@ from dit_video.data.ingest.thumbnails import Pictures
 from dit_video.video import TOLERANCE
 
 RATE = 8
-"""Times a second: measures are taken of the frames that are shown at the times k / 8 s of the file."""
+"""Samples per second: the frames shown at the times k / 8 s of the file are measured."""
 
 FREEZE = 8
-"""Steps of 1 / 8 s for which a picture stands still, at least, to be frozen: shorter ones are low frame rates."""
+"""Minimum number of steps of 1 / 8 s for which a frozen frame stands still; shorter ones are due to low frame rates."""
 
 HASHES = 4
-"""Pictures of a clip that are hashed: those at 1/8, 3/8, 5/8 and 7/8 of its length."""
+"""Number of hashed frames of a clip: those at 1/8, 3/8, 5/8 and 7/8 of its length."""
 
 
 class Sample(NamedTuple):
-    """One frame that was measured."""
+    """Measures of one frame."""
 
     frame: int
-    """Its number in the file."""
+    """Number of the frame in the file."""
     steps: int
-    """At how many of the times k / 8 s it is shown, one at least."""
+    """Number of the times k / 8 s at which the frame is shown, at least one."""
     difference: float
-    """from the sample before, in levels; 0 for the file's first"""
+    """Mean difference from the previous sample, in levels; 0 for the file's first sample."""
     black: bool
+    """True if the frame is black."""
     sharpness: float
+    """Variance of the Laplacian, in levels²."""
     hash: int | None
+    """Perceptual hash of the frame; None without texture."""
     borders: Borders | None
-    """As stored, turned upright; None where not asked for, and of black pictures."""
+    """Black bars of the frame at its stored size, turned upright; None if not requested, and for black frames."""
     height: int
-    """of the picture in which `borders` count"""
+    """Height of the frame in which `borders` are measured, in pixels."""
     width: int
+    """Width of the frame in which `borders` are measured, in pixels."""
 
 
 class _Shown(NamedTuple):
-    """A frame that waits for the next one, which says how long it is shown."""
+    """A frame that is measured once the time of the next frame is known, which ends the time for which it is shown."""
 
     number: int
     time: float
@@ -52,11 +56,13 @@ class _Shown(NamedTuple):
 
 
 class Sampler:
-    """Takes the frames of a file in order, keeps one of them and the numbers measured.
+    """A sampler of a file's frames, which keeps at most one frame, and the measures.
+
+    Frames are added in order.
 
     Args:
-      pictures: makes thumbnails.
-      letterbox: also look for black bars, at the stored size.
+      pictures: converts frames to thumbnails.
+      letterbox: also measure black bars, at the stored size.
     """
 
     def __init__(self, pictures: Pictures, *, letterbox: bool):
@@ -68,12 +74,12 @@ class Sampler:
     def see(
         self, number: int, time: float, frame: av.VideoFrame, thumbnail: UInt8[np.ndarray, "h w 3"] | None = None
     ) -> None:
-        """The next frame; `time` (seconds) is not before the last one's. `thumbnail` where it is made already."""
+        """Add the next frame; `time` (seconds) must not decrease. `thumbnail` is passed if it exists already."""
         self._until(time)
         self._shown = _Shown(number, time, frame, thumbnail)
 
     def finish(self, end: float) -> None:
-        """The last frame is shown until `end` (seconds). A file with a frame has a sample."""
+        """End the last frame at `end` (seconds); a file with a frame has at least one sample."""
         self._until(end)
         if self._shown is not None and not self.samples:
             self._measure(self._shown, 1)
@@ -89,8 +95,8 @@ class Sampler:
         black = measures.is_black(luma)
         bars, height, width = None, 0, 0
         if self._letterbox and not black:
-            whole = self._pictures.upright(self._pictures.luma(shown.frame), shown.frame)
-            bars, (height, width) = measures.borders(whole), whole.shape
+            luma_upright = self._pictures.upright(self._pictures.luma(shown.frame), shown.frame)
+            bars, (height, width) = measures.borders(luma_upright), luma_upright.shape
         self.samples.append(
             Sample(
                 frame=shown.number,
@@ -108,26 +114,26 @@ class Sampler:
 
 
 def _step(time: float) -> int:
-    """The number of times k / 8 s, k ≥ 0, that lie before `time`."""
+    """Return the number of times k / 8 s, k ≥ 0, before `time`."""
     return max(0, math.ceil(RATE * (time - TOLERANCE)))
 
 
 def motion(samples: Sequence[Sample]) -> float:
-    """How fast the picture changes: Σ mean |Yₖ − Yₖ₋₁| / (n / 8 s) over the n steps of 1/8 s.
+    """Return the speed of change in levels of 255 a second: Σ mean |Yₖ − Yₖ₋₁| / (n / 8 s) over n steps of 1/8 s.
 
-    In levels of 255 a second; 0 for one picture.
+    The motion of a single frame is 0.
     """
     steps = _steps(samples)
     return RATE * sum(sample.difference for sample in samples[1:]) / steps if steps else 0.0
 
 
 def black(samples: Sequence[Sample]) -> float:
-    """The share of time in which the picture is black."""
+    """Return the share of time in which the frame is black."""
     return sum(sample.steps for sample in samples if sample.black) / sum(sample.steps for sample in samples)
 
 
 def frozen(samples: Sequence[Sample]) -> float:
-    """The share of time in which the picture stands still, for a second or longer or throughout; 0 for one picture."""
+    """Return the share of time in still runs of at least one second, or of the whole clip; 0 for a single frame."""
     steps = _steps(samples)
     if not steps:
         return 0.0
@@ -143,42 +149,44 @@ def frozen(samples: Sequence[Sample]) -> float:
 
 
 def sharpness(samples: Sequence[Sample]) -> float:
-    """The median over pictures that are not black; 0 where all are."""
+    """Return the median sharpness of frames that are not black; 0 if all are black."""
     values = [sample.sharpness for sample in samples if not sample.black]
     return float(np.median(values)) if values else 0.0
 
 
 def letterbox(samples: Sequence[Sample], height: int, width: int) -> Borders:
-    """The bars that pictures have in common, in pixels of a clip that is shown at this height and width.
+    """Return the bars that the frames have in common, in pixels of a clip shown at this height and width.
 
-    Of every side the width that nine pictures of ten have at least: bars that come and go, or hold subtitles for a
-    tenth of the time, count as picture. Black pictures have no say.
+    Each bar has the width that at least nine of ten frames have: bars that come and go, or contain subtitles for a
+    tenth of the time, count as picture. Black frames are ignored.
     """
-    found = [
+    frame_bars = [
         (top * height / sample.height, bottom * height / sample.height, left * width / sample.width,
          right * width / sample.width)
         for sample in samples if sample.borders is not None
         for top, bottom, left, right in [sample.borders]
     ]  # fmt: skip
-    if not found:
+    if not frame_bars:
         return Borders(0, 0, 0, 0)
-    sides = np.quantile(np.array(found), 0.1, axis=0, method="lower")
+    sides = np.quantile(np.array(frame_bars), 0.1, axis=0, method="lower")
     return Borders(*(round(side) for side in sides.tolist()))
 
 
 def hashes(samples: Sequence[Sample]) -> tuple[int, ...] | None:
-    """Perceptual hashes of four pictures: of those at (2 k + 1) / 8 of the length the nearest that have texture.
+    """Return four perceptual hashes: of the frames with texture nearest to (2 k + 1) / 8 of the length.
 
-    None where no picture has texture.
+    None if no frame has texture.
     """
-    begins = np.cumsum([0, *(sample.steps for sample in samples)])
-    usable = [(begins[at], begins[at + 1], sample.hash) for at, sample in enumerate(samples) if sample.hash is not None]
+    starts = np.cumsum([0, *(sample.steps for sample in samples)])
+    usable = [(starts[i], starts[i + 1], sample.hash) for i, sample in enumerate(samples) if sample.hash is not None]
     if not usable:
         return None
-    moments = begins[-1] * (2 * np.arange(HASHES) + 1) / (2 * HASHES)
-    return tuple(min(usable, key=lambda part: max(part[0] - moment, moment - part[1], 0))[2] for moment in moments)
+    targets = starts[-1] * (2 * np.arange(HASHES) + 1) / (2 * HASHES)
+    return tuple(
+        min(usable, key=lambda interval: max(interval[0] - target, target - interval[1], 0))[2] for target in targets
+    )
 
 
 def _steps(samples: Sequence[Sample]) -> int:
-    """Between the first time and the last."""
+    """Return the number of steps between the first time and the last."""
     return sum(sample.steps for sample in samples) - 1

@@ -1,4 +1,4 @@
-"""What of the inspected files is used, under which names, and in which order: what needs the facts of all of them."""
+"""Selection, naming and ordering of the clips of a data set, which depend on the verdicts on all files."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -15,46 +15,48 @@ from dit_video.data.records.builder import in_order
 
 
 class Selection(NamedTuple):
-    """What a data set holds."""
+    """Files and clips that a data set holds."""
 
     files: Mapping[str, tuple[int, ...]]
-    """Of each split the files that are used, by their numbers in the listing: its records."""
+    """For each split the files that are used, by their numbers in the listing; each file is a record."""
     infos: tuple[ClipInfo, ...]
-    """The clips, in the order of their records."""
+    """Clips in the order of their records."""
     dropped: tuple[tuple[str, str], ...]
-    """(name, reason) of clips that are not used"""
+    """Name and reason of each clip that is not used."""
     dropped_files: tuple[str, ...]
-    """Files of which nothing is used."""
+    """Names of files of which no clip is used."""
 
     @property
     def in_order(self) -> list[int]:
-        """The files of all splits, as their records are numbered."""
+        """Return the files of all splits in the order of their records."""
         return [number for numbers in self.files.values() for number in numbers]
 
 
 def select(clips: Sequence[Listed], verdicts: Sequence[Inspected], config: ScreeningConfig) -> Selection:
-    """Leave out duplicates, where that is asked for, and number the records: split by split, in the listing's order.
+    """Drop duplicates if the config says so, and number the records split by split, in the order of the listing.
 
     Args:
-      clips: the listing.
-      verdicts: of each of them.
-      config: the screening.
+      clips: clips of the listing.
+      verdicts: verdict on each clip.
+      config: configuration of the screening.
 
     Raises:
-      UserError: two clips of one name.
+      UserError: two clips have the same name.
     """
-    kept, duplicates = _without_duplicates(verdicts, config)
-    used = [number for number, shots in enumerate(kept) if shots]
+    kept_shots, duplicates = _without_duplicates(verdicts, config)
+    used = [number for number, shots in enumerate(kept_shots) if shots]
     splits = in_order(clips[number].split for number in used)
     files = {split: tuple(number for number in used if clips[number].split == split) for split in splits}
     infos = [
         _info(clips[number], shot, record)
         for record, number in enumerate(number for numbers in files.values() for number in numbers)
-        for shot in kept[number]
+        for shot in kept_shots[number]
     ]
     _check_names(infos)
-    dropped = [(*verdict.dropped, *more) for verdict, more in zip(verdicts, duplicates, strict=True)]
-    empty = [not shots and not verdict.reason for shots, verdict in zip(kept, verdicts, strict=True)]
+    dropped = [
+        (*verdict.dropped, *duplicate_pairs) for verdict, duplicate_pairs in zip(verdicts, duplicates, strict=True)
+    ]
+    empty = [not shots and not verdict.reason for shots, verdict in zip(kept_shots, verdicts, strict=True)]
     return Selection(
         files,
         tuple(infos),
@@ -66,19 +68,19 @@ def select(clips: Sequence[Listed], verdicts: Sequence[Inspected], config: Scree
 def _without_duplicates(
     verdicts: Sequence[Inspected], config: ScreeningConfig
 ) -> tuple[list[list[Shot]], list[list[tuple[str, str]]]]:
-    """Of every file the clips that stay, and (name, reason) of those that don't."""
+    """Return for every file the clips that are kept, and (name, reason) of those that are dropped."""
     shots = [(number, shot) for number, verdict in enumerate(verdicts) for shot in verdict.shots]
     if config.duplicates is None:
-        found: Sequence[int | None] = [None] * len(shots)
+        originals: Sequence[int | None] = [None] * len(shots)
     else:
-        found = drop_duplicates([shot.hash for _, shot in shots], distance=config.duplicates)
+        originals = drop_duplicates([shot.hash for _, shot in shots], distance=config.duplicates)
     kept: list[list[Shot]] = [[] for _ in verdicts]
     dropped: list[list[tuple[str, str]]] = [[] for _ in verdicts]
-    for (number, shot), first in zip(shots, found, strict=True):
-        if first is None:
+    for (number, shot), original in zip(shots, originals, strict=True):
+        if original is None:
             kept[number].append(shot)
         else:
-            dropped[number].append((shot.name, f"shows what {quoted(shots[first][1].name)} shows"))
+            dropped[number].append((shot.name, f"shows what {quoted(shots[original][1].name)} shows"))
     return kept, dropped
 
 
@@ -98,9 +100,11 @@ def _info(clip: Listed, shot: Shot, record: int) -> ClipInfo:
 
 
 def _check_names(infos: Sequence[ClipInfo]) -> None:
-    """A file could be called what a shot of another is called."""
-    seen: set[str] = set()
+    """Raise if two clips have the same name: a file may be called like a shot of another file."""
+    names: set[str] = set()
     for info in infos:
-        if info.name in seen:
-            raise UserError(f"two clips would be called {info.name}; rename the file, `#` numbers the shots of one")
-        seen.add(info.name)
+        if info.name in names:
+            raise UserError(
+                f"two clips would be called {info.name}; rename the file, as `#` numbers the shots of a file"
+            )
+        names.add(info.name)

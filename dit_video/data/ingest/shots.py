@@ -1,7 +1,8 @@
-"""Where a file's shots begin: PySceneDetect's detectors, shown frames that PyAV decoded.
+"""Shot boundaries, found by PySceneDetect's detectors in frames that PyAV decodes.
 
-The detectors are given frames one by one and asked for frame numbers, so that times stay PyAV's, whatever the file's
-rate. Their own minimum length is off: it would join a short shot to its neighbour, and a clip would hold a cut.
+The detectors receive frames one by one and return frame numbers, so that times are PyAV's, whatever the file's frame
+rate. Their own minimum length is disabled: it would join a short shot to its neighbour, and the clip would contain a
+cut.
 """
 
 from collections.abc import Sequence
@@ -14,20 +15,20 @@ from dit_video.core.errors import UserError
 
 Detector = Literal["content", "adaptive"]
 THRESHOLDS: dict[Detector, float] = {"content": 27.0, "adaptive": 3.0}
-"""PySceneDetect's own."""
+"""Default thresholds of PySceneDetect."""
 
 
 class Cuts:
-    """Finds cuts while frames pass by.
+    """A detector of cuts in a stream of frames.
 
     Args:
       detector: "content" compares neighbouring frames: a cut is where hue, saturation and lightness (0..255) change by
-        `threshold` or more on average. "adaptive" asks for a change of 15 or more that is `threshold` times as large as
-        around it (two frames on each side), so that fast motion is no cut.
-      threshold: by default PySceneDetect's: 27 and 3.
+        `threshold` or more on average. "adaptive" requires a change of 15 or more that is `threshold` times as large as
+        in the two frames on each side, so that fast motion is not a cut.
+      threshold: threshold of the detector; by default PySceneDetect's, 27 and 3.
 
     Raises:
-      UserError: PySceneDetect isn't installed.
+      UserError: PySceneDetect is not installed.
     """
 
     def __init__(self, detector: Detector, threshold: float | int | None = None):
@@ -35,7 +36,7 @@ class Cuts:
             from scenedetect import AdaptiveDetector, ContentDetector, FrameTimecode
         except ModuleNotFoundError as error:
             raise UserError(
-                f"splitting at shot boundaries needs PySceneDetect ({error}); pip install -e '.[ingest]'"
+                f"splitting at shot boundaries needs PySceneDetect ({error}); run pip install -e '.[ingest]'"
             ) from error
         level = THRESHOLDS[detector] if threshold is None else float(threshold)
         self._detector: Any
@@ -46,25 +47,25 @@ class Cuts:
         self._timecode = FrameTimecode
         self._count = 0
         self.numbers: list[int] = []
-        """Of the frames that begin a new shot."""
+        """Numbers of the frames that begin a new shot."""
 
     def see(self, picture: UInt8[np.ndarray, "h w 3"]) -> None:
-        """The next frame, RGB; all of one size."""
-        # The rate turns numbers into times that nobody asks for.
+        """Add the next frame, RGB; all frames have the same size."""
+        # PySceneDetect requires a frame rate to compute times; only frame numbers are used here, so any rate will do.
         timecode = self._timecode(self._count, 25.0)
-        found = self._detector.process_frame(timecode, np.ascontiguousarray(picture[..., ::-1]))
-        self.numbers.extend(cut.frame_num for cut in found if cut.frame_num > 0)
+        cuts = self._detector.process_frame(timecode, np.ascontiguousarray(picture[..., ::-1]))
+        self.numbers.extend(cut.frame_num for cut in cuts if cut.frame_num > 0)
         self._count += 1
 
 
 class Span(NamedTuple):
-    """Frames of a file that follow each other: from `first` up to, not including, `stop`."""
+    """Consecutive frames of a file, from `first` up to but not including `stop`."""
 
     first: int
     stop: int
 
 
 def spans(cuts: Sequence[int], frames: int) -> tuple[Span, ...]:
-    """The shots of a file of so many frames: each begins at 0 or at a cut."""
-    begins = sorted({0, *cuts})
-    return tuple(Span(first, stop) for first, stop in zip(begins, [*begins[1:], frames], strict=True))
+    """Return the shots of a file with this many frames: each begins at frame 0 or at a cut."""
+    starts = sorted({0, *cuts})
+    return tuple(Span(first, stop) for first, stop in zip(starts, [*starts[1:], frames], strict=True))

@@ -1,4 +1,4 @@
-"""The small pictures of a file's frames that measures are taken on."""
+"""Thumbnails of a file's frames, on which measures are taken."""
 
 import av
 import numpy as np
@@ -9,33 +9,33 @@ from dit_video.video.reader import complaints
 from dit_video.video.to_rgb import is_full_range, is_transparent, orientation, over_black
 
 LONG_SIDE = 256
-"""Pixels of a thumbnail's longer side, whatever the clip's size: small ones are enlarged, so that measures compare."""
+"""Length of a thumbnail's longer side in pixels. Smaller frames are enlarged, so that measures are comparable."""
 SHORT_SIDE = 16
-"""Pixels at least of the shorter one; pictures longer than 16:1 are squeezed."""
+"""Minimum length of the shorter side in pixels; frames longer than 16:1 are squeezed."""
 
 _TRIANGLE = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INP | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
-"""swscale's bilinear filter widens with the scale, so that shrinking doesn't alias; these flags give the same values on
-all processors."""
+"""The bilinear filter of swscale widens with the scale, so that shrinking does not alias; these flags give the same
+values on all processors."""
 
 
 class Pictures:
-    """Small pictures of one file's frames: as they are stored, not turned, pixels taken as square.
+    """A converter of one file's frames to thumbnails and luma, as stored: not turned, with pixels taken as square.
+
+    Its methods raise `DecodeError` for a frame that ffmpeg cannot convert.
 
     Args:
-      name: of the file, for messages.
-
-    Its methods raise `DecodeError` on a frame that ffmpeg can't convert.
+      name: name of the file, for messages.
     """
 
     def __init__(self, name: str) -> None:
         self._name = name
-        # Each keeps what swscale prepared for its last conversion.
+        # Each caches swscale's context for one size of output, so there is one per size.
         self._small, self._whole = VideoReformatter(), VideoReformatter()
         self._size: tuple[int, int] | None = None
         self._orientation: tuple[bool, bool, bool] | None = None
 
     def thumbnail(self, frame: av.VideoFrame) -> UInt8[np.ndarray, "h w 3"]:
-        """Full-range RGB, the longer side `LONG_SIDE`; transparent pixels over black. All of one size."""
+        """Return full-range RGB with the longer side `LONG_SIDE`, all of one size; transparency is over black."""
         if self._size is None:
             scale = LONG_SIDE / max(frame.height, frame.width)
             self._size = max(SHORT_SIDE, round(frame.height * scale)), max(SHORT_SIDE, round(frame.width * scale))
@@ -43,20 +43,20 @@ class Pictures:
         return over_black(picture) if is_transparent(frame) else picture
 
     def luma(self, frame: av.VideoFrame) -> UInt8[np.ndarray, "H W"]:
-        """Full-range luma at the stored size; transparent pixels over black."""
+        """Return full-range luma at the stored size; transparency is over black."""
         if is_transparent(frame):
             picture = over_black(self._converted(self._whole, frame, "rgba", frame.height, frame.width))
             return np.rint(picture @ np.array([0.299, 0.587, 0.114])).astype(np.uint8)
         return self._converted(self._whole, frame, "gray", frame.height, frame.width)
 
     def upright(self, picture: Real[np.ndarray, "H W"], frame: av.VideoFrame) -> Real[np.ndarray, "h w"]:
-        """A picture of a frame as it is shown: by quarter turns and reflections."""
+        """Return a frame as it is shown, by quarter turns and reflections."""
         if self._orientation is None:
-            # Of the first frame alone: one whose side data were read refers to itself, and would stay in memory until
-            # the garbage collector runs, which counts objects and not bytes.
+            # Read from the first frame alone: a frame whose side data were read refers to itself, and would stay in
+            # memory until the garbage collector runs, which counts objects and not bytes.
             self._orientation = orientation(frame)
-        turned, flip_rows, flip_columns = self._orientation
-        picture = picture.swapaxes(0, 1) if turned else picture
+        is_transposed, flip_rows, flip_columns = self._orientation
+        picture = picture.swapaxes(0, 1) if is_transposed else picture
         return picture[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
 
     def _converted(

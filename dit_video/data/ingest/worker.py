@@ -1,6 +1,6 @@
-"""The other side of `workers`: `python -m dit_video.data.ingest.worker` inspects clips that come in on stdin.
+"""Worker process of `workers`: `python -m dit_video.data.ingest.worker` inspects clips that it reads from stdin.
 
-One JSON value a line: first an `InspectionConfig`, then a clip, which is answered by a line before the next one.
+The protocol is one JSON value a line: first an `InspectionConfig`, then clips; each clip is answered by one line.
 """
 
 import json
@@ -24,10 +24,10 @@ def serve(requests: Iterable[bytes], answers: BinaryIO) -> None:
     config = config_json.from_json(json.loads(next(requests)))
     _answer(answers, {"ready": True})
     for line in requests:
-        name, captions, *place = json.loads(line)
+        name, captions, *location = json.loads(line)
         answer: dict[str, Any]
         try:
-            answer = {"inspected": inspect(Listed(name, tuple(captions), *place), config).to_json()}
+            answer = {"inspected": inspect(Listed(name, tuple(captions), *location), config).to_json()}
         except UserError as error:
             answer = {"error": str(error)}
         _answer(answers, answer)
@@ -39,7 +39,7 @@ def _answer(answers: BinaryIO, value: dict) -> None:
 
 
 def _lines(stream: BinaryIO) -> Iterable[bytes]:
-    """Lines as they come. When the other side ends, whatever way, so does this process, even inside a decoder."""
+    """Yield lines as they arrive, and end this process, even inside a decoder, when the parent process ends."""
     lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
     def read() -> None:
@@ -54,11 +54,11 @@ def _lines(stream: BinaryIO) -> Iterable[bytes]:
 
 def main() -> None:
     """Serve on the standard streams."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal: the first one decides
-    # What a decoder prints goes to stderr, not between the answers.
-    own = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the parent decides
+    # Output that a decoder prints is sent to stderr, as it must not appear between the answers.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    serve(_lines(sys.stdin.buffer), own)
+    serve(_lines(sys.stdin.buffer), answers)
 
 
 if __name__ == "__main__":

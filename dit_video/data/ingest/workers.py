@@ -1,11 +1,11 @@
-"""Clips inspected by several processes, of which any may be lost at any time.
+"""Worker processes that inspect clips, any of which may be lost at any time.
 
-A process has one clip at a time, so that a lost one (killed by the system, crashed in a decoder, hanging) names its
-clip. (`concurrent.futures` has a broken pool instead, and doesn't say by which task.) Whoever asks tries that clip once
-more when all others are done, with no other beside it: a decoder that crashes again then is the clip's own fault.
+A process inspects one clip at a time, so that a lost process (killed by the system, crashed in a decoder, hanging)
+identifies its clip. (`concurrent.futures` breaks the whole pool instead, and does not say which task is the cause.)
+The caller inspects that clip once more after all others, alone: if the decoder crashes again, the clip is the cause.
 
-The processes are started as `python -m`, not by `multiprocessing`: that would run the caller's script in each of them
-again, and asks for a guard there.
+The processes are started by `python -m` instead of `multiprocessing`, which would run the caller's script again in
+each process, and requires a guard there.
 """
 
 import contextlib
@@ -27,33 +27,34 @@ from dit_video.data.ingest.inspection import Inspected, InspectionConfig
 
 MODULE = "dit_video.data.ingest.worker"
 _STARTING = 300.0
-"""Seconds that a process has for its imports, on the slowest disk."""
+"""Seconds within which a process must finish its imports, on the slowest disk."""
 _MEGABYTE, _GIGABYTE = 1 << 20, 1 << 30
 
 Task = tuple[int, Listed]
 
 
 def cores() -> int:
-    """How many processes run at once here."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
 def worth(clips: Sequence[Task], most: int) -> int:
-    """How many processes, at most so many, are worth the second that one takes to start: a megabyte of clips each."""
+    """Return how many processes, up to `max_count`, are worth their start of one second: one per megabyte of clips."""
     return min(most, len(clips), 1 + sum(clip.size for _, clip in clips) // _MEGABYTE)
 
 
 def limit_of(clip: Listed, time_limit: float | int) -> float:
-    """Seconds that a clip may take: `time_limit`, and ten times as much more for every gigabyte."""
+    """Return the seconds that a clip may take: `time_limit`, plus ten times as much per gigabyte."""
     return time_limit * (1 + 10 * clip.size / _GIGABYTE)
 
 
 _CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS)
-"""How a decoder ends its process. Others come from outside: SIGKILL where the machine has no memory left."""
+"""Signals by which a crashing decoder ends its process. Other signals come from outside, such as SIGKILL when the
+machine is out of memory."""
 
 
 class _Lost(Exception):
-    """Why a process was lost, and whether for a reason that may pass."""
+    """A lost process, with the reason and whether that is transient."""
 
     def __init__(self, reason: str, *, passing: bool = True):
         super().__init__(reason)
@@ -62,7 +63,7 @@ class _Lost(Exception):
 
 class _Process:
     def __init__(self, config: InspectionConfig):
-        # The same modules as here, and nothing of the folder that this happens to run in.
+        # Import the same modules as this process, but nothing from the current folder (hence -P and no empty path).
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", MODULE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
@@ -83,21 +84,21 @@ class _Process:
         self._send(list(task[1]))
 
     def _send(self, value: object) -> None:
-        with contextlib.suppress(BrokenPipeError):  # its end is read where its answer would be
+        with contextlib.suppress(BrokenPipeError):  # a process that ended is detected in `read_answer`
             self._requests.write(json.dumps(value).encode() + b"\n")
             self._requests.flush()
 
     def read(self) -> dict | None:
-        """Its answer, once it is whole.
+        """Return the process's answer, or None while it is incomplete.
 
         Raises:
-          _Lost: it has ended.
+          _WorkerLostError: the process has ended.
         """
         chunk = os.read(self.answers.fileno(), 1 << 20)
         if not chunk:
             code = self.process.wait()
-            how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
-            raise _Lost(how, passing=code < 0 and -code not in _CRASHES)
+            ending = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+            raise _Lost(ending, passing=code < 0 and -code not in _CRASHES)
         self._buffer += chunk
         if not chunk.endswith(b"\n"):
             return None
@@ -114,12 +115,12 @@ class _Process:
 
 
 class Workers:
-    """Processes that inspect clips; a context manager. They start at the first clip.
+    """A pool of processes that inspect clips; a context manager. Processes start with the first clip.
 
     Args:
-      count: how many at once.
-      config: what they do with a clip.
-      time_limit: seconds for a clip, see `limit_of`; one that takes longer is taken for hanging.
+      count: number of processes.
+      config: configuration of the inspection.
+      time_limit: seconds for a clip, see `compute_time_limit`; a process that takes longer is assumed to hang.
     """
 
     def __init__(self, count: int, config: InspectionConfig, time_limit: float | int):
@@ -135,7 +136,7 @@ class Workers:
         self._selector.close()
 
     def inspect(self, clips: Iterable[Task]) -> Iterator[tuple[int, Inspected]]:
-        """(number, verdict) of numbered clips, as they become known. Of a lost process the reason may always pass.
+        """Yield (number, verdict) of numbered clips as they complete; a lost process is always a transient reason.
 
         Raises:
           UserError: the screening cannot work for any clip, or a process cannot be started.
@@ -144,10 +145,10 @@ class Workers:
             yield number, Inspected(str(answer), passing=True) if isinstance(answer, _Lost) else answer
 
     def inspect_again(self, clips: Iterable[Task]) -> Iterator[tuple[int, Inspected]]:
-        """The same of clips that failed for a reason that may pass: one by one, each in a new process.
+        """Yield (number, verdict) of clips that failed for a transient reason, inspected one by one in new processes.
 
         Raises:
-          UserError: as `inspect`.
+          UserError: see `inspect`.
         """
         for task in clips:
             self._stop()
@@ -160,11 +161,12 @@ class Workers:
             yield task[0], answer
 
     def _ask(self, tasks: deque[Task], count: int) -> Iterator[tuple[Task, Inspected | _Lost]]:
-        """Answers, or the losses."""
+        """Yield the tasks with their answers or losses."""
         while True:
             for process in self._processes:
                 if tasks and process.ready and process.task is None:
                     process.give(tasks.popleft(), self._time_limit)
+            # Processes are started for waiting tasks alone: those that still import modules will take one each.
             starting = sum(not process.ready for process in self._processes)
             while len(self._processes) < count and starting < len(tasks):
                 self._start()
@@ -174,8 +176,8 @@ class Workers:
             yield from self._wait()
 
     def _wait(self) -> Iterator[tuple[Task, Inspected | _Lost]]:
-        patience = min(process.deadline for process in self._processes) - time.monotonic()
-        events = self._selector.select(None if math.isinf(patience) else max(patience, 0))
+        timeout = min(process.deadline for process in self._processes) - time.monotonic()
+        events = self._selector.select(None if math.isinf(timeout) else max(timeout, 0))
         for key, _ in events:
             yield from self._hear(key.data)
         for process in [*self._processes]:
@@ -203,7 +205,7 @@ class Workers:
     def _lose(self, process: _Process, lost: _Lost) -> Iterator[tuple[Task, _Lost]]:
         self._end(process)
         if not process.ready:
-            raise UserError(f"a process that inspects clips could not start ({lost}); its message is above")
+            raise UserError(f"a process that inspects clips could not start ({lost}); see its message above")
         if process.task is not None:
             yield process.task, lost
 
@@ -214,7 +216,7 @@ class Workers:
             running = len(self._processes)
             fix = f"use --workers {running}" if running else "end other programs"
             raise UserError(
-                f"process {running + 1} of {self._count} that inspect clips could not be started "
+                f"process {running + 1} of {self._count} for inspecting clips could not be started "
                 f"({error.strerror or error}); {fix}, or raise the limits that `ulimit -a` shows"
             ) from error
         self._processes.append(process)

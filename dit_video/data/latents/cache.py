@@ -1,7 +1,7 @@
-"""Cached latents: what an autoencoder (and a text encoder) made of the clips, stamped with their identity.
+"""Cached latents (and caption embeddings) of clips, with the identity of the encoders that computed them.
 
-latents.json              the index: names, captions, sizes, what was left out and why; it is written last
-plan.json                 what the files are to hold, so that only the same encoding is continued
+latents.json              the index: names, captions, sizes, skipped clips and the reasons; it is written last
+plan.json                 identity and options of the encoding, so that only the same encoding is continued
 shards/00000.json         the index of one file
 latents-train.array_record-00000-of-00008, …    and TFDS's dataset_info.json, features.json
 """
@@ -28,57 +28,57 @@ NAME = "latents"
 INDEX, PLAN = "latents.json", "plan.json"
 VERSION = 2
 Identity = str | Mapping[str, Any]
-"""What makes latents comparable: the autoencoder's weights, the sizes, whatever else they depend on (JSON). The parts
-of a mapping are compared one by one: `autoencoder`, `text` (the encoder of cached embeddings), `image`, …"""
+"""Identity of latents, as JSON values: the autoencoder's weights, the sizes, and all else that latents depend on. The
+parts of a mapping are compared one by one, e.g. `autoencoder`, `text` (the encoder of cached embeddings), `image`."""
 Storage = Literal["bfloat16", "float32"]
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 
 
 class LatentExample(NamedTuple):
-    """One clip, or one of several views of a clip, encoded."""
+    """An encoded clip, or one of several encoded views of a clip."""
 
     name: str
     captions: tuple[str, ...] | str
-    """all of the clip, or its only one"""
+    """All captions of the clip, or its only one."""
     latents: Float32[np.ndarray, "t h w c"]
-    """normalised per channel"""
+    """Latents, normalised per channel."""
     clip: str = ""
-    """The name of the clip that this is a view of; its own name if empty."""
+    """Name of the clip that this is a view of; the example's own name if empty."""
     text: tuple[Float32[np.ndarray, "s e"], ...] = ()
-    """the embedding of each caption: real tokens only"""
+    """Embedding of each caption, without padding."""
     shown: Float32[np.ndarray, "t h w c"] | None = None
-    """latents of the same clip with all that comes after its first frame grey, for denoisers that read these"""
+    """Latents of the clip whose frames after the first are grey, for denoisers that read them as conditioning."""
     image: Float32[np.ndarray, "i F"] | None = None
-    """an image encoder's tokens of its first frame"""
+    """Tokens of the first frame from an image encoder."""
 
 
 class LeftOut(NamedTuple):
-    """An example that could not be made."""
+    """An example that could not be encoded, with the reason."""
 
     name: str
     reason: str
 
 
 def identity_hash(identity: Identity) -> str:
-    """Equal for equal identities, whatever the order of their keys."""
+    """Return a hash that does not depend on the order of keys."""
     text = identity if isinstance(identity, str) else json.dumps(identity, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class LatentSource:
-    """Random access to cached latents.
+    """A random-access source of cached latents.
 
-    The files are opened at the first read, in each process anew: a source can be pickled to workers.
+    Each process opens the files at its first read, so a source can be pickled to workers.
 
     Args:
-      folder: what `LatentFiles` or `write_latents` made; an address (`gs://…`) too, see `data.places`.
-      identity: that the latents must be of; None takes any. Of a mapping, every part must be the same there.
-      cache: where files of one at an address are copied to; `shards.default_cache()` if None.
+      folder: folder or address (`gs://…`) that `LatentWriter` or `write_latents` wrote, see `core.storage`.
+      identity: required identity of the latents; None accepts any. Every part of a mapping must be equal.
+      cache: folder to which files at an address are copied; `shards.get_default_cache()` if None.
 
     Raises:
-      MissingError: no such folder.
-      UserError: the folder holds no latents of this version, unfinished ones, or those of another autoencoder or
-        text encoder.
+      MissingError: the folder does not exist.
+      UserError: the folder holds no latents of this version, unfinished ones, or latents of another autoencoder or text
+        encoder.
     """
 
     def __init__(self, folder: Address, *, identity: Identity | None = None, cache: str | os.PathLike | None = None):
@@ -94,27 +94,27 @@ class LatentSource:
         self.names: tuple[str, ...] = tuple(examples["name"])
         self.all_captions: tuple[tuple[str, ...], ...] = tuple(map(tuple, examples["captions"]))
         self.captions: tuple[str, ...] = tuple(captions[0] if captions else "" for captions in self.all_captions)
-        """the first of each example; empty without any"""
+        """First caption of each example; empty if it has none."""
         self.clips: tuple[str, ...] = tuple(examples["clip"])
-        """the name of the clip that each example is a view of"""
+        """Name of the clip that each example is a view of."""
         numbers = {clip: number for number, clip in enumerate(dict.fromkeys(self.clips))}
         self.groups: tuple[int, ...] = tuple(numbers[clip] for clip in self.clips)
-        """equal for the views of one clip: 0, 1, … in the order of their first example"""
+        """Number of the clip of each example, equal for the views of one clip: 0, 1, … in order of first occurrence."""
         self.sizes: tuple[Grid, ...] = tuple(Grid(*size) for size in examples["size"])
-        """of the latents: latent frames, rows, columns"""
+        """Size of the latents of each example: latent frames, rows, columns."""
         self.text_width: int = index["text_width"]
-        """of the captions' embeddings; 0 without"""
+        """Width of the caption embeddings; 0 if there are none."""
         self.text_lengths: tuple[tuple[int, ...], ...] = tuple(map(tuple, examples["text"]))
-        """tokens of every caption's embedding"""
+        """Number of tokens of every caption's embedding."""
         empty = index["empty_text"]
         self.empty_text: Float32[np.ndarray, "s e"] | None = None if empty is None else np.asarray(empty, np.float32)
-        """the embedding of the empty caption"""
+        """Embedding of the empty caption."""
         self.has_shown: bool = index.get("shown", False)
-        """whether there are latents of first frames with grey behind them"""
+        """True if there are latents of clips whose frames after the first are grey."""
         self.image_shape: tuple[int, int] | None = None if index.get("image") is None else tuple(index["image"])
-        """image tokens of an example, and their width; None without"""
+        """Number of image tokens of an example, and their width; None if there are none."""
         self.left_out: tuple[LeftOut, ...] = tuple(LeftOut(*one) for one in index["left_out"])
-        """what could not be encoded, and why"""
+        """Clips that could not be encoded, with the reasons."""
         self._dtype = DTYPES[index["dtype"]]
         self._version = identity_hash(index) if is_remote(self.folder) else ""
         self._records: Sequence[dict[str, Any]] | None = None
@@ -124,7 +124,7 @@ class LatentSource:
         return len(self.sizes)
 
     def __getitem__(self, index: int) -> Float32[np.ndarray, "t h w c"]:
-        """The latents of one example.
+        """Return the latents of one example.
 
         Raises:
           DecodeError: its record is damaged.
@@ -132,59 +132,66 @@ class LatentSource:
         return self._shaped(index, "latents", (*self.sizes[index], self.channels))
 
     def shown(self, index: int) -> Float32[np.ndarray, "t h w c"] | None:
-        """The latents of one example's first frame with grey behind it, if there are such; raises as `[index]`."""
+        """Return the latents of the clip whose frames after the first are grey, if any; raises like `source[index]`."""
         return self._shaped(index, "shown", (*self.sizes[index], self.channels)) if self.has_shown else None
 
     def image(self, index: int) -> Float32[np.ndarray, "i F"] | None:
-        """An image encoder's tokens of one example's first frame, if there are such; raises as `[index]`."""
+        """Return the image tokens of one example's first frame, if any; raises like `source[index]`."""
         return None if self.image_shape is None else self._shaped(index, "image", self.image_shape)
 
     def text(self, index: int, caption: int = 0) -> Float32[np.ndarray, "s e"]:
-        """The embedding of one caption of an example.
+        """Return the embedding of one caption of an example.
 
         Raises:
           DecodeError: its record is damaged.
-          UserError: the example has no such caption, or the data set no embeddings.
+          UserError: the example has no such caption, or the data set has no embeddings.
         """
         lengths = self.text_lengths[index]
         if not 0 <= caption < len(lengths):
-            raise UserError(f"{self.names[index]} has {len(lengths)} embedded captions, number {caption} was asked for")
+            raise UserError(
+                f"caption={caption} is invalid: {self.names[index]} has {len(lengths)} embedded captions. Use a number "
+                "from 0 on, or encode the clips with a text encoder."
+            )
         values, shape = self._values(index, "text"), (sum(lengths), self.text_width)
         if values.size != math.prod(shape):
-            raise DecodeError(f"the texts of {self.names[index]} have {values.size} values, not {math.prod(shape)}")
+            raise DecodeError(
+                f"the embeddings of {self.names[index]} have {values.size} values, not {math.prod(shape)}. Encode the "
+                "clips again."
+            )
         return values.reshape(shape)[sum(lengths[:caption]) : sum(lengths[: caption + 1])]
 
     def _shaped(self, index: int, field: str, shape: tuple[int, ...]) -> Float32[np.ndarray, "..."]:
         values = self._values(index, field)
         if values.size != math.prod(shape):
             raise DecodeError(
-                f"{self.names[index]} has {values.size} values, {math.prod(shape)} belong there ({field})"
+                f"{self.names[index]} has {values.size} values of {field}, not {math.prod(shape)}. Encode it again."
             )
         return values.reshape(shape)
 
     def _values(self, index: int, field: str) -> Float32[np.ndarray, " n"]:
-        if self._records is None:  # outside of the try: a data set that can't be opened is no fault of an example
+        if self._records is None:  # outside of the try: a data set that cannot be opened is no damaged record
             self._records = shards.open_anywhere(self.folder, cache=self._cache, version=self._version)
         try:
-            read = self._read
-            if read is None or read[0] != index:  # latents and text are mostly asked for one after the other
-                self._read = read = index, self._records[index]
-            stored = read[1][field]
+            last_record = self._read
+            # Latents, text and image of an example are usually read one after the other: keep the last record.
+            if last_record is None or last_record[0] != index:
+                self._read = last_record = index, self._records[index]
+            stored = last_record[1][field]
             return little_endian(np.frombuffer(stored, self._dtype)).astype(np.float32)
-        except (OSError, UserError):  # of a file that can't be copied here
+        except (OSError, UserError):  # the file cannot be copied to this machine
             raise
         except Exception as error:  # ArrayRecord and protocol buffers raise many types on damaged bytes
-            raise DecodeError(f"the record of {self.names[index]} is damaged ({error}); encode it again") from error
+            raise DecodeError(f"the record of {self.names[index]} is damaged ({error}). Encode it again.") from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_records": None, "_read": None}
 
 
 def check_identity(folder: Address, found: Identity, wanted: Identity) -> None:
-    """That latents are of what is asked for.
+    """Check that latents have the expected identity.
 
     Raises:
-      UserError: they are not; it names both.
+      UserError: a part of the identity differs; the message names both values.
     """
     parts: list[tuple[str, Any, Any]]
     if isinstance(found, str) or isinstance(wanted, str):
@@ -193,13 +200,13 @@ def check_identity(folder: Address, found: Identity, wanted: Identity) -> None:
         parts = [(name, found.get(name), value) for name, value in wanted.items() if found.get(name) != value]
     for name, old, new in parts:
         raise UserError(
-            f"{folder} holds latents of {name} {_named(old)}, {_named(new)} was asked for; "
-            "encode the clips again, into another folder"
+            f"{folder} holds latents of {name} {_named(old)}, but {_named(new)} was requested. "
+            "Encode the clips again, into another folder."
         )
 
 
 def little_endian(values: np.ndarray) -> np.ndarray:
-    """Files are little-endian; the exchange is its own inverse."""
+    """Convert values from or to little-endian byte order, that of files; the conversion is its own inverse."""
     return values if sys.byteorder == "little" else values.byteswap()
 
 
@@ -213,17 +220,17 @@ def _named(identity: Any) -> str:
 
 
 def _read_index(folder: Place) -> dict[str, Any]:
-    if not (folder / INDEX).exists():  # asked first: not every address has folders
+    if not (folder / INDEX).exists():  # checked before the folder, as object stores need not have folders
         if not folder.exists():
-            raise MissingError(f"no such folder of latents: {folder}")
+            raise MissingError(f"there is no folder of latents at {folder}. Encode clips first.")
         if (folder / PLAN).exists():
             files = read_document(folder / PLAN).get("files")
-            made = len(list((folder / "shards").glob("[0-9]*.json"))) if (folder / "shards").exists() else 0
+            finished = len(list((folder / "shards").glob("[0-9]*.json"))) if (folder / "shards").exists() else 0
             raise UserError(
-                f"{folder} is not finished, {made} of {files} files are there; continue to encode the clips"
+                f"{folder} is not finished, {finished} of {files} files exist. Continue to encode the clips."
             )
-        raise UserError(f"{folder} holds no latents, it has no {INDEX}; encode clips first")
+        raise UserError(f"{folder} holds no latents, as it has no {INDEX}. Encode clips first.")
     index = read_document(folder / INDEX)
     if not isinstance(index, dict) or index.get("version") != VERSION:
-        raise UserError(f"{folder / INDEX} is not of version {VERSION}; encode the clips again")
+        raise UserError(f"{folder / INDEX} is not of version {VERSION}. Encode the clips again.")
     return index

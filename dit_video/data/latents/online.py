@@ -1,6 +1,6 @@
-"""The autoencoder over canvases, on all devices of a process; and clips that are encoded as they are read.
+"""Encoding of clips while they are read: the autoencoder over canvases, on all devices of a process.
 
-With the latter, a denoiser is trained without a cache of latents.
+A denoiser is then trained without a cache of latents.
 """
 
 import math
@@ -25,12 +25,12 @@ from dit_video.tokens import Grid
 
 
 class CanvasEncoder:
-    """The autoencoder over batches of canvases, which are split over the devices of this process.
+    """The autoencoder over batches of canvases, which are sharded over the devices of this process.
 
     Args:
       autoencoder: its config.
       params: its parameters.
-      canvas_pixels: what a device works on at once, about: of its canvases, over all their frames.
+      canvas_pixels: approximate number of pixels that a device encodes at once, over all frames of its canvases.
     """
 
     def __init__(self, autoencoder: AutoencoderConfig, params: dict[str, Any], *, canvas_pixels: int = PIXELS):
@@ -40,8 +40,10 @@ class CanvasEncoder:
         self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
 
     def together(self, size: Grid, count: int) -> int:
-        """How many canvases of a size make a batch, of `count` that there are: one number for all batches, so that a
-        size compiles once. It is a multiple of the devices."""
+        """Return the number of canvases of a size in a batch, if there are `count`: a multiple of the devices.
+
+        All batches of a size have that number, so that the size is compiled once.
+        """
         on_device = -(-count // self._devices)
         batches = -(-on_device // max(1, self._pixels // size.volume))
         return self._devices * -(-on_device // batches)
@@ -49,9 +51,10 @@ class CanvasEncoder:
     def __call__(
         self, canvases: UInt8[np.ndarray, "B T H W 3"], inside: Int32[np.ndarray, "B h w"], *, first: bool = False
     ) -> Array:
-        """Latents [B t h w c] of canvases, of which `inside` says whose each position is. They are not waited for.
+        """Return the latents [B t h w c] of canvases, without blocking.
 
-        With `first` all frames but the first are taken as grey.
+        `segment_ids` are nonzero where a latent position belongs to a clip. With `first_frame_only` all other frames
+        are grey.
         """
         return _encoded(self._graph, first, self._params, *jax.device_put((canvases, inside), self._split))
 
@@ -65,18 +68,18 @@ def _encoded(graph: nnx.GraphDef, first: bool, params: dict[str, Any], canvases:
 
 
 class LiveEncoder:
-    """Latents of clips of any sizes, by at most eight programs.
+    """Encoder of clips of any sizes, by at most eight programs.
 
     A clip lies in the corner of the smallest canvas that holds it; the rest of the canvas is masked, so that its
     latents are those that it has alone.
 
     Args:
-      autoencoder: its config.
+      autoencoder: the autoencoder's config.
       params: its parameters.
-      sizes: of all clips that will come, in frames and pixels.
-      calls: in how many calls these come. Of each canvas, a batch holds what one call has of it on average, or as much
-        as the devices work on at once. What is left free of a call's last batch is computed in vain.
-      canvas_pixels: what a device works on at once, about.
+      sizes: sizes of all clips that will be encoded, in frames and pixels.
+      calls: number of calls that these clips arrive in. A batch holds as many canvases of a size as one call has on
+        average, or as many as the devices encode at once. The unused part of a call's last batch is computed too.
+      canvas_pixels: approximate number of pixels that a device encodes at once.
     """
 
     def __init__(
@@ -89,7 +92,7 @@ class LiveEncoder:
         canvas_pixels: int = PIXELS,
     ):
         self.canvases = covers(sizes)
-        """The sizes of the canvases, by increasing volume."""
+        """Sizes of the canvases, by increasing volume."""
         self._encode = CanvasEncoder(autoencoder, params, canvas_pixels=canvas_pixels)
         self._stride = autoencoder.stride
         counts: Counter[Grid] = Counter()
@@ -98,13 +101,13 @@ class LiveEncoder:
         self.together = {
             canvas: self._encode.together(canvas, math.ceil(count / calls)) for canvas, count in counts.items()
         }
-        """How many canvases of each size make a batch."""
+        """Number of canvases of each size in a batch."""
 
     def __call__(self, clips: Sequence[UInt8[np.ndarray, "_ _ _ 3"]]) -> list[Float32[np.ndarray, "_ _ _ c"]]:
-        """Latents of the clips, in their order.
+        """Return the latents of the clips, in order.
 
         Raises:
-          UserError: a clip that is larger than all that were announced.
+          UserError: a clip that is larger than all `sizes`.
         """
         by_canvas: dict[Grid, list[int]] = {}
         for number, clip in enumerate(clips):
@@ -113,7 +116,7 @@ class LiveEncoder:
         computed: tuple[list[int], Array] | None = None
         for canvas, part in self._batches(by_canvas):
             latents = self._encode(*self._drawn(canvas, [clips[number] for number in part]))
-            if computed is not None:  # what was begun before is taken while this is computed
+            if computed is not None:  # read the previous batch back while the devices encode this one
                 results |= self._cut(*computed, clips)
             computed = part, latents
         if computed is not None:
@@ -124,7 +127,7 @@ class LiveEncoder:
         for canvas in self.canvases:
             if all(have >= want for have, want in zip(canvas, size, strict=True)):
                 return canvas
-        raise UserError(f"a clip of {size.t}x{size.h}x{size.w} is larger than all that were announced")
+        raise UserError(f"a clip of {size.t}x{size.h}x{size.w} is larger than all in sizes; include its size")
 
     def _batches(self, by_canvas: dict[Grid, list[int]]) -> Iterator[tuple[Grid, list[int]]]:
         for canvas, members in by_canvas.items():
@@ -137,15 +140,15 @@ class LiveEncoder:
         rows, grid = self.together[canvas], latent_grid(canvas, self._stride)
         drawn, inside = np.zeros((rows, *canvas, 3), np.uint8), np.zeros((rows, grid.h, grid.w), np.int32)
         for row, clip in enumerate(clips):
-            own = latent_grid(Grid(*clip.shape[:3]), self._stride)
+            grid_size = latent_grid(Grid(*clip.shape[:3]), self._stride)
             drawn[row, : len(clip), : clip.shape[1], : clip.shape[2]] = clip
-            inside[row, : own.h, : own.w] = 1
+            inside[row, : grid_size.h, : grid_size.w] = 1
         return drawn, inside
 
     def _cut(self, part: list[int], latents: Array, clips: Sequence[np.ndarray]) -> dict[int, np.ndarray]:
         values = np.asarray(latents, np.float32)
         results = {}
         for row, number in enumerate(part):
-            own = latent_grid(Grid(*clips[number].shape[:3]), self._stride)
-            results[number] = values[row, : own.t, : own.h, : own.w]
+            grid_size = latent_grid(Grid(*clips[number].shape[:3]), self._stride)
+            results[number] = values[row, : grid_size.t, : grid_size.h, : grid_size.w]
         return results

@@ -1,4 +1,4 @@
-"""Writing cached latents: file by file, by any number of processes, and the index once all files are there."""
+"""Writer of cached latents: file by file, by any number of processes, and the index once all files exist."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -32,22 +32,22 @@ from dit_video.data.records import builder, shards
 
 @dataclass(frozen=True, kw_only=True)
 class LatentFiles:
-    """A data set of latents in the making. Any number of processes write its files, in any order, each once.
+    """A writer of a data set of latents. Any number of processes write its files, in any order, each file once.
 
     Raises:
-      UserError: the folder holds something else, or the files of another encoding.
+      UserError: the folder holds something else, or files of another encoding.
     """
 
     folder: Place
     identity: Identity
-    """of the autoencoder and all else that latents depend on; `LatentSource` asks for it again"""
+    """Identity of the autoencoder and of all else that latents depend on; `LatentSource` checks it."""
     files: int
     plan: str = ""
-    """A hash of what each file holds."""
+    """Hash of the examples of each file."""
     dtype: Storage = "bfloat16"
 
     def __post_init__(self):
-        wanted = {
+        expected = {
             "version": VERSION,
             "identity": self.identity if isinstance(self.identity, str) else dict(self.identity),
             "dtype": self.dtype,
@@ -55,25 +55,25 @@ class LatentFiles:
             "plan": self.plan,
         }
         if not (self.folder / PLAN).exists():
-            # What begins with a dot another process is writing at this moment.
+            # A name that begins with a dot is a file that another process is writing at this moment.
             others = self.folder.exists() and any(not path.name.startswith(".") for path in self.folder.iterdir())
-            if not (self.folder / PLAN).exists():  # another process may have written it meanwhile
+            if not (self.folder / PLAN).exists():  # another process may have written it in the meantime
                 if others:
-                    raise UserError(f"{self.folder} exists and holds no latents; name a folder that does not exist")
-                write_document(self.folder / PLAN, wanted)
-        found = read_document(self.folder / PLAN)
-        if not isinstance(found, dict) or found.get("version") != VERSION:
-            raise UserError(f"{self.folder / PLAN} is not of version {VERSION}; encode the clips into another folder")
-        check_identity(self.folder, found["identity"], self.identity)
-        if found != wanted:
+                    raise UserError(f"{self.folder} exists and holds no latents. Use a folder that does not exist.")
+                write_document(self.folder / PLAN, expected)
+        written = read_document(self.folder / PLAN)
+        if not isinstance(written, dict) or written.get("version") != VERSION:
+            raise UserError(f"{self.folder / PLAN} is not of version {VERSION}. Encode the clips into another folder.")
+        check_identity(self.folder, written["identity"], self.identity)
+        if written != expected:
             raise UserError(
-                f"{self.folder} was begun with other options ({found['files']} files of {found['dtype']}, plan "
-                f"{found['plan']}; now {self.files} of {self.dtype}, plan {self.plan}); use the same ones or another "
-                "folder"
+                f"{self.folder} was started with other options ({written['files']} files of {written['dtype']}, plan "
+                f"{written['plan']}; now {self.files} of {self.dtype}, plan {self.plan}). Use the same options or "
+                "another folder."
             )
 
     def done(self, number: int) -> int | None:
-        """How many examples, with those that were left out, a finished file has; None while it isn't finished."""
+        """Return the number of examples of a finished file, with skipped ones; None if it is not finished."""
         part = self._part(number)
         if not part.exists():
             return None
@@ -81,19 +81,19 @@ class LatentFiles:
         return len(written["examples"]["name"]) + len(written["left_out"])
 
     def write(self, number: int, examples: Iterable[LatentExample | LeftOut]) -> None:
-        """Write one file, whole or not at all.
+        """Write one file atomically.
 
         Raises:
-          UserError: latents that are empty, not finite, or of another number of channels than those before them.
+          UserError: latents are empty, not finite, or differ in channels from those before them.
         """
         columns: dict[str, list] = {name: [] for name in ("name", "clip", "captions", "size", "text")}
-        left_out: list[LeftOut] = []
+        skipped: list[LeftOut] = []
         widths = _Widths()
 
         def records() -> Iterator[dict[str, Any]]:
             for example in examples:
                 if isinstance(example, LeftOut):
-                    left_out.append(example)
+                    skipped.append(example)
                     continue
                 captions = _captions(example)
                 widths.check(example, captions)
@@ -113,7 +113,7 @@ class LatentFiles:
                 }
 
         shards.write_file(self.folder, NAME, number, self.files, features=_features(), examples=records())
-        # Last: the file is finished when this is there.
+        # Written last: its existence marks the file as finished.
         write_document(
             self._part(number),
             {
@@ -122,21 +122,21 @@ class LatentFiles:
                 "shown": widths.shown,
                 "image": widths.image,
                 "examples": columns,
-                "left_out": left_out,
+                "left_out": skipped,
             },
         )
 
     def finish(self, *, empty_text: Float32[np.ndarray, "s e"] | None = None) -> bool:
-        """Write the index when all files are there: every process does, and the last one succeeds.
+        """Write the index once all files exist: every process calls this, and the last one succeeds.
 
         Args:
-          empty_text: the embedding of the empty caption, where texts are embedded.
+          empty_text: embedding of the empty caption, if captions are embedded.
 
         Returns:
-          whether the data set is finished.
+          True if the data set is finished.
 
         Raises:
-          UserError: no example could be made, or files that disagree on the number of channels.
+          UserError: no clip could be encoded, or the files disagree on the number of channels.
         """
         if (self.folder / INDEX).exists():
             return True
@@ -144,22 +144,22 @@ class LatentFiles:
             return False
         parts = [read_document(self._part(number)) for number in range(self.files)]
         columns = {name: [value for part in parts for value in part["examples"][name]] for name in _COLUMNS}
-        left_out = [one for part in parts for one in part["left_out"]]
+        skipped = [one for part in parts for one in part["left_out"]]
         if not columns["name"]:
-            reason = f": {left_out[0][0]}: {left_out[0][1]}" if left_out else "; encode at least one clip"
-            raise UserError(f"no latents for {self.folder}, {len(left_out)} clips could not be read{reason}")
+            reason = f": {skipped[0][0]}: {skipped[0][1]}" if skipped else ". Encode at least one clip."
+            raise UserError(f"{self.folder} gets no latents, {len(skipped)} clips could not be read{reason}")
         channels = {part["channels"] for part in parts} - {0}
         text_widths = {part["text_width"] for part in parts} - {0}  # 0 where no clip has a caption
-        full = [part for part in parts if part["examples"]["name"]]
-        if any(part.get(name) != full[0].get(name) for part in full for name in ("shown", "image")):
+        nonempty = [part for part in parts if part["examples"]["name"]]
+        if any(part.get(name) != nonempty[0].get(name) for part in nonempty for name in ("shown", "image")):
             raise UserError(
-                f"the files of {self.folder} disagree on what stands beside latents; encode the clips again, into "
-                "another folder"
+                f"the files of {self.folder} disagree on the presence or shape of image conditioning. Encode the clips "
+                "again, into another folder."
             )
         if len(channels) > 1 or len(text_widths) > 1:
             raise UserError(
                 f"the files of {self.folder} disagree on channels ({sorted(channels)}) or text width "
-                f"({sorted(text_widths)}); encode the clips again, into another folder"
+                f"({sorted(text_widths)}). Encode the clips again, into another folder."
             )
         counts = [len(part["examples"]["name"]) for part in parts]
         shards.remove_partial(self.folder)
@@ -172,10 +172,10 @@ class LatentFiles:
             "channels": channels.pop(),
             "text_width": max(text_widths, default=0),
             "empty_text": None if empty_text is None else empty_text.tolist(),
-            "shown": full[0].get("shown", False),
-            "image": full[0].get("image"),
+            "shown": nonempty[0].get("shown", False),
+            "image": nonempty[0].get("image"),
             "examples": columns,
-            "left_out": left_out,
+            "left_out": skipped,
         }
         write_document(self.folder / INDEX, index)
         return True
@@ -195,24 +195,24 @@ def write_latents(
     dtype: Storage = "bfloat16",
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Write the data set `destination` in one file, whole or not at all. Latents that are there are replaced.
+    """Write the data set `destination` in one file, atomically. Latents in that folder are replaced.
 
     Args:
-      destination: the folder, a local one.
-      examples: read once, one at a time, in order.
-      identity: of the autoencoder; `LatentSource` asks for it again.
-      dtype: how values are stored; they are read as float32.
+      destination: a local folder.
+      examples: the examples, read once, one at a time, in order.
+      identity: identity of the autoencoder; `LatentSource` checks it.
+      dtype: stored type of the values; they are read as float32.
       progress: called with the number of examples done.
 
     Raises:
-      UserError: no examples; latents that are empty, not finite, or of another number of channels than those before
-        them; a destination that holds something else than latents.
+      UserError: there are no examples; latents are empty, not finite, or differ in channels from those before them; or
+        the destination holds something other than latents.
     """
     if is_remote(destination):
-        raise UserError(f"{destination} is an address; write it with `LatentFiles`, or name a folder on this machine")
+        raise UserError(f"{destination} is an address. Write it with `LatentWriter`, or use a folder on this machine.")
     destination = Path(destination)
     if destination.exists() and not (destination / INDEX).is_file() and not _is_empty(destination):
-        raise UserError(f"{destination} exists and holds no latents; name a folder that does not exist")
+        raise UserError(f"{destination} exists and holds no latents. Use a folder that does not exist.")
 
     def counted() -> Iterator[LatentExample]:
         done = 0
@@ -221,12 +221,12 @@ def write_latents(
             if progress is not None:
                 progress(done)
         if not done:
-            raise UserError(f"no latents to write to {destination}; encode at least one clip")
+            raise UserError(f"there are no latents to write to {destination}. Encode at least one clip.")
 
     with atomic_path(destination) as folder:
-        made = LatentFiles(folder=folder, identity=identity, files=1, dtype=dtype)
-        made.write(0, counted())
-        made.finish()
+        writer = LatentFiles(folder=folder, identity=identity, files=1, dtype=dtype)
+        writer.write(0, counted())
+        writer.finish()
 
 
 _COLUMNS = ("name", "clip", "captions", "size", "text")
@@ -255,8 +255,11 @@ def _captions(example: LatentExample) -> tuple[str, ...]:
 
 
 class _Widths:
-    """What must be the same for all examples: the channels of the latents, the width of the embeddings (0 without), and
-    what stands beside the latents."""
+    """Sizes that must be equal for all examples.
+
+    They are the channels of the latents, the width of caption embeddings (0 without any), and the presence and shape of
+    image conditioning.
+    """
 
     def __init__(self) -> None:
         self.channels = self.text = 0
@@ -264,44 +267,48 @@ class _Widths:
 
     @property
     def shown(self) -> bool:
-        """Whether there are `LatentExample.shown`."""
+        """Return True if examples have `LatentExample.shown`."""
         return self._beside is not None and self._beside[0]
 
     @property
     def image(self) -> tuple[int, ...] | None:
-        """The shape of `LatentExample.image`."""
+        """Return the shape of `LatentExample.image`."""
         return None if self._beside is None else self._beside[1]
 
     def check(self, example: LatentExample, captions: tuple[str, ...]) -> None:
-        """Refuse an example of other widths, or one that holds no numbers."""
+        """Raise `UserError` for an example of other sizes, or with values that are not finite."""
         name, shape = example.name, example.latents.shape
         if len(shape) != 4 or 0 in shape or shape[-1] != (self.channels or shape[-1]):
-            wanted = self.channels or (shape[-1] if shape else 0)
-            raise UserError(f"latents of {name} have the shape {list(shape)}, all must be [t h w {wanted}]")
+            expected = self.channels or (shape[-1] if shape else 0)
+            raise UserError(f"latents of {name} have the shape {list(shape)}, but all must be [t h w {expected}]")
         if not np.isfinite(example.latents).all():
-            raise UserError(f"latents of {name} are not finite; the autoencoder that made them is broken")
+            raise UserError(f"latents of {name} are not finite. Check the autoencoder that encoded them.")
         self.channels = shape[-1]
         self._check_beside(example)
         if example.text and len(example.text) != len(captions):
-            raise UserError(f"{name} has {len(captions)} captions and {len(example.text)} embeddings; give one each")
+            raise UserError(f"{name} has {len(captions)} captions and {len(example.text)} embeddings. Give as many.")
         for text in example.text:
-            wanted = self.text or text.shape[-1]
-            if text.ndim != 2 or 0 in text.shape or text.shape[-1] != wanted or not np.isfinite(text).all():
+            expected = self.text or text.shape[-1]
+            if text.ndim != 2 or 0 in text.shape or text.shape[-1] != expected or not np.isfinite(text).all():
                 raise UserError(
-                    f"an embedding of {name} has the shape {list(text.shape)}, all must be finite [s {wanted}]"
+                    f"an embedding of {name} has the shape {list(text.shape)}, but all must be finite [s {expected}]"
                 )
-            self.text = wanted
+            self.text = expected
 
     def _check_beside(self, example: LatentExample) -> None:
-        """Refuse an example that has something else beside its latents than those before it."""
+        """Raise `UserError` for an example whose image conditioning differs in shape from those before it."""
         shown, image = example.shown, example.image
-        found = (shown is not None, None if image is None else image.shape)
-        if found != (self._beside or found):
+        shapes = (shown is not None, None if image is None else image.shape)
+        if shapes != (self._beside or shapes):
             raise UserError(
-                f"beside the latents of {example.name} stands {found}, of others {self._beside}; it must agree"
+                f"{example.name} has image conditioning {shapes} (conditioning latents, shape of image tokens), other "
+                f"examples {self._beside}. Encode all clips with the same options."
             )
         if shown is not None and shown.shape != example.latents.shape:
-            raise UserError(f"{example.name} has latents {list(example.latents.shape)}, but shows {list(shown.shape)}")
+            raise UserError(
+                f"{example.name} has latents of shape {list(example.latents.shape)}, but conditioning latents of shape "
+                f"{list(shown.shape)}. Give both the same shape."
+            )
         if any(values is not None and not np.isfinite(values).all() for values in (shown, image)):
-            raise UserError(f"what stands beside the latents of {example.name} is not finite; an encoder is broken")
-        self._beside = found
+            raise UserError(f"the image conditioning of {example.name} is not finite. Check its encoder.")
+        self._beside = shapes

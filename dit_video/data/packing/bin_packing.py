@@ -1,10 +1,16 @@
-"""Which examples share a row: so that rows are full, and their attention costs as equal as can be.
+"""Bin packing of examples into rows that are full and have similar attention costs.
 
-A row costs the sum of its clips' pairs in attention, which never crosses clips: their squared lengths, or fewer where a
-pattern leaves some out. Rows are filled from the longest clip to the shortest; each goes to the row that wants the
-longest clips, which is the one with the most cost left per token left. So long clips end among short ones. Where the
-shortest clips are too long to fill every gap, a few rows are emptied, and other rows exchange a clip for one of theirs
-that is longer by what they lack.
+The attention cost of a row is the number of its token pairs that attend to each other, summed over clips, as attention
+never crosses clips: the squared clip lengths, or fewer where an attention pattern leaves pairs out.
+
+Clips are placed from the longest to the shortest. Each goes to the row with the largest remaining cost per remaining
+token, so that a row that got a long clip is filled up with short ones:
+
+    row 0   |--------- long ---------|short|short|short|          remaining cost is small: takes short clips
+    row 1   |---- medium ----|---- medium ----|-- medium --|      remaining cost is average: takes clips alike
+
+Where the shortest clips are too long to fill every gap, a few rows are emptied, and the other rows exchange a clip for
+one of the freed clips that is longer by at most the gap.
 """
 
 import bisect
@@ -18,16 +24,16 @@ from jaxtyping import Float, Int
 from dit_video.tokens import RowShape
 
 CHUNK = 2000
-"""Rows that are filled together, from a random part of the examples."""
+"""Rows that are filled together, from a random part of the examples: it bounds the time of the search."""
 JITTER = 0.1
-"""Longest first, where each length is off by a random tenth, so that epochs differ in who shares a row."""
+"""Random relative error of each length in the longest-first order, so that examples meet others in every epoch."""
 PADDING = 0.005
-"""The share that is aimed at, of each chunk."""
+"""Share of padding that is aimed at in each chunk."""
 POOLS = (0, 4, 16)
-"""Rows that are emptied to fill the gaps of others, for each row that the gaps would make. The first of these that
-reaches `PADDING` is used; the more, the fuller the rows, and the less equal in cost."""
+"""Numbers of rows that are emptied to fill the gaps of others, per row that all gaps together would make. The first of
+them that reaches `TARGET_PADDING` is used: larger ones make rows fuller, but their costs less equal."""
 LOOK = 64
-"""Rows that are tried until one has room in text and segments, before another is opened."""
+"""Maximum number of rows that are tried until one has room for text and segments, before a new row is opened."""
 CONSTANTS = (CHUNK, JITTER, PADDING, POOLS, LOOK)
 
 
@@ -42,15 +48,16 @@ def fill_rows(
     """Shuffle the examples and pack each into one row; no row exceeds one of the budgets.
 
     Args:
-      examples: indices into the sizes; one may come several times.
-      tokens: video tokens of every example, at most a row's.
-      text: text tokens of every example, at most a row's.
-      shape: the budgets.
-      generator: of the shuffle.
-      pairs: in the attention of every example.
+      examples: indices into the sizes; an example may occur several times.
+      tokens: video tokens of every example, at most those of a row.
+      text: text tokens of every example, at most those of a row.
+      shape: budgets of a row.
+      generator: source of the random order.
+      attention_pairs: token pairs in the attention of every example.
     """
     order = generator.permutation(examples)
     sizes = tokens[order].astype(np.float64)
+    # The cost of every row, were all rows full and the cost spread evenly: the target of each row.
     cost = float(pairs[order].sum() / sizes.sum()) * shape.tokens
     chunks = max(1, round(sizes.sum() / (CHUNK * shape.tokens)))
     cuts = np.searchsorted(np.cumsum(sizes), sizes.sum() * np.arange(1, chunks) / chunks)
@@ -73,21 +80,28 @@ def _fill_chunk(
     generator: np.random.Generator,
     method: int | None,
 ) -> tuple[list[list[int]], int]:
-    """The most balanced rows with little padding; where none has little, the fewest rows. And by which method."""
+    """Return the most balanced rows with little padding (or else the fewest rows), and the method that made them.
+
+    Methods are numbered in the order in which they are tried, from the most balanced to the fullest rows: first the
+    balanced rows with each of `POOL_FACTORS` (0 changes nothing but to place the remaining examples), then best fit
+    without balancing, in descending and in random order.
+    """
     total = int(tokens[order].sum())
-    # Longest first is at its worst where text or segments run out before tokens do; a random order has them all mixed.
+    # Longest first is worst where text or segments run out before tokens do: its last rows hold many short clips. A
+    # random order mixes long and short ones.
     orders = [order, generator.permutation(order)]
-    balanced, left = _balanced(order, tokens, text, shape, *costs)
+    balanced, unplaced = _balanced(order, tokens, text, shape, *costs)
 
     def fill(method: int) -> list[list[int]]:
         if method < len(POOLS):
-            return _tightened(balanced, left, tokens, text, shape, pool=POOLS[method])
+            return _tightened(balanced, unplaced, tokens, text, shape, pool=POOLS[method])
         return _best_fit(orders[method - len(POOLS)], tokens, text, shape)
 
     if method is not None:
         return fill(method), method
     best, best_method = fill(0), 0
     for other in range(1, len(POOLS) + len(orders)):
+        # Stop if no packing has fewer rows, or if the padding is small enough.
         if (len(best) - 1) * shape.tokens < total or 1 - total / (len(best) * shape.tokens) <= PADDING:
             break
         rows = fill(other)
@@ -99,55 +113,66 @@ def _fill_chunk(
 def _balanced(
     order: np.ndarray, tokens: np.ndarray, text: np.ndarray, shape: RowShape, pairs: np.ndarray, cost: float
 ) -> tuple[list[list[int]], list[int]]:
-    """Rows of equal cost, as far as that goes, from examples in descending order; and the examples that had no room."""
-    least_text = int(text[order].min())
+    """Return rows of similar cost from examples in descending order of length, and the examples that had no room.
+
+    The number of rows is the smallest possible one, `ceil(tokens / row tokens)`, and all rows are open from the start.
+    """
+    min_text = int(text[order].min())
     count = -(-int(tokens[order].sum()) // shape.tokens)
     rows: list[list[int]] = [[] for _ in range(count)]
-    room, words_room, cost_room = [shape.tokens] * count, [shape.text] * count, [cost] * count
-    # A heap by the length wanted, negative: the cost that a row has left, for each token that it has left.
-    wanting = [(-cost / shape.tokens, row) for row in range(count)]
-    narrow: list[tuple[int, int]] = []  # rows without room for the last example: a heap by room, negative
-    left: list[int] = []
-    columns = (each.tolist() for each in (order, tokens[order], text[order], pairs[order]))
-    for example, size, words, attended in zip(*columns, strict=True):
-        while narrow and -narrow[0][0] >= size:
-            row = heapq.heappop(narrow)[1]
-            heapq.heappush(wanting, (-cost_room[row] / room[row], row))
-        wordy: list[tuple[float, int]] = []  # rows with room for its tokens, not for its text
+    room, text_room, cost_room = [shape.tokens] * count, [shape.text] * count, [cost] * count
+    # Heap of open rows by remaining cost per remaining token, negated: with full attention a clip of n tokens costs n
+    # per token, so this quotient is the length of clip that would spend the row's cost and tokens at the same time.
+    open_rows = [(-cost / shape.tokens, row) for row in range(count)]
+    # Heap of rows by remaining tokens, negated: those that were too full for an example. Lengths descend (up to the
+    # jitter), so these rows are looked at again only once an example is short enough.
+    full_rows: list[tuple[int, int]] = []
+    unplaced: list[int] = []
+    columns = (values.tolist() for values in (order, tokens[order], text[order], pairs[order]))
+    for example, size, text_size, example_pairs in zip(*columns, strict=True):
+        while full_rows and -full_rows[0][0] >= size:
+            row = heapq.heappop(full_rows)[1]
+            heapq.heappush(open_rows, (-cost_room[row] / room[row], row))
+        rejected: list[tuple[float, int]] = []  # rows with room for the example's tokens, but not for its text
         row = -1
-        while wanting and len(wordy) < LOOK:
-            candidate = heapq.heappop(wanting)
+        while open_rows and len(rejected) < LOOK:
+            candidate = heapq.heappop(open_rows)
             if room[candidate[1]] < size:
-                heapq.heappush(narrow, (-room[candidate[1]], candidate[1]))
-            elif words_room[candidate[1]] < words:
-                wordy.append(candidate)
+                heapq.heappush(full_rows, (-room[candidate[1]], candidate[1]))
+            elif text_room[candidate[1]] < text_size:
+                rejected.append(candidate)
             else:
                 row = candidate[1]
                 break
-        for candidate in wordy:
-            heapq.heappush(wanting, candidate)
+        for candidate in rejected:
+            heapq.heappush(open_rows, candidate)
         if row < 0:
-            left.append(example)
+            unplaced.append(example)
             continue
         rows[row].append(example)
         room[row] -= size
-        words_room[row] -= words
-        cost_room[row] -= attended
-        if room[row] and words_room[row] >= least_text and len(rows[row]) < shape.segments:
-            heapq.heappush(wanting, (-cost_room[row] / room[row], row))
-    return [row for row in rows if row], left
+        text_room[row] -= text_size
+        cost_room[row] -= example_pairs
+        # A row that has no room for any further example leaves both heaps for good.
+        if room[row] and text_room[row] >= min_text and len(rows[row]) < shape.segments:
+            heapq.heappush(open_rows, (-cost_room[row] / room[row], row))
+    return [row for row in rows if row], unplaced
 
 
 def _tightened(
     rows: list[list[int]], left: list[int], tokens: np.ndarray, text: np.ndarray, shape: RowShape, *, pool: int
 ) -> list[list[int]]:
-    """The same examples in fewer rows: the gaps of most rows filled from the rows with the largest ones."""
+    """Pack the same examples into fewer rows: empty the rows with the largest gaps to fill the gaps of the others.
+
+    `pool` rows are emptied per row that all gaps together would make. So there are more freed examples to choose from
+    than gaps to fill; those that remain are packed by best fit.
+    """
     gaps = shape.tokens - np.asarray([int(tokens[row].sum()) for row in rows])
     widest_first = np.argsort(-gaps, kind="stable").tolist()
     emptied = min(len(rows), pool * -(-int(gaps.sum()) // shape.tokens))
-    loose = left + [example for index in widest_first[:emptied] for example in rows[index]]
-    # Examples without a row, by length.
-    free = sorted(zip(tokens[loose].tolist(), loose, strict=True))
+    freed = left + [example for index in widest_first[:emptied] for example in rows[index]]
+    # Sorted by length, so that the longest one that fits a gap is found by bisection.
+    free = sorted(zip(tokens[freed].tolist(), freed, strict=True))
     kept = [list(rows[index]) for index in widest_first[emptied:]]
     if pool:
         for row in kept:
@@ -160,43 +185,49 @@ def _tightened(
 def _fill_gap(
     row: list[int], free: list[tuple[int, int]], tokens: np.ndarray, text: np.ndarray, shape: RowShape
 ) -> None:
-    """Add a free example to the row or exchange one for a longer one, as long as that makes the row fuller."""
-    sizes, words = tokens[row].tolist(), text[row].tolist()
-    gap, words_room = shape.tokens - sum(sizes), shape.text - sum(words)
+    """Fill the gap of a row, in place, by adding free examples or exchanging examples for longer free ones.
+
+    Each round makes the one change that gains the most tokens within the budgets. Slot `len(row)` stands for adding an
+    example: there nothing is given back.
+    """
+    sizes, text_sizes = tokens[row].tolist(), text[row].tolist()
+    gap, text_room = shape.tokens - sum(sizes), shape.text - sum(text_sizes)
+    # Rows may differ by their last tokens: gaps well below the target padding are not worth the search.
     while free and gap > PADDING / 4 * shape.tokens:
-        best, best_free, best_place = 0, -1, -1
-        places = [*range(len(row)), len(row)] if len(row) < shape.segments else range(len(row))
-        for place in places:
-            size, freed = (sizes[place], words[place]) if place < len(row) else (0, 0)
+        best, best_free, best_slot = 0, -1, -1
+        slots = [*range(len(row)), len(row)] if len(row) < shape.segments else range(len(row))
+        for slot in slots:
+            size, freed_text = (sizes[slot], text_sizes[slot]) if slot < len(row) else (0, 0)
+            # The longest free example of at most `size + gap` tokens: no example's index reaches len(tokens).
             index = bisect.bisect_right(free, (size + gap, len(tokens))) - 1
-            if index >= 0 and free[index][0] - size > best and int(text[free[index][1]]) <= words_room + freed:
-                best, best_free, best_place = free[index][0] - size, index, place
+            if index >= 0 and free[index][0] - size > best and int(text[free[index][1]]) <= text_room + freed_text:
+                best, best_free, best_slot = free[index][0] - size, index, slot
         if not best:
             return
         size, example = free.pop(best_free)
-        if best_place < len(row):
-            words_room += words[best_place]
-            bisect.insort(free, (sizes[best_place], row[best_place]))
-            row[best_place], sizes[best_place], words[best_place] = example, size, int(text[example])
+        if best_slot < len(row):
+            text_room += text_sizes[best_slot]
+            bisect.insort(free, (sizes[best_slot], row[best_slot]))
+            row[best_slot], sizes[best_slot], text_sizes[best_slot] = example, size, int(text[example])
         else:
             row.append(example)
             sizes.append(size)
-            words.append(int(text[example]))
-        words_room -= int(text[example])
+            text_sizes.append(int(text[example]))
+        text_room -= int(text[example])
         gap -= best
 
 
 def _best_fit(order: np.ndarray, tokens: np.ndarray, text: np.ndarray, shape: RowShape) -> list[list[int]]:
-    """Put each example, in order, into the open row with the least room for it that suffices, or open another."""
-    least_tokens, least_text = int(tokens[order].min()), int(text[order].min())
+    """Put each example, in order, into the fullest open row that has room for it, or open a new row."""
+    min_tokens, min_text = int(tokens[order].min()), int(text[order].min())
     rows: list[list[int]] = []
     text_room: list[int] = []
-    is_open: list[tuple[int, int]] = []  # (room for video tokens, row), sorted
-    for example, size, words in zip(order.tolist(), tokens[order].tolist(), text[order].tolist(), strict=True):
-        start = bisect.bisect_left(is_open, (size, -1))
-        for place in range(start, min(start + LOOK, len(is_open))):
-            if text_room[is_open[place][1]] >= words:
-                room, row = is_open.pop(place)
+    open_rows: list[tuple[int, int]] = []  # (room for video tokens, row), sorted
+    for example, size, text_size in zip(order.tolist(), tokens[order].tolist(), text[order].tolist(), strict=True):
+        start = bisect.bisect_left(open_rows, (size, -1))
+        for index in range(start, min(start + LOOK, len(open_rows))):
+            if text_room[open_rows[index][1]] >= text_size:
+                room, row = open_rows.pop(index)
                 break
         else:
             room, row = shape.tokens, len(rows)
@@ -204,25 +235,25 @@ def _best_fit(order: np.ndarray, tokens: np.ndarray, text: np.ndarray, shape: Ro
             text_room.append(shape.text)
         rows[row].append(example)
         room -= size
-        text_room[row] -= words
-        if room >= least_tokens and text_room[row] >= least_text and len(rows[row]) < shape.segments:
-            bisect.insort(is_open, (room, row))
+        text_room[row] -= text_size
+        if room >= min_tokens and text_room[row] >= min_text and len(rows[row]) < shape.segments:
+            bisect.insort(open_rows, (room, row))
     return rows
 
 
 def exchanged(
     rows: Sequence[Sequence[int]], tokens: np.ndarray, text: np.ndarray, generator: np.random.Generator
 ) -> list[list[int]]:
-    """The same rows by size, of the same examples; those of equal sizes change places at random."""
+    """Return rows of the same sizes in which examples of equal video and text size have swapped at random."""
     order, offsets = flat(rows)
-    places = np.lexsort((text[order], tokens[order]))
+    slots = np.lexsort((text[order], tokens[order]))
     examples = order[np.lexsort((generator.random(len(order)), text[order], tokens[order]))]
-    order[places] = examples
+    order[slots] = examples
     return [order[start:stop].tolist() for start, stop in itertools.pairwise(offsets)]
 
 
 def split(plan: list[list[int]], rows: int) -> list[list[int]]:
-    """Halve the rows with the most examples until there are `rows` of them."""
+    """Halve the rows with the most examples until there are `count` rows."""
     plan = sorted(plan, key=len, reverse=True)
     while len(plan) < rows:
         missing = rows - len(plan)
@@ -234,12 +265,12 @@ def split(plan: list[list[int]], rows: int) -> list[list[int]]:
 
 
 def fullest(rows: Sequence[Sequence[int]], count: int, tokens: np.ndarray) -> tuple[list[list[int]], list[int]]:
-    """The `count` rows with the most tokens, and the examples of the others."""
+    """Return the `count` rows with the most tokens, and the examples of all other rows."""
     ranked = sorted(rows, key=lambda row: -int(tokens[list(row)].sum()))
     return [list(row) for row in ranked[:count]], [example for row in ranked[count:] for example in row]
 
 
 def flat(rows: Sequence[Sequence[int]]) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " R1"]]:
-    """The examples row after row, and where each row starts (and the last one ends)."""
+    """Return the examples row after row, and the offset at which each row starts, then that of the end."""
     order = np.concatenate([np.asarray(row, np.int64) for row in rows])
     return order, np.cumsum([0, *map(len, rows)])

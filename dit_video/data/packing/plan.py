@@ -1,7 +1,7 @@
-"""The rows of a whole epoch, and their order: a function of the examples' sizes, the seed and the epoch.
+"""Plan of the rows of an epoch and their order, as a function of the examples' sizes, the seed and the epoch.
 
-Every host makes the same plan, reads its own rows of it, and can start at any row. Every epoch has the same number of
-rows, so the row of any step is known without planning the epochs before it.
+Every host computes the same plan, reads its own rows, and can start at any row. Every epoch has the same number of
+rows, so the rows of any step are known without planning the epochs before it.
 """
 
 import functools
@@ -24,8 +24,9 @@ from dit_video.data.packing.mixture import Draws, Mixture
 from dit_video.tokens import RowShape
 
 ATTEMPTS = 4
+"""Maximum number of shuffles that are tried until the rows of an epoch fit."""
 SLACK = 1000
-"""One row in this many is left free, so that nearly every shuffle fits into the same number of rows."""
+"""Number of rows per spare row: one spare row in 1,000 lets nearly every shuffle fit into the same number of rows."""
 FORESEEN = 8
 """Epochs of a mixture whose tokens are counted before the number of rows is fixed."""
 
@@ -35,59 +36,59 @@ class RowPlan:
     """The rows of one epoch."""
 
     order: Int[np.ndarray, " n"]
-    """Examples, row after row."""
+    """Indices of the examples, row after row."""
     offsets: Int[np.ndarray, " R1"]
-    """Row r holds `order[offsets[r]:offsets[r + 1]]`."""
+    """Start of each row in `order`, then the end: row r holds `order[offsets[r]:offsets[r + 1]]`."""
     padding: float
     """Share of video tokens that are padding."""
     cost: Float[np.ndarray, " R"]
-    """Of each row, the pairs in the attention of its clips, in millions: what attention costs, up to a factor."""
+    """Token pairs in the attention of each row, in millions: proportional to the cost of attention."""
     left_out: tuple[int, ...] = ()
-    """Examples of a mixture that had no room in this epoch."""
+    """Indices of a mixture's examples that had no room in this epoch."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def row(self, index: int) -> Int[np.ndarray, " G"]:
-        """The examples of one row."""
+        """Return the examples of one row."""
         return self.order[self.offsets[index] : self.offsets[index + 1]]
 
     @property
     def rows(self) -> list[list[int]]:
-        """The examples of every row."""
+        """Return the examples of every row."""
         return [self.row(index).tolist() for index in range(len(self))]
 
     @functools.cached_property
     def hash(self) -> str:
-        """Equal for equal plans."""
+        """Return a hash that is equal for equal plans."""
         return hashlib.sha256(self.order.astype("<i8").tobytes() + self.offsets.astype("<i8").tobytes()).hexdigest()[
             :16
         ]
 
 
 class RowStream:
-    """The endless sequence of rows, epoch after epoch, by row number.
+    """An endless sequence of rows, epoch after epoch, by row number.
 
-    Every epoch has the rows of epoch 0 and `1 / SLACK` more. A plan with fewer is brought to that number by halving
-    rows. One with more is shuffled again, and after `ATTEMPTS` the rows of epoch 0 are used, with examples of equal
-    sizes changing places: that always fits.
+    Every epoch has as many rows as epoch 0, and `1 / SLACK` more. A plan with fewer rows is brought to that number by
+    halving rows. A plan with more rows is shuffled again; after `ATTEMPTS` shuffles the rows of epoch 0 are used, in
+    which examples of equal sizes swap: that always fits.
 
-    The epochs of a mixture differ in their examples, so the one with the most tokens among the first `FORESEEN`
-    decides, with a standard deviation added. Where a later one doesn't fit after all, its emptiest rows are left out:
-    `RowPlan.left_out` numbers their examples, and the log says how many there are.
+    The epochs of a mixture differ in their examples, so their number of rows follows from the one with the most tokens
+    among the first `COUNTED_EPOCHS`, plus one standard deviation. If a later epoch does not fit after all, its emptiest
+    rows are dropped: `RowPlan.dropped_examples` holds their examples, and a warning reports how many there are.
 
     Args:
       tokens: video tokens of every example.
       text: text tokens of every example.
-      shape: the budgets of a row.
-      seed: of the run.
-      names: of the examples, for errors.
-      mixture: which examples an epoch has; None for each one once.
-      balance: how rows are put into steps; None for random order.
-      pairs: in the attention of every example; None where all its tokens see all.
+      shape: budgets of a row.
+      seed: seed of the run.
+      names: names of the examples, for errors.
+      mixture: choice of an epoch's examples; None for each example once.
+      balance: configuration of the order of rows; None for a random order.
+      attention_pairs: token pairs in the attention of every example; None for full attention.
 
     Raises:
-      UserError: no examples, one that is larger than a row, or see `Draws`.
+      UserError: there are no examples, one is larger than a row, or the mixture is invalid (see `MixtureSampler`).
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class RowStream:
     ):
         _check(tokens, text, shape, names)
         self.tokens, self.text, self.shape, self.balance = tokens, text, shape, balance
-        """The sizes of every example: a place in a row stays as large if its example can't be read."""
+        """Sizes of every example. An example that cannot be read keeps its segment of the row."""
         all_pairs = tokens.astype(np.float64) ** 2
         self.pairs = all_pairs if pairs is None else pairs
         self._sparse = not np.array_equal(self.pairs, all_pairs)
@@ -115,11 +116,11 @@ class RowStream:
         self._plans = _Recent(self._plan_epoch)
 
     def epoch(self, number: int) -> RowPlan:
-        """The plan of one epoch; the last few are kept."""
+        """Return the plan of one epoch; the most recent plans are cached."""
         return self._plans(number)
 
     def row(self, number: int) -> tuple[Int[np.ndarray, " G"], UInt32[np.ndarray, " G"]]:
-        """The examples of a row, and their ranks: the running number of each over the whole stream, modulo 2**32."""
+        """Return the examples of a row, and the running number of each over the whole stream, modulo 2**32."""
         epoch, index = divmod(number, self.rows_per_epoch)
         plan = self.epoch(epoch)
         examples = plan.row(index)
@@ -129,10 +130,10 @@ class RowStream:
         return examples, ranks
 
     def imbalance(self, *, batch: int, devices: int, epoch: int = 0) -> Imbalance:
-        """How unequal the devices' costs are, over the whole steps of an epoch.
+        """Return the differences between the devices' costs over the complete steps of an epoch.
 
         Raises:
-          UserError: devices that do not divide the batch, or an epoch without a whole step.
+          UserError: the batch does not divide among the devices, or the epoch has no complete step.
         """
         cost = balancing.Cost() if self.balance is None else self.balance.cost
         costs = cost.rows(self.epoch(epoch).cost * 1e6, self.shape.tokens)
@@ -140,12 +141,12 @@ class RowStream:
 
     @functools.cached_property
     def hash(self) -> str:
-        """Equal for streams that give equal rows. Together with the step it is the whole state of the data."""
+        """Return a hash that is equal for streams of equal rows; with the step it is the whole state of the data."""
         sizes = np.stack([self.tokens, self.text]).astype("<i8").tobytes()
         constants = (self.shape, self._seed, self.rows_per_epoch, bin_packing.CONSTANTS, ATTEMPTS, SLACK, FORESEEN)
         options = (self.balance, balancing.METHOD, None if self.draws is None else self.draws.hash)
-        told = sizes + repr((constants, options)).encode()
-        return hashlib.sha256(told + (self.pairs.astype("<f8").tobytes() if self._sparse else b"")).hexdigest()[:16]
+        content = sizes + repr((constants, options)).encode()
+        return hashlib.sha256(content + (self.pairs.astype("<f8").tobytes() if self._sparse else b"")).hexdigest()[:16]
 
     def _examples(self, epoch: int) -> Int[np.ndarray, " m"]:
         return np.arange(len(self.tokens)) if self.draws is None else self.draws.epoch(epoch)
@@ -155,8 +156,9 @@ class RowStream:
         if self.draws is None:
             return min(len(self.tokens), first + first // SLACK)
         totals = [int(self.tokens[self._examples(epoch)].sum()) for epoch in range(FORESEEN)]
-        most = math.ceil(first * (max(totals) + float(np.std(totals))) / totals[0])
-        return min(self.draws.least, most + most // SLACK)  # no row is empty
+        # Rows are full, so their number grows with the tokens; one standard deviation covers most later epochs.
+        estimate = math.ceil(first * (max(totals) + float(np.std(totals))) / totals[0])
+        return min(self.draws.least, estimate + estimate // SLACK)  # more rows than examples would leave some empty
 
     def _shuffled(self, epoch: int, attempt: int) -> tuple[list[list[int]], np.random.Generator]:
         generator = rng.host(self._seed, "row plan", epoch, attempt)
@@ -175,9 +177,10 @@ class RowStream:
             else:
                 rows, left_out = bin_packing.fullest(rows, self.rows_per_epoch, self.tokens)
                 logging.getLogger(__name__).warning(
-                    "epoch %d leaves %d of its %d examples out, which have no room in its %d rows",
+                    "epoch %d drops %d of its %d examples, for which its %d rows have no room",
                     *(epoch, len(left_out), len(self._examples(epoch)), self.rows_per_epoch),
                 )
+        # Every epoch must have the same number of rows: the row of a step is found by division.
         rows = bin_packing.split(rows, self.rows_per_epoch)
         if self.balance is None:
             order = generator.permutation(len(rows))
@@ -188,9 +191,9 @@ class RowStream:
 
 
 class _Recent:
-    """The last few values of a function of one number. (`functools.lru_cache` can't be pickled to workers.)
+    """A cache of the most recent values of a function, which can be pickled to workers (`functools.lru_cache` cannot).
 
-    Several threads may ask; one computes a value, and the others wait for it.
+    Thread-safe: one thread computes a value while the others wait for it.
     """
 
     def __init__(self, function: Callable[[int], RowPlan], *, keep: int = 3):
@@ -199,12 +202,12 @@ class _Recent:
         self._lock = threading.Lock()
 
     def __call__(self, number: int) -> RowPlan:
-        value = self._values.get(number)  # no thread waits for a value that is there
+        value = self._values.get(number)  # without the lock, so that no thread waits for a value that exists
         if value is not None:
             return value
         with self._lock:
             if number not in self._values:
-                # A new dict: the threads that read without the lock see the old one or the new one.
+                # A new dict: threads that read without the lock see either the old or the new one.
                 kept = list(self._values.items())[-(self._keep - 1) :]
                 self._values = {**dict(kept), number: self._function(number)}
             return self._values[number]
@@ -218,10 +221,13 @@ class _Recent:
 
 def _check(tokens: np.ndarray, text: np.ndarray, shape: RowShape, names: Sequence[str] | None) -> None:
     if not len(tokens) or len(tokens) != len(text):
-        raise UserError(f"a plan needs examples with both sizes, {len(tokens)} tokens and {len(text)} text were given")
+        raise UserError(
+            f"{len(tokens)} video and {len(text)} text sizes are invalid: a plan needs examples with both. Use as many "
+            "of one as of the other, and at least one."
+        )
     if shape.segments < 1:
-        raise UserError(f"a row needs room for at least one segment, segments={shape.segments}")
-    for sizes, room, kind, what, fix in (
+        raise UserError(f"segments={shape.segments} is invalid: a row needs at least one. Use a larger number.")
+    for sizes, room, kind, budget, fix in (
         (tokens, shape.tokens, "video", "tokens", "use a smaller clip size"),
         (text, shape.text, "text", "text", "shorten its caption"),
     ):
@@ -229,8 +235,8 @@ def _check(tokens: np.ndarray, text: np.ndarray, shape: RowShape, names: Sequenc
         if sizes[largest] > room:
             name = names[largest] if names is not None else f"example {largest}"
             raise UserError(
-                f"{name} has {sizes[largest]} {kind} tokens, a row has room for {room} "
-                f"({int((sizes > room).sum())} examples are too large); raise the row's {what} or {fix}"
+                f"{name} has {sizes[largest]} {kind} tokens, but a row has room for {room} "
+                f"({int((sizes > room).sum())} examples are too large); raise the row's {budget} or {fix}"
             )
     if int(tokens.min()) < 1:
         smallest = int(np.argmin(tokens))

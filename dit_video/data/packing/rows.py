@@ -1,7 +1,7 @@
-"""Rows by number: what Grain reads, in threads or in worker processes.
+"""Random access to packed rows by number, which Grain reads in threads or worker processes.
 
-A row's examples come from the plan, and of each example the choices that an epoch makes: which of its captions, and for
-clips that are read from video files which stretch of time. All are functions of (seed, epoch, example).
+The plan says which examples share a row. An epoch draws one caption of each example and, for clips that are read from
+video files, a temporal crop. These choices are functions of (seed, epoch, example).
 """
 
 import functools
@@ -27,55 +27,56 @@ from dit_video.data.sizes import SizeLimits, fit, read_fitted, sampled_frames
 from dit_video.tokens import Grid, Item, Rows, RowShape, coordinates, pack, patchify, token_grid
 
 Encode = Callable[[Sequence[UInt8[np.ndarray, "T H W 3"]]], list[Float32[np.ndarray, "t h w c"]]]
-"""Clips of any sizes to their latents."""
+"""A function from clips of any sizes to their latents."""
 
 
 class Member(NamedTuple):
-    """An example in its place in a row."""
+    """An example of a row, with the choices that the epoch makes."""
 
     example: int
     rank: int
-    """its running number in the plan"""
+    """Running number of the example in the plan."""
     epoch: int
     caption: int
-    """the number of the one that this epoch draws"""
+    """Number of the caption that this epoch draws."""
 
 
 class Encoded(NamedTuple):
-    """What was made of a clip, in patches."""
+    """The patches of an encoded clip."""
 
     tokens: Float32[np.ndarray, "n p"]
     shown: Float32[np.ndarray, "n p"] | None = None
-    """of its first frame with grey behind it"""
+    """Patches of the latents of the clip whose frames after the first are grey."""
     image: Float32[np.ndarray, "i F"] | None = None
-    """an image encoder's tokens of its first frame"""
+    """Tokens of the first frame from an image encoder."""
     lost: bool = False
-    """whether it was damaged: then all is zero"""
+    """True if the clip was damaged: then all values are zero."""
 
     @property
     def nbytes(self) -> int:
-        """of memory"""
+        """Return the memory of all arrays, in bytes."""
         return sum(values.nbytes for values in self[:3] if values is not None)
 
 
 class Layout:
-    """Which examples share a row, where their tokens lie, and which caption each has.
+    """The layout of packed rows: the examples of each row, the positions of their tokens, and their captions.
 
-    A plan reserves room for the longest of an example's captions, so that every one fits.
+    The plan reserves room for the longest caption of an example, so that every caption fits.
 
     Args:
-      grids: of every example, in tokens.
-      texts: the captions of every example; those that are drawn are read when a row is packed.
-      shape: the budgets of a row.
-      seed: of the run.
-      names: of the examples, for errors.
-      mixture: which examples an epoch has; None for each one once.
-      balance: how rows are put into steps; None for random order.
-      intervals: of two tokens along time, for each example, in the unit of the coordinates; None counts tokens.
-      pairs: how many tokens of a grid attend to each other; None where all do.
+      grids: grid of every example, in tokens.
+      captions: captions of every example; the drawn ones are read when a row is packed.
+      shape: budgets of a row.
+      seed: seed of the run.
+      names: names of the examples, for errors.
+      mixture: choice of an epoch's examples; None for each example once.
+      balance: configuration of the order of rows; None for a random order.
+      token_dt: spacing of consecutive tokens along time for each example, in the unit of the positions; None counts
+        tokens.
+      attention_pairs: function from a grid to its token pairs in attention; None for full attention.
 
     Raises:
-      UserError: an example larger than a row, or a mixture of other examples.
+      UserError: an example is larger than a row, or the mixture is of other examples.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class Layout:
     ):
         self.grids, self.texts, self.shape, self.names, self._seed = grids, texts, shape, names, seed
         self._intervals = intervals
-        counted = None if pairs is None else {grid: float(pairs(grid)) for grid in set(grids)}
+        grid_pairs = None if pairs is None else {grid: float(pairs(grid)) for grid in set(grids)}
         self.stream = RowStream(
             np.asarray([grid.volume for grid in grids], np.int64),
             np.asarray([max(lengths) for lengths in texts.lengths], np.int64),
@@ -102,18 +103,18 @@ class Layout:
             names=names,
             mixture=mixture,
             balance=balance,
-            pairs=None if counted is None else np.asarray([counted[grid] for grid in grids]),
+            pairs=None if grid_pairs is None else np.asarray([grid_pairs[grid] for grid in grids]),
         )
-        told = hashlib.sha256(repr((self.stream.hash, tuple(names), tuple(grids))).encode())
+        content = hashlib.sha256(repr((self.stream.hash, tuple(names), tuple(grids))).encode())
         for facts in texts.facts():
-            told.update(facts)
+            content.update(facts)
         if intervals is not None:
-            told.update(repr(tuple(intervals)).encode())
-        self.hash: str = told.hexdigest()[:16]
-        """Of the plan, the examples' names, sizes and texts."""
+            content.update(repr(tuple(intervals)).encode())
+        self.hash: str = content.hexdigest()[:16]
+        """Hash of the plan and of the examples' names, sizes and captions."""
 
     def members(self, number: int) -> list[Member]:
-        """The examples of row `number`."""
+        """Return the examples of row `number`."""
         epoch = number // self.stream.rows_per_epoch
         examples, ranks = self.stream.row(number)
         return [
@@ -122,7 +123,7 @@ class Layout:
         ]
 
     def pack(self, members: Sequence[Member], clips: Sequence[Encoded]) -> Rows:
-        """One row. Members that are damaged keep their place, and do not count in the loss."""
+        """Pack one row. Damaged examples keep their segment, but do not count in the loss."""
         items, valid = [], []
         for member, clip in zip(members, clips, strict=True):
             text = read_text(self.texts, member.example, member.caption, self.names[member.example])
@@ -148,7 +149,7 @@ class Layout:
 
 
 class LatentRows:
-    """Packed rows of cached latents."""
+    """A random-access data source of packed rows from cached latents."""
 
     def __init__(self, source: LatentSource, layout: Layout, patch: Grid, *, cache_bytes: int):
         self._source, self._layout, self._patch, self._room = source, layout, patch, cache_bytes
@@ -169,7 +170,7 @@ class LatentRows:
         self.__dict__ |= {**state, "_lock": threading.Lock()}
 
     def _clip(self, example: int) -> Encoded:
-        """An example's patches. What was read stays until the memory for it is full."""
+        """Return the patches of an example, which are cached until the memory for them is full."""
         clip, source = self._clips.get(example), self._source
         if clip is None:
             try:
@@ -195,15 +196,15 @@ class LatentRows:
 
 
 class ClipRow(NamedTuple):
-    """A row of clips that are decoded, and not encoded yet."""
+    """A row of clips that are decoded, but not encoded yet."""
 
     members: list[Member]
     clips: list[UInt8[np.ndarray, "T H W 3"] | None]
-    """None where a clip turned out to be damaged"""
+    """Frames of each clip; None for a clip that is damaged."""
 
 
 class ClipRows:
-    """Rows of clips from their video files, each at its training size, from a start that the epoch draws."""
+    """A random-access data source of rows decoded from video files, at training size, from a start drawn per epoch."""
 
     def __init__(self, source: ClipSource, layout: Layout, limits: SizeLimits, *, seed: int):
         self._source, self._layout, self._limits, self._seed = source, layout, limits, seed
@@ -229,7 +230,7 @@ class ClipRows:
 def encoded_row(
     row: ClipRow, latents: Iterator[Float32[np.ndarray, "_ _ _ _"]], layout: Layout, patch: Grid, *, channels: int
 ) -> Rows:
-    """Pack a row's clips, whose latents come next."""
+    """Pack a row of clips, taking their latents from the iterator."""
     clips = []
     for member, clip in zip(row.members, row.clips, strict=True):
         if clip is None:
@@ -244,10 +245,10 @@ def _nothing(grid: Grid, patch: Grid, channels: int) -> Float32[np.ndarray, "n p
 
 
 def latent_grids(source: LatentSource, patch: Grid) -> list[Grid]:
-    """Of every example, in tokens.
+    """Return the grid of every example, in tokens.
 
     Raises:
-      UserError: latents that the patch does not divide.
+      UserError: the patch does not divide the latents.
     """
     return [_named(name, token_grid, size, patch) for name, size in zip(source.names, source.sizes, strict=True)]
 
@@ -260,7 +261,7 @@ def _named(name: str, function: Callable, *arguments: Any) -> Any:
 
 
 def read_text(texts: Texts, example: int, caption: int, name: str) -> Text | None:
-    """One caption of an example; None, and a warning that names the example, where its record is damaged."""
+    """Return one caption of an example; if its record is damaged, log a warning with its name and return None."""
     try:
         return texts.read(example, caption)
     except DecodeError as error:
@@ -269,8 +270,8 @@ def read_text(texts: Texts, example: int, caption: int, name: str) -> Text | Non
 
 
 def set_aside(name: str, error: UserError) -> None:
-    """Say that a clip turned out to be damaged."""
-    logging.getLogger(__name__).warning("%s is damaged and is left out of the loss: %s", name, error)
+    """Log a warning that a clip is damaged."""
+    logging.getLogger(__name__).warning("%s is damaged and does not count in the loss: %s", name, error)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,11 +1,11 @@
-"""TFDS data sets in ArrayRecord files, written and read without TensorFlow; on one machine or by Apache Beam.
+"""TFDS data sets in ArrayRecord files, written and read without TensorFlow, on one machine or by Apache Beam.
 
-Clips are a `tfds.core.GeneratorBasedBuilder`, which runs as a plain generator here and as a pipeline on a cluster. Such
-a builder collects all examples before it writes them: here in memory, and past 1 GB in files that it opens through
-TensorFlow, which isn't installed; with Beam it holds a whole file's examples in a worker's memory. So clips travel
-through it as *references* (the example with the clip's place instead of its bytes: a few hundred bytes), and the
-`ExampleWriter`, which a builder may choose, puts the bytes in where a record is written: one at a time, in order.
-That holds up to about a million clips on one machine; more are for Beam.
+`Clips` is a `tfds.core.GeneratorBasedBuilder`, which runs as a plain generator on one machine and as a pipeline on a
+cluster. Such a builder collects all examples before it writes them: on one machine in memory, and past 1 GB in files
+that it opens through TensorFlow, which is not installed; with Beam it holds the examples of a whole file in a worker's
+memory. So clips pass through it as *references* (a few hundred bytes: the example with the location of the clip instead
+of its bytes), and the `ExampleWriter`, which a builder may choose, inserts the bytes when a record is written: one at a
+time, in order. This works for up to about a million clips on one machine; use Beam for more.
 """
 
 import contextlib
@@ -32,46 +32,46 @@ from dit_video.data.records.reference import Reference
 
 SPLIT = "train"
 SPLITS = (SPLIT, "validation", "test")
-"""The usual splits, in the order in which their records are numbered; others follow by name."""
+"""Standard splits, in the order in which their records are numbered; other splits follow by name."""
 MAX_BYTES = (1 << 31) - (1 << 20)
-"""An example is one protocol buffer, which holds less than 2 GiB."""
+"""Maximum size of a clip: an example is one protocol buffer, which holds less than 2 GiB."""
 SHARD_BYTES = 1 << 30
-"""About how much one file of a data set of clips holds."""
+"""Approximate size of one file of a data set of clips, in bytes."""
 
 _REFUSED = re.compile(r"\b(?:open|write|close)\(\) failed: ([^;]+)")
-"""What ArrayRecord says, in an error of no type of its own, where the system refuses to write."""
+"""Pattern of ArrayRecord's message (in an error without a type of its own) when the system refuses to write."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def content() -> tfds.features.Tensor:
-    """The feature of raw bytes."""
+    """Return the TFDS feature of raw bytes."""
     return tfds.features.Tensor(shape=(), dtype=np.object_)
 
 
 def in_order(splits: Iterable[str]) -> list[str]:
-    """Splits as their records are numbered."""
+    """Return the splits in the order in which their records are numbered."""
     return sorted(set(splits), key=lambda name: (SPLITS.index(name) if name in SPLITS else len(SPLITS), name))
 
 
 class _Info(tfds.core.DatasetInfo):
     def initialize_from_bucket(self) -> None:
-        """No bucket of TFDS describes such data. (It would leave an empty temporary folder behind, each time.)"""
+        """Do nothing: no bucket of TFDS describes these data, and looking would leave an empty temporary folder."""
 
 
-# TFDS has no types, and mypy then takes class keywords for those of `object`.
+# TFDS has no types, so mypy takes class keywords for those of `object`.
 class Clips(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """Encoded clips with their facts; a split's records are in the order of its list.
+    """A TFDS builder of encoded clips with their metadata; the records of a split are in the order of its list.
 
     Args:
-      features: the features of a record; `clip` holds the bytes.
-      records: for each split a file of JSON lines, one record a line, in which `clip` is a `Reference`.
-      count: called with how many records are written, in this process.
+      features: features of a record; `clip` holds the bytes.
+      records: for each split a file of JSON lines, one record per line, in which `clip` is a `ClipReference`.
+      progress: called with the number of records written, in this process.
       beam: run as a pipeline of Apache Beam.
     """
 
     VERSION = tfds.core.Version("1.0.0")
     url_infos: ClassVar[dict] = {}
-    """Nothing is downloaded. (TFDS would look for a list of checksums by a package that it does not depend on.)"""
+    """Downloads: none. (By default TFDS looks for a list of checksums with a package that it does not depend on.)"""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class Clips(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: i
 
     @property
     def failure(self) -> UserError | OSError | None:
-        """Why a record could not be written in this process."""
+        """Return the error of a record that could not be written in this process, if any."""
         return None if self._writer is None else self._writer.failure
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -114,20 +114,20 @@ class Clips(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: i
         return self._writer
 
     def _generate_splits(self, dl_manager, download_config):
-        """TFDS counts the bytes that went through it, which were references: count those of the files."""
+        """Replace TFDS's sizes of splits, which count the bytes of references, by the sizes of the files."""
         splits = super()._generate_splits(dl_manager, download_config)
         sizes = [sum(path.stat().length for path in split.filepaths) for split in splits]
         return [split.replace(num_bytes=size) for split, size in zip(splits, sizes, strict=True)]
 
     def _log_download_bytes(self) -> None:
-        """Nothing is downloaded: no message."""
+        """Log nothing, as nothing is downloaded."""
 
     def _log_download_done(self) -> None:
-        """As above."""
+        """Log nothing, as nothing is downloaded."""
 
 
 class _Fetching(tfds_writer.ExampleWriter):
-    """Writes records whose `clip` is a reference, with the bytes that it stands for."""
+    """A writer of records that replaces the reference in `clip` by the bytes that it refers to."""
 
     def __init__(self, file_format: tfds.core.FileFormat, count: Callable[[int], None] | None, note: Path | None):
         super().__init__(file_format=file_format)
@@ -144,10 +144,10 @@ class _Fetching(tfds_writer.ExampleWriter):
                 self.failure = error
                 raise
             except Exception as error:
-                if (refused := _REFUSED.search(str(error))) is None:
+                if (match := _REFUSED.search(str(error))) is None:
                     raise
-                number = next((n for n in _FULL if os.strerror(n) == refused[1]), errno.EIO)
-                self.failure = OSError(number, refused[1])
+                number = next((n for n in _FULL if os.strerror(n) == match[1]), errno.EIO)
+                self.failure = OSError(number, match[1])
                 raise self.failure from error
 
     def _whole(self, serialized: bytes) -> bytes:
@@ -157,13 +157,13 @@ class _Fetching(tfds_writer.ExampleWriter):
         self._written += 1
         if self._count is not None:
             self._count(self._written)
-        # The features are a map, which has no order: without this the bytes differ from process to process.
+        # The features are a map without an order: by default the bytes differ from process to process.
         return example.SerializeToString(deterministic=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Shards(ShardConfig):
-    """As many files as bring each to about `SHARD_BYTES`. (TFDS would count the bytes of the references.)"""
+    """A shard configuration with files of about `SHARD_BYTES`, where TFDS would count the bytes of references."""
 
     mean_bytes: int = 0
 
@@ -180,7 +180,7 @@ class _Download(tfds.download.DownloadConfig):
 
 
 def shards_of(records: int, mean_bytes: int) -> int:
-    """How many files hold this many records."""
+    """Return the number of files for this number of records."""
     return max(1, min(records, round(records * mean_bytes / SHARD_BYTES)))
 
 
@@ -195,10 +195,10 @@ def _parse(line: str) -> tuple[int, dict[str, Any]]:
 
 
 def _write_lines(path: Path, records: Sequence[Mapping[str, Any]], shards: int) -> None:
-    """Records with keys by which both of TFDS's writers put the same records into the same files.
+    """Write records with keys for which both of TFDS's writers put the same records into the same files.
 
-    The one cuts a list of n records into `shards` parts at round(n · i / shards). The other puts key k into file
-    trunc(k · shards / greatest key), which is s for every key s · m + position with m > n · shards.
+    The writer on one machine cuts a list of n records into `shards` parts at round(n · i / shards). That of Beam puts
+    key k into file trunc(k · shards / greatest key), which is s for every key s · m + position with m > n · shards.
     """
     n = len(records)
     ends = get_shard_boundaries(n, shards)
@@ -221,16 +221,16 @@ def write_clips(
     """Write a data set of clips into `folder`, which must not exist yet.
 
     Args:
-      folder: `folder.tfds` is used for work, and removed.
-      features: the features of a record; `clip` is `content()`.
-      records: of each split, none empty, the examples in order, in which `clip` is a `Reference`.
-      mean_bytes: how large a record is on average.
-      count: called with how many records of a split's shards are written; not with Beam, which writes them elsewhere.
-      beam: build it by Apache Beam; `folder` must then lie where its workers write, the clips where they read.
+      folder: the data set; `folder.tfds` is used as a temporary folder, and removed.
+      features: features of a record; `clip` is `make_bytes_feature()`.
+      records: the examples of each split in order, at least one, in which `clip` is a `ClipReference`.
+      mean_bytes: average size of a record.
+      progress: called with the number of records written; not with Beam, which writes them elsewhere.
+      beam: write with Apache Beam; its workers must be able to write `folder`, and to read the clips.
 
     Raises:
-      ChangedError: a clip is another one than when it was inspected.
-      UserError: Beam's pipeline failed.
+      ChangedError: a clip has changed since it was inspected.
+      UserError: the Beam pipeline failed.
       OSError: the folder cannot be written.
     """
     work = folder.with_name(folder.name + ".tfds")
@@ -239,37 +239,37 @@ def write_clips(
         lines = {split: work / f"{split}.jsonl" for split in in_order(records)}
         for split, path in lines.items():
             _write_lines(path, records[split], shards_of(len(records[split]), mean_bytes))
-        made = Clips(
+        dataset_builder = Clips(
             features=features, records=lines, count=count, beam=beam, data_dir=work, file_format="array_record"
         )
-        how = {"beam_runner": beam.runner, "beam_options": beam.options} if beam else {}
-        tfds.disable_progress_bar()  # `count` is ours
+        beam_options = {"beam_runner": beam.runner, "beam_options": beam.options} if beam else {}
+        tfds.disable_progress_bar()  # `progress` reports instead
         try:
             with contextlib.nullcontext() if beam is None else pipeline_errors(work / NOTE):
-                made.download_and_prepare(download_config=_Download(mean_bytes=mean_bytes, **how))
+                dataset_builder.download_and_prepare(download_config=_Download(mean_bytes=mean_bytes, **beam_options))
         except Exception as error:
-            if made.failure is not None:  # TFDS wraps it in lines of its own
-                raise made.failure from error
+            if dataset_builder.failure is not None:  # TFDS wraps it in a message of its own
+                raise dataset_builder.failure from error
             raise
-        Path(made.data_dir).rename(folder)
+        Path(dataset_builder.data_dir).rename(folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
 def open_records(folder: Path | epath.Path) -> Sequence[Any]:
-    """Random access to the examples of a data set, of all its splits as `in_order` has them.
+    """Open a data set for random access to the examples of all splits, in the order of `sort_splits`.
 
     Raises:
-      MissingError: no such folder.
-      UserError: the folder holds no data set, or one whose files are damaged.
+      MissingError: the folder does not exist.
+      UserError: the folder holds no data set, or its files are damaged.
     """
     if not folder.is_dir():
         raise MissingError(f"no such data set: {folder}")
     try:
-        made = tfds.builder_from_directory(folder)
-        return made.as_data_source("+".join(in_order(made.info.splits)))
+        dataset_builder = tfds.builder_from_directory(folder)
+        return dataset_builder.as_data_source("+".join(in_order(dataset_builder.info.splits)))
     except Exception as error:  # TFDS raises many types, depending on which file is missing or damaged
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{folder} is not a readable TFDS data set in ArrayRecord files ({reason}); make it again"
+            f"{folder} is not a readable TFDS data set in ArrayRecord files ({reason}). Write it again."
         ) from error

@@ -1,7 +1,7 @@
-"""Apache Beam as an ingest is given it, and what its workers say when they fail.
+"""Options of Apache Beam, and the transfer of its workers' errors to the process that started the pipeline.
 
-Beam raises errors of its own where a pipeline was started, with some runners without the text of the one that it was: a
-worker notes that one in a file on the disk that all machines share.
+That process gets an error of Beam's own, with some runners without the text of the original one. So a worker writes the
+original error into a file on the disk that all machines share.
 """
 
 import contextlib
@@ -16,12 +16,12 @@ from dit_video.core.files import read_json, write_json
 from dit_video.data.records.reference import ChangedError
 
 NOTE = "error.json"
-"""What ended a worker of Beam, in a folder of work."""
+"""Name of the file with the error that stopped a Beam worker, in the temporary folder."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Beam:
-    """Apache Beam's runner and options, as TFDS takes them; needs the `[beam]` extra."""
+    """Options of Apache Beam: runner and pipeline options as TFDS accepts them; requires the `[beam]` extra."""
 
     runner: Any = None
     options: Any = None
@@ -29,35 +29,35 @@ class Beam:
 
 @contextlib.contextmanager
 def note_errors(note: Path) -> Iterator[None]:
-    """In a worker: write what a user can act on into the file `note`."""
+    """Write an error that a user can act on into the file `path`; for use in a worker."""
     try:
         yield
     except (UserError, OSError) as error:
-        with contextlib.suppress(UserError, OSError):  # of the disk that is full
+        with contextlib.suppress(UserError, OSError):  # a full disk cannot hold the file either
             write_json(note, _noted(error))
         raise
 
 
 @contextlib.contextmanager
 def pipeline_errors(note: Path) -> Iterator[None]:
-    """Where a pipeline is started: raise what a worker noted, or else what Beam says of its failure, in one line.
+    """Raise the error that a worker wrote, or else one line of Beam's own; for use where a pipeline is started.
 
     Raises:
       UserError: the pipeline failed.
-      OSError: a worker could not write, or this process.
+      OSError: a worker or this process could not write.
     """
     note.unlink(missing_ok=True)
     try:
         yield
-    except Exception as error:  # Beam's, its runner's, or an RPC's
+    except Exception as error:  # raised by Beam, its runner, or an RPC
         if note.is_file():
             raise _as_it_was(read_json(note)) from error
-        if isinstance(error, OSError) and error.filename is not None:  # of a file here
+        if isinstance(error, OSError) and error.filename is not None:  # a local file, which no worker wrote
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError(
-            f"Apache Beam's pipeline failed ({lines[-1] if lines else type(error).__name__}); look at the options of "
-            "--beam and at what its workers wrote, and start the command again"
+            f"Apache Beam's pipeline failed ({lines[-1] if lines else type(error).__name__}). Check the options of "
+            "--beam and the logs of the workers, and start the command again."
         ) from error
 
 

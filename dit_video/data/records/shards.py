@@ -1,8 +1,8 @@
 """TFDS data sets written file by file, by any number of processes, into a folder or at an address.
 
-A file is whole or absent, so that what a killed process left is finished by running it again. ArrayRecord writes local
-files only: where a data set lies at an address (`gs://`, `s3://`, …), files are made here and copied there, and copied
-here again when the first of their examples is read.
+Files are written atomically, so the work of a killed process is completed by running it again. ArrayRecord writes local
+files only: for a data set at an address (`gs://`, `s3://`, …), files are written on this machine and uploaded, and a
+file is downloaded again when the first of its examples is read.
 """
 
 import bisect
@@ -29,7 +29,7 @@ FORMAT = file_adapters.FileFormat.ARRAY_RECORD
 
 
 def default_cache() -> Path:
-    """Where files from addresses are copied to: `dit_video` in `$XDG_CACHE_HOME`, which is `~/.cache` by default."""
+    """Return the folder to which remote files are copied: `dit_video` in `$XDG_CACHE_HOME` (by default `~/.cache`)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit_video"
 
 
@@ -42,37 +42,38 @@ def write_file(
     features: Mapping[str, Any],
     examples: Iterable[Mapping[str, Any]],
 ) -> int:
-    """Write one file of the data set `name`, whole or not at all; returns how many examples it holds."""
-    described = tfds.features.FeaturesDict(dict(features))
-    serializer = example_serializer.ExampleSerializer(described.get_serialized_info())
+    """Write one file of the data set `name` atomically, and return the number of its examples."""
+    feature_dict = tfds.features.FeaturesDict(dict(features))
+    serializer = example_serializer.ExampleSerializer(feature_dict.get_serialized_info())
     count = 0
 
     def serialized() -> Iterator[tuple[int, bytes]]:
         nonlocal count
         for example in examples:
-            message = serializer.get_tf_example(described.encode_example(example))
-            # The default order of a message's fields is another one in every process.
+            message = serializer.get_tf_example(feature_dict.encode_example(example))
+            # By default the order of a message's fields differs from process to process.
             yield count, message.SerializeToString(deterministic=True)
             count += 1
 
-    # Not TFDS's ShardWriter: that one keeps all examples of a file in memory, to count them.
+    # Not TFDS's ShardWriter, which keeps all examples of a file in memory to count them.
     with _local_file(folder / _file_name(name, number, files)) as path:
         writer.ExampleWriter(FORMAT).write(path, serialized())
     return count
 
 
 def finish(folder: Place, name: str, counts: Sequence[int], *, features: Mapping[str, Any]) -> None:
-    """Make a data set of the files that are there: `tfds.builder_from_directory(folder)` reads them in their order.
+    """Write TFDS's metadata for existing files, which `tfds.builder_from_directory(folder)` then reads in order.
 
     Args:
-      folder: of the files.
-      name: of the data set.
-      counts: of examples in each file.
-      features: as they were written.
+      folder: folder of the files.
+      name: name of the data set.
+      counts: number of examples of each file.
+      features: features with which the files were written.
     """
     names = [_file_name(name, number, len(counts)) for number in range(len(counts))]
     size = sum((folder / file).stat().st_size for file in names)
-    # Written here first, then copied: TFDS's files are whole or absent too. It looks for those of the records by name.
+    # Written to a temporary folder and then copied, so that the metadata files are complete or absent too. TFDS looks
+    # for the files of records by name, so empty ones stand in for them.
     with tempfile.TemporaryDirectory() as work:
         template = _template(name, Path(work))
         split = tfds.core.SplitInfo(name=SPLIT, shard_lengths=list(counts), num_bytes=size, filename_template=template)
@@ -92,23 +93,23 @@ def finish(folder: Place, name: str, counts: Sequence[int], *, features: Mapping
 
 
 def remove_partial(folder: Place) -> None:
-    """Remove what killed processes left half written. (At an address they leave nothing.)"""
+    """Remove incomplete files of killed processes, which leave none at addresses."""
     if isinstance(folder, Path):
-        for path in folder.glob(".*.partial.array_record*"):  # not the documents that another one writes
+        for path in folder.glob(".*.partial.array_record*"):  # not the JSON files that another process may be writing
             path.unlink(missing_ok=True)
 
 
 def open_anywhere(folder: Place, *, cache: Path | None = None, version: str = "") -> Sequence[Any]:
-    """Random access to the examples of a data set, of all its splits as `in_order` has them, wherever it lies.
+    """Open a local or remote data set for random access to the examples of all splits, in the order of `sort_splits`.
 
     Args:
-      folder: of the data set.
-      cache: where files of one at an address are copied to, whole, when they are first read; `default_cache()` if None.
-      version: of the data set's contents: copies of another version are not used.
+      folder: folder or address of the data set.
+      cache: folder to which remote files are copied when they are first read; `get_default_cache()` if None.
+      version: version of the contents of the data set: copies of another version are not used.
 
     Raises:
-      MissingError: no such folder.
-      UserError: the folder holds no data set, or one whose files are damaged, or cannot be reached.
+      MissingError: the folder does not exist.
+      UserError: the folder holds no data set, its files are damaged, or it cannot be reached.
     """
     if isinstance(folder, Path):
         return open_records(folder)
@@ -116,18 +117,18 @@ def open_anywhere(folder: Place, *, cache: Path | None = None, version: str = ""
 
 
 class _Copied(Sequence[dict[str, Any]]):
-    """A data set at an address, of which a file is copied here when its first example is read."""
+    """A remote data set, whose files are copied to this machine when their first example is read."""
 
     def __init__(self, folder: UPath, local: Path):
         try:
             for name in _METADATA:
                 copy_here(folder / name, local / name)
         except MissingError as error:
-            raise MissingError(f"no such data set: {folder}") from error
+            raise MissingError(f"no such data set: {folder}. Check the address.") from error
         self._remote, self._local = folder, local
         self._records = open_records(local)
-        made = tfds.builder_from_directory(local)
-        splits = [made.info.splits[name] for name in in_order(made.info.splits)]
+        dataset_builder = tfds.builder_from_directory(local)
+        splits = [dataset_builder.info.splits[name] for name in in_order(dataset_builder.info.splits)]
         self._names = [path.name for split in splits for path in split.filepaths]
         self._ends = list(itertools.accumulate(length for split in splits for length in split.shard_lengths))
         self._present: set[int] = set()
@@ -146,7 +147,7 @@ class _Copied(Sequence[dict[str, Any]]):
 
 
 _METADATA = ("features.json", "dataset_info.json")
-"""TFDS's, beside the records."""
+"""Names of TFDS's metadata files, in the folder of the records."""
 
 
 def _file_name(dataset: str, number: int, files: int) -> str:
@@ -161,7 +162,7 @@ def _template(dataset: str, folder: Path) -> Any:
 
 @contextlib.contextmanager
 def _local_file(path: Place) -> Iterator[Path]:
-    """A local path to write to; the file is then at `path`, or nothing if that failed."""
+    """Yield a local path to write to; the file is then moved or uploaded to `path` if no error was raised."""
     if isinstance(path, Path):
         with atomic_path(path) as temporary:
             yield temporary

@@ -1,7 +1,8 @@
-"""The quickstart's data: a coloured shape that moves over a dark background, with a caption that says so.
+"""Synthetic data set of the quickstart: a coloured shape moves over a dark background, as its caption says.
 
-What a clip shows is a `Description` (colour, shape, direction); where and how fast is a `Geometry`. Twelve of the
-seventy-two descriptions (`HELD_OUT`) never occur in training, so that a model's samples of them show what it composes.
+The content of a clip is a `Description` (colour, shape, direction); position and speed are a `Geometry`. Twelve of the
+seventy-two descriptions (`HELD_OUT`) never occur in training: samples of them show whether a model has learnt to
+compose.
 """
 
 import csv
@@ -21,7 +22,7 @@ from dit_video.video import Clip
 
 FPS = 8.0
 FREE_FRAMES = 17
-"""No shape touches the border in its first 17 frames."""
+"""Number of first frames in which no shape touches the border."""
 SMALLEST_SIDE = 8
 
 BACKGROUND = (16, 18, 28)
@@ -35,16 +36,17 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
-"""Name to (rows, columns) of the motion."""
+"""Direction of motion as (rows, columns), by name."""
 IMAGE_SHARE = 0.15
+"""Share of clips that are images of one frame."""
 
 SIZES = tuple(Grid(t, h, w) for (h, w), t in itertools.product(((32, 32), (32, 48), (48, 32)), (1, 9, 17)))
-"""The sizes of the quickstart's clips."""
+"""Sizes of the quickstart's clips."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """What a clip shows; `direction` is None for an image (and for a shape that stays where it is)."""
+    """The content of a clip; `direction` is None for an image or a shape that does not move."""
 
     colour: str
     shape: str
@@ -53,7 +55,7 @@ class Description:
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """Where a shape starts and how it moves, in pixels."""
+    """The start, size and speed of a shape, in pixels."""
 
     row: float
     column: float
@@ -61,7 +63,7 @@ class Geometry:
     radius: float
     """Half the side of the bounding box, which is square for every shape."""
     speed: float
-    """Pixels a frame."""
+    """Speed in pixels per frame."""
 
 
 COMBINATIONS = tuple(
@@ -71,11 +73,11 @@ COMBINATIONS = tuple(
 
 
 def _held_out() -> tuple[Description, ...]:
-    """Every (shape, direction) once, every colour twice, with two shapes and two directions."""
+    """Return every (shape, direction) once and every colour twice, with two shapes and two directions per colour."""
     shapes, directions = SHAPES, tuple(DIRECTIONS)
     chosen = []
     for index, colour in enumerate(COLOURS):
-        for pair in (index, 6 + (index + 1) % 6):  # 0..11 name the pairs, as 3 and 4 have no common divisor
+        for pair in (index, 6 + (index + 1) % 6):  # 0..11 enumerate the pairs, as 3 and 4 have no common divisor
             chosen.append(Description(colour=colour, shape=shapes[pair % 3], direction=directions[pair % 4]))
     return tuple(chosen)
 
@@ -86,16 +88,16 @@ IMAGES = tuple(Description(colour=colour, shape=shape) for colour, shape in iter
 
 
 def caption(description: Description) -> str:
-    """`a red circle moving left`; without a direction, `a red circle`."""
-    still = f"a {description.colour} {description.shape}"
-    return still if description.direction is None else f"{still} moving {description.direction}"
+    """Return the caption, e.g. `a red circle moving left`, or `a red circle` if there is no direction."""
+    subject = f"a {description.colour} {description.shape}"
+    return subject if description.direction is None else f"{subject} moving {description.direction}"
 
 
 def parse(prompt: str) -> Description:
-    """Invert `caption`; letter case and spaces around and between words do not matter.
+    """Parse a caption, the inverse of `format_caption`; letter case and additional spaces are ignored.
 
     Raises:
-      UserError: the prompt is not of the grammar.
+      UserError: the prompt does not follow the grammar.
     """
     match prompt.lower().split():
         case ["a", colour, shape] if colour in COLOURS and shape in SHAPES:
@@ -105,30 +107,30 @@ def parse(prompt: str) -> Description:
         ):
             return Description(colour=colour, shape=shape, direction=direction)
     raise UserError(
-        f"{prompt!r} is not of the form 'a COLOUR SHAPE [moving DIRECTION]' with COLOUR one of {', '.join(COLOURS)}, "
-        f"SHAPE one of {', '.join(SHAPES)}, DIRECTION one of {', '.join(DIRECTIONS)}"
+        f"prompt={prompt!r} is invalid: it must be 'a COLOUR SHAPE [moving DIRECTION]'. Use a COLOUR of "
+        f"{', '.join(COLOURS)}, a SHAPE of {', '.join(SHAPES)}, a DIRECTION of {', '.join(DIRECTIONS)}."
     )
 
 
 def sample_description(generator: np.random.Generator, *, frames: int) -> Description:
-    """A random one of `TRAINING`, or of `IMAGES` for one frame."""
-    among = IMAGES if frames == 1 else TRAINING
-    return among[int(generator.integers(len(among)))]
+    """Draw a random description from `TRAINING`, or from `IMAGES` for one frame."""
+    candidates = IMAGES if frames == 1 else TRAINING
+    return candidates[int(generator.integers(len(candidates)))]
 
 
 def sample_geometry(generator: np.random.Generator, description: Description, *, height: int, width: int) -> Geometry:
-    """A random radius (5 to 7 pixels), speed (0.55 to 0.8 pixels a frame) and start.
+    """Draw a random radius (5 to 7 pixels), speed (0.55 to 0.8 pixels per frame) and start.
 
     The start is uniform over all positions from which the shape does not touch the border in its first 17 frames.
-    In frames less than 32 pixels high or wide, radius and speed shrink in proportion.
+    In frames of less than 32 pixels in height or width, radius and speed shrink in proportion.
 
     Raises:
       UserError: the frame is too small.
     """
     if min(height, width) < SMALLEST_SIDE:
         raise UserError(
-            f"a shape needs frames of at least {SMALLEST_SIDE}x{SMALLEST_SIDE} pixels, {height}x{width} was asked for; "
-            "use a larger size"
+            f"size={height}x{width} is invalid: a shape needs frames of at least {SMALLEST_SIDE}x{SMALLEST_SIDE} "
+            "pixels. Use a larger size."
         )
     scale = min(1.0, min(height, width) / 32)
     radius, speed = scale * generator.uniform(5.0, 7.0), scale * generator.uniform(0.55, 0.8)
@@ -143,34 +145,34 @@ def sample_geometry(generator: np.random.Generator, description: Description, *,
 def centres(
     description: Description, geometry: Geometry, *, frames: int, height: int, width: int
 ) -> Float[np.ndarray, "T 2"]:
-    """The (row, column) of the bounding box's centre in every frame; the shape bounces at the border."""
+    """Return the (row, column) of the bounding box's centre in every frame; the shape bounces at the border."""
     motion = (0, 0) if description.direction is None else DIRECTIONS[description.direction]
-    travelled = geometry.speed * np.arange(frames)
+    distance = geometry.speed * np.arange(frames)
     axes = []
     for start, side, sign in zip((geometry.row, geometry.column), (height, width), motion, strict=True):
         free = side - 2 * geometry.radius
-        phase = np.mod(start - geometry.radius + sign * travelled, 2 * free)
+        phase = np.mod(start - geometry.radius + sign * distance, 2 * free)
         axes.append(geometry.radius + np.minimum(phase, 2 * free - phase))
     return np.stack(axes, axis=-1)
 
 
 def render(description: Description, geometry: Geometry, *, frames: int, height: int, width: int) -> Clip:
-    """The clip, anti-aliased by area (exact along columns, 16 lines a pixel along rows), with its caption, at 8 fps.
+    """Render a clip at 8 fps, with its caption, anti-aliased by area (exact along columns, 16 lines per pixel row).
 
     Raises:
-      UserError: the shape does not lie wholly inside its first frame, or there are no frames.
+      UserError: the shape is not completely inside its first frame, or there are no frames.
     """
     radius = geometry.radius
     if frames < 1:
-        raise UserError(f"a clip has at least one frame, {frames} were asked for")
+        raise UserError(f"frames={frames} is invalid: a clip has at least one frame. Use a larger number.")
     inside = radius <= geometry.row <= height - radius and radius <= geometry.column <= width - radius
     if not inside or min(height, width) <= 2 * radius:
         raise UserError(
-            f"a shape of radius {radius:.2f} at row {geometry.row:.2f}, column {geometry.column:.2f} leaves the frame "
-            f"of {height}x{width}; move it inside"
+            f"a shape of radius={radius:.2f} at row={geometry.row:.2f}, column={geometry.column:.2f} leaves the frame "
+            f"of {height}x{width}. Move it inside."
         )
-    at = centres(description, geometry, frames=frames, height=height, width=width)
-    alpha = _coverage(description.shape, at, radius, height, width)[..., None]
+    positions = centres(description, geometry, frames=frames, height=height, width=width)
+    alpha = _coverage(description.shape, positions, radius, height, width)[..., None]
     background = np.asarray(BACKGROUND, np.float64)
     pixels = background + alpha * (np.asarray(COLOURS[description.colour], np.float64) - background)
     return Clip(frames=np.rint(pixels).astype(np.uint8), fps=FPS, caption=caption(description))
@@ -179,19 +181,19 @@ def render(description: Description, geometry: Geometry, *, frames: int, height:
 def _coverage(
     shape: str, at: Float[np.ndarray, "T 2"], radius: float, height: int, width: int, *, lines: int = 16
 ) -> Float[np.ndarray, "T H W"]:
-    """The share of each pixel that the shape covers: every scan line crosses a convex shape in one interval."""
-    y = (np.arange(height * lines) + 0.5) / lines - at[:, :1]  # T H*lines, from the centre
+    """Return the share of each pixel that the shape covers: a scan line crosses a convex shape in one interval."""
+    y = (np.arange(height * lines) + 0.5) / lines - at[:, :1]  # [T, H*lines], relative to the centre
     # A line at the top or bottom edge counts by the part of its thickness that is inside.
     thickness = np.clip((radius - np.abs(y)) * lines + 0.5, 0.0, 1.0)
     y = np.clip(y, -radius, radius)
     if shape == "square":
         half = np.full_like(y, radius)
     elif shape == "circle":
-        half = np.sqrt(np.maximum(radius**2 - y**2, 0.0))  # two ways to square may differ in the last bit
+        half = np.sqrt(np.maximum(radius**2 - y**2, 0.0))  # rounding may make the difference slightly negative
     elif shape == "triangle":  # upright: apex at the top, base and height equal
         half = (y + radius) / 2
     else:
-        raise UserError(f"there is no shape {shape!r}; use one of {', '.join(SHAPES)}")
+        raise UserError(f"shape={shape!r} is invalid. Use one of {', '.join(SHAPES)}.")
     left, right = (at[:, 1:] - half)[..., None], (at[:, 1:] + half)[..., None]
     column = np.arange(width)
     covered = np.maximum(np.minimum(right, column + 1) - np.maximum(left, column), 0.0) * thickness[..., None]
@@ -199,33 +201,33 @@ def _coverage(
 
 
 def centroid_below_centre(shape: str, radius: float) -> float:
-    """How many rows the centroid lies below the bounding box's centre: a triangle's is at two thirds of its height."""
+    """Return the rows from the bounding box's centre down to the centroid; a triangle's is at 2/3 of its height."""
     return radius / 3 if shape == "triangle" else 0.0
 
 
 def example(index: int, *, seed: int, sizes: tuple[Grid, ...] = SIZES) -> Clip:
-    """Clip `index` of the data set `seed`: a function of these alone.
+    """Render clip `index` of the data set `seed`; the clip is a function of these alone.
 
-    15 % are images where `sizes` has sizes of one frame as well as of more.
+    15 % of the clips are images if `sizes` has sizes of one frame as well as of several frames.
     """
     description, geometry, size = draw(index, seed=seed, sizes=sizes)
     return render(description, geometry, frames=size.t, height=size.h, width=size.w)
 
 
 def draw(index: int, *, seed: int, sizes: tuple[Grid, ...] = SIZES) -> tuple[Description, Geometry, Grid]:
-    """What `example` renders."""
+    """Draw the description, geometry and size of the clip that `render_example` renders."""
     generator = rng.host(seed, "shapes", index)
     images = tuple(size for size in sizes if size.t == 1)
     videos = tuple(size for size in sizes if size.t > 1)
     image = generator.random() < IMAGE_SHARE
-    among = (images if image else videos) or images or videos
-    size = among[int(generator.integers(len(among)))]
+    candidates = (images if image else videos) or images or videos
+    size = candidates[int(generator.integers(len(candidates)))]
     description = sample_description(generator, frames=size.t)
     return description, sample_geometry(generator, description, height=size.h, width=size.w), size
 
 
 def file_name(index: int, *, seed: int, sizes: tuple[Grid, ...] = SIZES) -> str:
-    """Where `write_folder` writes clip `index`."""
+    """Return the file name under which `write_folder` writes clip `index`."""
     frames = draw(index, seed=seed, sizes=sizes)[2].t
     return f"clips/{index:06d}.{'png' if frames == 1 else 'mp4'}"
 
@@ -240,14 +242,16 @@ def write_folder(
 ) -> Path:
     """Write clips 0 … count-1 as `clips/000000.mp4` (`.png` for one frame) and `metadata.csv` (`file_name,text`).
 
-    A clip whose file exists already is not encoded again, and `metadata.csv` comes last, so that an interrupted call
-    is completed by the same call. `progress(done, total)` is called after every clip. Returns the folder.
+    A clip whose file exists is not encoded again, and `metadata.csv` is written last, so that repeating an interrupted
+    call completes it. `progress(done, total)` is called after every clip. Returns the folder.
 
     Raises:
-      UserError: no sizes, or the folder holds clips of another seed or other sizes.
+      UserError: there are no sizes or clips, or the folder holds clips of another seed or other sizes.
     """
     if not sizes or count < 1:
-        raise UserError(f"a data set needs at least one size and one clip; {len(sizes)} and {count} were given")
+        raise UserError(
+            f"count={count} of {len(sizes)} sizes is invalid: a data set needs at least one size and one clip"
+        )
     _check_recipe(folder, seed=seed, sizes=sizes)
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
@@ -264,10 +268,10 @@ def write_folder(
 
 
 def _check_recipe(folder: Path, *, seed: int, sizes: tuple[Grid, ...]) -> None:
-    """Refuse a folder that another recipe wrote; note the recipe in a new one."""
+    """Raise `UserError` for a folder of another seed or other sizes; write both into a new folder."""
     recipe, path = {"seed": seed, "sizes": [list(size) for size in sizes]}, folder / "recipe.json"
     if path.exists():
         if files.read_json(path) != recipe:
-            raise UserError(f"{folder} holds clips of another seed or other sizes ({path.name}); use another folder")
+            raise UserError(f"{folder} holds clips of another seed or other sizes ({path.name}). Use another folder.")
     else:
         files.write_json(path, recipe)

@@ -1,4 +1,4 @@
-"""The process of EDM: noise is added, and data stay as they are."""
+"""The process of EDM: noise is added and the data are not scaled."""
 
 from dataclasses import dataclass
 
@@ -12,24 +12,25 @@ from dit_video.diffusion.processes.process import Process
 
 @dataclass(frozen=True, kw_only=True)
 class Edm(Process):
-    r"""$x_t = x_0 + \sigma(t)\,\epsilon$ with $\sigma = \sigma_{max}\,t^\rho$ (variance exploding; arXiv 2206.00364).
+    r"""The variance exploding process $x_t = x_0 + \sigma(t)\,\epsilon$ with $\sigma = \sigma_{max}\,t^\rho$.
 
-    With this clock Karras' times, eq. 5 there, are evenly spaced but for their least sigma, and 0 is data. A model is
-    given $x_t / \sqrt{\sigma^2 + \sigma_{data}^2}$.
+    It is the process of arXiv 2206.00364. In this time the schedule of Karras et al. (eq. 5 there) is uniform except
+    for its smallest sigma, and 0 is data. The model's input is $x_t / \sqrt{\sigma^2 + \sigma_{data}^2}$.
 
     Raises:
-      UserError: a value that is not positive.
+      UserError: If a value is not positive.
     """
 
     sigma_max: float = 80.0
     exponent: float = 7.0
     data_std: float = 0.5
-    """standard deviation of the data; of normalised latents it is 1"""
+    """Standard deviation of the data; normalised latents have 1."""
 
     def __post_init__(self):
         if not min(self.sigma_max, self.exponent, self.data_std) > 0:
             raise UserError(
-                f"sigma_max, exponent and data_std are positive; got {self.sigma_max}, {self.exponent}, {self.data_std}"
+                f"sigma_max={self.sigma_max}, exponent={self.exponent}, data_std={self.data_std} is invalid: all must "
+                "be positive. Use the defaults 80, 7 and 0.5."
             )
 
     def alpha(self, time: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:

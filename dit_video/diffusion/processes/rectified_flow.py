@@ -1,4 +1,4 @@
-"""Rectified flow, and how far it is shifted towards noise."""
+"""Rectified flow with an optional shift towards noise."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,31 +19,33 @@ class RectifiedFlow(Process):
     $x_t = (1 - t)\,x_0 + t\,\epsilon$ for time $t$ from 0 (data) to 1 (noise). The velocity is
     $v = dx_t/dt = \epsilon - x_0$, so that $x_0 = x_t - t\,v$ and $\epsilon = x_t + (1 - t)\,v$.
 
-    `shift` $s$ moves times towards noise, $t' = s t / (1 + (s - 1) t)$ (arXiv 2403.03206, eq. 23), in training and
-    in sampling alike.
+    The `shift` $s$ moves times towards noise, $t' = s t / (1 + (s - 1) t)$ (arXiv 2403.03206, eq. 23), both in training
+    and in sampling.
 
     Raises:
-      UserError: a shift that is not positive.
+      UserError: If the shift is not positive.
     """
 
     shift: float = 1.0
     by_size: LinearShift | ExponentialShift | None = None
-    """what the shift is multiplied by for clips of each size; then each clip has times of its own"""
+    """Factor of the shift that depends on the size of a clip; each clip then has times of its own."""
 
     def __post_init__(self):
         if not self.shift > 0:
-            raise UserError(f"shift {self.shift} must be positive; 1 leaves times as they are")
+            raise UserError(f"shift={self.shift} is invalid: it must be positive. Use 1 for unshifted times.")
 
     def shifted(self, time: Float[SameArray, "*shape"], size: ClipSize | None = None) -> Float[SameArray, "*shape"]:
-        """$t'$ of the class docstring.
+        """Return $t'$ of the class docstring.
 
         Raises:
-          UserError: times of no size, where the shift depends on it.
+          UserError: If the shift depends on the size and none is passed.
         """
         shift: Any = self.shift
         if self.by_size is not None:
             if size is None:
-                raise UserError("the shift depends on a clip's size; take the times of process.for_size(size)")
+                raise UserError(
+                    "size=None is invalid: the shift depends on a clip's size. Use process.specialize(size)."
+                )
             shift = shift * self.by_size(size)
         return shift * time / (1 + (shift - 1) * time)
 
@@ -65,7 +67,7 @@ class RectifiedFlow(Process):
         return estimate.noise - estimate.data
 
     def path(self, time: Float[Array, "*time"]) -> Path:
-        """The flow itself: where there is nothing of the data, what the noise is divided by would be 0."""
+        """Return the flow itself: dividing by alpha, as other processes do, would divide by 0 at pure noise."""
         return Path(jnp.ones_like(time), time)
 
     def slope(self, estimate: Estimate) -> Float[Array, "*shape"]:

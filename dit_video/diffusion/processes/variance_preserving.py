@@ -1,4 +1,4 @@
-"""The process of DDPM: data and noise in proportions that keep the variance."""
+"""The process of DDPM: data and noise in proportions that preserve the variance."""
 
 import functools
 import math
@@ -16,7 +16,7 @@ from dit_video.diffusion.processes.process import Process
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
-    """From the first to the last in even steps (arXiv 2006.11239, section 4)."""
+    """Betas with uniform steps from the first to the last (arXiv 2006.11239, section 4)."""
 
     first: float = 1e-4
     last: float = 0.02
@@ -25,13 +25,13 @@ class Linear:
         _check_ends(self.first, self.last)
 
     def __call__(self, steps: int) -> Float64[np.ndarray, " steps"]:
-        """Of so many steps of noise."""
+        """Return the betas of `steps` noise steps."""
         return np.linspace(self.first, self.last, steps)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScaledLinear:
-    """In even steps of the square root, as Stable Diffusion has them (arXiv 2112.10752)."""
+    """Betas with uniformly spaced square roots, as in Stable Diffusion (arXiv 2112.10752)."""
 
     first: float = 0.00085
     last: float = 0.012
@@ -40,22 +40,24 @@ class ScaledLinear:
         _check_ends(self.first, self.last)
 
     def __call__(self, steps: int) -> Float64[np.ndarray, " steps"]:
-        """Of so many steps of noise."""
+        """Return the betas of `steps` noise steps."""
         return np.linspace(math.sqrt(self.first), math.sqrt(self.last), steps) ** 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cosine:
-    r"""So that $\alpha^2$ is about $\cos^2\big(\frac{t + s}{1 + s}\frac\pi2\big)$ (arXiv 2102.09672, eq. 17)."""
+    r"""Betas with $\alpha^2 \approx \cos^2\big(\frac{t + s}{1 + s}\frac\pi2\big)$ (arXiv 2102.09672, eq. 17)."""
 
     offset: float = 0.008
+    """Offset $s$ of the cosine."""
     most: float = 0.999
+    """Largest beta."""
 
     def __call__(self, steps: int) -> Float64[np.ndarray, " steps"]:
-        """Of so many steps of noise."""
+        """Return the betas of `steps` noise steps."""
         angles = (np.arange(steps + 1) / steps + self.offset) / (1 + self.offset) * math.pi / 2
-        kept = np.cos(angles) ** 2
-        return np.minimum(1 - kept[1:] / kept[:-1], self.most)
+        alpha_squared = np.cos(angles) ** 2
+        return np.minimum(1 - alpha_squared[1:] / alpha_squared[:-1], self.most)
 
 
 Betas = Linear | ScaledLinear | Cosine
@@ -63,30 +65,37 @@ Betas = Linear | ScaledLinear | Cosine
 
 def _check_ends(first: float, last: float) -> None:
     if not 0 < first <= last < 1:
-        raise UserError(f"betas rise from above 0 to below 1; got first={first}, last={last}")
+        raise UserError(
+            f"beta_start={first}, beta_end={last} is invalid: betas must rise, from above 0 to below 1. Use "
+            "0 < beta_start <= beta_end < 1."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class VariancePreserving(Process):
-    r"""$\alpha^2 + \sigma^2 = 1$, in `steps` steps: after $n$ of them $\alpha^2 = \prod_{i \le n} (1 - \beta_i)$.
+    r"""DDPM's process: $\alpha^2 + \sigma^2 = 1$, and $\alpha^2 = \prod_{i \le n} (1 - \beta_i)$ after $n$ steps.
 
-    After $n$ of $N$ steps it is time $n / N$, where DDPM's papers count from 0 and say step $n - 1$; between two steps
-    $\log \alpha$ is a straight line (arXiv 2006.11239).
+    The time after $n$ of $N$ steps is $n / N$, while DDPM's papers count from 0 and call it step $n - 1$. Between two
+    steps $\log \alpha$ is interpolated linearly (arXiv 2006.11239).
 
     Raises:
-      UserError: no steps.
+      UserError: If there are no steps.
     """
 
     betas: Betas = Linear()
+    """Variances of the noise steps."""
     steps: int = 1000
+    """Number of noise steps."""
 
     def __post_init__(self):
         if self.steps < 1:
-            raise UserError(f"the noise is added in at least 1 step, not {self.steps}")
+            raise UserError(
+                f"steps={self.steps} is invalid: noise is added in at least 1 step, not {self.steps}. Use 1000."
+            )
 
     @functools.cached_property
     def log_alpha_squared(self) -> Float64[np.ndarray, " steps"]:
-        """After 0, 1, 2, ... steps."""
+        r"""Return $\log \alpha^2$ after 0, 1, 2, ... steps."""
         return np.concatenate([[0.0], np.cumsum(np.log1p(-self.betas(self.steps)))])
 
     def alpha(self, time: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:

@@ -1,14 +1,14 @@
 r"""DPM-Solver++: exponential integrators of second order in the log-SNR (arXiv 2211.01095).
 
-With $\lambda = \log(\alpha / \sigma)$ and $h = \lambda_t - \lambda_s$ the reverse process of the package's docstring
-between two times, from $s$ to $t$, has the solution
+With $\lambda = \log(\alpha / \sigma)$ and $h = \lambda_t - \lambda_s$, the reverse process (see the package docstring)
+from time $s$ to $t$ has the solution
 
 $$x_t = \frac{\sigma_t}{\sigma_s} e^{-\eta^2 h} x_s
 + \alpha_t \big(1 - e^{-(1 + \eta^2) h}\big)\, m + \sigma_t \sqrt{1 - e^{-2 \eta^2 h}}\, z$$
 
-if the estimated data stay at $m$: with $\eta = 0$ that is DDIM, with $\eta = 1$ a step of DDPM. Of second order they
-are a line through two evaluations, $m(\lambda) = m_s + (\lambda - \lambda_s)\, m'$; then $m$ above is its value half a
-step ahead (`midpoint`), or the line is integrated exactly (`heun`).
+if the estimated data are constant at $m$: with $\eta = 0$ this is DDIM, with $\eta = 1$ a step of DDPM. The second
+order takes the line through two evaluations, $m(\lambda) = m_s + (\lambda - \lambda_s)\, m'$. Then either $m$ above is
+its value half a step ahead (`midpoint`), or the line is integrated exactly (`heun`).
 """
 
 from dataclasses import dataclass
@@ -25,22 +25,24 @@ from dit_video.diffusion.samplers.solvers import Interval, Solver
 Kind = Literal["midpoint", "heun"]
 
 _FEW_STEPS = 15
-"""With fewer a last step of first order is steadier."""
+"""Number of steps below which a last step of first order is more stable."""
 
 
 class DpmState(NamedTuple):
-    """What both solvers carry."""
+    """The state of both solvers."""
 
     x: Float[Array, "*shape"]
+    """The current sample."""
     start: Float[Array, "*shape"]
-    """the sample that the last step started from"""
+    """The sample at the start of the last step."""
     data: Float[Array, "*shape"]
-    """as they were estimated there"""
+    """The data estimated at the start of the last step."""
     time: Float[Array, ""]
-    """of that start"""
+    """The time at the start of the last step."""
     done: Int[Array, ""]
+    """Number of steps that are done."""
     left: Int[Array, ""]
-    """steps"""
+    """Number of steps that remain."""
 
 
 class _Dpm(Solver):
@@ -51,71 +53,75 @@ class _Dpm(Solver):
 
 @dataclass(frozen=True, kw_only=True)
 class DpmMultistep(_Dpm):
-    """2M, and with `eta` 1 its SDE form: the line goes through the last evaluation too; one evaluation a step.
+    """DPM-Solver++(2M), or its SDE form with `eta` 1; one evaluation per step.
 
-    The first step is of first order, and so is one to time 0, where the log-SNR is infinite.
+    The line goes through the previous evaluation. The first step is of first order, and so is a step to time 0, where
+    the log-SNR is infinite.
 
     Raises:
-      UserError: an eta below 0.
+      UserError: If eta is negative.
     """
 
     order: Literal[1, 2] = 2
     kind: Kind = "midpoint"
     eta: float = 0.0
-    """how much noise is drawn anew: 0 is the probability flow, 1 the reverse SDE"""
+    """Amount of fresh noise: 0 is the probability flow, 1 the reverse SDE."""
     lower_order_final: bool = True
-    """whether the last of fewer than 15 steps is of first order"""
+    """Makes the last step first order if there are fewer than 15 steps."""
 
     def __post_init__(self):
         if not 0 <= self.eta < float("inf"):
-            raise UserError(f"eta {self.eta} is out of range; 0 draws no noise, 1 is the reverse SDE")
+            raise UserError(
+                f"eta={self.eta} is invalid: it must be finite and not negative. Use 0 for the flow, 1 for the SDE."
+            )
 
     @property
     def stochastic(self) -> bool:
         return self.eta > 0
 
     def step(self, estimate: Estimator, process: Process, state: DpmState, interval: Interval) -> DpmState:
-        """Algorithm 2 of arXiv 2211.01095."""
-        time, following, noise = interval
+        """Take a step of algorithm 2 of arXiv 2211.01095."""
+        time, next_time, noise = interval
         data = estimate(state.x, time).data
-        first = (state.done == 0) | (following == 0) | (self.order == 1)
+        is_first_order = (state.done == 0) | (next_time == 0) | (self.order == 1)
         if self.lower_order_final:
-            first |= (state.left == 1) & (state.done + state.left < _FEW_STEPS)
-        # From the evaluation before to this one; where there is none, any length serves.
-        before = jnp.where(first, 1.0, _length(process, state.time, time))
-        ahead = jnp.where(first, 0.0, _length(process, time, following))
-        rise = ahead / before * (data - state.data)
-        x = _advance(process, state.x, Interval(time, following, noise), data, rise, self.kind, self.eta)
+            is_first_order |= (state.left == 1) & (state.done + state.left < _FEW_STEPS)
+        # The slope of the line needs the step lengths before and after this evaluation. A first-order step has no
+        # previous evaluation: any length but 0 avoids a division by zero there, and `length` 0 removes the slope.
+        previous_length = jnp.where(is_first_order, 1.0, _length(process, state.time, time))
+        length = jnp.where(is_first_order, 0.0, _length(process, time, next_time))
+        rise = length / previous_length * (data - state.data)
+        x = _advance(process, state.x, Interval(time, next_time, noise), data, rise, self.kind, self.eta)
         return DpmState(x, state.x, data, _like(time, state.time), state.done + 1, state.left - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DpmSinglestep(_Dpm):
-    """2S: two intervals are one step, whose midpoint lies between them; one evaluation an interval.
+    """DPM-Solver++(2S): a step spans two intervals and evaluates at the time between them; one evaluation per interval.
 
-    From the first interval's end the step is taken anew from its start, now along the line. A last interval without a
-    second one is of first order, and so is one to time 0.
+    The first interval is a first-order step to the midpoint. The second one restarts from the step's start, now along
+    the line. A last interval without a second one is of first order, and so is one to time 0.
     """
 
     kind: Kind = "midpoint"
     lower_order_final: bool = True
-    """whether the last interval is of first order"""
+    """Makes the last interval first order."""
 
     def step(self, estimate: Estimator, process: Process, state: DpmState, interval: Interval) -> DpmState:
-        """Algorithm 1 of arXiv 2211.01095, an evaluation at a time."""
-        time, following, _ = interval
+        """Take half a step of algorithm 1 of arXiv 2211.01095, with one evaluation."""
+        time, next_time, _ = interval
         data = estimate(state.x, time).data
-        first = (state.done % 2 == 0) | (following == 0)
+        is_first_order = (state.done % 2 == 0) | (next_time == 0)
         if self.lower_order_final:
-            first |= state.left == 1
-        start = jnp.where(first, state.x, state.start)
-        held = jnp.where(first, data, state.data)
-        since = jnp.where(first, _like(time, state.time), state.time)
-        before = jnp.where(first, 1.0, _length(process, since, time))
-        whole = jnp.where(first, 0.0, _length(process, since, following))
-        rise = whole / before * (data - held)
-        x = _advance(process, start, Interval(since, following), held, rise, self.kind, 0.0)
-        return DpmState(x, start, held, since, state.done + 1, state.left - 1)
+            is_first_order |= state.left == 1
+        start = jnp.where(is_first_order, state.x, state.start)
+        start_data = jnp.where(is_first_order, data, state.data)
+        start_time = jnp.where(is_first_order, _like(time, state.time), state.time)
+        previous_length = jnp.where(is_first_order, 1.0, _length(process, start_time, time))
+        length = jnp.where(is_first_order, 0.0, _length(process, start_time, next_time))
+        rise = length / previous_length * (data - start_data)
+        x = _advance(process, start, Interval(start_time, next_time), start_data, rise, self.kind, 0.0)
+        return DpmState(x, start, start_data, start_time, state.done + 1, state.left - 1)
 
 
 def _advance(
@@ -127,22 +133,23 @@ def _advance(
     kind: Kind,
     eta: float,
 ) -> Float[Array, "*shape"]:
-    """The solution of the module's docstring, where the data rise by `rise` over the interval."""
-    time, following, noise = interval
-    alpha, sigma, h = process.alpha(following), process.sigma(following), _length(process, time, following)
+    """Return the solution of the module docstring for data that change by `rise` over the interval."""
+    time, next_time, noise = interval
+    alpha, sigma, h = process.alpha(next_time), process.sigma(next_time), _length(process, time, next_time)
     rate = 1 + eta**2
     share = -jnp.expm1(-rate * h)
-    rising = alpha * (share / 2 if kind == "midpoint" else 1 - share / (rate * h)) * rise
-    ahead = sigma / process.sigma(time) * x + alpha * share * data + rising
+    slope_term = alpha * (share / 2 if kind == "midpoint" else 1 - share / (rate * h)) * rise
+    deterministic = sigma / process.sigma(time) * x + alpha * share * data + slope_term
     if eta == 0:
-        return ahead
-    assert noise is not None, "of a stochastic solver the loop sees to it"
-    forgotten = sigma / process.sigma(time) * jnp.expm1(-(eta**2) * h) * x
-    return ahead + forgotten + sigma * jnp.sqrt(-jnp.expm1(-2 * eta**2 * h)) * noise
+        return deterministic
+    assert noise is not None, "the sampling loop passes noise to stochastic solvers"
+    # The solution scales `x` by e^{-eta^2 h}; `deterministic` has the factor 1, as for eta=0.
+    decay = sigma / process.sigma(time) * jnp.expm1(-(eta**2) * h) * x
+    return deterministic + decay + sigma * jnp.sqrt(-jnp.expm1(-2 * eta**2 * h)) * noise
 
 
 def _length(process: Process, time: Float[Array, ""], following: Float[Array, ""]) -> Float[Array, ""]:
-    """$h$ from one time to another."""
+    """Return $h$, the difference of log-SNRs between two times."""
     return process.half_log_snr(following) - process.half_log_snr(time)
 
 

@@ -1,6 +1,6 @@
-"""From data back to the noise that they would be sampled from: the probability flow, solved towards noise.
+"""Inversion: from data to the noise that sampling would start from, by solving the probability flow towards noise.
 
-DDIM's inversion (arXiv 2010.02502, section 4.3) for any process; of rectified flow it is the flow's own.
+For every process this is DDIM inversion (arXiv 2010.02502, section 4.3); for rectified flow it is the flow itself.
 """
 
 from typing import NamedTuple
@@ -17,14 +17,14 @@ from dit_video.diffusion.samplers.solvers import Euler, Heun
 
 
 class Inversion(NamedTuple):
-    """Noise, and how far from the data it leads back."""
+    """Noise of inverted data, and how well it reconstructs them."""
 
     noise: Float[Array, "B *shape"]
-    """standard normal if the model is right: what `sample` starts from"""
+    """Noise that `sample` starts from, standard normal if the model is exact."""
     data: Float[Array, "B *shape"]
-    """what is sampled from it, with the same solver at the same times"""
+    """Data sampled from that noise, with the same solver at the same times."""
     error: Float[Array, " B"]
-    """of each sample's data: the root of its mean square"""
+    """Root mean square error of each sample's reconstruction."""
 
 
 def invert(
@@ -37,31 +37,36 @@ def invert(
     prediction: Prediction = Velocity(),  # noqa: B008 (a value)
     told: Float[Array, " times"] | None = None,
 ) -> Inversion:
-    """The noise of given data, and the data of that noise. Costs twice what sampling costs.
+    """Return the noise of data, and the data sampled from that noise. Costs twice as much as sampling.
 
-    The way back is not the way there: a step evaluates the model at its start, which is the other end. The error falls
-    with the number of steps at the solver's order.
+    The inverse step is not exact: it evaluates the model at its own start, the opposite end of the sampling step. The
+    error falls with the number of steps at the order of the solver.
 
     Args:
-      denoise: the model, without guidance or with little: guidance has no flow that leads back.
-      data: to be inverted.
-      times: rising from 0 to 1: a grid's, backwards.
-      process: what the model was trained on.
-      solver: of one step and without noise.
-      prediction: what the model predicts.
-      told: what the model is given as its time at each of `times`, where that is something else.
+      denoise: The model, with little or no guidance: guidance has no invertible flow.
+      data: The data to invert.
+      times: Times that rise from 0 to 1, such as a reversed time schedule.
+      process: The process that the model was trained on.
+      solver: A deterministic one-step solver.
+      prediction: The kind of the model's prediction.
+      model_times: The time that the model receives at each of `times`, if it differs.
 
     Raises:
-      UserError: a solver that needs a past, noise, or a prediction that says nothing of the noise in data.
+      UserError: If the solver is stochastic or multistep, or the prediction does not determine the noise at time 0.
     """
     if not isinstance(solver, Euler | Heun | Ddim) or solver.stochastic:
-        raise UserError(f"{solver} can't be run towards noise; use euler, heun or ddim without eta")
+        raise UserError(
+            f"solver={solver} is invalid: it can't be run towards noise. Use euler, heun or ddim without eta."
+        )
     if isinstance(prediction, X0):
-        raise UserError("a model that predicts the data says nothing of the noise in them, where inversion starts")
+        raise UserError(
+            "prediction=X0() is invalid: at time 0, where inversion starts, it does not determine the noise. Use a "
+            "model with another prediction."
+        )
     start = solver.init(data, steps=times.shape[0] - 1)
-    reached = advance(denoise, start, times, process=process, solver=solver, prediction=prediction, told=told).x
-    noise = reached / process.start(jnp.ones(()))
-    back = sample(
+    end = advance(denoise, start, times, process=process, solver=solver, prediction=prediction, told=told).x
+    noise = end / process.start(jnp.ones(()))
+    reconstruction = sample(
         denoise,
         noise,
         times[::-1],
@@ -70,5 +75,5 @@ def invert(
         prediction=prediction,
         told=None if told is None else told[::-1],
     )
-    error = jnp.sqrt(jnp.square(back - data).mean(axis=tuple(range(1, data.ndim))))
-    return Inversion(noise, back, error)
+    error = jnp.sqrt(jnp.square(reconstruction - data).mean(axis=tuple(range(1, data.ndim))))
+    return Inversion(noise, reconstruction, error)

@@ -1,4 +1,4 @@
-"""A solver for a model that remembers: what guidance with momentum has of earlier steps is part of the state."""
+"""A solver whose state includes the momentum of guidance from earlier steps."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,39 +12,39 @@ from dit_video.diffusion.samplers.solvers import Interval, SolverOf
 
 
 class RememberingState(NamedTuple):
-    """The solver's own, and what the model made of the past."""
+    """The wrapped solver's state, and the past that guidance carries from step to step."""
 
     solver: Any
     past: Float[Array, "*shape"]
 
     @property
     def x(self) -> Float[Array, "*shape"]:
-        """The sample."""
+        """Return the sample."""
         return self.solver.x
 
 
 @dataclass(frozen=True, kw_only=True)
 class Remembering(SolverOf):
-    """Another solver, of a `denoise(noisy, time, past)` that gives its prediction and the past of the next step.
+    """A wrapper of a solver for a `denoise(noisy, time, past)` that returns a prediction and the next past.
 
-    All evaluations of a step see one past; the first of them is what is remembered, so that a solver with two of them
-    remembers one value a step too.
+    All evaluations within a step get the same past. The past returned by the first one is kept, so that a solver with
+    two evaluations per step also keeps one value per step.
     """
 
     def init(self, noisy: Float[Array, "*shape"], *, steps: int) -> RememberingState:
-        """Before the first of `steps` steps, with nothing to remember."""
+        """Return the state before the first of `steps` steps, with a past of zeros."""
         return RememberingState(self.solver.init(noisy, steps=steps), jnp.zeros_like(noisy))
 
     def step(
         self, estimate: Estimator, process: Process, state: RememberingState, interval: Interval
     ) -> RememberingState:
-        """The solver's."""
-        found = []
+        """Take a step of the wrapped solver."""
+        estimates = []
 
-        def recalled(noisy, time):
-            found.append(estimate(noisy, time, state.past))
-            return found[-1]
+        def estimate_with_past(noisy, time):
+            estimates.append(estimate(noisy, time, state.past))
+            return estimates[-1]
 
-        following = self.solver.step(recalled, process, state.solver, interval)
-        assert found[0].past is not None, "of a denoise that is given a past"
-        return RememberingState(following, found[0].past)
+        solver_state = self.solver.step(estimate_with_past, process, state.solver, interval)
+        assert estimates[0].past is not None, "a denoise that takes a past returns one"
+        return RememberingState(solver_state, estimates[0].past)

@@ -1,7 +1,7 @@
-"""From noise to data: the loop that runs a solver, and the solvers by name.
+"""Samplers: the loop that runs a solver from noise to data, and the solvers by name.
 
-The loop is one `lax.scan` over the intervals of the times: compiled once for a shape and a number of steps, whatever
-the times. Noise for the stochastic ones comes from `draw`, a function of the step's number.
+The loop is one `lax.scan` over the intervals of the times. It is compiled once per shape and number of steps, for all
+values of the times. Stochastic solvers get their noise from `noise_fn`, a function of the step number.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from dit_video.diffusion.samplers.traced import Trace, Watched
 from dit_video.diffusion.samplers.unipc import UniPc
 
 Draw = Callable[[Int[Array, ""]], Float[Array, "*shape"]]
-"""Standard normal noise for a step, by its number from 0 on, in the shape of the sample."""
+"""Standard normal noise of a step, by its number from 0 on, in the shape of the sample."""
 
 Sampler = Euler | Heun | Ddim | Ddpm | DpmMultistep | DpmSinglestep | UniPc | Lcm
 SAMPLERS: dict[str, Sampler] = {
@@ -40,10 +40,10 @@ SAMPLERS: dict[str, Sampler] = {
 
 
 def sampler(name: str) -> Sampler:
-    """The sampler of a name that a person typed.
+    """Return the sampler with this name.
 
     Raises:
-      UserError: no sampler has this name.
+      UserError: If no sampler has this name.
     """
     if name not in SAMPLERS:
         raise UserError(f"unknown sampler {name!r}; use one of {', '.join(sorted(SAMPLERS))}")
@@ -51,11 +51,11 @@ def sampler(name: str) -> Sampler:
 
 
 def draws(keys: Key[Array, " B"], shape: tuple[int, ...]) -> Draw:
-    """Noise of each sample of a batch by its own key, whatever else is in the batch.
+    """Return a function that draws each sample's noise with its own key, independent of the rest of the batch.
 
     Args:
-      keys: one a sample, used for nothing else.
-      shape: of one sample, without the batch's axis.
+      keys: One key per sample, used for nothing else.
+      shape: Shape of one sample, without the batch axis.
     """
     return lambda number: jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, number), shape))(keys)
 
@@ -71,20 +71,20 @@ def sample(
     told: Float[Array, " times"] | None = None,
     draw: Draw | None = None,
 ) -> Float[Array, "*shape"]:
-    """Run `solver` over the intervals of `times`, from noise to data. `denoise` is given the time as a scalar.
+    """Run `solver` over the intervals of `times`, from noise to data. `denoise` gets the time as a scalar.
 
     Args:
-      denoise: the model.
-      noise: standard normal.
-      times: falling; see `grids`.
-      process: what the model was trained on.
-      solver: of the flow, or of the reverse process.
-      prediction: what the model predicts.
-      told: what the model is given as its time at each of `times`, where that is something else.
-      draw: the noise of each step, of a solver that is stochastic; see `draws`.
+      denoise: The model.
+      noise: Standard normal noise.
+      times: Falling times; see `time_schedules`.
+      process: The process that the model was trained on.
+      solver: The solver of the probability flow or of the reverse process.
+      prediction: The kind of the model's prediction.
+      model_times: The time that the model receives at each of `times`, if it differs.
+      noise_fn: The noise of each step for a stochastic solver; see `make_noise_fn`.
 
     Raises:
-      UserError: a stochastic solver that is given no noise, or one that can't follow the process.
+      UserError: If a stochastic solver gets no noise, or the solver can't follow the process.
     """
     start = solver.init(process.start(noise), steps=times.shape[0] - 1)
     return advance(denoise, start, times, process=process, solver=solver, prediction=prediction, told=told, draw=draw).x
@@ -101,10 +101,15 @@ def trace(
     told: Float[Array, " times"] | None = None,
     draw: Draw | None = None,
 ) -> Trace:
-    """`sample` with all that it went through: `x[-1]` of the trace is the sample. Arguments and errors are the same."""
-    watched = Watched(solver=solver, recorded=True)
-    start = watched.init(process.start(noise), steps=times.shape[0] - 1)
-    end = advance(denoise, start, times, process=process, solver=watched, prediction=prediction, told=told, draw=draw)
+    """Run `sample` and return all intermediate results; `x[-1]` of the trace is the sample.
+
+    Arguments and errors are those of `sample`.
+    """
+    traced_solver = Watched(solver=solver, recorded=True)
+    start = traced_solver.init(process.start(noise), steps=times.shape[0] - 1)
+    end = advance(
+        denoise, start, times, process=process, solver=traced_solver, prediction=prediction, told=told, draw=draw
+    )
     return end.recorded
 
 
@@ -120,18 +125,18 @@ def advance(
     draw: Draw | None = None,
     first: Int[Array, ""] | int = 0,
 ) -> Any:
-    """A part of the way, from a solver's state to its state at the last of `times`; arguments are as for `sample`.
+    """Advance a solver's state to the last of `times`; arguments are as for `sample`.
 
-    Parts that follow one another are the whole, whatever model each has: the state knows how many steps there are, and
-    `first` is the number of the part's first step.
+    Consecutive calls are equivalent to a single one, even with different models: the state knows the number of steps,
+    and `first` is the number of the first step of this call.
     """
     _check(solver, process, draw)
     estimate: Estimator = estimator(_told(denoise, times, told), process, prediction)
 
     def step(state, interval):
-        time, following, number = interval
-        drawn = draw(number) if draw is not None and solver.stochastic else None
-        return solver.step(estimate, process, state, Interval(time, following, drawn)), None
+        time, next_time, number = interval
+        noise = draw(number) if draw is not None and solver.stochastic else None
+        return solver.step(estimate, process, state, Interval(time, next_time, noise)), None
 
     numbers = first + jnp.arange(times.shape[0] - 1)
     return jax.lax.scan(step, state, (times[:-1], times[1:], numbers))[0]
@@ -140,11 +145,14 @@ def advance(
 def _check(solver: Solver, process: Process, draw: Draw | None) -> None:
     solver.check(process)
     if solver.stochastic and draw is None:
-        raise UserError(f"{solver.name} draws noise in every step; hand it over as draw, such as draws(keys, shape)")
+        raise UserError(
+            f"noise_fn=None is invalid: {solver.name} draws noise in every step. Use "
+            "noise_fn=make_noise_fn(keys, shape)."
+        )
 
 
 def _told(denoise: Denoise, times: Float[Array, " times"], told: Float[Array, " times"] | None) -> Denoise:
-    """`denoise`, given another time; solvers evaluate it at the grid's times alone."""
+    """Return `denoise` with the model time in place of the time; solvers evaluate it at the schedule's times only."""
     if told is None:
         return denoise
     return lambda noisy, time, *past: denoise(noisy, told[jnp.argmin(jnp.abs(times - time), axis=0)], *past)

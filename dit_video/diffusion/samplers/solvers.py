@@ -1,4 +1,4 @@
-"""What a solver is, and the solvers of one step without noise: what they carry is the sample alone."""
+"""The interface of solvers, and deterministic one-step solvers, whose state is the sample alone."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -14,46 +14,49 @@ from dit_video.diffusion.processes.process import Process
 
 
 class Interval(NamedTuple):
-    """One step."""
+    """The times of one step, and its noise."""
 
     time: Float[Array, ""]
     following: Float[Array, ""]
     noise: Float[Array, "*shape"] | None = None
-    """standard normal, of this step alone"""
+    """Standard normal noise of this step."""
 
 
 class Solver(ABC):
-    """From noise to data in steps, one interval of the times each; its `estimate` is asked at the ends of intervals."""
+    """A method that steps from noise to data, one interval per step.
+
+    It evaluates `estimate` at the ends of intervals only.
+    """
 
     @property
     def name(self) -> str:
-        """As errors say it."""
+        """Return the name in error messages."""
         return type(self).__name__
 
     @property
     def stochastic(self) -> bool:
-        """Whether a step needs noise."""
+        """Return whether a step needs noise."""
         return False
 
     def check(self, process: Process) -> None:  # noqa: B027 (most serve every process)
-        """Whether it can follow a process.
+        """Check that the solver can follow a process.
 
         Raises:
-          UserError: it can't; the sentence names what can.
+          UserError: If it can't; the message names solvers that can.
         """
 
     @abstractmethod
     def init(self, noisy: Float[Array, "*shape"], *, steps: int) -> Any:
-        """Before the first of `steps` steps: a state, whose `x` is the sample."""
+        """Return the state before the first of `steps` steps; its `x` is the sample."""
 
     @abstractmethod
     def step(self, estimate: Estimator, process: Process, state: Any, interval: Interval) -> Any:
-        """The state after one step."""
+        """Return the state after one step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SolverOf(Solver):
-    """Another solver, with something beside it: it has its name, its noise and its processes."""
+    """A wrapper of another solver, with its name, noise and processes."""
 
     solver: Solver
 
@@ -70,13 +73,13 @@ class SolverOf(Solver):
 
 
 class SolverState(NamedTuple):
-    """What a one-step solver carries."""
+    """The state of a one-step solver."""
 
     x: Float[Array, "*shape"]
 
 
 class OneStep(Solver):
-    """A solver that remembers nothing of earlier steps."""
+    """A solver without memory of earlier steps."""
 
     def init(self, noisy: Float[Array, "*shape"], *, steps: int) -> SolverState:
         return SolverState(noisy)
@@ -84,39 +87,40 @@ class OneStep(Solver):
 
 @dataclass(frozen=True, kw_only=True)
 class Euler(OneStep):
-    """First order: one evaluation a step. Of any process it is DDIM without noise (arXiv 2010.02502)."""
+    """First order, with one evaluation per step. For every process it is DDIM without noise (arXiv 2010.02502)."""
 
     def step(self, estimate: Estimator, process: Process, state: SolverState, interval: Interval) -> SolverState:
-        """The data and the noise as they are estimated, in the proportions of the following time."""
-        found = estimate(state.x, interval.time)
-        return SolverState(process.add_noise(found.data, found.noise, interval.following))
+        """Combine the estimated data and noise in the proportions of the next time."""
+        prediction = estimate(state.x, interval.time)
+        return SolverState(process.add_noise(prediction.data, prediction.noise, interval.following))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Heun(OneStep):
-    """Second order: the slope of the process's `path` averaged over both ends of the step; two evaluations a step.
+    """Second order: the mean of the slopes at both ends of a step in `flow_coordinates`; two evaluations per step.
 
-    A step to the data is Euler's: of data without noise, few models say what the noise is.
+    A step to the data is Euler's, since few models predict the noise in data without noise.
     """
 
     def check(self, process: Process) -> None:
+        """Check that alpha is not 0 at time 1."""
         with jax.ensure_compile_time_eval():
-            finite = bool(jnp.isfinite(process.path(jnp.ones(())).clock))
-        if not finite:
+            is_finite = bool(jnp.isfinite(process.path(jnp.ones(())).clock))
+        if not is_finite:
             raise UserError(
-                f"heun solves {type(process).__name__} in x / alpha, and alpha is 0 at its noise; "
-                "use euler, ddim, dpm++2m or unipc"
+                f"solver heun is invalid: it solves {type(process).__name__} in x / alpha, and alpha is 0 at its "
+                "noise. Use euler, ddim, dpm++2m or unipc."
             )
 
     def step(self, estimate: Estimator, process: Process, state: SolverState, interval: Interval) -> SolverState:
-        """The explicit trapezoidal rule (arXiv 2206.00364, algorithm 1)."""
-        here, there = process.path(interval.time), process.path(interval.following)
-        x, change = state.x / here.scale, there.clock - here.clock
+        """Apply the explicit trapezoidal rule (arXiv 2206.00364, algorithm 1)."""
+        start, end = process.path(interval.time), process.path(interval.following)
+        x, length = state.x / start.scale, end.clock - start.clock
         slope = process.slope(estimate(state.x, interval.time))
-        proposal = there.scale * (x + change * slope)
+        proposal = end.scale * (x + length * slope)
 
         def corrected() -> Array:
-            second = process.slope(estimate(proposal, interval.following))
-            return there.scale * (x + change * (slope + second) / 2)
+            next_slope = process.slope(estimate(proposal, interval.following))
+            return end.scale * (x + length * (slope + next_slope) / 2)
 
         return SolverState(jax.lax.cond(interval.following == 0, lambda: proposal, corrected))

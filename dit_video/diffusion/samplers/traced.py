@@ -1,4 +1,4 @@
-"""A solver that is watched: what a program needs to know of a run that it does for somebody else."""
+"""A solver wrapper that skips padded steps, records the first non-finite step, and optionally keeps the trajectory."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,55 +13,56 @@ from dit_video.diffusion.samplers.solvers import Interval, SolverOf
 
 
 class Trace(NamedTuple):
-    """What a run went through."""
+    """The trajectory of a sampling run."""
 
     x: Float[Array, "steps *shape"]
-    """the sample after each step"""
+    """The sample after each step."""
     data: Float[Array, "steps *shape"]
-    """as they were estimated at the start of each"""
+    """The data estimated at the start of each step."""
 
 
 class WatchedState(NamedTuple):
-    """The solver's own, and what was seen."""
+    """The wrapped solver's state, and what was recorded."""
 
     solver: Any
     done: Int[Array, ""]
-    """steps"""
+    """Number of steps that are done."""
     failed: Int[Array, ""]
-    """number of the first step, from 0 on, after which a value was not finite; -1 if there was none"""
+    """Number of the first step, from 0 on, after which a value was not finite; -1 if there is none."""
     recorded: Trace | None
+    """Trajectory so far; None if it is not kept."""
 
     @property
     def x(self) -> Float[Array, "*shape"]:
-        """The sample."""
+        """Return the sample."""
         return self.solver.x
 
 
 @dataclass(frozen=True, kw_only=True)
 class Watched(SolverOf):
-    """Another solver, but for three things.
+    """A wrapper of a solver that skips steps of length 0, records the first non-finite one, and may keep a trace.
 
-    An interval of no length is no step, and costs nothing: times may be padded by their last, so that one program
-    serves several numbers of steps. The first step that gives a value which is not finite is noted. All states are
-    `recorded`, where that is asked for.
+    Steps of length 0 cost nothing: times may be padded with their last one, so that one program serves several numbers
+    of steps.
     """
 
     recorded: bool = False
+    """Keeps all states in a `Trace`."""
 
     def init(self, noisy: Float[Array, "*shape"], *, steps: int) -> WatchedState:
-        """Before the first of `steps` steps, those of no length not counted."""
-        recorded = None
+        """Return the state before the first of `steps` steps, not counting those of length 0."""
+        trace = None
         if self.recorded:
-            recorded = Trace(*(jnp.zeros((steps, *noisy.shape), noisy.dtype) for _ in range(2)))
+            trace = Trace(*(jnp.zeros((steps, *noisy.shape), noisy.dtype) for _ in range(2)))
         return WatchedState(
             solver=self.solver.init(noisy, steps=steps),
             done=jnp.zeros((), jnp.int32),
             failed=jnp.full((), -1, jnp.int32),
-            recorded=recorded,
+            recorded=trace,
         )
 
     def step(self, estimate: Estimator, process: Process, state: WatchedState, interval: Interval) -> WatchedState:
-        """The solver's, if the interval has a length."""
+        """Take a step of the wrapped solver if the interval has a length."""
         return jax.lax.cond(
             interval.time != interval.following,
             lambda: self._step(estimate, process, state, interval),
@@ -69,17 +70,15 @@ class Watched(SolverOf):
         )
 
     def _step(self, estimate: Estimator, process: Process, state: WatchedState, interval: Interval) -> WatchedState:
-        found = []
+        estimates = []
 
-        def noted(noisy, time, *past):
-            found.append(estimate(noisy, time, *past))
-            return found[-1]
+        def estimate_and_record(noisy, time, *past):
+            estimates.append(estimate(noisy, time, *past))
+            return estimates[-1]
 
-        following = self.solver.step(noted, process, state.solver, interval)
-        recorded = state.recorded
-        if recorded is not None:
-            recorded = Trace(
-                recorded.x.at[state.done].set(following.x), recorded.data.at[state.done].set(found[0].data)
-            )
-        wrong = (state.failed < 0) & ~jnp.isfinite(following.x).all(axis=None)
-        return WatchedState(following, state.done + 1, jnp.where(wrong, state.done, state.failed), recorded)
+        solver_state = self.solver.step(estimate_and_record, process, state.solver, interval)
+        trace = state.recorded
+        if trace is not None:
+            trace = Trace(trace.x.at[state.done].set(solver_state.x), trace.data.at[state.done].set(estimates[0].data))
+        is_first_failure = (state.failed < 0) & ~jnp.isfinite(solver_state.x).all(axis=None)
+        return WatchedState(solver_state, state.done + 1, jnp.where(is_first_failure, state.done, state.failed), trace)

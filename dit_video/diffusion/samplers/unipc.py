@@ -1,11 +1,11 @@
 r"""UniPC: a multistep predictor and corrector (arXiv 2302.04867).
 
-With $\lambda = \log(\alpha / \sigma)$ the probability flow between two times, from $s$ to $t$, is exactly
+With $\lambda = \log(\alpha / \sigma)$ the probability flow from time $s$ to $t$ is exactly
 
 $$x_t = \frac{\sigma_t}{\sigma_s} x_s + \sigma_t \int_{\lambda_s}^{\lambda_t} e^\lambda\, \hat x_0(\lambda)\, d\lambda$$
 
-where $\hat x_0$ is the model's prediction of the data. It is replaced by the polynomial through values that are known.
-With $h = \lambda_t - \lambda_s$ and nodes $r_k = (\lambda_k - \lambda_s) / h$ that gives
+where $\hat x_0$ is the model's prediction of the data. It is replaced by the polynomial through known values. With
+$h = \lambda_t - \lambda_s$ and nodes $r_k = (\lambda_k - \lambda_s) / h$ this gives
 
 $$x_t = \frac{\sigma_t}{\sigma_s} x_s - \alpha_t \Big((e^{-h} - 1)\, m_s + \sum_k w_k \frac{m_k - m_s}{r_k}\Big),
 \qquad \sum_k r_k^{i-1} w_k = i!\, \phi_{i+1}(-h)\,(-h)$$
@@ -31,86 +31,93 @@ from dit_video.diffusion.samplers.solvers import Interval, Solver
 
 
 class UniPcState(NamedTuple):
-    """What UniPC carries; `M` evaluations are remembered, the latest first."""
+    """The state of UniPC, with the `M` latest evaluations, the newest first."""
 
     x: Float[Array, "*shape"]
+    """The current (predicted) sample."""
     before: Float[Array, "*shape"]
-    """the (corrected) sample that the last step started from"""
+    """The (corrected) sample at the start of the last step."""
     predictions: Float[Array, "M *shape"]
-    """of the data"""
+    """Predictions of the data."""
     times: Float[Array, " M"]
-    """of the predictions"""
+    """Times of the predictions."""
     done: Int[Array, ""]
+    """Number of steps that are done."""
     left: Int[Array, ""]
-    """steps"""
+    """Number of steps that remain."""
     order: Int[Array, ""]
-    """of the last step"""
+    """Order of the last step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UniPc(Solver):
-    """One evaluation a step; of accuracy `order` + 1 with the corrector.
+    """UniPC with one evaluation per step; of accuracy `order` + 1 with the corrector.
 
     The first steps, which have no past yet, are of a lower order, and so is a step to time 0, where the log-SNR is
-    infinite: there the data are what the model predicts.
+    infinite: there the data are the model's prediction.
 
     Raises:
-      UserError: another order than 1, 2 or 3.
+      UserError: If the order is not 1, 2 or 3.
     """
 
     order: int = 2
+    """Order of the predictor."""
     kind: Literal["bh1", "bh2"] = "bh2"
+    """Form of $B(h)$ in the module docstring: `solver_type` of diffusers."""
     lower_order_final: bool = True
-    """whether the last steps are of order ..., 2, 1, which is steadier with few steps"""
+    """Lowers the order of the last steps to ..., 2, 1, which is more stable with few steps."""
     uncorrected: tuple[int, ...] = ()
-    """steps, counted from 0, whose result is not corrected"""
+    """Steps, counted from 0, whose result is not corrected."""
 
     def __post_init__(self):
         if self.order not in (1, 2, 3):
-            raise UserError(f"UniPC has order 1, 2 or 3, not {self.order}")
+            raise UserError(f"order={self.order} is invalid: UniPC has order 1, 2 or 3, not {self.order}. Use 2.")
 
     def init(self, noisy: Float[Array, "*shape"], *, steps: int) -> UniPcState:
-        """Before the first of `steps` steps."""
-        nothing = jnp.zeros((), jnp.int32)
+        """Return the state before the first of `steps` steps."""
+        zero = jnp.zeros((), jnp.int32)
         return UniPcState(
             x=noisy,
             before=noisy,
             predictions=jnp.zeros((self.order, *noisy.shape), noisy.dtype),
             times=jnp.ones((self.order,)),
-            done=nothing,
-            left=nothing + steps,
-            order=nothing,
+            done=zero,
+            left=zero + steps,
+            order=zero,
         )
 
     def step(self, estimate: Estimator, process: Process, state: UniPcState, interval: Interval) -> UniPcState:
-        """Evaluate at `x`, correct `x` by it, and predict the sample at the following time."""
+        """Evaluate at `x`, correct `x` by it, and predict the sample at the next time."""
         advance = partial(_advance, process, self.kind)
-        time, following = interval.time, interval.following
-        now = estimate(state.x, time).data
+        time, next_time = interval.time, interval.following
+        prediction = estimate(state.x, time).data
 
-        def corrected(order: int) -> Callable[[], Array]:
-            past = range(1, order)
-            nodes, values = [time, *(state.times[k] for k in past)], [now, *(state.predictions[k] for k in past)]
+        def make_corrector(order: int) -> Callable[[], Array]:
+            indices = range(1, order)
+            nodes, values = (
+                [time, *(state.times[k] for k in indices)],
+                [prediction, *(state.predictions[k] for k in indices)],
+            )
             return lambda: advance(state.before, state.times[0], time, state.predictions[0], nodes, values)
 
         orders = range(1, self.order + 1)
-        trusted = jnp.isin(state.done - 1, jnp.asarray(self.uncorrected, jnp.int32))
-        x = jax.lax.switch(jnp.where(trusted, 0, state.order), [lambda: state.x, *map(corrected, orders)])
+        is_uncorrected = jnp.isin(state.done - 1, jnp.asarray(self.uncorrected, jnp.int32))
+        x = jax.lax.switch(jnp.where(is_uncorrected, 0, state.order), [lambda: state.x, *map(make_corrector, orders)])
 
-        predictions = jnp.concatenate([now[None], state.predictions[:-1]])
+        predictions = jnp.concatenate([prediction[None], state.predictions[:-1]])
         times = jnp.concatenate([jnp.reshape(time, (1,)).astype(state.times.dtype), state.times[:-1]])
 
-        def predicted(order: int) -> Callable[[], Array]:
-            past = range(1, order)
-            nodes, values = [times[k] for k in past], [predictions[k] for k in past]
-            return lambda: advance(x, time, following, now, nodes, values)
+        def make_predictor(order: int) -> Callable[[], Array]:
+            indices = range(1, order)
+            nodes, values = [times[k] for k in indices], [predictions[k] for k in indices]
+            return lambda: advance(x, time, next_time, prediction, nodes, values)
 
         order = jnp.minimum(self.order, state.done + 1)
         if self.lower_order_final:
             order = jnp.minimum(order, state.left)
-        order = jnp.where(following == 0, 1, order)
+        order = jnp.where(next_time == 0, 1, order)
         return UniPcState(
-            x=jax.lax.switch(order - 1, [predicted(number) for number in orders]),
+            x=jax.lax.switch(order - 1, [make_predictor(number) for number in orders]),
             before=x,
             predictions=predictions,
             times=times,
@@ -130,7 +137,7 @@ def _advance(
     nodes: Sequence[Float[Array, ""]],
     values: Sequence[Float[Array, "*shape"]],
 ) -> Float[Array, "*shape"]:
-    """The sample at time `end`, from `x` at `start` with its prediction, and those (`values`) at other times."""
+    """Return the sample at `end`, from `x` and its prediction at `start` and the predictions `values` at `nodes`."""
     h = process.half_log_snr(end) - process.half_log_snr(start)
     change = jnp.expm1(-h) * prediction
     if nodes:
@@ -141,9 +148,10 @@ def _advance(
 
 
 def _weights(kind: str, h: Float[Array, ""], ratios: Sequence[Float[Array, ""]]) -> list[Float[Array, ""]]:
-    """`w` of the module's docstring.
+    """Return $w$ of the module docstring.
 
-    Of several nodes each has the moments' sum over the powers of the polynomial that is 1 there and 0 at the others.
+    With several nodes, the weight of a node is the sum of the moments over the powers of its Lagrange polynomial, which
+    is 1 at this node and 0 at the others.
     """
     if len(ratios) == 1:
         return [(-h if kind == "bh1" else jnp.expm1(-h)) / 2]
@@ -154,10 +162,10 @@ def _weights(kind: str, h: Float[Array, ""], ratios: Sequence[Float[Array, ""]])
         moments.append(factorial * term)
     weights = []
     for node in ratios:
-        powers = [jnp.ones_like(h)]  # of the polynomial, the lowest first
+        powers = [jnp.ones_like(h)]  # Coefficients of the polynomial, the lowest power first.
         for other in (ratio for ratio in ratios if ratio is not node):
             zero, scale = jnp.zeros_like(h), node - other
-            longer = zip([zero, *powers], [*powers, zero], strict=True)
-            powers = [(shifted - other * same) / scale for shifted, same in longer]
+            terms = zip([zero, *powers], [*powers, zero], strict=True)
+            powers = [(shifted - other * unshifted) / scale for shifted, unshifted in terms]
         weights.append(jnp.stack([power * moment for power, moment in zip(powers, moments, strict=True)]).sum(axis=0))
     return weights

@@ -1,4 +1,4 @@
-"""A run planned before it is paid for: what a step needs, moves and takes, from its compiled program."""
+"""Cost of a training or sampling step before it is run: memory, collectives and time, from its compiled program."""
 
 from dit_video.distributed.planner.compiled_program import (
     CompiledStep,

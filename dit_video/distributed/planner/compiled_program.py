@@ -1,4 +1,4 @@
-"""A step compiled ahead of time, for devices that need not be there."""
+"""Ahead-of-time compilation of a step, for devices that need not be attached."""
 
 import contextlib
 import math
@@ -18,48 +18,48 @@ from dit_video.distributed.planner.hlo import Program, read_program
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes on the device that holds the most."""
+    """Memory of a step, in bytes on the device that needs the most."""
 
     parameters: int
     optimizer: int
     ema: int
     other: int
-    """what else lies in the state or is given to each step: the batch, frozen weights, codebooks"""
+    """Bytes of other state and inputs: the batch, frozen weights, codebooks."""
     activations: int
-    """what the forward pass keeps for the backward pass; where layers are no loop, it is in `temporary`"""
+    """Bytes that the forward pass saves for the backward pass; counted as `temporary` if layers are not scanned."""
     temporary: int
-    """what lives while the step runs: gradients, gathered weights, the layer that is computed"""
+    """Bytes of temporaries: gradients, gathered weights, the layer being computed."""
     peak: int
-    """of all at once"""
+    """Maximum of the bytes in use at any time."""
 
     @property
     def state(self) -> int:
-        """What lies there between steps."""
+        """Return the bytes that stay allocated between steps."""
         return self.parameters + self.optimizer + self.ema + self.other
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompiledStep:
-    """What the compiler says of a step."""
+    """Memory and operations of a step, as the compiler reports them."""
 
     memory: Memory
     program: Program | None
-    """None where the program does not fit, and so was not made"""
+    """Operations of the program; None if it does not fit into memory and was not compiled."""
     seconds: float
-    """it took to compile"""
+    """Seconds that compilation took."""
     over: str | None = None
-    """the compiler's reason why it does not fit"""
+    """Error message of the compiler if the program does not fit into memory, else None."""
 
 
 @contextlib.contextmanager
 def compiling_for(platform: str) -> Iterator[None]:
-    """Layers ask JAX which platform they run on, and choose loops and kernels by it: inside, it is this one."""
-    here = jax.default_backend
+    """Override JAX's default backend in a context: layers choose their loops and kernels by it."""
+    default_backend = jax.default_backend
     jax.default_backend = lambda: platform  # type: ignore[assignment]
     try:
         yield
     finally:
-        jax.default_backend = here
+        jax.default_backend = default_backend
 
 
 def compile_step(
@@ -70,60 +70,62 @@ def compile_step(
     turns: int = 1,
     room: int | None = None,
 ) -> CompiledStep:
-    """Compile a jitted step for the devices of a mesh, and read what came of it.
+    """Compile a jitted step for the devices of a mesh, and read its memory and operations.
 
     Args:
-      step: jitted; its first argument is a state, with parts named `step`, `params`, `ema` and `opt_state` (also inside
-        of a player's), or bare parameters.
-      arguments: shapes with their layout on the mesh (`jax.ShapeDtypeStruct`).
-      mesh: of devices that are there, or that libtpu describes.
-      turns: of an outermost loop that the data end; see `read_program`.
-      room: for turns, that this loop has.
+      step: jitted function whose first argument is a state with parts named `step`, `params`, `ema` and `opt_state`
+        (possibly one state per player), or bare parameters.
+      arguments: shapes and shardings of the arguments (`jax.ShapeDtypeStruct`).
+      mesh: mesh of attached devices, or of devices that libtpu describes.
+      outer_trip_count: assumed iterations of an outermost loop with a data-dependent end; see `read_program`.
+      max_outer_trip_count: upper bound of that loop's iterations.
     """
     platform = mesh.devices.flat[0].platform
-    began = time.perf_counter()
+    start = time.perf_counter()
     with compiling_for(platform):
         lowered = step.trace(*arguments).lower(lowering_platforms=(platform,))  # type: ignore[attr-defined]
-    parts = held(arguments)
+    state_bytes = held(arguments)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        reason, wanted = over_the_limit(str(error), arguments=sum(parts.values()))
-        temporary = max(0, wanted - sum(parts.values()))
-        memory = Memory(**parts, activations=0, temporary=temporary, peak=wanted)
-        return CompiledStep(memory=memory, program=None, seconds=time.perf_counter() - began, over=reason)
-    seconds = time.perf_counter() - began
+        reason, required = over_the_limit(str(error), arguments=sum(state_bytes.values()))
+        temporary = max(0, required - sum(state_bytes.values()))
+        memory = Memory(**state_bytes, activations=0, temporary=temporary, peak=required)
+        return CompiledStep(memory=memory, program=None, seconds=time.perf_counter() - start, over=reason)
+    seconds = time.perf_counter() - start
     program = read_program(compiled.as_text(), dict(mesh.shape), turns=turns, room=room)
     analysis = compiled.memory_analysis()
     peak = peak_of(analysis)
-    temporary = max(0, peak - sum(parts.values()))
+    temporary = max(0, peak - sum(state_bytes.values()))
     activations = min(int(program.kept), temporary)
-    memory = Memory(**parts, activations=activations, temporary=temporary - activations, peak=peak)
+    memory = Memory(**state_bytes, activations=activations, temporary=temporary - activations, peak=peak)
     return CompiledStep(memory=memory, program=program, seconds=seconds)
 
 
 def measured_peak(step: Callable[..., Any], arguments: tuple[PyTree, ...]) -> int | None:
-    """Run a step once on the devices of its arguments' layouts, all of them zeros, and ask how much they held at most.
+    """Run a step once on the devices of its arguments' shardings, with zeros, and return their peak memory in bytes.
 
-    None where devices do not tell, as CPUs do not.
+    Returns None if the devices don't report it, as CPUs don't.
     """
-    layouts = jax.tree.map(lambda leaf: leaf.sharding, arguments)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, arguments)
 
     def zeros() -> PyTree:
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), arguments)
 
-    made = jax.jit(zeros, out_shardings=layouts)()
-    devices = {device for layout in jax.tree.leaves(layouts) for device in layout.device_set}
-    jax.block_until_ready(step(*made))
+    values = jax.jit(zeros, out_shardings=shardings)()
+    devices = {device for sharding in jax.tree.leaves(shardings) for device in sharding.device_set}
+    jax.block_until_ready(step(*values))
     stats = [device.memory_stats() for device in devices]
-    return max(each["peak_bytes_in_use"] for each in stats) if all(stats) else None
+    return max(device_stats["peak_bytes_in_use"] for device_stats in stats) if all(stats) else None
 
 
 def peak_of(analysis: Any) -> int:
-    """The most that a program holds at once, from `compiled.memory_analysis()`: results take the place of arguments
-    that are given up, beside what is temporary."""
+    """Return a program's peak memory in bytes, from `compiled.memory_analysis()`.
+
+    Donated arguments are counted once, as results take their place.
+    """
     return (
         analysis.argument_size_in_bytes
         + analysis.output_size_in_bytes
@@ -133,15 +135,15 @@ def peak_of(analysis: Any) -> int:
 
 
 def held(arguments: tuple[PyTree, ...]) -> dict[str, int]:
-    """Bytes on one device of a step's arguments, by what they are."""
-    parts = {"parameters": 0, "optimizer": 0, "ema": 0, "other": 0}
+    """Return the bytes of a step's arguments on one device, by kind: parameters, optimizer, ema, other."""
+    sizes = {"parameters": 0, "optimizer": 0, "ema": 0, "other": 0}
     for number, argument in enumerate(arguments):
         leaves = flatten(argument)
-        parameters_alone = number == 0 and not any("step" in path.split("/")[:2] for path in leaves)
+        bare_parameters = number == 0 and not any("step" in path.split("/")[:2] for path in leaves)
         for path, leaf in leaves.items():
-            part = "parameters" if parameters_alone else _part(path) if number == 0 else "other"
-            parts[part] += local_bytes(leaf)
-    return parts
+            kind = "parameters" if bare_parameters else _part(path) if number == 0 else "other"
+            sizes[kind] += local_bytes(leaf)
+    return sizes
 
 
 def _part(path: str) -> str:
@@ -154,9 +156,9 @@ def _part(path: str) -> str:
 
 
 def local_bytes(leaf: Any) -> int:
-    """Bytes of an array's part on one device."""
-    layout = getattr(leaf, "sharding", None)
-    shape = tuple(leaf.shape) if layout is None else layout.shard_shape(tuple(leaf.shape))
+    """Return the bytes of an array's shard on one device."""
+    sharding = getattr(leaf, "sharding", None)
+    shape = tuple(leaf.shape) if sharding is None else sharding.shard_shape(tuple(leaf.shape))
     return math.prod(shape) * leaf.dtype.itemsize
 
 
@@ -169,16 +171,16 @@ _WHOLE = rf"(?:Used|allocate|requires?|needs?|total of)[^\d]{{0,40}}{_SIZE}"
 
 
 def over_the_limit(message: str, *, arguments: int) -> tuple[str, int]:
-    """What the compiler says where a program needs more memory than there is: the sentence, and bytes at the peak.
+    """Parse the compiler's out-of-memory message and return its main sentence and the required peak memory in bytes.
 
     Args:
-      message: of the error.
-      arguments: bytes of what the program is given. XLA's compiler for TPUs leaves them out where what is temporary
-        is too much alone.
+      message: message of the compiler's error.
+      argument_bytes: bytes of the program's arguments. XLA's TPU compiler leaves them out of the message if the
+        temporaries alone exceed the memory.
     """
     lines = [line.strip().removeprefix("RESOURCE_EXHAUSTED: ") for line in message.splitlines()]
-    for pattern, beside in ((_TEMPORARY, arguments), (_WHOLE, 0)):
+    for pattern, extra in ((_TEMPORARY, arguments), (_WHOLE, 0)):
         for line in lines:
-            if wanted := re.search(pattern, line):
-                return line, int(float(wanted[1]) * _UNITS[wanted[2]]) + beside
+            if size := re.search(pattern, line):
+                return line, int(float(size[1]) * _UNITS[size[2]]) + extra
     return lines[0], 0

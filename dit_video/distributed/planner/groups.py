@@ -1,66 +1,73 @@
-"""Which devices take part in a collective, as a program's text says it, and along which axes of the mesh they lie."""
+"""Device groups of collectives in a program's text, and the mesh axes that they span."""
 
 import math
 import re
 
 
 def lists(text: str, name: str) -> list[list[int]]:
-    found = re.search(name + r"=\{(\{.*?\})\}", text)
+    """Parse an attribute such as `name={{0,1},{2,3}}`; return an empty list if it is absent."""
+    match = re.search(name + r"=\{(\{.*?\})\}", text)
     return (
         []
-        if found is None
-        else [[int(n) for n in part.split(",") if n] for part in re.findall(r"\{([^}]*)\}", found[1])]
+        if match is None
+        else [[int(n) for n in part.split(",") if n] for part in re.findall(r"\{([^}]*)\}", match[1])]
     )
 
 
 def replica_groups(text: str, devices: int) -> list[list[int]]:
-    """The groups of devices among which a collective works: `{{0,1},{2,3}}`; or `[2,2]<=[2,2]T(1,0)`, an array of all
-    devices, transposed and cut into rows; or `mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}`, an array with names
-    for its axes, of whose groups this gives the first."""
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
-        group = _along(named[1], named[2])
-        laid = re.search(r"device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)", named[0])
-        ids = list(range(devices)) if laid is None else _transposed(laid[1], laid[2])
-        return [[ids[place] for place in group]]
-    compact = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
-    if compact is None:
+    """Parse the groups of devices among which a collective communicates.
+
+    HLO has three notations: `{{0,1},{2,3}}`; `[2,2]<=[2,2]T(1,0)`, an array of all devices that is transposed and cut
+    into rows; and `mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}`, an array with named axes, for which only the
+    first group is returned.
+    """
+    if mesh_form := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
+        group = _along(mesh_form[1], mesh_form[2])
+        order = re.search(r"device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)", mesh_form[0])
+        ids = list(range(devices)) if order is None else _transposed(order[1], order[2])
+        return [[ids[index] for index in group]]
+    iota_form = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if iota_form is None:
         return lists(text, "replica_groups") or [list(range(devices))]
-    rows, length, ids = int(compact[1]), int(compact[2]), _transposed(compact[3], compact[4])
+    rows, length, ids = int(iota_form[1]), int(iota_form[2]), _transposed(iota_form[3], iota_form[4])
     return [ids[row * length : (row + 1) * length] for row in range(rows)]
 
 
 def _transposed(sizes_text: str, axes: str | None) -> list[int]:
-    """All devices in an array of these sizes, whose axes are transposed."""
+    """Return all device ids, laid out in an array of these sizes and transposed."""
     sizes = [int(size) for size in sizes_text.split(",")]
     order = [int(axis) for axis in axes.split(",")] if axes else list(range(len(sizes)))
     steps = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
     ids = [0]
     for axis in order:
-        ids = [first + place * steps[axis] for first in ids for place in range(sizes[axis])]
+        ids = [first + index * steps[axis] for first in ids for index in range(sizes[axis])]
     return ids
 
 
 def _along(mesh: str, axes: str) -> list[int]:
-    """The first group along some axes of a mesh such as `'a'=2,'b'=8`; `'b':(2)4` is a part of an axis: 4 places, of
-    which there are 2 sets, and what is left of the axis lies inside."""
+    """Return the first group along some axes of a mesh such as `'a'=2,'b'=8`.
+
+    An axis may be split: `'b':(2)4` is its middle factor of size 4, with 2 blocks outside and the rest of the axis
+    inside.
+    """
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
-    ids, behind = [0], math.prod(sizes.values())
+    ids, inner = [0], math.prod(sizes.values())
     for name, size in sizes.items():
-        behind //= size
+        inner //= size
         part = re.search(rf"'{re.escape(name)}'(?::\((\d+)\)(\d+))?", axes)
         if part is None:
             continue
-        before, places = (int(part[1]), int(part[2])) if part[1] else (1, size)
-        step = behind * size // (before * places)
-        ids = [first + place * step for first in ids for place in range(places)]
+        outer, count = (int(part[1]), int(part[2])) if part[1] else (1, size)
+        step = inner * size // (outer * count)
+        ids = [first + index * step for first in ids for index in range(count)]
     return ids
 
 
 def axes_of(group: list[int], mesh: dict[str, int], *, permuted: bool = False) -> tuple[str, ...]:
-    """The axes of the mesh along which devices of a group lie; `('part of', …)` where they are not all along them."""
+    """Return the mesh axes that a group spans; `('part of', …)` if the group doesn't span them completely."""
     sizes = list(mesh.values())
     steps = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
-    places = [[device // step % size for step, size in zip(steps, sizes, strict=True)] for device in group]
-    axes = tuple(name for axis, name in enumerate(mesh) if len({place[axis] for place in places}) > 1)
-    whole = math.prod(mesh[name] for name in axes) == len(group)
-    return axes if whole or permuted else ("part of", *axes)
+    positions = [[device // step % size for step, size in zip(steps, sizes, strict=True)] for device in group]
+    axes = tuple(name for axis, name in enumerate(mesh) if len({position[axis] for position in positions}) > 1)
+    complete = math.prod(mesh[name] for name in axes) == len(group)
+    return axes if complete or permuted else ("part of", *axes)

@@ -1,4 +1,4 @@
-"""What accelerators can do, by their makers' figures, and how many of them a name such as `v5e:4x4` or `h100:16` is."""
+"""Accelerators' peak rates from their makers' data sheets, and topologies such as `v5e:4x4` or `h100:16`."""
 
 import math
 import os
@@ -13,31 +13,33 @@ GIB, GB = 2**30, 10**9
 
 @dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One chip (of a TPU) or one GPU. All rates are peaks, of one second."""
+    """A TPU chip or a GPU; all rates are peaks, per second."""
 
     name: str
     kind: Literal["tpu", "gpu"]
     flops: float
-    """in bfloat16, dense"""
+    """FLOPs per second in bfloat16, without sparsity."""
     memory: int
-    """bytes of HBM"""
+    """Bytes of HBM."""
     bandwidth: float
-    """bytes of HBM"""
+    """Bytes per second that HBM transfers."""
     link: float
-    """Bytes that a ring of chips passes on, both directions together: along one axis of a TPU's torus, which is the
-    two links of that axis; of a GPU all of NVLink, one way."""
+    """Bytes per second that a ring of chips transfers, both directions together.
+
+    For a TPU these are the two links along one axis of its torus, for a GPU all of its NVLink in one direction.
+    """
     domain: int | None = None
-    """GPUs that NVLink joins; None for TPUs, all chips of whose slice are joined"""
+    """Number of GPUs that NVLink connects; None for TPUs, whose slices are fully connected."""
     network: float = 50e9
-    """bytes that leave a GPU for those of another domain, by a network adapter of 400 Gbit/s each"""
+    """Bytes per second from a GPU to those of other domains, by default through a 400 Gbit/s adapter for each GPU."""
     price: float | None = None
-    """of a chip for an hour, in dollars; None where none is kept here"""
+    """US dollars per chip and hour; None if unknown."""
     source: str
     price_source: str = ""
     topology: str = ""
-    """what libtpu calls it, if otherwise"""
+    """Name of the chip in libtpu, if it differs from `name`."""
     devices: tuple[str, ...] = ()
-    """parts of the names that JAX's devices of this kind have"""
+    """Substrings of the `device_kind` that JAX reports for these chips."""
 
 
 _DOCS = "docs.cloud.google.com/tpu/docs"
@@ -130,7 +132,7 @@ CHIPS = {
             price=4.92,
             source="NVIDIA H100 SXM data sheet, without sparsity",
             price_source=_BLOCKS,
-            devices=("H100 80GB HBM3",),  # others of that name are slower
+            devices=("H100 80GB HBM3",),  # Other H100 models are slower.
         ),
         Chip(
             name="h200",
@@ -162,11 +164,11 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Topology:
-    """So many chips, joined."""
+    """A number of connected chips."""
 
     chip: Chip
     shape: tuple[int, ...]
-    """of a TPU's torus; of GPUs their number"""
+    """Shape of a TPU's torus, or the number of GPUs."""
 
     @property
     def chips(self) -> int:
@@ -177,43 +179,45 @@ class Topology:
 
     @staticmethod
     def parse(text: str) -> "Topology":
-        """`v5e:4x4`, `v5p:4x4x4`, `h100:16`.
+        """Parse a topology such as `v5e:4x4`, `v5p:4x4x4` or `h100:16`.
 
         Raises:
-          UserError: a chip that is not in the table, or a shape that it does not come in.
+          UserError: the chip is not in the table, or the shape has the wrong number of sizes.
         """
         name, _, shape = text.lower().partition(":")
         chip = next((chip for chip in CHIPS.values() if name in (chip.name, chip.topology or chip.name)), None)
         if chip is None:
-            raise UserError(f"no chip {name!r} is known; known are {', '.join(CHIPS)}, as in v5e:4x4 or h100:8")
+            raise UserError(f"chip {name!r} is not supported. Use one of {', '.join(CHIPS)}, as in v5e:4x4 or h100:8")
         parts = shape.split("x")
-        wanted = {"gpu": 1, "tpu": 2 if chip.name in ("v5e", "v6e") else 3}[chip.kind]
-        if len(parts) != wanted or not all(part.isdecimal() and int(part) > 0 for part in parts):
-            example = {1: "8", 2: "4x4", 3: "4x4x4"}[wanted]
-            raise UserError(f"{text!r} has no shape of {wanted} sizes; write {name}:{example}")
+        dimensions = {"gpu": 1, "tpu": 2 if chip.name in ("v5e", "v6e") else 3}[chip.kind]
+        if len(parts) != dimensions or not all(part.isdecimal() and int(part) > 0 for part in parts):
+            example = {1: "8", 2: "4x4", 3: "4x4x4"}[dimensions]
+            raise UserError(
+                f"{text!r} is not a topology: a {name} has {dimensions} sizes. Use a shape such as {name}:{example}"
+            )
         return Topology(chip, tuple(map(int, parts)))
 
     def devices(self) -> list[Any]:
-        """TPU devices that a program can be compiled for, with no such hardware: descriptions, by libtpu.
+        """Return descriptions of TPU devices from libtpu, for which programs can be compiled without the hardware.
 
         Raises:
           MissingError: libtpu is not installed.
-          UserError: a shape that these chips do not come in.
+          UserError: these chips don't come in this shape.
         """
-        # libtpu asks where it runs, and for the only use of the chips; here there is none.
+        # libtpu queries its host and claims the chips exclusively; here there are none.
         for name, value in _NO_HARDWARE.items():
             os.environ.setdefault(name, value)
         try:
             import libtpu  # noqa: F401
         except ImportError as error:
-            raise MissingError("libtpu is not installed, which compiles for TPUs; pip install libtpu") from error
+            raise MissingError("libtpu, which compiles for TPUs, is not installed. Use pip install libtpu") from error
         from jax.experimental import topologies
 
         name = f"{self.chip.topology or self.chip.name}:{'x'.join(map(str, self.shape))}"
         try:
             return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
         except Exception as error:
-            raise UserError(f"libtpu knows no topology {name}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"libtpu has no topology {name}: {str(error).splitlines()[0]}") from error
 
 
 _NO_HARDWARE = {
@@ -227,14 +231,15 @@ _NO_HARDWARE = {
 
 
 def chip_of(device: Any) -> Chip | None:
-    """The chip that a device of JAX is (a part of), where the table has it."""
+    """Return the chip of a JAX device, or None if it is not in the table."""
     kind = device.device_kind
-    fitting = [(len(part), chip) for chip in CHIPS.values() for part in chip.devices if part in kind]
-    return max(fitting, key=lambda pair: pair[0])[1] if fitting else None
+    # The longest matching name wins: "TPU v5 lite" also contains "TPU v5".
+    matches = [(len(part), chip) for chip in CHIPS.values() for part in chip.devices if part in kind]
+    return max(matches, key=lambda match: match[0])[1] if matches else None
 
 
 def peak_flops(devices: Sequence[Any]) -> float | None:
-    """Peak operations a second, in bfloat16, of devices that run; None where they are not in the table."""
+    """Return the devices' total peak FLOPs per second in bfloat16, or None if one is not in the table."""
     chips = [chip_of(device) for device in devices]
     return (
         None
@@ -244,5 +249,5 @@ def peak_flops(devices: Sequence[Any]) -> float | None:
 
 
 def _share(device: Any) -> int:
-    """How many devices one chip is: two of the chips that JAX sees by their cores."""
+    """Return the number of JAX devices per chip: two where JAX reports a chip's cores."""
     return 2 if device.device_kind in ("TPU7x", "TPU v2", "TPU v3") else 1

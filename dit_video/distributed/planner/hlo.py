@@ -1,8 +1,8 @@
-"""A compiled program's text (HLO), read: what it computes, and what it moves between devices.
+"""Operations, memory traffic and collectives of a compiled program, read from its text (HLO).
 
-XLA's own cost analysis counts the body of a loop once. Here every computation counts as often as it runs: a loop's
-turns are in its `known_trip_count`, or the constant of its condition. Where neither is, as in loops that the data end,
-one turn is counted and `Program.unknown_loops` says how many loops there are of this kind.
+XLA's own cost analysis counts the body of a loop once. Here every computation counts as often as it runs: the trip
+count of a loop is its `known_trip_count`, or the constant of its condition. A loop with neither, whose end depends on
+data, counts once, and `Program.unknown_loops` is the number of such loops.
 """
 
 import math
@@ -28,12 +28,12 @@ _KIND = {"ragged-all-to-all": "all-to-all", "collective-broadcast": "collective-
 
 
 class Shape(NamedTuple):
-    """One array of a program, on one device."""
+    """An array of a program, on one device."""
 
     dtype: str
     sizes: tuple[int, ...]
     near: bool
-    """whether it lies in memory beside the processor (VMEM), not in HBM"""
+    """The array is in the processor's on-chip memory (VMEM), not in HBM."""
 
     @property
     def values(self) -> int:
@@ -46,15 +46,15 @@ class Shape(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """One line of a computation."""
+    """An instruction: one line of a computation."""
 
     name: str
     kind: str
     shapes: tuple[Shape, ...]
-    """of the result, or of the parts of a tuple"""
+    """Shapes of the result, or of the parts of a tuple."""
     operands: tuple[str, ...]
     rest: str
-    """the operands and attributes, as they stand"""
+    """Operands and attributes as text."""
     root: bool
 
 
@@ -63,42 +63,51 @@ Computation = dict[str, Instruction]
 
 @dataclass
 class Moved:
-    """What one kind of collective moves over some axes of the mesh, in one step."""
+    """Traffic of one kind of collective over some mesh axes, in one step."""
 
     kind: str
     axes: tuple[str, ...]
     bytes: float = 0.0
-    """that each device receives, at the least: `(n - 1) / n` of what is gathered, scattered or exchanged among `n`
-    devices, twice that of what is summed and given to all"""
+    """Lower bound on the bytes that each device receives.
+
+    `(n - 1) / n` of what is gathered, scattered or exchanged among `n` devices, and twice that for an all-reduce.
+    """
     times: int = 0
+    """Number of executions in one step."""
 
 
 @dataclass
 class Program:
-    """What one step of a compiled program does on one device."""
+    """Operations of one step of a compiled program, on one device."""
 
     flops: float = 0.0
-    """of matrix products and convolutions, but for those of kernels"""
+    """FLOPs of matrix products and convolutions, without those inside kernels."""
     bytes: float = 0.0
-    """that instructions read from HBM and write to it, as if none found its operands in a cache"""
+    """Bytes that instructions read from HBM and write to it, assuming that no operand is cached."""
     kernels: int = 0
-    """calls of kernels, whose operations the text does not tell"""
+    """Calls of custom kernels, whose FLOPs the text doesn't contain."""
     moved: dict[tuple[str, tuple[str, ...]], Moved] = field(default_factory=dict)
+    """Traffic by kind of collective and mesh axes."""
     kept: float = 0.0
-    """bytes that loops over layers stack up for the backward pass"""
+    """Bytes that loops over layers stack up for the backward pass."""
     unknown_loops: int = 0
+    """Number of loops whose trip count is unknown, each counted once."""
 
     @property
     def sent(self) -> float:
-        """Bytes of all collectives."""
+        """Return the bytes that a device receives from all collectives."""
         return sum((part.bytes for part in self.moved.values()), start=0.0)
 
 
 def read_program(text: str, mesh: dict[str, int], *, turns: int = 1, room: int | None = None) -> Program:
-    """What a compiled program does, from `compiled.as_text()`, for a mesh of these axes and sizes.
+    """Read the operations of a compiled program from `compiled.as_text()`.
 
-    `turns` are those of an outermost loop that the data end, such as a sampler's steps: one that does not say how many
-    it has, or that has as many as there is `room` for, in most of which nothing may be done.
+    Args:
+      text: the program's HLO.
+      mesh: sizes of the mesh's axes by name.
+      outer_trip_count: assumed trip count of an outermost loop whose end depends on data, such as a sampler's steps:
+        one with an unknown trip count, or with `max_outer_trip_count`, most of whose iterations may do nothing.
+      max_outer_trip_count: upper bound of that loop's trip count.
     """
     computations, entry = _computations(text)
     reader = _Reader(computations, mesh, turns, room)
@@ -122,29 +131,29 @@ def _computations(text: str) -> tuple[dict[str, Computation], str | None]:
 
 
 def _instruction(line: str) -> Instruction | None:
-    left, equals, right = line.strip().partition(" = ")
-    if not equals:
+    name, separator, definition = line.strip().partition(" = ")
+    if not separator:
         return None
-    root = left.startswith("ROOT ")
-    end = _closing(right, 0) + 1 if right.startswith("(") else right.find(" ")
-    kind, opening, rest = right[end:].strip().partition("(")
+    root = name.startswith("ROOT ")
+    end = _closing(definition, 0) + 1 if definition.startswith("(") else definition.find(" ")
+    kind, opening, rest = definition[end:].strip().partition("(")
     if end <= 0 or not opening or " " in kind:
         return None
     shapes = tuple(
         Shape(dtype, tuple(int(size) for size in sizes.split(",") if size), "S(1)" in (layout or ""))
-        for dtype, sizes, layout in _ARRAY.findall(right[:end])
+        for dtype, sizes, layout in _ARRAY.findall(definition[:end])
     )
     inner = rest[: _closing("(" + rest, 0) - 1]
-    return Instruction(left.removeprefix("ROOT ").lstrip("%"), kind, shapes, tuple(_NAMES.findall(inner)), rest, root)
+    return Instruction(name.removeprefix("ROOT ").lstrip("%"), kind, shapes, tuple(_NAMES.findall(inner)), rest, root)
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the bracket that opens at `start` closes."""
+    """Return the index of the bracket that closes the one at `start`."""
     depth = 0
-    for place in range(start, len(text)):
-        depth += {"(": 1, ")": -1}.get(text[place], 0)
+    for index in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[index], 0)
         if depth == 0:
-            return place
+            return index
     return len(text) - 1
 
 
@@ -154,30 +163,32 @@ _FREE = frozenset(
         *("while", "conditional", "call", "opt-barrier", "async-start", "async-update", "async-done"),
     }
 )
-"""Instructions that read and write nothing themselves"""
+"""Opcodes that don't access memory themselves."""
 
 
 _SLICES = frozenset({"slice", "slice-start", "dynamic-slice", "gather"})
-"""Instructions that read no more of their first operand than they give"""
+"""Opcodes that read no more of their first operand than they return."""
 
 
 class _Reader:
+    """Accumulates the costs of a program while walking through its computations."""
+
     def __init__(self, computations: dict[str, Computation], mesh: dict[str, int], outermost: int, room: int | None):
         self.computations, self.mesh, self.outermost, self.room = computations, mesh, outermost, room
         self.found = Program()
         self._chains: set[tuple[str, str]] = set()
 
     def walk(self, name: str, times: int, *, inside: bool) -> None:
-        """Count a computation that runs so many times; `inside` a fusion nothing is read from memory or written."""
+        """Count a computation that runs `executions` times; nothing inside a fusion accesses memory."""
         computation = self.computations.get(name, {})
-        for each in computation.values():
-            self._count(each, computation, times, inside)
+        for instruction in computation.values():
+            self._count(instruction, computation, times, inside)
 
     def _count(self, each: Instruction, computation: Computation, times: int, inside: bool) -> None:
         if each.kind == "while":
             self._loop(each, times)
             return
-        if each.kind.endswith(("-done", "-update")):  # of what its start was counted for
+        if each.kind.endswith(("-done", "-update")):  # Counted at its start.
             return
         if each.kind == "dot":
             self.found.flops += times * dot_flops(each, computation)
@@ -189,42 +200,47 @@ class _Reader:
         if not inside and each.kind not in _FREE:
             self.found.bytes += times * self._traffic(each, computation)
         fused = inside or each.kind == "fusion"
-        for kind, called in _CALLED.findall(each.rest):
+        for kind, callee in _CALLED.findall(each.rest):
             if kind != "to_apply" or each.kind == "call":
-                self.walk(called, times, inside=fused)
+                self.walk(callee, times, inside=fused)
         for branches in _BRANCHES.findall(each.rest):
-            for called in re.findall(r"[\w.\-]+", branches):
-                self.walk(called, times, inside=fused)
+            for callee in re.findall(r"[\w.\-]+", branches):
+                self.walk(callee, times, inside=fused)
 
     def _loop(self, each: Instruction, times: int) -> None:
-        called = dict(_CALLED.findall(each.rest))
-        turns = self._turns(each, called.get("condition", ""))
-        if turns is not None and turns == self.room and times == 1:
-            turns = self.outermost
-        if turns is None:
-            turns = self.outermost if times == 1 else 1
-            self.found.unknown_loops += turns == 1
-        body = called.get("body", "")
+        callees = dict(_CALLED.findall(each.rest))
+        trip_count = self._turns(each, callees.get("condition", ""))
+        # A loop with the maximum trip count may end earlier, so the assumed trip count replaces it.
+        if trip_count is not None and trip_count == self.room and times == 1:
+            trip_count = self.outermost
+        if trip_count is None:
+            trip_count = self.outermost if times == 1 else 1
+            self.found.unknown_loops += trip_count == 1
+        body = callees.get("body", "")
+        # Backward loops ("transpose") only consume what the forward loops have stacked up.
         if "transpose(" not in each.rest and times == 1:
-            self.found.kept += _stacked(self.computations, body, turns)
-        self.walk(body, times * turns, inside=False)
+            self.found.kept += _stacked(self.computations, body, trip_count)
+        self.walk(body, times * trip_count, inside=False)
 
     def _turns(self, each: Instruction, condition: str) -> int | None:
         if known := _TRIPS.search(each.rest):
             return int(known[1])
-        test = self.computations.get(condition, {})
-        if any(part.kind == "compare" and "direction=LT" in part.rest for part in self._within(test)):
-            limits = [part for part in self._within(test) if part.kind == "constant" and part.shapes[0].values == 1]
+        # A loop that counts up compares its counter with the largest scalar constant of its condition.
+        instructions = self.computations.get(condition, {})
+        if any(part.kind == "compare" and "direction=LT" in part.rest for part in self._within(instructions)):
+            limits = [
+                part for part in self._within(instructions) if part.kind == "constant" and part.shapes[0].values == 1
+            ]
             numbers = [int(part.rest.split(")")[0]) for part in limits if re.match(r"\d+\)", part.rest)]
             return max(numbers) if numbers else None
         return None
 
     def _within(self, computation: Computation) -> Iterator[Instruction]:
-        for each in computation.values():
-            yield each
-            for kind, called in _CALLED.findall(each.rest):
+        for instruction in computation.values():
+            yield instruction
+            for kind, callee in _CALLED.findall(instruction.rest):
                 if kind == "calls":
-                    yield from self._within(self.computations.get(called, {}))
+                    yield from self._within(self.computations.get(callee, {}))
 
     def _collective(self, each: Instruction, computation: Computation, times: int) -> None:
         kind = each.kind.removesuffix("-start")
@@ -232,58 +248,61 @@ class _Reader:
         if kind not in COLLECTIVES:
             return
         if chain := _CHAIN.search(each.rest):
-            # One collective that is printed in the computations of its start, its middle and its end.
+            # One asynchronous collective is printed in the computations of its start, its middle and its end.
             if (kind, chain[1]) in self._chains:
                 return
             self._chains.add((kind, chain[1]))
         sources = [computation[name] for name in each.operands if name in computation]
-        given = sum(shape.bytes for source in sources for shape in source.shapes)
+        operand_bytes = sum(shape.bytes for source in sources for shape in source.shapes)
         if kind == "collective-permute":
             pairs = lists(each.rest, "source_target_pairs")
             group = next((pair for pair in pairs if pair[0] != pair[1]), [])
-            share = 1.0
+            remote_share = 1.0
         else:
             groups = replica_groups(each.rest, math.prod(self.mesh.values()))
             group = groups[0] if groups else []
-            share = (len(group) - 1) / max(1, len(group))
+            remote_share = (len(group) - 1) / max(1, len(group))
         if len(group) < 2:
             return
         if kind == "all-reduce" and self._scatters(each, computation):
             kind = "reduce-scatter"
-        amount = {"all-gather": given * len(group), "all-reduce": 2 * given}.get(kind, given) * share
+        received = {"all-gather": operand_bytes * len(group), "all-reduce": 2 * operand_bytes}.get(
+            kind, operand_bytes
+        ) * remote_share
         axes = axes_of(group, self.mesh, permuted=kind == "collective-permute")
-        part = self.found.moved.setdefault((kind, axes), Moved(kind, axes))
-        part.bytes += times * amount
-        part.times += times
+        traffic = self.found.moved.setdefault((kind, axes), Moved(kind, axes))
+        traffic.bytes += times * received
+        traffic.times += times
 
     def _scatters(self, each: Instruction, computation: Computation) -> bool:
-        """Whether an all-reduce stands for a reduce-scatter: a fusion in which only slices of its results are taken."""
+        """Return True if only slices of an all-reduce are used: a compiler pass turns it into a reduce-scatter."""
         users = list(_users(each.name, computation))
         return bool(users) and not each.root and all(user.kind == "dynamic-slice" for user in users)
 
     def _traffic(self, each: Instruction, computation: Computation) -> int:
-        """Bytes that an instruction reads and writes."""
-        inner = dict(_CALLED.findall(each.rest)).get("calls") if each.kind == "fusion" else None
-        fused = self.computations.get(inner, {}) if inner else {}
+        """Return the bytes that an instruction reads and writes."""
+        callee = dict(_CALLED.findall(each.rest)).get("calls") if each.kind == "fusion" else None
+        fused = self.computations.get(callee, {}) if callee else {}
         return sum(self._read(each, fused, computation)) + self._written(each, fused, computation)
 
     def _read(self, each: Instruction, fused: Computation, computation: Computation) -> Iterator[int]:
         parameters = {part.rest.split(")")[0]: part.name for part in fused.values() if part.kind == "parameter"}
-        for place, name in enumerate(each.operands):
+        for number, name in enumerate(each.operands):
             source = computation.get(name)
             if source is None or len(source.shapes) != 1 or source.shapes[0].near:
                 continue
             if each.kind in _SLICES:
-                yield sum(shape.bytes for shape in _made(each)) if place == 0 else 0
+                yield sum(shape.bytes for shape in _made(each)) if number == 0 else 0
                 continue
-            if each.kind == "dynamic-update-slice" and place == 0:
+            if each.kind == "dynamic-update-slice" and number == 0:
                 continue
-            inner = parameters.get(str(place))
-            users = [part for part in fused.values() if inner is not None and inner in part.operands]
-            sliced = [part for part in users if part.kind in _SLICES and part.operands[0] == inner]
-            updated = [part for part in users if part.kind == "dynamic-update-slice" and part.operands[0] == inner]
-            if users and len(sliced) + len(updated) == len(users):
-                yield sum(part.shapes[0].bytes for part in sliced)
+            parameter = parameters.get(str(number))
+            users = [part for part in fused.values() if parameter is not None and parameter in part.operands]
+            slices = [part for part in users if part.kind in _SLICES and part.operands[0] == parameter]
+            updates = [part for part in users if part.kind == "dynamic-update-slice" and part.operands[0] == parameter]
+            # A fusion that only slices an operand, or updates it in place, doesn't read the rest of it.
+            if users and len(slices) + len(updates) == len(users):
+                yield sum(part.shapes[0].bytes for part in slices)
             else:
                 yield source.shapes[0].bytes
 
@@ -297,38 +316,42 @@ class _Reader:
 
 
 def _made(each: Instruction) -> tuple[Shape, ...]:
-    """The arrays that an instruction makes. What starts names those that it reads, too: a copy last, others first."""
-    if each.kind == "copy-start":
+    """Return the shapes of an instruction's results; asynchronous starts list those of their operands, too."""
+    if each.kind == "copy-start":  # (destination, source, context); the others list their operands first
         return each.shapes[:1]
     if each.kind in ("slice-start", "all-gather-start", "collective-permute-start"):
-        given = len(each.operands)
-        return each.shapes[given : 2 * given]
+        operands = len(each.operands)
+        return each.shapes[operands : 2 * operands]
     return each.shapes
 
 
 def _users(name: str, computation: Computation) -> Iterator[Instruction]:
-    """What reads an instruction's result, or a part of it."""
-    for other in computation.values():
-        if name not in other.operands:
+    """Yield the instructions that read an instruction's result, or a part of it."""
+    for user in computation.values():
+        if name not in user.operands:
             continue
-        if other.kind == "get-tuple-element":
-            yield from _users(other.name, computation)
+        if user.kind == "get-tuple-element":
+            yield from _users(user.name, computation)
         else:
-            yield other
+            yield user
 
 
 def _stacked(computations: dict[str, Computation], body: str, turns: int) -> float:
-    """Bytes of what a loop writes turn by turn into an array of so many."""
+    """Return the bytes of the arrays into which a loop writes one slice per iteration."""
     computation = computations.get(body, {})
-    root = next((each for each in computation.values() if each.root), None)
+    root = next((instruction for instruction in computation.values() if instruction.root), None)
     total = 0.0
     for name in root.operands if root is not None else ():
-        each = computation.get(name)
-        while each is not None and each.kind in ("bitcast", "copy", "get-tuple-element") and each.operands:
-            each = computation.get(each.operands[0])
-        if each is None or not each.shapes or each.shapes[0].sizes[:1] != (turns,) or turns < 2:
+        instruction = computation.get(name)
+        while (
+            instruction is not None
+            and instruction.kind in ("bitcast", "copy", "get-tuple-element")
+            and instruction.operands
+        ):
+            instruction = computation.get(instruction.operands[0])
+        if instruction is None or not instruction.shapes or instruction.shapes[0].sizes[:1] != (turns,) or turns < 2:
             continue
-        inner = computations.get(dict(_CALLED.findall(each.rest)).get("calls", ""), {"": each})
+        inner = computations.get(dict(_CALLED.findall(instruction.rest)).get("calls", ""), {"": instruction})
         if any(part.kind == "dynamic-update-slice" for part in inner.values()):
-            total += sum(shape.bytes for shape in each.shapes)
+            total += sum(shape.bytes for shape in instruction.shapes)
     return total

@@ -1,4 +1,4 @@
-"""Operations of the matrix products and convolutions of a program's text, from its instructions (`hlo.Instruction`)."""
+"""FLOPs of the matrix products and convolutions in a program's text, from its instructions (`hlo.Instruction`)."""
 
 import functools
 import math
@@ -7,6 +7,7 @@ from typing import Any
 
 
 def dot_flops(each: Any, computation: Any) -> float:
+    """Return the FLOPs of a `dot` instruction, 0 if its operands are unknown."""
     left = computation.get(each.operands[0])
     contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", each.rest)
     if left is None or contracted is None:
@@ -16,7 +17,10 @@ def dot_flops(each: Any, computation: Any) -> float:
 
 
 def convolution_flops(each: Any, computation: Any) -> float:
-    """TPU programs have matrix products in this form, those of a batch with the batch as a dilated window."""
+    """Return the FLOPs of a `convolution` instruction, 0 if its operands are unknown.
+
+    TPU programs express matrix products as convolutions, batched ones with the batch as a dilated window.
+    """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", each.rest)
     left, right = (computation.get(name) for name in each.operands[:2])
     if labels is None or left is None or right is None:
@@ -25,17 +29,17 @@ def convolution_flops(each: Any, computation: Any) -> float:
     options = dict(part.split("=") for part in window[1].split()) if window else {}
     spatial = sorted(label for label in labels[1] if label.isdigit())
 
-    def option(name: str, place: int, default: str) -> str:
-        return options[name].split("x")[place] if name in options else default
+    def option(name: str, axis: int, default: str) -> str:
+        return options[name].split("x")[axis] if name in options else default
 
     taps = 1
-    for place, label in enumerate(spatial):
-        low = int(option("pad", place, "0_0").split("_")[0])
+    for axis, label in enumerate(spatial):
+        low = int(option("pad", axis, "0_0").split("_")[0])
         taps *= _taps(
             left.shapes[0].sizes[labels[1].index(label)],
             right.shapes[0].sizes[labels[2].index(label)],
             each.shapes[0].sizes[labels[3].index(label)],
-            (low, *(int(option(name, place, "1")) for name in ("stride", "lhs_dilate", "rhs_dilate"))),
+            (low, *(int(option(name, axis, "1")) for name in ("stride", "lhs_dilate", "rhs_dilate"))),
         )
     groups = re.search(r"batch_group_count=(\d+)", each.rest)
     batch = each.shapes[0].sizes[labels[3].index("b")]
@@ -46,15 +50,18 @@ def convolution_flops(each: Any, computation: Any) -> float:
 
 @functools.lru_cache(maxsize=4096)
 def _taps(given: int, kernel: int, made: int, window: tuple[int, int, int, int]) -> int:
-    """How many products one spatial axis has: pairs of an output and a weight that meet an input, and no padding."""
-    low, stride, dilated, spread = window
-    last = (given - 1) * dilated
+    """Return the number of products along one spatial axis: pairs of output and weight that read no padding."""
+    padding, stride, input_dilation, weight_dilation = window
+    last = (given - 1) * input_dilation
     total = 0
     for weight in range(kernel):
-        first = weight * spread - low
-        if dilated == 1:  # all outputs from the first to the last inside
+        first = weight * weight_dilation - padding
+        if input_dilation == 1:  # The outputs that read an input are contiguous.
             begin, end = max(0, math.ceil(-first / stride)), min(made - 1, (last - first) // stride)
             total += max(0, end - begin + 1)
         else:
-            total += sum(0 <= (at := output * stride + first) <= last and at % dilated == 0 for output in range(made))
+            total += sum(
+                0 <= (index := output * stride + first) <= last and index % input_dilation == 0
+                for output in range(made)
+            )
     return total

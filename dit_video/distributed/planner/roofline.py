@@ -1,4 +1,4 @@
-"""How long a step takes at the least, by what the hardware can do (roofline, doi:10.1145/1498765.1498785)."""
+"""Lower bounds on the time of a step from the hardware's peak rates (roofline, doi:10.1145/1498765.1498785)."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -9,18 +9,18 @@ from dit_video.distributed.planner.hlo import Moved
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a step does on one device."""
+    """Operations, memory traffic and collectives of a step on one device."""
 
     flops: float
-    """executed"""
+    """FLOPs that are executed, including recomputation."""
     bytes: float
-    """read from its memory and written to it"""
+    """Bytes read from and written to the device's memory."""
     moved: tuple[Moved, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Times:
-    """Seconds of a step."""
+    """Seconds that a step spends on computing, on memory traffic and on collectives."""
 
     compute: float
     memory: float
@@ -28,20 +28,20 @@ class Times:
 
     @property
     def overlapped(self) -> float:
-        """If all goes on at once: no step is faster."""
+        """Return the seconds of a step if everything overlaps: a lower bound."""
         return max(self.compute, self.memory, self.collectives)
 
     @property
     def apart(self) -> float:
-        """If devices wait for collectives while they compute nothing."""
+        """Return the seconds of a step if devices compute nothing while they communicate."""
         return max(self.compute, self.memory) + self.collectives
 
 
 def step_times(work: Work, topology: Topology, mesh: Mapping[str, int], *, devices_per_chip: int = 1) -> Times:
-    """The times of a step on each device of a topology.
+    """Return the times of a step on each device of a topology.
 
-    Collectives of different axes follow each other, each on the links of one axis of a torus, whichever it is. Of GPUs
-    those that stay inside a domain take NVLink, others the network.
+    Collectives run one after the other, each on the links of one torus axis. Collectives of GPUs use NVLink if they
+    stay inside its domain, else the network.
     """
     chip = topology.chip
     return Times(
@@ -54,16 +54,15 @@ def step_times(work: Work, topology: Topology, mesh: Mapping[str, int], *, devic
 
 
 def link_of(topology: Topology, mesh: Mapping[str, int], axes: Iterable[str]) -> float:
-    """Bytes a second that a chip gets from the others along these axes of the mesh.
+    """Return the bytes per second that a chip receives from the others along some axes of the mesh.
 
-    Axes that lie further in have their devices side by side: a group reaches as far as its outermost axis and all
-    axes inside that.
+    Devices of inner axes are adjacent, so that a group extends over its outermost axis and all axes inside it.
     """
     chip, names = topology.chip, list(mesh)
     if chip.domain is None:
         return chip.link
     outermost = min((names.index(name) for name in axes if name in mesh), default=0)
-    reach = 1
+    extent = 1
     for name in names[outermost:]:
-        reach *= mesh[name]
-    return chip.link if reach <= chip.domain else min(chip.link, chip.network)
+        extent *= mesh[name]
+    return chip.link if extent <= chip.domain else min(chip.link, chip.network)

@@ -1,4 +1,4 @@
-"""How close a reconstruction is to its original: PSNR and SSIM, one value a clip."""
+"""Distortion of a reconstruction: PSNR and SSIM, one value per clip."""
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -11,7 +11,7 @@ K1, K2 = 0.01, 0.03
 
 
 def psnr(original: UInt8[np.ndarray, "T H W 3"], other: UInt8[np.ndarray, "..."]) -> float:
-    """Peak signal-to-noise ratio in dB: `10 log10(255^2 / MSE)`, the MSE being over the whole clip; inf if equal.
+    """Return the peak signal-to-noise ratio in dB: `10 log10(255^2 / MSE)`, MSE over the whole clip; inf if equal.
 
     Raises:
       UserError: the shapes differ.
@@ -22,9 +22,9 @@ def psnr(original: UInt8[np.ndarray, "T H W 3"], other: UInt8[np.ndarray, "..."]
 
 
 def ssim(original: UInt8[np.ndarray, "T H W 3"], other: UInt8[np.ndarray, "..."]) -> float:
-    """Structural similarity (Wang et al. 2004, eq. 13), at most 1: a Gaussian window of 11x11 with sigma 1.5.
+    """Return the structural similarity (Wang et al. 2004, eq. 13), at most 1, with an 11x11 Gaussian window, sigma 1.5.
 
-    The mean over all places where the window lies inside the frame, over the R, G and B planes and the frames.
+    The mean is over all positions at which the window lies inside the frame, the R, G and B planes, and the frames.
 
     Raises:
       UserError: the shapes differ, or the frames are smaller than the window.
@@ -32,7 +32,9 @@ def ssim(original: UInt8[np.ndarray, "T H W 3"], other: UInt8[np.ndarray, "..."]
     _check_alike(original, other)
     height, width = original.shape[1:3]
     if min(height, width) < WINDOW:
-        raise UserError(f"SSIM needs frames of at least {WINDOW}x{WINDOW} pixels, {height}x{width} was given; use PSNR")
+        raise UserError(
+            f"SSIM needs frames of at least {WINDOW}x{WINDOW} pixels, these have {height}x{width}; use PSNR"
+        )
     return float(np.mean([_ssim_of_frame(a, b) for a, b in zip(original, other, strict=True)]))
 
 
@@ -49,7 +51,7 @@ def _ssim_of_frame(a: UInt8[np.ndarray, "H W 3"], b: UInt8[np.ndarray, "H W 3"])
 
 
 def _window_mean(plane: Float[np.ndarray, "H W 3"]) -> Float[np.ndarray, "h w 3"]:
-    """The Gaussian mean around every place where the window fits."""
+    """Return the Gaussian mean around every position at which the window fits."""
     offsets = np.arange(WINDOW) - WINDOW // 2
     weights = np.exp(-(offsets**2) / (2 * SIGMA**2))
     weights /= weights.sum(axis=0)
@@ -64,6 +66,6 @@ def _window_mean(plane: Float[np.ndarray, "H W 3"]) -> Float[np.ndarray, "h w 3"
 def _check_alike(original: UInt8[np.ndarray, "..."], other: UInt8[np.ndarray, "..."]) -> None:
     if original.shape != other.shape:
         raise UserError(
-            f"only clips of one shape can be compared, {list(original.shape)} and {list(other.shape)} were given; "
-            "resize one of them or cut it"
+            f"clips of shapes {list(original.shape)} and {list(other.shape)} cannot be compared; "
+            "resize or cut one of them to the other's shape"
         )

@@ -1,12 +1,13 @@
-"""Pipelines of images by class, DiT and SiT: the folders that diffusers writes (`DiTPipeline`), or the authors' models.
+"""Class-conditional image pipelines, DiT and SiT, from diffusers' folders (`DiTPipeline`) or the authors' weights.
 
-A class takes the place of a prompt, by its name or its number, and no class that of the empty one:
-`pipeline.generate(207)`, or `generate_many([Request("golden retriever", pipeline.config.size), ...])`.
+A class, by its name or number, takes the place of the prompt; the empty prompt is no class: `pipeline.generate(207)`,
+or `generate_many([Request("golden retriever", pipeline.config.size), ...])`.
 
-As diffusers' pipeline has it, guidance is of all latent channels and 4 by default, and the learned variance is the
-conditional branch's. Its schedulers never see that variance. Here it is left out with a DDPM scheduler of a fixed one
-alone: `sampler="ddpm"` of others, and `learned_range`, which diffusers' pipeline fails on, draw with it. What comes
-without a scheduler, as from the authors, is sampled by DDPM with 250 of its 1000 steps (DiT), or along its flow (SiT).
+As in diffusers' pipeline, guidance acts on all latent channels and is 4 by default, and the learned variance is the
+conditional branch's. Diffusers' schedulers never read that variance. Here it is dropped only with a DDPM scheduler of
+fixed variance; `sampler="ddpm"` with any other scheduler, and `learned_range`, which fails in diffusers' pipeline, draw
+with it. A model without a scheduler, such as the authors', is sampled by DDPM with 250 of its 1000 steps (DiT), or
+along its flow (SiT).
 """
 
 import os
@@ -50,23 +51,23 @@ _STEPS, _AUTHORS_STEPS, _GUIDANCE, _BATCH = 50, 250, 4.0, 8
 
 
 def load_class_pipeline(folder: str | os.PathLike, *, dtype: Dtype = "float32", place: Place | None = None) -> Pipeline:
-    """A pipeline of images by class; its solver and steps are those of its scheduler.
+    """Load a class-conditional image pipeline; its solver and number of steps are those of its scheduler.
 
     Args:
-      folder: holds `transformer` and `vae`, and of diffusers' also `scheduler` and `model_index.json`, whose names of
-        the classes are read. `transformer` holds a model of diffusers, or one of its authors with a `config.json` of
-        its class's arguments, or one file of its authors alone, named as they named it.
-      dtype: of the denoiser's matrix products and the weights that enter them.
-      place: where a parameter is kept, by its path, `dit/…` or `autoencoder/…`; by default on the device.
+      folder: holds `transformer` and `vae`; a folder of diffusers also holds `scheduler` and `model_index.json`, which
+        names the classes. `transformer` holds a model of diffusers, an authors' model with the arguments of its class
+        in a `config.json`, or a single file of the authors under its original name.
+      dtype: dtype of the denoiser's matrix products and of their weights.
+      place: places a parameter, given its path `dit/…` or `autoencoder/…`; on the default device if None.
 
     Raises:
-      MissingError: no such folder, or parts that it lacks, all named.
-      UserError: a model that isn't of classes, settings that aren't known here, or weights that do not fit.
+      MissingError: the folder does not exist, or lacks parts, all of which are named.
+      UserError: a model that is not class-conditional, unsupported settings, or weights that do not fit.
     """
     folder = Path(folder)
     index = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
-    wanted = (*_PARTS, "scheduler") if index else _PARTS
-    if missing := [part for part in wanted if not (folder / part).is_dir()]:
+    required = (*_PARTS, "scheduler") if index else _PARTS
+    if missing := [part for part in required if not (folder / part).is_dir()]:
         raise MissingError(f"{folder} lacks the folders {', '.join(missing)}; copy or download them too")
     put = place or on_device
     dit, params = load_denoiser(
@@ -76,7 +77,7 @@ def load_class_pipeline(folder: str | os.PathLike, *, dtype: Dtype = "float32", 
     )
     position = dit.added_position if isinstance(dit, DitConfig) else None
     if not isinstance(dit, DitConfig) or dit.labels is None or not isinstance(position, ImageSineCosine):
-        raise UserError(f"{folder / 'transformer'} holds no DiT of classes, which a pipeline of {CLASS} has")
+        raise UserError(f"{folder / 'transformer'} holds no class-conditional DiT, which a {CLASS} needs")
     autoencoder, autoencoder_params = load_autoencoder(folder / "vae")
     if autoencoder.channels != dit.channels:
         raise UserError(f"{folder}: the transformer has {dit.channels} channels, the vae {autoencoder.channels}")
@@ -106,7 +107,7 @@ def load_class_pipeline(folder: str | os.PathLike, *, dtype: Dtype = "float32", 
 
 
 def holds_classes(folder: Path) -> bool:
-    """Whether a folder is one of such a pipeline: of diffusers, or a `transformer` beside a `vae`."""
+    """Return True for a class-conditional pipeline: one of diffusers, or a `transformer` next to a `vae`."""
     if (folder / INDEX).is_file():
         index = read_json(folder / INDEX)
         return isinstance(index, dict) and index.get("_class_name") == CLASS
@@ -114,13 +115,13 @@ def holds_classes(folder: Path) -> bool:
 
 
 def _denoiser(folder: Path) -> Path:
-    """The model's folder, or its one file, where that is all there is."""
+    """Return the model's folder, or the file in it where that is all there is."""
     files = sorted(folder.glob("*.safetensors"))
     return files[0] if len(files) == 1 and not (folder / "config.json").is_file() else folder
 
 
 def _of_its_authors(dit: DitConfig) -> Schedule:
-    """The sampling of a model that comes without a scheduler."""
+    """Return the sampling schedule of a model that comes without a scheduler."""
     if dit.time_embedding.reversed:
         return Schedule(Heun(), RectifiedFlow(), Even(), Velocity())
     prediction: Prediction = LearnedVariance() if dit.variance == "predicted" else Epsilon()
@@ -128,12 +129,12 @@ def _of_its_authors(dit: DitConfig) -> Schedule:
 
 
 def _predicted(folder: Path, dit: DitConfig, schedule: Schedule) -> tuple[DitConfig, Prediction]:
-    """The model as the schedule wants it: told its steps, and with its variance or without."""
+    """Return the model with the schedule's number of steps, with or without its variance, and its prediction type."""
     flow = isinstance(schedule.process, RectifiedFlow)
     if flow != dit.time_embedding.reversed:
         raise UserError(
             f"{folder}: the transformer predicts {'noise' if flow else 'a velocity'}, the scheduler is of a "
-            f"{type(schedule.process).__name__}; they are not of one model"
+            f"{type(schedule.process).__name__}; use the scheduler that the model was trained with"
         )
     prediction = schedule.prediction
     learned = isinstance(prediction, LearnedVariance)
@@ -150,5 +151,5 @@ def _predicted(folder: Path, dit: DitConfig, schedule: Schedule) -> tuple[DitCon
 
 
 def _names(given: Mapping[str, Any] | None, classes: int) -> tuple[str, ...]:
-    """Of all classes in order, those without one being called by their number."""
+    """Return the names of all classes, in order; the number where a class has none."""
     return tuple(str((given or {}).get(str(number), number)) for number in range(classes)) if given else ()

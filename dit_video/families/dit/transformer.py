@@ -1,14 +1,14 @@
-"""Image transformers of classes: DiT (arXiv 2212.09748) and SiT (arXiv 2401.08740).
+"""Class-conditional image transformers: DiT (arXiv 2212.09748) and SiT (arXiv 2401.08740).
 
-Layouts are diffusers' `DiTTransformer2DModel`, and the authors' state dict, which is the same for both, with a
-`config.json` of the arguments of their class beside it, or alone under the name that they gave it.
+The layouts are diffusers' `DiTTransformer2DModel` and the authors' state dict, which is the same for both models; the
+latter has a `config.json` with the arguments of the model class, or is a single file with the authors' name.
 
-DiT predicts noise, at `1000 * time` whole steps of its schedule, and a variance. SiT predicts a velocity from noise at
-0 to data at 1, so that time and velocity are reversed here; the variance that it computes is left out.
+DiT predicts noise, at `1000 * time` rounded to whole steps of its schedule, and a variance. SiT predicts a velocity
+from noise at 0 to data at 1, so that time and velocity are reversed here; the variance that it computes is dropped.
 
-diffusers computes DiT a little otherwise than its authors: the slowest sine of the time is slower by a factor of
-`10000 ** (1 / 127)`, and the norm before the MLP has an eps of its own. Each layout is computed as its own project
-does; converting moves the weights alone, as diffusers' own conversion did.
+diffusers computes DiT slightly differently from its authors: the lowest frequency of the time embedding is lower by a
+factor of `10000 ** (1 / 127)`, and the norm before the MLP has its own eps. Each layout is computed as its own project
+does; conversion only moves the weights, as diffusers' own conversion did.
 """
 
 import math
@@ -38,7 +38,7 @@ Layout = Literal["diffusers", "authors"]
 
 _PERIOD = 10_000.0
 _DIFFUSERS_PERIOD = _PERIOD ** (128 / 127)
-"""its frequencies end at the period, those of others one step before it"""
+"""Period of diffusers' time embedding, whose frequencies end at the period; the authors' end one step before it."""
 _DEFAULTS: dict[str, Any] = {
     "num_attention_heads": 16,
     "attention_head_dim": 72,
@@ -68,7 +68,7 @@ _OLDER: dict[str, Any] = {
     "interpolation_scale": None,
     "use_additional_conditions": None,
 }
-"""of `Transformer2DModel`, which the published folders' files still name"""
+"""Settings of `Transformer2DModel`, the class that the published folders' files still name."""
 _OLDER_DEFAULTS = {
     "norm_type": "layer_norm",
     "attention_bias": False,
@@ -113,7 +113,7 @@ _SHARED = (
     ("time_in", "t_embedder.mlp.0", "timestep_embedder.linear_1"),
     ("time_out", "t_embedder.mlp.2", "timestep_embedder.linear_2"),
 )
-"""of which diffusers has a copy in every block"""
+"""Layers of the time embedding, which diffusers repeats in every block."""
 
 
 def load(
@@ -124,13 +124,9 @@ def load(
     kernels: Any = None,
     place: Place = on_host,
 ) -> tuple[DitConfig, dict[str, Any]]:
-    """The config and parameters of a folder in either layout, whose config file is `document`.
+    """Read the config and parameters of a folder in either layout, whose config file is `document`.
 
-    `dtype`, `kernels` and `place` are as for `load_denoiser`.
-
-    Raises:
-      MissingError: files that it lacks.
-      UserError: a setting that isn't known here, or weights that do not fit.
+    `dtype`, `kernel_dtype`, `place` and the errors are as for `load_denoiser`.
     """
     config = config_of(folder, document)
     authors = document.get("_class_name") in AUTHORS_CLASSES
@@ -145,13 +141,13 @@ def load_file(
     kernels: Any = None,
     place: Place = on_host,
 ) -> tuple[DitConfig, dict[str, Any]]:
-    """The same of the authors' checkpoint as one safetensors file, such as `SiT-XL-2-256.safetensors`.
+    """Read the config and parameters of the authors' single-file checkpoint, such as `SiT-XL-2-256.safetensors`.
 
-    What a file does not tell its name does: whether it is a DiT or a SiT, and how many heads it has.
+    The name of the file decides what its tensors don't show: the model, DiT or SiT, and its number of heads.
 
     Raises:
-      MissingError: no such file.
-      UserError: another name, a pickled or corrupt file, or weights that do not fit.
+      MissingError: the file does not exist.
+      UserError: the name has another form, the file is pickled or corrupt, or the weights do not fit.
     """
     with open_file(path) as tensors:
         config = config_of(path, file_document(path, tensors))
@@ -159,15 +155,15 @@ def load_file(
 
 
 def open_file(path: Path) -> TensorFolder:
-    """The tensors of one file.
+    """Open the tensors of one file.
 
     Raises:
-      MissingError: no such file.
-      UserError: a pickled or corrupt file.
+      MissingError: the file does not exist.
+      UserError: the file is pickled or corrupt.
     """
     refuse(path)
     if path.suffix != ".safetensors":
-        raise UserError(f"{path} is no .safetensors file, nor the folder of a model; give either")
+        raise UserError(f"{path} is neither a .safetensors file nor the folder of a model. Use one of them")
     return TensorFolder(path.parent, stem=path.stem)
 
 
@@ -179,10 +175,10 @@ def save(
     layout: Layout = "diffusers",
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """The inverse of `load`; tensors are written in the dtype that they have.
+    """Write a config and parameters as a folder, with tensors in their own dtypes; the inverse of `load`.
 
     Raises:
-      UserError: a config that the layout can't express.
+      UserError: the layout can't express the config.
     """
     document, shapes = document_of(config, layout), param_shapes(config.make)
     names = file_map(config, layout)
@@ -191,7 +187,7 @@ def save(
 
 
 def file_map(config: DitConfig, layout: Layout) -> FileMap:
-    """Where a layout keeps each parameter."""
+    """Return the file map of a layout."""
     column = 1 if layout == "authors" else 2
     authors = layout == "authors"
     block = "blocks.{}" if authors else "transformer_blocks.{}"
@@ -208,52 +204,60 @@ def file_map(config: DitConfig, layout: Layout) -> FileMap:
     for row in _ONCE:
         add(row[0], row[column])
     embed = "x_embedder.proj" if authors else "pos_embed.proj"
-    cut = (("h", config.patch.h), ("w", config.patch.w))
-    parts["embed/kernel"] = (Foreign(f"{embed}.weight", "o c h w -> (h w c) o", cut),)
+    patch_sizes = (("h", config.patch.h), ("w", config.patch.w))
+    parts["embed/kernel"] = (Foreign(f"{embed}.weight", "o c h w -> (h w c) o", patch_sizes),)
     parts["embed/bias"] = (Foreign(f"{embed}.bias"),)
     if authors:
         for row in _SHARED:
             add(row[0], row[1])
         parts["labels"] = (Foreign("y_embedder.embedding_table.weight"),)
         return FileMap(parts, fixed={"pos_embed": Fixed(_table(config), "embed/kernel")})
-    emb = "transformer_blocks.{}.norm1.emb"
+    embedder = "transformer_blocks.{}.norm1.emb"
     for row in _SHARED:
-        add(row[0], f"{emb.format(0)}.{row[2]}")
-    parts["labels"] = (Foreign(f"{emb.format(0)}.class_embedder.embedding_table.weight"),)
+        add(row[0], f"{embedder.format(0)}.{row[2]}")
+    parts["labels"] = (Foreign(f"{embedder.format(0)}.class_embedder.embedding_table.weight"),)
     return FileMap(parts, copies=_copies(parts, config.layers))
 
 
 def config_of(path: Path, document: dict[str, Any]) -> DitConfig:
-    """The config of either layout's settings; `path` is that of the folder, or of the authors' file.
+    """Return the config for the settings of either layout; `path` is that of the folder, or of the authors' file.
 
     Raises:
-      UserError: a setting that isn't known here.
+      UserError: a setting is not supported.
     """
     kind = document["_class_name"]
     if kind not in AUTHORS_CLASSES:
-        given = diffusers.settings(
+        settings = diffusers.settings(
             path, document, _DEFAULTS | _OLDER | (_OLDER_DEFAULTS if kind == OLDER_CLASS else {})
         )
-        diffusers.check_fixed(path, given, _FIXED | _OLDER)
-        width, heads = given["num_attention_heads"] * given["attention_head_dim"], given["num_attention_heads"]
-        size, layers, classes = given["sample_size"], given["num_layers"], given["num_embeds_ada_norm"]
-        channels, ratio, eps, period = given["in_channels"], 4.0, given["norm_eps"], _DIFFUSERS_PERIOD
+        diffusers.check_fixed(path, settings, _FIXED | _OLDER)
+        width, heads = settings["num_attention_heads"] * settings["attention_head_dim"], settings["num_attention_heads"]
+        size, layers, classes = settings["sample_size"], settings["num_layers"], settings["num_embeds_ada_norm"]
+        channels, ratio, eps, period = settings["in_channels"], 4.0, settings["norm_eps"], _DIFFUSERS_PERIOD
         variance: Literal["none", "predicted", "dropped"] = "predicted"
-        if (given["out_channels"] or channels) == channels:
+        if (settings["out_channels"] or channels) == channels:
             variance = "none"
         else:
-            diffusers.check_fixed(path, given, {"out_channels": 2 * channels})
+            diffusers.check_fixed(path, settings, {"out_channels": 2 * channels})
     else:
-        given = diffusers.settings(path, document, _AUTHORS_DEFAULTS)
-        if not given["class_dropout_prob"] > 0:
-            raise UserError(f"{path}: without class_dropout_prob it has no vector for no class, which is needed here")
-        width, heads, size, layers = given["hidden_size"], given["num_heads"], given["input_size"], given["depth"]
-        classes, channels, ratio = given["num_classes"], given["in_channels"], given["mlp_ratio"]
+        settings = diffusers.settings(path, document, _AUTHORS_DEFAULTS)
+        if not settings["class_dropout_prob"] > 0:
+            raise UserError(
+                f"{path}: class_dropout_prob={settings['class_dropout_prob']} is not supported, "
+                "as the model then lacks an embedding for no class"
+            )
+        width, heads, size, layers = (
+            settings["hidden_size"],
+            settings["num_heads"],
+            settings["input_size"],
+            settings["depth"],
+        )
+        classes, channels, ratio = settings["num_classes"], settings["in_channels"], settings["mlp_ratio"]
         eps, period = 1e-6, _PERIOD
-        variance = "none" if not given["learn_sigma"] else "dropped" if kind == "SiT" else "predicted"
-    patch = given["patch_size"]
+        variance = "none" if not settings["learn_sigma"] else "dropped" if kind == "SiT" else "predicted"
+    patch = settings["patch_size"]
     if size % patch:
-        raise UserError(f"{path}: images of {size}x{size} latents are not divisible by the patch {patch}")
+        raise UserError(f"{path}: {size}x{size} latents are not divisible by the patch size {patch}")
     velocity = kind == "SiT"
     return DitConfig(
         channels=channels,
@@ -276,19 +280,19 @@ def config_of(path: Path, document: dict[str, Any]) -> DitConfig:
 
 
 def document_of(config: DitConfig, layout: Layout) -> dict[str, Any]:
-    """The settings of a config, the inverse of `config_of`.
+    """Return the settings of a config; the inverse of `parse_config`.
 
     Raises:
-      UserError: a config that the layout can't express.
+      UserError: the layout can't express the config.
     """
     velocity = config.time_embedding.reversed
     kind = CLASS if layout == "diffusers" else "SiT" if velocity else "DiT"
     if layout == "diffusers" and velocity:
-        raise UserError(f"{CLASS} predicts noise, a SiT can't be written in its layout; use the authors'")
+        raise UserError(f"{CLASS} predicts noise, so a SiT can't be written in its layout. Use the authors' layout")
     position, labels, patch = config.added_position, config.labels, config.patch
     if not isinstance(position, ImageSineCosine) or labels is None:
         raise UserError(
-            f"{kind} has classes and sine-cosine positions of images; a config without can't be written as one"
+            f"{kind} has class labels and sine-cosine image positions. Without them a config can't be written as one"
         )
     size = position.side * patch.h
     document: dict[str, Any]
@@ -317,32 +321,33 @@ def document_of(config: DitConfig, layout: Layout) -> dict[str, Any]:
             "norm_eps": config.mlp_norm_eps if config.time_embedding.period == _DIFFUSERS_PERIOD else 1e-5,
         }
     document = {"_class_name": kind, **document}
-    kept = _kept(config_of(Path(kind), document))
-    if different := [name for name, value in _kept(config).items() if kept[name] != value]:
-        raise UserError(f"{kind} has no such {', '.join(different)} as a config that is to be written as one")
+    # A config can be written if reading it back gives the same model.
+    restored = _kept(config_of(Path(kind), document))
+    if unsupported := [name for name, value in _kept(config).items() if restored[name] != value]:
+        raise UserError(f"{kind} does not support the config's {', '.join(unsupported)}, so it can't be written as one")
     return document
 
 
 def file_document(path: Path, tensors: TensorFolder) -> dict[str, Any]:
-    """The settings of the authors' checkpoint: of its name, and of its tensors' shapes.
+    """Infer the settings of the authors' checkpoint from its name and its tensors' shapes.
 
     Raises:
-      UserError: another name.
+      UserError: the name has another form.
     """
-    found = _FILE.fullmatch(path.stem)
-    if not found:
+    match = _FILE.fullmatch(path.stem)
+    if not match:
         raise UserError(
-            f"{path} does not say which model it is of; name it as its authors do, such as "
-            "DiT-XL-2-256x256.safetensors or SiT-XL-2-256.safetensors, or put it in a folder with a config.json"
+            f"{path} does not name its model. Name it as its authors do, such as DiT-XL-2-256x256.safetensors or "
+            "SiT-XL-2-256.safetensors, or put it in a folder with a config.json"
         )
-    width, depth, heads = _SIZES[found["size"]]
-    patch, shapes = int(found["patch"]), tensors.shapes
+    width, depth, heads = _SIZES[match["size"]]
+    patch, shapes = int(match["patch"]), tensors.shapes
     head = shapes.get("final_layer.linear.bias", (0,))[0]
     channels = shapes.get("x_embedder.proj.weight", (0, 4))[1]
     tokens = shapes.get("pos_embed", (1, 256))[1]
     classes = shapes.get("y_embedder.embedding_table.weight", (1001,))[0] - 1
     return {
-        "_class_name": found["kind"],
+        "_class_name": match["kind"],
         "input_size": math.isqrt(tokens) * patch,
         "patch_size": patch,
         "in_channels": channels,
@@ -365,15 +370,15 @@ def _read(
 
 
 def _kept(config: DitConfig) -> dict[str, Any]:
-    """What must be the same in a folder: all but how it is computed, and what the layouts differ in."""
-    of_its_own = ("attention", "dtype", "remat", "mlp_norm_eps")
-    fields = {name: value for name, value in vars(config).items() if name not in of_its_own}
+    """Return the fields that a folder must preserve: not how the model is computed, nor where the layouts differ."""
+    ignored = ("attention", "dtype", "remat", "mlp_norm_eps")
+    fields = {name: value for name, value in vars(config).items() if name not in ignored}
     embedding = replace(config.time_embedding, period=_PERIOD)
     return fields | {"variance": config.variance != "none", "time_embedding": embedding}
 
 
 def _copies(parts: dict[str, tuple[Foreign, ...]], layers: int) -> dict[str, tuple[Foreign, ...]]:
-    """Of what the first block holds for all, in the others."""
+    """Return the other blocks' copies of the tensors that the first block has for all."""
     first = "transformer_blocks.0.norm1.emb."
     return {
         path: tuple(foreign._replace(name=foreign.name.replace(".0.", f".{layer}.", 1)) for layer in range(1, layers))
@@ -383,12 +388,12 @@ def _copies(parts: dict[str, tuple[Foreign, ...]], layers: int) -> dict[str, tup
 
 
 def _table(config: DitConfig) -> np.ndarray:
-    """The authors' table of positions, a function of the sizes alone: sines and cosines, computed in float64."""
+    """Return the authors' table of positions: sines and cosines that depend on the sizes alone, computed in float64."""
     position = config.added_position
     assert isinstance(position, ImageSineCosine)
     quarter = config.width // 4
     angles = np.arange(position.side)[:, None] / _PERIOD ** (np.arange(quarter) / quarter)
-    one = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    encoding = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
     shape = (position.side, position.side, 2 * quarter)
-    both = np.concatenate([np.broadcast_to(one[None], shape), np.broadcast_to(one[:, None], shape)], axis=2)
-    return both.reshape(1, -1, config.width).astype(np.float32)
+    table = np.concatenate([np.broadcast_to(encoding[None], shape), np.broadcast_to(encoding[:, None], shape)], axis=2)
+    return table.reshape(1, -1, config.width).astype(np.float32)

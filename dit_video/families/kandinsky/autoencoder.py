@@ -1,4 +1,4 @@
-"""Vector-quantised autoencoders of images: the names and settings of diffusers' `VQModel` (VQGAN, Kandinsky's MoVQ)."""
+"""Vector-quantised autoencoders of images: diffusers' `VQModel` (VQGAN, Kandinsky's MoVQ)."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ from dit_video.weights.tensor_mapping import SHARD_BYTES, Foreign, Names
 
 CLASS = "VQModel"
 _GROUPS = 32
-"""That diffusers' modulated norms have, whatever the settings say."""
+"""Number of groups in diffusers' modulated norms, whatever the settings say."""
 _DEFAULTS: dict[str, Any] = {
     "in_channels": 3,
     "out_channels": 3,
@@ -33,7 +33,7 @@ _DEFAULTS: dict[str, Any] = {
     "mid_block_add_attention": True,
     "lookup_from_codebook": False,
     "force_upcast": False,
-    # Not diffusers', which passes over them: they hold a normalisation that no single factor does.
+    # Our additions, which diffusers ignores: a normalisation per channel, which `scaling_factor` can't express.
     "shift_factor": None,
     "latents_mean": None,
     "latents_std": None,
@@ -52,46 +52,50 @@ _SPATIAL_NORM = image_autoencoder.NormNames(
 
 
 def load(folder: Path, document: dict[str, Any]) -> tuple[VqConfig, dict[str, Any]]:
-    """The config and parameters of a folder, whose config file is `document`.
+    """Read the config and parameters of a folder, whose config file is `document`.
 
-    `sample_size`, `force_upcast` and `lookup_from_codebook`, which say how diffusers tiles, rounds and is called, have
-    no meaning here.
+    `sample_size`, `force_upcast` and `lookup_from_codebook`, which control diffusers' tiling, rounding and calling, are
+    ignored.
 
     Raises:
-      MissingError: files that it lacks.
-      UserError: a setting that isn't known here, or weights that do not fit.
+      MissingError: files are missing.
+      UserError: a setting is not supported, or the weights do not fit.
     """
-    given = diffusers.settings(folder, document, _DEFAULTS)
-    if given["norm_type"] not in ("group", "spatial"):
+    settings = diffusers.settings(folder, document, _DEFAULTS)
+    if settings["norm_type"] not in ("group", "spatial"):
         raise UserError(
-            f"{folder / 'config.json'}: norm_type {given['norm_type']} is not known here, only group, spatial"
+            f"{folder / 'config.json'}: norm_type={settings['norm_type']} is not supported, only group, spatial"
         )
-    channels, width = given["latent_channels"], given["vq_embed_dim"]
+    channels, width = settings["latent_channels"], settings["vq_embed_dim"]
     config = VqConfig(
-        network=ImageVaeConfig(channels=channels, levels=image_autoencoder.levels_of(folder, given)),
-        codebook=CodebookConfig(codes=given["num_vq_embeddings"], width=channels if width is None else width),
-        modulated=given["norm_type"] == "spatial",
+        network=ImageVaeConfig(channels=channels, levels=image_autoencoder.levels_of(folder, settings)),
+        codebook=CodebookConfig(codes=settings["num_vq_embeddings"], width=channels if width is None else width),
+        modulated=settings["norm_type"] == "spatial",
     )
     _check_modulation(config, str(folder / "config.json"))
     shapes = param_shapes(config.make)
     del shapes["normalizer"]
     params = diffusers.read(folder, image_autoencoder.as_found(folder, names_of(config)), shapes)
-    return config, params | {"normalizer": image_autoencoder.normalizer_of(folder, given, config.channels)}
+    return config, params | {"normalizer": image_autoencoder.normalizer_of(folder, settings, config.channels)}
 
 
 def save(
     folder: str | os.PathLike, config: VqConfig, params: dict[str, Any], *, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """The inverse of `load`.
+    """Write a config and parameters as a folder; the inverse of `load`.
 
     Raises:
-      UserError: a config that diffusers' class can't express.
+      UserError: diffusers' class can't express the config.
     """
     network = config.network
     if not isinstance(network, ImageVaeConfig):
-        raise UserError(f"{CLASS} is of images, a network of clips ({type(network).__name__}) can't be written")
+        raise UserError(
+            f"{CLASS} is an autoencoder of images, so a network of clips ({type(network).__name__}) can't be written"
+        )
     if config.codebook.spherical:
-        raise UserError(f"{CLASS} compares latents and codes as they are, a spherical codebook can't be written")
+        raise UserError(
+            f"{CLASS} compares latents and codes without normalising them, so a spherical codebook can't be written"
+        )
     _check_modulation(config, CLASS)
     document = {
         "_class_name": CLASS,
@@ -110,20 +114,20 @@ def save(
 
 
 def _check_modulation(config: VqConfig, where: str) -> None:
-    """Refuse modulated norms that diffusers builds otherwise than its settings say."""
+    """Raise UserError for modulated norms that diffusers' settings can't express."""
     assert isinstance(config.network, ImageVaeConfig)
     channels, groups = config.network.channels, config.network.levels.groups
     if config.modulated and channels != config.codebook.width:
         raise UserError(
-            f"{where}: norms are modulated by latents of {channels} channels, the codes have {config.codebook.width}; "
-            "they must be as wide"
+            f"{where}: norms are modulated by latents of {channels} channels, but codes have {config.codebook.width}. "
+            "Use the same number"
         )
     if config.modulated and groups != _GROUPS:
-        raise UserError(f"{where}: modulated norms have {_GROUPS} groups in {CLASS}, not {groups}")
+        raise UserError(f"{where}: groups={groups} is invalid: modulated norms of {CLASS} have {_GROUPS} groups")
 
 
 def names_of(config: VqConfig) -> Names:
-    """Where diffusers keeps each parameter."""
+    """Return the tensor map of diffusers' `VQModel`."""
     assert isinstance(config.network, ImageVaeConfig)
     levels = config.network.levels
     norm = _SPATIAL_NORM if config.modulated else image_autoencoder.GROUP_NORM

@@ -1,6 +1,7 @@
-"""Autoencoders of images: the names and settings of diffusers' `AutoencoderKL` (Stable Diffusion, FLUX).
+"""Autoencoders of images: diffusers' `AutoencoderKL` (Stable Diffusion, FLUX).
 
-The maps of encoder and decoder serve diffusers' other classes with these too, whose decoder may have other norms.
+Other classes of diffusers with these networks share the maps of encoder and decoder; their decoder may have other
+norms.
 """
 
 import os
@@ -20,7 +21,7 @@ from dit_video.weights.tensor_mapping import SHARD_BYTES, Foreign, Names
 CLASS = "AutoencoderKL"
 _DOWN, _UP = "EncoderBlock2D", "DecoderBlock2D"
 _OLDER = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-"""What diffusers called the maps of attention before 2023, and still reads."""
+"""Names of attention's linear maps in diffusers before 2023, which it still reads."""
 _DEFAULTS: dict[str, Any] = {
     "in_channels": 3,
     "out_channels": 3,
@@ -44,31 +45,31 @@ _DEFAULTS: dict[str, Any] = {
 
 
 def load(folder: Path, document: dict[str, Any]) -> tuple[ImageVaeConfig, dict[str, Any]]:
-    """The config and parameters of a folder, whose config file is `document`.
+    """Read the config and parameters of a folder, whose config file is `document`.
 
-    `sample_size` and `force_upcast`, which say how diffusers tiles and rounds, have no meaning here.
+    `sample_size` and `force_upcast`, which control diffusers' tiling and rounding, are ignored.
 
     Raises:
-      MissingError: files that it lacks.
-      UserError: a setting that isn't known here, or weights that do not fit.
+      MissingError: files are missing.
+      UserError: a setting is not supported, or the weights do not fit.
     """
-    given = diffusers.settings(folder, document, _DEFAULTS)
+    settings = diffusers.settings(folder, document, _DEFAULTS)
     config = ImageVaeConfig(
-        channels=given["latent_channels"],
-        levels=levels_of(folder, given),
-        moments=given["use_quant_conv"],
-        latents=given["use_post_quant_conv"],
+        channels=settings["latent_channels"],
+        levels=levels_of(folder, settings),
+        moments=settings["use_quant_conv"],
+        latents=settings["use_post_quant_conv"],
     )
     shapes = param_shapes(config.make)
     del shapes["normalizer"]
     params = diffusers.read(folder, as_found(folder, _names(config)), shapes)
-    return config, params | {"normalizer": normalizer_of(folder, given, config.channels)}
+    return config, params | {"normalizer": normalizer_of(folder, settings, config.channels)}
 
 
 def save(
     folder: str | os.PathLike, config: ImageVaeConfig, params: dict[str, Any], *, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """The inverse of `load`."""
+    """Write a config and parameters as a folder; the inverse of `load`."""
     document = {
         "_class_name": CLASS,
         **settings_of(config.levels),
@@ -81,17 +82,17 @@ def save(
 
 
 def levels_of(folder: Path, given: Mapping[str, Any]) -> ImageLevels:
-    """The levels that some settings speak of.
+    """Return the levels of encoder and decoder for a folder's settings.
 
     Raises:
-      UserError: kinds of blocks that aren't known here, or other ones in the decoder than in the encoder.
+      UserError: a kind of block is not supported, or the decoder's kinds differ from the encoder's.
     """
     diffusers.check_fixed(folder, given, {"in_channels": 3, "out_channels": 3, "act_fn": "silu"})
     count = len(given["block_out_channels"])
     down, up = list(given["down_block_types"]), list(given["up_block_types"])
     attention = tuple(level for level, kind in enumerate(down) if kind == f"AttnDown{_DOWN}")
-    known = _blocks(count, attention)
-    diffusers.check_fixed(folder, {"down_block_types": down, "up_block_types": up}, known)
+    supported = _blocks(count, attention)
+    diffusers.check_fixed(folder, {"down_block_types": down, "up_block_types": up}, supported)
     return ImageLevels(
         widths=tuple(given["block_out_channels"]),
         blocks=given["layers_per_block"],
@@ -102,7 +103,7 @@ def levels_of(folder: Path, given: Mapping[str, Any]) -> ImageLevels:
 
 
 def settings_of(levels: ImageLevels) -> dict[str, Any]:
-    """The inverse of `levels_of`."""
+    """Return the settings of levels; the inverse of `parse_levels`."""
     return {
         "in_channels": 3,
         "out_channels": 3,
@@ -116,7 +117,7 @@ def settings_of(levels: ImageLevels) -> dict[str, Any]:
 
 
 def _blocks(count: int, attention: tuple[int, ...]) -> dict[str, list[str]]:
-    """The kinds of the levels' blocks."""
+    """Return the settings with the kinds of the levels' blocks."""
     kinds = ["Attn" if level in attention else "" for level in range(count)]
     return {
         "down_block_types": [f"{kind}Down{_DOWN}" for kind in kinds],
@@ -125,23 +126,25 @@ def _blocks(count: int, attention: tuple[int, ...]) -> dict[str, list[str]]:
 
 
 class NormNames(NamedTuple):
-    """How a kind of norm is written."""
+    """Names of a kind of norm in diffusers."""
 
     attention: str
-    """what it is called in attention"""
+    """Name of the norm inside attention."""
     parts: Mapping[str, tuple[str, str]]
-    """of each of our parameters, its name there and its pattern"""
+    """Name and einops pattern in diffusers of each of our parameters."""
 
     def at(self, ours: str, theirs: str) -> dict[str, Foreign]:
-        """The map of one norm."""
-        return {f"{ours}/{part}": Foreign(f"{theirs}.{name}", how) for part, (name, how) in self.parts.items()}
+        """Return the tensor map of one norm."""
+        return {
+            f"{ours}/{param}": Foreign(f"{theirs}.{name}", pattern) for param, (name, pattern) in self.parts.items()
+        }
 
 
 GROUP_NORM = NormNames("group_norm", {"scale": ("weight", ""), "shift": ("bias", "")})
 
 
 def encoder_names(levels: ImageLevels) -> dict[str, Foreign]:
-    """Where diffusers keeps each parameter of an `ImageEncoder`."""
+    """Return the tensor map of an `ImageEncoder` in diffusers."""
     names = _ends("encoder", GROUP_NORM)
     for level in range(len(levels.widths)):
         ours, theirs = f"encoder/levels/{level}", f"encoder.down_blocks.{level}"
@@ -151,7 +154,7 @@ def encoder_names(levels: ImageLevels) -> dict[str, Foreign]:
 
 
 def decoder_names(levels: ImageLevels, norm: NormNames) -> dict[str, Foreign]:
-    """Where diffusers keeps each parameter of an `ImageDecoder` with a kind of norm."""
+    """Return the tensor map of an `ImageDecoder` in diffusers, with a kind of norm."""
     names = _ends("decoder", norm)
     for level in range(len(levels.widths)):
         ours, theirs = f"decoder/levels/{level}", f"decoder.up_blocks.{level}"
@@ -161,13 +164,13 @@ def decoder_names(levels: ImageLevels, norm: NormNames) -> dict[str, Foreign]:
 
 
 def as_found(folder: Path, names: Names) -> Names:
-    """A map by the names that a folder has: older ones call the maps of attention otherwise."""
+    """Return a tensor map with the names that a folder uses for attention's linear maps, older or current."""
     if not any(name.endswith(".proj_attn.weight") for name in diffusers.tensor_names(folder)):
         return names
 
     def older(name: str) -> str:
-        for now, before in _OLDER.items():
-            name = name.replace(f".{now}.", f".{before}.")
+        for new, old in _OLDER.items():
+            name = name.replace(f".{new}.", f".{old}.")
         return name
 
     return {path: foreign._replace(name=older(foreign.name)) for path, foreign in names.items()}
@@ -180,7 +183,7 @@ def _names(config: ImageVaeConfig) -> Names:
 
 
 def _ends(side: str, norm: NormNames) -> dict[str, Foreign]:
-    """The first and the last layers, and the middle."""
+    """Return the tensor map of the first and last layers, and of the middle block."""
     names = both(f"{side}/conv_in", f"{side}.conv_in", PICTURE) | both(f"{side}/conv_out", f"{side}.conv_out", PICTURE)
     names |= norm.at(f"{side}/norm", f"{side}.conv_norm_out")
     ours, theirs = f"{side}/middle", f"{side}.mid_block"
@@ -205,24 +208,28 @@ def _residual(ours: str, theirs: str, norm: NormNames) -> dict[str, Foreign]:
 
 def _attention(ours: str, theirs: str, norm: NormNames) -> dict[str, Foreign]:
     names = norm.at(f"{ours}/norm", f"{theirs}.{norm.attention}")
-    for mine, name in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("out", "to_out.0")):
-        names |= both(f"{ours}/{mine}", f"{theirs}.{name}", DENSE)
+    for linear, name in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("out", "to_out.0")):
+        names |= both(f"{ours}/{linear}", f"{theirs}.{name}", DENSE)
     return names
 
 
 def normalizer_of(folder: Path, given: Mapping[str, Any], channels: int) -> dict[str, np.ndarray]:
-    """Mean and deviation of each channel: diffusion sees `(latents - mean) * scaling_factor / std`.
+    """Return the mean and the standard deviation of each channel, from a folder's settings.
 
-    Either the mean is one for all channels (`shift_factor`) and there is no `std`, or both have a value for each.
+    Diffusion models see `(latents - mean) * scaling_factor / latents_std`. The settings have either a scalar mean
+    (`shift_factor`) and no deviations, or both of them per channel.
+
+    Raises:
+      UserError: the settings contradict each other, or don't fit the channels.
     """
     scale = given["scaling_factor"]
     mean, std, shift = given["latents_mean"], given["latents_std"], given["shift_factor"]
     if (mean is None) != (std is None) or (mean is not None and shift is not None):
         raise UserError(
-            f"{folder / 'config.json'}: latents_mean and latents_std go together, and without shift_factor; remove one"
+            f"{folder / 'config.json'}: use both latents_mean and latents_std without shift_factor, or neither of them"
         )
     if not scale:
-        raise UserError(f"{folder / 'config.json'}: scaling_factor {scale} must not be zero")
+        raise UserError(f"{folder / 'config.json'}: scaling_factor={scale} is invalid: it must not be zero")
     mean = np.asarray([shift or 0.0] * channels if mean is None else mean, np.float64)
     std = np.asarray([1.0] * channels if std is None else std, np.float64) / scale
     if not mean.shape == std.shape == (channels,):
@@ -234,11 +241,14 @@ def normalizer_of(folder: Path, given: Mapping[str, Any], channels: int) -> dict
 
 
 def scales_of(normalizer: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `normalizer_of`: the shortest decimals that give the same float32 back."""
+    """Return the settings of a normalizer; the inverse of `parse_normalizer`.
+
+    Values are the shortest decimals that round to the same float32.
+    """
     mean, std = (np.asarray(normalizer[name], np.float32) for name in ("mean", "std"))
     if len(np.unique(mean)) > 1 or len(np.unique(std)) > 1:
         values = {"latents_mean": mean, "latents_std": std}
-        return {"scaling_factor": 1.0} | {key: [diffusers.decimal(one) for one in of] for key, of in values.items()}
+        return {"scaling_factor": 1.0} | {key: [diffusers.decimal(x) for x in array] for key, array in values.items()}
     scales = (float(f"{1 / float(std[0]):.{digits}g}") for digits in range(1, 18))
     scale = next(scale for scale in scales if np.float32(1 / scale) == std[0])
     return {"scaling_factor": scale, "shift_factor": diffusers.decimal(mean[0]) if mean[0] else None}

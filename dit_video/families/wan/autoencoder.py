@@ -1,4 +1,4 @@
-"""Wan's autoencoders: the names and settings of diffusers' `AutoencoderKLWan`."""
+"""Wan's autoencoders: diffusers' `AutoencoderKLWan`."""
 
 import os
 from pathlib import Path
@@ -17,7 +17,7 @@ from dit_video.weights.tensor_mapping import SHARD_BYTES, Foreign
 CLASS = "AutoencoderKLWan"
 _VOLUME, _DENSE_VOLUME = "o i t h w -> t h w i o", "o i 1 1 1 -> i o"
 
-# Wan 2.1's measured latents (`wan/modules/vae.py` of Wan-Video/Wan2.1), which diffusers has as defaults.
+# Statistics of Wan 2.1's latents (`wan/modules/vae.py` of Wan-Video/Wan2.1), which are diffusers' defaults.
 _MEAN = [-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508]
 _MEAN += [0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921]
 _STD = [2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743]
@@ -43,18 +43,18 @@ _DEFAULTS: dict[str, Any] = {
 
 
 def load(folder: Path, document: dict[str, Any]) -> tuple[CausalVaeConfig, dict[str, Any]]:
-    """The config and parameters of a folder, whose config file is `document`.
+    """Read the config and parameters of a folder, whose config file is `document`.
 
     Raises:
-      MissingError: files that it lacks.
-      UserError: a setting that isn't known here, or weights that do not fit.
+      MissingError: files are missing.
+      UserError: a setting is not supported, or the weights do not fit.
     """
-    given, config = diffusers.settings(folder, document, _DEFAULTS), read_config(folder, document)
+    settings, config = diffusers.settings(folder, document, _DEFAULTS), read_config(folder, document)
     shapes = param_shapes(config.make)
     normalizer = shapes.pop("normalizer")
     params = diffusers.read(folder, wan_names(config), shapes)
     for name, key in (("mean", "latents_mean"), ("std", "latents_std")):
-        values = np.asarray(given[key], np.float32)
+        values = np.asarray(settings[key], np.float32)
         if values.shape != normalizer[name].shape:
             raise UserError(f"{folder / 'config.json'}: {key} has {len(values)} values for {config.channels} channels")
         params.setdefault("normalizer", {})[name] = values
@@ -62,10 +62,10 @@ def load(folder: Path, document: dict[str, Any]) -> tuple[CausalVaeConfig, dict[
 
 
 def read_config(folder: Path, document: dict[str, Any]) -> CausalVaeConfig:
-    """The config alone.
+    """Return the config of a folder, whose config file is `document`.
 
     Raises:
-      UserError: a setting that isn't known here.
+      UserError: a setting is not supported.
     """
     return _config(folder, diffusers.settings(folder, document, _DEFAULTS))
 
@@ -73,10 +73,10 @@ def read_config(folder: Path, document: dict[str, Any]) -> CausalVaeConfig:
 def save(
     folder: str | os.PathLike, config: CausalVaeConfig, params: dict[str, Any], *, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """The inverse of `load`.
+    """Write a config and parameters as a folder; the inverse of `load`.
 
     Raises:
-      UserError: a config that diffusers' class can't express.
+      UserError: diffusers' class can't express the config.
     """
     document = _document(config)
     for name, key in (("mean", "latents_mean"), ("std", "latents_std")):
@@ -85,7 +85,7 @@ def save(
 
 
 def wan_names(config: CausalVaeConfig) -> dict[str, Foreign]:
-    """Where diffusers' `AutoencoderKLWan` keeps each parameter."""
+    """Return the tensor map of diffusers' `AutoencoderKLWan`."""
     names: dict[str, Foreign] = {}
     names |= _conv("encoder/conv_in", "encoder.conv_in") | _conv("encoder/conv_out", "encoder.conv_out")
     names |= _conv("decoder/conv_in", "decoder.conv_in") | _conv("decoder/conv_out", "decoder.conv_out")
@@ -93,16 +93,16 @@ def wan_names(config: CausalVaeConfig) -> dict[str, Foreign]:
     for side in ("encoder", "decoder"):
         names[f"{side}/norm/scale"] = Foreign(f"{side}.norm_out.gamma", "d 1 1 1 -> d")
         names |= _middle(f"{side}/middle", f"{side}.mid_block")
-    flat = 0
+    offset = 0
     for level in range(len(config.multipliers)):
-        # Without shortcuts diffusers counts blocks and changes of resolution through all levels.
+        # Without shortcuts diffusers numbers blocks and downsamplers of all levels consecutively.
         ours, theirs = f"encoder/levels/{level}", "encoder.down_blocks"
         for block in range(config.blocks):
-            place = f"{theirs}.{level}.resnets.{block}" if config.shortcuts else f"{theirs}.{flat + block}"
-            names |= _residual(f"{ours}/blocks/{block}", place)
-        place = f"{theirs}.{level}.downsampler" if config.shortcuts else f"{theirs}.{flat + config.blocks}"
-        names |= _resample(f"{ours}/down", place)
-        flat += config.blocks + 1
+            block_name = f"{theirs}.{level}.resnets.{block}" if config.shortcuts else f"{theirs}.{offset + block}"
+            names |= _residual(f"{ours}/blocks/{block}", block_name)
+        block_name = f"{theirs}.{level}.downsampler" if config.shortcuts else f"{theirs}.{offset + config.blocks}"
+        names |= _resample(f"{ours}/down", block_name)
+        offset += config.blocks + 1
         ours, theirs = f"decoder/levels/{level}", f"decoder.up_blocks.{level}"
         for block in range(config.blocks + 1):
             names |= _residual(f"{ours}/blocks/{block}", f"{theirs}.resnets.{block}")
@@ -155,7 +155,7 @@ def _config(folder: Path, given: dict[str, Any]) -> CausalVaeConfig:
 def _document(config: CausalVaeConfig) -> dict[str, Any]:
     if any(factors.h != 2 for factors in config.factors):
         raise UserError(
-            "AutoencoderKLWan halves height and width at every level, so factors (2, 1, 1) can't be written"
+            "AutoencoderKLWan halves height and width at every level, so factors of (2, 1, 1) can't be written"
         )
     side = 3 * config.patch**2
     return {

@@ -1,8 +1,8 @@
-"""Wan's pipelines, from the folders that diffusers writes: `WanPipeline` and `WanImageToVideoPipeline`, 2.1 and 2.2.
+"""Wan's pipelines, from diffusers' folders: `WanPipeline` and `WanImageToVideoPipeline`, 2.1 and 2.2.
 
-What is not in a folder is as diffusers' pipeline has it: clips of 81 frames of 480×832 at 16 frames a second (24 of the
-model with a time per token, TI2V-5B), 50 steps, guidance 5; texts are cleaned and cut to 512 tokens, the denoiser pads
-them with zeros and attends to the padding.
+Settings that are not in a folder are those of diffusers' pipeline: clips of 81 frames of 480×832 at 16 frames a second
+(24 for the model with a time per token, TI2V-5B), 50 steps, guidance 5; texts are cleaned and cut to 512 tokens, the
+denoiser pads them with zeros and attends to the padding.
 """
 
 import functools
@@ -30,7 +30,7 @@ INDEX = "model_index.json"
 _TWO_EXPERTS, _IMAGE_PARTS = "transformer_2", ("image_encoder", "image_processor")
 _ALWAYS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 PARTS = (*_ALWAYS, _TWO_EXPERTS, *_IMAGE_PARTS)
-"""Folders in a pipeline's that are read."""
+"""Subfolders of a pipeline that are read."""
 CLASSES = ("WanPipeline", "WanImageToVideoPipeline")
 _STEPS, _GUIDANCE, _SIZE = 50, 5.0, Grid(81, 480, 832)
 _FPS, _FPS_PER_TOKEN = 16.0, 24.0
@@ -45,22 +45,21 @@ def load_wan(
     dtype: Dtype = "float32",
     place: Place | None = None,
 ) -> Pipeline:
-    """A pipeline from a folder of diffusers; solver, shift and time grid are those of its scheduler.
+    """Load a pipeline from a folder of diffusers; solver, shift and time schedule are those of its scheduler.
 
-    Parameters are read one at a time, of a stack one layer at a time, to where `place` keeps them.
+    Parameters are read one at a time, of a stack one layer at a time, and placed by `place`.
 
     Args:
       folder: holds `model_index.json` and the parts that it names.
-      text_encoder: the folder of the text encoder, if not the pipeline's own. It is read at the first prompt.
-      dtype: of the denoiser's matrix products and the weights that enter them, and of the text encoder's.
-      place: where a parameter is kept, by its path: `dit/…`, `low_noise/…` of a second expert, `autoencoder/…`; for
-        devices `lambda path, parameter: parameter.on(SHARDING)`. By default it goes to the device; of two experts both
-        stay on the host, and only the one at work is on the device.
+      text_encoder: folder of the text encoder, if not the pipeline's own. It is read at the first prompt.
+      dtype: dtype of the denoiser's matrix products and of their weights, and of the text encoder's.
+      place: places a parameter, given its path: `dit/…`, `low_noise/…` of a second expert, `autoencoder/…`; for devices
+        `lambda path, parameter: parameter.to_device(SHARDING)`. By default parameters go to the default
+        device; two experts stay on the host, and only the one in use is on the device.
 
     Raises:
-      MissingError: no such folder, or parts that it lacks, all named.
-      UserError: a pipeline or a model of a class that isn't known here, settings that aren't, or weights that do not
-        fit.
+      MissingError: the folder does not exist, or lacks parts, all of which are named.
+      UserError: a pipeline or a model of an unknown class, unsupported settings, or weights that do not fit.
     """
     folder = Path(folder)
     index = checked_index(folder)
@@ -74,12 +73,12 @@ def load_wan(
     if boundary is not None:
         second, denoiser["low_noise"] = read(folder / _TWO_EXPERTS, "low_noise")
         if second != dit:
-            raise UserError(f"{folder} has two experts of different shapes, {dit} and {second}; they must be alike")
+            raise UserError(f"{folder} has two experts of different shapes, {dit} and {second}; they must be equal")
     if width != dit.context_width:
         raise UserError(f"{encoder} makes embeddings of width {width}, the transformer reads {dit.context_width}")
     images = folder / "image_encoder" if dit.image_width is not None else None
-    if images is not None and (found := clip_vision_config(images).width) != dit.image_width:
-        raise UserError(f"{images} makes tokens of width {found}, the transformer reads {dit.image_width}")
+    if images is not None and (image_width := clip_vision_config(images).width) != dit.image_width:
+        raise UserError(f"{images} makes tokens of width {image_width}, the transformer reads {dit.image_width}")
     autoencoder, autoencoder_params = load_autoencoder(folder / "vae")
     if autoencoder.channels != dit.channels:
         raise UserError(f"{folder}: the transformer has {dit.channels} channels, the vae {autoencoder.channels}")
@@ -106,36 +105,40 @@ def load_wan(
 
 
 def checked_index(folder: Path) -> dict[str, Any]:
-    """What `model_index.json` says, if all that it names is there; of two experts it has a `boundary_ratio`.
+    """Return `model_index.json` after checking that all its parts exist; two experts have a `boundary_ratio` in it.
 
     Raises:
-      MissingError: no such folder, or parts that it lacks.
-      UserError: a pipeline of a class that isn't known here, or half of what two experts have.
+      MissingError: the folder does not exist, or lacks parts.
+      UserError: a pipeline of an unknown class, or two experts without a boundary.
     """
     index = read_json(folder / INDEX)
     name = index.get("_class_name") if isinstance(index, dict) else None
     if name not in CLASSES:
         raise UserError(f"{folder} holds a pipeline of class {name}; known here: {', '.join(CLASSES)}, DiTPipeline")
-    two = _named(index, _TWO_EXPERTS)
-    if two != (index.get("boundary_ratio") is not None):
-        given = "two experts without a boundary_ratio between them" if two else "a boundary_ratio, but one expert alone"
-        raise UserError(f"{folder / INDEX} names {given}; copy or download it again")
-    wanted = [part for part in PARTS if part in _ALWAYS or _named(index, part)]
-    if missing := [part for part in wanted if not (folder / part).is_dir()]:
+    has_two_experts = _named(index, _TWO_EXPERTS)
+    if has_two_experts != (index.get("boundary_ratio") is not None):
+        entries = (
+            "two experts without a boundary_ratio between them"
+            if has_two_experts
+            else "a boundary_ratio, but one expert alone"
+        )
+        raise UserError(f"{folder / INDEX} names {entries}; copy or download it again")
+    required = [part for part in PARTS if part in _ALWAYS or _named(index, part)]
+    if missing := [part for part in required if not (folder / part).is_dir()]:
         raise MissingError(f"{folder} lacks the folders {', '.join(missing)}; copy or download them too")
     return index
 
 
 def _named(index: dict[str, Any], part: str) -> bool:
-    """Whether a pipeline has a part: what it lacks is left out, or listed as two nulls."""
+    """Return True if a pipeline has a part: others are missing, or listed as two nulls."""
     return bool(index.get(part)) and None not in index[part]
 
 
 def _read_denoiser(folder: Path, name: str, *, dtype: Dtype, place: Place) -> tuple[WanDitConfig, dict[str, Any]]:
-    """One expert, with the weights of matrix products in `dtype` and all else in float32."""
+    """Read one expert, with the weights of matrix products in `dtype` and all others in float32."""
     config, params = load_denoiser(
         folder, kernels=jnp.dtype(dtype), place=lambda path, parameter: place(f"{name}/{path}", parameter)
     )
     if not isinstance(config, WanDitConfig):
-        raise UserError(f"{folder} holds no Wan, which a pipeline of class {' or '.join(CLASSES)} has; copy it again")
+        raise UserError(f"{folder} holds no Wan, which a {' or '.join(CLASSES)} needs; copy it again")
     return replace(config, dtype=dtype), params

@@ -1,7 +1,7 @@
-"""Wan's transformers: the names and settings of diffusers' `WanTransformer3DModel` and of the authors' `WanModel`.
+"""Wan's transformers: diffusers' `WanTransformer3DModel` and the authors' `WanModel`.
 
-Both keep the same numbers under different names. Queries and keys of self-attention have their channels in another
-order here: a head's pairs, which rotary positions turn, are neighbours there and half a head apart here.
+Both store the same numbers under different names. The channels of self-attention's queries and keys are ordered
+differently here: the two channels that a rotary embedding rotates are adjacent there, and half a head apart here.
 """
 
 import os
@@ -66,7 +66,7 @@ _AUTHORS_DEFAULTS: dict[str, Any] = {
 _FIXED = {"cross_attn_norm": True, "eps": 1e-6}
 _TYPES = ("t2v", "i2v", "flf2v", "ti2v")
 
-# Below a block: our name, diffusers', the authors'. Linear maps first, then those whose channels are in another order.
+# Names below a block: ours, diffusers', the authors'. Linear maps come first, then those with reordered channels.
 _LINEAR = (
     ("value", "attn1.to_v", "self_attn.v"),
     ("out", "attn1.to_out.0", "self_attn.o"),
@@ -116,29 +116,29 @@ def load(
     kernels: Any = None,
     place: Place = on_host,
 ) -> tuple[WanDitConfig, dict[str, Any]]:
-    """The config and parameters of a folder in either layout, whose config file is `document`.
+    """Read the config and parameters of a folder in either layout, whose config file is `document`.
 
-    A model is taken to have a time per token where its type, or the pipeline of diffusers whose part it is, says so.
-    `dtype`, `kernels` and `place` are as for `load_denoiser`.
+    A model has one time per token if its type, or the config of its diffusers pipeline, says so.
+    `dtype`, `kernel_dtype` and `place` are as for `load_denoiser`.
 
     Raises:
-      MissingError: files that it lacks.
-      UserError: a setting that isn't known here, or weights that do not fit.
+      MissingError: files are missing.
+      UserError: a setting is not supported, or the weights do not fit.
     """
     config = read_config(folder, document)
     shapes = param_shapes(config.make)
-    names = FileMap.of(wan_names(config, _layout(document)))
+    file_map = FileMap.of(wan_names(config, _layout(document)))
     with TensorFolder(folder, stem=diffusers.STEM) as tensors:
-        source = FolderSource(tensors, names, shapes)
-        return config, streaming.read(source, shapes, names.depths, stored=stored_as(dtype, kernels), place=place)
+        source = FolderSource(tensors, file_map, shapes)
+        return config, streaming.read(source, shapes, file_map.depths, stored=stored_as(dtype, kernels), place=place)
 
 
 def read_config(folder: Path, document: dict[str, Any]) -> WanDitConfig:
-    """The config of a folder in either layout, whose config file is `document`.
+    """Return the config of a folder in either layout, whose config file is `document`.
 
     Raises:
-      MissingError: files that it lacks.
-      UserError: a setting that isn't known here.
+      MissingError: files are missing.
+      UserError: a setting is not supported.
     """
     return _authors_config(folder, document) if _layout(document) == "authors" else _config(folder, document)
 
@@ -155,64 +155,65 @@ def save(
     layout: Layout = "diffusers",
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """The inverse of `load`; tensors are written in the dtype that they have.
+    """Write a config and parameters as a folder, with tensors in their own dtypes; the inverse of `load`.
 
     Raises:
-      UserError: a config that the layout can't express.
+      UserError: the layout can't express the config.
     """
     diffusers.write(folder, document_of(config, layout), wan_names(config, layout), params, shard_bytes=shard_bytes)
 
 
 def document_of(config: WanDitConfig, layout: Layout) -> dict[str, Any]:
-    """The inverse; see `save`."""
+    """Return the settings of a config in a layout, raising as `save` does; the inverse of `read_config`."""
     return _document(config) if layout == "diffusers" else _authors_document(config)
 
 
 def wan_names(config: WanDitConfig, layout: Layout) -> Names:
-    """Where a layout keeps each parameter."""
+    """Return the tensor map of a layout."""
     column = 1 if layout == "diffusers" else 2
-    image = config.image_width is not None
+    has_image = config.image_width is not None
     names: dict[str, Foreign] = {}
-    for row in (*_ONCE, *(_IMAGE_ONCE if image else ())):
+    for row in (*_ONCE, *(_IMAGE_ONCE if has_image else ())):
         names |= diffusers.both(row[0], row[column], DENSE)
-    for row in _IMAGE_NORMS if image else ():
+    for row in _IMAGE_NORMS if has_image else ():
         names[f"{row[0]}/scale"] = Foreign(f"{row[column]}.weight")
         names[f"{row[0]}/shift"] = Foreign(f"{row[column]}.bias")
     if config.image_positions is not None:
         theirs = ("condition_embedder.image_embedder.pos_embed", "img_emb.emb_pos")[column - 1]
         names["image/positions"] = Foreign(theirs, "1 n f -> n f")
     patch = config.patch
-    cut = (("t", patch.t), ("h", patch.h), ("w", patch.w))
-    names["embed/kernel"] = Foreign("patch_embedding.weight", "o c t h w -> (t h w c) o", cut)
+    patch_sizes = (("t", patch.t), ("h", patch.h), ("w", patch.w))
+    names["embed/kernel"] = Foreign("patch_embedding.weight", "o c t h w -> (t h w c) o", patch_sizes)
     names["embed/bias"] = Foreign("patch_embedding.bias")
     table = ("scale_shift_table", "head.modulation")[column - 1]
     names["head_table"] = Foreign(table, "1 n d -> n d")
-    return names | _block_names(config, column, image=image)
+    return names | _block_names(config, column, image=has_image)
 
 
 def wan_modules(config: WanDitConfig, *, first: Layout = "diffusers") -> dict[str, Module]:
-    """The linear maps that a LoRA of Wan may adapt, under the names of both layouts; files are written with `first`'s.
+    """Return the linear maps that a LoRA of Wan may adapt, under the names of both layouts, `primary_layout`'s first.
 
-    Files of diffusers (PEFT) have the names of the one, files of ComfyUI and kohya those of the authors'.
+    diffusers' (PEFT) files use diffusers' names, those of ComfyUI and kohya the authors'. Files are written with the
+    names of `primary_layout`.
     """
-    turned = {f"blocks/{ours}/kernel" for ours, *_ in _TURNED}
-    numbers = Foreign("", "(heads j two) -> (heads two j)", (("heads", config.heads), ("two", 2)))
-    order = tuple(map(int, numbers.to_ours(np.arange(config.width))))
-    found: dict[str, Module] = {}
+    reordered = {f"blocks/{ours}/kernel" for ours, *_ in _TURNED}
+    mapping = Foreign("", "(heads j two) -> (heads two j)", (("heads", config.heads), ("two", 2)))
+    order = tuple(map(int, mapping.to_ours(np.arange(config.width))))
+    modules: dict[str, Module] = {}
     for layout in sorted(_LAYOUTS, key=lambda layout: layout != first):
         for path, foreign in wan_names(config, layout).items():
-            if not path.endswith("/kernel") or path == "embed/kernel":  # the latter is a convolution there
+            if not path.endswith("/kernel") or path == "embed/kernel":  # The patch embedding is a convolution there.
                 continue
             for layer, name in enumerate(foreign.names):
-                found[name.removesuffix(".weight")] = Module(
-                    path, None if foreign.layers is None else layer, order=order if path in turned else None
+                modules[name.removesuffix(".weight")] = Module(
+                    path, None if foreign.layers is None else layer, order=order if path in reordered else None
                 )
-    return found
+    return modules
 
 
 def _block_names(config: WanDitConfig, column: int, *, image: bool) -> dict[str, Foreign]:
     names: dict[str, Foreign] = {}
-    turns = (("heads", config.heads), ("two", 2))
+    axis_sizes = (("heads", config.heads), ("two", 2))
 
     def add(ours: str, theirs: str, pattern: str = "", sizes: tuple[tuple[str, int], ...] = ()) -> None:
         names[f"blocks/{ours}"] = Foreign(f"blocks.{{}}.{theirs}", pattern, sizes, config.layers)
@@ -221,10 +222,10 @@ def _block_names(config: WanDitConfig, column: int, *, image: bool) -> dict[str,
         add(f"{row[0]}/kernel", f"{row[column]}.weight", DENSE)
         add(f"{row[0]}/bias", f"{row[column]}.bias")
     for row in _TURNED:
-        add(f"{row[0]}/kernel", f"{row[column]}.weight", "(heads j two) i -> i (heads two j)", turns)
-        add(f"{row[0]}/bias", f"{row[column]}.bias", "(heads j two) -> (heads two j)", turns)
+        add(f"{row[0]}/kernel", f"{row[column]}.weight", "(heads j two) i -> i (heads two j)", axis_sizes)
+        add(f"{row[0]}/bias", f"{row[column]}.bias", "(heads j two) -> (heads two j)", axis_sizes)
     for row in _TURNED_SCALES:
-        add(f"{row[0]}/scale", f"{row[column]}.weight", "(heads j two) -> (heads two j)", turns)
+        add(f"{row[0]}/scale", f"{row[column]}.weight", "(heads j two) -> (heads two j)", axis_sizes)
     for row in _SCALES:
         add(f"{row[0]}/scale", f"{row[column]}.weight")
     if image:
@@ -237,33 +238,33 @@ def _block_names(config: WanDitConfig, column: int, *, image: bool) -> dict[str,
 
 
 def _config(folder: Path, document: dict[str, Any]) -> WanDitConfig:
-    given = diffusers.settings(folder, document, _DEFAULTS)
-    diffusers.check_fixed(folder, given, _FIXED | {"qk_norm": _QK_NORM})
-    width = given["num_attention_heads"] * given["attention_head_dim"]
-    added = None if given["image_dim"] is None else width
-    diffusers.check_fixed(folder, given, {"added_kv_proj_dim": added})
-    channels = given["out_channels"] or given["in_channels"]
+    settings = diffusers.settings(folder, document, _DEFAULTS)
+    diffusers.check_fixed(folder, settings, _FIXED | {"qk_norm": _QK_NORM})
+    width = settings["num_attention_heads"] * settings["attention_head_dim"]
+    image_projection = None if settings["image_dim"] is None else width
+    diffusers.check_fixed(folder, settings, {"added_kv_proj_dim": image_projection})
+    channels = settings["out_channels"] or settings["in_channels"]
     pipeline = folder.parent / "model_index.json"
     per_token = pipeline.is_file() and read_json(pipeline).get("expand_timesteps") is True
     return WanDitConfig(
         channels=channels,
-        given_channels=given["in_channels"] - channels,
-        context_width=given["text_dim"],
-        image_width=given["image_dim"],
-        image_positions=given["pos_embed_seq_len"],
-        patch=Grid(*given["patch_size"]),
+        given_channels=settings["in_channels"] - channels,
+        context_width=settings["text_dim"],
+        image_width=settings["image_dim"],
+        image_positions=settings["pos_embed_seq_len"],
+        patch=Grid(*settings["patch_size"]),
         width=width,
-        hidden_width=given["ffn_dim"],
-        layers=given["num_layers"],
-        heads=given["num_attention_heads"],
-        time_width=given["freq_dim"],
+        hidden_width=settings["ffn_dim"],
+        layers=settings["num_layers"],
+        heads=settings["num_attention_heads"],
+        time_width=settings["freq_dim"],
         time="token" if per_token else "segment",
     )
 
 
 def _document(config: WanDitConfig) -> dict[str, Any]:
     if config.text_length != 512:
-        raise UserError(f"{CLASS} pads texts to 512 tokens, a text_length of {config.text_length} can't be written")
+        raise UserError(f"{CLASS} pads texts to 512 tokens, so text_length={config.text_length} can't be written")
     return {
         "_class_name": CLASS,
         **_DEFAULTS,
@@ -283,30 +284,33 @@ def _document(config: WanDitConfig) -> dict[str, Any]:
 
 
 def _authors_config(folder: Path, document: dict[str, Any]) -> WanDitConfig:
-    """The authors leave out of the file what is not of the kind of model: the text's width is that of the weights."""
-    given = diffusers.settings(folder, document, _AUTHORS_DEFAULTS)
-    diffusers.check_fixed(folder, given, _FIXED | {"qk_norm": True, "window_size": [-1, -1]})
-    if given["model_type"] not in _TYPES:
-        kinds = ", ".join(_TYPES)
-        raise UserError(f"{folder / 'config.json'}: model_type {given['model_type']} is not known here, only {kinds}")
+    """Return the config of a folder in the authors' layout.
+
+    Their files omit the settings that a model type doesn't need, so the widths of text and image come from the weights.
+    """
+    settings = diffusers.settings(folder, document, _AUTHORS_DEFAULTS)
+    diffusers.check_fixed(folder, settings, _FIXED | {"qk_norm": True, "window_size": [-1, -1]})
+    if settings["model_type"] not in _TYPES:
+        types = ", ".join(_TYPES)
+        raise UserError(f"{folder / 'config.json'}: model_type={settings['model_type']} is not supported, only {types}")
     with TensorFolder(folder, stem=diffusers.STEM) as tensors:
         shapes = tensors.shapes
     text, image = shapes.get("text_embedding.0.weight", ()), shapes.get("img_emb.proj.0.weight", ())
     positions = shapes.get("img_emb.emb_pos", ())
     return WanDitConfig(
-        channels=given["out_dim"],
-        given_channels=given["in_dim"] - given["out_dim"],
-        context_width=text[1] if len(text) == 2 else given["text_dim"],
-        text_length=given["text_len"],
+        channels=settings["out_dim"],
+        given_channels=settings["in_dim"] - settings["out_dim"],
+        context_width=text[1] if len(text) == 2 else settings["text_dim"],
+        text_length=settings["text_len"],
         image_width=image[0] if image else None,
         image_positions=positions[1] if len(positions) == 3 else None,
-        patch=Grid(*given["patch_size"]),
-        width=given["dim"],
-        hidden_width=given["ffn_dim"],
-        layers=given["num_layers"],
-        heads=given["num_heads"],
-        time_width=given["freq_dim"],
-        time="token" if given["model_type"] == "ti2v" else "segment",
+        patch=Grid(*settings["patch_size"]),
+        width=settings["dim"],
+        hidden_width=settings["ffn_dim"],
+        layers=settings["num_layers"],
+        heads=settings["num_heads"],
+        time_width=settings["freq_dim"],
+        time="token" if settings["model_type"] == "ti2v" else "segment",
     )
 
 
@@ -328,7 +332,9 @@ def _authors_document(config: WanDitConfig) -> dict[str, Any]:
 
 def _authors_type(config: WanDitConfig) -> str:
     if config.patch != Grid(1, 2, 2):
-        raise UserError(f"{AUTHORS_CLASS}'s files don't say the patch, which is 1x2x2; {config.patch} can't be written")
+        raise UserError(
+            f"{AUTHORS_CLASS}'s files don't say the patch, which is 1x2x2, so {config.patch} can't be written"
+        )
     if config.time == "token":
         return "ti2v"
     if config.image_positions is not None:

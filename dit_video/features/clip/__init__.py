@@ -1,4 +1,4 @@
-"""CLIP (arXiv 2103.00020): both towers, and the images that the one for vision reads."""
+"""CLIP (arXiv 2103.00020): both towers, and the preprocessing of the vision tower's images."""
 
 from dit_video.features.clip.frames import FrameEncoder
 from dit_video.features.clip.images import ClipImages, prepare

@@ -1,4 +1,4 @@
-"""Frames to the images that a vision tower reads: resized, cropped, their colours scaled."""
+"""Preprocessing of frames for a vision tower: resize, crop, normalise colours."""
 
 from dataclasses import dataclass
 
@@ -11,29 +11,30 @@ from dit_video.features.clip.resize import resize_bicubic
 
 @dataclass(frozen=True, kw_only=True)
 class ClipImages:
-    """What `transformers`' `CLIPImageProcessor` is told; `weights.load_clip_images` reads it from a folder.
+    """Options of `transformers`' `CLIPImageProcessor`; `weights.load_clip_images` reads them from a folder.
 
     Raises:
-      UserError: a size below 1, or deviations that are not above zero.
+      UserError: a size below 1, or standard deviations that are not above zero.
     """
 
     resize: int | tuple[int, int] | None = 224
-    """pixels of the shorter side, the longer one in proportion; or height and width, whatever the proportion"""
+    """Pixels of the shorter side, with the aspect ratio kept; or height and width; None does not resize."""
     crop: tuple[int, int] | None = (224, 224)
-    """height and width of what is left around the centre"""
+    """Height and width of the centre crop; None does not crop."""
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    """Mean of red, green and blue in [0, 1]."""
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
-    """of red, green and blue in [0, 1]"""
+    """Standard deviation of red, green and blue in [0, 1]."""
 
     def __post_init__(self):
         sizes = (*(self.resize if isinstance(self.resize, tuple) else (self.resize,)), *(self.crop or ()))
         if any(size is not None and size < 1 for size in sizes):
-            raise UserError(f"the sizes of an image must be at least 1, not resize {self.resize}, crop {self.crop}")
+            raise UserError(f"resize={self.resize}, crop={self.crop} is invalid: use sizes of at least 1")
         if min(self.std) <= 0:
-            raise UserError(f"the deviations of colours must be above 0, not {self.std}")
+            raise UserError(f"std={self.std} is invalid: use values above 0")
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
-        """The height and width that frames of a size are resized to."""
+        """Return the height and width that frames of a size are resized to."""
         if self.resize is None:
             return height, width
         if isinstance(self.resize, tuple):
@@ -43,7 +44,7 @@ class ClipImages:
 
 
 def prepare(frames: UInt8[np.ndarray, "T H W 3"], images: ClipImages) -> Float32[np.ndarray, "T h w 3"]:
-    """`(cropped / 255 - mean) / std` of the resized frames.
+    """Return `(cropped / 255 - mean) / std` of the resized frames.
 
     Raises:
       UserError: frames that are smaller than the crop.
@@ -56,11 +57,11 @@ def prepare(frames: UInt8[np.ndarray, "T H W 3"], images: ClipImages) -> Float32
 
 
 def _centre(frames: UInt8[np.ndarray, "T H W 3"], height: int, width: int) -> UInt8[np.ndarray, "T h w 3"]:
-    given_height, given_width = frames.shape[1:3]
-    if given_height < height or given_width < width:
+    frame_height, frame_width = frames.shape[1:3]
+    if frame_height < height or frame_width < width:
         raise UserError(
-            f"frames that are resized to {given_height}x{given_width} have no crop of {height}x{width}; resize them to "
-            "more, or crop less"
+            f"crop={height}x{width} is invalid for frames that are resized to {frame_height}x{frame_width}: use a "
+            "larger resize or a smaller crop"
         )
-    top, left = (given_height - height) // 2, (given_width - width) // 2
+    top, left = (frame_height - height) // 2, (frame_width - width) // 2
     return frames[:, top : top + height, left : left + width]

@@ -1,4 +1,4 @@
-"""What CLIP's two towers have in common: their shape and their pre-norm transformer layers."""
+"""Shared parts of CLIP's two towers: their configuration and pre-norm transformer layers."""
 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -12,16 +12,16 @@ from dit_video.core.errors import UserError
 from dit_video.nn import LayerNorm, Linear
 
 Activation = Literal["quick_gelu", "gelu"]
-"""`x sigmoid(1.702 x)` of OpenAI's models, or gelu with the error function, of OpenCLIP's"""
+"""Activation of the MLPs: `x sigmoid(1.702 x)` in OpenAI's models, exact gelu (error function) in OpenCLIP's."""
 ACTIVATIONS: tuple[Activation, ...] = ("quick_gelu", "gelu")
 _DTYPES = ("float32", "bfloat16")
-# Not -inf, which would make NaN of a token that sees nothing.
+# Not -inf: the softmax of a fully masked row would be NaN.
 _MASKED = -1e30
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipTower:
-    """The shape of a tower, but for what it reads.
+    """Configuration common to both towers.
 
     Raises:
       UserError: a size below 1, heads that do not divide the width, or another dtype.
@@ -33,10 +33,11 @@ class ClipTower:
     mlp_width: int
     activation: Activation = "quick_gelu"
     eps: float = 1e-5
+    """Epsilon of layer norms."""
     projection: int | None = None
-    """the width of the space where texts and images are compared; None where there is no map into it"""
+    """Width of the space in which texts and images are compared; None for a tower without a map to it."""
     dtype: str = "float32"
-    """of the matrix products, or bfloat16; norms, softmax and the sum of the layers' results are float32"""
+    """Dtype of matrix products, float32 or bfloat16; norms, softmax and the residual stream are float32."""
 
     def __post_init__(self):
         self.check_sizes(
@@ -44,27 +45,27 @@ class ClipTower:
         )
         if self.width % self.heads:
             raise UserError(
-                f"the width {self.width} of a CLIP tower is not divisible by {self.heads} heads; change one"
+                f"width={self.width} of a CLIP tower is invalid: must be divisible by heads={self.heads}. Change one"
             )
         if self.dtype not in _DTYPES:
-            raise UserError(f"a CLIP tower computes in {' or '.join(_DTYPES)}, not {self.dtype!r}")
+            raise UserError(f"dtype={self.dtype!r} of a CLIP tower is invalid: use {' or '.join(_DTYPES)}")
 
     def check_sizes(self, *names: str) -> None:
-        """Raise for a field that is below 1."""
-        if small := [f"{name} {getattr(self, name)}" for name in names if getattr(self, name) < 1]:
-            raise UserError(f"the sizes of a CLIP tower must be at least 1, not {', '.join(small)}")
+        """Raise for each of the named fields that is below 1."""
+        if small := [f"{name}={getattr(self, name)}" for name in names if getattr(self, name) < 1]:
+            raise UserError(f"{', '.join(small)} of a CLIP tower is invalid: use at least 1")
 
 
 class States(NamedTuple):
-    """What goes from layer to layer: after all of them, their result and the penultimate hidden states."""
+    """Values passed from layer to layer: the hidden states, and those before the last layer."""
 
     last: Float[Array, "B S E"]
     before: Float[Array, "B S E"]
-    """what the last layer was given"""
+    """Input of the last layer: the penultimate hidden states."""
 
 
 class ClipLayer(nnx.Module):
-    """`x += attention(norm(x))`, `x += mlp(norm(x))`, with biases."""
+    """A pre-norm transformer layer with biases: `x += attention(norm(x))`, `x += mlp(norm(x))`."""
 
     def __init__(self, config: ClipTower, *, rngs: nnx.Rngs):
         dtype, width = jnp.dtype(config.dtype), config.width
@@ -77,17 +78,17 @@ class ClipLayer(nnx.Module):
         self.down = Linear(config.mlp_width, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, states: States, seen: Bool[Array, "B S S"] | None) -> States:
-        """`seen` says which keys each query sees; all of them where it is None."""
+        """Apply the layer; `mask` is true for the keys that each query sees, None if it sees all."""
         x = states.last
         y = self.norm_attention(x)
         q, k, v = (linear(y).reshape(*x.shape[:2], self.heads, -1) for linear in (self.query, self.key, self.value))
-        middle = x + self.out(_attend(q, k, v, seen=seen).reshape(x.shape))
-        hidden = self.up(self.norm_mlp(middle))
-        return States(last=middle + self.down(_activate(hidden, self.activation)), before=x)
+        attended = x + self.out(_attend(q, k, v, seen=seen).reshape(x.shape))
+        hidden = self.up(self.norm_mlp(attended))
+        return States(last=attended + self.down(_activate(hidden, self.activation)), before=x)
 
 
 def make_projection(config: ClipTower, *, rngs: nnx.Rngs) -> Linear | None:
-    """The map into the space that both towers share."""
+    """Return the map into the space that both towers share, or None for a tower without one."""
     if config.projection is None:
         return None
     return Linear(config.width, config.projection, bias=False, dtype=jnp.dtype(config.dtype), rngs=rngs)
@@ -104,9 +105,9 @@ def _attend(
     *,
     seen: Bool[Array, "B S S"] | None,
 ) -> Float[Array, "B S K d"]:
-    """`softmax(q k^T / sqrt(d)) v`, softmax in float32.
+    """Return `softmax(q k^T / sqrt(d)) v`, with the softmax in float32.
 
-    Not `nn.Attention`, whose patterns are a video's: a text is a few dozen tokens, an image a few hundred.
+    Not `nn.Attention`, which is for the patterns of videos: a text is a few dozen tokens, an image a few hundred.
     """
     scores = jnp.einsum("bnkd,bmkd->bknm", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     if seen is not None:

@@ -1,4 +1,4 @@
-"""Both towers of CLIP, and how alike they find a text and an image."""
+"""CLIP with both towers, and the similarity of texts and images."""
 
 from dataclasses import dataclass
 
@@ -13,10 +13,10 @@ from dit_video.features.clip.vision import ClipVisionConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ClipConfig:
-    """The shapes of both towers; `weights.load_clip` reads them from a folder.
+    """Configuration of both towers; `weights.load_clip` reads it from a folder.
 
     Raises:
-      UserError: towers that do not map into one space.
+      UserError: towers that do not project into one space.
     """
 
     text: ClipTextConfig
@@ -25,8 +25,8 @@ class ClipConfig:
     def __post_init__(self):
         if self.text.projection is None or self.text.projection != self.vision.projection:
             raise UserError(
-                "the towers of a CLIP map into one space; give both the same projection, not "
-                f"{self.text.projection} and {self.vision.projection}"
+                f"text.projection={self.text.projection}, vision.projection={self.vision.projection} is invalid: both "
+                "towers project into one space. Give both the same projection"
             )
 
     def make(self, rngs: nnx.Rngs) -> "ClipTowers":
@@ -34,7 +34,7 @@ class ClipConfig:
 
 
 class ClipTowers(nnx.Module):
-    """The towers, `text` and `vision`, and the scale that they were trained with."""
+    """A CLIP model: the towers `text` and `vision`, and the scale of their similarity."""
 
     def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -42,14 +42,14 @@ class ClipTowers(nnx.Module):
         self.logit_scale = nnx.Param(jnp.log(jnp.float32(1 / 0.07)))
 
     def similarity(self, texts: Float[Array, "A P"], images: Float[Array, "B P"]) -> Float[Array, "A B"]:
-        """`exp(logit_scale) cos(text, image)` of every pair of projected texts and images.
+        """Return `exp(logit_scale) cos(text, image)` of every pair of projected texts and images.
 
-        Its softmax over texts is how probable each of them is as an image's caption.
+        Its softmax over texts is the probability of each text as the image's caption.
         """
         return jnp.exp(self.logit_scale[...]) * unit(texts) @ unit(images).T
 
 
 def unit(x: Float[Array, "*batch P"]) -> Float[Array, "*batch P"]:
-    """`x / |x|`, in float32: products of such vectors are cosines."""
+    """Return `x / |x|` in float32, so that products of such vectors are cosines."""
     x = x.astype(jnp.float32)
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

@@ -1,7 +1,7 @@
-"""Pillow's bicubic resize, bit for bit: what CLIP's images went through when it was trained.
+"""Bicubic resize that equals Pillow's bit for bit, as in CLIP's training.
 
-Columns, then rows; after each the values are whole again, in 0..255. The kernel is Keys' cubic with a = -1/2 (1981, the
-formula (4)), which is stretched when shrinking, cut at the picture's edge and rounded to 22 binary digits.
+Columns, then rows; each result is rounded to whole numbers in 0..255. The kernel is Keys' cubic with a = -1/2 (1981,
+formula (4)), stretched when downsampling, cut off at the picture's edge and rounded to 22 binary digits.
 """
 
 import functools
@@ -15,15 +15,15 @@ _SUPPORT = 2.0
 
 
 class _Taps(NamedTuple):
-    """For every output the inputs that it is a sum of."""
+    """Inputs of the weighted sum that is each output."""
 
     inputs: Int32[np.ndarray, "o taps"]
     weights: Int32[np.ndarray, "o taps"]
-    """in units of 2⁻²²; 0 where an output has fewer inputs"""
+    """Weights in units of 2⁻²²; 0 where an output has fewer inputs."""
 
 
 def resize_bicubic(frames: UInt8[np.ndarray, "T H W 3"], height: int, width: int) -> UInt8[np.ndarray, "T h w 3"]:
-    """As `PIL.Image.resize((width, height), BICUBIC)` of each frame."""
+    """Resize each frame as `PIL.Image.resize((width, height), BICUBIC)` does."""
     resized = np.empty((len(frames), height, width, 3), np.uint8)
     for frame, result in zip(frames, resized, strict=True):
         narrow = frame if frame.shape[1] == width else _apply(_taps(frame.shape[1], width), frame, axis=1)
@@ -41,8 +41,8 @@ def _taps(source: int, target: int) -> _Taps:
     inputs = first[:, None] + np.arange((stop - first).max(), dtype=np.int32)
     weights = _cubic((inputs - centres[:, None] + 0.5) / stretch) * (inputs < stop[:, None])
     weights /= weights.sum(axis=1, keepdims=True)
-    whole = np.trunc(weights * (1 << _BITS) + np.copysign(0.5, weights)).astype(np.int32)
-    return _Taps(np.minimum(inputs, source - 1), whole)
+    fixed_point = np.trunc(weights * (1 << _BITS) + np.copysign(0.5, weights)).astype(np.int32)
+    return _Taps(np.minimum(inputs, source - 1), fixed_point)
 
 
 def _cubic(x: np.ndarray) -> np.ndarray:
@@ -53,7 +53,7 @@ def _cubic(x: np.ndarray) -> np.ndarray:
 
 
 def _apply(taps: _Taps, picture: UInt8[np.ndarray, "H W 3"], *, axis: int) -> UInt8[np.ndarray, "h w 3"]:
-    # No overflow: the weights' magnitudes add up to less than 2 * 2²², and 2 * 2²² * 255 < 2³¹.
+    # No overflow: the weights' magnitudes sum to less than 2 * 2²², and 2 * 2²² * 255 < 2³¹.
     total: np.ndarray = np.asarray(1 << (_BITS - 1), np.int32)
     shape = (-1, 1, 1) if axis == 0 else (-1, 1)
     for inputs, weights in zip(taps.inputs.T, taps.weights.T, strict=True):

@@ -17,13 +17,13 @@ _MISTAKEN_END = 2
 
 @dataclass(frozen=True, kw_only=True)
 class ClipTextConfig(ClipTower):
-    """The shape of a text tower; `weights.load_clip_text` reads one from a folder."""
+    """Configuration of a text tower; `weights.load_clip_text` reads one from a folder."""
 
     vocabulary: int = 49408
     positions: int = 77
-    """the most tokens of a text, those of start and end included"""
+    """Maximum number of tokens of a text, including its start and end token."""
     end_token: int = 49407
-    """The id that a text is pooled at. Folders of before July 2023 say 2 by mistake: it stands for a text's largest id,
+    """Id of the token that is pooled. Folders from before July 2023 wrongly say 2; it then means a text's largest id,
     which is the end token's in their vocabularies."""
 
     def __post_init__(self):
@@ -35,20 +35,20 @@ class ClipTextConfig(ClipTower):
 
 
 class TextFeatures(NamedTuple):
-    """What the text tower makes of texts."""
+    """Features of texts from a text tower."""
 
     values: Float[Array, "B S E"]
-    """of every token, after the last norm: what a denoiser attends to"""
+    """Features of every token after the last norm, which a denoiser attends to."""
     before: Float[Array, "B S E"]
-    """the penultimate hidden states: what the last layer was given, without a norm"""
+    """Penultimate hidden states: the input of the last layer, without a norm."""
     pooled: Float[Array, "B E"]
-    """the end token's among `values`"""
+    """Element of `values` at the end token."""
     projected: Float[Array, "B P"] | None
-    """`pooled` in the space that images share; None where the tower has no map into it"""
+    """Projection of `pooled` to the space shared with images; None for a tower without a map to it."""
 
 
 class ClipText(nnx.Module):
-    """Token ids to features, one text a row; each token sees itself and those before it."""
+    """A text tower of token ids to features, one text per row; each token sees itself and those before it."""
 
     def __init__(self, config: ClipTextConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -59,22 +59,24 @@ class ClipText(nnx.Module):
         self.projection = make_projection(config, rngs=rngs)
 
     def __call__(self, ids: Int[Array, "B S"], mask: Int[Array, "B S"]) -> TextFeatures:
-        """`mask` is 0 where padding stands, which no token sees. A text stands at the positions of its row.
+        """Return features of texts; `mask` is 0 at padding, which no token sees. Each row holds one text.
 
         Raises:
-          UserError: rows of more tokens than there are positions.
+          UserError: rows of more than `max_positions` tokens.
         """
         length = ids.shape[1]
         if length > self.config.positions:
-            raise UserError(f"CLIP's text tower reads up to {self.config.positions} tokens, not {length}; cut the text")
+            raise UserError(
+                f"a text of {length} tokens is too long: CLIP's text tower reads up to {self.config.positions}. Cut it"
+            )
         x = self.embedding[...][ids].astype(jnp.float32) + self.position[...][:length]
-        seen = jnp.tril(jnp.ones((length, length), bool)) & (mask != 0)[:, None, :]
-        states = apply_stack(self.blocks, States(last=x, before=x), seen)
+        visible = jnp.tril(jnp.ones((length, length), bool)) & (mask != 0)[:, None, :]
+        states = apply_stack(self.blocks, States(last=x, before=x), visible)
         values = self.norm(states.last)
         pooled = jnp.take_along_axis(values, self._end(ids)[:, None, None], axis=1)[:, 0]
         return TextFeatures(values, states.before, pooled, None if self.projection is None else self.projection(pooled))
 
     def _end(self, ids: Int[Array, "B S"]) -> Int[Array, " B"]:
-        """Where each text has its first end token: texts may be padded with more of them."""
+        """Return the position of each text's first end token: texts may be padded with more of them."""
         end = self.config.end_token
         return jnp.argmax(ids if end == _MISTAKEN_END else ids == end, axis=1)

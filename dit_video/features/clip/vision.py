@@ -1,4 +1,4 @@
-"""The vision tower of CLIP (arXiv 2103.00020), a ViT (arXiv 2010.11929) with a norm before its layers too."""
+"""The vision tower of CLIP (arXiv 2103.00020): a ViT (arXiv 2010.11929) with an extra norm before its layers."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,26 +16,26 @@ from dit_video.nn import LayerNorm, apply_stack, make_stack
 
 @dataclass(frozen=True, kw_only=True)
 class ClipVisionConfig(ClipTower):
-    """The shape of a vision tower; `weights.load_clip_vision` reads one from a folder.
+    """Configuration of a vision tower; `weights.load_clip_vision` reads one from a folder.
 
     Raises:
       UserError: patches that do not divide the image.
     """
 
     size: int = 224
-    """pixels of each side of an image"""
+    """Pixels per side of an image."""
     patch: int = 32
-    """pixels of each side of a patch"""
+    """Pixels per side of a patch."""
 
     def __post_init__(self):
         super().__post_init__()
         self.check_sizes("size", "patch")
         if self.size % self.patch:
-            raise UserError(f"images of {self.size} pixels a side are not whole patches of {self.patch}; change one")
+            raise UserError(f"size={self.size} is invalid: must be divisible by patch={self.patch}. Change one")
 
     @property
     def tokens(self) -> int:
-        """Of an image: one for the whole, and one for each patch."""
+        """Return the tokens of an image: the class token, and one per patch."""
         return 1 + (self.size // self.patch) ** 2
 
     def make(self, rngs: nnx.Rngs) -> "ClipVision":
@@ -43,20 +43,20 @@ class ClipVisionConfig(ClipTower):
 
 
 class VisionFeatures(NamedTuple):
-    """What the vision tower makes of images; of the tokens, the first is the whole image's."""
+    """Features of images from a vision tower; the first token is the class token, for the whole image."""
 
     values: Float[Array, "B S E"]
-    """of every token, after all layers, without a norm"""
+    """Features of every token after all layers, without a norm."""
     before: Float[Array, "B S E"]
-    """the penultimate hidden states: what the last layer was given. The image tokens of Wan's image-to-video."""
+    """Penultimate hidden states, the input of the last layer: the image tokens of Wan's image-to-video."""
     pooled: Float[Array, "B E"]
-    """the first of `values`, after a norm"""
+    """First element of `values`, after a norm."""
     projected: Float[Array, "B P"] | None
-    """`pooled` in the space that texts share; None where the tower has no map into it"""
+    """Projection of `pooled` to the space shared with texts; None for a tower without a map to it."""
 
 
 class ClipVision(nnx.Module):
-    """Images of one size to features; `ClipImages` makes such images of frames."""
+    """A vision tower of images of one size to features; `preprocess_frames` makes such images of frames."""
 
     def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs):
         width, patch = config.width, config.patch
@@ -71,7 +71,7 @@ class ClipVision(nnx.Module):
         self.projection = make_projection(config, rngs=rngs)
 
     def __call__(self, images: Float[Array, "B H W 3"]) -> VisionFeatures:
-        """Features of images whose colours are scaled as the tower was trained.
+        """Return the features of images that were preprocessed as in the tower's training.
 
         Raises:
           UserError: images of another size than the tower's.
@@ -79,14 +79,14 @@ class ClipVision(nnx.Module):
         size, patch = self.config.size, self.config.patch
         if images.shape[1:3] != (size, size):
             raise UserError(
-                f"CLIP's vision tower reads images of {size}x{size}, not {images.shape[1]}x{images.shape[2]}; prepare "
-                "them with ClipImages"
+                f"images of {images.shape[1]}x{images.shape[2]} are invalid: CLIP's vision tower reads {size}x{size}. "
+                "Prepare them with ClipImageProcessor"
             )
         dtype = jnp.dtype(self.config.dtype)
         patches = rearrange(images.astype(dtype), "B (h p) (w q) C -> B (h w) (p q C)", p=patch, q=patch)
         patches = patches @ self.patch_kernel[...].astype(dtype).reshape(-1, self.config.width)
-        whole = jnp.broadcast_to(self.whole[...], (len(images), 1, self.config.width))
-        x = self.norm_in(jnp.concatenate([whole, patches.astype(jnp.float32)], axis=1) + self.position[...])
+        class_token = jnp.broadcast_to(self.whole[...], (len(images), 1, self.config.width))
+        x = self.norm_in(jnp.concatenate([class_token, patches.astype(jnp.float32)], axis=1) + self.position[...])
         states = apply_stack(self.blocks, States(last=x, before=x), None)
         pooled = self.norm_pooled(states.last[:, 0])
         projected = None if self.projection is None else self.projection(pooled)

@@ -1,8 +1,8 @@
-"""Images that a clip begins with, or ends with, as what the denoiser is given.
+"""Image conditioning: clips that begin, or end, with a given image.
 
-Two ways, both Wan's: the pixels that are not known are grey, all are encoded, and the model reads the latents and the
-mask beside the noisy latents, in some models also an image encoder's tokens (2.1, and 2.2 A14B); or the first latent
-frame is that of the image, clean, at time 0 (2.2 TI2V-5B).
+Two methods, both Wan's. Either the unknown pixels are grey, all frames are encoded, and the model reads the mask and
+the latents next to the noisy latents; some models also read an image encoder's tokens (2.1, and 2.2 A14B). Or the first
+latent frame is the image's, clean, at time 0 (2.2 TI2V-5B).
 """
 
 import functools
@@ -21,55 +21,57 @@ from dit_video.video import Clip
 
 
 class Images:
-    """What clips are given of images; the image encoder is read at the first of them."""
+    """Conditioning of clips on their first and last image; the image encoder is read when the first image arrives."""
 
     def __init__(self, config: PipelineConfig, codec: Codec):
         self._config, self._codec = config, codec
 
     def __call__(self, size: Grid, image: Image | None, last: Image | None) -> GivenClip:
-        """For a clip of a size in pixels, of its first image and its last.
+        """Return the conditioning of a clip of `size`, in pixels, from its first and its last image.
 
         Raises:
-          UserError: an image of another size than the clip's, one that the model cannot be given, or none where it
+          UserError: an image of another size than the clip's, one that the model does not accept, or none where it
             needs one.
         """
         dit = self._config.dit
-        takes = {"first": bool(dit.given_channels) or dit.time == "token", "last": bool(dit.given_channels)}
+        accepted = {"first": bool(dit.given_channels) or dit.time == "token", "last": bool(dit.given_channels)}
         frames = {}
-        for name, given, number in (("first", image, 0), ("last", last, size.t - 1)):
-            if given is None:
+        for name, pixels, index in (("first", image, 0), ("last", last, size.t - 1)):
+            if pixels is None:
                 continue
-            if not takes[name]:
-                raise UserError(f"this model cannot be given a clip's {name} image; use one that was trained for it")
-            frames[number] = _pixels(given, size)
+            if not accepted[name]:
+                raise UserError(f"this model does not accept a clip's {name} image; use one that was trained with it")
+            frames[index] = _pixels(pixels, size)
         if dit.given_channels:
             if image is None:
-                raise UserError("this model animates an image; give image=, a clip of one frame or pixels [H W 3]")
+                raise UserError("this model needs an image; give image=, a clip of one frame or pixels [H W 3]")
             return GivenClip(beside=self._beside(frames, size), image=self._tokens(list(frames.values())))
         if not frames:
             return GivenClip()
         return GivenClip(known=self._codec.encode(Clip(frames[0][None], self._config.fps)))
 
     def _beside(self, frames: dict[int, np.ndarray], size: Grid) -> Float32[np.ndarray, "t h w g"]:
-        """Mask channels, then the encoded pixels."""
+        """Return the mask's channels, followed by the latents of the frames."""
         pixels, known = blanked(frames, size.t)
         latents = self._codec.encode_pixels(pixels)
         mask = folded(known, self._config.autoencoder.stride.t)
-        both = np.concatenate([np.broadcast_to(mask[:, None, None], (*latents.shape[:3], mask.shape[1])), latents], -1)
-        if both.shape[-1] != self._config.dit.given_channels:
+        cond_latents = np.concatenate(
+            [np.broadcast_to(mask[:, None, None], (*latents.shape[:3], mask.shape[1])), latents], -1
+        )
+        if cond_latents.shape[-1] != self._config.dit.given_channels:
             raise UserError(
-                f"the denoiser reads {self._config.dit.given_channels} channels of masks and clean latents, this "
-                f"autoencoder makes {both.shape[-1]}; they are not of one model"
+                f"the denoiser reads {self._config.dit.given_channels} channels of masks and clean latents, but "
+                f"this autoencoder makes {cond_latents.shape[-1]}; use the autoencoder that it was trained with"
             )
-        return both
+        return cond_latents
 
     def _tokens(self, frames: list[np.ndarray]) -> Float32[np.ndarray, "i F"] | None:
         if self._config.image_encoder is None:
             return None
-        wanted = 1 if self._positions is None else 2
-        if len(frames) != wanted:
+        count = 1 if self._positions is None else 2
+        if len(frames) != count:
             kinds = ("the first image alone", "the first and the last image (image= and last_image=)")
-            raise UserError(f"this model was trained with {kinds[wanted - 1]}; give that")
+            raise UserError(f"this model was trained with {kinds[count - 1]}; give exactly that")
         return np.concatenate(list(self._encoder(np.stack(frames))))
 
     @property
@@ -86,8 +88,8 @@ def _pixels(given: Image, size: Grid) -> UInt8[np.ndarray, "H W 3"]:
     frames = given.frames if isinstance(given, Clip) else np.asarray(given)[None]
     if frames.shape != (1, size.h, size.w, 3) or frames.dtype != np.uint8:
         raise UserError(
-            f"an image is a clip of one frame or uint8 pixels, [{size.h} {size.w} 3] for this size, not {frames.dtype} "
-            f"{list(frames.shape[1:] if len(frames) == 1 else frames.shape)}; resize it (core.pixels.resize), or "
-            "ask for a clip of its size"
+            f"an image must be a clip of one frame or uint8 pixels, [{size.h} {size.w} 3] for this size, not "
+            f"{frames.dtype} {list(frames.shape[1:] if len(frames) == 1 else frames.shape)}; resize it "
+            "(dit_video.core.pixels.resize), or request a clip of its size"
         )
     return frames[0]

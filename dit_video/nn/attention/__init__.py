@@ -1,7 +1,7 @@
-"""Attention among the tokens of a segment.
+"""Attention within the segments of packed rows.
 
-One function type, `Attention`, is chosen when a model is built: a backend, and a pattern of who sees whom. Every
-backend is held equal to `Dense`, whose mask is the pattern's definition.
+All backends implement one protocol, `Attention`; a model is built with a backend and a pattern, which decides which
+tokens attend to each other. Every backend is tested against `DenseAttention`, whose mask defines the pattern.
 """
 
 from dit_video.nn.attention.api import Attention

@@ -1,4 +1,4 @@
-"""The attention function of a backend and a pattern."""
+"""Choice of the attention function for a backend and a pattern."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -17,19 +17,20 @@ Backend = Literal["auto", "dense", "chunked", "splash", "cudnn", "tokamax"]
 
 
 def make_attention(backend: Backend = "auto", *, pattern: Pattern = Full(), chunk: int = 256) -> Attention:
-    """The attention function of a backend.
+    """Return the attention function of a backend.
 
     | backend | where | patterns | skips blocks | memory |
     |---|---|---|---|---|
     | `dense` | anywhere | all | no | quadratic |
     | `chunked` | anywhere | all | yes | linear |
-    | `splash` | TPU | of one stretch | yes | linear |
+    | `splash` | TPU | one key range | yes | linear |
     | `cudnn` | GPU, 16 bits | all | no | quadratic (mask) |
-    | `tokamax` | GPU, if installed | of one stretch | yes | linear |
+    | `tokamax` | GPU, if installed | one key range | yes | linear |
 
-    `auto` takes `dense` for rows of up to `4 * chunk` tokens and `chunked` above, on every platform: a kernel is for
-    those to name who have measured it. Patterns of one stretch are `Full`, `SpaceOnly`, `TimeOnly`, `CausalFrames`, and
-    a `SlidingWindow` of radius 0. `chunk` is the block of `chunked`; the kernels have their own.
+    `auto` uses `dense` for rows of up to `4 * chunk` tokens and `chunked` above, on every platform: a kernel is only
+    used if it is named, after it was measured. Patterns whose queries see one range of keys are `Full`, `SpaceOnly`,
+    `TimeOnly`, `CausalFrames`, and a `SlidingWindow` of radius 0. `chunk` is the block size of `chunked`; the kernels
+    have their own.
 
     Raises:
       UserError: an unknown backend, or a pattern that it cannot do.
@@ -48,15 +49,16 @@ def make_attention(backend: Backend = "auto", *, pattern: Pattern = Full(), chun
         case "tokamax":
             return Tokamax(pattern=pattern)
     raise UserError(
-        f"unknown attention backend {backend!r}; use auto, dense, chunked, splash (TPU), cudnn or tokamax (GPU)"
+        f"attention backend {backend!r} is unknown; use auto, dense, chunked, splash (TPU), cudnn or tokamax (GPU)"
     )
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """The attention functions of a model, by pattern: those of its backend.
+    """A factory of a model's attention functions, by pattern.
 
-    A model has one of these; another function of a pattern in its place computes attention in another way, or watches.
+    A model holds one factory; replacing it with another function of a pattern changes how the model computes attention
+    (over several devices), or records the weights.
     """
 
     backend: Backend
@@ -66,10 +68,10 @@ class Chosen:
 
 
 def check_attention(backend: Backend, *patterns: Pattern, biased: bool = False) -> None:
-    """What can be said of an attention before it is made, on machines that do not have the backend too.
+    """Check that a backend supports these patterns, without building it, so also on machines that lack the backend.
 
     Raises:
-      UserError: patterns, or a bias of the scores, that the backend cannot do.
+      UserError: patterns, or a bias of the scores, that the backend does not support.
     """
     if backend in ("splash", "tokamax"):
         for pattern in patterns:
@@ -80,7 +82,7 @@ def check_attention(backend: Backend, *patterns: Pattern, biased: bool = False) 
 
 @dataclass(frozen=True, kw_only=True)
 class Auto:
-    """`short` where there are no more scores than among `limit` tokens, `long` above."""
+    """Attention that is dense for up to `max_dense_tokens`² scores, and chunked above."""
 
     limit: int
     short: Dense

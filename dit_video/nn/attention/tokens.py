@@ -1,4 +1,4 @@
-"""What attention is told of its tokens: whose they are, and where they lie on the grid of their clip."""
+"""Metadata of attention's queries and keys: segment ids, indices on the clip's grid, and a bias of the scores."""
 
 from typing import NamedTuple
 
@@ -10,33 +10,33 @@ from dit_video.core.errors import UserError
 from dit_video.nn.attention.bias import Bias
 
 Coordinates = Float[Array, "B N 3"] | Int[Array, "B N 3"]
-"""(t, h, w), in any unit"""
+"""Coordinates (t, h, w) of tokens, in any unit."""
 
 NOWHERE = -1
-"""The grid index, along all axes, of what has no place in a clip: registers, texts in joint attention."""
+"""Grid index, along all axes, of tokens without a position in a clip: registers, and text in joint attention."""
 
 
 class Tokens(NamedTuple):
-    """The queries and the keys of an attention, besides their values.
+    """The metadata of attention's queries and keys.
 
-    Segment id 0 is padding. Grid indices are those of `grid_indices`, queries and keys on one grid; only a pattern
-    other than `Full` reads them. In self-attention (`among`) keys are the same tokens as queries, and only these are
-    given: so a backend knows that whoever has a segment sees something.
+    Segment id 0 is padding. Grid indices are those of `compute_grid_indices`, queries and keys on one grid; only
+    patterns other than `Full` read them. In self-attention the keys are the same tokens as the queries and their fields
+    are None, which tells a backend that every token with a segment sees at least itself.
     """
 
     q_segments: Int[Array, "B N"]
     context_segments: Int[Array, "B M"] | None = None
-    """of keys that are other tokens"""
+    """Segment ids of the keys; None in self-attention."""
     q_indices: Int[Array, "B N 3"] | None = None
     context_indices: Int[Array, "B M 3"] | None = None
     bias: Bias | None = None
-    """added to the scores, where the backend can"""
+    """Bias that is added to the scores, for backends that support it."""
 
     @classmethod
     def among(
         cls, segments: Int[Array, "B N"], indices: Int[Array, "B N 3"] | None = None, *, bias: Bias | None = None
     ) -> "Tokens":
-        """Of self-attention: queries and keys are the same tokens."""
+        """Return the inputs of self-attention, whose queries and keys are the same tokens."""
         return cls(segments, q_indices=indices, bias=bias)
 
     @property
@@ -48,18 +48,22 @@ class Tokens(NamedTuple):
         return self.q_indices if self.context_segments is None else self.context_indices
 
     def without_bias(self, backend: str) -> "Tokens":
-        """Raises UserError where there is a bias."""
+        """Return these inputs unchanged.
+
+        Raises:
+          UserError: there is a bias, which this backend does not support.
+        """
         if self.bias is not None:
             raise UserError(f"{backend} attention cannot add a bias to its scores; use the backend chunked or dense")
         return self
 
 
 def grid_indices(coordinates: Coordinates, segments: Int[Array, "B N"]) -> Int[Array, "B N 3"]:
-    """The index of every token along t, h and w, from 0 in each segment.
+    """Return the index of every token along t, h and w, from 0 in each segment.
 
-    Whole numbers are taken for indices as they are. Real coordinates (seconds, fractions of the picture) become ranks:
-    a token's index along an axis is the number of smaller coordinates in its segment, counted once each, so that the
-    frame before is the one before in the row's clip, however far apart in time.
+    Integer coordinates are returned as they are. Real ones (seconds, fractions of the frame size) become ranks: the
+    number of distinct smaller coordinates along that axis in the token's segment. So neighbouring frames differ by 1,
+    however far apart they are in time.
     """
     if jnp.issubdtype(coordinates.dtype, jnp.integer):
         return coordinates

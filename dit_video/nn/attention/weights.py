@@ -1,4 +1,4 @@
-"""How much each query takes from each key: what attention computes and does not keep."""
+"""Attention weights as an output, which the backends compute and do not keep."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ from dit_video.nn.attention.masks import Full, Pattern, sight, visible
 from dit_video.nn.attention.tokens import Tokens
 
 Record = Callable[[Float32[np.ndarray, "B K Q M"]], None]
-"""is given the weights of one attention"""
+"""A callback that receives the weights of one attention layer."""
 
 
 def attention_weights(q: Queries, k: Keys, at: Tokens, *, pattern: Pattern = Full()) -> Float[Array, "B K N M"]:
-    """The softmax of `Attention` in float32. A query's weights sum to 1, or are zero if it sees nothing."""
+    """Return the softmax of `Attention` in float32; a query's weights sum to 1, or are zero if it sees nothing."""
     mask = visible(sight(pattern, at))[:, None]
     scores = jnp.einsum("bnkd,bmkd->bknm", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     if at.bias is not None:
@@ -30,26 +30,27 @@ def attention_weights(q: Queries, k: Keys, at: Tokens, *, pattern: Pattern = Ful
 
 
 def _added(bias: Bias) -> Float[Array, "B K N M"]:
-    found = bias.relative.find(bias.q_coordinates, bias.kv_coordinates)
-    return jax.vmap(lambda table: bias.relative.read(table, found), in_axes=1, out_axes=1)(bias.table)
+    entries = bias.relative.find(bias.q_coordinates, bias.kv_coordinates)
+    return jax.vmap(lambda table: bias.relative.read(table, entries), in_axes=1, out_axes=1)(bias.table)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recorded:
-    """Another attention, which tells the weights of some queries beside its result, whatever way it computes that.
+    """A wrapper around an attention function that also reports the weights of some queries.
 
-    Inside a loop or a compiled program too: `record` is called on the host, in the order of the layers.
+    The weights are computed separately, so any backend can be wrapped. It works inside loops and compiled programs:
+    `record` is called on the host, in the order of the layers.
     """
 
     attention: Attention
     pattern: Pattern
     queries: tuple[int, ...]
-    """numbers of tokens in a row (Q)"""
+    """Indices in the row of the Q tokens whose weights are recorded."""
     record: Record
 
     def __call__(self, q: Queries, k: Keys, v: Keys, at: Tokens) -> Queries:
-        chosen = jnp.asarray(self.queries, jnp.int32)
-        weights = attention_weights(q[:, chosen], k, _of_queries(at, chosen), pattern=self.pattern)
+        indices = jnp.asarray(self.queries, jnp.int32)
+        weights = attention_weights(q[:, indices], k, _of_queries(at, indices), pattern=self.pattern)
         io_callback(lambda values: self.record(np.asarray(values)), None, weights, ordered=True)
         return self.attention(q, k, v, at)
 

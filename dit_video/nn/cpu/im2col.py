@@ -1,9 +1,10 @@
-"""A convolution as one product over columns, each of all that an output sees (im2col), with a backward pass of its own.
+"""Convolution as one matrix product over columns (im2col), with a backward pass of its own.
 
-For bfloat16 on CPU: XLA is quick there at plain products of two matrices that give float32, and at nothing else. So the
-columns are moved as integers, no factor of a product is transposed in it, and what is differentiated is not the
-forward pass: the gradient of the input is the convolution of the output's with the flipped kernel, that of the kernel
-one product with the same columns, that of the bias a product with ones.
+A column holds all values that one output position sees. This is for bfloat16 on CPU, where XLA is fast only at plain
+products of two matrices with a float32 result. So the columns are moved as integers, no factor is transposed inside a
+product, and the gradients are written out instead of derived: that of the input is a convolution of the output's
+gradient with the flipped kernel, that of the kernel is one product with the same columns, and that of the bias is a
+product with ones.
 """
 
 import functools
@@ -17,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 LIMIT = 2**26
-"""Bytes of columns that are held at once, as long as a single frame's are fewer."""
+"""Bytes of columns in memory at once; a single frame is never split, so it may take more."""
 
 
 def columns(
@@ -26,16 +27,16 @@ def columns(
     bias: Float[Array, " o"],
     dtype: DTypeLike = jnp.bfloat16,
 ) -> Float[Array, "B t h w o"]:
-    """A convolution of stride 1: `t = T - kt + 1` frames, zero-padded in space.
+    """Convolve with stride 1, zero-padded in space and not in time: `t = T - kt + 1` frames remain.
 
     Args:
-      x: of any dtype, which its gradient has too.
-      kernel: of odd height and width.
-      bias: what is added.
-      dtype: of the factors; products are summed in float32.
+      x: input of any dtype, which its gradient has too.
+      kernel: weights of odd height and width.
+      bias: added to every output.
+      dtype: dtype of the factors; products are summed in float32.
 
     Returns:
-      Float32, as the gradients of the kernel and the bias.
+      The output in float32; so are the gradients of the kernel and the bias.
     """
     return _convolution(x, kernel, bias, jnp.dtype(dtype))
 
@@ -54,34 +55,36 @@ def _forward(x: Array, kernel: Array, bias: Array, dtype: jnp.dtype) -> tuple[Ar
 
 def _backward(dtype: jnp.dtype, kept: tuple[Array, Array, Array], gradient: Array) -> tuple[Array, Array, Array]:
     x, kernel, like = kept
-    frames, high, wide, width, out = kernel.shape
-    places = gradient.reshape(-1, out)
-    of_bias = jnp.dot(jnp.ones((1, len(places)), places.dtype), places)[0]  # a sum, in a tenth of XLA's time for it
+    frames, kernel_h, kernel_w, width, out = kernel.shape
+    positions = gradient.reshape(-1, out)
+    # A product with ones takes a tenth of the time of XLA's sum.
+    d_bias = jnp.dot(jnp.ones((1, len(positions)), positions.dtype), positions)[0]
     gradient = gradient.astype(dtype)
-    flipped = kernel[:, ::-1, ::-1].transpose(1, 2, 4, 0, 3).reshape(high, wide, out, frames * width)
-    of_stacked = _spatial(gradient, flipped)
-    later = x.shape[1] - gradient.shape[1]
-    of_x = functools.reduce(  # every frame was stacked at each offset
+    flipped = kernel[:, ::-1, ::-1].transpose(1, 2, 4, 0, 3).reshape(kernel_h, kernel_w, out, frames * width)
+    d_stacked = _spatial(gradient, flipped)
+    extra = x.shape[1] - gradient.shape[1]
+    # A frame was stacked once at every time offset: its gradient is the sum over the offsets.
+    d_x = functools.reduce(
         operator.add,
         (
-            jnp.pad(part, ((0, 0), (offset, later - offset), (0, 0), (0, 0), (0, 0)))
-            for offset, part in enumerate(jnp.split(of_stacked, frames, axis=-1))
+            jnp.pad(part, ((0, 0), (offset, extra - offset), (0, 0), (0, 0), (0, 0)))
+            for offset, part in enumerate(jnp.split(d_stacked, frames, axis=-1))
         ),
     )
-    of_merged = _of_kernel(_stacked(x, frames), gradient, (high, wide))
-    of_kernel = jnp.moveaxis(of_merged.reshape(high, wide, frames, width, out), 2, 0)
-    return of_x.astype(like.dtype), of_kernel, of_bias
+    d_merged = _of_kernel(_stacked(x, frames), gradient, (kernel_h, kernel_w))
+    d_kernel = jnp.moveaxis(d_merged.reshape(kernel_h, kernel_w, frames, width, out), 2, 0)
+    return d_x.astype(like.dtype), d_kernel, d_bias
 
 
 _convolution.defvjp(_forward, _backward)
 
 
 def _spatial(x: Float[Array, "B t h w i"], kernel: Float[Array, "kh kw i o"]) -> Float[Array, "B t h w o"]:
-    """A 2-D convolution of every frame."""
+    """Convolve every frame in space."""
     factor = kernel.astype(x.dtype).reshape(-1, kernel.shape[-1])
 
-    def product(pictures: Array) -> Array:
-        return _dot(_columns(pictures, kernel.shape[:2]), factor)
+    def product(frames: Array) -> Array:
+        return _dot(_columns(frames, kernel.shape[:2]), factor)
 
     parts = _parts(x, kernel.shape[:2])
     y = product(parts[0]) if len(parts) == 1 else jax.lax.map(product, parts)
@@ -91,7 +94,7 @@ def _spatial(x: Float[Array, "B t h w i"], kernel: Float[Array, "kh kw i o"]) ->
 def _of_kernel(
     x: Float[Array, "B t h w i"], gradient: Float[Array, "B t h w o"], size: tuple[int, int]
 ) -> Float[Array, "k o"]:
-    """The gradient of the kernel of such a convolution from that of its output."""
+    """Return the gradient of the 2-D convolution's kernel from that of its output."""
     parts = _parts(x, size)
     gradients = gradient.reshape(len(parts), -1, gradient.shape[-1])
 
@@ -105,18 +108,21 @@ def _of_kernel(
 
 
 def _dot(left: Float[Array, "p k"], right: Float[Array, "k o"]) -> Float[Array, "p o"]:
-    """A product whose transpose XLA may not take for one of transposed factors."""
+    """Return the matrix product, behind a barrier so that XLA cannot fold a transpose of it into the factors."""
     return jax.lax.optimization_barrier(jnp.dot(left, right, preferred_element_type=jnp.float32))
 
 
 def _transposed(x: Float[Array, "p o"]) -> Float[Array, "o p"]:
-    """The transpose, in two halves, as XLA would have a product do it itself, of which bfloat16 is not capable."""
+    """Transpose in two halves.
+
+    XLA would fold a whole transpose into the following product, which is slow in bfloat16.
+    """
     half = x.shape[1] // 2
     return jnp.concatenate([x[:, :half].T, x[:, half:].T])
 
 
 def _parts(x: Float[Array, "B t h w i"], size: Sequence[int]) -> Float[Array, "parts n h w i"]:
-    """Frames, in parts whose columns are within the limit."""
+    """Divide the frames into equal parts whose columns are within the limit."""
     count = x.shape[0] * x.shape[1]
     frame = frame_bytes(x.shape[2:], size, x.dtype)
     at_once = max(n for n in range(1, count + 1) if count % n == 0 and (n == 1 or n * frame <= LIMIT))
@@ -124,22 +130,24 @@ def _parts(x: Float[Array, "B t h w i"], size: Sequence[int]) -> Float[Array, "p
 
 
 def frame_bytes(frame: Sequence[int], kernel: Sequence[int], dtype: DTypeLike = jnp.bfloat16) -> int:
-    """What the columns of one frame `[h w i]` take."""
+    """Return the bytes of the columns of one frame `[h w i]`."""
     return math.prod((*frame, *kernel)) * jnp.dtype(dtype).itemsize
 
 
 def _columns(x: Float[Array, "n h w i"], size: Sequence[int]) -> Float[Array, "p k"]:
-    """What every place sees, zeros beyond the edges: first by row, then by column, then by channel."""
-    (high, wide), (height, width) = size, x.shape[1:3]
+    """Gather the values that every output position sees, zeros beyond the edges, in (row, column, channel) order."""
+    (kernel_h, kernel_w), (height, width) = size, x.shape[1:3]
     moved = _as_integers(x)
-    padded = jnp.pad(moved, ((0, 0), (high // 2, high // 2), (wide // 2, wide // 2), (0, 0)))
-    seen = [padded[:, row : row + height, column : column + width] for row in range(high) for column in range(wide)]
-    found = _as_floats(jnp.concatenate(seen, axis=-1), x.dtype)
-    return jax.lax.optimization_barrier(found.reshape(-1, found.shape[-1]))
+    padded = jnp.pad(moved, ((0, 0), (kernel_h // 2, kernel_h // 2), (kernel_w // 2, kernel_w // 2), (0, 0)))
+    shifted = [
+        padded[:, row : row + height, column : column + width] for row in range(kernel_h) for column in range(kernel_w)
+    ]
+    gathered = _as_floats(jnp.concatenate(shifted, axis=-1), x.dtype)
+    return jax.lax.optimization_barrier(gathered.reshape(-1, gathered.shape[-1]))
 
 
 def _stacked(x: Float[Array, "B T h w i"], frames: int) -> Float[Array, "B t h w c"]:
-    """Every run of frames, as channels."""
+    """Stack every run of `frames` consecutive frames along the channels."""
     if frames == 1:
         return x
     moved, length = _as_integers(x), x.shape[1] - frames + 1
@@ -148,8 +156,11 @@ def _stacked(x: Float[Array, "B T h w i"], frames: int) -> Float[Array, "B t h w
     )
 
 
-def _as_integers(x: Float[Array, "*places i"]) -> Array:
-    """The same bits, two channels in a number where they are even: XLA's CPU moves bfloat16 by way of float32."""
+def _as_integers(x: Float[Array, "*positions i"]) -> Array:
+    """Reinterpret bfloat16 as integers, two channels in one if their number is even.
+
+    XLA on CPU converts bfloat16 to float32 and back merely to move it; integers are copied as they are.
+    """
     if x.dtype != jnp.bfloat16:
         return x
     if x.shape[-1] % 2:
@@ -158,7 +169,7 @@ def _as_integers(x: Float[Array, "*places i"]) -> Array:
 
 
 def _as_floats(x: Array, dtype: jnp.dtype) -> Array:
-    """Their inverse."""
+    """Invert `_to_integers`."""
     if x.dtype == dtype:
         return x
     floats = jax.lax.bitcast_convert_type(x, dtype)

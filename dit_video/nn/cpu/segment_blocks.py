@@ -1,9 +1,9 @@
-"""Attention among the tokens of a segment, in the form that is fastest on CPU: blocks begin where segments do.
+"""Full attention within segments in the form that is fastest on CPU: blocks are aligned with segments.
 
-As in `chunked`, softmax is taken online and the backward pass computes the scores again (arXiv 2205.14135). What
-differs is where blocks lie. A block of queries begins where the one before ended, and ends with the last whole segment
-that it has room for, or full; a block of keys begins at the next key that any of these queries may see. So blocks of
-short segments hold several, and those of long ones waste little.
+As in `chunked`, softmax is computed online and the backward pass recomputes the scores (arXiv 2205.14135). The blocks
+differ: a block of queries begins where the previous one ended, and ends with the last segment that fits completely, or
+when it is full; a block of keys begins at the next key that any of these queries can see. So a block holds several
+short segments, and little of it is wasted on long ones.
 """
 
 import functools
@@ -20,18 +20,20 @@ from dit_video.nn.attention.api import Keys, Queries, named
 from dit_video.nn.attention.backends.dense import MASKED
 
 _NOBODY, _PADDING = -2, -1
-"""segments of tokens that don't count, of the outer and of the inner loop: equal to no other"""
+"""Segment ids of tokens to ignore in the outer and the inner loop; they differ, so that no pair of them matches."""
 _FILLED = 0.75
-"""what part of a well filled block is its own"""
+"""Fraction of a block that must be filled for its size to be chosen over a smaller one."""
 _MOST = int(np.iinfo(np.int32).max)
 Carried = TypeVar("Carried")
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """How two rows are cut: blocks of one of them, and for each those of the other, have the first of these sizes that
-    is well filled. Products of a narrow block with a wide one are the fastest in XLA's CPU backend, which divides those
-    of less than two chunks among threads to little avail; the smaller sizes are for the ends of segments."""
+    """Block sizes of the outer and the inner loop, largest first; a block has the first of these sizes that it fills.
+
+    Products of a narrow block with a wide one are the fastest in XLA's CPU backend, which gains little from threads in
+    products of less than two chunks. The smaller sizes are for the ends of segments.
+    """
 
     narrow: tuple[int, ...]
     wide: tuple[int, ...]
@@ -39,9 +41,9 @@ class Blocks:
     @staticmethod
     def of(length: int, other: int, chunk: int) -> "Blocks":
         number = max(1, round(length / (2 * chunk)))
-        most = -(-length // number)
+        largest = -(-length // number)
         sizes = {min(size, other) for size in (8 * chunk, chunk, -(-chunk // 4))}
-        return Blocks(_descending({most, -(-most // 4)}), _descending(sizes))
+        return Blocks(_descending({largest, -(-largest // 4)}), _descending(sizes))
 
 
 def _descending(sizes: set[int]) -> tuple[int, ...]:
@@ -51,7 +53,7 @@ def _descending(sizes: set[int]) -> tuple[int, ...]:
 def attend(
     q: Queries, k: Keys, v: Keys, q_segments: Int[Array, "B N"], kv_segments: Int[Array, "B M"], *, chunk: int
 ) -> Queries:
-    """Every token attends to those of its own segment. `q` is already scaled."""
+    """Compute attention of every token to those of its own segment; `q` is already scaled."""
     return _mixed(chunk, q, k, v, q_segments, kv_segments)
 
 
@@ -86,74 +88,79 @@ def _walk(
     block: Callable[..., Carried],
     carried: Carried,
 ) -> Carried:
-    """`carried = block(start, own, over_others, carried)` for the blocks of a row of tokens in turn.
+    """Run `carried = block(size, start, own, scan_others, carried)` for all blocks of a row, in order.
 
-    `own` tells which tokens from `start` on are the block's. `over_others(step, state)` is
-    `state = step(start, mask, state)` for the blocks of the other row that have tokens of its segments; `mask` tells
-    which tokens of the two are of one segment. At a row's end blocks begin earlier than they would: what lies before
-    is not their own, or masked.
+    `own` marks the tokens from `start` on that belong to the block. `scan_others(step, state)` runs
+    `state = step(start, mask, state)` for those blocks of the other row that have tokens of the block's segments;
+    `mask` marks the pairs of tokens in the same segment. The last block of a row is moved back to fit into it: the
+    tokens that it shares with the previous block are not its own, or masked.
     """
-    length, others = ids.shape[0], other_ids.shape[0]
-    places = jnp.arange(length + 1, dtype=jnp.int32)
-    begins = jnp.pad(ids[1:] != ids[:-1], 1, constant_values=True)
-    boundary = jax.lax.cummax(jnp.where(begins, places, 0))
-    # In floating point, as this is what the CPU backend has a fast minimum of; exact up to 16 million.
-    other_places = jnp.arange(others, dtype=jnp.float32)
+    length, other_length = ids.shape[0], other_ids.shape[0]
+    index = jnp.arange(length + 1, dtype=jnp.int32)
+    is_boundary = jnp.pad(ids[1:] != ids[:-1], 1, constant_values=True)
+    last_boundary = jax.lax.cummax(jnp.where(is_boundary, index, 0))  # at or before each token
+    # Indices are float32, exact up to 16 million, because only for floats XLA's CPU backend has a fast minimum.
+    other_index = jnp.arange(other_length, dtype=jnp.float32)
 
-    def stops(first, size):
+    def find_stop(first, size):
+        # A block ends at the last segment boundary inside it, or full if a single segment fills it.
         full = jnp.minimum(first + size, length)
-        return jnp.where(boundary[full] > first, boundary[full], full)
+        return jnp.where(last_boundary[full] > first, last_boundary[full], full)
 
-    def outer(size, state):
+    def run_block(size, state):
         first, carried = state
-        stop = stops(first, size)
+        stop = find_stop(first, size)
         start = jnp.minimum(first, length - size)
-        own = _at((places[:-1] >= first) & (places[:-1] < stop), start, size)
+        own = _at((index[:-1] >= first) & (index[:-1] < stop), start, size)
         block_ids = _at(ids, start, size)
         block_ids = jnp.where(own & (block_ids > 0), block_ids, _NOBODY)
         lowest, highest = jnp.where(block_ids > 0, block_ids, _MOST).min(), block_ids.max()
-        wanted = jnp.where((lowest <= other_ids) & (other_ids <= highest), other_places, others)
+        # Index of every token of the other row whose id is in the block's range, `other_length` for all others: the
+        # inner loop jumps to the smallest of them instead of visiting every block.
+        candidates = jnp.where((lowest <= other_ids) & (other_ids <= highest), other_index, other_length)
 
-        def next_wanted(first):
-            return jnp.where(wanted >= first, wanted, others).min().astype(jnp.int32)
+        def find_next(first):
+            return jnp.where(candidates >= first, candidates, other_length).min().astype(jnp.int32)
 
-        def well_filled(first, size):
-            inside = (wanted >= first) & (wanted < jnp.minimum(first + size, others))
-            return jnp.where(inside, 1.0, 0.0).sum() > _FILLED * size
+        def is_well_filled(first, size):
+            is_inside = (candidates >= first) & (candidates < jnp.minimum(first + size, other_length))
+            return jnp.where(is_inside, 1.0, 0.0).sum() > _FILLED * size
 
-        def over_others(step, state):
-            first = next_wanted(0)
+        def scan_others(step, state):
+            first = find_next(0)
+            # One loop for every block size, as XLA's shapes are static: large blocks while they are well filled, then
+            # smaller ones for the rest.
             for size in blocks.wide:
 
-                def more(state, size=size):
-                    return (state[0] < others) & (size == blocks.wide[-1] or well_filled(state[0], size))
+                def continues(state, size=size):
+                    return (state[0] < other_length) & (size == blocks.wide[-1] or is_well_filled(state[0], size))
 
-                def inner(state, size=size):
+                def run_step(state, size=size):
                     first, state = state
-                    start = jnp.minimum(first, others - size)
-                    theirs = _at(other_ids, start, size)
-                    theirs = jnp.where((_at(other_places, start, size) >= first) & (theirs > 0), theirs, _PADDING)
-                    return next_wanted(first + size), step(start, block_ids[:, None] == theirs, state)
+                    start = jnp.minimum(first, other_length - size)
+                    step_ids = _at(other_ids, start, size)
+                    step_ids = jnp.where((_at(other_index, start, size) >= first) & (step_ids > 0), step_ids, _PADDING)
+                    return find_next(first + size), step(start, block_ids[:, None] == step_ids, state)
 
-                first, state = jax.lax.while_loop(more, inner, (first, state))
+                first, state = jax.lax.while_loop(continues, run_step, (first, state))
             return state
 
-        return stop, block(size, start, own, over_others, carried)
+        return stop, block(size, start, own, scan_others, carried)
 
-    def size_at(first):
-        filled = [stops(first, size) - first > _FILLED * size for size in blocks.narrow[:-1]]
-        return jnp.argmax(jnp.array([*filled, True]))
+    def choose_size(first):
+        is_filled = [find_stop(first, size) - first > _FILLED * size for size in blocks.narrow[:-1]]
+        return jnp.argmax(jnp.array([*is_filled, True]))
 
-    def of_all_sizes(state):
-        for place, size in enumerate(blocks.narrow):
+    def run_all_sizes(state):
+        for choice, size in enumerate(blocks.narrow):
 
-            def more(state, place=place):
-                return (state[0] < length) & (size_at(state[0]) == place)
+            def continues(state, choice=choice):
+                return (state[0] < length) & (choose_size(state[0]) == choice)
 
-            state = jax.lax.while_loop(more, functools.partial(outer, size), state)
+            state = jax.lax.while_loop(continues, functools.partial(run_block, size), state)
         return state
 
-    return jax.lax.while_loop(lambda state: state[0] < length, of_all_sizes, (jnp.int32(0), carried))[1]
+    return jax.lax.while_loop(lambda state: state[0] < length, run_all_sizes, (jnp.int32(0), carried))[1]
 
 
 def _row(
@@ -164,31 +171,32 @@ def _row(
     q_ids: Int[Array, " N"],
     kv_ids: Int[Array, " M"],
 ) -> tuple[Float[Array, "N K d"], Float[Array, "K N"]]:
-    """What a row mixes, and the logarithm of every query's sum of exponentials; both float32. Heads take turns."""
+    """Return a row's output, and the log-sum-exp of every query's scores, both float32. Heads run in sequence."""
 
     def head(index, carried):
-        def block(size, start, own, over_keys, carried):
+        def block(size, start, own, scan_keys, carried):
             queries = _of_head(q, start, size, index)
 
-            def step(at, mask, state):
-                top, total, mixed = state
-                keys, values = (_of_head(x, at, mask.shape[1], index) for x in (k, v))
+            def step(key_start, mask, state):
+                maximum, total, mixed = state
+                keys, values = (_of_head(x, key_start, mask.shape[1], index) for x in (k, v))
                 scores = jnp.where(mask, _dot(queries, keys, 1, 1), MASKED)
-                new_top = jnp.maximum(top, scores.max(axis=-1))
-                weights = jnp.exp(scores - new_top[:, None])
-                shrink = jnp.exp(top - new_top)
+                new_maximum = jnp.maximum(maximum, scores.max(axis=-1))
+                weights = jnp.exp(scores - new_maximum[:, None])
+                rescale = jnp.exp(maximum - new_maximum)
                 part = _dot(weights.astype(v.dtype), values, 1, 0)
-                return new_top, total * shrink + weights.sum(axis=-1), mixed * shrink[:, None] + part
+                return new_maximum, total * rescale + weights.sum(axis=-1), mixed * rescale[:, None] + part
 
-            begin = jnp.full(size, MASKED), jnp.zeros(size), jnp.zeros((size, v.shape[-1]))
-            top, total, mixed = over_keys(step, begin)
-            sees = top > MASKED
+            initial = jnp.full(size, MASKED), jnp.zeros(size), jnp.zeros((size, v.shape[-1]))
+            maximum, total, mixed = scan_keys(step, initial)
+            sees_any = maximum > MASKED
             out, lse = carried
-            mixed = jnp.where(sees[:, None], mixed / total[:, None], 0.0)
-            # So far above all scores that the backward pass finds weights of zero where nothing is seen.
-            at_most = jnp.where(sees, top + jnp.log(total), -MASKED)
-            before = jax.lax.dynamic_slice(lse, (index, start), (1, size))
-            lse = jax.lax.dynamic_update_slice(lse, jnp.where(own, at_most, before), (index, start))
+            mixed = jnp.where(sees_any[:, None], mixed / total[:, None], 0.0)
+            # Queries that see nothing get a value so far above all scores that the backward pass gives weights of zero.
+            block_lse = jnp.where(sees_any, maximum + jnp.log(total), -MASKED)
+            # Tokens that are not the block's own keep the result of the previous block.
+            previous_lse = jax.lax.dynamic_slice(lse, (index, start), (1, size))
+            lse = jax.lax.dynamic_update_slice(lse, jnp.where(own, block_lse, previous_lse), (index, start))
             return _put(out, jnp.where(own[:, None], mixed, _of_head(out, start, size, index)), start, index), lse
 
         return _walk(blocks, q_ids, kv_ids, block, carried)
@@ -208,34 +216,36 @@ def _row_backward(
     q_ids: Int[Array, " N"],
     kv_ids: Int[Array, " M"],
 ) -> tuple[Float[Array, "N K d"], Float[Array, "M K d"], Float[Array, "M K d"]]:
-    """Gradients of a row, in float32 (arXiv 2205.14135, appendix B.2).
+    """Return a row's gradients in float32 (arXiv 2205.14135, appendix B.2).
 
-    Keys are the outer loop, and scores are taken keys first: so two of the three products that follow are plain ones,
-    instead of one. That of the queries' gradient is taken turned round, as XLA's CPU backend does it the fastest.
+    Keys are the outer loop and the first axis of the scores: two of the three products that follow then need no
+    transposed factor, instead of one. The queries' gradient is computed transposed, the fastest way in XLA on CPU.
     """
 
     def head(index, carried):
-        def block(size, start, own, over_queries, carried):
+        def block(size, start, own, scan_queries, carried):
             del own
             keys, values = (_of_head(x, start, size, index) for x in (k, v))
 
-            def step(at, mask, state):
+            def step(query_start, mask, state):
                 d_q, d_keys, d_values = state
                 count = mask.shape[1]
-                queries, d_mixed = (_of_head(x, at, count, index) for x in (q, d_out))
-                own_lse, own_delta = (jax.lax.dynamic_slice(x, (index, at), (1, count)) for x in (lse, delta))
+                queries, d_mixed = (_of_head(x, query_start, count, index) for x in (q, d_out))
+                step_lse, step_delta = (
+                    jax.lax.dynamic_slice(x, (index, query_start), (1, count)) for x in (lse, delta)
+                )
                 scores = jnp.where(mask, _dot(keys, queries, 1, 1), MASKED)
-                weights = jnp.exp(scores - own_lse)
-                d_scores = (weights * (_dot(values, d_mixed, 1, 1) - own_delta)).astype(k.dtype)
+                weights = jnp.exp(scores - step_lse)
+                d_scores = (weights * (_dot(values, d_mixed, 1, 1) - step_delta)).astype(k.dtype)
                 d_values = d_values + _dot(weights.astype(v.dtype), d_mixed, 1, 0)
                 d_keys = d_keys + _dot(d_scores, queries, 1, 0)
-                d_queries = _of_head(d_q, at, count, index) + _dot(keys, d_scores, 0, 0).T
-                return _put(d_q, d_queries, at, index), d_keys, d_values
+                d_queries = _of_head(d_q, query_start, count, index) + _dot(keys, d_scores, 0, 0).T
+                return _put(d_q, d_queries, query_start, index), d_keys, d_values
 
             d_q, d_k, d_v = carried
-            begin = d_q, jnp.zeros(keys.shape), jnp.zeros(values.shape)
-            d_q, d_keys, d_values = over_queries(step, begin)
-            # What is not the block's own has gradients of zero here.
+            initial = d_q, jnp.zeros(keys.shape), jnp.zeros(values.shape)
+            d_q, d_keys, d_values = scan_queries(step, initial)
+            # Tokens that are not the block's own have gradients of zero here, so adding is safe.
             d_k = _put(d_k, _of_head(d_k, start, size, index) + d_keys, start, index)
             return d_q, d_k, _put(d_v, _of_head(d_v, start, size, index) + d_values, start, index)
 
@@ -245,7 +255,7 @@ def _row_backward(
 
 
 def _dot(left: Float[Array, "_ _"], right: Float[Array, "_ _"], left_axis: int, right_axis: int) -> Float[Array, "_ _"]:
-    """A matrix product over these axes, summed in float32."""
+    """Return the matrix product over these axes, summed in float32."""
     axes = (((left_axis,), (right_axis,)), ((), ()))
     return jax.lax.dot_general(left, right, axes, preferred_element_type=jnp.float32)
 

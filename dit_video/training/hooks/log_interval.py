@@ -1,4 +1,4 @@
-"""What the steps between two entries of the log were like: their metrics, their time, and which were skipped."""
+"""Accumulation of the metrics and times of steps between two entries of the log, and detection of skipped steps."""
 
 import contextlib
 import time
@@ -15,39 +15,43 @@ from dit_video.training.hooks.skipped_steps import SkippedLog
 from dit_video.training.step import Figures, Ratio
 
 _AHEAD = 2
-"""How many steps may be queued on the device behind the one whose result is awaited."""
+"""Number of steps that may be queued on the device behind the one whose result is awaited."""
 
 Identify = Callable[[Any], Mapping[str, AnyArray]]
-"""From a batch to small arrays of it that say which one it was."""
+"""Function from a batch to small arrays that identify it."""
 
 
 class NotFinite(Exception):
-    """The message says what is not finite, and at which step."""
+    """Raised if the loss is not finite at a step that was not skipped."""
 
 
 class TooManySkipped(Exception):
-    """The message says which steps in a row were skipped."""
+    """Raised if too many consecutive steps were skipped."""
 
 
 class Interval:
-    """Metrics and time of the steps since the last entry of the log."""
+    """Accumulator of the metrics and the time of the steps since the last entry of the log.
+
+    Metrics stay on the device until they are needed, so that the host runs ahead of it.
+    """
 
     def __init__(
         self, done: int, *, most: int, identify: Identify | None = None, skipped: SkippedLog | None = None
     ) -> None:
-        """
+        """Initialize the accumulator.
+
         Args:
-          done: steps done.
-          most: of one another following steps that may be skipped.
-          identify: whose result is kept for every step until it is known whether that was skipped.
-          skipped: where skipped steps are written down.
+          steps_done: Number of steps done so far.
+          max_consecutive_skips: Number of consecutive skipped steps that is an error.
+          identify: Function that identifies a batch; its result is kept until the step is known not to be skipped.
+          skipped_log: Log of skipped steps.
         """
         self._done = done
-        """the step that the first pending metrics follow"""
+        """Number of steps before those with pending metrics."""
         self._pending: list[Figures] = []
         self._batches: list[Mapping[str, AnyArray]] = []
         self._looked = 0
-        """at so many of the pending metrics, for whether their steps were skipped"""
+        """Number of pending metrics that were checked for skipped steps."""
         self._in_a_row, self._most = 0, most
         self._identify, self._skipped = identify, skipped
         self._newest: Array | None = None
@@ -60,8 +64,12 @@ class Interval:
         self._waited = 0.0
 
     def next(self, iterator: Iterator[Any], stopped: Callable[[], bool]) -> Any:
-        """The next batch; None where a signal to stop also ended the data (it reaches the loader's processes too)."""
-        began = time.perf_counter()
+        """Return the next batch, or None if a signal to stop has also ended the data loader's processes.
+
+        Raises:
+          UserError: The data ended before the training.
+        """
+        start_time = time.perf_counter()
         try:
             batch = next(iterator)
         except Exception as error:
@@ -69,14 +77,15 @@ class Interval:
                 return None
             if isinstance(error, StopIteration):
                 step = self._done + len(self._pending)
-                raise UserError(f"the data end after step {step}; repeat them, or train for {step} steps") from error
+                raise UserError(f"the data ended after step {step}. Repeat them, or train for {step} steps.") from error
             raise
+        # The wait is counted only if the device has finished its queued work and is idle.
         if self._newest is not None and self._newest.is_ready():  # type: ignore[attr-defined]  # missing in JAX's stub
-            self._waited += time.perf_counter() - began
+            self._waited += time.perf_counter() - start_time
         return batch
 
     def add(self, batch: Any, metrics: Figures) -> None:
-        """Take the metrics of the step that was just started, and wait for the one that lies `_AHEAD` steps back.
+        """Add the metrics of the step that was just started, and wait for the one `_MAX_QUEUED_STEPS` before it.
 
         Raises:
           TooManySkipped: as many steps in a row as may be.
@@ -85,7 +94,7 @@ class Interval:
         self._batches.append({} if self._identify is None else self._identify(batch))
         self._newest = metrics["loss"]  # type: ignore[assignment]  # a loss is no ratio
         assert isinstance(self._newest, jax.Array)
-        if self._first_step is None:  # it compiles, and is timed apart
+        if self._first_step is None:  # the first step includes compilation, so it is timed separately
             self._newest.block_until_ready()
             self._first_step = time.perf_counter() - self._began
             self._look(len(self._pending))
@@ -97,7 +106,7 @@ class Interval:
             self._look(len(self._pending) - _AHEAD)
 
     def _look(self, number: int) -> None:
-        """At the first `number` pending steps, which are done: whether they were skipped."""
+        """Check whether the first `number` pending steps, which have finished, were skipped."""
         for index in range(self._looked, number):
             metrics = self._pending[index]
             self._looked = index + 1
@@ -111,15 +120,15 @@ class Interval:
             if self._in_a_row >= self._most:
                 first = step - self._in_a_row + 1
                 raise TooManySkipped(
-                    f"the loss or the gradient was not finite at {self._in_a_row} steps in a row, {first} to {step}"
+                    f"the loss or the gradient was not finite at {self._in_a_row} consecutive steps, {first} to {step}"
                 )
 
     def check(self) -> list[dict[str, Any]]:
-        """The pending metrics, fetched.
+        """Return the pending metrics as host arrays.
 
         Raises:
-          NotFinite: the loss of one of the steps is not, and the step was not skipped.
-          TooManySkipped: as many steps in a row as may be.
+          NonFiniteLossError: The loss of a step that was not skipped is not finite.
+          TooManySkipsError: Too many consecutive steps were skipped.
         """
         fetched = jax.device_get(self._pending)
         self._look(len(fetched))
@@ -129,10 +138,10 @@ class Interval:
         return fetched
 
     def entry(self) -> dict[str, float]:
-        """What the log says of these steps; a new interval begins.
+        """Return the entry of the log for the accumulated steps, and reset the accumulator.
 
-        Means are over the steps that were not skipped; how many were is `skipped`. A ratio that is of nothing, such as
-        the loss at times that no clip had, is left out.
+        Means are over the steps that were not skipped; `skipped` is the number of those that were. An `Average` with
+        count 0, such as the loss at times that no clip had, is left out.
         """
         fetched = self.check()
         values: dict[str, float] = {}
@@ -155,24 +164,24 @@ class Interval:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out the time that passes inside."""
-        began = time.perf_counter()
+        """Exclude the time inside the context from the step time."""
+        start_time = time.perf_counter()
         try:
             yield
         finally:
-            self._began += time.perf_counter() - began
+            self._began += time.perf_counter() - start_time
 
     @contextlib.contextmanager
     def settled(self) -> Iterator[None]:
-        """Wait for all steps, then leave out the time that passes inside."""
+        """Wait for all steps, then exclude the time inside the context from the step time."""
         jax.block_until_ready(self._newest)
         with self.paused():
             yield
 
 
 def _mean(figures: list[Any]) -> float | None:
-    """Over steps; None of a ratio without anything."""
+    """Return the mean over steps; None for an `Average` whose counts are all 0."""
     if figures and isinstance(figures[0], Ratio):
-        total, count = (sum(np.float64(part) for part in parts) for parts in zip(*figures, strict=True))
+        total, count = (sum(np.float64(value) for value in values) for values in zip(*figures, strict=True))
         return float(total / count) if count else None
-    return float(np.mean([np.float64(figure) for figure in figures])) if figures else float("nan")
+    return float(np.mean([np.float64(metric) for metric in figures])) if figures else float("nan")

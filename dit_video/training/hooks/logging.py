@@ -1,4 +1,4 @@
-"""What a run says of itself: a file of metrics, and progress with the time that is left."""
+"""Output of a run: the metrics log, and a progress bar with the estimated time left."""
 
 import io
 import json
@@ -24,14 +24,14 @@ class MetricsLog:
         self._whole = False
 
     def resume(self, step: int) -> None:
-        """Cut the entries after `step` and a half-written last line: the run writes them again."""
+        """Remove the entries after `step`, which the run writes again, and a half-written last line."""
         if self.path.is_file():
             entries = [entry for entry in read(self.path) if entry["step"] <= step]
             write_text(self.path, "".join(_line(entry) for entry in entries))
         self._whole = True
 
     def write(self, step: int, values: Mapping[str, float | int]) -> None:
-        """Append one entry. JSON has no NaN or infinity: they are written as null."""
+        """Append one entry. NaN and infinity are written as null, as JSON has neither."""
         if not self._whole:
             self._repair()
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ class MetricsLog:
             file.write(_line({"step": step, **{name: float(value) for name, value in values.items()}}))
 
     def _repair(self) -> None:
-        """Cut a half-written last line, so that the next entry starts on a line of its own."""
+        """Remove a half-written last line, so that the next entry starts on a line of its own."""
         if self.path.is_file():
             data = self.path.read_bytes()
             if data and not data.endswith(b"\n"):
@@ -48,36 +48,36 @@ class MetricsLog:
 
 
 def read(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The entries of a `MetricsLog`, without a half-written last line; null comes back as NaN.
+    """Return the entries of a `MetricsLog`, without a half-written last line; null is read as NaN.
 
     Raises:
-      MissingError: no such file.
-      UserError: a line before the last is not an entry.
+      MissingError: The file does not exist.
+      UserError: A line before the last is not an entry.
     """
     path = Path(path)
     if not path.is_file():
-        raise MissingError(f"no such file: {path}; give the metrics file of a run")
-    *whole, _half = path.read_bytes().split(b"\n")
+        raise MissingError(f"{path} does not exist. Use the metrics file of a run.")
+    *complete_lines, _incomplete_line = path.read_bytes().split(b"\n")
     entries = []
-    for number, line in enumerate(whole, start=1):
+    for number, line in enumerate(complete_lines, start=1):
         try:
             entry = json.loads(line)
             values = {name: math.nan if value is None else value for name, value in entry.items()}
             entries.append({**values, "step": int(entry["step"])})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} line {number} is not a metrics entry; remove that line") from error
+            raise UserError(f"{path} line {number} is not a metrics entry. Remove that line.") from error
     return entries
 
 
 def _line(entry: Mapping[str, Any]) -> str:
-    finite = {name: value if math.isfinite(value) else None for name, value in entry.items()}
-    return json.dumps(finite) + "\n"
+    encoded = {name: value if math.isfinite(value) else None for name, value in entry.items()}
+    return json.dumps(encoded) + "\n"
 
 
 class Progress:
-    """How far a run is, its loss and the time left, on stderr: a bar in a terminal, else a line now and then.
+    """Progress of a run with its loss and the time left, on stderr: a bar in a terminal, otherwise a line at intervals.
 
-    Use as a context manager, and call `update` as often as is convenient: it draws a few times a second at most.
+    Use it as a context manager, and call `update` as often as convenient: it draws a few times a second at most.
     """
 
     def __init__(
@@ -91,17 +91,19 @@ class Progress:
         stream: io.TextIOBase | None = None,
         shown: bool = True,
     ) -> None:
-        """
+        """Initialize the progress display.
+
         Args:
-          total: the step that ends the run.
-          start: the step that it continues from.
-          unit: what a step is of, such as a clip.
-          seconds: between two lines, where there is no terminal.
-          stream: instead of stderr.
-          shown: False for all but one of several processes.
+          title: Text at the beginning of the line.
+          total: Number of steps at the end of the run.
+          start: Number of steps that the run continues from.
+          unit: Name of a step, such as "clip".
+          line_seconds: Seconds between two lines if the stream is not a terminal.
+          stream: Stream to write to instead of stderr.
+          visible: True to draw; in a run of several processes, only one of them should.
         """
         self.title, self.total, self.start, self.unit = title, total, start, unit
-        # To type checkers the standard streams are TextIO, which is no TextIOBase.
+        # Type checkers see the standard streams as TextIO, which is not a TextIOBase.
         self._stream = cast(io.TextIOBase, sys.stderr) if stream is None else stream
         self._visible = shown
         self._terminal = shown and self._stream.isatty()
@@ -126,21 +128,21 @@ class Progress:
 
     @property
     def step(self) -> int:
-        """How many are done."""
+        """Return the number of steps done."""
         return self._step
 
     def update(self, step: int, loss: float | None = None) -> None:
-        """Say that `step` steps are done; `loss` stays until the next one is given.
+        """Set the number of steps done; `loss` is shown until the next one is passed.
 
         Raises:
-          KeyboardInterrupt: Ctrl-C was pressed in a script, and what ran meanwhile dropped it.
+          KeyboardInterrupt: Ctrl-C was pressed in a script, and the code that ran meanwhile ignored it.
         """
         stop_if_interrupted()
         self._step = step
         if loss is not None:
             self._loss = loss
         now = time.perf_counter()
-        if self._first is None:  # the first step compiles: it says nothing of the speed
+        if self._first is None:  # the first step includes compilation, so it is not used for the speed
             self._first = (step, now)
         if now - self._drawn >= self._pause or (step == self.total != self._drawn_step):
             self._draw(now)
@@ -158,7 +160,7 @@ class Progress:
         print(" · ".join(part for part in parts if part), file=self._stream, flush=True)
 
     def _left(self, now: float) -> str:
-        """The speed so far and the time that the rest takes at it."""
+        """Return the speed so far and the time left at this speed."""
         if self._first is None or self._step <= self._first[0]:
             return ""
         seconds = (now - self._first[1]) / (self._step - self._first[0])
@@ -183,13 +185,13 @@ def _bar(stream: io.TextIOBase, title: str, total: int, start: int) -> tuple[Any
 
 
 def remark(text: str) -> None:
-    """Say something on stderr, once for all processes."""
+    """Print a line on stderr, in the first process only."""
     if jax.process_index() == 0:
         print(text, file=sys.stderr)
 
 
 def _duration(seconds: float) -> str:
-    """1:02:03, or 2:03."""
+    """Return a duration as 1:02:03, or 2:03 if it is shorter than an hour."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

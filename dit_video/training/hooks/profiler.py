@@ -1,4 +1,4 @@
-"""A trace of a few steps, for XProf or TensorBoard."""
+"""Profiler trace of a few steps, for XProf or TensorBoard."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,32 +13,35 @@ from dit_video.core.errors import UserError
 
 @dataclass(frozen=True)
 class Profile:
-    """Which steps are traced, counted from 1, and where the trace goes.
+    """Configuration of a profiler trace. Steps are counted from 1.
 
     Raises:
-      UserError: steps that do not follow each other, or that there are none before.
+      UserError: The range of steps is empty, or begins before step 1.
     """
 
     folder: Path
+    """Folder that the trace is written to."""
     first: int
+    """First step of the trace."""
     last: int
+    """Last step of the trace."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.first <= self.last:
             raise UserError(
-                f"steps {self.first} to {self.last} can't be traced; name the first and the last, from 1 on"
+                f"cannot trace steps {self.first} to {self.last}: the range must begin at 1 or later and not be empty."
             )
 
 
 class Tracer:
-    """Starts the trace before the first of the steps and ends it after the last, or when the run ends."""
+    """A profiler trace that starts before its first step and ends after its last, or at the end of the run."""
 
     def __init__(self, profile: Profile | None) -> None:
         self._profile, self._running = profile, False
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around the start of a step, by its number."""
+        """Annotate the step of this number inside the context, and start the trace if it is the first."""
         profile = self._profile
         if profile is None or not profile.first <= number <= profile.last:
             yield
@@ -50,13 +53,13 @@ class Tracer:
             yield
 
     def after(self, number: int, result: Any) -> None:
-        """End the trace where this step was its last, when its result is there."""
+        """End the trace if this was its last step, once the step's result is available."""
         if self._running and self._profile is not None and number >= self._profile.last:
             jax.block_until_ready(result)
             self.close()
 
     def close(self) -> None:
-        """End a trace that was begun."""
+        """End the trace if it is running."""
         if self._running:
             self._running = False
             jax.profiler.stop_trace()

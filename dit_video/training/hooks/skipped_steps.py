@@ -1,4 +1,4 @@
-"""The steps of a run that were skipped, and which batches they had."""
+"""Log of a run's skipped steps and their batches."""
 
 import json
 import os
@@ -16,30 +16,30 @@ from dit_video.tokens import Rows
 
 
 class SkippedLog:
-    """JSON lines, `{"step": 20, "loss": "nan", "gradient_norm": "inf", "examples": [[5, 6], …], …}`."""
+    """Log of skipped steps, lines `{"step": 20, "loss": "nan", "gradient_norm": "inf", "examples": [[5, 6], …], …}`."""
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
 
     def resume(self, step: int) -> None:
-        """Drop what lies after `step`, and a half-written last line."""
+        """Remove the entries after `step`, and a half-written last line."""
         if jax.process_index() == 0 and self.path.is_file():
-            *whole, _half = self.path.read_text(encoding="utf-8").split("\n")
-            write_text(self.path, "".join(f"{line}\n" for line in whole if json.loads(line)["step"] <= step))
+            *complete_lines, _incomplete_line = self.path.read_text(encoding="utf-8").split("\n")
+            write_text(self.path, "".join(f"{line}\n" for line in complete_lines if json.loads(line)["step"] <= step))
 
     def write(self, step: int, metrics: Mapping[str, Any], batch: Mapping[str, AnyArray]) -> None:
-        """Append one; all processes call this, each with its part of the batch's arrays."""
+        """Append one entry; all processes call this, each with its part of the batch's arrays."""
         arrays = {name: _whole(array).tolist() for name, array in batch.items()}
         if jax.process_index():
             return
-        said = {name: _number(metrics[name]) for name in ("loss", "gradient_norm") if name in metrics}
+        logged = {name: _number(metrics[name]) for name in ("loss", "gradient_norm") if name in metrics}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **said, **arrays}) + "\n")
+            file.write(json.dumps({"step": step, **logged, **arrays}) + "\n")
 
 
 def examples_of(batch: Any) -> dict[str, AnyArray]:
-    """Of packed rows the ranks of their examples in the plan of the epochs, `[B G]`, and which of them exist."""
+    """Return the ranks in the data plan of the examples of packed rows, `[B G]`, and which of them are valid."""
     return {"examples": batch.examples, "valid": batch.valid} if isinstance(batch, Rows) else {}
 
 
@@ -50,5 +50,5 @@ def _whole(array: AnyArray) -> np.ndarray:
 
 
 def _number(value: Any) -> float | str:
-    """JSON has neither NaN nor infinity."""
+    """Return a number, or its name if it is NaN or infinite, which JSON cannot represent."""
     return float(value) if np.isfinite(value) else str(float(value))

@@ -1,4 +1,4 @@
-"""How fast a training is: tokens a second, and the share of what the devices could compute."""
+"""Throughput of a training run: tokens per second and model FLOPs utilization."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,9 +10,9 @@ from dit_video.tokens import Rows
 
 
 class Meter:
-    """Counts what the batches of this process hold, and what that is in a second.
+    """Counter of the tokens and FLOPs of this process's batches, and their rates per second.
 
-    A batch is counted when it is given out, one or two steps ahead of the step that it is for.
+    A batch is counted when it is handed to the loop, one or two steps before the step that uses it.
     """
 
     def __init__(
@@ -21,10 +21,11 @@ class Meter:
         *,
         peak: Callable[[Sequence[Any]], float | None] | None = None,
     ) -> None:
-        """
+        """Initialize the meter.
+
         Args:
-          work: floating-point operations of a step, by its batch of host arrays.
-          peak: those that devices can do in a second, together; None of devices that aren't known.
+          flops_fn: Function from a batch of host arrays to the floating-point operations of its step.
+          peak_flops_fn: Function from devices to their total peak FLOPs per second, or None for unknown devices.
         """
         self._work = work
         self._peak = None if peak is None else peak(jax.local_devices())
@@ -32,7 +33,7 @@ class Meter:
         self._batches = 0
 
     def note(self, batch: Any) -> None:
-        """Count a batch of host arrays, which is one process's share."""
+        """Count a batch of host arrays, which is this process's share of the global batch."""
         if not isinstance(batch, Rows):
             return
         self._batches += 1
@@ -41,22 +42,22 @@ class Meter:
             self._operations += self._work(batch)
 
     def figures(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Of the batches since the call before, from the mean time of a step: those of all processes' batches.
+        """Return the throughput of all processes since the previous call, given the mean `step_seconds` in `values`.
 
-        `tokens_per_second` leaves out padding. `model_flops_per_second`, of all processes, leaves out what is computed
-        twice; `mfu` is its share of what the devices can do.
+        `tokens_per_second` excludes padding. `model_flops_per_second` excludes recomputation; `mfu` is its share of the
+        devices' peak.
         """
         seconds, batches = values.get("step_seconds"), self._batches
-        tokens, operations = self._tokens, self._operations
+        tokens, flops = self._tokens, self._operations
         self._tokens = self._operations = 0.0
         self._batches = 0
         if not seconds or not batches:
             return {}
         processes = jax.process_count()
-        found = {"tokens_per_second": processes * tokens / batches / seconds}
+        metrics = {"tokens_per_second": processes * tokens / batches / seconds}
         if self._work is not None:
-            own = operations / batches / seconds
-            found["model_flops_per_second"] = processes * own
+            flops_per_second = flops / batches / seconds
+            metrics["model_flops_per_second"] = processes * flops_per_second
             if self._peak is not None:
-                found["mfu"] = own / self._peak
-        return found
+                metrics["mfu"] = flops_per_second / self._peak
+        return metrics

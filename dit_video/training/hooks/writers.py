@@ -1,4 +1,4 @@
-"""Where a run's figures go besides its JSON lines, and what is looked at on the way."""
+"""Destinations of a run's metrics besides its JSON lines, and the configuration of monitoring."""
 
 import math
 import os
@@ -11,56 +11,59 @@ from typing import Any, Protocol, runtime_checkable
 from dit_video.core.errors import MissingError, UserError
 
 _SECONDS = 10
-"""until an entry is in TensorBoard's file"""
+"""Seconds until an entry is flushed to TensorBoard's file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Monitoring:
-    """What is looked at while a denoiser is trained, besides `metrics.jsonl`; intervals are in steps, 0 is never.
+    """Configuration of monitoring during the training of a denoiser, besides `metrics.jsonl`.
 
     Raises:
-      UserError: a number that is negative, or prompts that are never sampled.
+      UserError: A number that is negative, or prompts that are never sampled.
     """
 
     tensorboard: bool = False
-    """write event files to `tensorboard/` (`pip install 'dit-video[tensorboard]'`)"""
+    """True to write event files to `tensorboard/` (`pip install 'dit-video[tensorboard]'`)."""
     wandb: str | None = None
-    """the project of Weights & Biases that a run is logged to (`pip install 'dit-video[wandb]'`)"""
+    """Project of Weights & Biases to log to (`pip install 'dit-video[wandb]'`); None for none."""
     validate_every: int = 0
-    """The loss of held-out clips, with the averaged weights: `validation_loss`. Noise and times are the same each time,
-    and no caption is dropped."""
+    """Interval in steps of logging `validation_loss`, the loss of held-out clips with the averaged weights; 0 for
+    never. Noise and times are the same each time, and no caption is dropped."""
     validation_batches: int = 4
-    """of rows, as large as those of training"""
+    """Number of validation batches, as large as those of training."""
     sample_every: int = 0
-    """a grid of clips of the averaged weights, in `samples/`"""
+    """Interval in steps of sampling a grid of clips with the averaged weights to `samples/`; 0 for never."""
     prompts: tuple[str, ...] = ()
-    """of the grid; without any the captions of the first clips"""
+    """Prompts of the grid; the captions of the first clips if empty."""
 
     def __post_init__(self) -> None:
         for name in ("validate_every", "sample_every"):
             if getattr(self, name) < 0:
-                raise UserError(f"{name} is a number of steps, or 0 for never, not {getattr(self, name)}")
+                raise UserError(
+                    f"{name}={getattr(self, name)} is invalid: it must not be negative. Use 0 for never, or a number "
+                    "of steps."
+                )
         if self.validation_batches < 1:
-            raise UserError(f"validation_batches is at least 1, not {self.validation_batches}")
+            raise UserError(f"validation_batches={self.validation_batches} is invalid: it must be at least 1.")
         if self.prompts and not self.sample_every:
-            raise UserError("prompts are sampled while training: set sample_every too, or leave them out")
+            raise UserError("prompts have no effect with sample_every=0. Set sample_every, or leave out the prompts.")
 
 
 @runtime_checkable
 class Log(Protocol):
-    """What takes the entries of a run, in increasing order of steps."""
+    """A destination of the entries of a run's log, written in increasing order of steps."""
 
     def resume(self, step: int) -> None:
-        """Forget the entries after `step`: they are written again."""
+        """Discard the entries after `step`, which are written again."""
         ...
 
     def write(self, step: int, values: Mapping[str, float | int]) -> None:
-        """Take one."""
+        """Write one entry."""
         ...
 
 
 class Logs:
-    """Several in one."""
+    """A log that writes to several logs."""
 
     def __init__(self, logs: Iterable[Log]) -> None:
         self._logs = tuple(logs)
@@ -74,7 +77,7 @@ class Logs:
             log.write(step, values)
 
     def close(self) -> None:
-        """Those that keep something open."""
+        """Close the logs that have a `close` method."""
         for log in self._logs:
             if hasattr(log, "close"):
                 log.close()
@@ -84,7 +87,7 @@ class TensorBoard:
     """Event files for TensorBoard.
 
     Raises:
-      MissingError: tensorboardX is not installed.
+      MissingError: The package tensorboardX is not installed.
     """
 
     def __init__(self, folder: str | os.PathLike) -> None:
@@ -92,23 +95,23 @@ class TensorBoard:
             import tensorboardX  # optional
         except ImportError as error:
             raise MissingError(
-                "TensorBoard's files are written by tensorboardX, which is not installed; pip install "
-                "'dit-video[tensorboard]', or leave out monitoring.tensorboard"
+                "monitoring.tensorboard needs tensorboardX, which is not installed. Run pip install "
+                "'dit-video[tensorboard]', or leave out monitoring.tensorboard."
             ) from error
         self._make = tensorboardX.SummaryWriter
         self._folder = Path(folder)
         self._writer: Any = None
 
     def resume(self, step: int) -> None:
-        """Later entries that were written before are told to be void."""
+        """Open an event file that tells TensorBoard to purge earlier entries after `step`."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        # Of its own files it tells two of one second apart by nothing else.
+        # Names of event files contain the time in seconds, so that two files of one second would collide.
         suffix = f".{uuid.uuid4().hex[:8]}"
-        void = step + 1 if step else None
-        self._writer = self._make(str(self._folder), purge_step=void, filename_suffix=suffix, flush_secs=_SECONDS)
+        purge_step = step + 1 if step else None
+        self._writer = self._make(str(self._folder), purge_step=purge_step, filename_suffix=suffix, flush_secs=_SECONDS)
 
     def write(self, step: int, values: Mapping[str, float | int]) -> None:
-        """One scalar each; what is not finite is left out."""
+        """Write one scalar for each finite value."""
         if self._writer is None:
             self.resume(0)
         for name, value in values.items():
@@ -116,17 +119,17 @@ class TensorBoard:
                 self._writer.add_scalar(name, float(value), step)
 
     def close(self) -> None:
-        """Have all on disk, which otherwise follows some seconds later."""
+        """Flush all entries to disk and close the file."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases, which a run that is continued goes on with.
+    """A run of Weights & Biases, which is continued if the training is resumed.
 
     Raises:
-      MissingError: wandb is not installed.
+      MissingError: The package wandb is not installed.
     """
 
     def __init__(self, project: str, folder: str | os.PathLike) -> None:
@@ -134,34 +137,35 @@ class WeightsAndBiases:
             import wandb  # optional
         except ImportError as error:
             raise MissingError(
-                "wandb is not installed; pip install 'dit-video[wandb]', or leave out monitoring.wandb"
+                "monitoring.wandb needs wandb, which is not installed. Run pip install 'dit-video[wandb]', or leave "
+                "out monitoring.wandb."
             ) from error
         self._wandb, self._project, self._folder = wandb, project, Path(folder)
         self._run: Any = None
 
     def resume(self, step: int) -> None:
-        """Entries up to a step that it has already are passed over by the service."""
+        """Start or continue the run; the service ignores entries of steps that it already has."""
         del step
         self._folder.mkdir(parents=True, exist_ok=True)
-        known = self._folder / "wandb_run.txt"
-        if not known.is_file():
-            known.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+        id_file = self._folder / "wandb_run.txt"
+        if not id_file.is_file():
+            id_file.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
         self._run = self._wandb.init(
             project=self._project,
             dir=str(self._folder),
-            id=known.read_text(encoding="utf-8"),
+            id=id_file.read_text(encoding="utf-8"),
             name=self._folder.resolve().parent.name,
             resume="allow",
         )
 
     def write(self, step: int, values: Mapping[str, float | int]) -> None:
-        """One entry; what is not finite is left out."""
+        """Write the finite values of one entry."""
         if self._run is None:
             self.resume(0)
         self._run.log({name: value for name, value in values.items() if math.isfinite(value)}, step=step)
 
     def close(self) -> None:
-        """Have the service know all."""
+        """Finish the upload to the service."""
         if self._run is not None:
             self._run.finish()
             self._run = None

@@ -1,8 +1,9 @@
-"""Training an autoencoder and a discriminator against each other: one state, and one step for both.
+"""Adversarial training of an autoencoder against a discriminator: one state and one step for both.
 
-The autoencoder's gradient has a single backward pass: reconstruction and discriminator are differentiated down to the
-decoded pixels, where they are added. What the adaptive weight needs, the gradients of the last layer's kernel, are the
-first part of that pass, for each of the two alone; the compiler drops what lies beyond.
+The autoencoder's gradient takes a single backward pass: the reconstruction loss and the generator loss are
+differentiated with respect to the decoded pixels, where their gradients are added. The adaptive weight needs the
+gradients of the last layer's kernel for each of the two losses; these are the first part of the backward pass, and the
+compiler drops the unused remainder.
 """
 
 import dataclasses
@@ -35,23 +36,23 @@ from dit_video.training.step import Step, following, make_step, noted, unless_br
 
 _CLIP = 1.0
 _BETAS = (0.5, 0.9)
-"""Of Adam: little momentum, as the other player moves too (CompVis/taming-transformers)."""
+"""Adam's b1 and b2: low momentum, because the autoencoder changes too (CompVis/taming-transformers)."""
 _FIGURES = ("against", "adversarial_weight", "discriminator", "penalty", "verdict_real", "verdict_decoded")
 
 
 @dataclass
 class DiscriminatorState:
-    """What a discriminator carries from step to step."""
+    """Parameters and optimizer state of a discriminator."""
 
     params: dict[str, Any]
     opt_state: PyTree
     means: dict[str, Any]
-    """LeCam's running means of the verdicts on original and decoded clips"""
+    """LeCam's running means of the logits of original and decoded clips; empty without LeCam."""
 
 
 @dataclass
 class AdversarialState(WithModel):
-    """Both players. Checkpoints hold them together, so that a run goes on exactly."""
+    """State of the autoencoder and its discriminator, saved in one checkpoint so that a run resumes exactly."""
 
     model: TrainState
     discriminator: DiscriminatorState
@@ -59,21 +60,21 @@ class AdversarialState(WithModel):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rival:
-    """The discriminator that an autoencoder is trained against."""
+    """The discriminator that an autoencoder is trained against, before it has parameters."""
 
     config: Adversarial
     last_layer: str
-    """path of the autoencoder's parameter that makes the pixels"""
+    """Path of the kernel of the autoencoder's last layer, whose gradients give the adaptive weight."""
     random_key: Array
-    """for its own first parameters"""
+    """Random key for the discriminator's initial parameters."""
 
     def join(self, model: TrainState) -> AdversarialState:
-        """A new discriminator beside the state of an autoencoder. Traceable."""
+        """Return the state of an autoencoder together with a newly initialized discriminator. Traceable."""
         params = init_params(self.config.make, self.random_key)
-        averaged = isinstance(self.config.regulariser, LeCam)
-        means = {"real": jnp.zeros(()), "decoded": jnp.zeros(())} if averaged else {}
-        own = DiscriminatorState(params=params, opt_state=_optimizer(self.config).init(params), means=means)
-        return AdversarialState(model=model, discriminator=own)
+        has_means = isinstance(self.config.regulariser, LeCam)
+        means = {"real": jnp.zeros(()), "decoded": jnp.zeros(())} if has_means else {}
+        discriminator = DiscriminatorState(params=params, opt_state=_optimizer(self.config).init(params), means=means)
+        return AdversarialState(model=model, discriminator=discriminator)
 
 
 def make_adversarial_step(
@@ -84,26 +85,26 @@ def make_adversarial_step(
     ema_decay: float,
     constants: tuple[PyTree, ...] = (),
 ) -> Step:
-    """`step(state, clips) -> (state, figures)` for an `AdversarialState`, which is donated.
+    """Return `step(state, clips) -> (state, metrics)` for an `AdversarialState`, which is donated.
 
-    Both players move at once, from where both stood before the step. Before `config.start` the discriminator rests, and
-    the step is that of `make_step`; R1 has a part in every so many steps. The host chooses among the programs of these
-    steps. (Convolutions in a branch of one program take 11 times as long on XLA's CPU, measured.)
+    Autoencoder and discriminator are updated simultaneously, both from their parameters before the step. Before step
+    `config.start_step` the discriminator is not updated, and the step is that of `make_step`. R1 is applied in every
+    `every`-th step only. The host selects the compiled program of a step, because convolutions inside a `lax.cond`
+    branch take 11 times as long on XLA's CPU backend (measured).
 
-    The figures are those of the loss, `against` (the autoencoder's loss against the discriminator),
-    `adversarial_weight` (the adaptive one times the config's), `discriminator` (its hinge loss), `penalty` (the
-    regulariser's part of what it minimises), `verdict_real` and `verdict_decoded` (mean verdicts); they are 0 before
-    `config.start`.
+    The metrics are those of the loss, and `against` (generator loss), `adversarial_weight` (adaptive weight times the
+    weight of the config), `discriminator` (hinge loss of the discriminator), `penalty` (weighted penalty of the
+    regulariser), `verdict_real` and `verdict_decoded` (mean logits); these are 0 before `config.start_step`.
 
     Args:
-      loss: of the autoencoder.
-      optimizer: of the autoencoder.
-      rival: the discriminator.
-      ema_decay: of the moving average of the autoencoder's parameters.
-      constants: further arguments of the loss; see `make_step`.
+      loss: Loss of the autoencoder.
+      optimizer: Optimizer of the autoencoder.
+      discriminator: Discriminator that the autoencoder is trained against.
+      ema_decay: Decay of the moving average of the autoencoder's parameters.
+      constants: Further arguments of the loss; see `make_step`.
     """
-    config, count, rest = rival.config, HostCount(), jnp.zeros(())
-    alone = make_step(loss, optimizer, ema_decay=ema_decay, constants=constants)
+    config, count, zero = rival.config, HostCount(), jnp.zeros(())
+    plain_step = make_step(loss, optimizer, ema_decay=ema_decay, constants=constants)
     programs = {
         penalised: with_constants(
             jax.jit(play(loss, optimizer, rival, ema_decay=ema_decay, penalised=penalised), donate_argnums=0), constants
@@ -114,19 +115,22 @@ def make_adversarial_step(
     def step(state, clips):
         number = count(state.step)
         if number >= config.start:
-            state, figures = programs[_is_penalised(config, number)](state, clips)
+            state, metrics = programs[_is_penalised(config, number)](state, clips)
         else:
-            model, figures = alone(state.model, clips)
+            model, metrics = plain_step(state.model, clips)
             state = AdversarialState(model=model, discriminator=state.discriminator)
-            figures |= dict.fromkeys(_FIGURES, rest)
+            metrics |= dict.fromkeys(_FIGURES, zero)
         count.advance(state.step)
-        return state, figures
+        return state, metrics
 
     return step
 
 
 class HostCount:
-    """A state's step on the host: read from the device once, then counted while each state is the one before's."""
+    """A host copy of a state's step counter, which avoids a device read in every step.
+
+    The counter is read from the device only if the state is not the one that the previous step returned.
+    """
 
     def __init__(self):
         self._newest: Any = None
@@ -149,8 +153,15 @@ def _is_penalised(config: Adversarial, step: int) -> bool:
 def play(
     loss: AutoencoderLoss, optimizer: optax.GradientTransformation, rival: Rival, *, ema_decay: float, penalised: bool
 ) -> Callable[..., tuple[AdversarialState, Figures]]:
-    """`(state, clips, *constants) -> (state, figures)`, traceable: a step in which both players move, with or without
-    the regulariser's part. Arguments are as for `make_adversarial_step`."""
+    """Return `(state, clips, *constants) -> (state, metrics)`, a traceable update of both networks.
+
+    Args:
+      loss: Loss of the autoencoder.
+      optimizer: Optimizer of the autoencoder.
+      discriminator: Discriminator that the autoencoder is trained against.
+      ema_decay: Decay of the moving average of the autoencoder's parameters.
+      penalised: True if the discriminator's loss includes R1.
+    """
     return functools.partial(_play, loss, optimizer, rival, ema_decay, penalised)
 
 
@@ -164,7 +175,6 @@ def _play(
     clips: Any,
     *constants: PyTree,
 ) -> tuple[AdversarialState, Figures]:
-    """A step of both players."""
     config, model, pixels = rival.config, state.model, loss.pixels(clips)
 
     def decode(params):
@@ -172,31 +182,31 @@ def _play(
         return (decoded.pixels, decoded.bottleneck.mean()), (decoded.figures, decoded.seen)
 
     def compare(decoded):
-        value, figures = loss.compare(decoded, pixels, *constants)
-        return value.mean(), figures
+        value, metrics = loss.compare(decoded, pixels, *constants)
+        return value.mean(), metrics
 
-    (decoded, bottleneck), pull_back, (figures, seen) = jax.vjp(decode, model.params, has_aux=True)
-    (value, compared), wanted = jax.value_and_grad(compare, has_aux=True)(decoded)
+    (decoded, bottleneck), pull_back, (metrics, seen) = jax.vjp(decode, model.params, has_aux=True)
+    (value, compare_metrics), reconstruction_gradient = jax.value_and_grad(compare, has_aux=True)(decoded)
 
-    def at_last_layer(gradient):
+    def last_layer_gradient(gradient):
         (gradients,) = pull_back((gradient, jnp.zeros_like(bottleneck)))
         return flatten(gradients)[rival.last_layer]
 
-    discriminator, against, played = _move(
-        config, state.discriminator, decoded, pixels, wanted, at_last_layer, penalised
+    discriminator_state, generator_gradient, adversarial_metrics = _move(
+        config, state.discriminator, decoded, pixels, reconstruction_gradient, last_layer_gradient, penalised
     )
-    (gradients,) = pull_back((wanted + against, jnp.ones_like(bottleneck)))
-    figures = {
-        "loss": value + bottleneck + played["adversarial_weight"] * played["against"],
+    (gradients,) = pull_back((reconstruction_gradient + generator_gradient, jnp.ones_like(bottleneck)))
+    metrics = {
+        "loss": value + bottleneck + adversarial_metrics["adversarial_weight"] * adversarial_metrics["against"],
         "gradient_norm": optax.tree.norm(gradients),
-        **figures,
-        **compared,
-        **played,
+        **metrics,
+        **compare_metrics,
+        **adversarial_metrics,
     }
     model = following(model, gradients, optimizer, ema_decay=ema_decay)
-    model, learned = noted(loss, model, seen)
-    after = AdversarialState(model=model, discriminator=discriminator)
-    return unless_broken(state, after, figures | learned, "discriminator", "penalty")
+    model, loss_metrics = noted(loss, model, seen)
+    next_state = AdversarialState(model=model, discriminator=discriminator_state)
+    return unless_broken(state, next_state, metrics | loss_metrics, "discriminator", "penalty")
 
 
 def _move(
@@ -208,23 +218,28 @@ def _move(
     at_last_layer: Callable[[Array], Array],
     penalised: bool,
 ) -> tuple[DiscriminatorState, Float[Array, "B T H W 3"], Figures]:
-    """The discriminator's move, the weighted gradient of the decoded pixels against it, and figures."""
+    """Return the updated discriminator, the weighted gradient of the generator loss in the decoded pixels, and metrics.
+
+    The generator loss is that of the discriminator before its update.
+    """
     graph, optimizer = graph_of(config.make), _optimizer(config)
 
-    def judge(params, clips):
+    def discriminate(params, clips):
         return nnx.merge(graph, params)(clips)
 
-    against, gradient = jax.value_and_grad(lambda clips: generator_loss(judge(state.params, clips)).mean())(decoded)
+    generator_value, gradient = jax.value_and_grad(
+        lambda clips: generator_loss(discriminate(state.params, clips)).mean()
+    )(decoded)
     weight = config.weight * adaptive_weight(at_last_layer(wanted), at_last_layer(gradient))
-    own = functools.partial(_own_loss, config, judge, state.means, decoded, pixels, penalised)
-    (_, figures), gradients = jax.value_and_grad(own, has_aux=True)(state.params)
+    own_loss = functools.partial(_own_loss, config, discriminate, state.means, decoded, pixels, penalised)
+    (_, metrics), gradients = jax.value_and_grad(own_loss, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    moved = DiscriminatorState(
+    next_state = DiscriminatorState(
         params=optax.apply_updates(state.params, updates),
         opt_state=opt_state,
-        means=_moved_means(config, state.means, figures),
+        means=_moved_means(config, state.means, metrics),
     )
-    return moved, weight * gradient, {"against": against, "adversarial_weight": weight, **figures}
+    return next_state, weight * gradient, {"against": generator_value, "adversarial_weight": weight, **metrics}
 
 
 def _own_loss(
@@ -236,7 +251,7 @@ def _own_loss(
     penalised: bool,
     params: PyTree,
 ) -> tuple[Float[Array, ""], Figures]:
-    """What the discriminator minimises."""
+    """Return the loss of the discriminator with its penalty, and metrics."""
     real, fake = judge(params, pixels), judge(params, decoded)
     match config.regulariser:
         case LeCam(weight=weight):
@@ -246,8 +261,8 @@ def _own_loss(
         case _:
             penalty = jnp.zeros(())
     value = discriminator_loss(real, fake).mean()
-    figures = {"discriminator": value, "penalty": penalty, "verdict_real": real.mean(), "verdict_decoded": fake.mean()}
-    return value + penalty, figures
+    metrics = {"discriminator": value, "penalty": penalty, "verdict_real": real.mean(), "verdict_decoded": fake.mean()}
+    return value + penalty, metrics
 
 
 def _moved_means(config: Adversarial, means: dict[str, Array], figures: Figures) -> dict[str, Array]:

@@ -16,72 +16,75 @@ Figures = dict[str, Float[Array, ""]]
 
 
 class Decoded(NamedTuple):
-    """What an autoencoder makes of clips in training."""
+    """Reconstructed clips of a training batch."""
 
     pixels: Float[Array, "B T H W 3"]
     bottleneck: Float[Array, " B"]
-    """what the latents cost"""
+    """Weighted regularization loss of each clip's latents."""
     figures: Figures
     seen: Any = None
-    """what a step takes note of beside the gradients"""
+    """Auxiliary output that the loss uses after the step; see `StatefulLoss`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderLoss:
-    """What reconstructions differ by, and the divergence of the latents from a standard normal."""
+    """Reconstruction loss plus the KL divergence of the latents from a standard normal distribution."""
 
     graph: nnx.GraphDef
     objective: AutoencoderObjective
     seed: int
     judge: nnx.GraphDef | None = None
-    """of LPIPS, whose parameters every call is given"""
+    """Graph of the LPIPS network, whose parameters are an argument of each call; None if LPIPS is not used."""
     optimizer: OptimizerConfig | None = None
-    """the loss is constant in the parameters that it does not train"""
+    """Optimizer whose untrained parameters get no gradients; None if all parameters are trained."""
 
     def __call__(
         self, params, clips: UInt8[Array, "B T H W 3"], step: Array, judge: Any = None
     ) -> tuple[Float[Array, ""], Figures]:
-        """The mean over the clips, and its parts.
+        """Return the mean loss over the clips, and its terms as metrics.
 
         Args:
-          judge: the parameters of LPIPS, where the objective has it.
+          params: Parameters of the autoencoder.
+          clips: Batch of clips.
+          step: Training step, from which random numbers are derived.
+          perceptual_params: Parameters of LPIPS if the objective uses it.
         """
-        value, (figures, _) = self.observed(params, clips, step, judge)
-        return value, figures
+        value, (metrics, _) = self.observed(params, clips, step, judge)
+        return value, metrics
 
     def observed(
         self, params, clips: UInt8[Array, "B T H W 3"], step: Array, judge: Any = None
     ) -> tuple[Float[Array, ""], tuple[Figures, Any]]:
-        """The same, and what a step takes note of."""
+        """Return the mean loss, its terms as metrics, and the auxiliary output of `decode`."""
         pixels = self.pixels(clips)
         decoded = self.decode(params, pixels, step)
-        value, figures = self.compare(decoded.pixels, pixels, judge)
-        return (value + decoded.bottleneck).mean(), (decoded.figures | figures, decoded.seen)
+        value, metrics = self.compare(decoded.pixels, pixels, judge)
+        return (value + decoded.bottleneck).mean(), (decoded.figures | metrics, decoded.seen)
 
     @staticmethod
     def pixels(clips: UInt8[Array, "B T H W 3"]) -> Float[Array, "B T H W 3"]:
-        """0..255 to [-1, 1]."""
+        """Map uint8 values 0..255 to [-1, 1]."""
         return clips.astype(jnp.float32) / 127.5 - 1
 
     def decode(self, params, pixels: Float[Array, "B T H W 3"], step: Array) -> Decoded:
-        """Clips through the latents, which are drawn from their posterior."""
+        """Encode and decode clips, with latents sampled from their posterior."""
         model = nnx.merge(self.graph, self.held(params))
         posterior = model.posterior(pixels)
-        random = jax.random.fold_in(key(self.seed, "latents"), step)
-        latents = posterior.sample(jax.random.normal(random, posterior.mean.shape))
+        random_key = jax.random.fold_in(key(self.seed, "latents"), step)
+        latents = posterior.sample(jax.random.normal(random_key, posterior.mean.shape))
         kl = posterior.kl()
         return Decoded(model.reconstruct(latents), self.objective.kl * kl, {"kl": kl.mean()})
 
     def held(self, params):
-        """The parameters, constant where they are not trained."""
+        """Return the parameters with gradients stopped at those that are not trained."""
         return params if self.optimizer is None else hold_still(self.optimizer, params)
 
     def compare(
         self, decoded: Float[Array, "B T H W 3"], pixels: Float[Array, "B T H W 3"], judge: Any = None
     ) -> tuple[Float[Array, " B"], Figures]:
-        """What the objective says of each clip, and the means of its parts."""
-        distance = None if self.judge is None else nnx.merge(self.judge, judge)
-        value, parts = self.objective.compare(decoded, pixels, distance)
+        """Return the objective of each clip, and the means of its terms as metrics."""
+        perceptual_distance = None if self.judge is None else nnx.merge(self.judge, judge)
+        value, terms = self.objective.compare(decoded, pixels, perceptual_distance)
         mse = jnp.square(decoded - pixels).mean(axis=(1, 2, 3, 4)).mean()
-        named = {name: part.mean() for name, part in parts.items() if name != "squared"}
-        return value, {"mse": mse, "psnr": -10 * jnp.log10(mse / 4), **named}
+        term_means = {name: term.mean() for name, term in terms.items() if name != "squared"}
+        return value, {"mse": mse, "psnr": -10 * jnp.log10(mse / 4), **term_means}

@@ -1,11 +1,12 @@
-"""How a codebook is learned, and how codes that nothing uses come back.
+"""Codebook update of vector quantization, with restarts of unused codes.
 
-Codes follow the latents that chose them, as moving averages over the steps (arXiv 1711.00937, appendix A.1):
+Codes are moving averages of the latents assigned to them (arXiv 1711.00937, appendix A.1):
 
     N_k <- g N_k + (1 - g) n_k,    m_k <- g m_k + (1 - g) sum of k's latents,    e_k = m_k / N'_k
 
-with N' = (N + s) / (sum N + K s) sum N, Laplace-smoothed, so that no unused code is divided by zero; or by the gradient
-of their distance. A code that has not been used for `restart_after` steps is put where a latent of the batch lies.
+with the Laplace-smoothed N' = (N + s) / (sum N + K s) sum N, so that unused codes are not divided by zero.
+Alternatively codes are learned by the gradient of their distance from the latents. A code that has not been used for
+`restart_after` steps is set to a random latent of the batch.
 """
 
 from dataclasses import dataclass
@@ -19,47 +20,52 @@ from dit_video.core.errors import UserError
 
 
 class Learned(NamedTuple):
-    """A codebook after a step."""
+    """Result of one codebook update."""
 
     codes: Float[Array, "n c"]
     restarted: Bool[Array, " n"]
-    """which of them were put elsewhere"""
+    """True for codes that were restarted."""
     moments: dict[str, Array]
-    """what is kept for the next step"""
+    """State of the update, for the next step."""
     figures: dict[str, Float[Array, ""]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CodebookLearning:
-    """How a codebook follows the latents.
+    """Configuration of the codebook update.
 
     Raises:
       UserError: values out of range.
     """
 
     decay: float | None = 0.99
-    """of the moving averages that the codes are; None learns the codes by gradient"""
+    """Decay of the moving averages that are the codes; None learns the codes by gradient."""
     smoothing: float = 1e-5
+    """Constant `s` of the Laplace smoothing."""
     restart_after: int | None = 100
-    """steps that a code may go unused; None leaves it where it is"""
+    """Number of steps without use after which a code is restarted; None disables restarts."""
     commitment: float = 0.25
-    """weight of the mean squared distance that draws the latents to the codes"""
+    """Weight of the commitment loss, the mean squared distance that pulls the latents to their codes."""
 
     def __post_init__(self):
         if self.decay is not None and not 0 <= self.decay < 1:
-            raise UserError(f"a codebook's decay {self.decay} must lie in [0, 1); None learns the codes by gradient")
+            raise UserError(
+                f"decay={self.decay} is invalid: it must lie in [0, 1). Use decay=None to learn the codes by gradient."
+            )
         if not self.commitment >= 0:
-            raise UserError(f"commitment {self.commitment} must not be negative")
+            raise UserError(f"commitment={self.commitment} is invalid: it must not be negative.")
         if not self.smoothing > 0:
-            raise UserError(f"a codebook's smoothing {self.smoothing} must be positive")
+            raise UserError(f"smoothing={self.smoothing} is invalid: it must be positive.")
         if self.restart_after is not None and self.restart_after < 1:
-            raise UserError(f"restart_after={self.restart_after} must be at least 1 step; None restarts no code")
+            raise UserError(
+                f"restart_after={self.restart_after} is invalid: it must be at least 1. Use None to disable restarts."
+            )
 
     def start(self, codes: Float[Array, "n c"], *, fresh: bool = True) -> dict[str, Array]:
-        """What a new run keeps beside its codes.
+        """Return the initial state of the update.
 
-        A fresh codebook starts as if it had gone unused for long: what the first batch does not use is put among its
-        latents. One that was learned already stays where it is.
+        Codes of a fresh codebook count as long unused, so that those that the first batch does not use are restarted
+        from its latents. Codes of a trained codebook count as just used.
         """
         moments = {"ages": jnp.full(len(codes), (self.restart_after or 0) if fresh else 0, jnp.int32)}
         if self.decay is not None:
@@ -74,46 +80,50 @@ class CodebookLearning:
         indices: Int[Array, "B t h w"],
         random: Key[Array, ""],
     ) -> Learned:
-        """The codebook after a step's batch, and how well it is used.
+        """Return the codebook updated by a batch of latents.
 
-        The figures: `usage` is the share of the codes that the batch used, `usage_recent` of those that the last
-        `restart_after` steps used; `perplexity` is `exp(-sum p log p)` of the batch's shares `p`, the number of
-        codes that would be as diverse if all were used alike; `restarts` counts the codes that were put elsewhere.
+        The metrics are `usage`, the share of the codes that the batch used; `usage_recent`, the share that the last
+        `restart_after` steps used; `perplexity`, `exp(-sum p log p)` of the shares `p` of the batch's latents, which is
+        the effective number of codes; `restarts`, the number of restarted codes.
 
         Args:
-          codes: after the step's gradients, which change them where there is no `decay`.
-          moments: of `start`, or of the step before.
-          latents: as they were compared with the codes.
-          indices: of the codes that they chose.
-          random: which latents become codes.
+          codes: Codes after the gradient update, which changes them only if `decay` is None.
+          moments: State from `init_moments` or from the previous step.
+          latents: Latents before quantization.
+          indices: Index of the code nearest to each latent.
+          random_key: Random key for the choice of the latents that replace unused codes.
         """
-        flat, chosen = latents.reshape(-1, latents.shape[-1]), indices.reshape(-1)
-        used = jnp.zeros(len(codes), jnp.float32).at[chosen].add(1.0)
+        flat_latents, flat_indices = latents.reshape(-1, latents.shape[-1]), indices.reshape(-1)
+        counts = jnp.zeros(len(codes), jnp.float32).at[flat_indices].add(1.0)
         moments = dict(moments)
         if self.decay is not None:
-            codes, averages = self._averaged(self.decay, used, jnp.zeros_like(codes).at[chosen].add(flat), moments)
+            codes, averages = self._averaged(
+                self.decay, counts, jnp.zeros_like(codes).at[flat_indices].add(flat_latents), moments
+            )
             moments |= averages
-        ages = jnp.where(used > 0, 0, moments["ages"] + 1)
-        share = used / used.sum()
-        entropy = -jnp.where(used > 0, share * jnp.log(jnp.maximum(share, 1e-30)), 0).sum()
-        figures = {"usage": (used > 0).mean(dtype=jnp.float32), "perplexity": jnp.exp(entropy)}
+        ages = jnp.where(counts > 0, 0, moments["ages"] + 1)
+        share = counts / counts.sum()
+        entropy = -jnp.where(counts > 0, share * jnp.log(jnp.maximum(share, 1e-30)), 0).sum()
+        metrics = {"usage": (counts > 0).mean(dtype=jnp.float32), "perplexity": jnp.exp(entropy)}
         dead = jnp.zeros(len(codes), bool)
         if self.restart_after is not None:
             dead = ages >= self.restart_after
-            figures |= {"usage_recent": 1 - dead.mean(dtype=jnp.float32), "restarts": dead.sum(dtype=jnp.float32)}
-            # Each of the dead codes another latent, as far as the batch has as many.
-            places = jax.random.choice(random, len(flat), (len(codes),), replace=len(flat) < len(codes))
-            codes = jnp.where(dead[:, None], flat[places], codes)
+            metrics |= {"usage_recent": 1 - dead.mean(dtype=jnp.float32), "restarts": dead.sum(dtype=jnp.float32)}
+            # Each dead code gets a different latent if the batch has enough of them.
+            sources = jax.random.choice(
+                random, len(flat_latents), (len(codes),), replace=len(flat_latents) < len(codes)
+            )
+            codes = jnp.where(dead[:, None], flat_latents[sources], codes)
             ages = jnp.where(dead, 0, ages)
             if self.decay is not None:
                 moments["counts"] = jnp.where(dead, 1.0, moments["counts"])
                 moments["sums"] = jnp.where(dead[:, None], codes, moments["sums"])
-        return Learned(codes, dead, moments | {"ages": ages}, figures)
+        return Learned(codes, dead, moments | {"ages": ages}, metrics)
 
     def _averaged(
         self, decay: float, used: Float[Array, " n"], summed: Float[Array, "n c"], moments: dict[str, Array]
     ) -> tuple[Float[Array, "n c"], dict[str, Array]]:
-        """The codes of the moved averages, and these."""
+        """Return the codes and the moving averages that they are computed from."""
         counts = decay * moments["counts"] + (1 - decay) * used
         sums = decay * moments["sums"] + (1 - decay) * summed
         total = counts.sum()

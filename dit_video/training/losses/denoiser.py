@@ -1,4 +1,4 @@
-"""The loss of a text-conditioned denoiser on packed rows."""
+"""Loss of a text-conditioned denoiser on packed rows."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -21,17 +21,17 @@ from dit_video.training.optim.optimizer import OptimizerConfig, hold_still
 from dit_video.training.step import Figures, Ratio
 
 TEMPORAL = r"(^|/)temporal"
-"""paths of the layers that mix frames alone"""
+"""Regular expression for the paths of the temporal layers, which mix frames only."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiserLoss:
     """Mean over the clips of a batch of each clip's mean squared error.
 
-    The metrics are `padding`, the share of tokens that are no clip's, `masked`, the share of clips that could not be
-    read and do not count, and the loss by diffusion times, `loss_t0-0.25` and so on. Parameters are `{"dit": ...,
-    "text": ...}`: the text encoder is trained with the denoiser, unless it is a frozen one, which has none: then rows
-    hold its embeddings; or captions are classes (`ClassNames`).
+    The metrics are `padding`, the share of padding tokens; `masked`, the share of clips that could not be read and do
+    not count; and the loss by diffusion times, `loss_t0-0.25` and so on. Parameters are `{"dit": ..., "text": ...}`:
+    the text encoder is trained together with the denoiser. `text` has no parameters if the encoder is frozen, in which
+    case rows hold its embeddings, or if captions are classes (`ClassNames`).
     """
 
     dit: nnx.GraphDef
@@ -39,24 +39,24 @@ class DenoiserLoss:
     objective: Objective
     caption_dropout: float
     empty_caption: Shaped[np.ndarray, "s *E"]
-    """the tokens of an empty caption, or their embeddings"""
+    """Tokens of an empty caption, or their embeddings."""
     seed: int
     known: KnownFrames | None = None
-    """For a model that is told what is known of a clip: by given latents beside the noisy ones, or, where each token
-    has its own time, by time 0. Tokens at time 0 hold no noise, and do not count in the loss. An image encoder's tokens
-    of the first frame are those that rows hold, where it is known, and zero where it is not."""
+    """Frame conditioning of an image-to-video model; None without it. Known frames are passed as latents in further
+    channels or, if each token has its own time, as noise-free tokens at time 0, which do not count in the loss. Image
+    embeddings of the first frame are zeroed for clips whose first frame is not known."""
     shares: tuple[float, float] = (0.0, 1.0)
-    """which of the objective's times, by the shares of them that are lower: of a model for some times, such as one of
-    two experts, those between; see `share_below`"""
+    """Lower and upper quantile of the objective's times that this model is trained at, such as those of one of two
+    experts; see `time_quantile`."""
     times_of: Literal["clip", "frame"] = "clip"
-    """what has a diffusion time of its own; frames have it where tokens may (`time="token"`)"""
+    """Unit that has its own diffusion time; "frame" requires a denoiser with `time="token"`."""
     optimizer: OptimizerConfig | None = None
-    """the loss is constant in the parameters that it does not train"""
+    """Optimizer whose untrained parameters get no gradients; None if all parameters are trained."""
     bins: int = 4
-    """of equal widths, into which the times are divided for the loss by times"""
+    """Number of equally wide bins of diffusion times whose losses are logged separately."""
 
     def weight(self, rows: Rows) -> Float[Array, ""]:
-        """How many clips count."""
+        """Return the number of valid clips."""
         return jnp.asarray(rows.valid).sum().astype(jnp.float32)
 
     def __call__(self, params, rows: Rows, step: Array) -> tuple[Float[Array, ""], Figures]:
@@ -84,10 +84,10 @@ class DenoiserLoss:
         per_token = self.objective.loss(denoise, data, noise, time, known=clean)
         counted = rows.segments if clean is None else jnp.where(clean, 0, rows.segments)
         per_example = segment_mean(per_token, counted, count=count)
-        placed = rows.segments.max(axis=1).sum()
+        num_clips = rows.segments.max(axis=1).sum()
         metrics = {
             "padding": (rows.segments == 0).mean(axis=(0, 1)),
-            "masked": Ratio(placed - rows.valid.sum(), placed),
+            "masked": Ratio(num_clips - rows.valid.sum(), num_clips),
             **self.by_time(per_token, time, counted, rows.valid),
         }
         return (per_example * rows.valid).sum() / jnp.maximum(rows.valid.sum(), 1), metrics
@@ -99,19 +99,20 @@ class DenoiserLoss:
         counted: Int[AnyArray, "B N"],
         valid: Bool[AnyArray, "B G"],
     ) -> dict[str, Ratio]:
-        """The loss of the clips at times in each bin; of a clip whose frames are in several, their shares of it."""
-        member = counted[..., None] == jnp.arange(1, valid.shape[1] + 1)
-        weight = jnp.where(member, (valid / jnp.maximum(member.sum(axis=1), 1))[:, None], 0).sum(axis=-1)
-        place = jnp.clip(jnp.floor(time * self.bins), 0, self.bins - 1)
-        found = {}
+        """Return the mean loss in each bin of diffusion times; a clip with times in several bins counts in parts."""
+        is_member = counted[..., None] == jnp.arange(1, valid.shape[1] + 1)
+        # Each token weighs 1 / tokens of its clip, so that every valid clip has a total weight of 1.
+        weight = jnp.where(is_member, (valid / jnp.maximum(is_member.sum(axis=1), 1))[:, None], 0).sum(axis=-1)
+        time_bin = jnp.clip(jnp.floor(time * self.bins), 0, self.bins - 1)
+        metrics = {}
         for index in range(self.bins):
-            inside = jnp.where(place == index, weight, 0)
+            bin_weight = jnp.where(time_bin == index, weight, 0)
             name = f"loss_t{index / self.bins:g}-{(index + 1) / self.bins:g}"
-            found[name] = Ratio((inside * jax.lax.stop_gradient(per_token)).sum(), inside.sum())
-        return found
+            metrics[name] = Ratio((bin_weight * jax.lax.stop_gradient(per_token)).sum(), bin_weight.sum())
+        return metrics
 
     def known_tokens(self, rows: Rows, step: Array) -> Bool[Array, "B N"]:
-        """What is known: of an example the same on any mesh."""
+        """Return True for tokens of known frames, drawn per example and independently of the mesh."""
         if self.known is None:
             return jnp.zeros(rows.segments.shape, bool)
         keys = example_keys(key(self.seed, "known frames"), step, rows.examples)
@@ -119,45 +120,47 @@ class DenoiserLoss:
         return known_tokens(rows.segments, rows.coordinates, known)
 
     def times(self, rows: Rows, step: Array) -> Float[Array, "B G"]:
-        """Diffusion times, evenly spread over consecutive ranks of the plan."""
+        """Return diffusion times of clips, low-discrepancy over consecutive ranks of the data plan."""
         offset = jax.random.uniform(jax.random.fold_in(key(self.seed, "time"), step))
         return self.objective.time(self._shared(low_discrepancy(offset, rows.examples)), clip_sizes(rows))
 
     def token_times(self, rows: Rows, step: Array) -> Float[Array, "B N"]:
-        """Of every token: its clip's time, or its frame's, drawn for each frame alone (arXiv 2407.01392)."""
+        """Return the diffusion time of each token: that of its clip, or of its frame (arXiv 2407.01392)."""
         if self.times_of == "clip":
             return to_tokens(self.times(rows, step), rows.segments)
         sizes = clip_sizes(rows)
-        places = jnp.maximum(rows.segments - 1, 0)
+        segment_indices = jnp.maximum(rows.segments - 1, 0)
         frames = positions(rows.segments) // to_tokens(jnp.asarray(sizes.frame_tokens), rows.segments)
         keys = example_keys(key(self.seed, "frame time"), step, rows.examples)
 
-        def draw(row_keys, place, frame):
-            return jax.random.uniform(jax.random.fold_in(row_keys[place], frame))
+        def draw(row_keys, segment_index, frame):
+            return jax.random.uniform(jax.random.fold_in(row_keys[segment_index], frame))
 
-        u = jax.vmap(lambda row_keys, *at: jax.vmap(lambda *one: draw(row_keys, *one))(*at))(keys, places, frames)
+        u = jax.vmap(lambda row_keys, *at: jax.vmap(lambda *one: draw(row_keys, *one))(*at))(
+            keys, segment_indices, frames
+        )
         return self.objective.time(
             self._shared(u), ClipSize(*(to_tokens(jnp.asarray(part), rows.segments) for part in sizes))
         )
 
     def _shared(self, u: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """Numbers in [0, 1), in the share of them that this model is trained at."""
+        """Map uniform numbers in [0, 1) to the quantiles of times that this model is trained at."""
         first, last = self.shares
         return first + (last - first) * u
 
 
 def clip_sizes(rows: Rows) -> ClipSize:
-    """Of every segment `[B G]`; of one that does not exist it is 1, 1."""
-    member = rows.segments[..., None] == jnp.arange(1, rows.examples.shape[1] + 1)
-    first = member & (rows.coordinates[..., :1] == 0)
-    frame_tokens = jnp.maximum(first.sum(axis=1), 1)
-    return ClipSize(frames=jnp.maximum(member.sum(axis=1), 1) // frame_tokens, frame_tokens=frame_tokens)
+    """Return the size of each segment `[B G]`; 1 frame of 1 token for segments that do not exist."""
+    is_member = rows.segments[..., None] == jnp.arange(1, rows.examples.shape[1] + 1)
+    is_first_frame = is_member & (rows.coordinates[..., :1] == 0)
+    frame_tokens = jnp.maximum(is_first_frame.sum(axis=1), 1)
+    return ClipSize(frames=jnp.maximum(is_member.sum(axis=1), 1) // frame_tokens, frame_tokens=frame_tokens)
 
 
 def share_below(objective: Objective, time: float) -> float:
-    """The share of an objective's training times that are below a time: the inverse of `objective.time`."""
+    """Return the share of an objective's training times below `time`: the inverse of `objective.time`."""
     low, high = 0.0, 1.0
-    for _ in range(24):  # bits of a float32
+    for _ in range(24):  # bisection to the precision of float32
         middle = (low + high) / 2
         below = float(objective.time(jnp.float32(middle))) < time
         low, high = (middle, high) if below else (low, middle)
@@ -165,17 +168,17 @@ def share_below(objective: Objective, time: float) -> float:
 
 
 def _given(dit: DitConfig | WanDitConfig, rows: Rows, known: Bool[Array, "B N"], *, count: int) -> Given:
-    """What the denoiser is told of clips whose first frame is known; of others all of it is zero."""
-    told = segment_max(known.astype(jnp.float32), rows.segments, count=count) > 0
+    """Return the conditioning on known frames, which is zero for clips whose first frame is not known."""
+    is_conditioned = segment_max(known.astype(jnp.float32), rows.segments, count=count) > 0
     fields: dict[str, Array] = {}
     if dit.given_channels and rows.shown.shape[-1]:
-        shown = to_tokens(told, rows.segments)
+        shown = to_tokens(is_conditioned, rows.segments)
         fields["latents"] = given_latents(
             rows.shown, known, shown=shown, places=dit.patch.volume, channels=dit.given_channels
         )
     elif dit.given_channels:
         fields["latents"] = given_latents(rows.tokens, known, places=dit.patch.volume, channels=dit.given_channels)
     if isinstance(dit, WanDitConfig) and dit.image_width is not None:
-        fields["image"] = jnp.where(to_tokens(told, rows.image_segments)[..., None], rows.image, 0)
+        fields["image"] = jnp.where(to_tokens(is_conditioned, rows.image_segments)[..., None], rows.image, 0)
         fields["image_segments"] = jnp.asarray(rows.image_segments)
     return Given(**fields)

@@ -1,7 +1,8 @@
-"""Distillation on packed rows: a student of few steps learns from a frozen teacher that it starts as.
+"""Few-step distillation on packed rows: a student, initialized from a frozen teacher, learns from it.
 
-A step is one jitted function of a state and a batch, as every training's is, so that checkpoints, resuming and logs are
-the same. The teacher is the step's constant; its guidance is baked in: the student is sampled without.
+A step is one jitted function of a state and a batch, like that of any other training, so that checkpoints, resuming and
+logs are shared. The teacher's parameters are a constant of the step. Its guidance is distilled into the student, which
+is sampled without.
 """
 
 from collections.abc import Callable
@@ -42,63 +43,67 @@ from dit_video.training.state import TrainState, WithModel
 from dit_video.training.step import Step, following, unless_broken, with_constants
 
 _EDGE = 0.02
-"""How near to data and to noise samples are judged by their scores, at least (arXiv 2311.18828)."""
+"""Distance from times 0 and 1 at which the scores of samples are not compared (arXiv 2311.18828)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConsistencyDistillation:
-    """Latent consistency (arXiv 2310.04378): where the student's moving average gets to from the end of a teacher's
-    step, the student is to get to from its beginning.
+    """Configuration of latent consistency distillation (arXiv 2310.04378).
+
+    The student's output at the beginning of a teacher's step is trained to match the output of the student's moving
+    average at the end of that step.
 
     Raises:
-      UserError: less than one interval, or a width that is not positive.
+      UserError: Less than one interval, or a width that is not positive.
     """
 
     guidance: float = 1.0
-    """of the teacher; 1 is none"""
+    """Guidance scale of the teacher; 1 disables guidance."""
     intervals: int = 32
-    """Into which the teacher's way is divided, evenly before the shift: a step of the teacher each (the paper's steps
-    of training divided by its k)."""
+    """Number of the teacher's steps from noise to data, at times evenly spaced before the shift (in the paper, the
+    number of training timesteps divided by k)."""
     width: float = 0.03
-    """differences below it count by their squares, larger ones by their size"""
+    """Width of the quadratic part of the pseudo-Huber loss; larger differences count linearly."""
 
     def __post_init__(self):
         if self.intervals < 1 or not self.width > 0:
             raise UserError(
-                f"consistency is taught over at least 1 interval, with a positive width; got intervals="
-                f"{self.intervals}, width={self.width}"
+                f"intervals={self.intervals}, width={self.width} is invalid: consistency distillation needs at least 1 "
+                "interval and a positive width."
             )
 
     def begin(self, state: TrainState, optimizer: optax.GradientTransformation) -> TrainState:
-        """The state before the first step."""
+        """Return the state before the first step."""
         return state
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistributionMatching:
-    """DMD2 (arXiv 2405.14867), without its discriminator: samples are moved to where the teacher's score outweighs that
-    of a critic, which learns to denoise the samples.
+    """Configuration of distribution matching distillation: DMD2 (arXiv 2405.14867) without its discriminator.
+
+    Samples move along the difference between the teacher's score and that of a critic, which is trained to denoise the
+    student's samples.
 
     Raises:
-      UserError: less than one step.
+      UserError: Less than one step.
     """
 
     guidance: float = 1.0
-    """of the teacher; 1 is none"""
+    """Guidance scale of the teacher; 1 disables guidance."""
     steps: int = 4
-    """of the student; in training each is given what the student's own earlier steps have made"""
+    """Number of sampling steps of the student; in training, each starts from the output of its own earlier steps."""
     critic_steps: int = 5
-    """of the critic, before each of the student's"""
+    """Number of critic updates before each update of the student."""
 
     def __post_init__(self):
         if min(self.steps, self.critic_steps) < 1:
             raise UserError(
-                f"distribution matching takes at least 1 step of the student and of the critic; got steps={self.steps}"
-                f", critic_steps={self.critic_steps}"
+                f"steps={self.steps}, critic_steps={self.critic_steps} is invalid: distribution matching needs at "
+                "least 1 step of the student and of the critic."
             )
 
     def begin(self, state: TrainState, optimizer: optax.GradientTransformation) -> "MatchingState":
-        """The state before the first step: the critic starts as the teacher too."""
+        """Return the state before the first step, with a critic that is initialized from the teacher too."""
         params = jax.tree.map(jnp.copy, state.params)
         return MatchingState(model=state, critic=CriticState(params=params, opt_state=optimizer.init(params)))
 
@@ -108,7 +113,7 @@ Distillation = ConsistencyDistillation | DistributionMatching
 
 @flax.struct.dataclass
 class CriticState:
-    """What the critic carries from step to step."""
+    """Parameters and optimizer state of the critic."""
 
     params: dict[str, Any]
     opt_state: PyTree
@@ -116,29 +121,33 @@ class CriticState:
 
 @flax.struct.dataclass
 class MatchingState(WithModel):
-    """Both players. Checkpoints hold them together, so that a run goes on exactly."""
+    """State of student and critic, saved in one checkpoint so that a run resumes exactly."""
 
     model: TrainState
     critic: CriticState
 
 
 def paced(critic: CriticState, student: TrainState) -> CriticState:
-    """The critic, whose next step has the learning rate of the student's.
+    """Return the critic with the schedule state of the student, so that both have the same learning rate.
 
-    It moves several times for each time that the student does. By a schedule of its own steps it would stand still,
-    and the student run away from it, once it had made as many as the student is to make.
+    The critic is updated several times for each update of the student. A schedule over its own updates would end long
+    before the student's training does, and the critic could no longer follow the student.
     """
 
-    def schedule(node: Any) -> bool:
+    def is_schedule(node: Any) -> bool:
         return isinstance(node, optax.ScaleByScheduleState)
 
     states = critic.opt_state, student.opt_state
-    chosen = jax.tree.map(lambda own, other: other if schedule(other) else own, *states, is_leaf=schedule)
-    return CriticState(params=critic.params, opt_state=chosen)
+    opt_state = jax.tree.map(
+        lambda critic_leaf, student_leaf: student_leaf if is_schedule(student_leaf) else critic_leaf,
+        *states,
+        is_leaf=is_schedule,
+    )
+    return CriticState(params=critic.params, opt_state=opt_state)
 
 
 def distillation_loss(config: Distillation, loss: DenoiserLoss) -> "ConsistencyLoss | MatchingLoss":
-    """Of a student, from the loss that its teacher was trained with."""
+    """Return the loss of a student, from the loss that its teacher was trained with."""
     parts: dict[str, Any] = {
         "dit": loss.dit,
         "text": loss.text,
@@ -155,7 +164,7 @@ def distillation_loss(config: Distillation, loss: DenoiserLoss) -> "ConsistencyL
 class _Taught:
     """A student and its teacher, one model with two sets of parameters, on rows. Times are `[B N 1]`.
 
-    Noise and times are functions of the seed, the step and the example, as everywhere.
+    Noise and times are functions of the seed, the step and the example.
     """
 
     dit: nnx.GraphDef
@@ -165,7 +174,7 @@ class _Taught:
     seed: int
 
     def denoise(self, params: PyTree, rows: Rows, *, silent: bool = False) -> Denoise:
-        """The model with its prompts, or with none."""
+        """Return the denoiser conditioned on its captions, or on empty ones if `unconditional`."""
         text, text_segments = jnp.asarray(rows.text), jnp.asarray(rows.text_segments)
         if silent:
             drop = jnp.ones(rows.examples.shape, bool)
@@ -183,7 +192,7 @@ class _Taught:
         return lambda noisy, time: denoise(noisy, jnp.broadcast_to(time, (*noisy.shape[:-1], 1))[..., 0])
 
     def guided(self, params: PyTree, rows: Rows, scale: float) -> Denoise:
-        """The teacher."""
+        """Return the teacher with classifier-free guidance."""
         denoise = self.denoise(params, rows)
         return denoise if scale == 1 else classifier_free(denoise, self.denoise(params, rows, silent=True), scale)
 
@@ -198,23 +207,23 @@ class _Taught:
         return packed_noise(rows, example_keys(purpose_key, step, rows.examples))
 
     def uniform(self, purpose: str, rows: Rows, step: Array) -> Float[Array, "B G"]:
-        """Numbers in [0, 1), evenly spread over consecutive examples."""
+        """Return uniform numbers in [0, 1), low-discrepancy over consecutive examples."""
         offset = jax.random.uniform(jax.random.fold_in(key(self.seed, purpose), step))
         return low_discrepancy(offset, rows.examples)
 
     def shifted(self, time: Float[Array, "B G"], rows: Rows) -> Float[Array, "B N 1"]:
-        """Evenly spaced times of clips as the process wants them spaced, for their tokens."""
+        """Return the shifted times of clips' tokens, from evenly spaced times of clips."""
         return to_tokens(self.objective.process.shifted(time, clip_sizes(rows)), rows.segments)[..., None]
 
     def mean(self, per_token: Float[Array, "B N"], rows: Rows) -> Float[Array, ""]:
-        """Over the clips of a batch, of each clip's mean."""
+        """Return the mean over the clips of a batch of each clip's mean."""
         per_example = segment_mean(per_token, rows.segments, count=rows.examples.shape[1])
         return (per_example * rows.valid).sum() / jnp.maximum(rows.valid.sum(), 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConsistencyLoss(_Taught):
-    """The step of `ConsistencyDistillation`; its state is that of any training."""
+    """Loss and step of `ConsistencyDistillation`, on a plain `TrainState`."""
 
     config: ConsistencyDistillation
 
@@ -224,34 +233,36 @@ class ConsistencyLoss(_Taught):
     def make_step(
         self, optimizer: optax.GradientTransformation, *, ema_decay: float, constants: tuple[PyTree, ...]
     ) -> Step:
-        """`step(state, rows) -> (state, figures)`, the state being donated; `constants` are the teacher's parameters.
+        """Return `step(state, rows) -> (state, metrics)`, which donates the state.
 
-        The moving average that is the target is the one that is sampled from.
+        The teacher's parameters are in `constants`. The target network is the moving average that is also sampled from.
         """
 
         def step(state, rows, teacher):
             value, gradients = jax.value_and_grad(self)(state.params, state.ema, rows, state.step, teacher)
-            figures = {"loss": value, "gradient_norm": optax.tree.norm(gradients)}
-            after = following(state, gradients, optimizer, ema_decay=ema_decay)
-            return unless_broken(state, after, figures)
+            metrics = {"loss": value, "gradient_norm": optax.tree.norm(gradients)}
+            next_state = following(state, gradients, optimizer, ema_decay=ema_decay)
+            return unless_broken(state, next_state, metrics)
 
         return with_constants(jax.jit(step, donate_argnums=0), constants)
 
     def __call__(self, params: PyTree, average: PyTree, rows: Rows, step: Array, teacher: PyTree) -> Float[Array, ""]:
-        """The mean over clips, each at a time of its own."""
+        """Return the mean loss over the clips, each at its own time."""
         process, intervals = self.objective.process, self.config.intervals
         index = jnp.minimum(jnp.floor(self.uniform("time", rows, step) * intervals), intervals - 1)
-        time, ahead = (self.shifted(1 - (index + late) / intervals, rows) for late in (0, 1))
+        time, next_time = (self.shifted(1 - (index + offset) / intervals, rows) for offset in (0, 1))
         noisy = process.add_noise(jnp.asarray(rows.tokens), self.noise("noise", rows, step), time)
-        taught = self.estimate(self.guided(teacher, rows, self.config.guidance))
-        reached = jax.lax.stop_gradient(flow_step(taught, process, noisy, time, ahead))
+        teacher_estimator = self.estimate(self.guided(teacher, rows, self.config.guidance))
+        next_noisy = jax.lax.stop_gradient(flow_step(teacher_estimator, process, noisy, time, next_time))
         student, target = self.consistency(params, rows), self.consistency(average, rows)
-        return self.mean(consistency_loss(student, target, noisy, reached, time, ahead, width=self.config.width), rows)
+        return self.mean(
+            consistency_loss(student, target, noisy, next_noisy, time, next_time, width=self.config.width), rows
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class MatchingLoss(_Taught):
-    """The step of `DistributionMatching`. Of the data it sees the captions and the sizes alone."""
+    """Loss and step of `DistributionMatching`, which uses only the captions and sizes of the data."""
 
     config: DistributionMatching
 
@@ -261,34 +272,33 @@ class MatchingLoss(_Taught):
     def make_step(
         self, optimizer: optax.GradientTransformation, *, ema_decay: float, constants: tuple[PyTree, ...]
     ) -> Step:
-        """`step(state, rows) -> (state, figures)` for a `MatchingState`, which is donated.
+        """Return `step(state, rows) -> (state, metrics)` for a `MatchingState`, which is donated.
 
-        First the critic moves `critic_steps` times, then the student once, by the same optimizer and at the learning
-        rate of the student's step. The figures are
-        `loss` (half the square of what samples are moved by, which has no minimum to reach), `critic` (its mean loss)
-        and `distance` (of samples from the teacher's estimate of their data).
+        The critic is updated `critic_steps` times, then the student once, with the same optimizer and learning rate.
+        The metrics are `loss` (half the squared displacement of samples, which does not converge to a minimum),
+        `critic` (mean loss of the critic) and `distance` (of samples from the teacher's estimate of their data).
         """
 
         def step(state, rows, teacher):
-            params, number = state.model.params, state.model.step
+            params, student_step = state.model.params, state.model.step
 
-            def improve(critic, turn):
-                at = number * self.config.critic_steps + turn
-                generated = jax.lax.stop_gradient(self.generated(params, rows, *self.noised(params, rows, at)))
-                value, gradients = jax.value_and_grad(self.critic_loss)(critic.params, generated, rows, at)
+            def improve(critic, index):
+                critic_step = student_step * self.config.critic_steps + index
+                samples = jax.lax.stop_gradient(self.generated(params, rows, *self.noised(params, rows, critic_step)))
+                value, gradients = jax.value_and_grad(self.critic_loss)(critic.params, samples, rows, critic_step)
                 updates, opt_state = optimizer.update(gradients, critic.opt_state, critic.params)
-                moved = CriticState(params=optax.apply_updates(critic.params, updates), opt_state=opt_state)
-                return paced(moved, state.model), value
+                next_critic = CriticState(params=optax.apply_updates(critic.params, updates), opt_state=opt_state)
+                return paced(next_critic, state.model), value
 
-            turns = jnp.arange(self.config.critic_steps)
-            critic, losses = jax.lax.scan(improve, paced(state.critic, state.model), turns)
-            noised = self.noised(params, rows, number, purpose="student ")
-            (value, figures), gradients = jax.value_and_grad(self, has_aux=True)(
-                params, critic.params, noised, rows, number, teacher
+            indices = jnp.arange(self.config.critic_steps)
+            critic, losses = jax.lax.scan(improve, paced(state.critic, state.model), indices)
+            student_inputs = self.noised(params, rows, student_step, purpose="student ")
+            (value, metrics), gradients = jax.value_and_grad(self, has_aux=True)(
+                params, critic.params, student_inputs, rows, student_step, teacher
             )
-            figures |= {"loss": value, "gradient_norm": optax.tree.norm(gradients), "critic": losses.mean()}
+            metrics |= {"loss": value, "gradient_norm": optax.tree.norm(gradients), "critic": losses.mean()}
             model = following(state.model, gradients, optimizer, ema_decay=ema_decay)
-            return unless_broken(state, MatchingState(model=model, critic=critic), figures, "critic")
+            return unless_broken(state, MatchingState(model=model, critic=critic), metrics, "critic")
 
         return with_constants(jax.jit(step, donate_argnums=0), constants)
 
@@ -301,7 +311,7 @@ class MatchingLoss(_Taught):
         step: Array,
         teacher: PyTree,
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        """The student's loss: mean over clips, each judged at a time of its own."""
+        """Return the student's loss, a mean over clips whose scores are compared at their own times, and metrics."""
         process, count = self.objective.process, rows.examples.shape[1]
         generated = self.generated(params, rows, *noised)
         samples = jax.lax.stop_gradient(generated)
@@ -309,45 +319,47 @@ class MatchingLoss(_Taught):
         noisy = process.add_noise(samples, self.noise("noise", rows, step), time)
         real = self.estimate(self.guided(teacher, rows, self.config.guidance))(noisy, time).data
         fake = self.estimate(self.denoise(critic, rows))(noisy, time).data
-        away = segment_mean(distance(samples, real), rows.segments, count=count)
-        gradient = matching_gradient(samples, real, fake, to_tokens(away, rows.segments)[..., None])
-        figures = {"distance": (away * rows.valid).sum() / jnp.maximum(rows.valid.sum(), 1)}
-        return self.mean(matching_loss(generated, jax.lax.stop_gradient(gradient)), rows), figures
+        distances = segment_mean(distance(samples, real), rows.segments, count=count)
+        gradient = matching_gradient(samples, real, fake, to_tokens(distances, rows.segments)[..., None])
+        metrics = {"distance": (distances * rows.valid).sum() / jnp.maximum(rows.valid.sum(), 1)}
+        return self.mean(matching_loss(generated, jax.lax.stop_gradient(gradient)), rows), metrics
 
     def critic_loss(
         self, critic: PyTree, generated: Float[Array, "B N p"], rows: Rows, step: Array
     ) -> Float[Array, ""]:
-        """Of denoising samples, at the times that the teacher was trained at."""
+        """Return the loss of the critic: denoising of samples at the times that the teacher was trained at."""
         time = self.objective.time(self.uniform("critic time", rows, step), clip_sizes(rows))
         time = to_tokens(time, rows.segments)
         noise = self.noise("critic noise", rows, step)
         denoise = self.denoise(critic, rows)
-        per_token = self.objective.loss(lambda noisy, at: denoise(noisy, at[..., None]), generated, noise, time)
+        per_token = self.objective.loss(
+            lambda noisy, model_time: denoise(noisy, model_time[..., None]), generated, noise, time
+        )
         return self.mean(per_token, rows)
 
     def noised(
         self, params: PyTree, rows: Rows, step: Array, *, purpose: str = ""
     ) -> tuple[Float[Array, "B N p"], Float[Array, "B N 1"]]:
-        """What one of the student's steps is given, drawn for the whole batch, and its time (section 4.5 of the paper).
+        """Return the input of one of the student's steps, drawn for the whole batch, and its time.
 
-        It is what the steps before it have made, as in sampling.
+        It is the output of the student's earlier steps, as in sampling (arXiv 2405.14867, section 4.5).
         """
         process, steps = self.objective.process, self.config.steps
-        every = jnp.ones(rows.examples.shape)
-        times = jnp.stack([self.shifted((1 - number / steps) * every, rows) for number in range(steps + 1)])
-        drawn: Int[Array, ""] = jax.random.randint(
+        ones = jnp.ones(rows.examples.shape)
+        times = jnp.stack([self.shifted((1 - number / steps) * ones, rows) for number in range(steps + 1)])
+        index: Int[Array, ""] = jax.random.randint(
             jax.random.fold_in(key(self.seed, f"{purpose}generator step"), step), (), 0, steps
         )
 
         def draw(number):
             return self.noise(f"{purpose}generator noise", rows, step, number + 1)
 
-        start = self.noise(f"{purpose}generator noise", rows, step)
-        f = self.consistency(params, rows)
-        return multistep(f, start, times, process=process, draw=draw, steps=drawn), times[drawn]
+        initial_noise = self.noise(f"{purpose}generator noise", rows, step)
+        consistency = self.consistency(params, rows)
+        return multistep(consistency, initial_noise, times, process=process, draw=draw, steps=index), times[index]
 
     def generated(
         self, params: PyTree, rows: Rows, noisy: Float[Array, "B N p"], time: Float[Array, "B N 1"]
     ) -> Float[Array, "B N p"]:
-        """The samples of one step."""
+        """Return the samples that one step of the student makes of its input."""
         return self.consistency(params, rows)(noisy, time)

@@ -1,4 +1,4 @@
-"""Training adapters: what is trained, averaged and saved are their factors; the model is a constant."""
+"""Training of LoRA adapters: their factors are trained, averaged and saved, and the model is a constant."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,15 +11,15 @@ from dit_video.training.step import Figures, Loss, WeighedLoss
 
 @dataclass(frozen=True, kw_only=True)
 class LoraLoss:
-    """A loss of a model with an adapter, `loss(factors, batch, step, ..., model's parameters)`.
+    """A loss of a model with a LoRA adapter, `loss(factors, batch, step, ..., model's parameters)`.
 
-    Gradients are of the factors alone: neither gradients nor moments of the model's kernels are ever made.
+    It is differentiated in the factors only: neither gradients nor optimizer moments of the model's kernels exist.
     """
 
     loss: Loss
-    """of the model's parameters"""
+    """Loss as a function of the model's parameters."""
     scale: float
-    """of the adapter: alpha / rank"""
+    """Scale of the adapter, alpha / rank."""
 
     def __call__(
         self, factors: PyTree, batch: PyTree, step: Array, *constants: PyTree
@@ -28,8 +28,8 @@ class LoraLoss:
         return self.loss(attach_lora(params, scaled(factors, self.scale)), batch, step, *others)
 
     def weight(self, batch: PyTree) -> Float[Array, ""]:
-        """Of the loss."""
+        """Return the weight of a batch in the loss."""
         loss: Any = self.loss
         if not isinstance(loss, WeighedLoss):
-            raise TypeError(f"{type(loss).__name__} doesn't say what the parts of a batch weigh")
+            raise TypeError(f"{type(loss).__name__} has no `weight` method, which gradient accumulation needs")
         return loss.weight(batch)

@@ -1,4 +1,4 @@
-"""The loss of an autoencoder whose latents are codes, and how its codebook follows the latents."""
+"""Loss of a vector-quantized autoencoder, with the updates of its codebook."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,16 +16,16 @@ from dit_video.training.state import TrainState
 
 @dataclass(frozen=True, kw_only=True)
 class VqLoss(AutoencoderLoss):
-    """What reconstructions differ by, and how far the latents are from their codes (arXiv 1711.00937, eq. 3).
+    """Reconstruction loss plus the distance of the latents from their codes (arXiv 1711.00937, eq. 3).
 
-    The objective's `kl` has no meaning here.
+    The objective's `kl` is not used.
     """
 
     learning: CodebookLearning = field(default_factory=CodebookLearning)
-    """where its codes are learned by gradient, the distance that draws them to the latents has weight 1"""
+    """Update rule of the codebook. The codebook loss has weight 1 if the codes are learned by gradient."""
 
     def decode(self, params, pixels: Float[Array, "B T H W 3"], step: Array) -> Decoded:
-        """Clips through their codes."""
+        """Encode, quantize and decode clips."""
         model = nnx.merge(self.graph, self.held(params))
         quantized = model.quantized(pixels)
         cost = self.learning.commitment * quantized.commitment
@@ -39,32 +39,32 @@ class VqLoss(AutoencoderLoss):
         )
 
     def start(self, params: dict[str, Any], *, fresh: bool = True) -> dict[str, Any]:
-        """What is kept of the codebook from step to step."""
+        """Return the initial state of the codebook update."""
         return {"codebook": self._followed.start(params["codebook"]["codes"], fresh=fresh)}
 
     def after(self, state: TrainState, seen: Any) -> tuple[TrainState, Figures]:
-        """The state with the codebook that follows the latents `seen`, and how well it is used."""
+        """Return the state with the codebook updated by the latents `seen`, and metrics of its use."""
         latents, indices = seen
-        # As in the step that made the state: its count is one more now.
-        random = jax.random.fold_in(key(self.seed, "codebook"), state.step - 1)
+        # The gradient update has already incremented the step counter; the noise is that of the step itself.
+        random_key = jax.random.fold_in(key(self.seed, "codebook"), state.step - 1)
         moments = state.extra["codebook"]
-        learned = self._followed.follow(state.params["codebook"]["codes"], moments, latents, indices, random)
-        # Codes that are averages need no average of their own, and that of two places of a code is no code.
-        own = learned.restarted[:, None] if self._followed.decay is None else True
-        averaged = jnp.where(own, learned.codes, state.ema["codebook"]["codes"])
+        update = self._followed.follow(state.params["codebook"]["codes"], moments, latents, indices, random_key)
+        # Codes that are moving averages need no second average. A restarted code is not ema_codes with its old value.
+        is_replaced = update.restarted[:, None] if self._followed.decay is None else True
+        ema_codes = jnp.where(is_replaced, update.codes, state.ema["codebook"]["codes"])
         return (
             replace(
                 state,
-                params=state.params | {"codebook": {"codes": learned.codes}},
-                ema=state.ema | {"codebook": {"codes": averaged}},
-                extra=state.extra | {"codebook": learned.moments},
+                params=state.params | {"codebook": {"codes": update.codes}},
+                ema=state.ema | {"codebook": {"codes": ema_codes}},
+                extra=state.extra | {"codebook": update.moments},
             ),
-            learned.figures,
+            update.figures,
         )
 
     @property
     def _followed(self) -> CodebookLearning:
-        """Codes that are not trained stay where they are, and how they are used is still told."""
+        """Return the codebook update; codes that are not trained do not change, but their use is still measured."""
         if self.optimizer is None or self.optimizer.trains("codebook/codes"):
             return self.learning
         return replace(self.learning, decay=None, restart_after=None)

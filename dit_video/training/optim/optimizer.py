@@ -1,4 +1,4 @@
-"""Optimizers from configs."""
+"""Optimizers and learning rate schedules from a config."""
 
 import functools
 import re
@@ -19,106 +19,109 @@ from dit_video.training.optim.muon import scale_by_muon
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW, Adafactor, Muon or schedule-free AdamW with warmup, a schedule and global clipping, of all parameters or
-    of some.
+    """Configuration of AdamW, Adafactor, Muon or schedule-free AdamW with warmup, schedule and gradient clipping.
 
-    Adafactor (arXiv 1804.04235) keeps of a matrix's second moments the means of rows and columns alone, no momentum,
-    and clips the root mean square of an array's update at 1 (in learning rates, which are absolute: of AdamW's size).
+    Adafactor (arXiv 1804.04235) keeps only the row and column means of a matrix's second moments and no momentum. The
+    root mean square of an array's update is clipped at 1 (times the learning rate, which is absolute, as for AdamW).
 
-    Muon orthogonalises the updates of `matrices` and of convolutions, and brings them to one root mean square, by
-    default about that of AdamW (arXiv 2502.16982, eq. 4); all other parameters get AdamW with Nesterov momentum at the
-    same learning rate.
+    Muon orthogonalizes the updates of the kernels selected by `muon_patterns` and of convolutions, and scales them to a
+    common root mean square, by default about that of AdamW (arXiv 2502.16982, eq. 4). All other parameters use AdamW
+    with Nesterov momentum at the same learning rate.
 
-    `schedule_free` (arXiv 2405.15682) takes the gradient between where AdamW without momentum stands and the average
-    of where it stood, a share `b1` of the way to the average. That average is what is evaluated and sampled from: it
-    takes the place of the first moving average, and further ones are of it.
+    `schedule_free` (arXiv 2405.15682) computes gradients at an interpolation, with weight `b1` of the average, between
+    the iterate of AdamW without momentum and the average of the iterates. The average is evaluated and sampled from: it
+    replaces the first moving average, and further averages are computed from it.
 
     Raises:
-      UserError: values out of range, or patterns that are no regular expressions.
+      UserError: Values out of range, or patterns that are not regular expressions.
     """
 
     kind: Literal["adamw", "adafactor", "muon", "schedule_free"] = "adamw"
     learning_rate: float = 1e-4
     schedule: Literal["constant", "cosine", "wsd"] = "constant"
-    """after the warmup; `wsd` is constant and falls linearly to zero over the last fifth of the run"""
+    """Schedule after the warmup; `wsd` is constant, then falls linearly to zero over the last fifth of the run."""
     warmup: int = 100
+    """Number of steps of linear warmup."""
     matrix_scale: float = 0.2
-    """root mean square of Muon's update of a matrix, in learning rates"""
+    """Root mean square of Muon's update of a matrix, relative to the learning rate."""
     matrices: tuple[str, ...] = ("blocks/",)
-    """Regular expressions, found anywhere in the paths of the linear maps whose kernels are Muon's. Those of
+    """Regular expressions, searched in the paths of linear kernels, that select those updated by Muon. Kernels of
     convolutions always are."""
     b1: float = 0.9
     b2: float = 0.99
     weight_decay: float = 0.0
     clip: float = 1.0
+    """Largest global norm of the gradients; larger gradients are scaled down to it."""
     trainable: tuple[str, ...] = ()
-    """Regular expressions, found anywhere in the paths of the parameters that are trained; without any all are."""
+    """Regular expressions, searched in parameter paths, that select the parameters to train; all if empty."""
     frozen: tuple[str, ...] = ()
-    """and of those that are not"""
+    """Regular expressions that select parameters not to train, even if they are `trainable`."""
 
     def __post_init__(self):
         if not self.learning_rate > 0 or self.warmup < 0:
             raise UserError(
-                f"an optimizer needs a positive learning rate and no negative warmup; got learning_rate="
-                f"{self.learning_rate}, warmup={self.warmup}"
+                f"learning_rate={self.learning_rate}, warmup={self.warmup} is invalid: the learning rate must be "
+                "positive, and the warmup not negative."
             )
         if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and self.weight_decay >= 0 and self.clip > 0):
             raise UserError(
-                f"an optimizer needs b1 and b2 in [0, 1), weight_decay >= 0 and clip > 0; got b1={self.b1}, "
-                f"b2={self.b2}, weight_decay={self.weight_decay}, clip={self.clip}"
+                f"b1={self.b1}, b2={self.b2}, weight_decay={self.weight_decay}, max_grad_norm={self.clip} is invalid: "
+                "b1 and b2 must lie in [0, 1), with weight_decay >= 0 and max_grad_norm > 0."
             )
         if self.kind == "schedule_free" and (self.schedule != "constant" or self.b1 == 0):
             raise UserError(
-                "a schedule-free optimizer averages instead of lowering its learning rate: use schedule='constant', "
-                f"and a positive b1, not {self.schedule!r} and b1={self.b1}"
+                f"schedule={self.schedule!r}, b1={self.b1} is invalid for kind='schedule_free', which averages instead "
+                "of lowering its learning rate. Use schedule='constant' and a positive b1."
             )
         for pattern in (*self.trainable, *self.frozen, *self.matrices):
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise UserError(f"{pattern!r} is no regular expression for parameter paths: {error}") from error
+                raise UserError(f"{pattern!r} is not a regular expression for parameter paths: {error}") from error
 
     def trains(self, path: str) -> bool:
-        """Whether the parameter of this path is trained."""
-        chosen = not self.trainable or any(re.search(pattern, path) for pattern in self.trainable)
-        return chosen and not any(re.search(pattern, path) for pattern in self.frozen)
+        """Return True if the parameter with this path is trained."""
+        is_selected = not self.trainable or any(re.search(pattern, path) for pattern in self.trainable)
+        return is_selected and not any(re.search(pattern, path) for pattern in self.frozen)
 
 
 def learning_rates(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
-    """The learning rate of each of `steps` steps.
+    """Return the learning rate schedule of a run of `steps` steps.
 
     Raises:
-      UserError: a run that is not longer than its warmup.
+      UserError: The run is not longer than its warmup.
     """
     if steps <= config.warmup:
-        raise UserError(f"a run of {steps} steps is not longer than its warmup of {config.warmup}; shorten the warmup")
-    peak, rest = config.learning_rate, steps - config.warmup
+        raise UserError(
+            f"warmup={config.warmup} is invalid for steps={steps}: the run must be longer. Use a shorter warmup."
+        )
+    peak, decay_steps = config.learning_rate, steps - config.warmup
     match config.schedule:
         case "constant":
             main = optax.constant_schedule(peak)
         case "cosine":
-            main = optax.cosine_decay_schedule(peak, rest)
+            main = optax.cosine_decay_schedule(peak, decay_steps)
         case "wsd":
-            decay = max(1, min(steps // 5, rest))
-            main = optax.linear_schedule(peak, 0.0, decay, transition_begin=rest - decay)
+            cooldown = max(1, min(steps // 5, decay_steps))
+            main = optax.linear_schedule(peak, 0.0, cooldown, transition_begin=decay_steps - cooldown)
     warmup = optax.linear_schedule(peak / max(1, config.warmup), peak, max(1, config.warmup))
     return optax.join_schedules([warmup, main], [config.warmup])
 
 
 def make_optimizer(config: OptimizerConfig, *, steps: int, begin: int = 0) -> optax.GradientTransformation:
-    """The optax transformation of a config, for `steps` steps.
+    """Return the optax transformation of a config, for `steps` steps.
 
     Args:
-      config: of the optimizer.
-      steps: that the schedule of learning rates is for.
-      begin: updates that the optimizer's state counts before them: those of earlier stages.
+      config: Configuration of the optimizer.
+      steps: Length of the learning rate schedule.
+      start_step: Number of updates before the schedule begins: those of earlier stages.
 
     Raises:
-      UserError: a run that is not longer than its warmup; at its `init`, a trainable or frozen path that no parameter
-        has.
+      UserError: The run is not longer than its warmup; or, raised by `init`, a trainable or frozen pattern matches no
+        parameter.
     """
-    own = learning_rates(config, steps=steps)
-    rates: optax.Schedule = lambda count: own(count - begin)  # noqa: E731
+    schedule = learning_rates(config, steps=steps)
+    rates: optax.Schedule = lambda count: schedule(count - begin)  # noqa: E731
     match config.kind:
         case "adamw":
             main = _adamw(config, rates)
@@ -156,23 +159,23 @@ def _schedule_free(config: OptimizerConfig, rates: optax.Schedule) -> optax.Grad
         optax.add_decayed_weights(config.weight_decay),
         optax.scale_by_learning_rate(rates),
     )
-    # It counts its steps from 1.
+    # optax.contrib.schedule_free counts its steps from 1.
     return optax.contrib.schedule_free(base, lambda step: rates(step - 1), b1=config.b1)
 
 
 def own_average(params: PyTree, opt_state: PyTree) -> PyTree | None:
-    """The parameters to be evaluated, where an optimizer averages them itself; None where it does not."""
+    """Return the average of the parameters kept by a schedule-free optimizer; None for other optimizers."""
 
-    def averages(node: Any) -> bool:
+    def is_schedule_free(node: Any) -> bool:
         return isinstance(node, optax.contrib.ScheduleFreeState)
 
-    found = [node for node in jax.tree.leaves(opt_state, is_leaf=averages) if averages(node)]
-    if not found:
+    states = [node for node in jax.tree.leaves(opt_state, is_leaf=is_schedule_free) if is_schedule_free(node)]
+    if not states:
         return None
-    b1, moved = found[0].b1, flatten(found[0].z)  # which has no leaf for a parameter that is frozen
+    b1, iterates = states[0].b1, flatten(states[0].z)  # frozen parameters have no leaf
 
     def average(path: str, leaf: Array) -> Array:
-        return (leaf - (1 - b1) * moved[path]) / b1 if path in moved else leaf
+        return (leaf - (1 - b1) * iterates[path]) / b1 if path in iterates else leaf
 
     return map_with_path(average, params)
 
@@ -186,26 +189,26 @@ def _muon(config: OptimizerConfig, rates: optax.Schedule) -> optax.GradientTrans
 
 
 def hold_still(config: OptimizerConfig, params: PyTree) -> PyTree:
-    """Parameters for a loss that is constant in those that are not trained: no gradients of them are computed."""
+    """Stop the gradients at parameters that are not trained, so that none are computed for them."""
     return map_with_path(lambda path, leaf: leaf if config.trains(path) else jax.lax.stop_gradient(leaf), params)
 
 
-# Not 0: a parameter of -0 would become 0.
+# The update is -0 rather than 0, because -0 + 0 would turn a parameter of -0 into 0.
 _STILL = optax.stateless(lambda updates, _: jax.tree.map(lambda leaf: jnp.full_like(leaf, -0.0), updates))
 
 
 def _labels(config: OptimizerConfig, params: PyTree) -> PyTree:
-    """`frozen` or `train` for every parameter."""
+    """Return the label `frozen` or `train` of each parameter."""
     paths = list(flatten(params))
     for kind, patterns in (("trainable", config.trainable), ("frozen", config.frozen)):
         for pattern in patterns:
             if not any(re.search(pattern, path) for path in paths):
-                raise UserError(f"{kind} path {pattern!r} is no parameter's; close are {closest(pattern, paths)}")
+                raise UserError(f"{kind}={pattern!r} matches no parameter. Closest paths: {closest(pattern, paths)}.")
     return map_with_path(lambda path, _: "train" if config.trains(path) else "frozen", params)
 
 
 def _matrices(patterns: Sequence[str], params: PyTree) -> PyTree:
-    """`matrix` for every parameter that Muon updates, as `scale_by_muon` sees it, or `other`."""
+    """Return the label `matrix` of each parameter that Muon updates, and `other` of the rest."""
 
     def choose(path: str, leaf: Array) -> str:
         linear = leaf.ndim in (2, 3) and any(re.search(pattern, path) for pattern in patterns)

@@ -250,5 +250,5 @@ def test_a_reversed_time_reverses_the_velocity():
 
 @pytest.mark.parametrize("fields", [{"scale": 0.0}, {"period": -1.0}])
 def test_time_embeddings_that_are_none(fields):
-    with pytest.raises(UserError, match="positive scale and period"):
+    with pytest.raises(UserError, match="use positive values"):
         TimeEmbedding(**fields)

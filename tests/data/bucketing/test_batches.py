@@ -175,7 +175,7 @@ def test_a_clip_covers_its_bucket_in_its_own_shape(height, width):
 
 
 def test_refusals(clips, buckets):
-    with pytest.raises(UserError, match="text tokens, a row has room for 4"):
+    with pytest.raises(UserError, match="text tokens, but a row has room for 4"):
         bucket_batches(
             clips,
             TokenizedTexts([info.captions for info in clips.infos], tokenize),

@@ -112,7 +112,7 @@ def test_large_sizes_do_not_force_small_batches_on_small_ones():
 
 
 def test_a_size_that_runs_out_of_memory_is_refused_before_training():
-    with pytest.raises(UserError, match=r"one example of 9x8x8 \(576 tokens\) takes 6.76e\+03 bytes, the budget is"):
+    with pytest.raises(UserError, match=r"example of 9x8x8 \(576 tokens\) takes 6.76e\+03 bytes, but the budget is"):
         plan_buckets(np.array([(1, 4, 4), (9, 8, 8)]), MEMORY, budget=5000, count=2)
 
 
@@ -184,7 +184,7 @@ def test_report_counts_all():
         ({"sizes": np.zeros((0, 3), int)}, "0 were given"),
         ({"sizes": np.array([(0, 1, 1)])}, "at least one frame"),
         ({"count": 0}, "count=0"),
-        ({"devices": 4, "most": 2}, "most=2"),
+        ({"devices": 4, "most": 2}, "max_batch=2"),
     ],
 )
 def test_refusals(arguments, message):

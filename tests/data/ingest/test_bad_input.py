@@ -80,7 +80,7 @@ def test_damaged_files(tmp_path):
         "empty.mp4": unreadable,
         "text.mp4": unreadable,
         "promises_sizes.mp4": unreadable,
-        "audio.mp4": "holds no video stream",
+        "audio.mp4": "no readable video stream",
         "noise.mp4": "is damaged after 0.",
     }
     assert reasons.keys() == expected.keys()

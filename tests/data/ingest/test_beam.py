@@ -188,7 +188,7 @@ def test_a_full_disk(clips, tmp_path, how):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-        with pytest.raises(UserError, match=r"^[^\n]*out cannot be written \(File too large\); make room[^\n]*$"):
+        with pytest.raises(UserError, match=r"^[^\n]*out cannot be written \(File too large\); free disk space[^\n]*$"):
             ingest(clips, tmp_path / "out", beam=how)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -311,7 +311,7 @@ def test_command(clips, tmp_path):
     arguments = [str(clips), str(tmp_path / "few"), "--screening.min-seconds", "0.3", "--workers", "1"]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    assert "set aside: sub/b.webm:" in done.stdout
+    assert "skipped: sub/b.webm:" in done.stdout
     arguments = [str(tmp_path / "nowhere"), str(tmp_path / "new")]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 2
@@ -324,7 +324,7 @@ def test_command_without_beam(clips, tmp_path, script, monkeypatch):
     monkeypatch.setitem(sys.modules, "apache_beam", None)
     ended = script("tools/ingest.py", clips, tmp_path / "out", "--beam=--runner=DirectRunner")
     assert ended.code == 2
-    assert ended.err == "error: Apache Beam is not installed; pip install -e '.[beam]' into an environment of its own\n"
+    assert "Apache Beam, which is not installed; use pip install -e '.[beam]' in a separate environment\n" in ended.err
     assert not (tmp_path / "out").exists()
 
 

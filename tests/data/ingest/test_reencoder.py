@@ -128,7 +128,7 @@ def test_it_is_recorded(made):
     assert report.reencoded_to == sum(sizes[name] for name in anew)
     assert report.bytes == sum(sizes.values())
     assert report.settings["reencode"] == dataclasses.asdict(LIMITS)
-    assert "8 files of 10 re-encoded, as asked: " in write_ingest_report(root / "data").read_text(encoding="utf-8")
+    assert "8 files of 10 re-encoded on request: " in write_ingest_report(root / "data").read_text(encoding="utf-8")
     for record in builder.open_records(root / "data"):
         content = before[record["name"].decode()]
         assert record["source_bytes"] == len(content)
@@ -253,7 +253,7 @@ def one(folder: Path, name: str, content: bytes) -> Listed:
 def test_what_cannot_be_stored_anew_is_quarantined(tmp_path, monkeypatch):
     config = InspectionConfig(reencode=Reencode(max_pixels=1000), folder=str(tmp_path / "anew"))
     wide = one(tmp_path, "wide.png", encode(Clip(frames=np.zeros((1, 2, 60_000, 3), np.uint8), fps=1), "png"))
-    assert inspect(wide, config).reason == "pictures of 2x60000 cannot be shrunk to 1000 pixels at their aspect ratio"
+    assert inspect(wide, config).reason == "frames of 2x60000 cannot be shrunk to 1000 pixels at their aspect ratio"
     large = one(tmp_path, "large.mp4", encode(Clip(frames=smooth(2, 64, 64), fps=8), "mp4"))
     assert inspect(large, config).stored is not None
 

@@ -103,7 +103,7 @@ def test_what_passes_within_the_run_leaves_no_trace(tmp_path, log):
 
 def test_only_clips_that_fail_for_passing_reasons(tmp_path, log):
     clips = write_clips(tmp_path / "clips", "a_unreadable.mp4")
-    with pytest.raises(UserError, match=r"a_unreadable\.mp4: cannot be read \(Input/output error\).*; mend that"):
+    with pytest.raises(UserError, match=r"a_unreadable\.mp4: cannot be read \(Input/output error\).*; fix that"):
         ingest(clips, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clips", "log"]
 
@@ -112,16 +112,16 @@ def test_the_command_says_so(tmp_path, log, script):
     clips = write_clips(tmp_path / "clips", "a.mp4", "b_unreadable.mp4")
     ended = script("tools/ingest.py", clips, tmp_path / "out")
     assert ended.code == 0
-    assert "1 of them failed for a reason that may pass, such as b_unreadable.mp4; the same command with --retry" in (
+    assert "1 of them failed for a temporary reason, such as b_unreadable.mp4; run the same command with --retry" in (
         ended.out
     )
-    assert "1 file failed for a reason that may pass" in (tmp_path / "out" / "REPORT.html").read_text()
+    assert "1 file failed for a transient reason" in (tmp_path / "out" / "REPORT.html").read_text()
     (log.parent / "mended").touch()
     ended = script("tools/ingest.py", clips, tmp_path / "out", "--retry")
     assert ended.code == 0
     assert "2 clips, 6 frames" in ended.out
-    assert "may pass" not in ended.out
-    assert "may pass" not in (tmp_path / "out" / "REPORT.html").read_text()
+    assert "temporary reason" not in ended.out
+    assert "transient" not in (tmp_path / "out" / "REPORT.html").read_text()
 
 
 @pytest.mark.parametrize(("running", "fix"), [(0, "end other programs"), (2, "use --workers 2")])

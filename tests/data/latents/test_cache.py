@@ -60,11 +60,11 @@ def test_what_stands_beside_latents_is_read_as_it_was_written(tmp_path):
     plain = LatentSource(tmp_path / "plain")
     assert (plain.shown(0), plain.image(0), plain.image_shape) == (None, None, None)
     for changed in ({"image": None}, {"image": np.zeros((4, 6), np.float32)}, {"shown": None}):
-        with pytest.raises(UserError, match=r"beside the latents of 1\.mp4 stands .*it must agree"):
+        with pytest.raises(UserError, match=r"1\.mp4 has image conditioning .*Encode all clips with the same options"):
             write_latents(tmp_path / "m", [given[0], given[1]._replace(**changed)], identity="x")
     for changed, message in (
         ({"image": np.full((5, 6), np.nan, np.float32)}, "not finite"),
-        ({"shown": given[1].shown}, "but shows"),
+        ({"shown": given[1].shown}, "but conditioning latents of shape"),
     ):
         with pytest.raises(UserError, match=message):
             write_latents(tmp_path / "m", [given[0]._replace(**changed)], identity="x")
@@ -72,7 +72,7 @@ def test_what_stands_beside_latents_is_read_as_it_was_written(tmp_path):
 
 def test_another_identity_is_refused(tmp_path):
     write_latents(tmp_path / "l", examples(), identity="autoencoder-1")
-    with pytest.raises(UserError, match=r"autoencoder-1, autoencoder-2 was asked for"):
+    with pytest.raises(UserError, match=r"autoencoder-1, but autoencoder-2 was requested"):
         LatentSource(tmp_path / "l", identity="autoencoder-2")
     assert LatentSource(tmp_path / "l").identity == "autoencoder-1"
     assert identity_hash({"a": 1, "b": 2}) == identity_hash({"b": 2, "a": 1}) != identity_hash({"a": 1, "b": 3})
@@ -84,9 +84,9 @@ def test_another_identity_is_refused(tmp_path):
         LatentSource(tmp_path / "m", identity=long | {"autoencoder": {"configuration": "x" * 100, "step": 2}})
     found = re.findall(r"\(([0-9a-f]{16})\)", str(error.value))
     assert len(set(found)) == 2
-    with pytest.raises(UserError, match="latents of text encoder-1, encoder-2 was asked for"):
+    with pytest.raises(UserError, match="latents of text encoder-1, but encoder-2 was requested"):
         LatentSource(tmp_path / "m", identity=long | {"text": "encoder-2"})
-    with pytest.raises(UserError, match="latents of other none, x was asked for"):
+    with pytest.raises(UserError, match="latents of other none, but x was requested"):
         LatentSource(tmp_path / "m", identity=long | {"other": "x"})
 
 
@@ -209,7 +209,7 @@ def test_latents_may_lie_at_an_address(memory, tmp_path):
     assert copied() == ["00000-of-00003", "00002-of-00003"]
     copy = pickle.loads(pickle.dumps(source))
     np.testing.assert_array_equal(copy[0], expected[0].latents)
-    with pytest.raises(UserError, match="y was asked for"):
+    with pytest.raises(UserError, match="y was requested"):
         LatentSource(address, identity="y")
     # What is written there again is read again.
     place(address).rmdir(recursive=True)
@@ -218,7 +218,7 @@ def test_latents_may_lie_at_an_address(memory, tmp_path):
     assert files.finish()
     again = LatentSource(address, identity="y", cache=tmp_path / "cache")
     np.testing.assert_array_equal(again[3], expected[3].latents + 1)
-    with pytest.raises(MissingError, match="no such folder of latents: memory://bucket/nothing"):
+    with pytest.raises(MissingError, match="no folder of latents at memory://bucket/nothing"):
         LatentSource(f"{memory}/nothing")
     with pytest.raises(UserError, match="other options"):
         LatentFiles(folder=place(address), identity="y", files=4, dtype="float32")
@@ -241,7 +241,7 @@ def test_a_damaged_record_is_named(tmp_path):
     source = LatentSource(tmp_path / "l")
     whole = source[1]
     source.sizes = (source.sizes[0], Grid(*(2 * side for side in source.sizes[1])), source.sizes[2])
-    with pytest.raises(DecodeError, match=r"1\.mp4 has .* values, .* belong there"):
+    with pytest.raises(DecodeError, match=r"1\.mp4 has .* values of latents, not .*Encode it again"):
         source[1]
     file = next((tmp_path / "l").glob("*.array_record*"))
     content = bytearray(file.read_bytes())

@@ -113,10 +113,10 @@ def test_views_are_stretches_resolutions_and_flips_named_apart():
         ("1.apng@0~16x16~flipped", Grid(5, 16, 16)),
     ]
     for wrong in ({"stretches": 0}, {"resolutions": (0,)}):
-        with pytest.raises(UserError, match="at least 1"):
+        with pytest.raises(UserError, match="must be at least 1 each"):
             Augmentations(**wrong)
     for wrong in ({"views_per_file": 0}, {"threads": 0}):
-        with pytest.raises(UserError, match="at least 1"):
+        with pytest.raises(UserError, match="must be at least 1 each"):
             encoding_of(**wrong)
     with pytest.raises(UserError, match="no clips"):
         plan_encoding(source_of([]), encoding_of())
@@ -191,7 +191,7 @@ def test_files_of_several_processes_are_one_data_set(tmp_path):
     assert contents(tmp_path / "m") == contents(tmp_path / "l")
     source.contents = None
     assert encode_latents(tmp_path / "m", source, encoding, plan, identity={"autoencoder": "a"})
-    with pytest.raises(UserError, match="holds latents of autoencoder a, b was asked for"):
+    with pytest.raises(UserError, match="holds latents of autoencoder a, but b was requested"):
         encode_latents(tmp_path / "m", source, encoding, plan, identity={"autoencoder": "b"})
     other = dataclasses.replace(encoding, views_per_file=8)
     with pytest.raises(UserError, match="other options"):
@@ -257,7 +257,7 @@ def test_texts_are_embedded_once_with_their_real_tokens_only(tmp_path):
     assert latents.all_captions[latents.names.index("0.png@0")] == ()
     with pytest.raises(UserError, match="0 embedded captions"):
         latents.text(latents.names.index("0.png@0"))
-    with pytest.raises(UserError, match="holds latents of text t, u was asked for"):
+    with pytest.raises(UserError, match="holds latents of text t, but u was requested"):
         LatentSource(tmp_path / "l", identity={"autoencoder": "a", "text": "u"})
     assert LatentSource(tmp_path / "l", identity={"autoencoder": "a"}).hash == latents.hash
 

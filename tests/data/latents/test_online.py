@@ -80,7 +80,12 @@ def test_batches_are_split_over_the_devices_of_a_process(alone, tmp_path):
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}
     done = subprocess.run(
         [sys.executable, "-c", WORKER, str(Path(__file__).parent), str(tmp_path / "latents.npz")],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "JAX_PLATFORMS": "cpu", **flags},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+            "JAX_PLATFORMS": "cpu",
+            **flags,
+        },
         capture_output=True,
         text=True,
         timeout=HANG,
@@ -94,5 +99,5 @@ def test_batches_are_split_over_the_devices_of_a_process(alone, tmp_path):
 
 def test_a_clip_that_was_not_announced():
     encoder = LiveEncoder(CONFIG, rough_params(CONFIG.make), [Grid(3, 8, 8)])
-    with pytest.raises(UserError, match="a clip of 5x8x8 is larger than all that were announced"):
+    with pytest.raises(UserError, match="a clip of 5x8x8 is larger than all in sizes"):
         encoder([np.zeros((5, 8, 8, 3), np.uint8)])

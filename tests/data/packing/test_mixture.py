@@ -122,8 +122,8 @@ def test_hash_changes_with_every_option():
     [
         ({"sizes": ()}, "at least one clip"),
         ({"sizes": (3, 0)}, "at least one clip"),
-        ({"sizes": (3, 2), "weights": (1,)}, "one positive weight a source"),
-        ({"sizes": (3, 2), "weights": (1, 0)}, "leave a source out"),
+        ({"sizes": (3, 2), "weights": (1,)}, "one positive weight per source"),
+        ({"sizes": (3, 2), "weights": (1, 0)}, "Remove sources"),
         ({"sizes": (3,), "length": 0}, "length=0"),
         ({"sizes": (2,), "variants": ((0,),)}, "1 groups of variants were given for 2 clips"),
         ({"sizes": (2,), "variants": ((0,), ())}, "clip 1 has no variant"),
@@ -138,5 +138,5 @@ def test_refusals(arguments, message):
 
 
 def test_an_index_of_other_examples_is_refused():
-    with pytest.raises(UserError, match="the mixture has 3 examples, the index has 4"):
+    with pytest.raises(UserError, match="the mixture has 3 examples, but the index has 4"):
         draws(Mixture(sizes=(3,)), tokens=np.ones(4, int))

@@ -226,7 +226,7 @@ def test_what_has_no_room_in_an_epoch_is_named(monkeypatch, caplog):
     assert len(plan) == stream.rows_per_epoch
     assert plan.left_out
     assert sorted([*plan.order.tolist(), *plan.left_out]) == list(range(300))
-    assert f"epoch 1 leaves {len(plan.left_out)} of its 300 examples out" in caplog.text
+    assert f"epoch 1 drops {len(plan.left_out)} of its 300 examples" in caplog.text
 
 
 def test_an_epoch_is_planned_once_for_all_threads():

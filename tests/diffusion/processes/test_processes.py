@@ -124,10 +124,10 @@ def test_a_model_of_edm_is_given_values_of_unit_variance():
     ("make", "message"),
     [
         (lambda: VariancePreserving(steps=0), "at least 1 step, not 0"),
-        (lambda: Linear(first=0.1, last=0.01), "rise from above 0 to below 1"),
-        (lambda: ScaledLinear(last=1.5), "rise from above 0 to below 1"),
-        (lambda: Edm(sigma_max=-1.0), "are positive"),
-        (lambda: FlowMatching(process=Edm()), "predict Epsilon, V or Preconditioned"),
+        (lambda: Linear(first=0.1, last=0.01), "beta_start=0.1, beta_end=0.01 is invalid"),
+        (lambda: ScaledLinear(last=1.5), "beta_end=1.5 is invalid.* beta_end < 1"),
+        (lambda: Edm(sigma_max=-1.0), "sigma_max=-1.0.* must be positive"),
+        (lambda: FlowMatching(process=Edm()), "Predict Epsilon, V or Preconditioning"),
     ],
 )
 def test_what_makes_no_sense_is_refused(make, message):

@@ -30,7 +30,7 @@ def test_names():
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("v3:4x4", "known are v4, v5e"),
+        ("v3:4x4", "Use one of v4, v5e"),
         ("v5p:4x4", "v5p:4x4x4"),
         ("v5e:4x4x4", "v5e:4x4"),
         ("h100:2x4", "h100:8"),

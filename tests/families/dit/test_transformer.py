@@ -85,7 +85,7 @@ def test_positions_are_the_authors(tmp_path):
     np.testing.assert_array_equal(table[1, 3, :8], np.concatenate([np.sin(at), np.cos(at)]).astype(np.float32))
     np.testing.assert_array_equal(table[3, 1, 8:], np.concatenate([np.sin(at), np.cos(at)]).astype(np.float32))
     edited(tmp_path, lambda tensors: tensors.update(pos_embed=tensors["pos_embed"] + 1e-3))
-    with pytest.raises(UserError, match="pos_embed is not the table that it should be"):
+    with pytest.raises(UserError, match="pos_embed differs from the table"):
         load_denoiser(tmp_path)
 
 
@@ -107,7 +107,7 @@ def test_a_file_is_known_by_its_name(tmp_path, kind, config):
     found, read = load_denoiser(path)
     assert found == config
     assert_same(read, params)
-    with pytest.raises(UserError, match="does not say which model it is of"):
+    with pytest.raises(UserError, match=r"does not name its model.*DiT-XL-2-256x256"):
         load_denoiser(path.rename(tmp_path / "model.safetensors"))
 
 
@@ -126,7 +126,7 @@ def test_a_folder_as_it_was_published(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(document | older))
     assert load_denoiser(tmp_path)[0] == DIFFUSERS
     (tmp_path / "config.json").write_text(json.dumps({**document, **older, "norm_type": "ada_norm_single"}))
-    with pytest.raises(UserError, match="norm_type ada_norm_single"):
+    with pytest.raises(UserError, match="norm_type=ada_norm_single"):
         load_denoiser(tmp_path)
 
 
@@ -143,23 +143,23 @@ def test_layers_of_several_dtypes(tmp_path):
     name = "blocks.1.mlp.fc1.bias"
     edited(tmp_path, lambda tensors: tensors.update({name: tensors[name].astype(np.float16)}))
     assert load_denoiser(tmp_path)[1]["blocks"]["up"]["bias"].dtype == np.float32
-    with pytest.raises(UserError, match="layers of blocks/up/bias are float16, float32, a stack has one dtype"):
+    with pytest.raises(UserError, match=r"layers of blocks/up/bias have dtypes float16, float32,.* dtype="):
         load_denoiser(tmp_path, dtype=None)
 
 
 @pytest.mark.parametrize(
     ("layout", "changes", "message"),
     [
-        ("authors", {"class_dropout_prob": 0.0}, "no vector for no class"),
+        ("authors", {"class_dropout_prob": 0.0}, "class_dropout_prob=0.0"),
         ("authors", {"depth": 4}, r"20 missing \(.*… 10 more\)"),
-        ("authors", {"input_size": 9}, "9x9 latents are not divisible by the patch 2"),
-        ("authors", {"uncond": 1}, "not known here: uncond"),
-        ("diffusers", {"attention_bias": False}, "attention_bias False"),
-        ("diffusers", {"out_channels": 5}, "out_channels 5"),
+        ("authors", {"input_size": 9}, "9x9 latents are not divisible by the patch size 2"),
+        ("authors", {"uncond": 1}, "not supported: uncond"),
+        ("diffusers", {"attention_bias": False}, "attention_bias=False"),
+        ("diffusers", {"out_channels": 5}, "out_channels=5"),
         (
             "diffusers",
             {"_class_name": "UViT2DModel"},
-            "class UViT2DModel; known here: .*DiTTransformer2DModel.*DiT, SiT",
+            r"class UViT2DModel\. Supported classes are .*DiTTransformer2DModel.*DiT, SiT",
         ),
     ],
 )
@@ -174,11 +174,11 @@ def test_settings_that_are_refused(tmp_path, layout, changes, message):
 @pytest.mark.parametrize(
     ("config", "layout", "message"),
     [
-        (SIT, "diffusers", "a SiT can't be written in its layout; use the authors'"),
-        (dataclasses.replace(DIT, qk_norm="head"), "authors", "DiT has no such qk_norm"),
-        (dataclasses.replace(DIT, mlp_ratio=2.0), "diffusers", "DiTTransformer2DModel has no such mlp_ratio"),
-        (dataclasses.replace(DIT, patch=Grid(2, 2, 2)), "authors", "DiT has no such patch"),
-        (dataclasses.replace(DIT, absolute_position=None), "authors", "a config without can't be written"),
+        (SIT, "diffusers", r"a SiT can't be written .*Use the authors' layout"),
+        (dataclasses.replace(DIT, qk_norm="head"), "authors", "DiT does not support .* qk_norm"),
+        (dataclasses.replace(DIT, mlp_ratio=2.0), "diffusers", "DiTTransformer2DModel does not support .* mlp_ratio"),
+        (dataclasses.replace(DIT, patch=Grid(2, 2, 2)), "authors", "DiT does not support .* patch"),
+        (dataclasses.replace(DIT, absolute_position=None), "authors", "class labels and sine-cosine image positions"),
     ],
 )
 def test_what_cannot_be_written(tmp_path, config, layout, message):

@@ -71,13 +71,13 @@ def test_the_names_and_layouts_are_diffusers(tmp_path, params):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"norm_type": "layer"}, "norm_type layer is not known here, only group, spatial"),
-        ({"num_vq_embeddings": 0}, "a codebook of 0 codes"),
+        ({"norm_type": "layer"}, "norm_type=layer is not supported, only group, spatial"),
+        ({"num_vq_embeddings": 0}, "codes=0, .*at least 1"),
         ({"num_vq_embeddings": 8}, r"quantize\.embedding\.weight"),
         ({"vq_embed_dim": 4}, r"quant_conv\.bias"),
-        ({"norm_type": "spatial"}, "modulated by latents of 5 channels, the codes have 3; they must be as wide"),
+        ({"norm_type": "spatial"}, r"latents of 5 channels, but codes have 3\. Use the same number"),
         ({"_class_name": "AutoencoderKL"}, "num_vq_embeddings"),
-        ({"levels": 3}, "not known here: levels"),
+        ({"levels": 3}, "not supported: levels"),
     ],
 )
 def test_settings_that_do_not_fit(tmp_path, params, changes, message):
@@ -99,14 +99,14 @@ def test_weights_of_another_architecture(tmp_path, params):
     [
         (VqConfig(network=CausalVaeConfig(width=4)), "a network of clips"),
         (dataclasses.replace(PLAIN, codebook=CodebookConfig(codes=7, width=3, spherical=True)), "spherical codebook"),
-        (dataclasses.replace(PLAIN, modulated=True), "modulated by latents of 5 channels, the codes have 3"),
+        (dataclasses.replace(PLAIN, modulated=True), "modulated by latents of 5 channels, but codes have 3"),
         (
             VqConfig(
                 network=dataclasses.replace(PLAIN.network, channels=3),
                 codebook=CodebookConfig(codes=7, width=3),
                 modulated=True,
             ),
-            "modulated norms have 32 groups in VQModel, not 2",
+            "groups=2 .*VQModel have 32 groups",
         ),
     ],
 )

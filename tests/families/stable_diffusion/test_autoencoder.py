@@ -112,16 +112,16 @@ def test_an_older_folder(tmp_path, params):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"act_fn": "gelu"}, "act_fn gelu is not known here, only silu"),
-        ({"in_channels": 4}, "in_channels 4 is not known here"),
-        ({"up_block_types": ["UpDecoderBlock2D"] * 3}, "up_block_types .* is not known here"),
-        ({"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]}, "up_block_types .* is not known here"),
+        ({"act_fn": "gelu"}, "act_fn=gelu is not supported, only silu"),
+        ({"in_channels": 4}, "in_channels=4 is not supported"),
+        ({"up_block_types": ["UpDecoderBlock2D"] * 3}, "up_block_types=.* is not supported"),
+        ({"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]}, "up_block_types=.* is not supported"),
         ({"norm_num_groups": 3}, "4 channels are not divisible by 3 groups"),
-        ({"scaling_factor": 0.0}, "scaling_factor 0.0 must not be zero"),
+        ({"scaling_factor": 0.0}, "scaling_factor=0.0 .*must not be zero"),
         ({"shift_factor": 0.1}, "without shift_factor"),
-        ({"latents_std": None}, "latents_mean and latents_std go together"),
+        ({"latents_std": None}, "use both latents_mean and latents_std"),
         ({"latents_mean": [0.0]}, "latents_mean has 1 and latents_std 4 values for 4 channels"),
-        ({"norm_type": "spatial"}, "not known here: norm_type"),
+        ({"norm_type": "spatial"}, "not supported: norm_type"),
     ],
 )
 def test_settings_that_are_not_known(tmp_path, params, changes, message):

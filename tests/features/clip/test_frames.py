@@ -36,13 +36,13 @@ def test_batches_give_each_frame_s_features(expected, part, shape):
 
 
 def test_what_does_not_fit():
-    with pytest.raises(UserError, match="reads 12x12, images are cropped to"):
+    with pytest.raises(UserError, match=r"crop=\(224, 224\) .*12x12"):
         FrameEncoder(VISION, PARAMS, ClipImages())
-    with pytest.raises(UserError, match="has no projection; use part='pooled'"):
+    with pytest.raises(UserError, match=r"no projection. Use 'pooled'"):
         FrameEncoder(dataclasses.replace(VISION, projection=None), PARAMS, IMAGES)
-    with pytest.raises(UserError, match="at least one frame, not 0"):
+    with pytest.raises(UserError, match=r"batch=0 .*at least one frame"):
         FrameEncoder(VISION, PARAMS, IMAGES, batch=0)
-    with pytest.raises(UserError, match="reads images of 12x12, not 12x18"):
+    with pytest.raises(UserError, match=r"12x18 .*12x12"):
         FrameEncoder(VISION, PARAMS, ClipImages(resize=12, crop=None))(FRAMES)
-    with pytest.raises(UserError, match="a clip of no frames"):
+    with pytest.raises(UserError, match="at least one frame"):
         FrameEncoder(VISION, PARAMS, IMAGES)(FRAMES[:0])

@@ -60,10 +60,10 @@ def test_colours():
 
 
 def test_settings_and_frames_that_cannot_be():
-    with pytest.raises(UserError, match=r"resized to 40x60 have no crop of 50x20"):
+    with pytest.raises(UserError, match=r"crop=50x20 .*40x60"):
         prepare(FRAMES, plain(resize=None, crop=(50, 20)))
     for change in ({"resize": 0}, {"resize": (4, 0)}, {"crop": (0, 4)}):
-        with pytest.raises(UserError, match="sizes of an image must be at least 1"):
+        with pytest.raises(UserError, match=r"resize=.*crop=.*at least 1"):
             dataclasses.replace(ClipImages(), **change)
-    with pytest.raises(UserError, match="deviations of colours must be above 0"):
+    with pytest.raises(UserError, match=r"std=\(1.0, 0.0, 1.0\) .*above 0"):
         ClipImages(std=(1.0, 0.0, 1.0))

@@ -127,23 +127,23 @@ def test_configs_go_to_json_and_back():
 
 def test_inputs_of_another_size():
     clip = nnx.merge(CLIP, PARAMS)
-    with pytest.raises(UserError, match="reads images of 12x12, not 12x16; prepare"):
+    with pytest.raises(UserError, match=r"12x16 .*12x12.* Prepare"):
         clip.vision(jnp.zeros((1, 12, 16, 3)))
-    with pytest.raises(UserError, match="reads up to 12 tokens, not 13"):
+    with pytest.raises(UserError, match=r"13 tokens .*up to 12"):
         clip.text(jnp.zeros((1, 13), jnp.int32), jnp.ones((1, 13), jnp.int32))
 
 
 @pytest.mark.parametrize(
     ("config", "change", "message"),
     [
-        (TEXT, {"layers": 0, "positions": 0}, "at least 1, not layers 0"),
-        (TEXT, {"positions": 0}, "at least 1, not positions 0"),
-        (TEXT, {"projection": 0}, "at least 1, not projection 0"),
-        (TEXT, {"heads": 3}, "width 16 of a CLIP tower is not divisible by 3 heads"),
-        (TEXT, {"dtype": "float16"}, "computes in float32 or bfloat16, not 'float16'"),
-        (VISION, {"patch": 5}, "images of 12 pixels a side are not whole patches of 5"),
-        (CONFIG, {"vision": dataclasses.replace(VISION, projection=7)}, "the same projection, not 6 and 7"),
-        (CONFIG, {"text": dataclasses.replace(TEXT, projection=None)}, "the same projection, not None and 6"),
+        (TEXT, {"layers": 0, "positions": 0}, "layers=0.*at least 1"),
+        (TEXT, {"positions": 0}, "positions=0 .*at least 1"),
+        (TEXT, {"projection": 0}, "projection=0 .*at least 1"),
+        (TEXT, {"heads": 3}, "width=16 .*heads=3"),
+        (TEXT, {"dtype": "float16"}, "dtype='float16' .*float32 or bfloat16"),
+        (VISION, {"patch": 5}, "size=12 .*patch=5"),
+        (CONFIG, {"vision": dataclasses.replace(VISION, projection=7)}, "=6, vision.projection=7 .*the same"),
+        (CONFIG, {"text": dataclasses.replace(TEXT, projection=None)}, "=None, vision.projection=6 .*the same"),
     ],
 )
 def test_shapes_that_cannot_be(config, change, message):

@@ -67,7 +67,7 @@ def test_several_clips_have_images_of_their_own(animating):
         alone = animating.decode(drawn(animating, image=image)).frames
         np.testing.assert_allclose(clip.frames.astype(int), alone.astype(int), atol=1)
     assert np.abs(clips[0].frames.astype(int) - clips[1].frames.astype(int)).max() > 1
-    with pytest.raises(UserError, match="this model animates an image; give image="):
+    with pytest.raises(UserError, match="this model needs an image; give image="):
         animating.generate_many([requests[0], requests[1]._replace(image=None)])
 
 
@@ -80,11 +80,11 @@ def test_a_saved_one_knows_its_image_encoder(animating, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("animating", {}, r"this model animates an image; give image="),
+        ("animating", {}, r"this model needs an image; give image="),
         ("animating", {"image": IMAGES[0], "last_image": IMAGES[1]}, "trained with the first image alone"),
         ("animating", {"image": IMAGES[0, :8]}, r"\[16 16 3\] for this size, not uint8 \[8, 16, 3\]; resize it"),
         ("animating", {"image": dit_video.Clip(IMAGES, 16)}, r"a clip of one frame .* not uint8 \[2, 16, 16, 3\]"),
-        ("knowing", {"last_image": IMAGES[0]}, "cannot be given a clip's last image"),
+        ("knowing", {"last_image": IMAGES[0]}, "does not accept a clip's last image"),
     ],
 )
 def test_images_that_are_refused(request, kind, options, message):
@@ -95,5 +95,5 @@ def test_images_that_are_refused(request, kind, options, message):
 def test_a_model_that_takes_no_image(knowing):
     config = replace(knowing.config, dit=replace(KNOWING, time="segment"))
     other = Pipeline(config, autoencoder=knowing.codec.params, denoiser=knowing.denoiser_params)
-    with pytest.raises(UserError, match="cannot be given a clip's first image"):
+    with pytest.raises(UserError, match="does not accept a clip's first image"):
         drawn(other, image=IMAGES[0])

@@ -117,10 +117,10 @@ def test_kernels_refuse_a_bias(attention):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"buckets": (7, 8, 8)}, "even number of buckets"),
-        ({"buckets": (2, 8, 8)}, "4 or more"),
-        ({"buckets": (32, 8, 8), "distance": (8, None, None)}, "tell 8 steps apart already"),
-        ({"scale": (1.0, 0.0, 1.0)}, "must be positive"),
+        ({"buckets": (7, 8, 8)}, r"\(7, 8, 8\) .* use an even number"),
+        ({"buckets": (2, 8, 8)}, r"\(2, 8, 8\) .* at least 4"),
+        ({"buckets": (32, 8, 8), "distance": (8, None, None)}, "32 .* 8 single steps.* raise the distance"),
+        ({"scale": (1.0, 0.0, 1.0)}, r"\(1\.0, 0\.0, 1\.0\) .* use positive numbers"),
     ],
 )
 def test_what_is_refused(fields, message):

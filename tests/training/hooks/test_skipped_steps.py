@@ -100,7 +100,9 @@ def test_a_run_goes_on_and_says_which_batch_it_was(tmp_path):
 
 def test_after_too_many_in_a_row_the_good_state_is_saved(tmp_path):
     config = LoopConfig(steps=20, log_every=50, save_every=50, most_skipped=3)
-    with pytest.raises(UserError, match="not finite at 3 steps in a row, 6 to 8; the state is that from before them"):
+    with pytest.raises(
+        UserError, match="not finite at 3 consecutive steps, 6 to 8; the state is that from before them"
+    ):
         folder_run(tmp_path, config, data(2, 6, 7, 8, 9, 10, 11, 12))
     saved = Checkpoints(tmp_path / "checkpoints").latest()
     assert saved is not None

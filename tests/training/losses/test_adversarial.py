@@ -202,7 +202,7 @@ def test_other_data_than_those_of_the_checkpoint_are_refused(tmp_path, monkeypat
         hash = "others"
 
     train(tmp_path / "run" / "autoencoder", 2)
-    with pytest.raises(UserError, match="not those of its checkpoint at step 2"):
+    with pytest.raises(UserError, match="differ from those of its checkpoint at step 2"):
         train(tmp_path / "run" / "autoencoder", 4, Others)
 
 

@@ -120,10 +120,10 @@ def test_figures():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"decay": 1.0}, r"decay 1\.0 must lie in \[0, 1\)"),
-        ({"commitment": -1.0}, r"commitment -1\.0 must not be negative"),
-        ({"smoothing": 0.0}, "smoothing .* must be positive"),
-        ({"restart_after": 0}, "restart_after=0 must be at least 1"),
+        ({"decay": 1.0}, r"decay=1\.0 is invalid: it must lie in \[0, 1\)"),
+        ({"commitment": -1.0}, r"commitment=-1\.0 is invalid"),
+        ({"smoothing": 0.0}, "smoothing=0.0 is invalid: it must be positive"),
+        ({"restart_after": 0}, "restart_after=0 is invalid: it must be at least 1"),
     ],
 )
 def test_bad_values(options, message):

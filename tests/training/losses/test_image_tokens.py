@@ -97,5 +97,5 @@ def test_rows_have_room_for_every_segments_image():
     plain = batch([clip._replace(shown=None, image=None) for clip in CLIPS])
     assert (plain.shown.shape, plain.image.shape) == ((1, 20, 0), (1, 0, 0))
     for changes in ({"image": None}, {"image": CLIPS[0].image[:2]}, {"shown": None}):
-        with pytest.raises(UserError, match="the clips of a row are given alike"):
+        with pytest.raises(UserError, match=r"must have the same conditioning: .* pack them into different rows"):
             batch([CLIPS[0], CLIPS[1]._replace(**changes)])

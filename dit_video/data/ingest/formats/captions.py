@@ -1,8 +1,8 @@
-"""Captions: what the formats write, and what of it is kept.
+"""Parsing and cleaning of captions.
 
-A caption is stripped of the white space around it; what is inside, line breaks too, stays as it is. An empty one is no
-caption, and the same one twice is one. A caption that is too long or not UTF-8 sets its clip aside, with the reason: it
-is rather a wrong file than a wrong word, and a clip that silently lost its caption would train the unconditional model.
+Surrounding white space is stripped; white space and line breaks inside a caption are kept. Empty captions and
+duplicates are dropped. A clip whose caption is too long or not UTF-8 is rejected with the reason: such a caption is
+more likely a wrong file than a typo, and a clip that silently lost its caption would train the unconditional model.
 """
 
 import json
@@ -12,37 +12,37 @@ from typing import Any
 from dit_video.data.ingest.formats.listed import Unusable, quoted
 
 LONGEST = 64 << 10
-"""bytes of UTF-8; some 10,000 words"""
+"""Maximum size of a caption in bytes of UTF-8, about 10,000 words."""
 LARGEST_FILE = 16 << 20
-"""bytes of a caption file: its JSON may hold far more than captions"""
+"""Maximum size of a caption file in bytes; its JSON may hold much more than captions."""
 FIELDS = ("text", "caption", "captions")
-"""The columns and JSON fields that hold captions; each a string or, in JSON, a list of strings."""
+"""Columns and JSON fields that hold captions; each is a string or, in JSON, a list of strings."""
 FILES = (".txt", ".caption", ".json")
-"""The suffixes of caption files, in the order in which a clip's captions are taken from several."""
+"""Suffixes of caption files, in the order in which a clip's captions are read from several files."""
 
 
 def tidy(texts: Iterable[str]) -> tuple[str, ...]:
-    """The captions that are kept.
+    """Return the captions stripped, without empty ones and duplicates.
 
     Raises:
-      Unusable: one is too long, or holds what UTF-8 cannot (half of a surrogate pair).
+      UnusableClipError: a caption is too long, or cannot be encoded as UTF-8 (it has half of a surrogate pair).
     """
-    kept = dict.fromkeys(text for text in map(str.strip, texts) if text)
-    for text in kept:
+    unique = dict.fromkeys(text for text in map(str.strip, texts) if text)
+    for text in unique:
         try:
             size = len(text.encode())
         except UnicodeEncodeError as error:
             raise Unusable("its caption is not UTF-8") from error
         if size > LONGEST:
             raise Unusable(f"its caption has {size:,} bytes, {LONGEST:,} is the limit")
-    return tuple(kept)
+    return tuple(unique)
 
 
 def of_fields(fields: Mapping[str, Any]) -> list[str]:
-    """All captions of a JSON object, which may have other fields too.
+    """Return all captions of a JSON object, which may have other fields too.
 
     Raises:
-      Unusable: a caption is neither a string nor a list of strings.
+      UnusableClipError: a caption is neither a string nor a list of strings.
     """
     texts: list[str] = []
     for field in FIELDS:
@@ -55,10 +55,10 @@ def of_fields(fields: Mapping[str, Any]) -> list[str]:
 
 
 def of_file(name: str, content: bytes) -> list[str]:
-    """The captions of a caption file: all of a text file is one caption, however many lines it has.
+    """Return the captions of a caption file; a text file is one caption, however many lines it has.
 
     Raises:
-      Unusable: it is not UTF-8; a `.json` that is not a JSON object.
+      UnusableClipError: the file is not UTF-8, or a `.json` file does not hold a JSON object.
     """
     try:
         text = content.decode("utf-8-sig")

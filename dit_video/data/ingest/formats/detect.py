@@ -1,4 +1,4 @@
-"""Which format a source has."""
+"""Detection of a source's format."""
 
 import os
 import re
@@ -20,39 +20,44 @@ from dit_video.data.ingest.formats.ucf101 import list_ucf101
 def list_clips(
     source: str | os.PathLike, *, format: Format | Literal["auto"] = "auto", ucf101_split: Literal[1, 2, 3] = 1
 ) -> Listing:
-    """The clips of a source, with their captions and splits; see the package for the formats.
+    """Return the clips of a source with their captions and splits; see the package for the formats.
 
-    Nothing is decoded, and of the media files nothing is read.
+    Nothing is decoded, and the content of media files is not read.
 
     Args:
       source: a folder, a list of clips, or a tar.
-      format: how to read it; "auto" finds out, and the listing says what it was.
-      ucf101_split: which of UCF-101's three pairs of train and test lists.
+      format: format of the source; "auto" detects it, and the listing holds the result.
+      ucf101_split: which of UCF-101's three pairs of train and test lists is read.
 
     Raises:
-      MissingError: nothing is at `source`, or a list that the format has is missing.
-      UserError: no clips; a format that cannot be told, or isn't the source's; a list that cannot be used as a whole.
+      MissingError: `source`, or a list that the format requires, does not exist.
+      UserError: there are no clips; the format is ambiguous, or is not the source's; a list is unusable as a whole.
     """
-    opened = place(source)
-    if not isinstance(opened, Path):
-        raise UserError(f"{source} is an address; clips are ingested from this machine, so copy them here first")
-    source = opened
+    storage_path = place(source)
+    if not isinstance(storage_path, Path):
+        raise UserError(
+            f"{source} is an address; clips are ingested from local files only, so copy them to this machine first"
+        )
+    source = storage_path
     if not source.exists():
         raise MissingError(f"no such folder or file: {source}")
     if not source.is_dir():
         return _list_file(source, format)
     if format == "table":
-        raise UserError(f"{source} is a folder; give the list itself, such as {source / 'clips.csv'}")
-    found = scan(source)
-    match _recognised(found) if format == "auto" else format:
+        raise UserError(
+            f"{source} is a folder, and format='table' needs a list; give the list itself, such as "
+            f"{source / 'clips.csv'}"
+        )
+    folder = scan(source)
+    match _recognised(folder) if format == "auto" else format:
         case "webdataset":
-            return list_tars(found)
+            return list_tars(folder)
         case "ucf101":
-            return list_ucf101(found, ucf101_split)
+            return list_ucf101(folder, ucf101_split)
         case "msrvtt":
-            return list_msrvtt(found)
+            return list_msrvtt(folder)
         case _:
-            return list_folder(found)
+            return list_folder(folder)
 
 
 def _list_file(source: Path, format: str) -> Listing:
@@ -62,15 +67,15 @@ def _list_file(source: Path, format: str) -> Listing:
         return list_tar(source)
     if format in ("auto", "table", "webdataset"):
         kinds = {"auto": "a list (.csv, .jsonl) or a tar", "table": "a list (.csv, .jsonl)", "webdataset": "a tar"}
-        raise UserError(f"{source} is a file that is not {kinds[format]}; give the folder that holds the clips")
-    raise UserError(f"{source} is a file; give the folder that holds the clips for the format {format!r}")
+        raise UserError(f"{source} is a file, but not {kinds[format]}; give the folder that holds the clips")
+    raise UserError(f"{source} is a file, and format={format!r} needs a folder; give the folder that holds the clips")
 
 
 def _recognised(found: Scan) -> Format:
-    """The one format whose marks the folder bears.
+    """Return the one format whose characteristic files the folder has.
 
     Raises:
-      UserError: it bears those of several.
+      UserError: the folder has those of several formats.
     """
     marks: dict[Format, str] = {}
     for name in found.files:
@@ -81,20 +86,27 @@ def _recognised(found: Scan) -> Format:
     for name in annotations(found)[:1]:
         marks["msrvtt"] = name
     media = found.media
-    if lists := [name for name in METADATA if name in found.files]:
-        marks["folder"] = lists[0]
-    elif media and not {"ucf101", "msrvtt"} & marks.keys():  # which have loose clips themselves
+    if metadata_files := [name for name in METADATA if name in found.files]:
+        marks["folder"] = metadata_files[0]
+    elif media and not {"ucf101", "msrvtt"} & marks.keys():  # these two formats have loose clips too
         marks["folder"] = media[0]
     if len(marks) > 1:
-        kinds = " or ".join(f"{kind!r} ({name})" for kind, name in marks.items())
-        raise UserError(f"{found.source} may be read as {kinds}; say which as the format, or part them")
-    others = [] if lists else [name for name in found.files if "/" not in name and is_list(found.source / name)]
-    if others and not marks:
-        raise UserError(f"{found.source} holds no clips, but a list of them; give {found.source / others[0]} instead")
-    if others and "folder" in marks:
-        # The captions would be lost because their list has another name.
+        formats = " or ".join(f"{kind!r} ({name})" for kind, name in marks.items())
         raise UserError(
-            f"{found.source} holds clips and the list {others[0]}; give {found.source / others[0]}, or rename it to "
-            f"metadata{suffix_of(others[0])}, or name the format 'folder' to go without it"
+            f"{found.source} may be read as {formats}; pass one of these as the format, or put each into a folder "
+            "of its own"
+        )
+    other_lists = (
+        [] if metadata_files else [name for name in found.files if "/" not in name and is_list(found.source / name)]
+    )
+    if other_lists and not marks:
+        raise UserError(
+            f"{found.source} holds no clips, but a list of clips; give {found.source / other_lists[0]} instead"
+        )
+    if other_lists and "folder" in marks:
+        # Otherwise the captions would be silently lost, only because their list has another name than metadata.csv.
+        raise UserError(
+            f"{found.source} holds clips and the list {other_lists[0]}; give {found.source / other_lists[0]}, or "
+            f"rename it to metadata{suffix_of(other_lists[0])}, or pass the format 'folder' to ignore the list"
         )
     return next(iter(marks), "folder")

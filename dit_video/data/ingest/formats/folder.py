@@ -1,4 +1,4 @@
-"""A folder of clips: with a caption file beside each, or with one list, `metadata.csv` or `metadata.jsonl`."""
+"""Listing of a folder of clips, with a caption file for each or with one list, `metadata.csv` or `metadata.jsonl`."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -14,48 +14,50 @@ METADATA = ("metadata.csv", "metadata.jsonl")
 
 
 def list_folder(scan: Scan) -> Listing:
-    """The clips of a folder: those that its `metadata.csv` or `.jsonl` names, in its order, or else all, by name.
+    """Return the clips that `metadata.csv` or `.jsonl` names, in its order; without such a list all clips, by name.
 
     Raises:
-      UserError: no clip; both lists; a list that cannot be used as a whole, see `read_rows`.
+      UserError: there is no clip, there are both lists, or the list is unusable as a whole (see `read_rows`).
     """
     lists = [name for name in METADATA if name in scan.files]
     if len(lists) > 1:
-        raise UserError(f"{scan.source} holds {' and '.join(lists)}; keep one of them")
+        raise UserError(f"{scan.source} holds both {' and '.join(lists)}; keep one of them")
     if lists:
         return _listed(scan, scan.source / lists[0])
     clips: list[Listed] = []
     rejected: list[Rejected] = []
-    beside, used = _caption_files(scan), set(scan.media)
+    caption_files, used_names = _caption_files(scan), set(scan.media)
     for name in scan.media:
-        files = [*beside.get(os.path.splitext(name)[0], ()), *beside.get(name, ())]
-        used.update(files)
+        caption_names = [*caption_files.get(os.path.splitext(name)[0], ()), *caption_files.get(name, ())]
+        used_names.update(caption_names)
         try:
-            texts = _read_captions(scan, files)
+            texts = _read_captions(scan, caption_names)
             clips.append(scan.listed(name, texts))
         except Unusable as error:
             rejected.append((name, str(error)))
-    unlisted = [name for name in scan.files if name not in used]
+    unlisted = [name for name in scan.files if name not in used_names]
     return finished(scan.source, "folder", clips, unlisted=unlisted, rejected=[*rejected, *scan.rejected])
 
 
 def _caption_files(scan: Scan) -> Mapping[str, Sequence[str]]:
-    """The caption files by what stands before their suffix: `clip.txt` and `clip.TXT` under `clip`, and `clip.mp4.txt`
-    under `clip.mp4`."""
-    found: dict[str, list[str]] = {}
+    """Return the caption files by their name without suffix.
+
+    `clip.txt` and `clip.TXT` are under `clip`, and `clip.mp4.txt` is under `clip.mp4`.
+    """
+    files_by_stem: dict[str, list[str]] = {}
     for name in scan.files:
         if suffix_of(name) in captions.FILES:
-            found.setdefault(os.path.splitext(name)[0], []).append(name)
-    for names in found.values():
+            files_by_stem.setdefault(os.path.splitext(name)[0], []).append(name)
+    for names in files_by_stem.values():
         names.sort(key=lambda name: (captions.FILES.index(suffix_of(name)), name))
-    return found
+    return files_by_stem
 
 
 def _read_captions(scan: Scan, names: Sequence[str]) -> tuple[str, ...]:
     texts: list[str] = []
     for name in names:
         try:
-            size = size_of(scan.files[name].stat())  # to open a pipe would wait for ever
+            size = size_of(scan.files[name].stat())  # first, as opening a pipe would block forever
             if size > captions.LARGEST_FILE:
                 raise Unusable(f"has {size:,} bytes, {captions.LARGEST_FILE:,} is the limit of a caption file")
             with open(scan.files[name].path, "rb") as file:
@@ -78,12 +80,12 @@ def _listed(scan: Scan, path: Path) -> Listing:
 def _named(scan: Scan, name: str) -> Listed:
     if name in scan.files:
         return scan.listed(name)
-    # Hidden, or behind a link to a folder that was read by another name.
+    # The scan has no such name: the file is hidden, or behind a link to a folder that was read under another name.
     return list_file(name, str(scan.source / name))
 
 
 def _inside(name: str) -> str:
-    # Keyed by the normalised path, so that `a.mp4` and `./a.mp4` are one clip.
+    # Rows are grouped by the normalised path, so that `a.mp4` and `./a.mp4` are one clip.
     normal = os.path.normpath(name).replace(os.sep, "/")
     if os.path.isabs(normal) or normal.split("/")[0] == "..":
         raise Unusable("lies outside the folder; use paths inside it")

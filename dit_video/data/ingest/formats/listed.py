@@ -1,4 +1,4 @@
-"""What a listing is: clips by name, their captions, and where their bytes lie."""
+"""Records of a listing: clips by name, their captions, and the location of their bytes."""
 
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
@@ -14,26 +14,28 @@ IMAGES = frozenset(".gif .apng .png .jpg .jpeg .webp .bmp .tif .tiff".split())  
 MEDIA = VIDEOS | IMAGES
 
 Rejected = tuple[str, str]
-"""(name, reason) of what cannot be a clip"""
+"""Name and reason of an entry that cannot be a clip."""
 
 
 class Listed(NamedTuple):
-    """A clip that is to be ingested."""
+    """A clip of a source, before it is ingested."""
 
     name: str
-    """Its path inside the source, with forward slashes; unique. In a folder of tars it begins with its tar's."""
+    """Path of the clip inside the source, with forward slashes; unique. In a folder of tars it starts with the tar's
+    path."""
     captions: tuple[str, ...]
+    """Captions of the clip; may be empty."""
     size: int
-    """bytes"""
+    """Size of the clip in bytes."""
     path: str
-    """The file that holds it: itself, or a tar."""
+    """File that holds the clip: its own file, or a tar."""
     offset: int | None = None
-    """Where it begins in a tar; None for a file of its own."""
+    """Byte offset of the clip in its tar; None if the clip has a file of its own."""
     split: str = "train"
-    """"train", "validation" or "test"; a source that knows of none has everything in "train"."""
+    """Split of the clip: "train", "validation" or "test". A source without splits has all clips in "train"."""
 
     def read(self) -> bytes:
-        """Its bytes.
+        """Return the encoded bytes of the clip.
 
         Raises:
           OSError: the file cannot be read, or has become shorter.
@@ -49,38 +51,38 @@ class Listed(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """What a source holds."""
+    """All clips of a source, and the files and entries that are left out."""
 
     clips: tuple[Listed, ...]
-    """in the order of the source's list, or else of their names: the same on every machine"""
+    """Clips in the order of the source's list, else sorted by name: the same on every machine."""
     unlisted: tuple[str, ...] = ()
-    """Files that are left out: of a folder with a list the media that it doesn't name; without one all that is neither
-    a clip by its suffix nor a clip's caption."""
+    """Files that are left out: media that the source's list does not name; without a list, files that are neither clips
+    (by suffix) nor captions of a clip."""
     rejected: tuple[Rejected, ...] = ()
-    """Entries outside of their tar, rows of a list that are not well formed, captions that are not UTF-8, …"""
+    """Entries that cannot be clips, such as tar entries outside of their tar, and malformed rows of a list."""
     format: Format = "folder"
-    """how the source was read"""
+    """Format in which the source was read."""
 
 
 class Unusable(Exception):
-    """Why one clip, or what should be one, is rejected. Caught where a source is listed; never seen by a user."""
+    """An error that rejects one clip or entry of a source; caught while the source is listed, never shown to a user."""
 
 
 def shown(name: str) -> str:
-    r"""A name that may hold bytes that are not UTF-8 (as Python's surrogates), with those bytes as `\udcXX`."""
+    r"""Return a name with bytes that are not UTF-8 (surrogates in Python) written as `\udcXX`."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def quoted(name: str) -> str:
-    """A name inside a reason. Reasons that differ in what is in quotes alone are counted as one kind."""
+    """Return a name quoted for a reason; reasons that differ only inside quotes are counted as one kind."""
     return repr(name)
 
 
 def check_name(name: str) -> None:
-    """Refuse a name that is not UTF-8, which neither the index nor a record could hold, and one with a null byte.
+    """Raise if a name is not UTF-8, which neither the index nor a record can hold, or has a null byte.
 
     Raises:
-      Unusable: it is not.
+      UnusableClipError: the name is invalid.
     """
     if shown(name) != name:
         raise Unusable("its name is not UTF-8; rename it")
@@ -96,10 +98,10 @@ def finished(
     unlisted: Iterable[str] = (),
     rejected: Iterable[Rejected] = (),
 ) -> Listing:
-    """The listing, if there is a clip in it.
+    """Return the listing if it has at least one clip.
 
     Raises:
-      UserError: there is none.
+      UserError: there is no clip.
     """
     listing = Listing(
         tuple(clips), tuple(map(shown, unlisted)), tuple((shown(n), shown(r)) for n, r in rejected), format

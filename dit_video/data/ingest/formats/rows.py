@@ -1,12 +1,12 @@
-"""The rows of a list of clips and captions: CSV with a line of column names, or JSON Lines.
+"""Parsing of a list of clips and captions: CSV with a header line, or JSON Lines.
 
-The clip's path is in the column `file_name` (as Hugging Face's folders have it) or `path` (as Open-Sora's tools write
-it: `path,text,num_frames,height,width,aspect_ratio,fps,resolution`), its captions in `text`, `caption` or `captions`;
+The clip's path is in the column `file_name` (as in Hugging Face's folders) or `path` (as written by Open-Sora's tools:
+`path,text,num_frames,height,width,aspect_ratio,fps,resolution`), its captions in `text`, `caption` or `captions`;
 other columns are ignored. In JSON Lines a caption may be a list of captions.
 
-A row that is not well formed costs itself alone. What follows a bad row of CSV is read from the line after the one in
-which that row begins: a quote that is never closed would else swallow all rows after it. (Of a bad row that has several
-lines the later ones are then taken for rows; they are as bad, each on its own.)
+A malformed row is rejected alone. After a bad CSV row, parsing resumes at the line after the row's first line, as
+otherwise a quote that is never closed would swallow all following rows. (The later lines of a bad row that has several
+are then parsed as rows, and each of them is rejected on its own.)
 """
 
 import csv
@@ -21,27 +21,28 @@ from dit_video.data.ingest.formats import captions
 from dit_video.data.ingest.formats.listed import Unusable, shown
 
 TABLES = (".csv", ".jsonl")
+"""Suffixes of lists of clips."""
 NAMES = ("file_name", "path")
-"""The columns that may name the clip; the first that is there does."""
+"""Columns that may hold the clip's path; the first one that exists is used."""
 
 
 class Row(NamedTuple):
-    """What a row says."""
+    """A row of a list of clips."""
 
     line: int
-    """in which it begins, from 1"""
+    """Number of the line in which the row begins, from 1."""
     name: str
-    """of its clip, as it is written; empty where the row cannot be read"""
+    """Name of the clip as written; empty if the row cannot be read."""
     texts: tuple[str, ...] = ()
-    """captions as they are written"""
+    """Captions as written."""
     problem: str = ""
-    """Why it cannot be used; empty where it can. Of a row with a name it is about the captions."""
+    """Reason why the row cannot be used, empty if it can. If the row has a name, the problem is about its captions."""
 
     def captions(self) -> tuple[str, ...]:
-        """Those that are kept.
+        """Return the cleaned captions.
 
         Raises:
-          Unusable: they cannot be used.
+          UnusableClipError: the captions cannot be used.
         """
         if self.problem:
             raise Unusable(self.problem)
@@ -49,13 +50,15 @@ class Row(NamedTuple):
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a list, in its order. Bytes that are not UTF-8 come as half surrogate pairs in names and captions.
+    """Yield the rows of a list in its order.
+
+    Bytes that are not UTF-8 become surrogates in names and captions, and are rejected later, clip by clip.
 
     Raises:
-      UserError: the list cannot be read, or has no column, in JSON Lines in none of its lines, for names or captions.
+      UserError: the list cannot be read, or no column (in JSON Lines: no field of any line) holds names or captions.
     """
     if not path.is_file():
-        raise UserError(f"{path} is not a regular file; write the list into one")
+        raise UserError(f"{path} is not a regular file; write the list into a regular file")
     try:
         yield from _csv_rows(path) if path.suffix.lower() == ".csv" else _json_rows(path)
     except OSError as error:
@@ -63,68 +66,71 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def is_list(path: Path) -> bool:
-    """Whether its first line is that of a list of clips and captions."""
+    """Return whether the first line of a file is that of a list of clips and captions."""
     if path.suffix.lower() not in TABLES or not path.is_file():
         return False
     try:
         with path.open("rb") as file:
             line = file.readline(1 << 20).decode("utf-8-sig", "replace")
-        first: Iterable[str] = _json_object(line) if path.suffix.lower() == ".jsonl" else next(csv.reader([line]), [])
+        header: Iterable[str] = _json_object(line) if path.suffix.lower() == ".jsonl" else next(csv.reader([line]), [])
     except (OSError, Unusable, csv.Error):
         return False
-    columns = {column.strip() for column in first}
+    columns = {column.strip() for column in header}
     return not columns.isdisjoint(NAMES) and not columns.isdisjoint(captions.FIELDS)
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
     text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
-    rows = _csv_fields(list(io.StringIO(text, newline="")))  # line ends as they are: a caption in quotes may have some
-    _, first = next(rows, (1, []))
-    columns = [column.strip() for column in first] if isinstance(first, list) else []
-    name_at, text_at = _columns(path, columns)
+    rows = _csv_fields(list(io.StringIO(text, newline="")))  # newline="" keeps line ends inside quoted captions
+    _, header = next(rows, (1, []))
+    columns = [column.strip() for column in header] if isinstance(header, list) else []
+    name_index, text_indices = _columns(path, columns)
     for line, fields in rows:
         if isinstance(fields, csv.Error):
-            yield Row(line, "", problem=f'is no row of CSV ({fields}); write captions in double quotes, "" for a quote')
+            yield Row(
+                line, "", problem=f'is not a valid CSV row ({fields}); write captions in double quotes, "" for a quote'
+            )
         elif len(fields) != len(columns):
             problem = f"fields: {len(fields)}, columns: {len(columns)}; put captions that hold commas in double quotes"
             yield Row(line, "", problem=problem)
-        elif not (name := fields[name_at].strip()):
-            yield Row(line, "", problem=f"names no file: its {columns[name_at]} is empty")
+        elif not (name := fields[name_index].strip()):
+            yield Row(line, "", problem=f"names no file: its {columns[name_index]} is empty")
         else:
-            yield Row(line, name, tuple(fields[at] for at in text_at))
+            yield Row(line, name, tuple(fields[index] for index in text_indices))
 
 
 def _csv_fields(lines: list[str]) -> Iterator[tuple[int, list[str] | csv.Error]]:
-    """(number of its first line, its fields or what is wrong) of every row that is not blank."""
-    begin = 0
-    while begin < len(lines):
-        # Strict: else a quote that is never closed makes one caption of the rest of the file, and says nothing.
-        reader, base = csv.reader(map(lines.__getitem__, range(begin, len(lines))), strict=True), begin
+    """Yield (number of the first line, fields or the error) of every row that is not blank."""
+    start = 0
+    while start < len(lines):
+        # Strict, as otherwise a quote that is never closed silently turns the rest of the file into one caption. A new
+        # reader after each error continues at the next line.
+        reader, reader_start = csv.reader(map(lines.__getitem__, range(start, len(lines))), strict=True), start
         try:
             for fields in reader:
                 if fields:
-                    yield begin + 1, fields
-                begin = base + reader.line_num
+                    yield start + 1, fields
+                start = reader_start + reader.line_num
         except csv.Error as error:
-            yield begin + 1, error
-            begin += 1
+            yield start + 1, error
+            start += 1
 
 
 def _columns(path: Path, columns: list[str]) -> tuple[int, list[int]]:
-    """Where the clip's name and its captions are."""
-    names = [columns.index(name) for name in NAMES if name in columns]
-    texts = [at for field in captions.FIELDS for at, column in enumerate(columns) if column == field]
-    absent = ([] if names else ["file_name"]) + ([] if texts else ["text"])
-    if absent:
+    """Return the index of the column of names, and those of the columns of captions."""
+    name_indices = [columns.index(name) for name in NAMES if name in columns]
+    text_indices = [index for field in captions.FIELDS for index, column in enumerate(columns) if column == field]
+    missing = ([] if name_indices else ["file_name"]) + ([] if text_indices else ["text"])
+    if missing:
         raise UserError(
-            f"{path} has no column {' and '.join(absent)}, its first line is {shown(','.join(columns))[:200]!r}; "
-            "it must name the columns file_name,text or path,text, in UTF-8"
+            f"{path} has no column {' and '.join(missing)}, its first line is {shown(','.join(columns))[:200]!r}; "
+            "name the columns file_name,text or path,text, in UTF-8"
         )
-    return names[0], texts
+    return name_indices[0], text_indices
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
-    read, captioned = 0, False
+    count, has_captions = 0, False
     with path.open("rb") as file:
         for line, content in enumerate(file, 1):
             text = content.decode("utf-8-sig" if line == 1 else "utf-8", "surrogateescape")
@@ -135,12 +141,12 @@ def _json_rows(path: Path) -> Iterator[Row]:
             except Unusable as error:
                 yield Row(line, "", problem=str(error))
                 continue
-            read += 1
-            captioned = captioned or any(field in fields for field in captions.FIELDS)
+            count += 1
+            has_captions = has_captions or any(field in fields for field in captions.FIELDS)
             yield _json_row(line, fields)
-    if read and not captioned:
+    if count and not has_captions:
         raise UserError(
-            f'{path} has no field text in any of its {read} objects; write {{"file_name": "…", "text": "…"}} '
+            f'{path} has no field text in any of its {count} objects; write {{"file_name": "…", "text": "…"}} '
             '("text": null for a clip without a caption)'
         )
 

@@ -1,4 +1,4 @@
-"""All files of a folder and its subfolders, by name."""
+"""Recursive scan of a folder's files."""
 
 import errno
 import os
@@ -11,23 +11,25 @@ from dit_video.data.ingest.formats.listed import MEDIA, Listed, Rejected, Unusab
 
 
 class Scan(NamedTuple):
-    """What a folder holds. Nothing is asked of a file but its name until it is used."""
+    """Files of a folder by name; no other property of a file is queried until it is used."""
 
     source: Path
+    """Folder that was scanned."""
     files: dict[str, os.DirEntry[str]]
-    """By path inside the folder, with forward slashes; sorted."""
+    """Files by their path inside the folder, with forward slashes; sorted."""
     rejected: tuple[Rejected, ...] = ()
-    """folders that were not entered"""
+    """Folders that were not entered, with reasons."""
 
     @property
     def media(self) -> list[str]:
+        """Return the names of files with the suffix of a video or image."""
         return [name for name in self.files if suffix_of(name) in MEDIA]
 
     def listed(self, name: str, captions: tuple[str, ...] = (), split: str = "train") -> Listed:
-        """The clip of that name.
+        """Return the clip with a name.
 
         Raises:
-          Unusable: it is not a regular file, or its name is not UTF-8.
+          UnusableClipError: the file is not a regular file, or its name is not UTF-8.
         """
         check_name(name)
         entry = self.files[name]
@@ -39,11 +41,11 @@ class Scan(NamedTuple):
 
 
 def list_file(name: str, path: str) -> Listed:
-    """The clip at `path`, by a name.
+    """Return the file at `path` as a clip called `name`.
 
     Raises:
-      FileNotFoundError: nothing is there.
-      Unusable: it is not a regular file, or its name is not UTF-8.
+      FileNotFoundError: the file does not exist.
+      UnusableClipError: the file is not a regular file, or its name is not UTF-8.
     """
     check_name(name)
     try:
@@ -55,15 +57,15 @@ def list_file(name: str, path: str) -> Listed:
 
 
 def suffix_of(name: str) -> str:
-    """In lower case, with its dot."""
+    """Return the suffix of a name in lower case, with its dot."""
     return os.path.splitext(name)[1].lower()
 
 
 def size_of(status: os.stat_result) -> int:
-    """Bytes of a regular file.
+    """Return the size of a regular file in bytes.
 
     Raises:
-      Unusable: it is a folder, a pipe, a device.
+      UnusableClipError: the status is that of a folder, a pipe or a device.
     """
     if not stat.S_ISREG(status.st_mode):
         raise Unusable("is not a regular file")
@@ -71,46 +73,46 @@ def size_of(status: os.stat_result) -> int:
 
 
 def reason_of(error: OSError) -> str:
-    """Why a file that is there by name cannot be looked at."""
+    """Return the reason why an existing directory entry cannot be read."""
     if error.errno == errno.ENOENT:
         return "is a link to a file that does not exist"
     return f"cannot be read ({error.strerror})"
 
 
 def scan(source: Path) -> Scan:
-    """Read the folder and its subfolders, each once.
+    """Scan the folder and its subfolders, each once.
 
-    Files and folders whose name begins with a dot are left out. Links are followed; a link to a folder that was read
-    already (by its own name, or by a link before it in the order of names) is rejected, so circles end.
+    Files and folders whose name begins with a dot are ignored. Links are followed; a link to a folder that was scanned
+    already (by its own name, or through a link earlier in the order of names) is rejected, so that cycles end.
 
     Raises:
       UserError: the folder itself cannot be read.
     """
     files: dict[str, os.DirEntry[str]] = {}
     rejected: list[Rejected] = []
-    seen: set[tuple[int, int]] = set()
+    visited: set[tuple[int, int]] = set()
     links: list[Rejected] = []
     folders = [("", str(source))]
     while folders or links:
         if not folders:
-            # Real folders first: what they hold goes by its own name, whatever links to it.
+            # Real folders are scanned before links, so that files keep their own names, whatever links to them.
             links.sort(reverse=True)
             folders.append(links.pop())
         prefix, path = folders.pop()
         try:
             status = os.stat(path)
-            if (status.st_dev, status.st_ino) in seen:
+            if (status.st_dev, status.st_ino) in visited:
                 rejected.append((prefix.rstrip("/"), "links to a folder that is listed already"))
                 continue
-            seen.add((status.st_dev, status.st_ino))
+            visited.add((status.st_dev, status.st_ino))
             with os.scandir(path) as entries:
-                found = [entry for entry in entries if not entry.name.startswith(".")]
+                visible = [entry for entry in entries if not entry.name.startswith(".")]
         except OSError as error:
             if not prefix:
                 raise UserError(f"{source} cannot be read ({error.strerror}); make it readable") from error
             rejected.append((prefix.rstrip("/"), reason_of(error)))
             continue
-        for entry in found:
+        for entry in visible:
             name = prefix + entry.name
             if not _is_folder(entry):
                 files[name] = entry

@@ -1,4 +1,4 @@
-"""Lists of clips: their rows gathered by clip, and the clips found where the rows say."""
+"""Lists of clips: rows grouped by clip, and the clips found at the paths in the rows."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -12,24 +12,23 @@ from dit_video.data.ingest.formats.scan import list_file
 
 
 class Table(NamedTuple):
-    """What a list says, by clip."""
+    """Rows of a list, grouped by clip."""
 
     rows: Mapping[str, list[Row]]
-    """The rows of each clip, by a name that is one for all the names it goes by; in the order in which clips are first
-    named."""
+    """Rows of each clip by its normalised name, in the order in which clips are first named."""
     rejected: list[Rejected]
-    """rows that are no clip's, by their lines"""
+    """Rows that belong to no clip, by file and line."""
 
 
 def read_table(path: Path, key: Callable[[str], str]) -> Table:
-    """The rows of a list, gathered by clip.
+    """Return the rows of a list, grouped by clip.
 
     Args:
       path: the list.
-      key: makes one name of those that a clip goes by; raises `Unusable` where no clip may have the name.
+      key: normalises a name, so that a clip has one key; raises `UnusableClipError` for an invalid name.
 
     Raises:
-      UserError: the list cannot be used as a whole, see `read_rows`.
+      UserError: the list is unusable as a whole, see `read_rows`.
     """
     rows: dict[str, list[Row]] = {}
     rejected: list[Rejected] = []
@@ -46,11 +45,11 @@ def read_table(path: Path, key: Callable[[str], str]) -> Table:
 
 
 def find_clips(table: Table, find: Callable[[str], Listed]) -> tuple[list[Listed], list[Rejected]]:
-    """The clips of a list with their captions, and what of the list cannot be used.
+    """Return the clips of a list with their captions, and the entries of the list that cannot be used.
 
     Args:
       table: the list.
-      find: the clip of a name of the table; raises `FileNotFoundError` or `Unusable`.
+      find: returns the clip of a key of the table; raises `FileNotFoundError` or `UnusableClipError`.
     """
     clips: list[Listed] = []
     rejected = [*table.rejected]
@@ -71,26 +70,26 @@ def find_clips(table: Table, find: Callable[[str], Listed]) -> tuple[list[Listed
 
 
 def list_table(source: Path) -> Listing:
-    """The clips of a list whose paths are absolute, or relative to its folder.
+    """Return the clips of a list whose paths are absolute, or relative to its folder.
 
-    A clip is named by its path relative to that folder; where one of the clips lies outside of it, all are named by
-    their paths relative to the deepest folder that holds them all. What cannot be used goes by what the list calls it.
+    A clip is named by its path relative to that folder. If any clip lies outside of it, all are named by their paths
+    relative to the deepest folder that contains all of them. Rejected rows keep the name that is in the list.
 
     Raises:
-      UserError: no clip, or a list that cannot be used as a whole, see `read_rows`.
+      UserError: there is no clip, or the list is unusable as a whole, see `read_rows`.
     """
-    home = os.path.abspath(source.parent)
-    table = read_table(source, lambda name: os.path.normpath(os.path.join(home, name)))
-    found, rejected = find_clips(table, lambda path: list_file(_relative(path, home), path))
-    folders = {os.path.dirname(clip.path) for clip in found}
-    if found and os.path.commonpath([home, *folders]) != home:
-        home = os.path.commonpath(folders)
+    root = os.path.abspath(source.parent)
+    table = read_table(source, lambda name: os.path.normpath(os.path.join(root, name)))
+    found_clips, rejected = find_clips(table, lambda path: list_file(_relative(path, root), path))
+    folders = {os.path.dirname(clip.path) for clip in found_clips}
+    if found_clips and os.path.commonpath([root, *folders]) != root:
+        root = os.path.commonpath(folders)
     clips: list[Listed] = []
-    for clip in found:
+    for clip in found_clips:
         try:
-            check_name(name := _relative(clip.path, home))
+            check_name(name := _relative(clip.path, root))
             clips.append(clip._replace(name=name))
-        except Unusable as error:  # the name of a folder between
+        except Unusable as error:  # a folder between the root and the clip has an invalid name
             rejected.append((clip.name, str(error)))
     return finished(source, "table", clips, rejected=rejected)
 

@@ -1,7 +1,7 @@
-"""WebDataset: tars whose members of one key are one sample.
+"""Listing of WebDataset: tars in which members with the same key form one sample.
 
 A member's key is its path up to the first dot of its last part (`a/0001.mp4` and `a/0001.txt` have the key `a/0001`),
-as in WebDataset's `base_plus_ext`. Members of one key need not be neighbours here.
+as in WebDataset's `base_plus_ext`. Members with the same key need not be adjacent here.
 
 Source: https://github.com/webdataset/webdataset (webdataset/tariterators.py)
 """
@@ -39,13 +39,13 @@ class _Member(NamedTuple):
 
 
 def list_tar(source: Path) -> Listing:
-    """The clips of one tar, named by their paths in it.
+    """Return the clips of one tar, named by their paths in it.
 
     Raises:
-      UserError: it is compressed, or no tar.
+      UserError: the file is compressed, or is not a tar.
     """
     try:
-        size_of(source.stat())  # to open a pipe would wait for ever
+        size_of(source.stat())  # first, as opening a pipe would block forever
         clips, rejected = _list_shard(source, "")
     except Unusable as error:
         raise UserError(f"{source} {error}; make it readable") from error
@@ -53,7 +53,7 @@ def list_tar(source: Path) -> Listing:
 
 
 def list_tars(scan: Scan) -> Listing:
-    """The clips of a folder of tars, named `shard.tar/path/in/it`. Media that lie beside the tars are left out.
+    """Return the clips of a folder of tars, named `shard.tar/path/in/it`; media next to the tars are left out.
 
     Raises:
       UserError: a tar is compressed.
@@ -65,22 +65,22 @@ def list_tars(scan: Scan) -> Listing:
             continue
         try:
             scan.listed(name)
-            found, refused = _list_shard(scan.source / name, name + "/")
+            shard_clips, shard_rejected = _list_shard(scan.source / name, name + "/")
         except Unusable as error:
             rejected.append((name, str(error)))
             continue
-        clips += found
-        rejected += refused
+        clips += shard_clips
+        rejected += shard_rejected
     return finished(scan.source, "webdataset", clips, unlisted=scan.media, rejected=[*rejected, *scan.rejected])
 
 
 def is_tar(name: str) -> bool:
-    """By its suffix; compressed ones too."""
+    """Return whether a name has the suffix of a tar, compressed or not."""
     return name.lower().endswith((TAR, *COMPRESSED))
 
 
 def _list_shard(path: Path, prefix: str) -> tuple[list[Listed], list[Rejected]]:
-    """Clips and rejected members, in the order of the tar."""
+    """Return the clips and the rejected members, in the order of the tar."""
     try:
         with path.open("rb") as file:
             _refuse_compressed(path, file)
@@ -107,14 +107,14 @@ def _refuse_compressed(path: Path, file: BinaryIO) -> None:
 
 
 def _members(path: Path, file: BinaryIO, rejected: list[Rejected]) -> dict[str, _Member]:
-    """The tar's media and caption files by normalised path. Whatever else could have been one is rejected."""
+    """Return the tar's media and caption files by normalised path; reject entries that might have been one."""
     end = os.fstat(file.fileno()).st_size
     members: dict[str, _Member] = {}
     for entry in _entries(file, rejected):
         name = posixpath.normpath(entry.name)
         if entry.isdir() or any(part.startswith(".") and part != ".." for part in name.split("/")):
             continue
-        # Links and devices count whatever their name: what they stand for is unknown.
+        # Links and devices are rejected whatever their suffix, as their content is unknown.
         if entry.isreg() and suffix_of(name) not in MEDIA and suffix_of(name) not in captions.FILES:
             continue
         try:
@@ -129,31 +129,31 @@ def _members(path: Path, file: BinaryIO, rejected: list[Rejected]) -> dict[str, 
 
 
 def _entries(file: BinaryIO, rejected: list[Rejected]) -> Iterator[tarfile.TarInfo]:
-    """The tar's entries, up to where it is damaged; the damage is rejected under an empty name."""
-    last = -1
+    """Yield the tar's entries up to the first damage, which is rejected under an empty name."""
+    last_offset = -1
     try:
         with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
             while (entry := tar.next()) is not None:
-                if entry.offset_data <= last:  # a size below zero would lead the reader in circles
+                if entry.offset_data <= last_offset:  # a negative size would make the reader loop
                     raise tarfile.ReadError("an entry has a negative size")
-                last = entry.offset_data
+                last_offset = entry.offset_data
                 yield entry
             _check_end(file, tar.offset)
     except (tarfile.TarError, OSError, ValueError, OverflowError, EOFError, RecursionError) as error:
-        # A damaged header raises one of these, by its field.
+        # Each of these is raised by damage in some field of a header.
         rejected.append(
-            ("", f"is no tar ({error})" if last < 0 else f"is damaged ({error}); what comes before is used")
+            ("", f"is not a tar ({error})" if last_offset < 0 else f"is damaged ({error}); the entries before are used")
         )
 
 
 def _check_end(file: BinaryIO, end: int) -> None:
-    """Refuse a tar that goes on after its last entry: `tarfile` takes a damaged header for the end."""
+    """Raise if a tar continues after its last entry, as `tarfile` takes a damaged header for the end."""
     file.seek(end)
     block = file.read(tarfile.BLOCKSIZE)
     if len(block) < tarfile.BLOCKSIZE:
-        raise tarfile.ReadError(f"no end mark at byte {end}: it was cut")
+        raise tarfile.ReadError(f"no end mark at byte {end}: the tar is truncated")
     if block.strip(b"\0"):
-        raise tarfile.ReadError(f"byte {end} begins no entry")
+        raise tarfile.ReadError(f"no entry begins at byte {end}")
     if file.read(1 << 20).strip(b"\0"):
         raise tarfile.ReadError(f"more data after the end at byte {end}, such as another tar; split them")
 
@@ -168,33 +168,41 @@ def _check_entry(entry: tarfile.TarInfo, name: str, end: int) -> None:
     if entry.issparse():
         raise Unusable("is a sparse entry, which cannot be read in place; make the tar without --sparse")
     if entry.size < 0 or entry.offset_data + entry.size > end:
-        raise Unusable("ends after the tar's end; the tar was cut")
+        raise Unusable("ends after the tar's end; the tar is truncated")
 
 
 def _key(name: str) -> str:
-    """Up to the first dot of the last part."""
+    """Return the path up to the first dot of its last part."""
     folder, base = posixpath.split(name)
     return posixpath.join(folder, base.split(".", 1)[0])
 
 
 def _clips(path: Path, file: BinaryIO, members: dict[str, _Member], rejected: list[Rejected]) -> list[Listed]:
-    """A clip for each media member, with the captions of its key."""
+    """Return a clip for each media member, with the captions of its key; reject captions without media."""
     media = [member for member in members.values() if suffix_of(member.name) in MEDIA]
-    beside: dict[str, list[_Member]] = {}
+    caption_files: dict[str, list[_Member]] = {}
     for member in members.values():
         if suffix_of(member.name) in captions.FILES:
-            beside.setdefault(os.path.splitext(member.name)[0], []).append(member)
+            caption_files.setdefault(os.path.splitext(member.name)[0], []).append(member)
     clips: list[Listed] = []
     for member in media:
-        # `a.left.mp4` has the captions `a.left.txt` and `a.txt`: people who forgot the rule lose none.
+        # By WebDataset's rule `a.left.mp4` has the captions of the key `a`; `a.left.txt` is accepted too, so that data
+        # sets that break the rule lose no captions.
         stems = dict.fromkeys((os.path.splitext(member.name)[0], _key(member.name)))
         try:
-            texts = _read_captions(file, [found for stem in stems for found in beside.get(stem, ())])
+            texts = _read_captions(
+                file, [caption_file for stem in stems for caption_file in caption_files.get(stem, ())]
+            )
             clips.append(Listed(member.name, texts, member.size, str(path), member.offset))
         except Unusable as error:
             rejected.append((member.name, str(error)))
     keys = {_key(member.name) for member in media}
-    orphans = [found.name for files in beside.values() for found in files if _key(found.name) not in keys]
+    orphans = [
+        caption_file.name
+        for caption_members in caption_files.values()
+        for caption_file in caption_members
+        if _key(caption_file.name) not in keys
+    ]
     rejected += [(name, "no video or image has its key") for name in orphans]
     return clips
 

@@ -1,11 +1,11 @@
-"""UCF-101 as its authors ship it: class folders, and lists of what is for training and what for testing.
+"""Listing of UCF-101 as published: a folder for each class, and lists of training and test clips.
 
     UCF-101/ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi …       UCF101.rar
     ucfTrainTestlist/classInd.txt                               `1 ApplyEyeMakeup`
     ucfTrainTestlist/trainlist01.txt … trainlist03.txt          `ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1`
     ucfTrainTestlist/testlist01.txt … testlist03.txt            `ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi`
 
-Where the folders lie inside the source doesn't matter, nor what container the clips were converted to.
+The folders may lie anywhere inside the source, and the clips may have been converted to another container.
 
 Source: https://www.crcv.ucf.edu/data/UCF101.php; Soomro et al., arXiv 1212.0402
 """
@@ -23,15 +23,15 @@ CLASSES = "classInd.txt"
 
 
 def list_ucf101(scan: Scan, number: int) -> Listing:
-    """The clips that train and test list `number` (1 to 3) name, in their order; the caption is the class's name.
+    """Return the clips that train and test list `number` (1 to 3) name, in their order; the caption is the class name.
 
     Raises:
-      MissingError: a list is not there.
-      UserError: no clip; a list is there twice, or cannot be read.
+      MissingError: a list does not exist.
+      UserError: there is no clip; a list exists twice, or cannot be read.
     """
     files, rejected = _clips(scan)
-    classes, strange = _classes(scan)
-    rejected += strange
+    classes, class_rejected = _classes(scan)
+    rejected += class_rejected
     clips: list[Listed] = []
     splits: dict[str, str] = {}
     for split in ("train", "test"):
@@ -56,28 +56,28 @@ def list_ucf101(scan: Scan, number: int) -> Listing:
 
 
 def phrase(label: str) -> str:
-    """`ApplyEyeMakeup` -> `apply eye makeup`."""
+    """Return a class name as words: `ApplyEyeMakeup` -> `apply eye makeup`."""
     return " ".join(re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[^A-Z]+", label)).lower()
 
 
 def _key(path: str) -> str:
-    """`Class/clip` without case: the lists have v_HandstandPushups where the files are v_HandStandPushups."""
+    """Return `class/clip` in lower case: the lists have v_HandstandPushups, but the files v_HandStandPushups."""
     return "/".join(os.path.splitext(path)[0].split("/")[-2:]).casefold()
 
 
 def _clips(scan: Scan) -> tuple[dict[str, str], list[Rejected]]:
-    """The media by key, and those whose key was taken."""
+    """Return the media by key, and rejections of those whose key occurred before."""
     files: dict[str, str] = {}
     rejected = []
     for name in scan.media:
-        first = files.setdefault(_key(name), name)
-        if first != name:
-            rejected.append((name, f"is the same clip of UCF-101 as {quoted(first)}"))
+        first_name = files.setdefault(_key(name), name)
+        if first_name != name:
+            rejected.append((name, f"is the same clip of UCF-101 as {quoted(first_name)}"))
     return files, rejected
 
 
 def _classes(scan: Scan) -> tuple[dict[str, str], list[Rejected]]:
-    """The classes' names by their names without case, and the lines that name none."""
+    """Return the class names by their lower-case names, and rejections of malformed lines."""
     path = _file(scan, CLASSES)
     classes, rejected = {}, []
     for line, row in _lines(path):
@@ -90,22 +90,22 @@ def _classes(scan: Scan) -> tuple[dict[str, str], list[Rejected]]:
 
 
 def _file(scan: Scan, name: str) -> Path:
-    found = [path for path in scan.files if path.rsplit("/", 1)[-1] == name]
-    if not found:
+    matches = [path for path in scan.files if path.rsplit("/", 1)[-1] == name]
+    if not matches:
         raise MissingError(
             f"{scan.source} holds no {name}; put the folder ucfTrainTestlist of UCF-101's split lists there"
         )
-    if len(found) > 1:
-        raise UserError(f"{scan.source} holds {name} more than once ({', '.join(found[:2])}); remove all but one")
-    return scan.source / found[0]
+    if len(matches) > 1:
+        raise UserError(f"{scan.source} holds {name} more than once ({', '.join(matches[:2])}); remove all but one")
+    return scan.source / matches[0]
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(number, text) of the lines that are not blank. One that is not UTF-8 names no clip that is there."""
+    """Yield (number, text) of the lines that are not blank; a line that is not UTF-8 matches no file."""
     try:
         text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); unpack it anew") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}); unpack it again") from error
     for line, row in enumerate(text.split("\n"), 1):
         if row.strip():
             yield line, row

@@ -1,10 +1,10 @@
-"""Attention in blocks of queries and keys that skips the blocks which have nothing to do with each other.
+"""Blockwise attention in plain XLA that skips pairs of blocks without visible keys.
 
-Softmax is taken online over the key blocks of a query block (arXiv 2205.14135), and the backward pass computes the
-scores again, so memory is linear in the row's length. Which key blocks a query block needs follows from the extremes of
-its boxes and of the blocks' values (`patterns`): with clips of `n_i` tokens packed into a row the time goes with the
-sum of `n_i²`, not with the square of the row. Nothing has to be contiguous for the result to be right; what lies
-together is only faster, so tokens are sorted first where a pattern has axes of its own.
+Softmax is computed online over the key blocks of a query block (arXiv 2205.14135), and the backward pass recomputes the
+scores, so memory is linear in the row's length. The key blocks that a query block needs follow from the extremes of its
+boxes and of the blocks' values (see `patterns`): with clips of `n_i` tokens packed into a row, time grows with the sum
+of `n_i²`, not with the square of the row. The result is right in any order of tokens, but fewer blocks are visited if
+tokens that see each other are adjacent; so tokens are sorted first for patterns with axes of their own.
 """
 
 import functools
@@ -27,16 +27,15 @@ from dit_video.nn.attention.tokens import Tokens
 from dit_video.nn.cpu import segment_blocks
 
 NOTHING = -MASKED
-"""The logarithm of a sum of exponentials where nothing is seen: so far above all scores that the backward pass finds
-weights of zero."""
+"""Log-sum-exp of a query that sees nothing, so far above all scores that the backward pass gives weights of zero."""
 _LEAST, _MOST = int(np.iinfo(np.int32).min), int(np.iinfo(np.int32).max)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chunked:
-    """Blocks of `chunk` queries by `chunk` keys, in plain XLA: for every pattern and platform.
+    """Attention in blocks of `chunk` queries by `chunk` keys in plain XLA, for every pattern and platform.
 
-    It has a backward pass, but no forward-mode derivative (`jax.jvp`); `Dense` has both.
+    It has a backward pass, but no forward-mode derivative (`jax.jvp`); `DenseAttention` has both.
 
     Raises:
       UserError: a chunk below 1.
@@ -45,46 +44,47 @@ class Chunked:
     pattern: Pattern = Full()
     chunk: int = 256
     platform: str = field(default_factory=jax.default_backend, repr=False)
-    """that it is for: on CPU, full attention takes the form of `segmentwise`"""
+    """Platform that it is compiled for; on "cpu" full attention is computed by `segmentwise`."""
 
     def __post_init__(self):
         if self.chunk < 1:
-            raise UserError(f"blocks of attention have at least 1 token, not {self.chunk}")
+            raise UserError(f"chunk={self.chunk} of attention is invalid; use at least 1 token")
 
     def __call__(self, q: Queries, k: Keys, v: Keys, at: Tokens) -> Queries:
         q = q * q.shape[-1] ** -0.5
         if isinstance(self.pattern, Full) and at.bias is None and self.platform == "cpu":
             return segment_blocks.attend(q, k, v, at.q_segments, at.kv_segments, chunk=self.chunk)
-        seen, bias = sight(self.pattern, at), at.bias
+        boxes, bias = sight(self.pattern, at), at.bias
         if isinstance(self.pattern, Full):
-            return _attend(q, k, v, seen, bias, self.chunk)
+            return _attend(q, k, v, boxes, bias, self.chunk)
         if self.pattern.reach == "boxes":
-            # The first box ends at a constant distance beyond a query's own value.
-            order, key_order = sorting(seen.high[:, :, 0]), sorting(seen.at)
-            seen = Sight(taken(seen.low, order), taken(seen.high, order), taken(seen.at, key_order))
+            # Sorted by the first box's upper end, which lies at a constant distance from the query's own value: so
+            # queries get the order of the keys.
+            order, key_order = sorting(boxes.high[:, :, 0]), sorting(boxes.at)
+            boxes = Sight(taken(boxes.low, order), taken(boxes.high, order), taken(boxes.at, key_order))
         else:
-            order, key_order, start, stop, _ = stretches(self.pattern, seen)
-            # A key's place is a single axis: narrower extremes, and one comparison for the mask.
-            places = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=jnp.int32), k.shape[:2])
-            seen = Sight(start[..., None, None], (stop - 1)[..., None, None], places[..., None])
+            order, key_order, start, stop, _ = stretches(self.pattern, boxes)
+            # The key's index becomes the only axis: blocks have narrower extremes, and the mask takes one comparison.
+            index = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=jnp.int32), k.shape[:2])
+            boxes = Sight(start[..., None, None], (stop - 1)[..., None, None], index[..., None])
         if bias is not None:
-            at_queries, at_keys = taken(bias.q_coordinates, order), taken(bias.kv_coordinates, key_order)
-            bias = replace(bias, q_coordinates=at_queries, kv_coordinates=at_keys)
-        out = _attend(taken(q, order), taken(k, key_order), taken(v, key_order), seen, bias, self.chunk)
+            q_coordinates, kv_coordinates = taken(bias.q_coordinates, order), taken(bias.kv_coordinates, key_order)
+            bias = replace(bias, q_coordinates=q_coordinates, kv_coordinates=kv_coordinates)
+        out = _attend(taken(q, order), taken(k, key_order), taken(v, key_order), boxes, bias, self.chunk)
         return given_back(out, order)
 
 
 def attend_part(
     q: Queries, k: Keys, v: Keys, at: Tokens, *, pattern: Pattern, chunk: int
 ) -> tuple[Queries, Float[Array, "B K N"]]:
-    """What queries mix of these keys alone, and the logarithm of each one's sum of exponentials; both float32.
+    """Return attention to these keys alone, and the log-sum-exp of every query's scores, both float32.
 
-    Parts over all keys of a row add up to its attention: each counts by its exponentials. Where a query sees none of
-    these keys the mixture is zero and the logarithm `NOTHING`.
+    Parts with different keys of a row are combined to its attention by weights `exp(lse)`. For a query that sees none
+    of these keys the output is zero and the log-sum-exp is `EMPTY_LSE`.
     """
-    ready = _Ready.of(q * q.shape[-1] ** -0.5, k, v, sight(pattern, at), at.bias, chunk)
-    row = functools.partial(_row, ready.relative, dtype=jnp.float32)
-    out, lse = _each_head(row, ready.blocks, ready.q, ready.k, ready.v, ready.table)
+    arrays = _Ready.of(q * q.shape[-1] ** -0.5, k, v, sight(pattern, at), at.bias, chunk)
+    row = functools.partial(_row, arrays.relative, dtype=jnp.float32)
+    out, lse = _each_head(row, arrays.blocks, arrays.q, arrays.k, arrays.v, arrays.table)
     length = q.shape[1]
     return jnp.moveaxis(out[:, :, :length], 1, 2), lse[:, :, :length]
 
@@ -101,33 +101,33 @@ def part_gradients(
     delta: Float[Array, "B K N"],
     d_out: Queries,
 ) -> tuple[Queries, Keys, Keys, Float[Array, "T K"] | None]:
-    """Gradients of queries, keys, values and a bias' table by these keys alone, in float32.
+    """Return the float32 gradients of queries, keys, values and a bias table through these keys alone.
 
-    `lse` is that of all keys, `delta` the sum of `out * d_out` over a head.
+    `lse` is the log-sum-exp over all keys, `delta` the sum of `out * d_out` over a head's width.
     """
     scale = q.shape[-1] ** -0.5
-    ready = _Ready.of(q * scale, k, v, sight(pattern, at), at.bias, chunk)
-    size = ready.blocks.low.shape[2]
+    arrays = _Ready.of(q * scale, k, v, sight(pattern, at), at.bias, chunk)
+    size = arrays.blocks.low.shape[2]
     missing = -q.shape[1] % size
     lse = jnp.pad(lse, ((0, 0), (0, 0), (0, missing)), constant_values=NOTHING)
     delta = jnp.pad(delta, ((0, 0), (0, 0), (0, missing)))
     d_heads = jnp.moveaxis(padded(d_out, size, 0), 2, 1)
-    row = functools.partial(_row_backward, ready.relative)
-    *heads, d_table = _each_head(row, ready.blocks, ready.q, ready.k, ready.v, ready.table, lse, delta, d_heads)
+    row = functools.partial(_row_backward, arrays.relative)
+    *heads, d_table = _each_head(row, arrays.blocks, arrays.q, arrays.k, arrays.v, arrays.table, lse, delta, d_heads)
     lengths = q.shape[1], k.shape[1], k.shape[1]
     d_q, d_k, d_v = (jnp.moveaxis(x[:, :, :n], 1, 2) for x, n in zip(heads, lengths, strict=True))
     return d_q * scale, d_k, d_v, None if d_table is None else d_table.sum(axis=0).T
 
 
 def _attend(q: Queries, k: Keys, v: Keys, seen: Sight, bias: Bias | None, chunk: int) -> Queries:
-    """`q` is already scaled."""
-    ready = _Ready.of(q, k, v, seen, bias, chunk)
-    mixed = _blockwise(ready.relative, ready.q, ready.k, ready.v, ready.table, ready.blocks)
+    """Compute attention; `q` is already scaled."""
+    arrays = _Ready.of(q, k, v, seen, bias, chunk)
+    mixed = _blockwise(arrays.relative, arrays.q, arrays.k, arrays.v, arrays.table, arrays.blocks)
     return jnp.moveaxis(mixed[:, :, : q.shape[1]], 1, 2)
 
 
 class _Ready(NamedTuple):
-    """What the blocks are computed from: padded to whole blocks, heads first."""
+    """Arrays padded to whole blocks, with the heads' axis before the tokens' axis."""
 
     relative: RelativeBias | None
     q: Float[Array, "B K N d"]
@@ -140,21 +140,21 @@ class _Ready(NamedTuple):
     def of(q: Queries, k: Keys, v: Keys, seen: Sight, bias: Bias | None, chunk: int) -> "_Ready":
         q_chunk, kv_chunk = min(chunk, q.shape[1]), min(chunk, k.shape[1])
         low, high = (padded(ends, q_chunk, fill) for ends, fill in ((seen.low, 1), (seen.high, 0)))
-        # -1 is the segment of padding, and a place in no stretch.
+        # Keys are padded with -1: it is the segment of padding, and as a key index it is in no range.
         blocks = _in_blocks(Sight(low, high, padded(seen.at, kv_chunk, -1)), q_chunk, kv_chunk)
         table = relative = None
         if bias is not None:
             relative, heads = bias.relative, bias.table.T
             table = jnp.broadcast_to(heads, (q.shape[0], *heads.shape))
             pairs = (bias.q_coordinates, q_chunk), (bias.kv_coordinates, kv_chunk)
-            places = [padded(at, size).reshape(at.shape[0], -1, size, 3) for at, size in pairs]
-            blocks = blocks._replace(q_places=places[0], kv_places=places[1])
+            coordinates = [padded(x, size).reshape(x.shape[0], -1, size, 3) for x, size in pairs]
+            blocks = blocks._replace(q_places=coordinates[0], kv_places=coordinates[1])
         q, k, v = (jnp.moveaxis(padded(x, size, 0), 2, 1) for x, size in ((q, q_chunk), (k, kv_chunk), (v, kv_chunk)))
         return _Ready(relative, q, k, v, table, blocks)
 
 
 class _Blocks(NamedTuple):
-    """A sight in `n` blocks of queries and `m` blocks of keys, with the extremes of each block."""
+    """Mask boxes in `n` blocks of queries and `m` blocks of keys, with the extremes of each block."""
 
     low: Int[Array, "*B n b U A"]
     high: Int[Array, "*B n b U A"]
@@ -165,23 +165,23 @@ class _Blocks(NamedTuple):
     most: Int[Array, "*B m A"]
     q_places: Float[Array, "*B n b 3"] | None = None
     kv_places: Float[Array, "*B m c 3"] | None = None
-    """coordinates, where there is a bias"""
+    """Coordinates of the keys, like `q_coordinates` only present with a bias."""
 
     def needed(self, index: Int[Array, ""]) -> tuple[Int[Array, " m"], Int[Array, ""]]:
-        """Of one row: the key blocks that a query block may see, those first, and their number."""
-        meets = (self.lowest[index] <= self.most[:, None]) & (self.least[:, None] <= self.highest[index])
-        hit = meets.all(axis=-1).any(axis=-1)
-        return jnp.argsort(~hit, stable=True).astype(jnp.int32), hit.sum(dtype=jnp.int32)
+        """Return the key blocks of one row, those that a query block may see first, and the number of these."""
+        overlaps = (self.lowest[index] <= self.most[:, None]) & (self.least[:, None] <= self.highest[index])
+        needed = overlaps.all(axis=-1).any(axis=-1)
+        return jnp.argsort(~needed, stable=True).astype(jnp.int32), needed.sum(dtype=jnp.int32)
 
     def mask(self, query_block: Int[Array, ""], key_block: Int[Array, ""]) -> Bool[Array, "b c"]:
-        """Of one row: who sees whom between two blocks."""
+        """Return the dense mask between two blocks of one row."""
         pair = (self.low[query_block], self.high[query_block], self.at[key_block])
         return visible(Sight(*(part[None] for part in pair)))[0]
 
     def found(
         self, relative: RelativeBias | None, query_block: Int[Array, ""], key_block: Int[Array, ""]
     ) -> list[Int[Array, "b c"]]:
-        """Of one row: the entries of a bias' table for what lies between two blocks."""
+        """Return the bias table's entries for the pairs of two blocks of one row."""
         if relative is None:
             return []
         assert self.q_places is not None
@@ -191,28 +191,31 @@ class _Blocks(NamedTuple):
 
 def _in_blocks(seen: Sight, q_chunk: int, kv_chunk: int) -> _Blocks:
     low, high = (ends.reshape(ends.shape[0], -1, q_chunk, *ends.shape[2:]) for ends in (seen.low, seen.high))
-    at = seen.at.reshape(seen.at.shape[0], -1, kv_chunk, seen.at.shape[-1])
-    # Padding must not widen the extremes of the blocks that it lies in.
+    values = seen.at.reshape(seen.at.shape[0], -1, kv_chunk, seen.at.shape[-1])
+    # Padding must not widen the extremes of its block, which would then overlap more blocks than it sees.
     empty = (low > high).any(axis=-1, keepdims=True)
-    nobody = at[..., :1] < 0
+    is_padding = values[..., :1] < 0
     return _Blocks(
         low=low,
         high=high,
-        at=at,
+        at=values,
         lowest=jnp.where(empty, _MOST, low).min(axis=2),
         highest=jnp.where(empty, _LEAST, high).max(axis=2),
-        least=jnp.where(nobody, _MOST, at).min(axis=2),
-        most=jnp.where(nobody, _LEAST, at).max(axis=2),
+        least=jnp.where(is_padding, _MOST, values).min(axis=2),
+        most=jnp.where(is_padding, _LEAST, values).max(axis=2),
     )
 
 
 def _each_head(row: Callable[..., Any], blocks: _Blocks, *arrays: Shaped[Array, "B K ..."] | None) -> Any:
-    """`row(blocks, ...)` for the heads of every row: one at a time on CPU, where matrices of two dimensions are the
-    fastest, and together elsewhere. Rows differ in which blocks they need, so they take turns."""
+    """Return `row(blocks, ...)` for the heads of every row.
+
+    Heads run one at a time on CPU, where products of 2-D matrices are the fastest, and together on other platforms.
+    Rows run in sequence, because they need different blocks: a loop has the length of one row, not of the longest.
+    """
     if jax.default_backend() != "cpu":
         heads = jax.vmap(row, in_axes=(None, *(0 for _ in arrays)))
-        return jax.lax.map(lambda given: heads(*given), (blocks, *arrays))
-    return jax.lax.map(lambda given: jax.lax.map(lambda head: row(given[0], *head), given[1:]), (blocks, *arrays))
+        return jax.lax.map(lambda inputs: heads(*inputs), (blocks, *arrays))
+    return jax.lax.map(lambda inputs: jax.lax.map(lambda head: row(inputs[0], *head), inputs[1:]), (blocks, *arrays))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -253,34 +256,34 @@ def _row(
     table: Float[Array, " T"] | None,
     dtype: Any = None,
 ) -> tuple[Float[Array, "N d"], Float[Array, " N"]]:
-    """One head of one row: what it mixes, and the logarithm of every query's sum of exponentials (float32).
+    """Return the output of one head of one row, and the log-sum-exp of every query's scores (float32).
 
-    The mixture is in `dtype`, that of the values if None.
+    The output is in `dtype`, by default that of the values.
     """
     number, size = blocks.low.shape[:2]
 
     def block(index):
         queries = _block(q, index, size)
-        wanted, count = blocks.needed(index)
+        key_blocks, count = blocks.needed(index)
 
-        def step(at, state):
-            top, total, mixed = state
-            key_block = wanted[at]
-            found = blocks.found(relative, index, key_block)
-            scores = _scores(relative, table, found, queries, _key_block(k, blocks, key_block))
+        def step(step_index, state):
+            maximum, total, mixed = state
+            key_block = key_blocks[step_index]
+            entries = blocks.found(relative, index, key_block)
+            scores = _scores(relative, table, entries, queries, _key_block(k, blocks, key_block))
             scores = jnp.where(blocks.mask(index, key_block), scores, MASKED)
-            new_top = jnp.maximum(top, scores.max(axis=-1))
-            weights = jnp.exp(scores - new_top[:, None])
-            shrink = jnp.exp(top - new_top)
-            total = total * shrink + weights.sum(axis=-1)
+            new_maximum = jnp.maximum(maximum, scores.max(axis=-1))
+            weights = jnp.exp(scores - new_maximum[:, None])
+            rescale = jnp.exp(maximum - new_maximum)
+            total = total * rescale + weights.sum(axis=-1)
             part = _dot(weights.astype(v.dtype), _key_block(v, blocks, key_block), 1, 0)
-            return new_top, total, mixed * shrink[:, None] + part
+            return new_maximum, total, mixed * rescale[:, None] + part
 
-        begin = jnp.full(size, MASKED), jnp.zeros(size), jnp.zeros((size, v.shape[-1]))
-        top, total, mixed = jax.lax.fori_loop(0, count, step, begin)
-        sees = top > MASKED
-        out = jnp.where(sees[:, None], mixed / total[:, None], 0.0).astype(dtype or v.dtype)
-        return out, jnp.where(sees, top + jnp.log(total), NOTHING)
+        initial = jnp.full(size, MASKED), jnp.zeros(size), jnp.zeros((size, v.shape[-1]))
+        maximum, total, mixed = jax.lax.fori_loop(0, count, step, initial)
+        sees_any = maximum > MASKED
+        out = jnp.where(sees_any[:, None], mixed / total[:, None], 0.0).astype(dtype or v.dtype)
+        return out, jnp.where(sees_any, maximum + jnp.log(total), NOTHING)
 
     out, lse = jax.lax.map(block, jnp.arange(number))
     return out.reshape(number * size, -1), lse.reshape(-1)
@@ -297,25 +300,25 @@ def _row_backward(
     delta: Float[Array, " N"],
     d_out: Float[Array, "N d"],
 ) -> tuple[Float[Array, "N d"], Float[Array, "M d"], Float[Array, "M d"], Float[Array, " T"] | None]:
-    """Gradients of one head of one row, in float32 (arXiv 2205.14135, appendix B.2)."""
+    """Return the float32 gradients of one head of one row (arXiv 2205.14135, appendix B.2)."""
     number, size = blocks.low.shape[:2]
 
     def block(gradients, index):
         queries, d_mixed = _block(q, index, size), _block(d_out, index, size)
-        own_lse, own_delta = _block(lse, index, size), _block(delta, index, size)
-        wanted, count = blocks.needed(index)
+        block_lse, block_delta = _block(lse, index, size), _block(delta, index, size)
+        key_blocks, count = blocks.needed(index)
 
-        def step(at, state):
+        def step(step_index, state):
             d_q, d_k, d_v, d_table = state
-            key_block = wanted[at]
+            key_block = key_blocks[step_index]
             keys, values = _key_block(k, blocks, key_block), _key_block(v, blocks, key_block)
-            found = blocks.found(relative, index, key_block)
-            scores = _scores(relative, table, found, queries, keys)
+            entries = blocks.found(relative, index, key_block)
+            scores = _scores(relative, table, entries, queries, keys)
             scores = jnp.where(blocks.mask(index, key_block), scores, MASKED)
-            weights = jnp.exp(scores - own_lse[:, None])
-            d_scores = weights * (_dot(d_mixed, values, 1, 1) - own_delta[:, None])
+            weights = jnp.exp(scores - block_lse[:, None])
+            d_scores = weights * (_dot(d_mixed, values, 1, 1) - block_delta[:, None])
             if relative is not None:
-                d_table = d_table + relative.gradient(d_scores, found)
+                d_table = d_table + relative.gradient(d_scores, entries)
             weights, d_scores = weights.astype(v.dtype), d_scores.astype(k.dtype)
             d_v = _added(d_v, blocks, key_block, _dot(weights, d_mixed, 0, 0))
             d_k = _added(d_k, blocks, key_block, _dot(d_scores, queries, 0, 0))
@@ -344,7 +347,7 @@ def _scores(
 
 
 def _dot(left: Float[Array, "_ _"], right: Float[Array, "_ _"], left_axis: int, right_axis: int) -> Float[Array, "_ _"]:
-    """A matrix product over these axes, summed in float32."""
+    """Return the matrix product over these axes, summed in float32."""
     axes = (((left_axis,), (right_axis,)), ((), ()))
     return jax.lax.dot_general(left, right, axes, preferred_element_type=jnp.float32)
 

@@ -1,7 +1,7 @@
-"""GPU: cuDNN's attention through JAX, and tokamax's kernels where that package is installed.
+"""GPU backends: cuDNN's attention through JAX, and tokamax's kernels if that package is installed.
 
-Neither has been run on a GPU by this project's tests: what is tested is what they are given, with the same functions'
-XLA implementations. On several devices, call them under `jax.shard_map`.
+This project's tests run neither on a GPU: they test the kernels' arguments, with the XLA implementations of the same
+functions. On several devices, call the backends under `jax.shard_map`.
 """
 
 from dataclasses import dataclass
@@ -19,18 +19,18 @@ from dit_video.nn.attention.tokens import Tokens
 
 @dataclass(frozen=True, kw_only=True)
 class Cudnn:
-    """cuDNN's fused attention under the dense mask, in bfloat16 or float16: every pattern, and no block is skipped.
+    """cuDNN's fused attention with the dense mask, in bfloat16 or float16, for every pattern; it skips no block.
 
-    JAX hands a mask to cuDNN as a bias of N × M values, so memory is quadratic in the row, once for all heads.
+    JAX passes the mask to cuDNN as a bias of N × M values, shared by all heads, so memory is quadratic in the row.
     """
 
     pattern: Pattern = Full()
     implementation: Literal["cudnn", "xla"] = "cudnn"
-    """"xla" is JAX's own, on any platform: for tests"""
+    """Implementation in JAX; "xla" runs on any platform and is meant for tests."""
 
     def __call__(self, q: Queries, k: Keys, v: Keys, at: Tokens) -> Queries:
         if self.implementation == "cudnn" and q.dtype not in (jnp.bfloat16, jnp.float16):
-            raise UserError(f"cuDNN's attention computes in bfloat16 or float16, not {q.dtype}; set the model's dtype")
+            raise UserError(f"cuDNN attention supports bfloat16 or float16, not {q.dtype}; set the model's dtype")
         mask = visible(sight(self.pattern, at.without_bias("cudnn")))
         mixed = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation=self.implementation)
         return jnp.where(mask.any(axis=-1)[..., None, None], mixed, 0)
@@ -38,14 +38,14 @@ class Cudnn:
 
 @dataclass(frozen=True, kw_only=True)
 class Tokamax:
-    """tokamax's kernels, given one stretch of keys for every query: blocks outside it are skipped, memory is linear.
+    """tokamax's attention kernels with one range of keys per query: other blocks are skipped, and memory is linear.
 
-    `mosaic_gpu` is for Hopper and Blackwell; its backward pass takes stretches, too (that of `triton`, as of 0.0.12,
-    makes a dense mask of them). The public function of 0.0.12 doesn't take stretches, so the operations under it are
-    called; `xla` runs on any platform, for tests.
+    `mosaic_gpu` is for Hopper and Blackwell, and its backward pass supports key ranges too (that of `triton`, as of
+    0.0.12, builds a dense mask). The public function of 0.0.12 takes no key ranges, so the operations below it are
+    called. `xla` runs on any platform and is meant for tests.
 
     Raises:
-      UserError: tokamax is not installed, or a pattern whose queries see several stretches of keys.
+      UserError: tokamax is not installed, or a pattern whose queries see several ranges of keys.
     """
 
     pattern: Pattern = Full()
@@ -56,26 +56,28 @@ class Tokamax:
         _operations()
 
     def __call__(self, q: Queries, k: Keys, v: Keys, at: Tokens) -> Queries:
-        found = stretches(self.pattern, sight(self.pattern, at.without_bias("tokamax")))
-        seen = found.start < found.stop
-        # No kernel is asked for a softmax of nothing: such queries see the first key, and get zeros afterwards.
-        start, stop = jnp.where(seen, found.start, 0), jnp.where(seen, found.stop, 1)
+        ranges = stretches(self.pattern, sight(self.pattern, at.without_bias("tokamax")))
+        sees_any = ranges.start < ranges.stop
+        # The kernel must not compute the softmax of no scores: queries without keys see the first key, and are set to
+        # zero afterwards.
+        start, stop = jnp.where(sees_any, ranges.start, 0), jnp.where(sees_any, ranges.stop, 1)
         operations, mask = _operations()
         mixed = operations[self.implementation](
-            taken(q, found.order),
-            taken(k, found.key_order),
-            taken(v, found.key_order),
+            taken(q, ranges.order),
+            taken(k, ranges.key_order),
+            taken(v, ranges.key_order),
             mask=mask(k_start=start[:, None], k_end=stop[:, None]),
         )
-        return given_back(jnp.where(seen[..., None, None], mixed, 0), found.order)
+        return given_back(jnp.where(sees_any[..., None, None], mixed, 0), ranges.order)
 
 
 def _operations() -> tuple[Any, Any]:
-    """tokamax's implementations by name, and its type of masks."""
+    """Return tokamax's implementations by name, and its mask class."""
     try:
         from tokamax._src.ops.attention import api, base
     except ImportError as error:
         raise UserError(
-            f"the attention backend tokamax needs its package ({error}); pip install tokamax, or use cudnn or chunked"
+            f"the attention backend tokamax needs the package tokamax ({error}); pip install tokamax, or use cudnn or "
+            "chunked"
         ) from error
     return api.IMPLEMENTATIONS, base.Mask

@@ -1,8 +1,8 @@
-"""TPU: Pallas splash attention of JAX, told at run time which blocks to skip.
+"""TPU backend: JAX's Pallas splash attention, with the blocks to skip chosen at run time.
 
-The kernel compares segment ids inside a block, but takes the blocks to visit from a table. JAX makes that table from a
-mask that is known when a program is compiled. Here it is made inside the program from the row's own segments, so
-foreign blocks are neither fetched nor computed, in the forward and in the backward pass.
+The kernel compares segment ids inside a block, but reads the blocks to visit from a table. JAX builds that table from a
+mask that is known at compile time. Here it is built inside the program from the row's own segments, so blocks of other
+segments are neither fetched nor computed, in the forward and in the backward pass.
 
 Tested on CPU in Pallas' interpreter, and compiled ahead of time for v5e and v6e; not yet run on hardware. As with every
 kernel, the compiler does not partition it: on several devices, call it under `jax.shard_map`.
@@ -25,46 +25,46 @@ from dit_video.nn.attention.tokens import Tokens
 _LANES = 128
 _LONG = 8192
 _NO_QUERY, _NO_KEY = -1, -2
-"""ids of what sees nothing, and of what nobody sees"""
+"""Ids of queries that see nothing, and of keys that no query sees; they differ, so that they never match."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Splash:
-    """Attention in blocks of queries by blocks of keys.
+    """Attention by the splash kernel, in blocks of queries by blocks of keys.
 
     Raises:
-      UserError: a block that is not a multiple of 128, or a pattern whose queries see several stretches of keys.
+      UserError: a block size that is not a multiple of 128, or a pattern whose queries see several ranges of keys.
     """
 
     pattern: Pattern = Full()
     block: int | None = None
-    """queries, and keys, of a block; `default_block` of each by default"""
+    """Number of queries, and of keys, in a block; None uses `choose_block_size` for each."""
     interpret: bool = False
-    """run by Pallas' interpreter, on any platform and slowly: for tests"""
+    """True to run in Pallas' interpreter, slowly and on any platform, for tests."""
 
     def __post_init__(self):
         if self.block is not None and (self.block < 1 or self.block % _LANES):
-            raise UserError(f"blocks of splash attention are multiples of {_LANES} tokens, not {self.block}")
+            raise UserError(f"splash attention block of {self.block} tokens is invalid; use a multiple of {_LANES}")
         require_stretches(self.pattern, "splash")
 
     def __call__(self, q: Queries, k: Keys, v: Keys, at: Tokens) -> Queries:
         at = at.without_bias("splash")
         q = q * q.shape[-1] ** -0.5
         if isinstance(self.pattern, Full):
-            # Ids are all that the kernel needs: tokens stay where they are.
+            # The kernel needs nothing but segment ids, so the tokens are not sorted.
             ids = jnp.where(at.q_segments > 0, at.q_segments, _NO_QUERY)
             key_ids = jnp.where(at.kv_segments > 0, at.kv_segments, _NO_KEY)
-            seen = ids >= 0
+            sees_any = ids >= 0
             if at.context_segments is not None:
-                # Each with each, in one loop that keeps nothing: a sort of both takes longer than such attention does.
-                seen = (ids[:, :, None] == key_ids[:, None, :]).any(axis=2)
-            return jnp.where(seen[..., None, None], self._rows(q, k, v, ids, key_ids, jnp.zeros_like(ids)), 0)
-        found = stretches(self.pattern, sight(self.pattern, at))
-        seen = found.start < found.stop
-        ids = jnp.where(seen, found.start, _NO_QUERY)
-        q, k, v = taken(q, found.order), taken(k, found.key_order), taken(v, found.key_order)
-        mixed = self._rows(q, k, v, ids, found.groups, found.stop)
-        return given_back(jnp.where(seen[..., None, None], mixed, 0), found.order)
+                # All pairs are compared in one fused loop; sorting both would take longer than the attention itself.
+                sees_any = (ids[:, :, None] == key_ids[:, None, :]).any(axis=2)
+            return jnp.where(sees_any[..., None, None], self._rows(q, k, v, ids, key_ids, jnp.zeros_like(ids)), 0)
+        ranges = stretches(self.pattern, sight(self.pattern, at))
+        sees_any = ranges.start < ranges.stop
+        ids = jnp.where(sees_any, ranges.start, _NO_QUERY)
+        q, k, v = taken(q, ranges.order), taken(k, ranges.key_order), taken(v, ranges.key_order)
+        mixed = self._rows(q, k, v, ids, ranges.groups, ranges.stop)
+        return given_back(jnp.where(sees_any[..., None, None], mixed, 0), ranges.order)
 
     def _rows(
         self,
@@ -75,13 +75,13 @@ class Splash:
         key_ids: Int[Array, "B M"],
         ends: Int[Array, "B N"],
     ) -> Float[Array, "B N K d"]:
-        """Rows take turns, as each has a table of its own. Padded to whole blocks, heads first."""
+        """Compute attention of all rows, padded to whole blocks, in sequence, because each has its own block table."""
         length = q.shape[1]
         size, key_size = (self._block(number) for number in (length, k.shape[1]))
-        heads = [jnp.moveaxis(padded(x, by), 2, 1) for x, by in ((q, size), (k, key_size), (v, key_size))]
-        of_tokens = padded(ids, size, _NO_QUERY), padded(key_ids, key_size, _NO_KEY), padded(ends, size)
+        heads = [jnp.moveaxis(padded(x, block), 2, 1) for x, block in ((q, size), (k, key_size), (v, key_size))]
+        token_data = padded(ids, size, _NO_QUERY), padded(key_ids, key_size, _NO_KEY), padded(ends, size)
         name = name_of(queries=length, keys=k.shape[1])
-        mixed = jax.lax.map(lambda row: self._row(row[:3], row[3:], size, key_size, name), (*heads, *of_tokens))
+        mixed = jax.lax.map(lambda row: self._row(row[:3], row[3:], size, key_size, name), (*heads, *token_data))
         return jnp.moveaxis(mixed, 1, 2)[:, :length]
 
     def _block(self, tokens: int) -> int:
@@ -95,20 +95,27 @@ class Splash:
         key_size: int,
         name: str | None,
     ) -> Float[Array, "K N d"]:
-        """`heads` are queries, keys and values; `of_tokens` are ids of queries and keys, and ends of stretches; what is
-        given has a `name`."""
-        # Imported here: half a second, of use only where there is a TPU.
+        """Compute attention of one row.
+
+        Args:
+          heads: queries, keys and values.
+          token_data: ids of the queries, ids of the keys, and ends of the queries' key ranges.
+          size: number of queries in a block.
+          key_size: number of keys in a block.
+          name: checkpoint name of the kernel's residuals.
+        """
+        # Imported here because it takes half a second and is only needed on a TPU.
         from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds, splash_attention_kernel
 
         ids, key_ids, ends = of_tokens
         prefix = self.pattern.reach == "prefix"
-        hit = _meeting(ids, key_ids, ends if prefix else None, size, key_size)
-        # A block of queries that sees nothing still visits one block of keys: the kernel divides by what it summed.
-        visited = hit | (~hit.any(axis=1, keepdims=True) & (jnp.arange(hit.shape[1]) == 0))
+        overlaps = _meeting(ids, key_ids, ends if prefix else None, size, key_size)
+        # A block of queries that sees nothing still visits one block of keys: the kernel divides by the sum of weights.
+        visited = overlaps | (~overlaps.any(axis=1, keepdims=True) & (jnp.arange(overlaps.shape[1]) == 0))
         kernel: Any = splash_attention_kernel.SplashAttentionKernel(
             _table(visited, ends if prefix else None, axis=1),
             _table(visited, ends if prefix else None, axis=1),
-            _table(hit, ends if prefix else None, axis=0),
+            _table(overlaps, ends if prefix else None, axis=0),
             block_sizes=splash_attention_kernel.BlockSizes(
                 block_q=size,
                 block_kv=key_size,
@@ -131,12 +138,12 @@ class Splash:
 
 
 def default_block(tokens: int) -> int:
-    """Queries or keys of a block, where there are so many in a row.
+    """Return the number of queries or keys in a block for a row with this many tokens.
 
-    Keys and values are read again for each block of queries. In blocks of 512 that is 512 operations a byte, in blocks
-    of 1,024 twice as many, while a v6e needs 560 to be busy; and there are a quarter as many blocks to start. Larger
-    ones need more memory beside the processor than v5e and v5p give a kernel. In short rows clips are short, too, and
-    of large blocks more is foreign.
+    Keys and values are read once per block of queries. Blocks of 512 have 512 operations per byte, blocks of 1,024
+    twice as many, and a v6e needs 560 to be compute-bound; larger blocks also mean a quarter as many kernel steps.
+    Blocks above 1,024 need more on-chip memory than v5e and v5p give a kernel. Short rows have short clips, of which
+    large blocks would mix several.
     """
     return 1024 if tokens >= _LONG else 512
 
@@ -148,37 +155,40 @@ def _before_the_end(end: Array, place: Array) -> Array:
 def _meeting(
     ids: Int[Array, " N"], key_ids: Int[Array, " M"], ends: Int[Array, " N"] | None, size: int, key_size: int
 ) -> Bool[Array, "n m"]:
-    """Which blocks of queries and keys may have to do with each other, by the range of their ids."""
-    least, most = _range(ids.reshape(-1, size))
-    key_least, key_most = _range(key_ids.reshape(-1, key_size))
-    meet = (least[:, None] <= key_most) & (key_least <= most[:, None])
+    """Return which pairs of a query block and a key block may contain visible pairs, by the ranges of their ids."""
+    lowest, highest = _range(ids.reshape(-1, size))
+    key_lowest, key_highest = _range(key_ids.reshape(-1, key_size))
+    overlaps = (lowest[:, None] <= key_highest) & (key_lowest <= highest[:, None])
     if ends is not None:
-        meet &= jnp.arange(key_least.shape[0]) * key_size < ends.reshape(-1, size).max(axis=1)[:, None]
-    return meet
+        overlaps &= jnp.arange(key_lowest.shape[0]) * key_size < ends.reshape(-1, size).max(axis=1)[:, None]
+    return overlaps
 
 
 def _range(ids: Int[Array, "n b"]) -> tuple[Int[Array, " n"], Int[Array, " n"]]:
-    """The least and the most of the real ids in a block; an empty range where there are none."""
+    """Return the minimum and the maximum of the real ids in each block; an empty range if there are none."""
     real = ids >= 0
     limits = np.iinfo(np.int32)
     return jnp.where(real, ids, limits.max).min(axis=1), jnp.where(real, ids, limits.min).max(axis=1)
 
 
 def _table(hit: Bool[Array, "n m"], ends: Int[Array, " N"] | None, *, axis: int) -> Any:
-    """The kernel's table of blocks: whether to compute, and which block of keys (axis 1) or queries (axis 0) to have at
-    hand: the next that is computed, or the last one again, so that nothing is fetched in vain."""
+    """Return the kernel's table of blocks.
+
+    It says whether to compute a block, and which block of keys (axis 1) or queries (axis 0) to prefetch: the next one
+    that is computed, or the last one again, so that no block is fetched in vain.
+    """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info
 
     table: Any = splash_attention_mask_info.MaskInfo
     number = hit.shape[axis]
-    places = jax.lax.broadcasted_iota(jnp.int32, hit.shape, axis)
-    upcoming = jax.lax.cummin(jnp.where(hit, places, number), axis=axis, reverse=True)
-    last = jnp.where(hit, places, 0).max(axis=axis, keepdims=True)
-    following = jnp.where(upcoming == number, last, upcoming)
-    # Tables lie in scalar memory, which is small.
-    small = next(kind for kind in (jnp.int8, jnp.int16, jnp.int32) if number <= jnp.iinfo(kind).max)
+    index = jax.lax.broadcasted_iota(jnp.int32, hit.shape, axis)
+    upcoming = jax.lax.cummin(jnp.where(hit, index, number), axis=axis, reverse=True)
+    last = jnp.where(hit, index, 0).max(axis=axis, keepdims=True)
+    next_block = jnp.where(upcoming == number, last, upcoming)
+    # The smallest integer type, because tables are kept in scalar memory, which is small.
+    dtype = next(kind for kind in (jnp.int8, jnp.int16, jnp.int32) if number <= jnp.iinfo(kind).max)
     return table(
-        data_next=following.astype(small)[None],
+        data_next=next_block.astype(dtype)[None],
         mask_next=None,
         block_mask=hit.astype(jnp.int8)[None],
         partial_mask_blocks=None,

@@ -30,7 +30,7 @@ def test_folder_for_a_table(tmp_path):
 )
 def test_ambiguous_sources(tmp_path, files, kinds):
     fill(tmp_path, dict.fromkeys(files, b""))
-    with pytest.raises(UserError, match=r"may be read as .*; say which as the format") as caught:
+    with pytest.raises(UserError, match=r"may be read as .*; pass one of these as the format") as caught:
         list_clips(tmp_path)
     assert all(repr(kind) in str(caught.value) for kind in kinds)
     assert "\n" not in str(caught.value)
@@ -39,7 +39,7 @@ def test_ambiguous_sources(tmp_path, files, kinds):
 def test_a_format_is_chosen(tmp_path):
     fill(tmp_path, {"a.mp4": b"", "msrvtt.mp4": b"", "msrvtt.json": "{}", "b.tar": b""})
     assert list(captions(list_clips(tmp_path, format="folder"))) == ["a.mp4", "msrvtt.mp4"]
-    with pytest.raises(UserError, match=r"b\.tar: is no tar"):
+    with pytest.raises(UserError, match=r"b\.tar: is not a tar"):
         list_clips(tmp_path, format="webdataset")
 
 
@@ -49,5 +49,5 @@ def test_a_list_of_another_name_is_not_overlooked(tmp_path):
         list_clips(tmp_path)
     assert captions(list_clips(tmp_path, format="folder")) == {"a.mp4": ()}
     (tmp_path / "a.mp4").rename(tmp_path.with_suffix(".mp4"))
-    with pytest.raises(UserError, match=r"no clips, but a list of them; give .*clips\.csv"):
+    with pytest.raises(UserError, match=r"no clips, but a list of clips; give .*clips\.csv"):
         list_clips(tmp_path)

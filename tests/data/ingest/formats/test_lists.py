@@ -78,7 +78,7 @@ def test_a_bad_row_of_csv_costs_itself(tmp_path, metadata):
         "e.mp4": ('say "no" or 5" wide',),
         "f.mp4": ('say "yes"',),
     }
-    no_row = 'is no row of CSV ({}); write captions in double quotes, "" for a quote'
+    no_row = 'is not a valid CSV row ({}); write captions in double quotes, "" for a quote'
     columns = "fields: {}, columns: 3; put captions that hold commas in double quotes"
     assert listing.rejected == (
         (f"{metadata}, line 4", "names no file: its path is empty"),

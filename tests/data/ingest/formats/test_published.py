@@ -211,7 +211,7 @@ def test_bad_entries_of_msrvtt_cost_themselves(tmp_path):
     [
         ("{", "is not readable JSON"),
         ("[]", "has no list 'videos'"),
-        (json.dumps({"images": [], "annotations": []}), "has no list 'videos'; take MSR-VTT's own files"),
+        (json.dumps({"images": [], "annotations": []}), "has no list 'videos'; use MSR-VTT's own files"),
     ],
 )
 def test_annotations_that_cannot_be_used(tmp_path, content, message):

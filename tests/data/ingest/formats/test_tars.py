@@ -168,10 +168,10 @@ GOOD = [(f"{i}.mp4", bytes([i]) * 700) for i in range(5)]
 @pytest.mark.parametrize(
     ("damage", "kept", "reason"),
     [
-        (lambda tar: tar[:4000], 2, "ends after the tar's end; the tar was cut"),
-        (lambda tar: tar[: 3 * 1536], 3, "no end mark at byte 4608: it was cut"),
+        (lambda tar: tar[:4000], 2, "ends after the tar's end; the tar is truncated"),
+        (lambda tar: tar[: 3 * 1536], 3, "no end mark at byte 4608: the tar is truncated"),
         (lambda tar: tar[: 3 * 1536 + 100], 3, "no end mark at byte 4608"),
-        (lambda tar: tar[:3072] + b"\xff" * 512 + tar[3584:], 2, "byte 3072 begins no entry"),
+        (lambda tar: tar[:3072] + b"\xff" * 512 + tar[3584:], 2, "no entry begins at byte 3072"),
         (lambda tar: tar[:3072] + b"\0" * 512 + tar[3584:], 2, "more data after the end at byte 3072"),
         (lambda tar: tar + tar, 5, "more data after the end at byte 7680"),
     ],
@@ -218,7 +218,7 @@ def test_a_plain_tar_named_as_a_compressed_one(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"not a tar", b"x" * 5000])
 def test_no_tar(tmp_path, content):
     (tmp_path / "a.tar").write_bytes(content)
-    with pytest.raises(UserError, match=r"none of the 1 entries .*a\.tar: is no tar"):
+    with pytest.raises(UserError, match=r"none of the 1 entries .*a\.tar: is not a tar"):
         list_clips(tmp_path / "a.tar")
     write_tar(tmp_path / "b.tar", GOOD)
     listing = list_clips(tmp_path)
